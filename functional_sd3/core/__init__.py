@@ -1,0 +1,1 @@
+"""What everything is made of: keys, trees, specs, layers, attention, transforms."""

@@ -1,0 +1,93 @@
+"""Layers as pairs: `x_spec(...)` describes the parameters, `x(params, ...)` applies them.
+
+Norm statistics are float32 whatever the input's dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functional_sd3.core import spec
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Params, Tree
+
+
+def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes=("out", "in")) -> Tree:
+    """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default for the weight (zero bias then)."""
+    weight = init or spec.fan_in_uniform(inputs)
+    tree = {"weight": Param((outputs, inputs), weight, axes)}
+    if bias:
+        tree["bias"] = Param((outputs,), spec.zeros if init else spec.fan_in_uniform(inputs), axes[:1])
+    return tree
+
+
+def linear(params: Params, x: Tensor) -> Tensor:
+    """x (..., inputs) -> (..., outputs)."""
+    # The fused 3-D bias form specialises shapes under compile(grad) and recompiles at every resolution.
+    y = F.linear(x, params["weight"])
+    return y + params["bias"] if "bias" in params else y
+
+
+def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
+    """Weight (outputs, inputs, kernel, kernel) and bias (outputs,)."""
+    fan_in = inputs * kernel * kernel
+    return {
+        "weight": Param((outputs, inputs, kernel, kernel), init or spec.fan_in_uniform(fan_in), ("out", "in", None, None)),
+        "bias": Param((outputs,), spec.zeros if init else spec.fan_in_uniform(fan_in), ("out",)),
+    }
+
+
+def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+    """x (batch, inputs, height, width) -> (batch, outputs, ...)."""
+    return F.conv2d(x, params["weight"], params["bias"], stride=stride, padding=padding)
+
+
+def embedding_spec(entries: int, width: int, *, scale: float = 0.02) -> Tree:
+    """Table (entries, width)."""
+    return {"weight": Param((entries, width), spec.normal(scale), ("vocab", "width"))}
+
+
+def embedding(params: Params, ids: Tensor) -> Tensor:
+    """ids (...) int64 -> (..., width)."""
+    return F.embedding(ids, params["weight"])
+
+
+def norm_spec(width: int, *, bias: bool = True) -> Tree:
+    """Scale (ones) and, with `bias`, shift (zeros), both (width,): for layer, group and (without bias) RMS norm."""
+    tree = {"weight": Param((width,), spec.ones, ("width",))}
+    if bias:
+        tree["bias"] = Param((width,), spec.zeros, ("width",))
+    return tree
+
+
+def layer_norm(params: Params, x: Tensor, eps: float) -> Tensor:
+    """Over the last axis; `params` may be empty (a norm without scale and shift)."""
+    return F.layer_norm(x, x.shape[-1:], params.get("weight"), params.get("bias"), eps)
+
+
+def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019); statistics in float32."""
+    # By hand: inductor fuses it, and unlike the fused kernel it has every derivative and a batching rule.
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * params["weight"]
+
+
+def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
+    """x (batch, channels, ...); `groups` must divide channels."""
+    return F.group_norm(x, groups, params["weight"], params["bias"], eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact (erf) GELU: CLIP-G."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU's tanh form: T5 and the MMDiT."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): CLIP-L."""
+    return x * torch.sigmoid(1.702 * x)

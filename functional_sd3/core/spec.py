@@ -1,0 +1,108 @@
+"""A parameter tree described once: every leaf a `Param` of shape, initialiser and logical axes.
+
+Initialisation, loading, counting, sharding and LoRA targets are read off the same description, which costs no memory
+until it is realised.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Params, Tree
+
+Initializer = Callable[[Key, tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One leaf: its shape, how it starts (`(key, shape) -> float32 tensor`), and a logical name for each axis."""
+
+    shape: tuple[int, ...]
+    init: Initializer
+    axes: tuple[str | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.axes) != len(self.shape):
+            raise ValueError(f"axes {self.axes} must name each of the {len(self.shape)} dimensions of {self.shape}")
+
+
+def zeros(key: Key, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(shape, device=key.device)
+
+
+def ones(key: Key, shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(shape, device=key.device)
+
+
+def normal(scale: float) -> Initializer:
+    """Gaussian with standard deviation `scale`."""
+    return lambda key, shape: scale * prng.normal(key, shape)
+
+
+def fan_in_uniform(fan_in: int) -> Initializer:
+    """Uniform in +-1/sqrt(fan_in): PyTorch's own default for linear and convolution weights and biases."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return lambda key, shape: bound * (2.0 * prng.uniform(key, shape) - 1.0)
+
+
+def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform with variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010, equation 16)."""
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    return lambda key, shape: bound * (2.0 * prng.uniform(key, shape) - 1.0)
+
+
+def map_params(fn: Callable[[str, Param], Any], spec: Tree, path: str = "") -> Tree:
+    """The tree of `fn(path, param)` over every leaf of a spec."""
+    if isinstance(spec, Param):
+        return fn(path, spec)
+    prefix = path + "." if path else ""
+    if isinstance(spec, dict):
+        return {name: map_params(fn, child, prefix + name) for name, child in spec.items()}
+    return [map_params(fn, child, f"{prefix}{index}") for index, child in enumerate(spec)]
+
+
+def paths(spec: Tree) -> dict[str, Param]:
+    """Every leaf by its dotted path, in the order of the tree."""
+    found: dict[str, Param] = {}
+    map_params(found.__setitem__, spec)
+    return found
+
+
+def count(spec: Tree) -> int:
+    """Number of parameters; costs no memory whatever the size."""
+    return sum(math.prod(param.shape) for param in paths(spec).values())
+
+
+def init(key: Key, spec: Tree, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
+    """The spec realised. Each leaf draws from `fold_in(key, its place in the tree)`; `device="meta"` allocates nothing."""
+    if torch.device(device).type == "meta":
+        return map_params(lambda path, param: torch.empty(param.shape, dtype=dtype, device="meta"), spec)
+    order = {path: index for index, path in enumerate(paths(spec))}
+    keys = prng.split(key.to(device), max(len(order), 1))
+    return map_params(lambda path, param: param.init(keys[order[path]], param.shape).to(dtype), spec)
+
+
+def check(spec: Tree, tensors: dict[str, Any]) -> list[str]:
+    """What stands between `tensors` (path -> anything with a `.shape`) and the spec: missing, unexpected, misshapen.
+
+    Returns one sentence a problem, naming the path; empty when they fit.
+    """
+    wanted = paths(spec)
+    problems = [f"{path} is missing (shape {list(wanted[path].shape)})" for path in wanted if path not in tensors]
+    problems += [f"{path} is unexpected{_closest(path, wanted)}" for path in tensors if path not in wanted]
+    for path, param in wanted.items():
+        if path in tensors and tuple(tensors[path].shape) != param.shape:
+            problems.append(f"{path} has shape {list(tensors[path].shape)}, expected {list(param.shape)}")
+    return problems
+
+
+def _closest(path: str, wanted: dict[str, Param]) -> str:
+    import difflib
+
+    matches = difflib.get_close_matches(path, wanted, n=1, cutoff=0.8)
+    return f" (closest known: {matches[0]})" if matches else ""

@@ -1,0 +1,1 @@
+"""Rectified flow as an ordinary differential equation."""

@@ -1,0 +1,1 @@
+"""Prompt to tokens to embeddings."""

@@ -1,0 +1,22 @@
+"""What every test shares."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Two workers on two cores: more threads in each only get in one another's way.
+torch.set_num_threads(1)
+# Wall time says nothing on a shared machine; derandomised so that every run tests the same examples.
+settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real tokenizer files and pictures, kept beside the checkout because they are not the project's."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real tokenizer files and pictures in {folder}")
+    return folder
