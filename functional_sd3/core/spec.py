@@ -20,11 +20,15 @@ Initializer = Callable[[Key, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Param:
-    """One leaf: its shape, how it starts (`(key, shape) -> float32 tensor`), and a logical name for each axis."""
+    """One leaf: its shape, how it starts (`(key, shape) -> float32 tensor`), and a logical name for each axis.
+
+    `trainable=False` marks a table that travels with the weights but is not learned (SD3's positions).
+    """
 
     shape: tuple[int, ...]
     init: Initializer
     axes: tuple[str | None, ...]
+    trainable: bool = True
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape):
