@@ -1,0 +1,210 @@
+"""Random numbers as functions of an explicit key: Threefry-2x32 with the counters `jax.random` uses by default.
+
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". A key is an int64 tensor (..., 2) of two 32-bit words;
+element i of a draw is the cipher of the 64-bit counter i (JAX's `jax_threefry_partitionable`), so it depends on the key
+and on i alone: the same on any device and in any batch. `bits`, `uniform`, `split`, `fold_in`, `randint`, `bernoulli`
+and `permutation` equal `jax.random`'s bit for bit; `normal` to a few units in the last place.
+
+Keys may be batched: (..., 2) gives (..., *shape), each row being the draw of its key alone. A key is used once: split it,
+fold into it or draw from it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Key
+
+Shape = int | Sequence[int]
+
+_WORD = 0xFFFFFFFF
+_PARITY = 0x1BD11BDA
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
+    """The key of a seed: int64 (2,), or (..., 2) for an integer tensor (...).
+
+    Seeds in [-2**31, 2**32) give the words (0, seed mod 2**32), as `jax.random.key` does; wider ones keep both words,
+    (seed >> 32, seed mod 2**32), as JAX does in 64-bit mode. Raises ValueError outside [-2**63, 2**64).
+    """
+    if isinstance(seed, Tensor):
+        if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
+            raise ValueError(f"seed has dtype {seed.dtype}; a seed is an integer")
+        wide = seed.to(device or seed.device, torch.int64)
+        fits = (wide >= -(2**31)) & (wide < 2**32)
+        return torch.stack((torch.where(fits, 0, (wide >> 32) & _WORD), wide & _WORD), dim=-1)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise ValueError(f"seed {seed!r} is not an integer")
+    seed = seed.__index__()
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed {seed} does not fit in 64 bits")
+    high = 0 if -(2**31) <= seed < 2**32 else (seed >> 32) & _WORD
+    return torch.tensor((high, seed & _WORD), dtype=torch.int64, device=device)
+
+
+def split(key: Key, n: Shape = 2) -> Key:
+    """`n` independent keys, (..., n, 2); a tuple gives (..., *n, 2)."""
+    first, second = _draw(key, _shape(n))
+    return torch.stack((first, second), dim=-1)
+
+
+def fold_in(key: Key, data: int | Tensor) -> Key:
+    """The key of `key` and one more number, such as a step or the index of a sample.
+
+    `data`: an int in [-2**31, 2**32), taken mod 2**32, or an integer tensor that broadcasts with the key's batch.
+    """
+    _check(key)
+    if isinstance(data, Tensor):
+        if data.is_floating_point() or data.is_complex():
+            raise ValueError(f"data has dtype {data.dtype}; fold_in takes integers")
+        data = data.to(key.device, torch.int64)
+    elif not -(2**31) <= data < 2**32:
+        raise ValueError(f"data {data} does not fit in 32 bits; fold in its high and low words one after the other")
+    first, second = _threefry(key[..., 0], key[..., 1], 0, data & _WORD)
+    return torch.stack((first, second), dim=-1)
+
+
+def bits(key: Key, shape: Shape = ()) -> Tensor:
+    """32 random bits an element: int64 (..., *shape) in [0, 2**32)."""
+    first, second = _draw(key, _shape(shape))
+    return first.bitwise_xor_(second)
+
+
+def uniform(
+    key: Key,
+    shape: Shape = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    minval: float | Tensor = 0.0,
+    maxval: float | Tensor = 1.0,
+) -> Tensor:
+    """Uniform on [minval, maxval), (..., *shape); `device` defaults to the key's.
+
+    float32 has 23 random bits and float64 52, as in JAX. Narrower dtypes are float32 draws, rounded at the end (which may
+    round up to `maxval`).
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype} is not a floating point type; use bits or randint for integers")
+    shape = _shape(shape)
+    key = key if device is None else key.to(device)
+    if dtype == torch.float64:
+        first, second = _draw(key, shape)
+        draw = (first << 20 | second >> 12).to(torch.float64).mul_(2.0**-52)
+    else:
+        draw = (bits(key, shape).bitwise_right_shift_(9)).to(torch.float32).mul_(2.0**-23)
+    if isinstance(minval, Tensor) or isinstance(maxval, Tensor):
+        low = torch.as_tensor(minval, dtype=draw.dtype, device=draw.device)
+        draw = draw * (torch.as_tensor(maxval, dtype=draw.dtype, device=draw.device) - low) + low
+    elif (minval, maxval) != (0.0, 1.0):
+        # Subtracted in the draw's own precision, as JAX does: the two differ in the last place.
+        low, high = (torch.tensor(value, dtype=draw.dtype, device=draw.device) for value in (minval, maxval))
+        draw = draw.mul_(high - low).add_(low)
+    return draw.to(dtype)
+
+
+def normal(
+    key: Key, shape: Shape = (), dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Tensor:
+    """Standard Gaussian, (..., *shape): sqrt(2) erfinv(u), u uniform on (-1, 1); `device` defaults to the key's.
+
+    Narrower dtypes than float32 are float32 draws, rounded at the end.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype {dtype} is not a floating point type")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    above = -1.0 + 2.0**-53 if wide == torch.float64 else -1.0 + 2.0**-24
+    draw = uniform(key, shape, wide, device).mul_(2.0).add_(above)
+    return draw.erfinv_().mul_(math.sqrt(2.0)).to(dtype)
+
+
+def bernoulli(key: Key, p: float | Tensor = 0.5, shape: Shape | None = None) -> Tensor:
+    """True with probability `p`: bool (..., *shape); the shape defaults to p's."""
+    if shape is None:
+        shape = tuple(p.shape) if isinstance(p, Tensor) else ()
+    return uniform(key, shape) < (p.to(key.device, torch.float32) if isinstance(p, Tensor) else p)
+
+
+def randint(key: Key, shape: Shape, minval: int | Tensor, maxval: int | Tensor) -> Tensor:
+    """Integers in [minval, maxval): int64 (..., *shape). Bounds lie within the 32-bit integers; tensors broadcast.
+
+    Equal to `jax.random.randint(..., dtype=int32)`, whose bias is below span / 2**32.
+    """
+    for name, bound in (("minval", minval), ("maxval", maxval)):
+        if isinstance(bound, int) and not -(2**31) <= bound <= 2**31 - (name == "minval"):
+            raise ValueError(f"{name} {bound} is outside the 32-bit integers")
+    if isinstance(minval, int) and isinstance(maxval, int) and minval >= maxval:
+        raise ValueError(f"minval {minval} must be below maxval {maxval}")
+    shape = _shape(shape)
+    keys = split(key)
+    high, low = bits(keys[..., 0, :], shape), bits(keys[..., 1, :], shape)
+    span = maxval - minval
+    if isinstance(span, Tensor):
+        span = span.to(high.device, torch.int64).clamp(min=1)
+        minval = minval.to(high.device, torch.int64) if isinstance(minval, Tensor) else minval
+    # 2**32 mod span in 32-bit words, whose square overflows to 0 for wide spans: part of the definition being matched.
+    multiplier = 2**16 % span
+    multiplier = ((multiplier * multiplier) & _WORD) % span
+    return ((high % span * multiplier + low % span) & _WORD) % span + minval
+
+
+def permutation(key: Key, x: int | Tensor) -> Tensor:
+    """A random order of range(x), (..., x), or of the rows of a tensor: (..., *x.shape).
+
+    Sorts by random bits, stably, as many times as make ties harmless: the very order `jax.random.permutation` gives.
+    """
+    if isinstance(x, Tensor):
+        if x.ndim == 0:
+            raise ValueError("permutation takes a length or a tensor of at least one dimension, not a scalar tensor")
+        return x[permutation(key, x.shape[0])]
+    _check(key)
+    order = torch.arange(x, device=key.device).expand(*key.shape[:-1], x)
+    for _ in range(math.ceil(3 * math.log(max(1, x)) / math.log(_WORD))):
+        keys = split(key)
+        key, sub = keys[..., 0, :], keys[..., 1, :]
+        order = order.gather(-1, bits(sub, x).argsort(dim=-1, stable=True))
+    return order
+
+
+def _shape(shape: Shape) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def _check(key: Key) -> None:
+    if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
+        given = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+        raise ValueError(f"key is {given}; a key is an int64 tensor (..., 2), made by prng.key(seed)")
+
+
+def _draw(key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The two words of the cipher of the counters 0, 1, 2, ...: each (..., *shape)."""
+    _check(key)
+    batch, size = key.shape[:-1], math.prod(shape)
+    counter = torch.arange(size, device=key.device)
+    high, low = (0, counter) if size <= 2**32 else (counter >> 32, counter & _WORD)
+    first, second = _threefry(key[..., 0, None], key[..., 1, None], high, low)
+    return first.reshape(*batch, *shape), second.reshape(*batch, *shape)
+
+
+def _threefry(key0: Tensor, key1: Tensor, first: Tensor | int, second: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32 with 20 rounds; all words int64 in [0, 2**32)."""
+    schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
+    first, second = key0 + first, (key1 + second) & _WORD
+    # From here both words have the full shape and are ours alone, hence the in-place arithmetic. `first` is only ever added
+    # to, so its carries may pile up above bit 32 until it is masked at the end.
+    first = first + second - second
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            first += second
+            # The word twice over, shifted: its low half is the rotated word.
+            second *= 2**32 + 1
+            second >>= 32 - rotation
+            second ^= first
+            second &= _WORD
+        first += schedule[(group + 1) % 3]
+        second += schedule[(group + 2) % 3] + (group + 1)
+        second &= _WORD
+    first &= _WORD
+    return first, second
