@@ -1,0 +1,87 @@
+"""Pictures as files and arrays <-> images as tensors.
+
+One rounding rule everywhere: a float in [0, 1] becomes the byte round(255 * x), halves to even, after clamping; a byte
+becomes byte / 255. Every byte survives the round trip. (Stability's reference truncates instead; diffusers rounds.)
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Floats in [0, 1], any shape -> uint8. Values outside are clamped; NaN is a ValueError."""
+    if torch.isnan(images).any():
+        raise ValueError("images hold NaN; the model or its input is broken (a half-precision overflow?)")
+    return (images.float().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return images.float() / 255.0
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1]: what the VAE encodes."""
+    return images * 2.0 - 1.0
+
+
+def from_signed(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], clamped: what the VAE decoded."""
+    return (images * 0.5 + 0.5).clamp(0.0, 1.0)
+
+
+def to_pil(images: Tensor) -> list["Image"]:
+    """images (batch, 3, height, width) in [0, 1] -> one RGB picture each."""
+    from PIL import Image
+
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
+    arrays = to_bytes(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def from_pil(pictures: "Image | Sequence[Image]") -> Tensor:
+    """Pictures of one size -> images (batch, 3, height, width) float32 in [0, 1].
+
+    Greyscale and palettes become RGB; transparency is laid over white.
+    """
+    from PIL import Image
+
+    pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) != 1:
+        raise ValueError(f"pictures must be of one size to form a batch, got {sorted(sizes)}")
+    arrays = [numpy.array(opaque(picture), dtype=numpy.uint8) for picture in pictures]
+    return from_bytes(torch.from_numpy(numpy.stack(arrays)).permute(0, 3, 1, 2).contiguous())
+
+
+def opaque(picture: "Image") -> "Image":
+    """The picture in RGB, transparent parts laid over white."""
+    from PIL import Image
+
+    if picture.mode == "RGB":
+        return picture
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(ground, picture)
+    return picture.convert("RGB")
+
+
+def grid(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Tensor:
+    """images (batch, 3, height, width) -> one picture (1, 3, ...), row by row on white; `columns` near a square."""
+    count, channels, height, width = images.shape
+    columns = columns or int(numpy.ceil(numpy.sqrt(count)))
+    rows = -(-count // columns)
+    sheet = images.new_ones(1, channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for index in range(count):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[0, :, top : top + height, left : left + width] = images[index]
+    return sheet

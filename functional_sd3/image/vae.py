@@ -1,0 +1,256 @@
+"""The 16-channel variational autoencoder of Stable Diffusion 3: images <-> latents, eight times smaller a side.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; sizes and constants of SD3's file.
+Keeps the behaviour of diffusers' `AutoencoderKL` without quantisation convolutions.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from functional_sd3.core import layers, prng
+from functional_sd3.core import spec as specs
+from functional_sd3.core.attention import Implementation, attention
+from functional_sd3.core.types import Key, Params, Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the autoencoder; `SD3_VAE` is the released one.
+
+    `channels` go from full resolution to the latents'; `scaling` and `shift` take latents to the transformer's range;
+    `sample_size` is the side of the training pictures in pixels.
+    """
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    blocks_per_level: int = 2
+    latent_channels: int = 16
+    groups: int = 32
+    scaling: float = 1.5305
+    shift: float = 0.0609
+    eps: float = 1e-6
+    sample_size: int = 1024
+
+
+SD3_VAE = Config()
+
+
+class Posterior(NamedTuple):
+    """The Gaussian an image is encoded to; both (batch, latent_channels, height / factor, width / factor)."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+def factor(config: Config) -> int:
+    """Pixels a side of one latent: 8 for four levels."""
+    return 2 ** (len(config.channels) - 1)
+
+
+def spec(config: Config) -> Tree:
+    """Encoder and decoder; the decoder's levels stand in the order they run, smallest pictures first."""
+    return {"encoder": _encoder_spec(config), "decoder": _decoder_spec(config)}
+
+
+def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
+    """Fresh parameters (PyTorch's default scale for convolutions)."""
+    return specs.init(key, spec(config), dtype=dtype, device=device)
+
+
+def encode(
+    params: Params, config: Config, images: Tensor, *, implementation: Implementation = "sdpa"
+) -> Posterior:
+    """images (batch, 3, height, width) in [-1, 1] -> Posterior of unnormalised latents; logvar clamped to [-30, 20].
+
+    Raises ValueError when height or width is not a multiple of `factor(config)`.
+    """
+    _check_images(config, images)
+    params = params["encoder"]
+    x = layers.conv2d(params["conv_in"], images.contiguous(memory_format=torch.channels_last), padding=1)
+    for level in params["levels"]:
+        for block in level["blocks"]:
+            x = _resnet(block, config, x)
+        if "resample" in level:
+            # One pixel at the right and bottom only, as the released weights were trained.
+            x = layers.conv2d(level["resample"], F.pad(x, (0, 1, 0, 1)), stride=2)
+    x = _middle(params["middle"], config, x, implementation)
+    x = F.silu(layers.group_norm(params["norm_out"], x, config.groups, config.eps))
+    mean, logvar = layers.conv2d(params["conv_out"], x, padding=1).contiguous().chunk(2, dim=1)
+    return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+
+def decode(
+    params: Params, config: Config, latents: Tensor, *, implementation: Implementation = "sdpa"
+) -> Tensor:
+    """Unnormalised latents (batch, latent_channels, h, w) -> images (batch, 3, factor * h, factor * w), about [-1, 1].
+
+    Raises ValueError when the latents have another number of channels.
+    """
+    if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
+        raise ValueError(
+            f"latents of shape {list(latents.shape)} must be (batch, {config.latent_channels}, height, width)"
+        )
+    params = params["decoder"]
+    x = layers.conv2d(params["conv_in"], latents.contiguous(memory_format=torch.channels_last), padding=1)
+    x = _middle(params["middle"], config, x, implementation)
+    for level in params["levels"]:
+        for block in level["blocks"]:
+            x = _resnet(block, config, x)
+        if "resample" in level:
+            x = layers.conv2d(level["resample"], F.interpolate(x, scale_factor=2.0, mode="nearest"), padding=1)
+    x = F.silu(layers.group_norm(params["norm_out"], x, config.groups, config.eps))
+    return layers.conv2d(params["conv_out"], x, padding=1).contiguous()
+
+
+def decode_tiled(params: Params, config: Config, latents: Tensor, *, tile: int = 64, overlap: int = 16) -> Tensor:
+    """`decode` in overlapping tiles, blended linearly: memory grows with the tile, not with the picture.
+
+    `tile` and `overlap` are sides in latents, 0 <= overlap < tile. Near seams the result differs a little from `decode`,
+    whose middle attention sees the whole picture. A picture no larger than a tile is decoded whole.
+    """
+    if not 0 <= overlap < tile:
+        raise ValueError(f"overlap {overlap} must be at least 0 and below the tile size {tile}")
+    height, width = latents.shape[-2:]
+    scale = factor(config)
+    total = latents.new_zeros(latents.shape[0], 3, height * scale, width * scale)
+    weight = latents.new_zeros(height * scale, width * scale)
+    for top in _tile_starts(height, tile, overlap):
+        for left in _tile_starts(width, tile, overlap):
+            bottom, right = min(top + tile, height), min(left + tile, width)
+            part = decode(params, config, latents[..., top:bottom, left:right])
+            ramp = torch.outer(
+                _ramp(bottom - top, top > 0, bottom < height, overlap, scale, part),
+                _ramp(right - left, left > 0, right < width, overlap, scale, part),
+            )
+            window = (slice(top * scale, bottom * scale), slice(left * scale, right * scale))
+            total[(..., *window)] += part * ramp
+            weight[window] += ramp
+    return total / weight
+
+
+def sample(posterior: Posterior, key: Key) -> Tensor:
+    """One draw of the posterior: mean + exp(logvar / 2) * noise."""
+    noise = prng.normal(key, posterior.mean.shape, dtype=posterior.mean.dtype)
+    return posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
+
+
+def normalize(config: Config, latents: Tensor) -> Tensor:
+    """(latents - shift) * scaling: what the transformer sees."""
+    return (latents - config.shift) * config.scaling
+
+
+def denormalize(config: Config, latents: Tensor) -> Tensor:
+    """latents / scaling + shift: what `decode` wants."""
+    return latents / config.scaling + config.shift
+
+
+def _check_images(config: Config, images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
+    multiple = factor(config)
+    for name, size in zip(("height", "width"), images.shape[-2:], strict=True):
+        if size == 0 or size % multiple:
+            low = size // multiple * multiple
+            nearest = f"{low} and {low + multiple}" if low else f"{multiple}"
+            raise ValueError(f"{name} {size} is not a multiple of {multiple}; nearest are {nearest}")
+
+
+def _resnet(params: Params, config: Config, x: Tensor) -> Tensor:
+    h = F.silu(layers.group_norm(params["norm1"], x, config.groups, config.eps))
+    h = layers.conv2d(params["conv1"], h, padding=1)
+    h = F.silu(layers.group_norm(params["norm2"], h, config.groups, config.eps))
+    h = layers.conv2d(params["conv2"], h, padding=1)
+    return h + (layers.conv2d(params["shortcut"], x) if "shortcut" in params else x)
+
+
+def _middle(params: Params, config: Config, x: Tensor, implementation: Implementation) -> Tensor:
+    x = _resnet(params["block1"], config, x)
+    x = x + _middle_attention(params["attention"], config, x, implementation)
+    return _resnet(params["block2"], config, x)
+
+
+def _middle_attention(params: Params, config: Config, x: Tensor, implementation: Implementation) -> Tensor:
+    height = x.shape[-2]
+    h = layers.group_norm(params["norm"], x, config.groups, config.eps)
+    h = rearrange(h, "batch channels height width -> batch (height width) channels")
+    query, key, value = rearrange(
+        layers.linear(params["qkv"], h), "batch tokens (three channels) -> three batch 1 tokens channels", three=3
+    )
+    h = attention(query, key, value, implementation=implementation).squeeze(1)
+    return rearrange(layers.linear(params["out"], h), "batch (height width) channels -> batch channels height width", height=height)
+
+
+def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    if size <= tile:
+        return [0]
+    return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def _ramp(length: int, fade_in: bool, fade_out: bool, overlap: int, scale: int, like: Tensor) -> Tensor:
+    steps = min(overlap, length) * scale
+    rise = (torch.arange(steps, device=like.device, dtype=like.dtype) + 1) / (steps + 1)
+    ramp = like.new_ones(length * scale)
+    if fade_in and steps:
+        ramp[:steps] = rise
+    if fade_out and steps:
+        ramp[-steps:] = torch.minimum(ramp[-steps:], rise.flip(0))
+    return ramp
+
+
+def _resnet_spec(inputs: int, outputs: int) -> Tree:
+    tree = {
+        "norm1": layers.norm_spec(inputs),
+        "conv1": layers.conv2d_spec(inputs, outputs, 3),
+        "norm2": layers.norm_spec(outputs),
+        "conv2": layers.conv2d_spec(outputs, outputs, 3),
+    }
+    return tree if inputs == outputs else {**tree, "shortcut": layers.conv2d_spec(inputs, outputs, 1)}
+
+
+def _middle_spec(channels: int) -> Tree:
+    return {
+        "block1": _resnet_spec(channels, channels),
+        "attention": {
+            "norm": layers.norm_spec(channels),
+            "qkv": layers.linear_spec(channels, 3 * channels),
+            "out": layers.linear_spec(channels, channels),
+        },
+        "block2": _resnet_spec(channels, channels),
+    }
+
+
+def _levels_spec(widths: tuple[int, ...], inputs: int, blocks: int) -> list[Tree]:
+    levels = []
+    for index, width in enumerate(widths):
+        level: Tree = {"blocks": [_resnet_spec(inputs if block == 0 else width, width) for block in range(blocks)]}
+        if index + 1 < len(widths):
+            level["resample"] = layers.conv2d_spec(width, width, 3)
+        levels.append(level)
+        inputs = width
+    return levels
+
+
+def _encoder_spec(config: Config) -> Tree:
+    first, last = config.channels[0], config.channels[-1]
+    return {
+        "conv_in": layers.conv2d_spec(3, first, 3),
+        "levels": _levels_spec(config.channels, first, config.blocks_per_level),
+        "middle": _middle_spec(last),
+        "norm_out": layers.norm_spec(last),
+        "conv_out": layers.conv2d_spec(last, 2 * config.latent_channels, 3),
+    }
+
+
+def _decoder_spec(config: Config) -> Tree:
+    first, last = config.channels[0], config.channels[-1]
+    return {
+        "conv_in": layers.conv2d_spec(config.latent_channels, last, 3),
+        "middle": _middle_spec(last),
+        "levels": _levels_spec(config.channels[::-1], last, config.blocks_per_level + 1),
+        "norm_out": layers.norm_spec(first),
+        "conv_out": layers.conv2d_spec(first, 3, 3),
+    }
