@@ -1,0 +1,114 @@
+"""The straight path between data and noise, what a velocity network is trained to predict on it, and when.
+
+Rectified flow (Liu et al. 2022, arXiv:2209.03003) as used by Esser et al. 2024, arXiv:2403.03206, sections 2 and 3:
+x_t = (1 - t) x_0 + t noise, so t = 1 is noise, t = 0 is data, and dx_t/dt = noise - x_0.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Velocity
+
+
+def broadcast(t: Tensor | float, x: Tensor) -> Tensor | float:
+    """`t`, a scalar or (batch,), shaped so that it multiplies `x` (batch, ...) sample by sample."""
+    if isinstance(t, Tensor) and 0 < t.ndim < x.ndim:
+        return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+    return t
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    """x_t = (1 - t) x_0 + t noise. x0, noise (batch, ...); t in [0, 1], a scalar or (batch,)."""
+    t = broadcast(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def target(x0: Tensor, noise: Tensor) -> Tensor:
+    """dx_t/dt = noise - x_0: what the velocity network learns; the same at every t."""
+    return noise - x0
+
+
+def denoised(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
+    """The data end of the straight line through `x` (at time `t`) along `velocity`: x_0 = x - t v."""
+    return x - broadcast(t, x) * velocity
+
+
+def noise_of(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
+    """The noise end of the straight line through `x` (at time `t`) along `velocity`: noise = x + (1 - t) v."""
+    return x + (1 - broadcast(t, x)) * velocity
+
+
+def velocity_of(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
+    """The velocity that leads from a predicted `x0` through `x` at time `t` > 0: v = (x - x_0) / t."""
+    return (x - x0) / broadcast(t, x)
+
+
+def loss(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Rectified-flow loss of each sample: mean over its elements of (v(x_t, t) - (noise - x_0))^2, float32 (batch,).
+
+    velocity: called once, with x_t in float32 (float64 if x0 is) and `t`; may answer in any float dtype.
+    x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t). Samples drawn
+    from a density of t already weigh the times: do not multiply by 1 / density as well, that undoes the sampling.
+    Raises ValueError when the shapes of x0 and noise, or of x0 and the velocity, differ.
+    """
+    if x0.shape != noise.shape:
+        raise ValueError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} must have the same shape")
+    working = torch.promote_types(x0.dtype, torch.float32)
+    x0, noise = x0.to(working), noise.to(working)
+    predicted = velocity(interpolate(x0, noise, t), t)
+    if predicted.shape != x0.shape:
+        raise ValueError(f"the velocity has shape {tuple(predicted.shape)}, not that of x0, {tuple(x0.shape)}")
+    squares = (predicted.to(working) - target(x0, noise)).square().flatten(1).mean(1)
+    return squares if weight is None else weight * squares
+
+
+# Densities of t. Each function draws float32 times of the given shape from one key. `schedule.shift(t, s)` moves what
+# was drawn towards noise, as the released models were trained; for a logit-normal it is the same as mean + log(s).
+
+
+def uniform(key: Key, shape: tuple[int, ...]) -> Tensor:
+    """t ~ U[0, 1)."""
+    return prng.uniform(key, shape)
+
+
+def logit_normal(key: Key, shape: tuple[int, ...], mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Tensor:
+    """t = sigmoid(n), n ~ N(mean, std^2) (Esser et al. 2024, eq. 19; mean 0, std 1 trained Stable Diffusion 3).
+
+    A larger mean is more noise, as in the paper. diffusers' scripts look the draw up in a descending table, so their
+    `logit_mean` has the opposite sign.
+    """
+    return torch.sigmoid(mean + std * prng.normal(key, shape))
+
+
+def mode(key: Key, shape: tuple[int, ...], scale: float | Tensor = 1.29) -> Tensor:
+    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u), u ~ U[0, 1): heavy in the middle for scale > 0, at the ends for < 0.
+
+    Esser et al. 2024, eq. 20, monotone for -1 <= scale <= 2 / (pi - 2) = 1.752; scale 0 is uniform.
+    """
+    if not isinstance(scale, Tensor) and not -1 <= scale <= 2 / (math.pi - 2):
+        raise ValueError(f"mode scale {scale} must be between -1 and 2 / (pi - 2) = 1.752")
+    u = prng.uniform(key, shape)
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+
+
+def cosine_map(key: Key, shape: tuple[int, ...]) -> Tensor:
+    """t = 1 - 1 / (tan(pi u / 2) + 1), u ~ U[0, 1): the log-SNR of the cosine schedule (Esser et al. 2024, eq. 21)."""
+    # The same quotient without the pole of tan at u = 1.
+    angle = math.pi / 2 * prng.uniform(key, shape)
+    return torch.sin(angle) / (torch.sin(angle) + torch.cos(angle))
+
+
+def logit_normal_log_density(t: Tensor, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Tensor:
+    """log p(t) of `logit_normal` for t in (0, 1); -inf at the ends."""
+    score = (torch.logit(t) - mean) / std
+    scale = torch.log(std) if isinstance(std, Tensor) else math.log(std)
+    inside = -0.5 * score.square() - scale - 0.5 * math.log(2 * math.pi) - torch.log(t) - torch.log1p(-t)
+    return torch.where((t > 0) & (t < 1), inside, -torch.inf)
+
+
+def cosine_map_log_density(t: Tensor) -> Tensor:
+    """log p(t) of `cosine_map`: p = 2 / (pi (1 - 2 t + 2 t^2)). Its exp is the weight diffusers calls "cosmap"."""
+    return math.log(2 / math.pi) - torch.log(1 - 2 * t + 2 * t.square())

@@ -1,0 +1,206 @@
+"""Grids of sigma (= t) from noise to data: spacings, shifts and the schedules that released models sample on.
+
+A grid is a float32 tensor (steps + 1,): descending from 1 (noise) to 0 (data). It is computed in float64 and rounded
+once. Shifts: Esser et al. 2024, arXiv:2403.03206, section 5.3.2, eq. 23. Kept to the bit: diffusers'
+`FlowMatchEulerDiscreteScheduler`. Everything is differentiable in its tensor arguments, so a grid can be learned.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `scheduler_config.json` says about the grid, under diffusers' names (num_train_timesteps: train_timesteps)."""
+
+    shift: float = 3.0
+    train_timesteps: int = 1000
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    time_shift_type: str = "exponential"
+    shift_terminal: float | None = None
+    invert_sigmas: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    stochastic_sampling: bool = False
+
+
+def shift(sigma: Tensor, s: Scalar) -> Tensor:
+    """s sigma / (1 + (s - 1) sigma): moves a grid in [0, 1] towards noise for s > 1; `shift(shift(x, s), 1 / s) = x`.
+
+    On the logit of sigma it is the addition of log(s). The ends 0 and 1 stay.
+    """
+    return s * sigma / (1 + (s - 1) * sigma)
+
+
+def sigmas(
+    steps: int,
+    *,
+    shift: Scalar = 3.0,
+    train_timesteps: int = 1000,
+    double_shift: bool = True,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The grid of SD3 and SD3.5: float32 (steps + 1,), from 1 to 0, for `steps` Euler steps.
+
+    steps points evenly spaced from 1 down to sigma_min are shifted, and 0 follows. `double_shift`: sigma_min, the
+    lowest level of the training table (1 / train_timesteps), is itself taken after the shift, so the low end is shifted
+    twice. Stability's and diffusers' samplers both do it, every published picture depends on it (the last level before
+    0 is 0.0089 at shift 3); False shifts once. Raises ValueError for steps < 1, shift <= 0, train_timesteps < 1.
+    """
+    check_steps(steps)
+    if train_timesteps < 1:
+        raise ValueError(f"train_timesteps {train_timesteps} must be at least 1")
+    levels = shifted(linear(steps, _lowest(train_timesteps, shift if double_shift else 1.0)), shift)
+    return _finish(levels, device)
+
+
+def from_config(
+    config: Config, steps: int, *, mu: Scalar | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """The grid that diffusers' scheduler of this config sets for `steps`: float32 (steps + 1,).
+
+    mu: the log-shift (exponential) or shift (linear) of a config with `use_dynamic_shifting`, see `resolution_mu`; it
+    is needed there and refused elsewhere. With `invert_sigmas` the grid ascends from 0 to 1.
+    """
+    check_steps(steps)
+    check_config(config)
+    if config.use_dynamic_shifting != (mu is not None):
+        raise ValueError(
+            "a config with use_dynamic_shifting needs mu: see schedule.resolution_mu"
+            if mu is None
+            else f"mu {mu} has no meaning for a config without use_dynamic_shifting"
+        )
+    if config.use_dynamic_shifting:
+        amount = _exp(mu) if config.time_shift_type == "exponential" else mu
+        levels = shifted(linear(steps, _lowest(config.train_timesteps, 1.0)), amount)
+    else:
+        levels = shifted(linear(steps, _lowest(config.train_timesteps, config.shift)), config.shift)
+    if config.shift_terminal:
+        levels = stretch(levels, config.shift_terminal)
+    for used, spacing in (
+        (config.use_karras_sigmas, karras),
+        (config.use_exponential_sigmas, exponential),
+        (config.use_beta_sigmas, beta),
+    ):
+        if used:
+            levels = spacing(steps, levels[-1], levels[0])
+    grid = _finish(levels, device)
+    return 1 - grid if config.invert_sigmas else grid
+
+
+def resolution_mu(config: Config, tokens: int) -> float:
+    """mu for an image of `tokens` patches: linear from base_shift at base_image_seq_len to max_shift at max_image_seq_len.
+
+    Beyond these lengths the line goes on, as in diffusers. tokens = height * width / (8 * patch_size)^2.
+    """
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+
+# Spacings: float64 (steps,) from `highest` (the first) down to `lowest` (the last before 0).
+
+
+def linear(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
+    """Evenly spaced."""
+    device = next((end.device for end in (lowest, highest) if isinstance(end, Tensor)), None)
+    ramp = torch.arange(steps, dtype=torch.float64, device=device) / max(steps - 1, 1)
+    return highest + ramp * (lowest - highest)
+
+
+def karras(steps: int, lowest: Scalar, highest: Scalar = 1.0, rho: Scalar = 7.0) -> Tensor:
+    """Evenly spaced in sigma^(1/rho) (Karras et al. 2022, arXiv:2206.00364, eq. 5). lowest > 0."""
+    return linear(steps, lowest ** (1 / rho), highest ** (1 / rho)) ** rho
+
+
+def exponential(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
+    """Evenly spaced in log(sigma). lowest > 0."""
+    return torch.exp(linear(steps, _log(lowest), _log(highest)))
+
+
+def beta(steps: int, lowest: Scalar, highest: Scalar = 1.0, a: float = 0.6, b: float = 0.6) -> Tensor:
+    """At even quantiles of a Beta(a, b) (Lee et al. 2024, arXiv:2407.12173). Differentiable in the ends, not in a, b."""
+    from scipy.stats import beta as distribution
+
+    quantiles = torch.from_numpy(distribution.ppf(1 - np.linspace(0, 1, steps), a, b))
+    quantiles = quantiles.to(lowest.device if isinstance(lowest, Tensor) else None)
+    return lowest + quantiles * (highest - lowest)
+
+
+def learned(logits: Tensor) -> Tensor:
+    """A grid from free numbers: logits (steps,) -> (steps + 1,) strictly descending from 1 to 0, steps = softmax(logits)."""
+    descent = torch.cumsum(torch.softmax(logits, 0), 0)
+    return torch.cat([logits.new_ones(1), 1 - descent[:-1], logits.new_zeros(1)])
+
+
+# Grid to grid.
+
+
+def shifted(levels: Tensor, s: Scalar) -> Tensor:
+    """`shift` of a whole grid, refusing s <= 0 when its value is at hand."""
+    if not isinstance(s, Tensor) and not (s > 0 and math.isfinite(s)):
+        raise ValueError(f"shift {s} must be a positive number; 1 leaves the grid as it is, 3 is that of SD3")
+    return shift(levels, s)
+
+
+def stretch(levels: Tensor, terminal: Scalar) -> Tensor:
+    """Scale 1 - sigma so that the last level before 0 is `terminal` (LTX-Video; diffusers' `shift_terminal`)."""
+    if len(levels) < 2:
+        raise ValueError("shift_terminal sets the last of several levels: it needs at least 2 steps")
+    return 1 - (1 - levels) * ((1 - terminal) / (1 - levels[-1]))
+
+
+def partial(grid: Tensor, strength: float) -> Tensor:
+    """The last part of a grid, for image-to-image: of n steps the last n * strength, rounded up; 0 keeps no step, 1 all.
+
+    Where n * strength is a whole number it is that number (50 * 0.2 is 10), whatever its floating-point product. Start
+    from `path.interpolate(x0, noise, partial(grid, strength)[0])`. Raises ValueError for a strength outside [0, 1].
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength {strength} must be between 0 (the picture as it is) and 1 (all noise)")
+    steps = len(grid) - 1
+    return grid[steps - math.ceil(round(steps * strength, 6)) :]
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError unless `steps` is a whole number of at least 1."""
+    if isinstance(steps, bool) or steps != int(steps) or steps < 1:
+        raise ValueError(f"steps {steps} must be a whole number of at least 1")
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError for a config whose options contradict one another or are out of range."""
+    if config.time_shift_type not in ("exponential", "linear"):
+        raise ValueError(f"time_shift_type {config.time_shift_type!r} must be 'exponential' or 'linear'")
+    if config.use_karras_sigmas + config.use_exponential_sigmas + config.use_beta_sigmas > 1:
+        raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas can be set")
+    if config.train_timesteps < 1:
+        raise ValueError(f"train_timesteps {config.train_timesteps} must be at least 1")
+
+
+def _lowest(train_timesteps: int, s: Scalar) -> Tensor:
+    # The training table is float32, and the lowest level of it is what the grid starts from.
+    device = s.device if isinstance(s, Tensor) else None
+    return shift(torch.tensor(1.0, device=device) / train_timesteps, s).double()
+
+
+def _finish(levels: Tensor, device: torch.device | str | None) -> Tensor:
+    return torch.cat([levels, levels.new_zeros(1)]).to(dtype=torch.float32, device=device)
+
+
+def _exp(value: Scalar) -> Scalar:
+    return torch.exp(value) if isinstance(value, Tensor) else math.exp(value)
+
+
+def _log(value: Scalar) -> Scalar:
+    return torch.log(value) if isinstance(value, Tensor) else math.log(value)
