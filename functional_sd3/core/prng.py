@@ -234,8 +234,8 @@ def _threefry(key0: Tensor, key1: Tensor, first: Tensor | int, second: Tensor | 
     """Threefry-2x32 with 20 rounds; all words int64 in [0, 2**32)."""
     schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
     first, second = key0 + first, (key1 + second) & _WORD
-    # Both words now get the full shape (and vmap's batch), so that the arithmetic can be in place on tensors of our own.
-    # `first` is only ever added to: its carries may pile up above bit 32 until the end.
+    # Both words get the full shape (and vmap's batch) here, so that the arithmetic can be in place on tensors of our
+    # own. `first` is only ever added to: its carries may pile up above bit 32 until the end.
     first = first + torch.zeros_like(second)
     for group in range(5):
         for rotation in _ROTATIONS[group % 2]:

@@ -1,9 +1,10 @@
 """Trees of tensors: nested dicts and lists, and tuples or NamedTuples of them for states.
 
-Everything that is not a dict, a list or a tuple is a leaf. The path of a leaf is its names and positions joined by dots,
-"blocks.3.attention.qkv.weight"; order is always the order of insertion. Nothing here writes into its arguments.
+Everything that is not a dict, a list or a tuple is a leaf. The path of a leaf is its names and positions joined by
+dots, "blocks.3.attention.qkv.weight"; order is always that of insertion. Nothing here writes into its arguments.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -22,12 +23,16 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
 
     Raises ValueError naming the path where a tree of `rest` differs in structure.
     """
-    return _map(lambda path, *leaves: fn(*leaves), "", tree, rest)
+    try:
+        return _map(fn, tree, rest)
+    except _StructureError:
+        raise ValueError(_first_mismatch("", tree, rest)) from None
 
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """As `map`, of `fn(path, leaf, *leaves of rest)`."""
-    return _map(fn, "", tree, rest)
+    paths = iter([path for path, _ in _walk("", tree)])
+    return map(lambda *leaves: fn(next(paths), *leaves), tree, *rest)
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -46,12 +51,15 @@ def flatten_paths(tree: Tree) -> dict[str, Any]:
 def unflatten_paths(flat: dict[str, Any]) -> Tree:
     """Nested dicts and lists from dotted paths: segments 0..n-1 become a list, whatever their order.
 
-    Raises ValueError naming the path of a gap (`blocks.1 is missing`), of positions mixed with names, or of a leaf that is
-    also a branch.
+    The inverse of `flatten_paths` for trees of dicts and lists; states of tuples come back as lists, and of NamedTuples
+    as dicts. Raises ValueError naming the path of a gap (`blocks.1 is missing`), of positions mixed with names, or of a
+    leaf that is also a branch.
     """
-    root: dict[str, Any] = {}
+    root = _Branch()
     for path, leaf in flat.items():
-        *branches, name = path.split(".")
+        *branches, name = segments = path.split(".")
+        if "" in segments:
+            raise ValueError(f"path {path!r} has an empty name in it")
         node = root
         for depth, branch in enumerate(branches):
             node = node.setdefault(branch, _Branch())
@@ -70,16 +78,16 @@ def select(tree: Tree, chooser: Chooser) -> dict[str, Any]:
 
 
 def partition(tree: Tree, chooser: Chooser) -> tuple[Tree, Tree]:
-    """(chosen, rest): two trees of the same outline; a leaf is in one of them, and an empty dict holds its place in the other.
+    """(chosen, rest): each leaf is in one of the two trees; an empty dict holds its place in the other.
 
-    An empty dict has no leaves for `map`, `flatten_paths` and `torch.func`, so either half can be differentiated, saved or
-    optimised alone, while list positions and the order of names survive for `combine`.
+    An empty dict has no leaves for `map`, `flatten_paths` and `torch.func`, so that either half can be differentiated
+    or optimised alone, while list positions and the order of names survive for `combine`.
     """
-    chosen = _predicate(chooser)
-    flags = map_with_path(lambda path, leaf: bool(chosen(path, leaf)), tree)
-    return map(lambda leaf, flag: leaf if flag else {}, tree, flags), map(
-        lambda leaf, flag: {} if flag else leaf, tree, flags
-    )
+    is_chosen = _predicate(chooser)
+    flags = map_with_path(lambda path, leaf: bool(is_chosen(path, leaf)), tree)
+    chosen = map(lambda leaf, flag: leaf if flag else {}, tree, flags)
+    rest = map(lambda leaf, flag: {} if flag else leaf, tree, flags)
+    return chosen, rest
 
 
 def combine(first: Tree, second: Tree) -> Tree:
@@ -120,18 +128,18 @@ class Difference(NamedTuple):
 
 
 def diff(first: Tree, second: Tree, rtol: float = 0.0, atol: float = 0.0) -> list[Difference]:
-    """What differs, worst first: presence, shape, dtype (values are compared still), then values by their largest difference.
+    """What differs, worst first: presence, shape, dtype, then values by their largest difference.
 
-    A value differs when |first - second| > atol + rtol |second|; NaN equals NaN and infinity itself. Empty when the trees agree.
+    A value differs when |first - second| > atol + rtol |second|; NaN equals NaN and infinity itself. Leaves of different
+    dtypes have their values compared as well. Empty when the trees agree.
     """
     ours, theirs = flatten_paths(first), flatten_paths(second)
-    found = [Difference(path, "presence", float("inf"), "only in the first tree") for path in ours if path not in theirs]
-    found += [Difference(path, "presence", float("inf"), "only in the second tree") for path in theirs if path not in ours]
-    for path in ours:
-        if path in theirs:
-            found += _compare(path, ours[path], theirs[path], rtol, atol)
+    sides = ((ours.keys() - theirs.keys(), "first"), (theirs.keys() - ours.keys(), "second"))
+    found = [Difference(path, "presence", math.inf, f"only in the {side} tree") for paths, side in sides for path in paths]
+    for path in ours.keys() & theirs.keys():
+        found += _compare(path, ours[path], theirs[path], rtol, atol)
     kinds = ("presence", "shape", "dtype", "value")
-    return sorted(found, key=lambda difference: (kinds.index(difference.kind), -difference.amount))
+    return sorted(found, key=lambda one: (kinds.index(one.kind), -one.amount, one.path))
 
 
 def allclose(first: Tree, second: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
@@ -139,26 +147,39 @@ def allclose(first: Tree, second: Tree, rtol: float = 1e-5, atol: float = 1e-8) 
     return not diff(first, second, rtol, atol)
 
 
-def _map(fn: Callable[..., Any], path: str, tree: Tree, rest: tuple[Tree, ...]) -> Tree:
+class _StructureError(Exception):
+    """Trees differ in structure; where is looked for only then, so that mapping pays nothing for paths."""
+
+
+def _map(fn: Callable[..., Any], tree: Tree, rest: Sequence[Tree]) -> Tree:
     if isinstance(tree, dict):
         for other in rest:
             if not isinstance(other, dict) or other.keys() != tree.keys():
-                raise ValueError(_mismatch(path, tree, other))
-        return {
-            name: _map(fn, _join(path, name), child, tuple([other[name] for other in rest]))
-            for name, child in tree.items()
-        }
+                raise _StructureError
+        return {name: _map(fn, child, [other[name] for other in rest]) for name, child in tree.items()}
     if isinstance(tree, list | tuple):
         for other in rest:
             if not isinstance(other, list | tuple) or len(other) != len(tree):
-                raise ValueError(_mismatch(path, tree, other))
-        names = _names(tree)
-        children = [_map(fn, _join(path, names[i]), tree[i], tuple([other[i] for other in rest])) for i in range(len(tree))]
-        return _like(tree, children)
+                raise _StructureError
+        return _like(tree, [_map(fn, child, others) for child, *others in zip(tree, *rest, strict=True)])
     for other in rest:
         if isinstance(other, dict | list | tuple):
-            raise ValueError(_mismatch(path, tree, other))
-    return fn(path, tree, *rest)
+            raise _StructureError
+    return fn(tree, *rest)
+
+
+def _first_mismatch(path: str, tree: Tree, rest: Sequence[Tree]) -> str | None:
+    for other in rest:
+        if _outline(tree) != _outline(other):
+            return _mismatch(path, tree, other)
+    if isinstance(tree, dict):
+        children = [(name, child, [other[name] for other in rest]) for name, child in tree.items()]
+    elif isinstance(tree, list | tuple):
+        children = list(zip(_names(tree), tree, zip(*rest, strict=True), strict=True))
+    else:
+        return None
+    found = (_first_mismatch(_join(path, name), child, others) for name, child, others in children)
+    return next(filter(None, found), None)
 
 
 def _walk(path: str, tree: Tree) -> Iterator[tuple[str, Any]]:
@@ -179,42 +200,46 @@ class _Branch(dict):
 
 
 def _settle(node: Any, path: str) -> Tree:
-    if not isinstance(node, dict):
+    if not isinstance(node, _Branch):
         return node
-    children = {name: _settle(child, _join(path, name)) if isinstance(child, _Branch) else child for name, child in node.items()}
-    positions = {int(name): child for name, child in children.items() if name.isdecimal() and str(int(name)) == name}
-    if not positions:
+    children = {name: _settle(child, _join(path, name)) for name, child in node.items()}
+    names = [name for name in children if not _is_position(name)]
+    if len(names) == len(children):
         return children
-    if len(positions) != len(children):
-        strange = next(name for name in children if not name.isdecimal() or str(int(name)) != name)
-        raise ValueError(f"{path or 'the root'} mixes positions with the name {strange!r}")
-    for index in range(len(positions)):
-        if index not in positions:
-            raise ValueError(f"{_join(path, str(index))} is missing: {path or 'the root'} goes up to {max(positions)}")
-    return [positions[index] for index in range(len(positions))]
+    if names:
+        raise ValueError(f"{path or 'the root'} mixes positions with the name {names[0]!r}")
+    for index in range(len(children)):
+        if str(index) not in children:
+            last = max(int(name) for name in children)
+            raise ValueError(f"{_join(path, str(index))} is missing: {path or 'the root'} goes up to {last}")
+    return [children[str(index)] for index in range(len(children))]
+
+
+def _is_position(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and (name == "0" or name[0] != "0")
 
 
 def _combine(path: str, first: Tree, second: Tree) -> Tree:
-    if isinstance(first, dict) and not first and not isinstance(second, list | tuple):
+    if isinstance(first, dict) and not first:
         return map(lambda leaf: leaf, second)
-    if isinstance(second, dict) and not second and not isinstance(first, list | tuple):
+    if isinstance(second, dict) and not second:
         return map(lambda leaf: leaf, first)
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
         return {name: _combine(_join(path, name), first[name], second[name]) for name in first}
     if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
-        names = _names(first)
-        return _like(first, [_combine(_join(path, names[i]), first[i], second[i]) for i in range(len(first))])
+        columns = zip(_names(first), first, second, strict=True)
+        return _like(first, [_combine(_join(path, name), one, other) for name, one, other in columns])
     if not isinstance(first, dict | list | tuple) and not isinstance(second, dict | list | tuple):
-        raise ValueError(f"{path or 'the root'} is a leaf of both trees; combine takes two halves without a common leaf")
+        raise ValueError(f"{path or 'the root'} is a leaf of both trees; combine takes halves without a common leaf")
     raise ValueError(_mismatch(path, first, second))
 
 
 def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) -> list[Difference]:
     if ours.shape != theirs.shape:
-        return [Difference(path, "shape", float("inf"), f"{list(ours.shape)} against {list(theirs.shape)}")]
+        return [Difference(path, "shape", math.inf, f"{list(ours.shape)} against {list(theirs.shape)}")]
     found = []
     if ours.dtype != theirs.dtype:
-        found.append(Difference(path, "dtype", float("inf"), f"{ours.dtype} against {theirs.dtype}"))
+        found.append(Difference(path, "dtype", math.inf, f"{ours.dtype} against {theirs.dtype}"))
     wide = torch.promote_types(ours.dtype, theirs.dtype)
     if wide.is_floating_point:
         wide = torch.promote_types(wide, torch.float32)
@@ -222,7 +247,7 @@ def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) 
     off = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
     if off.any():
         gaps = (ours[off].double() - theirs[off].double()).abs()
-        amount = float(gaps.nan_to_num(float("inf")).max())
+        amount = float(gaps.nan_to_num(math.inf).max())
         detail = f"{int(off.sum())} of {off.numel()} elements differ, by at most {amount:.3g}"
         found.append(Difference(path, "value", amount, detail))
     return found
@@ -257,5 +282,5 @@ def _outline(tree: Tree) -> str:
     if isinstance(tree, dict):
         return f"a dict of {sorted(tree, key=str)}"
     if isinstance(tree, list | tuple):
-        return f"a {type(tree).__name__} of {len(tree)}"
+        return f"a sequence of {len(tree)}"
     return "a leaf"
