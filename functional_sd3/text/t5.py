@@ -1,0 +1,156 @@
+"""The encoder of T5 version 1.1, as pure functions.
+
+Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", with the gated
+GELU of Shazeer 2020, "GLU Variants Improve Transformer". Numerics of transformers' `T5EncoderModel`: no biases,
+attention scores without a scale, one table of relative positions shared by all blocks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import attention, layers, prng
+from functional_sd3.core import spec as specs
+from functional_sd3.core.attention import Implementation
+from functional_sd3.core.types import Key, Params, Tree
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a T5 encoder; `T5_XXL` is the one of SD3.
+
+    `buckets` relative positions are told apart, half of them each way, up to `max_distance` tokens.
+    """
+
+    vocab: int = 32128
+    width: int = 4096
+    layers: int = 24
+    heads: int = 64
+    head_dim: int = 64
+    mlp_width: int = 10240
+    buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.buckets < 4 or self.buckets % 4:
+            raise ValueError(f"buckets {self.buckets} must be a multiple of 4: near and far ones, before and after")
+        if self.max_distance <= self.buckets // 4:
+            raise ValueError(f"max_distance {self.max_distance} must be above a quarter of the {self.buckets} buckets")
+
+
+T5_XXL = Config()
+
+
+def spec(config: Config) -> Tree:
+    """The parameter tree, with T5's own initialisation."""
+    width, inner = config.width, config.heads * config.head_dim
+    block = {
+        "norm1": layers.norm_spec(width, bias=False),
+        "attention": {
+            "qkv": layers.linear_spec(width, 3 * inner, bias=False, init=_qkv_init(config)),
+            "out": layers.linear_spec(inner, width, bias=False, init=specs.normal(inner**-0.5)),
+        },
+        "norm2": layers.norm_spec(width, bias=False),
+        "mlp": {
+            "in": layers.linear_spec(width, 2 * config.mlp_width, bias=False, init=specs.normal(width**-0.5)),
+            "out": layers.linear_spec(config.mlp_width, width, bias=False, init=specs.normal(config.mlp_width**-0.5)),
+        },
+    }
+    bias = specs.Param((config.buckets, config.heads), specs.normal(width**-0.5), (None, None))
+    return {
+        "embedding": layers.embedding_spec(config.vocab, width, scale=1.0),
+        "relative_bias": {"weight": bias},
+        "blocks": [block] * config.layers,
+        "final_norm": layers.norm_spec(width, bias=False),
+    }
+
+
+def init(
+    key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Params:
+    """Fresh parameters: `spec(config)` realised."""
+    return specs.init(key, spec(config), dtype=dtype, device=device)
+
+
+def apply(
+    params: Params,
+    config: Config,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    implementation: Implementation = "sdpa",
+) -> Tensor:
+    """Encodes token ids (batch, tokens), int64, each below config.vocab, to (batch, tokens, width).
+
+    `mask` (batch, tokens), bool or int: tokens where it is zero are not attended to; None attends to all, padding too,
+    as SD3 does. The output has the parameters' dtype; with 16-bit parameters the sums between blocks are float32
+    (T5-XXL's overflow float16). Raises ValueError for ids or a mask of another shape.
+    """
+    if ids.ndim != 2 or ids.shape[1] < 1:
+        raise ValueError(f"ids have shape {tuple(ids.shape)}; T5 reads (batch, tokens) with at least one token")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, the ids {tuple(ids.shape)}; they must be the same")
+    embedded = layers.embedding(params["embedding"], ids)
+    dtype = embedded.dtype
+    bias = relative_bias(params["relative_bias"], config, ids.shape[1])
+    if mask is not None:
+        # The lowest finite number: where nothing may be attended to, minus infinity would give NaN.
+        bias = bias.masked_fill((mask == 0)[:, None, None, :], torch.finfo(dtype).min)
+    x = embedded.to(torch.promote_types(dtype, torch.float32))
+    for block in params["blocks"]:
+        normed = layers.rms_norm(block["norm1"], x, config.eps).to(dtype)
+        x = x + _attention(block["attention"], config, normed, bias, implementation)
+        normed = layers.rms_norm(block["norm2"], x, config.eps).to(dtype)
+        x = x + _mlp(block["mlp"], normed)
+    return layers.rms_norm(params["final_norm"], x, config.eps).to(dtype)
+
+
+def relative_bias(params: Params, config: Config, tokens: int) -> Tensor:
+    """What is added to the attention scores of every block, (1, heads, asking tokens, tokens)."""
+    positions = torch.arange(tokens, device=params["weight"].device)
+    bucket = relative_bucket(positions[None, :] - positions[:, None], config.buckets, config.max_distance)
+    return params["weight"].t()[:, bucket][None]
+
+
+def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of a distance (key position - query position), int64, same shape, in [0, buckets).
+
+    Half of the buckets are for keys that come later. Of each half, the first half holds one distance each, the rest
+    widens logarithmically up to `max_distance`; what is farther shares the last (Raffel et al. 2020, section 2.1).
+    """
+    each_way = buckets // 2
+    exact = each_way // 2
+    apart = distance.abs()
+    # float32 in this order of operations, as the released weights were trained: some distances lie on an edge.
+    octaves = torch.log(apart.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    widening = (exact + (octaves * (each_way - exact)).long()).clamp(max=each_way - 1)
+    return torch.where(apart < exact, apart, widening) + each_way * (distance > 0)
+
+
+def _attention(params: Params, config: Config, x: Tensor, bias: Tensor, implementation: Implementation) -> Tensor:
+    qkv = layers.linear(params["qkv"], x).chunk(3, dim=-1)
+    query, key, value = (attention.split_heads(part, config.heads) for part in qkv)
+    attended = attention.attention(query, key, value, mask=bias, scale=1.0, implementation=implementation)
+    return layers.linear(params["out"], attention.merge_heads(attended))
+
+
+def _mlp(params: Params, x: Tensor) -> Tensor:
+    gate, value = layers.linear(params["in"], x).chunk(2, dim=-1)
+    if x.dtype == torch.float16:
+        # T5-XXL's outputs leave float16's range: a power of two is taken out before, and put back in float32.
+        return layers.linear(params["out"], layers.gelu_tanh(gate) * (value / 64)).float() * 64
+    return layers.linear(params["out"], layers.gelu_tanh(gate) * value)
+
+
+def _qkv_init(config: Config) -> specs.Initializer:
+    """Normal, 1/sqrt(width); queries smaller by sqrt(head_dim), which stands for the missing scale of the scores."""
+
+    def draw(key: Key, shape: tuple[int, ...]) -> Tensor:
+        weight = config.width**-0.5 * prng.normal(key, shape)
+        queries, rest = weight.split([shape[0] // 3, shape[0] - shape[0] // 3])
+        return torch.cat((queries * config.head_dim**-0.5, rest))
+
+    return draw
