@@ -50,8 +50,8 @@ def loss(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tenso
     """Rectified-flow loss of each sample: mean over its elements of (v(x_t, t) - (noise - x_0))^2, float32 (batch,).
 
     velocity: called once, with x_t in float32 (float64 if x0 is) and `t`; may answer in any float dtype.
-    x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t). Samples drawn
-    from a density of t already weigh the times: do not multiply by 1 / density as well, that undoes the sampling.
+    x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t). Drawing
+    t from a density weighs the times already: do not multiply by 1 / density as well, that undoes the drawing.
     Raises ValueError when the shapes of x0 and noise, or of x0 and the velocity, differ.
     """
     if x0.shape != noise.shape:

@@ -17,7 +17,7 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True)
 class Config:
-    """What `scheduler_config.json` says about the grid, under diffusers' names (num_train_timesteps: train_timesteps)."""
+    """What `scheduler_config.json` says of the grid, in diffusers' names (`num_train_timesteps`: `train_timesteps`)."""
 
     shift: float = 3.0
     train_timesteps: int = 1000
@@ -100,9 +100,9 @@ def from_config(
 
 
 def resolution_mu(config: Config, tokens: int) -> float:
-    """mu for an image of `tokens` patches: linear from base_shift at base_image_seq_len to max_shift at max_image_seq_len.
+    """mu for an image of `tokens` patches, height * width / (8 * patch_size)^2.
 
-    Beyond these lengths the line goes on, as in diffusers. tokens = height * width / (8 * patch_size)^2.
+    The line through base_shift at base_image_seq_len and max_shift at max_image_seq_len; it goes on beyond both.
     """
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return config.base_shift + slope * (tokens - config.base_image_seq_len)
@@ -129,7 +129,7 @@ def exponential(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
 
 
 def beta(steps: int, lowest: Scalar, highest: Scalar = 1.0, a: float = 0.6, b: float = 0.6) -> Tensor:
-    """At even quantiles of a Beta(a, b) (Lee et al. 2024, arXiv:2407.12173). Differentiable in the ends, not in a, b."""
+    """At even quantiles of Beta(a, b) (Lee et al. 2024, arXiv:2407.12173). Differentiable in the ends, not in a, b."""
     from scipy.stats import beta as distribution
 
     quantiles = torch.from_numpy(distribution.ppf(1 - np.linspace(0, 1, steps), a, b))
@@ -138,7 +138,7 @@ def beta(steps: int, lowest: Scalar, highest: Scalar = 1.0, a: float = 0.6, b: f
 
 
 def learned(logits: Tensor) -> Tensor:
-    """A grid from free numbers: logits (steps,) -> (steps + 1,) strictly descending from 1 to 0, steps = softmax(logits)."""
+    """A grid from free numbers: logits (steps,) -> (steps + 1,), descending from 1 to 0 by steps of softmax(logits)."""
     descent = torch.cumsum(torch.softmax(logits, 0), 0)
     return torch.cat([logits.new_ones(1), 1 - descent[:-1], logits.new_zeros(1)])
 
@@ -161,7 +161,7 @@ def stretch(levels: Tensor, terminal: Scalar) -> Tensor:
 
 
 def partial(grid: Tensor, strength: float) -> Tensor:
-    """The last part of a grid, for image-to-image: of n steps the last n * strength, rounded up; 0 keeps no step, 1 all.
+    """The last part of a grid, for image-to-image: of n steps the last n * strength, rounded up; 0 keeps none, 1 all.
 
     Where n * strength is a whole number it is that number (50 * 0.2 is 10), whatever its floating-point product. Start
     from `path.interpolate(x0, noise, partial(grid, strength)[0])`. Raises ValueError for a strength outside [0, 1].

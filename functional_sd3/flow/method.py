@@ -1,0 +1,71 @@
+"""What an integrator of the flow is: a value made of two functions and two numbers, as in optax.
+
+A method holds nothing. All that a run carries from step to step is its `State`, a tree of tensors: it can be written
+to disk and taken up again, branched, vmapped and differentiated.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from functional_sd3.core.types import Tree, Velocity
+
+
+class Advance(NamedTuple):
+    """What one step gives."""
+
+    x: Tensor
+    memory: Tree
+    slope: Tensor
+    """The velocity at the start of the step, in the dtype of x; `path.denoised` of it is what the step aimed at."""
+
+
+class Method(NamedTuple):
+    """An integrator of dx/dt = velocity(x, t) over a given grid."""
+
+    init: Callable[[Tensor, Tensor], Tree]
+    """`init(x, t)` -> memory: a tensor, or dicts and lists of tensors, [] for none."""
+    step: Callable[[Velocity, Tensor, Tensor, Tensor, Tree], Advance]
+    """`step(velocity, x, t, t_next, memory)` -> Advance. t, t_next scalar or (batch,), in either direction of
+    time; a step of no length (t_next = t) leaves x as it is."""
+    order: int
+    """p: twice as many steps divide the error at the end by 2^p."""
+    evaluations: int
+    """Calls of the velocity in a usual step; `ode.evaluations` counts those of a whole run."""
+    name: str
+    last: "Method | None" = None
+    """What takes the last step of a grid instead, where that differs."""
+
+
+class State(NamedTuple):
+    """Where a run stands: x (batch, ...) at time t, scalar or (batch,), and what the method remembers."""
+
+    x: Tensor
+    t: Tensor
+    memory: Tree
+
+
+class StepInfo(NamedTuple):
+    """What a callback is told after each step."""
+
+    index: int
+    """0 after the first step."""
+    steps: int
+    state: State
+    """After the step."""
+    denoised: Tensor
+    """The prediction of the data that the step started from: x_0 = x - t v."""
+
+    @property
+    def x(self) -> Tensor:
+        return self.state.x
+
+    @property
+    def t(self) -> Tensor:
+        return self.state.t
+
+
+def no_memory(x: Tensor, t: Tensor) -> list[Tree]:
+    """The memory of a one-step method, and of a multistep method that has seen nothing yet."""
+    return []

@@ -1,0 +1,225 @@
+"""Integrating the flow: a plain fold of a method's step over a grid of times.
+
+    x = integrate(EULER, velocity, noise, schedule.sigmas(28))
+
+The state is float32 (float64 for a float64 x) whatever dtype the velocity answers in. The loop reads no value on the
+host: a run can be compiled whole, captured, vmapped, and differentiated with respect to x, the times and all that the
+velocity closes over. Runs share nothing. To stop in the middle and go on later, use `start` and `run`.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Velocity
+from functional_sd3.flow.method import Advance, Method, State, StepInfo, no_memory
+from functional_sd3.flow.multistep import AB2, AB3, AB4, DPMPP_2M, adams_bashforth
+from functional_sd3.flow.path import denoised
+from functional_sd3.flow.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4, Tableau, explicit
+
+METHODS = {method.name: method for method in (EULER, MIDPOINT, HEUN, HEUN_EDM, RALSTON, RK4, DPMPP_2M, AB2, AB3, AB4)}
+"""The fixed-step methods by name, for command lines."""
+
+Times = Tensor | Sequence[float]
+Save = str | Collection[int] | Callable[[StepInfo], Any]
+
+
+class Diverged(ArithmeticError):
+    """The state is not finite after step `index` (0 is the first), from time `t`; `state` is the last good one."""
+
+    def __init__(self, index: int, steps: int, state: State):
+        times = ", ".join(f"{time:.6g}" for time in state.t.detach().flatten().tolist())
+        super().__init__(f"step {index + 1} of {steps}, from t = {times}, gave values that are not finite")
+        self.index, self.t, self.state = index, state.t, state
+
+
+def integrate(
+    method: Method,
+    velocity: Velocity,
+    x: Tensor,
+    times: Times,
+    *,
+    save: Save | None = None,
+    on_step: Callable[[StepInfo], Any] | None = None,
+    check: bool = False,
+) -> Any:
+    """x at times[-1], from x at times[0], in len(times) - 1 steps.
+
+    velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`.
+    times: (n + 1,), descending to generate, ascending to invert, in [0, 1]; or (n + 1, batch), a grid for each sample,
+    where shorter grids are padded by repeating their last time.
+    save: None returns the last x (batch, ...); "all" the n + 1 states at `times`, (n + 1, batch, ...); indices into
+    `times` those states only, stacked in the order given; a function the list of what it returned for each `StepInfo`.
+    on_step: called with the `StepInfo` after each step; what it returns is ignored.
+    check: look at every state and raise `Diverged` where one is not finite (which waits for the device at each step).
+
+    Raises ValueError for grids of the wrong shape and, when the values are at hand (in CPU memory, not being traced),
+    for grids that are not monotone or leave [0, 1].
+    """
+    grid = _grid(times, x)
+    steps = len(grid) - 1
+    state = start(method, x, grid[0])
+    if save is None:
+        return run(method, velocity, state, grid, on_step=on_step, check=check).x
+    if callable(save):
+        answers: list[Any] = []
+        on_step = _both(on_step, lambda info: answers.append(save(info)))
+        run(method, velocity, state, grid, on_step=on_step, check=check)
+        return answers
+    wanted = range(steps + 1) if save == "all" else [_index(index, steps) for index in save]
+    kept = {0: state.x}
+
+    def keep(info: StepInfo) -> None:
+        if info.index + 1 in wanted:
+            kept[info.index + 1] = info.x
+
+    run(method, velocity, state, grid, on_step=_both(on_step, keep), check=check)
+    return torch.stack([kept[index] for index in wanted])
+
+
+def start(method: Method, x: Tensor, t: Tensor | float) -> State:
+    """The state of a run before its first step: x in float32 (float64 if it is), t in the same dtype."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    return State(x, t, method.init(x, t))
+
+
+def step(method: Method, velocity: Velocity, state: State, t_next: Tensor | float) -> State:
+    """One step of the method, from state.t to t_next."""
+    t_next = torch.as_tensor(t_next, dtype=state.t.dtype, device=state.t.device)
+    x, memory, _ = method.step(velocity, state.x, state.t, t_next, state.memory)
+    return State(x, t_next, memory)
+
+
+def run(
+    method: Method,
+    velocity: Velocity,
+    state: State,
+    times: Times,
+    *,
+    on_step: Callable[[StepInfo], Any] | None = None,
+    ends: bool = True,
+    check: bool = False,
+) -> State:
+    """From a state at times[0] to the state at times[-1]. Parts of a grid run one after the other give the whole run.
+
+    So a run can stop after any step k (`times[: k + 1]`), be written to disk (`to_tensors`) and go on from there
+    (`times[k:]`), with the same result to the bit. `ends`: whether the last of `times` is the end of the whole grid,
+    which a method with a `last` step wants to know; False for the parts before.
+    """
+    grid = _grid(times, state.x)
+    steps = len(grid) - 1
+    for index, t_next in enumerate(grid[1:].unbind(0)):
+        stepper = method.last if method.last and ends and index == steps - 1 else method
+        x, memory, slope = stepper.step(velocity, state.x, state.t, t_next, state.memory)
+        before, state = state, State(x, t_next, memory)
+        if check and not torch.isfinite(x).all():
+            raise Diverged(index, steps, before)
+        if on_step is not None:
+            on_step(StepInfo(index, steps, state, denoised(before.x, slope, before.t)))
+    return state
+
+
+def to_tensors(state: State) -> dict[str, Tensor]:
+    """A state as flat named tensors, for safetensors: x, t, memory.0.value, ..."""
+    return tree.flatten_paths(state)
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> State:
+    """The inverse of `to_tensors`."""
+    nested = tree.unflatten_paths(tensors)
+    return State(nested["x"], nested["t"], nested.get("memory", []))
+
+
+def evaluations(method: Method, steps: int) -> int:
+    """How often the method calls the velocity in a run of `steps` steps, counted by running it on one number."""
+    calls = 0
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    integrate(method, counted, torch.zeros(1), torch.linspace(1, 0, steps + 1))
+    return calls
+
+
+def _grid(times: Times, x: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grid = torch.as_tensor(times)
+    if grid.ndim not in (1, 2) or len(grid) < 2 or (grid.ndim == 2 and grid.shape[1:] != x.shape[:1]):
+        raise ValueError(
+            f"times have shape {tuple(grid.shape)}; they must be (steps + 1,) or (steps + 1, batch), "
+            f"with at least one step{'' if x.ndim == 0 else f' and batch {x.shape[0]}'}"
+        )
+    if _at_hand(grid):
+        _check(grid)
+    return grid.to(dtype=dtype, device=x.device)
+
+
+def _check(grid: Tensor) -> None:
+    if not ((grid >= 0) & (grid <= 1)).all():
+        worst = grid.flatten()[(grid.flatten() - 0.5).abs().nan_to_num(nan=torch.inf).argmax()]
+        raise ValueError(f"times leave [0, 1] (there is a {worst:.6g}); 1 is noise, 0 is data")
+    lengths = grid.diff(dim=0)
+    if not ((lengths <= 0).all(0) | (lengths >= 0).all(0)).all():
+        raise ValueError(f"times {grid.flatten().tolist()} are not monotone: they must descend, or ascend, all the way")
+
+
+def _at_hand(values: Tensor) -> bool:
+    """Whether values can be read without waiting for a device or breaking a trace."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(values) is Tensor
+        and values.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+    )
+
+
+def _index(index: int, steps: int) -> int:
+    if not -steps - 1 <= index <= steps:
+        raise ValueError(f"save asks for the state at index {index}, but {steps} steps have the indices 0 to {steps}")
+    return index % (steps + 1)
+
+
+def _both(first: Callable[[StepInfo], Any] | None, second: Callable[[StepInfo], Any]) -> Callable[[StepInfo], None]:
+    def call(info: StepInfo) -> None:
+        if first is not None:
+            first(info)
+        second(info)
+
+    return call
+
+
+__all__ = [
+    "AB2",
+    "AB3",
+    "AB4",
+    "Advance",
+    "DPMPP_2M",
+    "Diverged",
+    "EULER",
+    "HEUN",
+    "HEUN_EDM",
+    "METHODS",
+    "MIDPOINT",
+    "Method",
+    "RALSTON",
+    "RK4",
+    "State",
+    "StepInfo",
+    "Tableau",
+    "adams_bashforth",
+    "evaluations",
+    "explicit",
+    "from_tensors",
+    "integrate",
+    "no_memory",
+    "run",
+    "start",
+    "step",
+    "to_tensors",
+]
