@@ -196,6 +196,8 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
         if x.ndim == 0:
             raise ValueError("permutation takes a length or a tensor of at least one dimension, not a scalar tensor")
         return x[permutation(key, x.shape[0])]
+    if x < 0:
+        raise ValueError(f"length {x} of a permutation must be at least 0")
     _check(key)
     order = torch.arange(x, device=key.device).expand(*key.shape[:-1], x)
     for _ in range(math.ceil(3 * math.log(max(1, x)) / math.log(_WORD))):

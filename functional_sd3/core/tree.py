@@ -130,12 +130,12 @@ class Difference(NamedTuple):
 def diff(first: Tree, second: Tree, rtol: float = 0.0, atol: float = 0.0) -> list[Difference]:
     """What differs, worst first: presence, shape, dtype, then values by their largest difference.
 
-    A value differs when |first - second| > atol + rtol |second|; NaN equals NaN and infinity itself. Leaves of different
-    dtypes have their values compared as well. Empty when the trees agree.
+    A value differs when |first - second| > atol + rtol |second|; NaN equals NaN and infinity itself. Leaves of
+    different dtypes have their values compared as well. Empty when the trees agree.
     """
     ours, theirs = flatten_paths(first), flatten_paths(second)
-    sides = ((ours.keys() - theirs.keys(), "first"), (theirs.keys() - ours.keys(), "second"))
-    found = [Difference(path, "presence", math.inf, f"only in the {side} tree") for paths, side in sides for path in paths]
+    found = [Difference(path, "presence", math.inf, "in the first tree only") for path in ours.keys() - theirs.keys()]
+    found += [Difference(path, "presence", math.inf, "in the second tree only") for path in theirs.keys() - ours.keys()]
     for path in ours.keys() & theirs.keys():
         found += _compare(path, ours[path], theirs[path], rtol, atol)
     kinds = ("presence", "shape", "dtype", "value")
