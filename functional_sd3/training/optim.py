@@ -1,0 +1,353 @@
+"""Optimisers as values: `init(params) -> state`, `update(grads, state, params) -> (updates, state)`, joined by `chain`.
+
+The shape of optax on PyTorch trees. Updates are added to the parameters, so a descent step is negative. Everything is
+pure; `donate` reuses the memory of what it is given and is the one exception.
+AdamW: Loshchilov and Hutter 2019, "Decoupled weight decay regularization", equal to `torch.optim.AdamW`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Params, Tree
+
+Schedule = Callable[[Tensor], Tensor]
+"""Number of steps done (integer tensor ()) -> value (float tensor ())."""
+
+
+class Optimizer(NamedTuple):
+    """`donate(grads, state, params) -> (params, state)`: the whole step in place, where the rule has its own kernel.
+
+    Call the function `donate` below, which checks what may be overwritten, rather than this member.
+    """
+
+    init: Callable[[Params], Tree]
+    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+    donate: Callable[[Tree, Tree, Params], tuple[Params, Tree]] | None = None
+
+
+class CountState(NamedTuple):
+    """Steps done, int64 ()."""
+
+    count: Tensor
+
+
+class AdamState(NamedTuple):
+    """Steps done, int64 (), and the moving averages of the gradient and of its square, trees like the parameters."""
+
+    count: Tensor
+    mean: Tree
+    square: Tree
+
+
+def chain(*optimizers: Optimizer) -> Optimizer:
+    """One after the other; the state is the tuple of theirs."""
+
+    def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
+        states = []
+        for optimizer, own in zip(optimizers, state, strict=True):
+            grads, own = optimizer.update(grads, own, params)
+            states.append(own)
+        return grads, tuple(states)
+
+    def donate(grads: Tree, state: tuple, params: Params) -> tuple[Params, tuple]:
+        grads, states = chain(*optimizers[:-1]).update(grads, state[:-1], params)
+        params, last = optimizers[-1].donate(grads, state[-1], params)
+        return params, (*states, last)
+
+    whole = donate if optimizers and optimizers[-1].donate else None
+    return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update, whole)
+
+
+def clip_by_global_norm(limit: float) -> Optimizer:
+    """grads * min(1, limit / norm), norm over all leaves (Pascanu et al. 2013). `limit` must be positive."""
+    if not limit > 0:
+        raise ValueError(f"the norm to clip to is {limit}; it must be positive (leave the clipping out to have none)")
+
+    def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
+        norm = global_norm(grads)
+        # A NaN norm must not be hidden by the minimum: the loop stops at it.
+        factor = torch.where(norm > limit, limit / norm, torch.where(norm.isnan(), norm, 1.0))
+        return _like(grads, torch._foreach_mul(_leaves(grads), factor)), state
+
+    return Optimizer(lambda params: (), update)
+
+
+def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
+    """mean / (1 - b1^n) / (sqrt(square / (1 - b2^n)) + eps) (Kingma and Ba 2015, algorithm 1)."""
+
+    def update(grads: Tree, state: AdamState, params: Params) -> tuple[Tree, AdamState]:
+        count, gradients = state.count + 1, _leaves(grads)
+        mean = torch._foreach_mul(_leaves(state.mean), b1)
+        torch._foreach_add_(mean, gradients, alpha=1 - b1)
+        square = torch._foreach_mul(_leaves(state.square), b2)
+        torch._foreach_addcmul_(square, gradients, gradients, value=1 - b2)
+        scale = torch._foreach_sqrt(square)
+        torch._foreach_div_(scale, _bias(b2, count).sqrt())
+        torch._foreach_add_(scale, eps)
+        updates = torch._foreach_div(mean, scale)
+        torch._foreach_div_(updates, _bias(b1, count))
+        return _like(grads, updates), AdamState(count, _like(grads, mean), _like(grads, square))
+
+    return Optimizer(lambda params: AdamState(_zero(params), zeros_like(params), zeros_like(params)), update)
+
+
+def add_decayed_weights(decay: float, mask: tree.Chooser = "*") -> Optimizer:
+    """updates + decay * params, on the leaves that `mask` chooses."""
+
+    def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
+        if not decay:
+            return grads, state
+        chosen = tree.select(params, mask)
+        flat = tree.flatten_paths(grads)
+        decayed = torch._foreach_add([flat[path] for path in chosen], list(chosen.values()), alpha=decay)
+        return _like(grads, list((flat | dict(zip(chosen, decayed, strict=True))).values())), state
+
+    return Optimizer(lambda params: (), update)
+
+
+def scale_by_schedule(schedule: Schedule) -> Optimizer:
+    """updates * schedule(steps done before this one)."""
+
+    def update(grads: Tree, state: CountState, params: Params) -> tuple[Tree, CountState]:
+        return _like(grads, torch._foreach_mul(_leaves(grads), schedule(state.count))), CountState(state.count + 1)
+
+    return Optimizer(lambda params: CountState(_zero(params)), update)
+
+
+def scale_by_learning_rate(rate: float | Schedule) -> Optimizer:
+    """updates * -rate: from a direction of ascent to a step of descent."""
+    schedule = as_schedule(rate)
+    return scale_by_schedule(lambda count: -schedule(count))
+
+
+def adamw(
+    rate: float | Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    decay: float = 0.01,
+    mask: tree.Chooser = "*",
+) -> Optimizer:
+    """params - rate * (Adam direction + decay * params), decay on the leaves that `mask` chooses.
+
+    Its donated form is one fused kernel over all leaves; parameters and moments then have to be float32.
+    """
+    pure = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(decay, mask), scale_by_learning_rate(rate))
+    schedule = as_schedule(rate)
+
+    def donate(grads: Tree, state: tuple, params: Params) -> tuple[Params, tuple]:
+        adam, rest, counted = state
+        weights, flat, mean, square = map(tree.flatten_paths, (params, grads, adam.mean, adam.square))
+        chosen = tree.select(params, mask) if decay else {}
+        for paths, amount in ((list(chosen), decay), ([path for path in weights if path not in chosen], 0.0)):
+            if paths:
+                # The kernel reads the number of this step, one tensor a leaf, and is told everything else.
+                counts = [(adam.count + 1).float() for _ in paths]
+                lists = [[flat_tree[path] for path in paths] for flat_tree in (weights, flat, mean, square)]
+                torch._fused_adamw_(
+                    *lists, [], counts, lr=schedule(counted.count), beta1=b1, beta2=b2, weight_decay=amount, eps=eps,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
+        return params, (adam._replace(count=adam.count + 1), rest, CountState(counted.count + 1))
+
+    return Optimizer(pure.init, pure.update, donate)
+
+
+def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor], str]) -> Optimizer:
+    """Each leaf to the optimiser that `label(path, parameter)` names, such as matrices to Muon and the rest to AdamW.
+
+    Raises ValueError naming the leaf whose label has no optimiser.
+    """
+
+    def split(params: Params) -> dict[str, Callable[[Tree], Tree]]:
+        labels = tree.map_with_path(label, params)
+        for path, name in tree.flatten_paths(labels).items():
+            if name not in optimizers:
+                raise ValueError(f"{path} is labelled {name!r}; the optimisers are {sorted(optimizers)}")
+        return {
+            name: lambda whole, name=name: tree.map(lambda leaf, own: leaf if own == name else {}, whole, labels)
+            for name in optimizers
+        }
+
+    def init(params: Params) -> dict[str, Tree]:
+        return {name: optimizers[name].init(part(params)) for name, part in split(params).items()}
+
+    def update(grads: Tree, state: dict[str, Tree], params: Params) -> tuple[Tree, dict[str, Tree]]:
+        states, updates = {}, {}
+        for name, part in split(params).items():
+            own, states[name] = optimizers[name].update(part(grads), state[name], part(params))
+            updates |= tree.flatten_paths(own)
+        return _like(grads, [updates[path] for path in tree.flatten_paths(grads)]), states
+
+    return Optimizer(init, update)
+
+
+def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
+    """`optimizer` on the chosen leaves; the updates of the others pass unchanged."""
+
+    def init(params: Params) -> Tree:
+        return optimizer.init(tree.partition(params, chooser)[0])
+
+    def update(grads: Tree, state: Tree, params: Params) -> tuple[Tree, Tree]:
+        paths = set(tree.select(params, chooser))
+        mine, others = tree.partition(grads, lambda path, leaf: path in paths)
+        mine, state = optimizer.update(mine, state, tree.partition(params, lambda path, leaf: path in paths)[0])
+        return tree.combine(mine, others), state
+
+    return Optimizer(init, update)
+
+
+def apply_updates(params: Params, updates: Tree) -> Params:
+    """params + updates, in the parameters' dtypes."""
+    added = torch._foreach_add(_leaves(params), _leaves(updates))
+    return _like(params, [new.to(old.dtype) for new, old in zip(added, _leaves(params), strict=True)])
+
+
+def global_norm(updates: Tree) -> Tensor:
+    """sqrt of the sum of squares of all leaves, float32 ()."""
+    leaves = _leaves(updates)
+    return torch.stack(torch._foreach_norm(leaves, 2, dtype=torch.float32)).norm() if leaves else torch.zeros(())
+
+
+def donate(optimizer: Optimizer, grads: Tree, state: Tree, params: Params) -> tuple[Params, Tree]:
+    """One step that overwrites `params` and `state`; the returned trees share their memory. `grads` are left alone.
+
+    Raises ValueError when two of those leaves share memory, or one still takes part in a graph: the result would be wrong
+    without any other sign.
+    """
+    check_donated({"params": params, "state": state})
+    with torch.no_grad():
+        if optimizer.donate:
+            return optimizer.donate(grads, state, params)
+        updates, state = optimizer.update(grads, state, params)
+        torch._foreach_add_(_leaves(params), _leaves(updates))
+        return params, state
+
+
+def check_donated(trees: Tree) -> None:
+    """Raises ValueError, naming the paths, unless every leaf has memory of its own and no graph."""
+    spans = []
+    for path, leaf in tree.flatten_paths(trees).items():
+        if leaf.requires_grad:
+            raise ValueError(f"{path} requires grad, so a graph may still read it; donate detached leaves")
+        if leaf.numel():
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
+            spans.append((leaf.data_ptr(), leaf.data_ptr() + extent * leaf.element_size(), path))
+    spans.sort()
+    for (_, end, path), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ValueError(f"{path} and {other} share memory; clone one of them before donating")
+
+
+def poison(tensors: Tree) -> Tree:
+    """The same tensors under new handles; the old handles are emptied, so that using a donated tree fails at once."""
+
+    def move(leaf: Tensor) -> Tensor:
+        fresh = leaf.detach()
+        leaf.set_(torch.empty(0, dtype=leaf.dtype, device=leaf.device))
+        return fresh
+
+    return tree.map(move, tensors)
+
+
+def ema_decay(decay: float, step: Tensor) -> Tensor:
+    """min(decay, (1 + step) / (10 + step)): a young average forgets its random start quickly."""
+    return torch.clamp((1 + step) / (10 + step), max=decay)
+
+
+def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False) -> Params:
+    """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`."""
+    means, gaps = _leaves(ema), torch._foreach_sub(_leaves(params), _leaves(ema))
+    torch._foreach_mul_(gaps, 1 - ema_decay(decay, step))
+    if donate:
+        torch._foreach_add_(means, gaps)
+        return ema
+    return _like(ema, torch._foreach_add(means, gaps))
+
+
+def as_schedule(value: float | Schedule) -> Schedule:
+    return value if callable(value) else constant(value)
+
+
+def constant(value: float) -> Schedule:
+    return lambda step: torch.full((), value, device=step.device)
+
+
+def warmup_constant(peak: float, warmup: int) -> Schedule:
+    """Linear up to `peak` over the first `warmup` steps (the first of them is not 0), then `peak`."""
+    return lambda step: peak * _rise(step, warmup)
+
+
+def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> Schedule:
+    """`warmup_constant` times half a cosine, from 1 at the end of the warm-up to `floor` (a value) at `total`."""
+    _check_span(warmup, total)
+
+    def schedule(step: Tensor) -> Tensor:
+        done = ((step - warmup) / (total - warmup)).clamp(0.0, 1.0)
+        return torch.where(step < warmup, peak * _rise(step, warmup), floor + (peak - floor) * (1 + torch.cos(math.pi * done)) / 2)
+
+    return schedule
+
+
+def trapezoid(peak: float, warmup: int, total: int, decay: int | None = None, floor: float = 0.0) -> Schedule:
+    """Up over `warmup` steps, level, then linearly down to `floor` over the last `decay` (by default all the rest)."""
+    _check_span(warmup, total)
+    decay = total - warmup if decay is None else decay
+    if not 0 < decay <= total - warmup:
+        raise ValueError(f"decay {decay} must be between 1 and total - warmup = {total - warmup}")
+
+    def schedule(step: Tensor) -> Tensor:
+        left = ((total - step) / decay).clamp(0.0, 1.0)
+        return torch.where(step < warmup, peak * _rise(step, warmup), floor + (peak - floor) * left)
+
+    return schedule
+
+
+def _check_span(warmup: int, total: int) -> None:
+    if not 0 <= warmup < total:
+        raise ValueError(f"warmup {warmup} must be at least 0 and below total {total}")
+
+
+def _rise(step: Tensor, warmup: int) -> Tensor:
+    return ((step + 1) / max(warmup, 1)).clamp(max=1.0)
+
+
+def _bias(beta: float, count: Tensor) -> Tensor:
+    # 1 - beta ** n without its cancellation, which costs four of float32's seven digits at n = 1.
+    return -torch.expm1(count.float() * math.log(beta)) if beta else torch.ones_like(count, dtype=torch.float32)
+
+
+def _zero(params: Params) -> Tensor:
+    leaves = _leaves(params)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else "cpu")
+
+
+def zeros_like(params: Params) -> Tree:
+    """Float32 zeros of the parameters' shapes."""
+    return tree.map(lambda leaf: torch.zeros_like(leaf, dtype=torch.float32), params)
+
+
+def _leaves(nested: Tree) -> list[Any]:
+    return list(_iterate(nested))
+
+
+def _iterate(nested: Tree):
+    if isinstance(nested, dict):
+        for child in nested.values():
+            yield from _iterate(child)
+    elif isinstance(nested, list | tuple):
+        for child in nested:
+            yield from _iterate(child)
+    else:
+        yield nested
+
+
+def _like(nested: Tree, leaves: list[Any]) -> Tree:
+    remaining = iter(leaves)
+    return tree.map(lambda _: next(remaining), nested)
