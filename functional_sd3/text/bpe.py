@@ -1,0 +1,281 @@
+"""CLIP's byte-pair tokenizer as pure functions: `init` reads the files into tables, `apply` turns texts into ids.
+
+Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", over bytes, with `</w>` at the end
+of a word (Radford et al. 2021, OpenAI CLIP). The ids are those of Hugging Face's `CLIPTokenizer` (transformers 5), bit
+for bit; where other references disagree, `special_tokens`, `pad_token` and `clean` choose.
+"""
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import bpe_files, bpe_text
+from .bpe_check import Special
+from .bpe_clean import basic_clean, openai_clean
+from .bpe_merge import BYTE_SYMBOLS, BYTES, END_OF_WORD, Pairs, merge, symbols_of, whole_words
+
+__all__ = ["Tables", "apply", "basic_clean", "decode", "init", "offsets", "openai_clean", "save"]
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """A tokenizer: everything `apply` needs, computed once, never written to."""
+
+    vocab: Mapping[str, int]
+    pairs: Pairs
+    words: Mapping[str, int]  # words that are one token as a whole
+    inner: tuple[int, ...]  # id of each byte inside a word
+    final: tuple[int, ...]  # id of each byte at the end of a word
+    names: Mapping[int, str]
+    specials: tuple[Special, ...]
+    cuts: "Cuts"
+    pattern: re.Pattern[str]
+    bos_id: int
+    eos_id: int
+    unk_id: int
+    pad_id: int
+    model_max_length: int
+
+
+class Cuts(NamedTuple):
+    """The special tokens to look for: first in the raw text, then in what is left of it, normalised."""
+
+    raw: re.Pattern[str] | None
+    normalized: re.Pattern[str] | None
+    ids: Mapping[str, int]
+
+
+def init(
+    source: Any, merges: Any = None, *, pad_token: str | None = None, model_max_length: int | None = None
+) -> Tables:
+    """Tables of a tokenizer.
+
+    source: a folder (vocab.json and merges.txt, or a tokenizer.json, with the configs beside them), the path of a
+    tokenizer.json, or a (vocab, merges) pair, each given as a path or as the dict and the list themselves;
+    `init(vocab, merges)` is the same. `pad_token` and `model_max_length` override what the files say; where neither
+    speaks, the padding is the end token and the length 77. Raises one ValueError naming every problem in the files.
+    """
+    files = bpe_files.read(
+        source if merges is None else (source, merges), pad_token=pad_token, model_max_length=model_max_length
+    )
+    vocab, ids = files.vocab, {special.content: special.id for special in files.specials}
+    unk = ids[files.names["unk_token"]]
+    pairs = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(files.merges)}
+    inner = tuple(vocab.get(BYTE_SYMBOLS[byte], unk) for byte in range(256))
+    final = tuple(vocab.get(BYTE_SYMBOLS[byte] + END_OF_WORD, unk) for byte in range(256))
+    return Tables(
+        vocab=vocab,
+        pairs=pairs,
+        words=whole_words(vocab, pairs, inner, final),
+        inner=inner,
+        final=final,
+        names={i: token for token, i in vocab.items()} | {i: content for content, i in ids.items()},
+        specials=files.specials,
+        cuts=_cuts(files.specials, True),
+        pattern=bpe_text.WORDS_AND_LITERALS if files.keeps_literals else bpe_text.WORDS,
+        bos_id=ids[files.names["bos_token"]],
+        eos_id=ids[files.names["eos_token"]],
+        unk_id=unk,
+        pad_id=ids[files.names["pad_token"]],
+        model_max_length=files.model_max_length,
+    )
+
+
+def _cuts(specials: Sequence[Special], chosen: bool | Collection[str]) -> Cuts:
+    if isinstance(chosen, str):
+        raise ValueError(f"special_tokens is the string {chosen!r}; True, False or a collection of strings is right")
+    known = {special.content for special in specials}
+    unknown = [] if isinstance(chosen, bool) else sorted(set(chosen) - known)
+    if unknown:
+        raise ValueError(f"special_tokens {unknown} are not among those of this tokenizer, {sorted(known)}")
+    kept = [s for s in specials if chosen is True or not s.special or (chosen and s.content in chosen)]
+    raw = {special.content: special.id for special in kept if not special.normalized}
+    normalized = {bpe_text.normalize(special.content): special.id for special in kept if special.normalized}
+    return Cuts(_any_of(raw), _any_of(normalized), raw | normalized)
+
+
+def _any_of(contents: Collection[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if contents else None
+
+
+def apply(
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: int | None = 77,
+    pad_token: str | int | None = None,
+    special_tokens: bool | Collection[str] = True,
+    clean: Callable[[str], str] | None = None,
+) -> Tensor | list[list[int]]:
+    """Ids of `texts` (one string is a batch of one): LongTensor (batch, length), or unpadded lists for `length=None`.
+
+    A row is the start token, the text cut to `length - 2` tokens, the end token, and padding with the tokenizer's own
+    pad or `pad_token` (a string or an id). `special_tokens` says which special tokens typed into a text count as such:
+    True all (transformers' behaviour: for SD3's second tokenizer, which pads with "!", every "!" is cut out and becomes
+    the pad id), False none, or the ones listed (listing the start and the end token alone is Stability's behaviour).
+    `clean` is applied to each text first, such as `openai_clean`, `basic_clean` or `ftfy.fix_text`.
+    Raises ValueError for a length below 2, a text that is not a string or holds lone surrogates, an unknown pad token.
+    """
+    if length is not None and length < 2:
+        raise ValueError(f"length {length} has no room for the start and the end token; at least 2 is right")
+    cuts = tables.cuts if special_tokens is True else _cuts(tables.specials, special_tokens)
+    memo: dict[str, list[int]] = {}
+    batch = [_encode(tables, cuts, clean(text) if clean else text, memo) for text in _batch(texts)]
+    bos, eos = [tables.bos_id], [tables.eos_id]
+    if length is None:
+        return [bos + content + eos for content in batch]
+    pad = [tables.pad_id if pad_token is None else _pad_id(tables, pad_token)]
+    rows = [bos + content[: length - 2] + eos + pad * (length - 2 - len(content)) for content in batch]
+    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), length)
+
+
+def _batch(texts: str | Sequence[str]) -> Sequence[str]:
+    batch = [texts] if isinstance(texts, str) else texts
+    for index, text in enumerate(batch):
+        if not isinstance(text, str):
+            raise ValueError(f"text {index} is a {type(text).__name__}, {text!r:.60}; a string is right")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"text {index} holds a lone surrogate, which UTF-8 cannot write: {text!r:.60}")
+    return batch
+
+
+def _pad_id(tables: Tables, pad_token: str | int) -> int:
+    if isinstance(pad_token, str):
+        ids = {**tables.vocab, **{special.content: special.id for special in tables.specials}}
+        if pad_token not in ids:
+            raise ValueError(f"pad_token {pad_token!r} is not in the vocabulary of {len(tables.names)} tokens")
+        return ids[pad_token]
+    if pad_token not in tables.names:
+        raise ValueError(f"pad_token {pad_token} is not an id of the vocabulary of {len(tables.names)} tokens")
+    return pad_token
+
+
+def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]]) -> list[int]:
+    ids: list[int] = []
+    whole = tables.words.get
+    for raw in _cut(cuts.raw, text):
+        if raw.special:
+            ids.append(cuts.ids[raw.text])
+            continue
+        for part in _cut(cuts.normalized, bpe_text.normalize(raw.text)):
+            if part.special:
+                ids.append(cuts.ids[part.text])
+                continue
+            for word in bpe_text.words(tables.pattern, part.text):
+                known = whole(word)
+                if known is not None:
+                    ids.append(known)
+                    continue
+                if word not in memo:
+                    memo[word] = _word(tables, word)
+                ids += memo[word]
+    return ids
+
+
+class _Part(NamedTuple):
+    start: int
+    text: str
+    special: bool
+
+
+def _cut(pattern: re.Pattern[str] | None, text: str) -> Sequence[_Part]:
+    """`text` in parts: what `pattern` matches, and what lies between."""
+    if pattern is None or pattern.search(text) is None:
+        return (_Part(0, text, False),)
+    parts, position = [], 0
+    for match in pattern.finditer(text):
+        parts += [_Part(position, text[position : match.start()], False), _Part(match.start(), match.group(), True)]
+        position = match.end()
+    return [*parts, _Part(position, text[position:], False)]
+
+
+def _word(tables: Tables, word: str) -> list[int]:
+    """Ids of one word. A literal that the pattern kept whole falls into its own words here."""
+    parts = bpe_text.words(bpe_text.WORDS, word)
+    return [i for p in parts for i in merge(tables.pairs, symbols_of(p.encode(), tables.inner, tables.final))]
+
+
+def offsets(
+    tables: Tables, texts: str | Sequence[str], *, special_tokens: bool | Collection[str] = True
+) -> list[list[tuple[int, int]]]:
+    """Where each id of `apply(tables, texts, length=None)` stands in its text: (start, end) in characters.
+
+    The start and end tokens stand at (0, 0). As in `tokenizers`, a token that is part of a character spans all of it,
+    and a character that NFC composed spans the first of the characters it was made of.
+    """
+    cuts = tables.cuts if special_tokens is True else _cuts(tables.specials, special_tokens)
+    return [[(0, 0), *_offsets(tables, cuts, text), (0, 0)] for text in _batch(texts)]
+
+
+def _offsets(tables: Tables, cuts: Cuts, text: str) -> Iterator[tuple[int, int]]:
+    for raw in _cut(cuts.raw, text):
+        if raw.special:
+            yield raw.start, raw.start + len(raw.text)
+            continue
+        normalized, sources = bpe_text.normalize_aligned(raw.text)
+        places = [raw.start + source for source in sources]
+        for part in _cut(cuts.normalized, normalized):
+            if part.special:
+                yield places[part.start], places[part.start + len(part.text) - 1] + 1
+                continue
+            for start, end in bpe_text.spans(tables.pattern, part.text):
+                here = places[part.start + start : part.start + end]
+                yield from _word_offsets(tables, part.text[start:end], here)
+
+
+def _word_offsets(tables: Tables, word: str, places: Sequence[int]) -> Iterator[tuple[int, int]]:
+    bytewise = [place for character, place in zip(word, places, strict=True) for _ in character.encode()]
+    position = 0
+    for i in _word(tables, word):
+        size = 1 if i == tables.unk_id else len(tables.names[i].removesuffix(END_OF_WORD))
+        yield bytewise[position], bytewise[position + size - 1] + 1
+        position += size
+
+
+def decode(tables: Tables, ids: Tensor | Sequence[Any], *, skip_special: bool = True) -> str | list[str]:
+    """The text of ids (a string for one row, a list of strings for several), in lower case, words parted by one space.
+
+    `skip_special` leaves out the start, end and padding tokens and every other special one. Bytes that are not UTF-8
+    (half a character) become U+FFFD. Raises ValueError for an id outside the vocabulary.
+    """
+    rows = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if rows and not isinstance(rows[0], int):
+        return [_decode(tables, list(row), skip_special) for row in rows]
+    return _decode(tables, rows, skip_special)
+
+
+def _decode(tables: Tables, ids: Sequence[int], skip_special: bool) -> str:
+    unknown = [i for i in ids if i not in tables.names]
+    if unknown:
+        raise ValueError(f"ids {unknown[:5]} are not in the vocabulary of {len(tables.names)} tokens")
+    special = {entry.id for entry in tables.specials if entry.special} if skip_special else set()
+    kept = [tables.names[i] for i in ids if i not in special]
+    return b"".join(map(_token_bytes, kept)).decode(errors="replace").strip()
+
+
+def _token_bytes(token: str) -> bytes:
+    body, space = (token.removesuffix(END_OF_WORD), b" ") if token.endswith(END_OF_WORD) else (token, b"")
+    try:
+        return bytes([BYTES[symbol] for symbol in body]) + space
+    except KeyError:  # an added token written in characters
+        return token.encode()
+
+
+def save(folder: str | os.PathLike[str], tables: Tables) -> None:
+    """Writes vocab.json, merges.txt and the two configs into `folder`, as `init` and `CLIPTokenizer` load them."""
+    by_rank = sorted(tables.pairs.items(), key=lambda entry: entry[1][0])
+    ids = {"bos": tables.bos_id, "eos": tables.eos_id, "unk": tables.unk_id, "pad": tables.pad_id}
+    files = bpe_files.Files(
+        vocab=dict(tables.vocab),
+        merges=[(tables.names[left], tables.names[right]) for (left, right), _ in by_rank],
+        specials=tables.specials,
+        names={f"{name}_token": tables.names[i] for name, i in ids.items()},
+        model_max_length=tables.model_max_length,
+        keeps_literals=tables.pattern is bpe_text.WORDS_AND_LITERALS,
+    )
+    bpe_files.write(folder, files)
