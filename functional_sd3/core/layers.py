@@ -23,9 +23,12 @@ def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes
 
 def linear(params: Params, x: Tensor) -> Tensor:
     """x (..., inputs) -> (..., outputs)."""
-    # The fused 3-D bias form specialises shapes under compile(grad) and recompiles at every resolution.
-    y = F.linear(x, params["weight"])
-    return y + params["bias"] if "bias" in params else y
+    weight, bias = params["weight"], params.get("bias")
+    if bias is None or x.ndim < 3:
+        return F.linear(x, weight, bias)
+    # As a matrix: with the bias, three dimensions specialise shapes under compile(grad) and recompile at every
+    # resolution, and a separate addition of the bias costs eager code another pass over the result.
+    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:

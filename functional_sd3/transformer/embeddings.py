@@ -30,7 +30,7 @@ def position_table(width: int, size: int, base_size: int) -> Tensor:
     Raises ValueError when `width` is not a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"width {width} of the position table must be a multiple of 4 (sine and cosine of row and column)")
+        raise ValueError(f"width {width} of a position table must be a multiple of 4: sine, cosine of row, column")
     coordinates = torch.arange(size, dtype=torch.float32) / (size / base_size)
     quarter = torch.arange(width // 4, dtype=torch.float64) / (width / 4)
     angles = torch.outer(coordinates.double(), 1.0 / 10000.0**quarter)

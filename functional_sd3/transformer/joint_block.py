@@ -1,0 +1,147 @@
+"""The block of an MMDiT: two streams, image and context, with weights of their own and one attention over both.
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", figure 2b; MMDiT-X, which
+gives some blocks a second attention over the image alone: the SD3.5-medium model card.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from functional_sd3.core import layers
+from functional_sd3.core import spec as specs
+from functional_sd3.core.attention import Implementation, Stream, joint_attention, merge_heads
+from functional_sd3.core.types import Params, Tree
+
+MLP_RATIO = 4
+EPS = 1e-6
+
+
+def spec(width: int, head_dim: int, *, qk_norm: bool, dual: bool, last: bool) -> Tree:
+    """Parameters of one block. `dual`: the image attends a second time; `last`: the context only answers."""
+    image: dict[str, Any] = {
+        "modulation": zero_linear_spec(width, (9 if dual else 6) * width),
+        "attention": _attention_spec(width, head_dim, qk_norm),
+    }
+    if dual:
+        image["attention2"] = _attention_spec(width, head_dim, qk_norm)
+    image["mlp"] = _mlp_spec(width)
+    context = {
+        "modulation": zero_linear_spec(width, (2 if last else 6) * width),
+        "attention": _attention_spec(width, head_dim, qk_norm, out=not last),
+    }
+    if not last:
+        context["mlp"] = _mlp_spec(width)
+    return {"image": image, "context": context}
+
+
+def apply(
+    params: Params,
+    heads: int,
+    image: Tensor,
+    context: Tensor,
+    modulation: dict[str, Tensor],
+    implementation: Implementation = "sdpa",
+) -> tuple[Tensor, Tensor]:
+    """One joint block: image and context (batch, tokens, width) -> the same.
+
+    `modulation` holds what t and the pooled text say to each stream, (batch, n * width): shift, scale and gate of the
+    attention, then of the MLP, then of the second attention where there is one. In the last block the context has scale
+    and shift alone: it is attended to, asks nothing and is returned as it came.
+    """
+    width = image.shape[-1]
+    shift, scale, gate, *rest = split_modulation(modulation["image"], width)
+    image_mlp, second = rest[:3], rest[3:]
+    normed = norm(image)
+    image_stream = _stream(params["image"]["attention"], heads, modulate(normed, shift, scale))
+
+    last = "out" not in params["context"]["attention"]
+    context_parts = split_modulation(modulation["context"], width)
+    # The last block's two parts are the other way round: its modulation is kept as diffusers stores it.
+    context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
+    context_normed = modulate(norm(context), context_shift, context_scale)
+    context_stream = _stream(params["context"]["attention"], heads, context_normed, asks=not last)
+
+    attended, context_attended = joint_attention([image_stream, context_stream], implementation=implementation)
+    image = _add_attended(params["image"]["attention"], image, gate, attended)
+    if second:
+        shift, scale, gate = second
+        stream = _stream(params["image"]["attention2"], heads, modulate(normed, shift, scale))
+        (attended,) = joint_attention([stream], implementation=implementation)
+        image = _add_attended(params["image"]["attention2"], image, gate, attended)
+    image = _mlp(params["image"]["mlp"], image, *image_mlp)
+    if last:
+        return image, context
+    context = _add_attended(params["context"]["attention"], context, context_parts[2], context_attended)
+    return image, _mlp(params["context"]["mlp"], context, *context_parts[3:])
+
+
+def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:
+    """(batch, n * width) -> n tensors (batch, 1, width)."""
+    return modulation.unsqueeze(-2).split(width, dim=-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Layer norm over the last axis; its scale and shift are the modulation's."""
+    return layers.layer_norm({}, x, EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def linear_spec(inputs: int, outputs: int) -> Tree:
+    """A linear layer initialised as DiT's are (Peebles and Xie 2023): Xavier uniform, no bias yet."""
+    return layers.linear_spec(inputs, outputs, init=specs.xavier_uniform(inputs, outputs))
+
+
+def zero_linear_spec(inputs: int, outputs: int) -> Tree:
+    """A linear layer that starts at zero, so that what it modulates starts as the identity."""
+    return layers.linear_spec(inputs, outputs, init=specs.zeros)
+
+
+def _stream(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Stream:
+    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width)."""
+    if asks:
+        query, key, value = _split_heads(layers.linear(params["qkv"], x), 3, heads)
+        return Stream(_head_norm(params, "query_norm", query), _head_norm(params, "key_norm", key), value)
+    without_query = {name: leaf[x.shape[-1] :] for name, leaf in params["qkv"].items()}
+    key, value = _split_heads(layers.linear(without_query, x), 2, heads)
+    return Stream(None, _head_norm(params, "key_norm", key), value)
+
+
+def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
+    pattern = "batch tokens (part heads width) -> part batch heads tokens width"
+    return rearrange(x, pattern, part=parts, heads=heads).unbind()
+
+
+def _head_norm(params: Params, name: str, x: Tensor) -> Tensor:
+    return layers.rms_norm(params[name], x, EPS) if name in params else x
+
+
+def _add_attended(params: Params, x: Tensor, gate: Tensor, attended: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, layers.linear(params["out"], merge_heads(attended)))
+
+
+def _mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    hidden = layers.gelu_tanh(layers.linear(params["in"], modulate(norm(x), shift, scale)))
+    return torch.addcmul(x, gate, layers.linear(params["out"], hidden))
+
+
+def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:
+    # Three square matrices that are only stored as one.
+    tree: dict[str, Any] = {"qkv": layers.linear_spec(width, 3 * width, init=specs.xavier_uniform(width, width))}
+    if qk_norm:
+        tree["query_norm"] = layers.norm_spec(head_dim, bias=False)
+        tree["key_norm"] = layers.norm_spec(head_dim, bias=False)
+    if out:
+        tree["out"] = linear_spec(width, width)
+    return tree
+
+
+def _mlp_spec(width: int) -> Tree:
+    return {"in": linear_spec(width, MLP_RATIO * width), "out": linear_spec(MLP_RATIO * width, width)}
