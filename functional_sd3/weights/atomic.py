@@ -1,0 +1,214 @@
+"""Files and folders that are replaced whole or not at all.
+
+A file is written beside its target, synced to disk and renamed over it: at every moment the name holds the old content
+or the new. A new folder likewise. The content of a folder that exists is replaced in three steps, because no portable
+call swaps two folders and because what else lies in it (logs, checkpoints, a README) must stay:
+
+1. everything is written to a staging folder inside it and synced: a failure here leaves the old content as it was;
+2. the staging folder is renamed to `.saved`: from this instant the new content counts, and `current(folder)` says so;
+3. each entry is put in its place (by hard links, so it costs nothing), then `.saved` is removed.
+
+A process killed before 2 leaves the old content, after 2 the new one, for whoever asks `current` where to read, as
+`weights.load` does; the next save finishes what was begun. Other programs, which do not ask, may meet entries of both
+only if the process died in the milliseconds of step 3. Two processes must not replace one folder at the same time.
+"""
+
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TypeVar
+
+from functional_sd3.weights.errors import WeightsError, reason
+
+Result = TypeVar("Result")
+_ATTEMPTS = 5
+_SAVED = ".saved"
+_PARTIAL = ".partial"
+
+
+def replace_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Put at `path` the file that `write(temporary path)` makes, atomically and durably.
+
+    Raises WeightsError when the system refuses (full disk, no permission, a folder in the way): `path` is untouched.
+    """
+    path = Path(path)
+    temporary = _temporary(path.parent, path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent, path.name)
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written: {reason(error)}; what was there is untouched") from error
+
+
+def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned: Collection[str]) -> None:
+    """Put at `path` the folder that `write(temporary folder)` fills, as the module says.
+
+    owned: the names at the top of the folder that belong to what is written; those that `write` does not make are
+    removed, all other entries of an existing folder stay. Raises WeightsError when the system refuses.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            _create(path, write)
+            return
+        _sweep(path, "")
+        if (path / _SAVED).is_dir():
+            _install(path, owned)
+        staging = _stage(_temporary(path, ""), write)
+        os.rename(staging, path / _SAVED)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written: {reason(error)}; what was there still loads") from error
+    try:
+        _install(path, owned)
+    except OSError as error:
+        message = f"{path}: is saved in {_SAVED} and loads, but cannot be put in its place: {reason(error)}"
+        raise WeightsError(message) from error
+
+
+def current(folder: Path) -> Path:
+    """Where the content of a folder written by `replace_folder` is: itself or, after an interruption, `.saved`."""
+    return folder / _SAVED if os.path.isdir(folder / _SAVED) else folder
+
+
+def read_stable(path: Path, read: Callable[[Path], Result], owned: Collection[str]) -> Result:
+    """`read(where the content is)`, again if the folder was replaced meanwhile: never the halves of two contents."""
+    for _ in range(_ATTEMPTS):
+        before = _stamp(path, owned)
+        try:
+            result, error = read(current(path)), None
+        except WeightsError as failure:
+            result, error = None, failure
+        if _stamp(path, owned) == before:
+            if error:
+                raise error
+            return result
+    raise WeightsError(f"{path}: was replaced each of the {_ATTEMPTS} times it was read")
+
+
+def _stamp(path: Path, owned: Collection[str]) -> list[tuple[int, int] | None]:
+    return [_identity(path / name) for name in (*sorted(owned), _SAVED)]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _create(path: Path, write: Callable[[Path], None]) -> None:
+    _sweep(path.parent, path.name)
+    staging = _stage(_temporary(path.parent, path.name), write)
+    try:
+        os.rename(staging, path)
+    except BaseException:
+        _remove(staging)
+        raise
+    _sync(path.parent)
+
+
+def _stage(staging: Path, write: Callable[[Path], None]) -> Path:
+    try:
+        staging.mkdir()
+        write(staging)
+        for folder, _, files in os.walk(staging, topdown=False):
+            for name in files:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+    except BaseException:
+        _remove(staging)
+        raise
+    return staging
+
+
+def _install(path: Path, owned: Collection[str]) -> None:
+    """Step 3: the content of `.saved` takes its place. May be repeated after an interruption at any point."""
+    _sync(path)
+    saved, replaced = path / _SAVED, _temporary(path, "")
+    replaced.mkdir()
+    made = sorted(entry.name for entry in saved.iterdir())
+    for name in sorted({*owned, *made}):
+        if os.path.lexists(path / name):
+            os.rename(path / name, replaced / name)
+        if name in made:
+            _link(saved / name, path / name)
+    _sync(path)
+    os.rename(saved, replaced / _SAVED)
+    _sync(path)
+    _remove(replaced)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link_file)
+        _sync(target)
+    else:
+        _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # A file system without hard links.
+        shutil.copyfile(source, target)
+        _sync(Path(target))
+
+
+def _temporary(folder: Path, name: str) -> Path:
+    """A name in the folder that nobody else uses, and that tells who made it and for what."""
+    return folder / f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove what processes of this machine left of `name` when they were killed."""
+    prefix = f".{name}.{socket.gethostname()}-"
+    for left in folder.iterdir():
+        process = left.name.removeprefix(prefix).split("-")[0]
+        if left.name.startswith(prefix) and left.name.endswith(_PARTIAL) and process.isdigit():
+            if not _alive(int(process)):
+                _remove(left)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        # Elsewhere signal 0 is not a question but a blow.
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Ask the system to put a file's or folder's content on the disk before going on."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

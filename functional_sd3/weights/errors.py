@@ -1,0 +1,34 @@
+"""The one error of everything that reads or writes weights."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+_MOST_SHOWN = 50
+
+
+class WeightsError(ValueError):
+    """Files that cannot be read or written as asked; `problems` has one sentence each, naming file and key."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        problems = (problems,) if isinstance(problems, str) else problems
+        # Names in hostile files need not be printable.
+        self.problems = tuple(problem.encode(errors="backslashreplace").decode() for problem in problems)
+        shown = self.problems[:_MOST_SHOWN]
+        more = len(self.problems) - len(shown)
+        title = f"{len(self.problems)} problems:\n  " if len(self.problems) > 1 else ""
+        super().__init__(title + "\n  ".join(shown) + (f"\n  and {more} more (see .problems)" if more else ""))
+
+
+def attempt(problems: list[str], function: Callable[..., Result], *arguments, **options) -> Result | None:
+    """`function(*arguments, **options)`; None when it raises a WeightsError, whose sentences then join `problems`."""
+    try:
+        return function(*arguments, **options)
+    except WeightsError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def reason(error: OSError) -> str:
+    """What the system said, without the path, which our sentences put first."""
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,184 @@
+"""Foreign checkpoints as data: a table of rules between their names and ours, read in both directions.
+
+A rule pairs a pattern of ours with one or more of theirs and a transform with an exact inverse. `{i}` stands for one
+part of a name between dots, `{*rest}` for any number of them; what they match on one side is filled in on the other.
+For every leaf of a spec the first rule that matches counts, so exceptions stand before what they are exceptions to.
+From the one table come the names and shapes a file must have, the parameters read from it and the tensors written.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import spec as specs
+from functional_sd3.core.types import Params, Tree
+
+# Above this many missing names a file is another model's: comparing it name by name would take minutes.
+_MOST_COMPARED = 100
+
+
+class Transform(NamedTuple):
+    """`join`: their tensors -> ours; `split`: ours, and how many of theirs -> theirs. Each undoes the other exactly."""
+
+    name: str
+    join: Callable[[list[Tensor]], Tensor]
+    split: Callable[[Tensor, int], list[Tensor]]
+
+
+def _only(change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], name: str) -> Transform:
+    return Transform(name, lambda parts: change(parts[0]), lambda ours, count: [back(ours)])
+
+
+def _swap(value: Tensor) -> Tensor:
+    first, second = value.chunk(2)
+    return torch.cat([second, first])
+
+
+IDENTITY = _only(lambda value: value, lambda value: value, "identity")
+FUSE = Transform("fuse", torch.cat, lambda ours, count: list(ours.chunk(count)))
+"""Several of theirs one below the other (query, key and value of one attention)."""
+SWAP_HALVES = _only(_swap, _swap, "swap halves")
+"""Shift and scale in the other order."""
+FROM_CONV = _only(lambda value: value[:, :, 0, 0], lambda value: value[:, :, None, None], "1x1 convolution to linear")
+TRANSPOSE = _only(lambda value: value.T, lambda value: value.T, "transpose")
+
+
+def then(each: Transform, whole: Transform) -> Transform:
+    """`each` on every one of their tensors, then `whole` on all of them."""
+    return Transform(
+        f"{each.name}, then {whole.name}",
+        lambda parts: whole.join([each.join([part]) for part in parts]),
+        lambda ours, count: [each.split(part, 1)[0] for part in whole.split(ours, count)],
+    )
+
+
+class Rule(NamedTuple):
+    """`ours` comes from `theirs` by `transform`."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    transform: Transform = IDENTITY
+
+
+class Layout(NamedTuple):
+    """Rules for every leaf of a component; other spellings met in files; names that hold nothing to load."""
+
+    rules: tuple[Rule, ...]
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+class Source(NamedTuple):
+    """Where one leaf of ours comes from."""
+
+    names: tuple[str, ...]
+    transform: Transform
+
+
+def renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
+    """Rules (ours, theirs) that change nothing but the name."""
+    return tuple(Rule(ours, (theirs,)) for ours, theirs in pairs)
+
+
+def prefixed(layout: Layout, prefix: str) -> Layout:
+    """The same layout with `prefix` before every name of theirs."""
+    return Layout(
+        tuple(rule._replace(theirs=tuple(prefix + name for name in rule.theirs)) for rule in layout.rules),
+        tuple((prefix + found, prefix + meant) for found, meant in layout.aliases),
+        tuple(prefix + name for name in layout.ignored),
+    )
+
+
+def sources(layout: Layout, spec: Tree) -> dict[str, Source]:
+    """Our paths -> their names and the transform. Raises ValueError when a leaf of the spec has no rule."""
+    compiled = [(re.compile(_regex(rule.ours)), rule) for rule in layout.rules]
+    return {path: _source(compiled, path) for path in specs.paths(spec)}
+
+
+def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:
+    """Their names -> shapes for a spec; costs no memory whatever the size."""
+    wanted = specs.paths(spec)
+    found: dict[str, tuple[int, ...]] = {}
+    for path, (names, transform) in sources(layout, spec).items():
+        parts = transform.split(torch.empty(wanted[path].shape, device="meta"), len(names))
+        found.update(zip(names, (tuple(part.shape) for part in parts), strict=True))
+    return found
+
+
+def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
+    """The name the rules use -> the name in the file, without what is ignored.
+
+    Where a file has a tensor under its proper name and under another, the proper one counts.
+    """
+    aliases = [(re.compile(_regex(found)), meant) for found, meant in layout.aliases]
+    ignored = [re.compile(_regex(pattern)) for pattern in layout.ignored]
+    found: dict[str, str] = {}
+    for name in names:
+        if any(pattern.fullmatch(name) for pattern in ignored):
+            continue
+        proper = next((_fill(meant, m) for pattern, meant in aliases if (m := pattern.fullmatch(name))), name)
+        if proper == name or proper not in found:
+            found[proper] = name
+    return found
+
+
+def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What stands between tensors of theirs (proper name -> shape) and the spec, one sentence each.
+
+    A leaf that is not learned (a table that the spec computes) may be missing.
+    """
+    wanted = keys(layout, spec)
+    optional = _optional(layout, spec)
+    unexpected = [name for name in shapes if name not in wanted]
+    missing = [name for name in wanted if name not in shapes and name not in optional]
+    problems = [f"{name} is missing (shape {list(wanted[name])})" for name in missing]
+    problems += [f"{name} is unexpected{_closest(name, missing)}" for name in unexpected]
+    for name, shape in wanted.items():
+        if name in shapes and tuple(shapes[name]) != shape:
+            problems.append(f"{name} has shape {list(shapes[name])}, expected {list(shape)}")
+    return problems
+
+
+def to_ours(layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], Tensor]) -> Params:
+    """The parameters of a spec, each leaf as `fetch(source, param)` returns it."""
+    found = sources(layout, spec)
+    return specs.map_params(lambda path, param: fetch(found[path], param), spec)
+
+
+def to_theirs(layout: Layout, spec: Tree, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors, mostly views, from ours (path -> tensor)."""
+    found: dict[str, Tensor] = {}
+    for path, (names, transform) in sources(layout, spec).items():
+        found.update(zip(names, transform.split(leaves[path], len(names)), strict=True))
+    return found
+
+
+def _source(compiled: list[tuple[re.Pattern, Rule]], path: str) -> Source:
+    for pattern, rule in compiled:
+        if match := pattern.fullmatch(path):
+            return Source(tuple(_fill(name, match) for name in rule.theirs), rule.transform)
+    raise ValueError(f"no rule of the layout says where {path} comes from")
+
+
+def _optional(layout: Layout, spec: Tree) -> set[str]:
+    tables = {path for path, param in specs.paths(spec).items() if not param.trainable}
+    return {name for path, source in sources(layout, spec).items() if path in tables for name in source.names}
+
+
+def _regex(pattern: str) -> str:
+    parts = re.split(r"\{(\*?\w+)\}", pattern)
+    named = [f"(?P<{part.lstrip('*')}>{'.+' if part.startswith('*') else '[^.]+'})" for part in parts[1::2]]
+    return "".join(re.escape(text) + name for text, name in zip(parts[::2], [*named, ""], strict=True))
+
+
+def _fill(pattern: str, match: re.Match) -> str:
+    return re.sub(r"\{\*?(\w+)\}", lambda hole: match[hole[1]], pattern)
+
+
+def _closest(name: str, missing: list[str]) -> str:
+    near = difflib.get_close_matches(name, missing, n=1, cutoff=0.8) if len(missing) <= _MOST_COMPARED else []
+    return f"; is it {near[0]}?" if near else ""

@@ -1,0 +1,82 @@
+"""A whole model: the configs, the parameters and the tokenizers of its components, and what their specs say of it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from functional_sd3.core import spec as specs
+from functional_sd3.core import tree
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.flow.schedule import Config as ScheduleConfig
+from functional_sd3.image import vae
+from functional_sd3.image.vae import Config as VaeConfig
+from functional_sd3.text import clip, t5
+from functional_sd3.text.clip import Config as ClipConfig
+from functional_sd3.text.t5 import Config as T5Config
+from functional_sd3.transformer import mmdit
+from functional_sd3.transformer.mmdit import Config as TransformerConfig
+
+SPECS = {"clip_l": clip.spec, "clip_g": clip.spec, "t5": t5.spec, "transformer": mmdit.spec, "vae": vae.spec}
+"""Component -> its `spec(config)`, in the order of the tree."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The config of every component, None for those that are absent."""
+
+    clip_l: ClipConfig | None = None
+    clip_g: ClipConfig | None = None
+    t5: T5Config | None = None
+    transformer: TransformerConfig | None = None
+    vae: VaeConfig | None = None
+    schedule: ScheduleConfig | None = None
+
+
+class Tokenizers(NamedTuple):
+    """The tables of every tokenizer (`bpe`, `bpe`, `unigram`), None for those that are absent."""
+
+    clip_l: Any = None
+    clip_g: Any = None
+    t5: Any = None
+
+
+class Model(NamedTuple):
+    """Everything a folder holds; `params` has one tree for each component that is there."""
+
+    config: Config
+    params: dict[str, Params]
+    tokenizers: Tokenizers = Tokenizers()
+
+
+def spec(config: Config) -> Tree:
+    """One spec for every component that the config has: the description of `Model.params`."""
+    present = {name: getattr(config, name) for name in SPECS}
+    return {name: SPECS[name](part) for name, part in present.items() if part is not None}
+
+
+def check(model: Model) -> list[str]:
+    """What stands between a model's parameters and its config, one sentence each; empty when they fit."""
+    known = ", ".join(SPECS)
+    strangers = [f"{name} is not a component; known are {known}" for name in model.params if name not in SPECS]
+    homeless = [
+        f"{name} has parameters but no config"
+        for name in model.params
+        if name in SPECS and getattr(model.config, name) is None
+    ]
+    problems = strangers + homeless
+    for name, part in spec(model.config).items():
+        if name in model.params:
+            problems += _check_leaves(name, part, tree.flatten_paths(model.params[name]))
+    return problems
+
+
+def _check_leaves(name: str, spec: Tree, leaves: dict[str, Any]) -> list[str]:
+    wrong = [path for path, leaf in leaves.items() if not hasattr(leaf, "is_floating_point")]
+    if wrong:
+        return [f"{name}.{path} is a {type(leaves[path]).__name__}, not a tensor" for path in wrong]
+    problems = specs.check(spec, leaves)
+    for path, leaf in leaves.items():
+        if not leaf.is_floating_point():
+            problems.append(f"{path} has dtype {leaf.dtype}, not a float")
+        if leaf.is_meta:
+            problems.append(f"{path} is a meta tensor without values")
+    return [f"{name}.{problem}" for problem in problems]
