@@ -149,7 +149,9 @@ def adamw(
             if paths:
                 # The kernel reads the number of this step, one tensor a leaf, and is told everything else.
                 counts = [(adam.count + 1).float() for _ in paths]
-                lists = [[flat_tree[path] for path in paths] for flat_tree in (weights, flat, mean, square)]
+                owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
+                # It walks through memory and not through indices, so all four must be laid out alike.
+                lists = [owned[0], [_laid_out(flat[path], weights[path]) for path in paths], *owned[1:]]
                 torch._fused_adamw_(
                     *lists, [], counts, lr=schedule(counted.count), beta1=b1, beta2=b2, weight_decay=amount, eps=eps,
                     amsgrad=False, maximize=False,
@@ -326,6 +328,10 @@ def _bias(beta: float, count: Tensor) -> Tensor:
 def _zero(params: Params) -> Tensor:
     leaves = _leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else "cpu")
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
 def zeros_like(params: Params) -> Tree:
