@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng
+from functional_sd3.core.transform import compiler_available
 
 SEEDS = st.integers(-(2**63), 2**64 - 1)
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -230,14 +231,18 @@ def test_uniform_is_differentiable_in_its_bounds(key):
     torch.testing.assert_close(grads, prng.uniform(key, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # within torch's compiler
 def test_compiled_draws_in_one_graph_equal_eager_ones(key):
     def draw(key, step):
         first, second = prng.split(prng.fold_in(key, step)).unbind()
-        return prng.bits(first, (3, 5)), prng.uniform(first, 7), prng.normal(second, (4, 4)), prng.permutation(first, 9)
+        exact = prng.bits(first, (3, 5)), prng.uniform(first, 7), prng.permutation(first, 9)
+        return exact, prng.normal(second, (40, 40))
 
-    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
-    for eager, traced in zip(draw(key, torch.tensor(3)), compiled(key, torch.tensor(3)), strict=True):
-        torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+    backend = "inductor" if compiler_available() else "aot_eager"
+    eager = draw(key, torch.tensor(3))
+    compiled = torch.compile(draw, fullgraph=True, backend=backend)(key, torch.tensor(3))
+    assert all(map(torch.equal, compiled[0], eager[0]))
+    assert ulps(compiled[1], eager[1]).max() <= 3
 
 
 def test_draws_leave_the_key_and_the_global_generator_alone(key):
