@@ -1,0 +1,232 @@
+"""The unigram tokenizer of T5: text -> ids, as pure functions of immutable tables.
+
+Kudo 2018, "Subword Regularization", section 3.2: of all ways to cut a text into pieces, take the most probable,
+
+    argmax  sum_i log p(piece_i),
+
+found by Viterbi's algorithm; a character that is no piece costs ten more than the least probable piece. Two libraries
+run this with the same files, and do not always agree, so there is a `mode` for each:
+
+- "hf": Hugging Face `tokenizers` with the `tokenizer.json` as it stands. Rewrites characters by grapheme cluster,
+  segments word by word in float64, cuts typed special tokens out first.
+- "transformers": the same file as `T5TokenizerFast` of transformers 5 loads it, which replaces what the file says about
+  spaces. Differs from "hf" where there is white space that the character map leaves alone, such as U+0085.
+- "sentencepiece": the sentencepiece library with `spiece.model`. Rewrites by longest match, segments the whole text in
+  float32, knows no special tokens.
+"""
+
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from math import inf
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from functional_sd3.text.unigram_files import init, save
+from functional_sd3.text.unigram_normalize import Span, aligned_words, sentence, words
+from functional_sd3.text.unigram_tables import (
+    SPACE,
+    WHITE_SPACE,
+    AddedToken,
+    Lattice,
+    Spacing,
+    Tables,
+    build,
+    from_pieces,
+)
+
+__all__ = [
+    "AddedToken",
+    "Mode",
+    "Spacing",
+    "Tables",
+    "apply",
+    "build",
+    "decode",
+    "from_pieces",
+    "init",
+    "normalize",
+    "offsets",
+    "save",
+]
+
+Mode = Literal["hf", "transformers", "sentencepiece"]
+
+
+def apply(
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: int | None = 256,
+    mode: Mode = "hf",
+    typed_specials: bool = True,
+) -> Tensor | list[list[int]]:
+    """Ids of texts, each ended by the end token.
+
+    Returns int64 (batch, length), cut (the end token stays) and filled with the pad id; with `length=None` a list of
+    lists as long as the texts. `typed_specials=False` reads special tokens in the text, such as "</s>", as ordinary
+    characters. Raises ValueError for a length below 1, an unknown mode, or text that has no UTF-8.
+    """
+    if length is not None and length < 1:
+        raise ValueError(f"length is {length}; at least 1, the end token, is right, or None for no padding")
+    rows = [[*_ids(tables, text, mode, typed_specials), tables.eos_id] for text in _checked(texts, mode)]
+    if length is None:
+        return rows
+    kept = [row if len(row) <= length else [*row[: length - 1], tables.eos_id] for row in rows]
+    padded = [row + [tables.pad_id] * (length - len(row)) for row in kept]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
+
+
+def decode(tables: Tables, ids: Tensor | Sequence, *, skip_special: bool = True) -> str | list[str]:
+    """The text of ids: one text for a flat sequence, a list of them for a batch.
+
+    `skip_special` leaves out end, padding, unknown and sentinel tokens. Raises ValueError for ids that are no token.
+    """
+    ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if ids and not isinstance(ids[0], int):
+        return [decode(tables, row, skip_special=skip_special) for row in ids]
+    added = {token.id: token.content for token in tables.added}
+    unknown = [index for index in ids if index not in added and not 0 <= index < len(tables.pieces)]
+    if unknown:
+        raise ValueError(f"ids {unknown[:5]} are no tokens; there are {len(tables.pieces)}")
+    tokens = [added.get(index) or tables.pieces[index] for index in ids if not (skip_special and index in added)]
+    # The space that every text begins with was never typed.
+    return "".join(token.replace(SPACE, " " if place else "") for place, token in enumerate(tokens))
+
+
+def offsets(
+    tables: Tables, texts: str | Sequence[str], *, mode: Mode = "hf", typed_specials: bool = True
+) -> list[list[Span]]:
+    """For each id of `apply(..., length=None)`, the characters [start, end) of the text it stands for.
+
+    As the library of `mode` gives them; the end token has (0, 0).
+    """
+    return [[*_spans(tables, text, mode, typed_specials), (0, 0)] for text in _checked(texts, mode)]
+
+
+def normalize(tables: Tables, text: str, *, mode: Mode = "hf") -> str:
+    """The text that is segmented, special tokens aside, with its spaces as they are typed: what `decode` gives back."""
+    (text,) = _checked(text, mode)
+    if mode == "sentencepiece":
+        return sentence(tables, text)[0][1:].replace(SPACE, " ")
+    return " ".join(words(tables, text, mode == "transformers" or tables.spacing.split))
+
+
+def _checked(texts: str | Sequence[str], mode: str) -> list[str]:
+    if mode not in ("hf", "transformers", "sentencepiece"):
+        raise ValueError(f"mode is {mode!r}; 'hf', 'transformers' or 'sentencepiece' is right")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"texts hold {text!r}; strings are right")
+        if not text.isascii() and _SURROGATE.search(text):
+            raise ValueError(f"text {text[:40]!r} holds half of a surrogate pair, which is no character")
+    return texts
+
+
+def _ids(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[int]:
+    if mode == "sentencepiece":
+        return [index for index, _ in _segment(tables, tables.single, sentence(tables, text)[0])]
+    ids: list[int] = []
+    lattice = tables.every if typed_specials else tables.ordinary
+    whole = tables.whole.get
+    split = mode == "transformers" or tables.spacing.split
+    for _, part, token in _parts(tables, text, typed_specials):
+        if token is not None:
+            ids.append(token.id)
+            continue
+        for word in words(tables, part, split):
+            found = whole(word)
+            if found is None:
+                ids += [index for index, _ in _segment(tables, lattice, SPACE + word)]
+            else:
+                ids.append(found)
+    return ids
+
+
+def _spans(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[Span]:
+    if mode == "sentencepiece":
+        written, origins = sentence(tables, text)
+        ends = _ends(_segment(tables, tables.single, written))
+        return [(origins[start], origins[end]) for start, end in pairwise([0, *ends])]
+    spans: list[Span] = []
+    lattice = tables.every if typed_specials else tables.ordinary
+    split = mode == "transformers" or tables.spacing.split
+    for start, part, token in _parts(tables, text, typed_specials):
+        if token is not None:
+            spans.append((start, start + len(part)))
+            continue
+        for word in aligned_words(tables, part, split):
+            ends = _ends(_segment(tables, lattice, "".join(character for character, _ in word)))
+            spans += [(start + word[i][1][0], start + word[j - 1][1][1]) for i, j in pairwise([0, *ends])]
+    return spans
+
+
+def _parts(tables: Tables, text: str, typed_specials: bool) -> Iterator[tuple[int, str, AddedToken | None]]:
+    """The text cut at typed special tokens, as (start, characters, token)."""
+    done = 0
+    if typed_specials and tables.added_pattern and tables.added_pattern.search(text):
+        by_content = {token.content: token for token in tables.added}
+        for match in tables.added_pattern.finditer(text):
+            token = by_content[match[0]]
+            start = len(text[: match.start()].rstrip(WHITE_SPACE)) if token.lstrip else match.start()
+            end = len(text) - len(text[match.end() :].lstrip(WHITE_SPACE)) if token.rstrip else match.end()
+            start = max(start, done)
+            if done < start:
+                yield done, text[done:start], None
+            yield start, text[start:end], token
+            done = end
+    if done < len(text):
+        yield done, text[done:], None
+
+
+def _segment(tables: Tables, lattice: Lattice, text: str) -> list[tuple[int, int]]:
+    """The best path through the lattice of `text`, as (id, characters); neighbouring unknown characters are one token.
+
+    Starts are tried from left to right and only a better sum replaces an earlier one, so ties go to the longest last
+    piece. Sums that differ in float64 may tie in float32, which is why they are compared as they are kept.
+    """
+    size = len(text)
+    best = array("f", [-inf]) * (size + 1) if lattice.single else [-inf] * (size + 1)
+    best[0] = 0.0
+    origin = [0] * (size + 1)
+    score = lattice.scores.get
+    for start in range(size):
+        here = best[start]
+        step = score(text[start], -inf)
+        end = start + 1
+        total = here + (lattice.unknown if step == -inf else step)
+        while True:
+            kept = best[end]
+            if total > kept:
+                best[end] = total
+                if best[end] > kept:
+                    origin[end] = start
+            end += 1
+            if end > size:
+                break
+            step = score(text[start:end])
+            if step is None:
+                break
+            total = here + step
+    path: list[tuple[int, int]] = []
+    end = size
+    while end:
+        start = origin[end]
+        index = lattice.ids.get(text[start:end], tables.unk_id)
+        if path and index == tables.unk_id == path[-1][0]:
+            path[-1] = (index, path[-1][1] + end - start)
+        else:
+            path.append((index, end - start))
+        end = start
+    return path[::-1]
+
+
+def _ends(path: Sequence[tuple[int, int]]) -> list[int]:
+    return list(accumulate(length for _, length in path))
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
