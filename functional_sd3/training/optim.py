@@ -14,9 +14,14 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
-
-Schedule = Callable[[Tensor], Tensor]
-"""Number of steps done (integer tensor ()) -> value (float tensor ())."""
+from functional_sd3.training.schedules import (  # noqa: F401
+    Schedule,
+    as_schedule,
+    constant,
+    trapezoid,
+    warmup_constant,
+    warmup_cosine,
+)
 
 
 class Optimizer(NamedTuple):
@@ -149,6 +154,7 @@ def adamw(
             if paths:
                 # The kernel reads the number of this step, one tensor a leaf, and is told everything else.
                 counts = [(adam.count + 1).float() for _ in paths]
+                _check_layout(paths, weights, mean, square)
                 owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
                 # It walks through memory and not through indices, so all four must be laid out alike.
                 lists = [owned[0], [_laid_out(flat[path], weights[path]) for path in paths], *owned[1:]]
@@ -220,8 +226,8 @@ def global_norm(updates: Tree) -> Tensor:
 def donate(optimizer: Optimizer, grads: Tree, state: Tree, params: Params) -> tuple[Params, Tree]:
     """One step that overwrites `params` and `state`; the returned trees share their memory. `grads` are left alone.
 
-    Raises ValueError when two of those leaves share memory, or one still takes part in a graph: the result would be wrong
-    without any other sign.
+    Raises ValueError when two of those leaves share memory, or one still takes part in a graph: the result would be
+    wrong without any other sign.
     """
     check_donated({"params": params, "state": state})
     with torch.no_grad():
@@ -273,53 +279,6 @@ def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donat
     return _like(ema, torch._foreach_add(means, gaps))
 
 
-def as_schedule(value: float | Schedule) -> Schedule:
-    return value if callable(value) else constant(value)
-
-
-def constant(value: float) -> Schedule:
-    return lambda step: torch.full((), value, device=step.device)
-
-
-def warmup_constant(peak: float, warmup: int) -> Schedule:
-    """Linear up to `peak` over the first `warmup` steps (the first of them is not 0), then `peak`."""
-    return lambda step: peak * _rise(step, warmup)
-
-
-def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> Schedule:
-    """`warmup_constant` times half a cosine, from 1 at the end of the warm-up to `floor` (a value) at `total`."""
-    _check_span(warmup, total)
-
-    def schedule(step: Tensor) -> Tensor:
-        done = ((step - warmup) / (total - warmup)).clamp(0.0, 1.0)
-        return torch.where(step < warmup, peak * _rise(step, warmup), floor + (peak - floor) * (1 + torch.cos(math.pi * done)) / 2)
-
-    return schedule
-
-
-def trapezoid(peak: float, warmup: int, total: int, decay: int | None = None, floor: float = 0.0) -> Schedule:
-    """Up over `warmup` steps, level, then linearly down to `floor` over the last `decay` (by default all the rest)."""
-    _check_span(warmup, total)
-    decay = total - warmup if decay is None else decay
-    if not 0 < decay <= total - warmup:
-        raise ValueError(f"decay {decay} must be between 1 and total - warmup = {total - warmup}")
-
-    def schedule(step: Tensor) -> Tensor:
-        left = ((total - step) / decay).clamp(0.0, 1.0)
-        return torch.where(step < warmup, peak * _rise(step, warmup), floor + (peak - floor) * left)
-
-    return schedule
-
-
-def _check_span(warmup: int, total: int) -> None:
-    if not 0 <= warmup < total:
-        raise ValueError(f"warmup {warmup} must be at least 0 and below total {total}")
-
-
-def _rise(step: Tensor, warmup: int) -> Tensor:
-    return ((step + 1) / max(warmup, 1)).clamp(max=1.0)
-
-
 def _bias(beta: float, count: Tensor) -> Tensor:
     # 1 - beta ** n without its cancellation, which costs four of float32's seven digits at n = 1.
     return -torch.expm1(count.float() * math.log(beta)) if beta else torch.ones_like(count, dtype=torch.float32)
@@ -328,6 +287,13 @@ def _bias(beta: float, count: Tensor) -> Tensor:
 def _zero(params: Params) -> Tensor:
     leaves = _leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else "cpu")
+
+
+def _check_layout(paths: list[str], weights: dict[str, Tensor], *moments: dict[str, Tensor]) -> None:
+    for path in paths:
+        strides = weights[path].stride()
+        if strides != torch.empty_like(weights[path]).stride() or any(own[path].stride() != strides for own in moments):
+            raise ValueError(f"{path} has gaps in memory, or another order than its moments; make both contiguous")
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
