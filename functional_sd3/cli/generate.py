@@ -1,0 +1,285 @@
+"""Draw pictures of prompts."""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HELP = "draw pictures of prompts"
+METADATA = "functional_sd3"
+"""Keyword of the PNG text chunk that holds the settings a picture was made with."""
+BATCH = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw; several give a picture each")
+    parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on each line")
+    parser.add_argument("--params", metavar="DIR", help="folder of weights (default: the shipped tiny model)")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
+    parser.add_argument("--steps", type=int, default=28, help="steps of the sampler (default 28)")
+    parser.add_argument("--cfg", type=float, default=5.0, help="guidance scale, 1 for none (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of a prompt (default 0)")
+    parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, with successive seeds")
+    parser.add_argument("--size", metavar="WxH", help="in pixels, such as 1024x1024 (default: the model's own)")
+    parser.add_argument("--method", default="euler", help="integrator: euler, heun, dpmpp_2m, ... (default euler)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"pictures drawn at once (default {BATCH})")
+    parser.add_argument(
+        "--out",
+        metavar="FILE-or-DIR",
+        help="a .png file (several pictures become a grid), or a folder for one file a picture (default: out/)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    prompts = _prompts(arguments)
+    size = _size(arguments.size)
+    for name in ("steps", "count", "batch"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
+    out = Path(arguments.out) if arguments.out else Path("out")
+    single = out.suffix.lower() == ".png"
+    _check_writable(out.parent if single else out)
+
+    from functional_sd3 import pipeline, weights
+    from functional_sd3.cli import runtime
+    from functional_sd3.weights import shipped
+
+    timer = _Timer(started)
+    timer.done("import")
+    device = runtime.device(arguments.device)
+    method = runtime.method(arguments.method)
+    source = Path(arguments.params) if arguments.params else shipped.folder()
+    model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device)
+    runtime.require(model, ("transformer", "vae"), source)
+    height, width = (None, None) if size is None else (size[1], size[0])
+    latent_height, latent_width = pipeline.latent_size(model.config, height, width)
+    timer.done("load")
+    _warn_truncated(model, [*dict.fromkeys(prompts), arguments.negative])
+
+    jobs = [(prompt, arguments.seed + index) for prompt in prompts for index in range(arguments.count)]
+    settings = {
+        "negative": arguments.negative,
+        "steps": arguments.steps,
+        "cfg": arguments.cfg,
+        "size": _pixels(model.config, latent_height, latent_width),
+        "method": arguments.method,
+        "dtype": arguments.dtype,
+        "params": arguments.params or "",
+    }
+    pictures = []
+    with _progress(arguments.steps * -(-len(jobs) // arguments.batch)) as bar:
+        for start in range(0, len(jobs), arguments.batch):
+            pictures.append(_draw(model, jobs[start : start + arguments.batch], arguments, height, width, method, timer, bar))
+    import torch
+
+    images = torch.cat(pictures)
+    written = _write_grid(out, images, jobs, settings) if single else _write_each(out, images, jobs, settings)
+    timer.done("write")
+    for path in written:
+        print(path)
+    print(timer.summary(), file=sys.stderr)
+    return 0
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The command line that makes a picture with these settings again."""
+    import shlex
+
+    defaults = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto", "params": ""}
+    words = ["functional-sd3", "generate", *settings["prompts"]]
+    for name in ("params", "negative", "steps", "cfg", "seed", "count", "size", "method", "dtype"):
+        if name in settings and settings[name] != defaults.get(name):
+            words += [f"--{name}", str(settings[name])]
+    return shlex.join(words)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings written into a PNG, None where there are none. Raises ValueError for a file that is no picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(METADATA)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture") from None
+    if text is None:
+        return None
+    try:
+        settings = json.loads(text)
+        command(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds settings that cannot be read: {error}") from None
+    return settings
+
+
+def _draw(model, jobs, arguments, height, width, method, timer, bar):
+    """One batch: the three parts of `pipeline.generate`, timed."""
+    import torch
+
+    from functional_sd3 import pipeline
+    from functional_sd3.cli import runtime
+    from functional_sd3.core import prng
+
+    device = model.params["transformer"]["patch"]["weight"].device
+    with torch.no_grad():
+        conditions = pipeline.encode(
+            model.params, model.config, model.tokenizers, [prompt for prompt, _ in jobs], negative=arguments.negative
+        )
+        timer.done("text", device)
+        keys = torch.stack([prng.key(seed) for _, seed in jobs])
+        noise = pipeline.initial_noise(keys, model.config, len(jobs), height, width, device=device)
+        latents = pipeline.sample(
+            model.params,
+            model.config,
+            conditions,
+            noise,
+            steps=arguments.steps,
+            cfg=arguments.cfg,
+            method=method,
+            on_step=lambda info: bar.update(),
+        )
+        timer.done("sampling", device)
+        images = pipeline.decode(model.params, model.config, latents).cpu()
+        timer.done("decoding", device)
+    runtime.check_finite(images)
+    return images
+
+
+class _Timer:
+    """Seconds of each part of a run, in the order they were first met."""
+
+    def __init__(self, started: float):
+        self.last = self.started = started
+        self.parts: dict[str, float] = {}
+
+    def done(self, part: str, device=None) -> None:
+        if device is not None and device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def summary(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.parts.items())
+        return f"{parts}; {self.last - self.started:.2f} s in all"
+
+
+def _progress(total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="step", leave=False, disable=None)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompts:
+        try:
+            lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {arguments.prompts} is not UTF-8 text: {error}") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"--prompts {arguments.prompts} holds no prompts")
+    if not prompts:
+        raise ValueError('no prompt; try: functional-sd3 generate "a large red circle on a white background"')
+    return prompts
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
+    if not match:
+        raise ValueError(f"--size {text!r} must be WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def _pixels(config, height: int, width: int) -> str:
+    from functional_sd3.image import vae
+
+    factor = vae.factor(config.vae)
+    return f"{width * factor}x{height * factor}"
+
+
+def _check_writable(folder: Path) -> None:
+    """Fails before the work rather than after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".functional-sd3-probe"
+    probe.touch()
+    probe.unlink()
+
+
+def _warn_truncated(model, texts: list[str]) -> None:
+    from functional_sd3.text import bpe, unigram
+
+    for name, tables, module in (("CLIP", model.tokenizers.clip_l, bpe), ("T5", model.tokenizers.t5, unigram)):
+        if tables is None:
+            continue
+        length = min(tables.model_max_length, 256)
+        for text in texts:
+            tokens = len(module.apply(tables, [text], length=None)[0])
+            if tokens > length:
+                start = text if len(text) <= 40 else text[:40] + "..."
+                print(f"note: {name} reads {length} of the {tokens} tokens of {start!r}", file=sys.stderr)
+
+
+def _write_each(folder: Path, images, jobs, settings) -> list[Path]:
+    from functional_sd3.image import pixels
+
+    written = []
+    for picture, (prompt, seed) in zip(pixels.to_pil(images), jobs, strict=True):
+        path = _free(folder, f"{_slug(prompt)}-{seed}")
+        _save(path, picture, {"prompts": [prompt], "seed": seed, **settings})
+        written.append(path)
+    if len(jobs) > 1:
+        path = _free(folder, "grid")
+        _save(path, pixels.to_pil(pixels.grid(images))[0], _together(jobs, settings))
+        written.append(path)
+    return written
+
+
+def _write_grid(path: Path, images, jobs, settings) -> list[Path]:
+    from functional_sd3.image import pixels
+
+    picture = pixels.to_pil(images if len(jobs) == 1 else pixels.grid(images))[0]
+    _save(path, picture, _together(jobs, settings))
+    return [path]
+
+
+def _together(jobs, settings) -> dict[str, Any]:
+    prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
+    return {"prompts": prompts, "seed": jobs[0][1], "count": len(jobs) // len(prompts), **settings}
+
+
+def _save(path: Path, picture, settings: dict[str, Any]) -> None:
+    import io
+
+    from PIL.PngImagePlugin import PngInfo
+
+    from functional_sd3.weights import files
+
+    info = PngInfo()
+    info.add_text(METADATA, json.dumps(settings))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    files.write_atomic(path, buffer.getvalue())
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
+
+
+def _free(folder: Path, name: str) -> Path:
+    """A path that no earlier picture has."""
+    path, number = folder / f"{name}.png", 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}.png", number + 1
+    return path

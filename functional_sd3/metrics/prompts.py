@@ -1,0 +1,150 @@
+"""Reading pictures of the shapes world back: does a picture show what its caption asks for?
+
+The reader knows nothing of how the picture was made. It finds the background (the commonest palette colour), cuts the rest
+into connected regions of one colour, and names each region by the drawn shape that overlaps it best. A picture is right when
+count, shapes, colours, sizes, background and relation all are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy
+from torch import Tensor
+
+from functional_sd3.training import shapes
+
+LEAST_PIXELS = 20
+"""Regions smaller than this (a small ring has 110, a small star 55) are blemishes."""
+LEAST_OVERLAP = 0.6
+"""Intersection over union below which a region is no shape at all."""
+
+
+class Reading(NamedTuple):
+    """What was seen, in the words of `shapes`; things from the largest region to the smallest."""
+
+    things: tuple[shapes.Thing, ...]
+    background: str
+    overlaps: tuple[float, ...]
+
+
+class Verdict(NamedTuple):
+    """Which of the things asked for are there; `right` is all of them."""
+
+    count: bool
+    shape: bool
+    colour: bool
+    size: bool
+    background: bool
+    relation: bool
+
+    @property
+    def right(self) -> bool:
+        return all(self)
+
+
+def read(picture: Tensor) -> Reading:
+    """picture (3, 64, 64) in [0, 1] -> what is in it. Raises ValueError for another size."""
+    from scipy import ndimage
+
+    if tuple(picture.shape) != (3, shapes.SIDE, shapes.SIDE):
+        raise ValueError(f"picture {list(picture.shape)} must be (3, {shapes.SIDE}, {shapes.SIDE})")
+    names = list(shapes.COLOURS)
+    palette = numpy.array([shapes.COLOURS[name] for name in names], dtype=numpy.float64)
+    pixels = picture.detach().float().permute(1, 2, 0).cpu().numpy() * 255.0
+    nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    ground = int(numpy.bincount(nearest.ravel(), minlength=len(names)).argmax())
+    distance = numpy.sqrt(((pixels - palette[ground]) ** 2).sum(-1))
+    # What differs from the ground forms regions; colours at soft edges lie between two of the palette's, so a region
+    # takes the colour of its inner pixels.
+    regions, count = ndimage.label(distance > 40.0, structure=numpy.ones((3, 3)))
+    found = []
+    for index in range(1, count + 1):
+        mask = regions == index
+        if mask.sum() < LEAST_PIXELS:
+            continue
+        found.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names)))
+    found.sort(key=lambda entry: -entry[0])
+    return Reading(tuple(entry[1] for entry in found), names[ground], tuple(entry[2] for entry in found))
+
+
+def judge(reading: Reading, scene: shapes.Scene) -> Verdict:
+    """Compares what was read with what was asked for."""
+    wanted, seen = scene.things, reading.things
+    count = len(seen) == len(wanted) and all(overlap >= LEAST_OVERLAP for overlap in reading.overlaps)
+    pairs = _paired(wanted, seen)
+    matched = len(pairs) == len(wanted)
+
+    def same(attribute: str) -> bool:
+        return matched and all(getattr(one, attribute) == getattr(other, attribute) for one, other in pairs)
+
+    relation = scene.relation is None or (matched and _stands(pairs[0][1], pairs[1][1], scene.relation))
+    return Verdict(
+        count, same("shape"), same("colour"), same("size"), reading.background == scene.background, relation
+    )
+
+
+def table(pictures: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, float]:
+    """Share of pictures (batch, 3, 64, 64) that are right, in all and in each respect."""
+    verdicts = [judge(read(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    shares = {name: float(numpy.mean([getattr(verdict, name) for verdict in verdicts])) for name in Verdict._fields}
+    return {"right": float(numpy.mean([verdict.right for verdict in verdicts])), **shares}
+
+
+def _paired(wanted, seen) -> list[tuple[shapes.Thing, shapes.Thing]]:
+    """Every wanted thing with one seen, by colour first: the colours of a scene's things differ."""
+    if len(wanted) != len(seen):
+        return []
+    if len(wanted) == 1:
+        return [(wanted[0], seen[0])]
+    straight = list(zip(wanted, seen, strict=True))
+    crossed = list(zip(wanted, reversed(seen), strict=True))
+    return max(straight, crossed, key=lambda pairs: sum(one.colour == other.colour for one, other in pairs))
+
+
+def _stands(first: shapes.Thing, second: shapes.Thing, relation: str) -> bool:
+    across, down = shapes.RELATIONS[relation]
+    dx, dy = first.x - second.x, first.y - second.y
+    along = dx * across + dy * down
+    return along > 0 and along >= abs(dy if across else dx)
+
+
+def _name(mask, pixels, ground, palette, names) -> tuple[shapes.Thing, float]:
+    """The thing whose drawing overlaps the region best, and that overlap (intersection over union)."""
+    offsets = pixels[mask] - ground
+    # Along a soft edge a colour is a mixture with the ground; the farthest pixels are the purest.
+    strength = numpy.linalg.norm(offsets, axis=1)
+    pure = pixels[mask][strength >= numpy.quantile(strength, 0.6)].mean(0)
+    distances = ((palette - pure) ** 2).sum(1)
+    colour = int(distances.argmin())
+    towards = palette[colour] - ground
+    coverage = numpy.zeros(mask.shape)
+    grown = _grown(mask)
+    coverage[grown] = numpy.clip((pixels[grown] - ground) @ towards / max(float(towards @ towards), 1.0), 0.0, 1.0)
+    rows, columns = numpy.nonzero(mask)
+    middle_x = (columns.min() + columns.max() + 1) / 2
+    middle_y = (rows.min() + rows.max() + 1) / 2
+    best, thing = -1.0, None
+    for size in shapes.RADII:
+        for shape in shapes.SHAPES:
+            for dx in (-1.0, -0.5, 0.0, 0.5, 1.0):
+                for dy in (-1.0, -0.5, 0.0, 0.5, 1.0):
+                    drawn = _stencil(shape, size, middle_x + dx, middle_y + dy)
+                    overlap = numpy.minimum(drawn, coverage).sum() / numpy.maximum(drawn, coverage).sum()
+                    if overlap > best:
+                        best = float(overlap)
+                        thing = shapes.Thing(size, names[colour], shape, middle_x + dx, middle_y + dy)
+    return thing, best
+
+
+def _grown(mask):
+    from scipy import ndimage
+
+    return ndimage.binary_dilation(mask, structure=numpy.ones((3, 3)))
+
+
+def _stencil(shape: str, size: str, x: float, y: float):
+    """How much of each pixel the shape covers, (64, 64) in [0, 1]."""
+    scene = shapes.Scene((shapes.Thing(size, "white", shape, x, y),), "black")
+    low, high = shapes.COLOURS["black"][0], shapes.COLOURS["white"][0]
+    drawn = numpy.asarray(shapes.draw(scene, supersample=2), dtype=numpy.float64)[:, :, 0]
+    return (drawn - low) / (high - low)

@@ -1,0 +1,207 @@
+"""From a prompt to a picture: the whole algorithm on one page.
+
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"; the result of diffusers'
+`StableDiffusion3Pipeline` for the same noise. Nothing is held between calls, and all of it can be differentiated.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Key, Params, Velocity
+from functional_sd3.flow import guidance, ode, schedule
+from functional_sd3.flow.method import Method, StepInfo
+from functional_sd3.image import pixels, vae
+from functional_sd3.text import conditioning
+from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights.model import Config, Tokenizers
+
+T5_LENGTH = 256
+
+
+class Conditions(NamedTuple):
+    """What the transformer is told, and what it is guided away from."""
+
+    positive: Conditioning
+    negative: Conditioning
+
+
+def generate(
+    params: Params,
+    config: Config,
+    tokenizers: Tokenizers,
+    prompts: str | Sequence[str],
+    key: Key,
+    *,
+    negative: str | Sequence[str] | None = None,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    height: int | None = None,
+    width: int | None = None,
+    method: Method = ode.EULER,
+    noise: Tensor | None = None,
+    on_step: Callable[[StepInfo], Any] | None = None,
+    t5_length: int | None = None,
+    skip_layers: Sequence[int] = (),
+) -> Tensor:
+    """Pictures of prompts: (batch, 3, height, width) in [0, 1], float32.
+
+    key: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2), a key for each; noise: the starting latents
+    (batch, channels, height / 8, width / 8) instead. negative: "" by default. cfg: guidance scale, 1 for none; a tensor
+    () or (batch,) may be differentiated. height, width: in pixels, by default the config's sample size. Raises
+    ValueError for sizes that do not fit.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if noise is None:
+        noise = initial_noise(key, config, len(prompts), height, width, device=_device(params))
+    conditions = encode(params, config, tokenizers, prompts, negative=negative, t5_length=t5_length)
+    latents = sample(
+        params, config, conditions, noise, steps=steps, cfg=cfg, method=method, on_step=on_step, skip_layers=skip_layers
+    )
+    return decode(params, config, latents)
+
+
+def initial_noise(
+    key: Key,
+    config: Config,
+    count: int,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Latents to start from, float32 (count, channels, height / 8, width / 8); every sample's from its own key."""
+    height, width = latent_size(config, height, width)
+    keys = key if key.ndim > 1 else prng.fold_in(key, torch.arange(count, device=key.device))
+    if len(keys) != count:
+        raise ValueError(f"{len(keys)} keys for {count} prompts; give one key, or one for each prompt")
+    return prng.normal(keys, (config.transformer.in_channels, height, width)).to(device)
+
+
+def encode(
+    params: Params,
+    config: Config,
+    tokenizers: Tokenizers,
+    prompts: Sequence[str],
+    *,
+    negative: str | Sequence[str] | None = None,
+    t5_length: int | None = None,
+) -> Conditions:
+    """Conditioning of the prompts and of what to keep away from, both (batch, ...)."""
+    negative = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+    if len(negative) != len(prompts):
+        raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+    if t5_length is None:
+        t5_length = T5_LENGTH if tokenizers.t5 is None else min(T5_LENGTH, tokenizers.t5.model_max_length)
+    both = conditioning.apply(params, config, tokenizers, [*prompts, *negative], t5_length=t5_length)
+    return Conditions(*(Conditioning(*parts) for parts in zip(*(part.chunk(2) for part in both), strict=True)))
+
+
+def sample(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    noise: Tensor,
+    *,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    method: Method = ode.EULER,
+    on_step: Callable[[StepInfo], Any] | None = None,
+    skip_layers: Sequence[int] = (),
+) -> Tensor:
+    """Latents (normalised, float32) at the end of the flow that starts from `noise`."""
+    times = sigmas(config, noise, steps)
+    field = velocity(params, config, conditions, cfg, evaluation_times(method, times), skip_layers=skip_layers)
+    return ode.integrate(method, field, noise, times, on_step=on_step)
+
+
+def velocity(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    cfg: float | Tensor = 5.0,
+    times: Tensor | None = None,
+    *,
+    skip_layers: Sequence[int] = (),
+) -> Velocity:
+    """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
+
+    times: (n,) all the times it will be asked at. The modulations of every block depend on the time and the pooled
+    vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
+    instead of once a step. Without `times` any t goes, () or (batch,).
+    """
+    weights, sizes = params["transformer"], config.transformer
+
+    def evaluate(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, *rows: Tensor) -> Tensor:
+        given = _at(rows, times, t) if rows else None
+        return mmdit.apply(
+            weights, sizes, x, t, context, pooled, modulations=given, skip_layers=skip_layers
+        )
+
+    def arguments(condition: Conditioning) -> tuple:
+        if times is None:
+            return tuple(condition)
+        table = mmdit.modulations(weights, sizes, times[:, None], condition.pooled)
+        # Batch first, as everything that guidance joins.
+        return (*condition, tree.map(lambda leaf: leaf.transpose(0, 1), table))
+
+    return guidance.batched(evaluate, arguments(conditions.negative), arguments(conditions.positive), cfg)
+
+
+def decode(params: Params, config: Config, latents: Tensor) -> Tensor:
+    """Normalised latents -> pictures (batch, 3, height, width) in [0, 1], float32."""
+    dtype = params["vae"]["decoder"]["conv_in"]["weight"].dtype
+    images = vae.decode(params["vae"], config.vae, vae.denormalize(config.vae, latents).to(dtype))
+    return pixels.from_signed(images.float())
+
+
+def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
+    """The grid of times that the folder's scheduler config asks for, (steps + 1,) from 1 to 0."""
+    settings = config.schedule or schedule.Config()
+    tokens = noise.shape[-1] * noise.shape[-2] // config.transformer.patch_size**2
+    mu = schedule.resolution_mu(settings, tokens) if settings.use_dynamic_shifting else None
+    return schedule.from_config(settings, steps, mu=mu, device=noise.device)
+
+
+def evaluation_times(method: Method, times: Tensor) -> Tensor:
+    """The distinct times at which a method asks for the velocity on this grid, found by running it on a number."""
+    asked: list[Tensor] = []
+
+    def record(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return x
+
+    ode.integrate(method, record, times.new_zeros(1), times)
+    return torch.stack(asked)
+
+
+def latent_size(config: Config, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    """Height and width of the latents of a picture of this size; ValueError where the model cannot make one."""
+    factor = vae.factor(config.vae)
+    step = factor * config.transformer.patch_size
+    largest = step * config.transformer.position_size
+    sides = []
+    for name, side in (("height", height), ("width", width)):
+        side = config.transformer.sample_size * factor if side is None else side
+        if side % step or side < step:
+            below = side // step * step
+            nearest = f"nearest are {below} and {below + step}" if below > 0 else f"the least is {step}"
+            raise ValueError(f"{name} {side} is not a multiple of {step}; {nearest}")
+        if side > largest:
+            raise ValueError(f"{name} {side} is beyond the {largest} pixels that the model has positions for")
+        sides.append(side // factor)
+    return sides[0], sides[1]
+
+
+def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:
+    # Chosen by a tensor, not by a number, so that no value is read on the host.
+    index = (times == t).to(torch.uint8).argmax().reshape(1)
+    return tree.map(lambda leaf: leaf.index_select(1, index).squeeze(1), rows[0])
+
+
+def _device(params: Params) -> torch.device:
+    return params["transformer"]["patch"]["weight"].device

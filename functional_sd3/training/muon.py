@@ -1,0 +1,86 @@
+"""Muon: momentum whose matrices are orthogonalised before they are applied.
+
+Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the quintic Newton-Schulz iteration and its
+coefficients); the scale of the update that lets it share AdamW's learning rate: Liu et al. 2025, "Muon is scalable for
+LLM training", equation 4.
+"""
+
+import math
+from collections import defaultdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.training.optim import Optimizer, Schedule, chain, scale_by_learning_rate, zeros_like
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+UPDATE_RMS = 0.2
+
+
+class MuonState(NamedTuple):
+    """The momentum, a tree like the parameters."""
+
+    momentum: Tree
+
+
+def muon(rate: float | Schedule, *, momentum: float = 0.95, iterations: int = 5) -> Optimizer:
+    """Muon with Nesterov momentum for leaves of two or more dimensions; others raise ValueError.
+
+    Convolutions count as matrices (outputs, inputs * height * width), and a fused query-key-value matrix (3 n, n) as
+    three. Every update has the root mean square 0.2, AdamW's typical one, times `rate`.
+    """
+    return chain(scale_by_muon(momentum=momentum, iterations=iterations), scale_by_learning_rate(rate))
+
+
+def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5) -> Optimizer:
+    """Momentum, then orthogonalisation; ascending, as gradients are."""
+
+    def init(params: Params) -> MuonState:
+        for path, leaf in tree.flatten_paths(params).items():
+            if leaf.ndim < 2:
+                raise ValueError(f"{path} has shape {list(leaf.shape)}; Muon orthogonalises matrices: give it to AdamW")
+        return MuonState(zeros_like(params))
+
+    def update(grads: Tree, state: MuonState, params: Params) -> tuple[Tree, MuonState]:
+        mixed = tree.map(lambda past, grad: momentum * past + grad, state.momentum, grads)
+        nesterov = tree.map(lambda past, grad: grad + momentum * past, mixed, grads)
+        updates = _orthogonalized(tree.flatten_paths(nesterov), iterations)
+        return tree.map_with_path(lambda path, leaf: updates[path], nesterov), MuonState(mixed)
+
+    return Optimizer(init, update)
+
+
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """(..., rows, columns) -> about the nearest matrices with orthonormal rows or columns: singular values near 1.
+
+    Five iterations bring every singular value that is not tiny into about [0.7, 1.2].
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _orthogonalized(flat: dict[str, Tensor], iterations: int) -> dict[str, Tensor]:
+    """Matrices of one shape go through the iteration together: a few large products instead of many small ones."""
+    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    parts: dict[str, Tensor] = {}
+    for path, leaf in flat.items():
+        matrix = leaf.flatten(1)
+        rows, columns = matrix.shape
+        parts[path] = matrix.reshape(3, columns, columns) if rows == 3 * columns and leaf.ndim == 2 else matrix[None]
+        groups[tuple(parts[path].shape[1:])].append(path)
+    found: dict[str, Tensor] = {}
+    for shape, names in groups.items():
+        scale = UPDATE_RMS * math.sqrt(max(shape))
+        stacked = scale * orthogonalize(torch.cat([parts[name] for name in names]), iterations)
+        for name, part in zip(names, stacked.split([len(parts[name]) for name in names]), strict=True):
+            found[name] = part.reshape(flat[name].shape)
+    return {path: found[path] for path in flat}
