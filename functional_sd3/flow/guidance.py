@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from functional_sd3.core import tree
 from functional_sd3.core.types import Tree, Velocity
 from functional_sd3.flow.path import broadcast
 
@@ -35,7 +35,7 @@ def classifier_free(velocity: Velocity, uncond_velocity: Velocity, scale: Scale)
 def batched(
     fn: Callable[..., Tensor], uncond_args: tuple[Tree, ...], cond_args: tuple[Tree, ...], scale: Scale
 ) -> Velocity:
-    """`classifier_free` of `fn(x, t, *args)` in one evaluation of a batch of [unconditional, conditional], in that order.
+    """`classifier_free` of `fn(x, t, *args)` in one evaluation, of the batch [unconditional, conditional].
 
     args: trees of tensors whose first dimension is the batch (context, pooled), the same structure in both; they are
     joined here, once for a whole run. fn sees x (2 batch, ...), t () or (2 batch,). Python's scale 1 evaluates the
@@ -43,7 +43,7 @@ def batched(
     """
     if _is_one(scale):
         return lambda x, t: fn(x, t, *cond_args)
-    both = tree.map(lambda uncond, cond: torch.cat([uncond, cond]), tuple(uncond_args), tuple(cond_args))
+    both = pytree.tree_map(lambda uncond, cond: torch.cat([uncond, cond]), tuple(uncond_args), tuple(cond_args))
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         answer = fn(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, *both)

@@ -172,6 +172,14 @@ def partial(grid: Tensor, strength: float) -> Tensor:
     return grid[steps - math.ceil(round(steps * strength, 6)) :]
 
 
+def position(grid: Tensor, t: Tensor) -> Tensor:
+    """Index of the time of a grid (n,) that is nearest to each t, int64 shaped like t.
+
+    For a velocity that looks up what was computed for every time of the grid at once, without reading t on the host.
+    """
+    return (grid - t[..., None]).abs().argmin(-1)
+
+
 def check_steps(steps: int) -> None:
     """Raise ValueError unless `steps` is a whole number of at least 1."""
     if isinstance(steps, bool) or steps != int(steps) or steps < 1:
