@@ -44,6 +44,10 @@ class Verdict(NamedTuple):
 
 def read(picture: Tensor) -> Reading:
     """picture (3, 64, 64) in [0, 1] -> what is in it. Raises ValueError for another size."""
+    return _read(picture, _stencils())
+
+
+def _read(picture: Tensor, stencils: "_Stencils") -> Reading:
     from scipy import ndimage
 
     if tuple(picture.shape) != (3, shapes.SIDE, shapes.SIDE):
@@ -62,7 +66,7 @@ def read(picture: Tensor) -> Reading:
         mask = regions == index
         if mask.sum() < LEAST_PIXELS:
             continue
-        found.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names)))
+        found.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names, stencils)))
     found.sort(key=lambda entry: -entry[0])
     return Reading(tuple(entry[1] for entry in found), names[ground], tuple(entry[2] for entry in found))
 
@@ -85,7 +89,8 @@ def judge(reading: Reading, scene: shapes.Scene) -> Verdict:
 
 def table(pictures: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, float]:
     """Share of pictures (batch, 3, 64, 64) that are right, in all and in each respect."""
-    verdicts = [judge(read(picture), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    stencils = _stencils()
+    verdicts = [judge(_read(picture, stencils), scene) for picture, scene in zip(pictures, scenes, strict=True)]
     shares = {name: float(numpy.mean([getattr(verdict, name) for verdict in verdicts])) for name in Verdict._fields}
     return {"right": float(numpy.mean([verdict.right for verdict in verdicts])), **shares}
 
@@ -108,43 +113,60 @@ def _stands(first: shapes.Thing, second: shapes.Thing, relation: str) -> bool:
     return along > 0 and along >= abs(dy if across else dx)
 
 
-def _name(mask, pixels, ground, palette, names) -> tuple[shapes.Thing, float]:
+def _name(mask, pixels, ground, palette, names, stencils) -> tuple[shapes.Thing, float]:
     """The thing whose drawing overlaps the region best, and that overlap (intersection over union)."""
+    from scipy import ndimage
+
     offsets = pixels[mask] - ground
     # Along a soft edge a colour is a mixture with the ground; the farthest pixels are the purest.
     strength = numpy.linalg.norm(offsets, axis=1)
     pure = pixels[mask][strength >= numpy.quantile(strength, 0.6)].mean(0)
-    distances = ((palette - pure) ** 2).sum(1)
-    colour = int(distances.argmin())
+    colour = int(((palette - pure) ** 2).sum(1).argmin())
     towards = palette[colour] - ground
-    coverage = numpy.zeros(mask.shape)
-    grown = _grown(mask)
-    coverage[grown] = numpy.clip((pixels[grown] - ground) @ towards / max(float(towards @ towards), 1.0), 0.0, 1.0)
+    coverage = numpy.zeros((shapes.SIDE + 2 * _MARGIN,) * 2)
+    grown = ndimage.binary_dilation(mask, structure=numpy.ones((3, 3)))
+    inner = coverage[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
+    inner[grown] = numpy.clip((pixels[grown] - ground) @ towards / max(float(towards @ towards), 1.0), 0.0, 1.0)
     rows, columns = numpy.nonzero(mask)
-    middle_x = (columns.min() + columns.max() + 1) / 2
-    middle_y = (rows.min() + rows.max() + 1) / 2
-    best, thing = -1.0, None
-    for size in shapes.RADII:
-        for shape in shapes.SHAPES:
-            for dx in (-1.0, -0.5, 0.0, 0.5, 1.0):
-                for dy in (-1.0, -0.5, 0.0, 0.5, 1.0):
-                    drawn = _stencil(shape, size, middle_x + dx, middle_y + dy)
-                    overlap = numpy.minimum(drawn, coverage).sum() / numpy.maximum(drawn, coverage).sum()
-                    if overlap > best:
-                        best = float(overlap)
-                        thing = shapes.Thing(size, names[colour], shape, middle_x + dx, middle_y + dy)
+    middle_x, middle_y = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
+    total, best, thing = coverage.sum(), -1.0, None
+    for x in numpy.arange(middle_x - 1, middle_x + 1.5, 0.5):
+        for y in numpy.arange(middle_y - 1, middle_y + 1.5, 0.5):
+            left, top = int(numpy.floor(x)), int(numpy.floor(y))
+            window = coverage[top : top + 2 * _MARGIN, left : left + 2 * _MARGIN]
+            drawn = stencils.drawn[int(2 * (x - left)), int(2 * (y - top))]
+            shared = numpy.minimum(drawn, window).sum((1, 2))
+            overlaps = shared / (stencils.areas[int(2 * (x - left)), int(2 * (y - top))] + total - shared)
+            if overlaps.max() > best:
+                best = float(overlaps.max())
+                size, shape = stencils.kinds[int(overlaps.argmax())]
+                thing = shapes.Thing(size, names[colour], shape, float(x), float(y))
     return thing, best
 
 
-def _grown(mask):
-    from scipy import ndimage
+class _Stencils(NamedTuple):
+    """How much of each pixel every kind of thing covers, for centres at whole and half pixels."""
 
-    return ndimage.binary_dilation(mask, structure=numpy.ones((3, 3)))
+    kinds: list[tuple[str, str]]
+    drawn: numpy.ndarray
+    """(2, 2, kinds, 2 * margin, 2 * margin), indexed by twice the fractions of x and y."""
+    areas: numpy.ndarray
 
 
-def _stencil(shape: str, size: str, x: float, y: float):
-    """How much of each pixel the shape covers, (64, 64) in [0, 1]."""
-    scene = shapes.Scene((shapes.Thing(size, "white", shape, x, y),), "black")
+_MARGIN = 16
+
+
+def _stencils() -> _Stencils:
+    kinds = [(size, shape) for size in shapes.RADII for shape in shapes.SHAPES]
+    drawn = numpy.array(
+        [[[_coverage(*kind, fx / 2, fy / 2) for kind in kinds] for fy in range(2)] for fx in range(2)]
+    )
+    return _Stencils(kinds, drawn, drawn.sum((-1, -2)))
+
+
+def _coverage(size: str, shape: str, x: float, y: float) -> numpy.ndarray:
+    middle = shapes.SIDE // 2
+    scene = shapes.Scene((shapes.Thing(size, "white", shape, middle + x, middle + y),), "black")
     low, high = shapes.COLOURS["black"][0], shapes.COLOURS["white"][0]
-    drawn = numpy.asarray(shapes.draw(scene, supersample=2), dtype=numpy.float64)[:, :, 0]
-    return (drawn - low) / (high - low)
+    window = slice(middle - _MARGIN, middle + _MARGIN)
+    return (numpy.asarray(shapes.draw(scene), dtype=numpy.float64)[window, window, 0] - low) / (high - low)

@@ -35,7 +35,7 @@ RADII = {"small": 7.0, "large": 13.0}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Direction from the second object to the first, x to the right and y down."""
 SIDE = 64
-GAP = 2.0
+GAP = 4.0
 """Least distance in pixels between the bounding squares of two objects along their relation's axis."""
 HELD_OUT_BYTE = 26
 
