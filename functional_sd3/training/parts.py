@@ -1,0 +1,227 @@
+"""The two parts of a model that are trained, each as what the loop needs: a first state, a step, its batches.
+
+`flow_part` trains the transformer, with or without the text encoders, on latents; `vae_part` the autoencoder.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3 import pipeline
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.image import pixels, vae
+from functional_sd3.text import conditioning
+from functional_sd3.training import datasets, loop, losses, optim, shapes, step
+from functional_sd3.weights.model import SPECS, Config, Model
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+
+
+class Pictures(NamedTuple):
+    """A set to learn from: captions, `load(rows) -> uint8 (len(rows), 3, side, side)`, a digest of what is in it."""
+
+    captions: tuple[str, ...]
+    load: Callable[[Sequence[int]], Tensor]
+    fingerprint: str
+
+
+class Part(NamedTuple):
+    """What the loop runs; `model(state)` has the averaged parameters, `sample(state)` are pictures (batch, 3, h, w)."""
+
+    state: step.TrainState
+    train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, losses.Metrics]]
+    batch: Callable[[int], Tree]
+    model: Callable[[step.TrainState], Model]
+    sample: Callable[[step.TrainState], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. `scratch`: fresh parameters; `dtype` that of the computation, None for the parameters' float32."""
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 0
+    ema: float = 0.999
+    decay: float = 0.01
+    clip: float = 1.0
+    accumulate: int = 1
+    dropout: float = 0.1
+    scratch: bool = False
+    text_encoders: bool = False
+    decoder_only: bool = False
+    dtype: torch.dtype | None = None
+    compile: bool = False
+
+
+def shapes_pictures(key: Key, count: int, side: int) -> Pictures:
+    """`count` scenes of the world of `shapes`, drawn when they are asked for."""
+    scene_key, wording_key = prng.split(key)
+    scenes = shapes.scenes(scene_key, count)
+    picks = prng.uniform(wording_key, (count,)).tolist()
+    # Six of ten canonical, as in the recipe of the shipped model.
+    captions = tuple(
+        shapes.caption(scene, 0 if pick < 0.6 else 1 + int((pick - 0.6) * 150))
+        for scene, pick in zip(scenes, picks, strict=True)
+    )
+
+    def load(rows: Sequence[int]) -> Tensor:
+        drawn = pixels.from_pil([shapes.draw(scenes[int(row)], side) for row in rows])
+        return pixels.to_bytes(drawn)
+
+    return Pictures(captions, load, _fingerprint(captions))
+
+
+def folder_pictures(index: datasets.Index, side: int) -> Pictures:
+    """The pictures of a folder, read when they are asked for."""
+    captions = tuple(sample.caption for sample in index.samples)
+    load = lambda rows: datasets.load_batch(index, rows, side)  # noqa: E731
+    return Pictures(captions, load, _fingerprint(f"{sample.path}\n{sample.caption}" for sample in index.samples))
+
+
+def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: Settings) -> Part:
+    """The transformer, and with `settings.text_encoders` these too, on `datasets.encode_all` of the pictures.
+
+    `model.params` are float32; those that are not trained are used as they are. Text of encoders that do not learn is
+    encoded for each batch, without gradients.
+    """
+    config, tokenizers = model.config, model.tokenizers
+    init_key, run_key, order_key, sample_key = prng.split(key, 4)
+    names = [name for name in ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
+    params = _start(init_key, model, names, settings.scratch)
+    fixed = {name: tensors for name, tensors in model.params.items() if name not in names}
+    device = tree.leaves(params)[0].device
+    blank = conditioning.tokenize(config, tokenizers, [""], t5_length=data["ids"].t5.shape[1])
+
+    def text(ids: conditioning.Ids) -> Tree:
+        ids = conditioning.Ids(*(part.to(device) for part in ids))
+        if settings.text_encoders:
+            return {"ids": ids}
+        with torch.no_grad():
+            return conditioning.encode(fixed, config, ids)._asdict()
+
+    loss = losses.flow_loss(
+        config,
+        shift=config.schedule.shift if config.schedule else 1.0,
+        dropout=settings.dropout,
+        empty=text(blank),
+        dtype=settings.dtype,
+    )
+    order = loop.order(order_key, settings.batch, len(data["latents"]))
+
+    def batch(number: int) -> Tree:
+        rows = order(number)
+        return {"latents": data["latents"][rows].to(device)} | text(tree.map(lambda ids: ids[rows], data["ids"]))
+
+    def whole(state: step.TrainState) -> Model:
+        return model._replace(params=_ordered({**fixed, **state.ema}))
+
+    def sample(state: step.TrainState) -> Tensor:
+        prompts = [pictures.captions[index * len(pictures.captions) // 4] for index in range(4)]
+        side = data["latents"].shape[-1] * vae.factor(config.vae)
+        with torch.no_grad():
+            return pipeline.generate(
+                whole(state).params, config, tokenizers, prompts, sample_key, height=side, width=side,
+                t5_length=data["ids"].t5.shape[1],
+            )  # fmt: skip
+
+    learned = step.trainable({name: SPECS[name](getattr(config, name)) for name in names})
+    return _part(run_key, params, loss, settings, learned, batch, whole, sample)
+
+
+def vae_part(key: Key, model: Model, pictures: Pictures, settings: Settings) -> Part:
+    """The autoencoder on pictures. Fresh ones measure their own scaling and shift when they are done.
+
+    A transformer reads the latents of the encoder it was trained with: `settings.decoder_only` leaves that one alone.
+    """
+    config = model.config
+    init_key, run_key, order_key = prng.split(key, 3)
+    params = _start(init_key, model, ["vae"], settings.scratch)["vae"]
+    device = tree.leaves(params)[0].device
+    order = loop.order(order_key, settings.batch, len(pictures.captions))
+
+    def images(rows: Iterable[int]) -> Tensor:
+        return pixels.to_signed(pixels.from_bytes(pictures.load(rows))).to(device)
+
+    def whole(state: step.TrainState) -> Model:
+        sizes = _measured(state.ema, config, images) if settings.scratch else config.vae
+        changed = replace(config, vae=sizes)
+        return model._replace(config=changed, params=_ordered({**model.params, "vae": state.ema}))
+
+    def _measured(ema: Params, config: Config, images: Callable[[Iterable[int]], Tensor]) -> vae.Config:
+        with torch.no_grad():
+            rows = range(min(len(pictures.captions), 256))
+            means = torch.cat([vae.encode(ema, config.vae, images([row])).mean for row in rows])
+        scaling, shift = float(1.0 / means.std().clamp_min(1e-6)), float(means.mean())
+        return replace(config.vae, scaling=round(scaling, 4), shift=round(shift, 4))
+
+    def sample(state: step.TrainState) -> Tensor:
+        given = images(range(min(len(pictures.captions), 4)))
+        with torch.no_grad():
+            decoded = vae.decode(state.ema, config.vae, vae.encode(state.ema, config.vae, given).mean)
+        return pixels.from_signed(torch.cat([given, decoded]))
+
+    learned = step.trainable(SPECS["vae"](config.vae), "decoder.*" if settings.decoder_only else "*")
+    loss = losses.vae_loss(config.vae, dtype=settings.dtype)
+    batch = lambda number: {"images": images(order(number))}  # noqa: E731
+    return _part(run_key, params, loss, settings, learned, batch, whole, sample)
+
+
+def _part(
+    key: Key,
+    params: Params,
+    loss: losses.Loss,
+    settings: Settings,
+    learned: Callable[[str, Any], bool],
+    batch: Callable[[int], Tree],
+    whole: Callable[[step.TrainState], Model],
+    sample: Callable[[step.TrainState], Tensor],
+) -> Part:
+    warmup = min(settings.warmup, settings.steps - 1)
+    rate = optim.warmup_cosine(settings.rate, warmup, settings.steps, 0.1 * settings.rate)
+    # Biases, norms and other vectors have no scale to shrink to.
+    decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
+    optimizer = optim.chain(
+        optim.clip_by_global_norm(settings.clip), optim.adamw(rate, b2=0.99, decay=settings.decay, mask=decayed)
+    )
+    train_step = step.make_train_step(
+        loss,
+        optimizer,
+        trainable=learned,
+        ema_decay=settings.ema,
+        accumulate=settings.accumulate,
+        compile=settings.compile,
+        donate=True,
+        rate=rate,
+    )
+    return Part(step.init(key, params, optimizer, trainable=learned), train_step, batch, whole, sample)
+
+
+def _start(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:
+    if not scratch:
+        return {name: model.params[name] for name in names}
+    from functional_sd3.core import spec as specs
+
+    device = tree.leaves(model.params)[0].device
+    keys = prng.split(key, len(names))
+    return {
+        name: specs.init(own, SPECS[name](getattr(model.config, name)), device=device)
+        for own, name in zip(keys, names, strict=True)
+    }
+
+
+def _ordered(params: dict[str, Params]) -> dict[str, Params]:
+    return {name: params[name] for name in SPECS if name in params}
+
+
+def _fingerprint(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:16]
