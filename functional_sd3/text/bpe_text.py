@@ -41,7 +41,9 @@ def normalize(text: str) -> str:
     """`text` in NFC and lower case. Spaces are left alone: they only separate words."""
     if text.isascii():
         return text.lower()
-    composed = "".join(unicodedata.normalize("NFC", part) for part in _YOUNGER_THAN_UNICODE_9.split(text))
+    # parts of a text in NFC are in NFC, so that asking for the whole first is quick and exact
+    parts = [text] if unicodedata.is_normalized("NFC", text) else _YOUNGER_THAN_UNICODE_9.split(text)
+    composed = "".join(unicodedata.normalize("NFC", part) for part in parts)
     # str.lower() would look at the neighbours of a capital sigma and write ς at the end of a word.
     return composed.replace("Σ", "σ").lower()
 
@@ -63,16 +65,17 @@ def _shape(text: str) -> str:
 
     The standard `re` has no `\\p{L}` and `\\p{N}`; Python's `\\w` and `\\d` are other sets.
     """
-    if text.isascii():
-        return text
-    return text.translate({ord(character): _stand_in(character) for character in set(text) if not character.isascii()})
+    return text if text.isascii() else _NOT_ASCII.sub(_stand_in, text)
 
 
-def _stand_in(character: str) -> str:
-    category = unicodedata.category(character)
-    if category[0] == "Z" or character == "\x85":  # White_Space; U+0085 is the only member outside category Z
+def _stand_in(character: re.Match[str]) -> str:
+    if character[0] == "\x85":  # the only member of White_Space outside ASCII and category Z
         return " "
-    return {"L": "a", "N": "0"}.get(category[0], "!")
+    return _STAND_INS.get(unicodedata.category(character[0])[0], "!")
+
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_STAND_INS = {"L": "a", "N": "0", "Z": " "}
 
 
 def normalize_aligned(text: str) -> Aligned:
