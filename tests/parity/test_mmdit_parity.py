@@ -1,0 +1,138 @@
+"""The MMDiT against diffusers' SD3Transformer2DModel, with random weights everywhere (modulations included)."""
+
+import pytest
+import torch
+
+from functional_sd3.core import prng, tree
+from functional_sd3.core import spec as specs
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights import layout
+from functional_sd3.weights.diffusers_keys import TRANSFORMER
+
+diffusers = pytest.importorskip("diffusers")
+
+SMALL = dict(depth=4, heads=4, head_dim=16, context_width=48, pooled_width=40, position_size=24, sample_size=32)
+LAYOUTS = {
+    "SD3": mmdit.Config(**SMALL),
+    "SD3.5-medium": mmdit.Config(**SMALL, qk_norm=True, dual_attention_layers=(0, 1)),
+    "SD3.5-large": mmdit.Config(**SMALL, qk_norm=True),
+    "patches of one": mmdit.Config(**SMALL, qk_norm=True, patch_size=1, in_channels=4, out_channels=4),
+    "dual to the last": mmdit.Config(**SMALL, qk_norm=True, dual_attention_layers=(3,)),
+}
+
+
+def their_model(config: mmdit.Config):
+    return diffusers.SD3Transformer2DModel(
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        attention_head_dim=config.head_dim,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        pos_embed_max_size=config.position_size,
+        dual_attention_layers=config.dual_attention_layers,
+        qk_norm="rms_norm" if config.qk_norm else None,
+    ).eval()
+
+
+def random_params(config: mmdit.Config) -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(path, param):
+        if not param.trainable:
+            return param.init(prng.key(0), param.shape)
+        return 0.1 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
+
+    return specs.map_params(leaf, mmdit.spec(config))
+
+
+def random_inputs(config: mmdit.Config, batch=3, height=20, width=28, tokens=7) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    side = config.patch_size
+    latents = torch.randn(batch, config.in_channels, height // 2 * side, width // 2 * side, generator=generator)
+    context = torch.randn(batch, tokens, config.context_width, generator=generator)
+    pooled = torch.randn(batch, config.pooled_width, generator=generator)
+    return latents, torch.linspace(0.05, 1.0, batch), context, pooled
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def case(request):
+    config = LAYOUTS[request.param]
+    params = random_params(config)
+    theirs = their_model(config)
+    theirs.load_state_dict(layout.to_theirs(TRANSFORMER, mmdit.spec(config), tree.flatten_paths(params)), strict=True)
+    return config, params, theirs
+
+
+def their_velocity(theirs, latents, t, context, pooled, **options):
+    with torch.no_grad():
+        return theirs(latents, context, pooled, 1000 * t, return_dict=False, **options)[0]
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("height, width, tokens", [(20, 28, 7), (48, 4, 1), (2, 2, 33)])
+@pytest.mark.parametrize("implementation", ["sdpa", "math"])
+def test_velocity_equals_diffusers(case, height, width, tokens, implementation):
+    config, params, theirs = case
+    inputs = random_inputs(config, height=height, width=width, tokens=tokens)
+    ours = mmdit.apply(params, config, *inputs, implementation=implementation)
+    assert relative_error(ours, their_velocity(theirs, *inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("skipped", [(1,), (0, 2), (3,)])
+def test_skipped_layers_equal_diffusers(case, skipped):
+    config, params, theirs = case
+    inputs = random_inputs(config)
+    ours = mmdit.apply(params, config, *inputs, skip_layers=skipped)
+    assert relative_error(ours, their_velocity(theirs, *inputs, skip_layers=list(skipped))) <= 1e-5
+
+
+@pytest.mark.parametrize("count, skipped", [(1, ()), (2, ()), (3, (1,)), (4, (3,))])
+def test_residuals_are_added_where_diffusers_adds_them(case, count, skipped):
+    config, params, theirs = case
+    inputs = random_inputs(config)
+    residuals = list(torch.randn(count, 3, 140, config.width, generator=torch.Generator().manual_seed(2)))
+    ours = mmdit.apply(params, config, *inputs, residuals=residuals, skip_layers=skipped)
+    options = {"block_controlnet_hidden_states": residuals, "skip_layers": list(skipped)}
+    assert relative_error(ours, their_velocity(theirs, *inputs, **options)) <= 1e-5
+
+
+def test_modulations_computed_ahead_equal_diffusers(case):
+    config, params, theirs = case
+    latents, t, context, pooled = random_inputs(config)
+    modulations = mmdit.at(mmdit.modulations(params, config, torch.stack([t, t.flip(0)]), pooled), 1)
+    ours = mmdit.apply(params, config, latents, None, context, None, modulations=modulations)
+    assert relative_error(ours, their_velocity(theirs, latents, t.flip(0), context, pooled)) <= 1e-5
+
+
+def test_bfloat16_is_as_close_to_float32_as_that_of_diffusers(case):
+    config, params, theirs = case
+    inputs = random_inputs(config)
+    exact = their_velocity(theirs, *inputs)
+    ours = mmdit.apply(tree.cast(params, torch.bfloat16), config, *inputs)
+    assert relative_error(ours, exact) <= 2e-2
+
+
+@pytest.mark.parametrize("size", [5, 24, 192])
+@pytest.mark.parametrize("sample_size", [32, 128])
+def test_the_position_table_is_diffusers_buffer_bit_for_bit(size, sample_size):
+    config = mmdit.Config(depth=1, heads=1, position_size=size, sample_size=sample_size)
+    position = mmdit.spec(config)["position"]
+    assert torch.equal(position.init(prng.key(0), position.shape), their_model(config).pos_embed.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "config, tensors", [(mmdit.SD3_MEDIUM, 683), (mmdit.SD35_MEDIUM, 909), (mmdit.SD35_LARGE, 1227)]
+)
+def test_presets_have_every_tensor_of_diffusers(config, tensors):
+    with torch.device("meta"):
+        theirs = {name: tuple(tensor.shape) for name, tensor in their_model(config).state_dict().items()}
+    assert layout.keys(TRANSFORMER, mmdit.spec(config)) == theirs
+    assert len(theirs) == tensors
