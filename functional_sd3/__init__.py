@@ -1,1 +1,52 @@
-"""Stable Diffusion 3.5 as composable pure functions over explicit parameter trees."""
+"""Stable Diffusion 3.5 as composable pure functions over explicit parameter trees.
+
+    import functional_sd3 as sd3
+
+    model = sd3.weights.load(sd3.weights.shipped.folder())
+    images = sd3.pipeline.generate(
+        model.params, model.config, model.tokenizers, "a large red circle on a white background", sd3.prng.key(0)
+    )
+
+Every component has a frozen `Config`, `spec(config)`, `init(key, config)` and a pure `apply(params, config, ...)`.
+"""
+
+from functional_sd3 import pipeline, weights
+from functional_sd3.core import attention, layers, prng, spec, transform, tree
+from functional_sd3.flow import guidance, ode, path, schedule
+from functional_sd3.image import pixels, vae
+from functional_sd3.metrics import prompts
+from functional_sd3.text import bpe, clip, conditioning, t5, unigram
+from functional_sd3.training import datasets, optim, shapes, step
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights import shipped
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attention",
+    "bpe",
+    "clip",
+    "conditioning",
+    "datasets",
+    "guidance",
+    "layers",
+    "mmdit",
+    "ode",
+    "optim",
+    "path",
+    "pipeline",
+    "pixels",
+    "prng",
+    "prompts",
+    "schedule",
+    "shapes",
+    "shipped",
+    "spec",
+    "step",
+    "t5",
+    "transform",
+    "tree",
+    "unigram",
+    "vae",
+    "weights",
+]

@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own, with every version pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+PROMPT ?= a large red circle left of a small blue star on a white background
+
+.PHONY: demo test bench tiny lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/functional-sd3 generate "$(PROMPT)" --out out/demo.png
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m bench
+
+tiny: $(VENV)/installed
+	$(BIN)/python -m functional_sd3.training.tiny params/tiny --work out/tiny
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) out
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "functional_sd3 needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	@touch $@ $(VENV)/installed

@@ -1,0 +1,104 @@
+"""The autoencoder's own laws."""
+
+import pytest
+import torch
+
+from functional_sd3.core import prng, tree
+from functional_sd3.image import vae
+
+CONFIG = vae.Config(channels=(8, 8, 16, 16), blocks_per_level=1, groups=4, sample_size=32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Fresh residual branches are zero; noise makes every parameter matter.
+    fresh = vae.init(prng.key(0), CONFIG)
+    return tree.map(lambda leaf: leaf + 0.1 * prng.normal(prng.key(leaf.numel()), leaf.shape), fresh)
+
+
+def test_a_sample_does_not_depend_on_its_batch(params):
+    images = prng.uniform(prng.key(1), (3, 3, 32, 32))
+    together = vae.encode(params, CONFIG, images).mean
+    alone = torch.cat([vae.encode(params, CONFIG, image[None]).mean for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_normalize_and_denormalize_are_inverse():
+    latents = prng.normal(prng.key(2), (2, 16, 4, 4))
+    torch.testing.assert_close(vae.denormalize(vae.SD3_VAE, vae.normalize(vae.SD3_VAE, latents)), latents)
+    assert vae.normalize(vae.SD3_VAE, torch.tensor(0.0609)) == 0
+    assert float(vae.normalize(vae.SD3_VAE, torch.tensor(1.0609))) == pytest.approx(1.5305)
+
+
+def test_a_draw_has_the_posterior_moments():
+    posterior = vae.Posterior(torch.full((1, 16, 32, 32), 2.0), torch.full((1, 16, 32, 32), -2.0))
+    draw = vae.sample(posterior, prng.key(3))
+    assert float(draw.mean()) == pytest.approx(2.0, abs=0.02)
+    assert float(draw.std()) == pytest.approx(0.3679, abs=0.01)
+
+
+def test_tiles_as_large_as_the_picture_are_the_plain_decode(params):
+    latents = prng.normal(prng.key(4), (1, 16, 4, 6))
+    assert torch.equal(vae.decode_tiled(params, CONFIG, latents, tile=6, overlap=2), vae.decode(params, CONFIG, latents))
+
+
+def test_tiles_blend_to_a_constant_picture_without_seams():
+    constant = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG))
+    constant["decoder"]["conv_out"]["bias"] = torch.tensor([0.1, 0.2, 0.3])
+    decoded = vae.decode_tiled(constant, CONFIG, torch.zeros(1, 16, 13, 9), tile=4, overlap=2)
+    expected = torch.tensor([0.1, 0.2, 0.3])[None, :, None, None].expand(1, 3, 104, 72)
+    torch.testing.assert_close(decoded, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: vae.encode(p, CONFIG, torch.zeros(1, 3, 33, 32)), "height 33 is not a multiple of 8; nearest are 32 and 40"),
+        (lambda p: vae.encode(p, CONFIG, torch.zeros(1, 1, 32, 32)), r"\[1, 1, 32, 32\] must be \(batch, 3"),
+        (lambda p: vae.decode(p, CONFIG, torch.zeros(1, 4, 4, 4)), "must be .batch, 16"),
+        (lambda p: vae.decode_tiled(p, CONFIG, torch.zeros(1, 16, 4, 4), tile=4, overlap=4), "overlap 4 must be"),
+    ],
+)
+def test_wrong_sizes_are_named(params, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(params)
+
+
+def test_every_transform_applies(params):
+    latents = prng.normal(prng.key(5), (4, 16, 2, 2))
+
+    def decode(x):
+        return vae.decode(params, CONFIG, x, implementation="math")
+
+    tangent = prng.normal(prng.key(6), latents.shape)
+    value, forward = torch.func.jvp(decode, (latents,), (tangent,))
+    pulled = torch.func.vjp(decode, latents)[1](value)[0]
+    torch.testing.assert_close((forward * value).sum(), (pulled * tangent).sum(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.vmap(lambda x: decode(x[None])[0])(latents), vae.decode(params, CONFIG, latents), atol=1e-5, rtol=1e-4
+    )
+    each = torch.vmap(torch.func.grad(lambda x: decode(x[None]).square().sum()))(latents)
+    whole = torch.func.grad(lambda x: decode(x).square().sum())(latents)
+    torch.testing.assert_close(each, whole, atol=1e-4, rtol=1e-3)
+
+
+def test_compiled_equals_eager(params):
+    images = prng.uniform(prng.key(7), (4, 3, 16, 16))
+
+    def loss(params):
+        posterior = vae.encode(params, CONFIG, images)
+        return (vae.decode(params, CONFIG, posterior.mean) - images).square().mean()
+
+    eager_grads, eager = torch.func.grad_and_value(loss)(params)
+    grads, value = torch.compile(torch.func.grad_and_value(loss), fullgraph=True)(params)
+    torch.testing.assert_close(value, eager, rtol=1e-4, atol=1e-5)
+    for path, leaf in tree.flatten_paths(eager_grads).items():
+        torch.testing.assert_close(tree.flatten_paths(grads)[path], leaf, rtol=1e-3, atol=1e-4, msg=path)
+
+
+def test_nothing_given_is_changed(params):
+    images = prng.uniform(prng.key(8), (1, 3, 16, 16))
+    before, copy, state = tree.map(torch.clone, params), images.clone(), torch.get_rng_state()
+    vae.decode(params, CONFIG, vae.encode(params, CONFIG, images).mean)
+    assert tree.allclose(before, params, rtol=0, atol=0) and torch.equal(copy, images)
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32

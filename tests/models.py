@@ -1,0 +1,64 @@
+"""A small random model, complete with tokenizers, for tests of whole programs."""
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from functional_sd3.core import prng
+from functional_sd3.core import spec as specs
+from functional_sd3.flow import schedule
+from functional_sd3.training import tiny
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights import Model, model
+
+
+@cache
+def tokenizers():
+    return tiny.tokenizers(prng.key(0))
+
+
+def config(**transformer):
+    """The tiny model's sizes, smaller; `transformer` replaces fields of its transformer's config."""
+    small = tiny.config(tokenizers())
+    sizes = mmdit.Config(
+        depth=3,
+        heads=2,
+        head_dim=16,
+        patch_size=2,
+        context_width=small.t5.width,
+        pooled_width=2 * small.clip_l.projection_width,
+        position_size=12,
+        sample_size=8,
+        qk_norm=True,
+        dual_attention_layers=(0,),
+    )
+    return replace(
+        small,
+        transformer=replace(sizes, **transformer),
+        vae=replace(small.vae, channels=(8, 8, 16, 16), scaling=1.5305, shift=0.0609),
+        schedule=schedule.Config(shift=3.0),
+    )
+
+
+def random_model(config=None) -> Model:
+    """Every leaf random and of the size it would have after training: nothing zero that could hide a mistake."""
+    config = config or globals()["config"]()
+
+    def fill(path: str, param: specs.Param) -> torch.Tensor:
+        key = prng.key(int.from_bytes(path.encode()[-7:], "big"))
+        if not param.trainable:
+            return param.init(key, param.shape)
+        noise = prng.normal(key, param.shape)
+        if len(param.shape) == 1:
+            return 0.1 * noise + (1.0 if path.endswith("weight") else 0.0)
+        return noise * 0.8 / math.prod(param.shape[1:]) ** 0.5
+
+    return Model(config, specs.map_params(fill, model.spec(config)), tokenizers())
+
+
+
+def parts(model: Model) -> tuple:
+    """(params, config, tokenizers): what the pipeline's functions take first."""
+    return model.params, model.config, model.tokenizers

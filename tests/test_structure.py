@@ -1,0 +1,78 @@
+"""The house: imports point down the page only, and importing the program costs what torch costs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "functional_sd3"
+ALLOWED = {
+    "core": set(),
+    "text": {"core"},
+    "image": {"core"},
+    "transformer": {"core"},
+    "flow": {"core"},
+    "weights": {"core", "text", "image", "transformer", "flow"},
+    "training": {"core", "text", "image", "transformer", "flow", "weights", "pipeline", "metrics"},
+    "metrics": {"core", "text", "image", "training"},
+    "pipeline": {"core", "text", "image", "transformer", "flow", "weights"},
+    "cli": {"core", "text", "image", "transformer", "flow", "weights", "training", "metrics", "pipeline"},
+}
+"""Room -> the rooms it may import. Training draws samples while it runs, hence the pipeline."""
+
+RUN_TIME = {"torch", "safetensors", "einops", "numpy", "PIL", "scipy", "tqdm"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def rooms_imported(path: Path) -> set[str]:
+    room_of = path.relative_to(PACKAGE).parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = ["functional_sd3", *room_of[:-1]]
+            base = package[: len(package) - node.level + 1]
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("functional_sd3.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_the_page(path):
+    parts = path.relative_to(PACKAGE).parts
+    room = parts[0].removesuffix(".py")
+    if room in ("__init__", "__main__"):
+        return
+    upward = rooms_imported(path) - ALLOWED[room] - {room}
+    assert not upward, f"{room} must not import {sorted(upward)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_run_time_packages_are_imported(path):
+    import sys
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for name in names:
+            top = name.split(".")[0]
+            assert top in RUN_TIME | {"functional_sd3"} or top in sys.stdlib_module_names, f"{path} imports {name}"
+
+
+def test_importing_the_program_loads_no_heavy_package_besides_torch():
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, torch; before = set(sys.modules); import functional_sd3; "
+        "print(sorted({'scipy', 'PIL', 'tqdm', 'torch._dynamo', 'torch._inductor'} & (set(sys.modules) - before)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
