@@ -70,7 +70,7 @@ def encode(
     """
     _check_images(config, images)
     params = params["encoder"]
-    x = layers.conv2d(params["conv_in"], images.contiguous(memory_format=torch.channels_last), padding=1)
+    x = layers.conv2d(params["conv_in"], _laid_out(images, implementation), padding=1)
     for level in params["levels"]:
         for block in level["blocks"]:
             x = _resnet(block, config, x)
@@ -95,7 +95,7 @@ def decode(
             f"latents of shape {list(latents.shape)} must be (batch, {config.latent_channels}, height, width)"
         )
     params = params["decoder"]
-    x = layers.conv2d(params["conv_in"], latents.contiguous(memory_format=torch.channels_last), padding=1)
+    x = layers.conv2d(params["conv_in"], _laid_out(latents, implementation), padding=1)
     x = _middle(params["middle"], config, x, implementation)
     for level in params["levels"]:
         for block in level["blocks"]:
@@ -146,6 +146,11 @@ def normalize(config: Config, latents: Tensor) -> Tensor:
 def denormalize(config: Config, latents: Tensor) -> Tensor:
     """latents / scaling + shift: what `decode` wants."""
     return latents / config.scaling + config.shift
+
+
+def _laid_out(x: Tensor, implementation: Implementation) -> Tensor:
+    # Twice as fast on a CPU; but torch's group norm has no forward-mode derivative for it.
+    return x.contiguous(memory_format=torch.channels_last) if implementation == "sdpa" else x.contiguous()
 
 
 def _check_images(config: Config, images: Tensor) -> None:
