@@ -1,8 +1,8 @@
 """Extended grapheme clusters (Unicode Standard Annex 29), as far as text in short clusters can tell.
 
 `unicodedata` has general categories but not the properties this rule is written in, so the exceptions stand here.
-Flags (pairs of regional indicators) are left apart: each half takes four bytes of UTF-8, and the one user of this
-file, the normaliser, treats every cluster of six bytes or more character by character.
+Flags (pairs of regional indicators) are left apart: their clusters take eight bytes of UTF-8 and more, and the one user
+of this file, the normaliser, goes through such clusters character by character.
 """
 
 import unicodedata
@@ -31,24 +31,20 @@ def _joined(text: str, kinds: list[str], index: int) -> bool:
     if (before, after) in _HANGUL_PAIRS:
         return True
     if after == "pictograph" and text[index - 1] == "\u200d":
-        return _last_other(text, kinds, index - 1) == "pictograph"
+        start = _first_extend(kinds, index - 1)
+        return kinds[start - 1 : start] == ["pictograph"] and "\u200d" not in text[start : index - 1]
     if after == "consonant" and before == "extend":
-        run = _extends_before(text, kinds, index)
-        return any(c in _LINKERS for c in run) and _last_other(text, kinds, index) == "consonant"
+        start = _first_extend(kinds, index)
+        bound = any(character in _LINKERS for character in text[start:index]) and "\u200c" not in text[start:index]
+        return kinds[start - 1 : start] == ["consonant"] and bound
     return False
 
 
-def _extends_before(text: str, kinds: list[str], index: int) -> str:
-    start = index
-    while start and kinds[start - 1] == "extend":
-        start -= 1
-    return text[start:index]
-
-
-def _last_other(text: str, kinds: list[str], index: int) -> str:
-    """Kind of the nearest character before `index` that is not an extending one."""
-    start = index - len(_extends_before(text, kinds, index))
-    return kinds[start - 1] if start else ""
+def _first_extend(kinds: list[str], end: int) -> int:
+    """Where the run of extending characters that stops at `end` begins."""
+    while end and kinds[end - 1] == "extend":
+        end -= 1
+    return end
 
 
 def _kind(character: str) -> str:
@@ -67,69 +63,72 @@ _KIND_OF_CATEGORY = {
     **dict.fromkeys(("Cc", "Cf", "Zl", "Zp"), "control"),
 }
 
-
 _HANGUL_PAIRS = {
     *(("L", after) for after in ("L", "V", "LV", "LVT")),
     *((before, after) for before in ("LV", "V") for after in ("V", "T")),
     *((before, "T") for before in ("LVT", "T")),
 }
 
-# Viramas that bind two consonants of the same script into one cluster (Indic_Conjunct_Break = Linker).
-_LINKERS = "\u094d\u09cd\u0acd\u0b4d\u0c4d\u0d4d"
+# Viramas that bind two consonants into one cluster (Indic_Conjunct_Break = Linker).
+_LINKERS = (
+    "\u094d\u09cd\u0acd\u0b4d\u0c4d\u0d4d\u1039\u17d2\u1a60\u1b44\u1bab\ua9c0\uaaf6"
+    "\U00010a3f\U00011133\U000113d0\U0001193e\U00011a47\U00011a99\U00011f42"
+)
 
-# What the general category does not say, by first and last code point.
+# What the general category does not say: code points and ranges of them, hexadecimal, from Unicode 17.
 _RANGES = {
     # Spacing marks that stand alone.
-    "": (
-        *((0x102B, 0x102C), (0x1038, 0x1038), (0x1062, 0x1064), (0x1067, 0x106D), (0x1083, 0x1083), (0x1087, 0x108C)),
-        *((0x108F, 0x108F), (0x109A, 0x109C), (0x1A61, 0x1A61), (0x1A63, 0x1A64), (0xAA7B, 0xAA7B), (0xAA7D, 0xAA7D)),
-        (0x11720, 0x11721),
-    ),
-    "spacing": ((0x0E33, 0x0E33), (0x0EB3, 0x0EB3)),
+    "": "102B-102C 1038 1062-1064 1067-106D 1083 1087-108C 108F 109A-109C 1A61 1A63-1A64 AA7B AA7D 11720-11721",
+    # Spacing marks by another category, or younger than Python 3.11 knows.
+    "spacing": "CF3 E33 EB3 1171E",
+    # Extending characters by another category, or younger than Python 3.11 knows.
     "extend": (
-        *((0x09BE, 0x09BE), (0x09D7, 0x09D7), (0x0B3E, 0x0B3E), (0x0B57, 0x0B57), (0x0BBE, 0x0BBE), (0x0BD7, 0x0BD7)),
-        *((0x0CC2, 0x0CC2), (0x0CD5, 0x0CD6), (0x0D3E, 0x0D3E), (0x0D57, 0x0D57), (0x0DCF, 0x0DCF), (0x0DDF, 0x0DDF)),
-        *((0x1B35, 0x1B35), (0x200C, 0x200D), (0x302E, 0x302F), (0xFF9E, 0xFF9F), (0x1133E, 0x1133E)),
-        *((0x11357, 0x11357), (0x114B0, 0x114B0), (0x114BD, 0x114BD), (0x115AF, 0x115AF), (0x11930, 0x11930)),
-        *((0x1D165, 0x1D165), (0x1D16E, 0x1D172)),
-        *((0x1F3FB, 0x1F3FF), (0xE0020, 0xE007F)),
+        "897 9BE 9D7 B3E B57 BBE BD7 CC0 CC2 CC7-CC8 CCA-CCB CD5-CD6 D3E D57 DCF DDF ECE 1715 1734 1ACF-1ADD "
+        "1AE0-1AEB 1B35 1B3B 1B3D 1B43-1B44 1BAA 1BF2-1BF3 200C-200D 302E-302F A953 A9C0 FF9E-FF9F 111C0 11235 "
+        "1133E 1134D 11357 114B0 114BD 115AF 116B6 11930 1193D 16FF0-16FF1 1D165 1D166 1D16D 1D16E-1D172 "
+        "1F3FB-1F3FF E0020-E007F"
     ),
-    "prepend": (
-        *((0x0600, 0x0605), (0x06DD, 0x06DD), (0x070F, 0x070F), (0x0890, 0x0891), (0x08E2, 0x08E2), (0x0D4E, 0x0D4E)),
-        *((0x110BD, 0x110BD), (0x110CD, 0x110CD), (0x111C2, 0x111C3), (0x1193F, 0x1193F), (0x11941, 0x11941)),
-        *((0x11A3A, 0x11A3A), (0x11A84, 0x11A89), (0x11D46, 0x11D46), (0x11F02, 0x11F02)),
-    ),
-    "control": ((0x2065, 0x2065), (0xFFF0, 0xFFF8), (0xE0000, 0xE001F), (0xE0080, 0xE00FF), (0xE01F0, 0xE0FFF)),
-    "L": ((0x1100, 0x115F), (0xA960, 0xA97C)),
-    "V": ((0x1160, 0x11A7), (0xD7B0, 0xD7C6)),
-    "T": ((0x11A8, 0x11FF), (0xD7CB, 0xD7FB)),
+    # Prepended_Concatenation_Mark and letters that stand before their base.
+    "prepend": "600-605 6DD 70F 890-891 8E2 D4E 110BD 110CD 111C2-111C3 113D1 1193F 11941 11A84-11A89 11D46 11F02",
+    # Unassigned code points that are ignorable by default.
+    "control": "2065 FFF0-FFF8 E0000-E001F E0080-E00FF E01F0-E0FFF",
+    # Hangul_Syllable_Type
+    "L": "1100-115F A960-A97C",
+    "V": "1160-11A7 D7B0-D7C6",
+    "T": "11A8-11FF D7CB-D7FB",
     # Extended_Pictographic
     "pictograph": (
-        *((0xA9, 0xA9), (0xAE, 0xAE), (0x203C, 0x203C), (0x2049, 0x2049), (0x2122, 0x2122), (0x2139, 0x2139)),
-        *((0x2194, 0x2199), (0x21A9, 0x21AA), (0x231A, 0x231B), (0x2328, 0x2328), (0x2388, 0x2388), (0x23CF, 0x23CF)),
-        *((0x23E9, 0x23F3), (0x23F8, 0x23FA), (0x24C2, 0x24C2), (0x25AA, 0x25AB), (0x25B6, 0x25B6), (0x25C0, 0x25C0)),
-        *((0x25FB, 0x25FE), (0x2600, 0x2605), (0x2607, 0x2612), (0x2614, 0x2685), (0x2690, 0x2705), (0x2708, 0x2712)),
-        *((0x2714, 0x2714), (0x2716, 0x2716), (0x271D, 0x271D), (0x2721, 0x2721), (0x2728, 0x2728), (0x2733, 0x2734)),
-        *((0x2744, 0x2744), (0x2747, 0x2747), (0x274C, 0x274C), (0x274E, 0x274E), (0x2753, 0x2755), (0x2757, 0x2757)),
-        *((0x2763, 0x2767), (0x2795, 0x2797), (0x27A1, 0x27A1), (0x27B0, 0x27B0), (0x27BF, 0x27BF), (0x2934, 0x2935)),
-        *((0x2B05, 0x2B07), (0x2B1B, 0x2B1C), (0x2B50, 0x2B50), (0x2B55, 0x2B55), (0x3030, 0x3030), (0x303D, 0x303D)),
-        *((0x3297, 0x3297), (0x3299, 0x3299), (0x1F000, 0x1F0FF), (0x1F10D, 0x1F10F), (0x1F12F, 0x1F12F)),
-        *((0x1F16C, 0x1F171), (0x1F17E, 0x1F17F), (0x1F18E, 0x1F18E), (0x1F191, 0x1F19A), (0x1F1AD, 0x1F1E5)),
-        *((0x1F201, 0x1F20F), (0x1F21A, 0x1F21A), (0x1F22F, 0x1F22F), (0x1F232, 0x1F23A), (0x1F23C, 0x1F23F)),
-        *((0x1F249, 0x1F3FA), (0x1F400, 0x1F53D), (0x1F546, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F774, 0x1F77F)),
-        *((0x1F7D5, 0x1F7FF), (0x1F80C, 0x1F80F), (0x1F848, 0x1F84F), (0x1F85A, 0x1F85F), (0x1F888, 0x1F88F)),
-        *((0x1F8AE, 0x1F8FF), (0x1F90C, 0x1F93A), (0x1F93C, 0x1F945), (0x1F947, 0x1FAFF), (0x1FC00, 0x1FFFD)),
+        "A9 AE 203C 2049 2122 2139 2194-2199 21A9-21AA 231A-231B 2328 23CF 23E9-23F3 23F8-23FA 24C2 25AA-25AB "
+        "25B6 25C0 25FB-25FE 2600-2604 260E 2611 2614-2615 2618 261D 2620 2622-2623 2626 262A 262E-262F 2638-263A "
+        "2640 2642 2648-2653 265F-2660 2663 2665-2666 2668 267B 267E-267F 2692-2697 2699 269B-269C 26A0-26A1 26A7 "
+        "26AA-26AB 26B0-26B1 26BD-26BE 26C4-26C5 26C8 26CE-26CF 26D1 26D3-26D4 26E9-26EA 26F0-26F5 26F7-26FA 26FD "
+        "2702 2705 2708-270D 270F 2712 2714 2716 271D 2721 2728 2733-2734 2744 2747 274C 274E 2753-2755 2757 "
+        "2763-2764 2795-2797 27A1 27B0 27BF 2934-2935 2B05-2B07 2B1B-2B1C 2B50 2B55 3030 303D 3297 3299 1F004 "
+        "1F02C-1F02F 1F094-1F09F 1F0AF-1F0B0 1F0C0 1F0CF-1F0D0 1F0F6-1F0FF 1F170-1F171 1F17E-1F17F 1F18E "
+        "1F191-1F19A 1F1AE-1F1E5 1F201-1F20F 1F21A 1F22F 1F232-1F23A 1F23C-1F23F 1F249-1F25F 1F266-1F321 "
+        "1F324-1F393 1F396-1F397 1F399-1F39B 1F39E-1F3F0 1F3F3-1F3F5 1F3F7-1F3FA 1F400-1F4FD 1F4FF-1F53D "
+        "1F549-1F54E 1F550-1F567 1F56F-1F570 1F573-1F57A 1F587 1F58A-1F58D 1F590 1F595-1F596 1F5A4-1F5A5 1F5A8 "
+        "1F5B1-1F5B2 1F5BC 1F5C2-1F5C4 1F5D1-1F5D3 1F5DC-1F5DE 1F5E1 1F5E3 1F5E8 1F5EF 1F5F3 1F5FA-1F64F "
+        "1F680-1F6C5 1F6CB-1F6D2 1F6D5-1F6E5 1F6E9 1F6EB-1F6F0 1F6F3-1F6FF 1F7DA-1F7FF 1F80C-1F80F 1F848-1F84F "
+        "1F85A-1F85F 1F888-1F88F 1F8AE-1F8AF 1F8BC-1F8BF 1F8C2-1F8CF 1F8D9-1F8FF 1F90C-1F93A 1F93C-1F945 "
+        "1F947-1F9FF 1FA58-1FA5F 1FA6E-1FAFF 1FC00-1FFFD"
     ),
     # Indic_Conjunct_Break = Consonant
     "consonant": (
-        *((0x0915, 0x0939), (0x0958, 0x095F), (0x0978, 0x097F), (0x0995, 0x09A8), (0x09AA, 0x09B0), (0x09B2, 0x09B2)),
-        *((0x09B6, 0x09B9), (0x09DC, 0x09DD), (0x09DF, 0x09DF), (0x09F0, 0x09F1), (0x0A95, 0x0AA8), (0x0AAA, 0x0AB0)),
-        *((0x0AB2, 0x0AB3), (0x0AB5, 0x0AB9), (0x0AF9, 0x0AF9), (0x0B15, 0x0B28), (0x0B2A, 0x0B30), (0x0B32, 0x0B33)),
-        *((0x0B35, 0x0B39), (0x0B5C, 0x0B5D), (0x0B5F, 0x0B5F), (0x0B71, 0x0B71), (0x0C15, 0x0C28), (0x0C2A, 0x0C39)),
-        *((0x0C58, 0x0C5A), (0x0D15, 0x0D3A)),
+        "915-939 958-95F 978-97F 995-9A8 9AA-9B0 9B2 9B6-9B9 9DC-9DD 9DF 9F0-9F1 A95-AA8 AAA-AB0 AB2-AB3 AB5-AB9 "
+        "AF9 B15-B28 B2A-B30 B32-B33 B35-B39 B5C-B5D B5F B71 C15-C28 C2A-C39 C58-C5A D15-D3A 1000-102A 103F "
+        "1050-1055 105A-105D 1061 1065-1066 106E-1070 1075-1081 108E 1780-17B3 1A20-1A54 1B0B-1B0C 1B13-1B33 "
+        "1B45-1B4C 1B83-1BA0 1BAE-1BAF 1BBB-1BBD A989-A98B A98F-A9B2 A9E0-A9E4 A9E7-A9EF A9FA-A9FE AA60-AA6F "
+        "AA71-AA73 AA7A AA7E-AA7F AAE0-AAEA ABC0-ABDA 10A00 10A10-10A13 10A15-10A17 10A19-10A35 11103-11126 11144 "
+        "11147 11380-11389 1138B 1138E 11390-113B5 11900-11906 11909 1190C-11913 11915-11916 11918-1192F 11A00 "
+        "11A0B-11A32 11A50 11A5C-11A83 11F04-11F10 11F12-11F33"
     ),
 }
 
-_SORTED = [(0, -1, ""), *sorted((first, last, kind) for kind, ranges in _RANGES.items() for first, last in ranges)]
-_FIRSTS = [first for first, _, _ in _SORTED]
-_SPANS = [(last, kind) for _, last, kind in _SORTED]
+_SORTED = sorted(
+    (int(span.split("-")[0], 16), int(span.split("-")[-1], 16), kind)
+    for kind, spans in _RANGES.items()
+    for span in spans.split()
+)
+_FIRSTS = [0, *(first for first, _, _ in _SORTED)]
+_SPANS = [(-1, ""), *((last, kind) for _, last, kind in _SORTED)]
