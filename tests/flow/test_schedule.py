@@ -1,0 +1,135 @@
+"""Sigma grids: spacings, shifts, parts of grids, and what is refused."""
+
+import pytest
+import torch
+
+from functional_sd3.flow import schedule
+
+# torch builds its own forward-mode rules with torch.jit.script on the first jvp.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+def test_the_four_steps_of_the_turbo_model():
+    # Stability's reference and diffusers, shift 3.
+    expected = torch.tensor([1.0, 0.8576924, 0.6021506, 0.0089286, 0.0])
+    torch.testing.assert_close(schedule.sigmas(4), expected, rtol=0, atol=2e-7)
+
+
+def test_the_low_end_is_shifted_twice_by_default_and_once_on_request():
+    assert schedule.sigmas(28)[-2].item() == pytest.approx(0.0089286, abs=1e-7)
+    assert schedule.sigmas(28, double_shift=False)[-2].item() == pytest.approx(0.0029940, abs=1e-7)
+
+
+def test_shift_is_the_addition_of_its_logarithm_on_the_logit_of_sigma():
+    sigma = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    shifted = torch.logit(schedule.shift(sigma, 3.0))
+    torch.testing.assert_close(shifted, torch.logit(sigma) + torch.log(torch.tensor(3.0, dtype=torch.float64)))
+
+
+def test_grids_are_float32_and_on_the_asked_device():
+    grid = schedule.sigmas(5, device="meta")
+    assert grid.dtype == torch.float32 and grid.device.type == "meta" and grid.shape == (6,)
+
+
+def test_the_gradient_of_a_grid_in_its_shift_is_the_derivative_of_the_formula():
+    shift = torch.tensor(3.0, dtype=torch.float64)
+    base = torch.linspace(0, 1, 7, dtype=torch.float64)
+    jacobian = torch.func.jacfwd(schedule.shift, argnums=1)(base, shift)
+    torch.testing.assert_close(jacobian, base * (1 - base) / (1 + 2 * base) ** 2)
+    step = 1e-3
+    slope = torch.func.jacrev(lambda s: schedule.sigmas(6, shift=s))(torch.tensor(3.0))
+    difference = (schedule.sigmas(6, shift=3 + step) - schedule.sigmas(6, shift=3 - step)) / (2 * step)
+    torch.testing.assert_close(slope, difference, rtol=1e-2, atol=1e-4)
+
+
+def test_a_tensor_shift_gives_the_grid_of_the_number():
+    torch.testing.assert_close(schedule.sigmas(9, shift=torch.tensor(2.5)), schedule.sigmas(9, shift=2.5))
+
+
+def test_shifts_vmap_and_compile_to_the_grids_of_each():
+    shifts = torch.tensor([1.0, 3.0, 6.0])
+    grids = torch.func.vmap(lambda s: schedule.sigmas(7, shift=s))(shifts)
+    for grid, s in zip(grids, shifts.tolist(), strict=True):
+        torch.testing.assert_close(grid, schedule.sigmas(7, shift=s))
+    compiled = torch.compile(lambda s: schedule.sigmas(7, shift=s), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(shifts[1]), schedule.sigmas(7))
+
+
+def test_karras_spacing_is_even_in_the_seventh_root_and_exponential_in_the_logarithm():
+    karras = schedule.karras(6, 0.01, 0.9) ** (1 / 7)
+    torch.testing.assert_close(karras.diff(), karras.diff().mean().expand(5))
+    exponential = schedule.exponential(6, 0.01, 0.9).log()
+    torch.testing.assert_close(exponential.diff(), exponential.diff().mean().expand(5))
+
+
+@pytest.mark.parametrize("spacing", [schedule.linear, schedule.karras, schedule.exponential, schedule.beta])
+def test_spacings_begin_and_end_where_they_say(spacing):
+    levels = spacing(8, 0.02, 0.95)
+    assert levels.shape == (8,)
+    assert levels[0].item() == pytest.approx(0.95, abs=1e-12) and levels[-1].item() == pytest.approx(0.02, abs=1e-12)
+    assert (levels.diff() < 0).all()
+
+
+@pytest.mark.parametrize("spacing", [schedule.linear, schedule.karras, schedule.exponential])
+def test_spacings_are_differentiable_in_their_ends(spacing):
+    lowest, highest = torch.tensor(0.02, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: spacing(5, a, b), (lowest.requires_grad_(), highest.requires_grad_()))
+
+
+def test_stretching_puts_the_last_level_where_asked():
+    levels = schedule.stretch(schedule.linear(6, 0.01), 0.1)
+    assert levels[0] == 1 and levels[-1].item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "kept"),
+    [(50, 0.2, 10), (50, 0.6, 30), (28, 0.6, 17), (10, 0.7, 7), (4, 1, 4), (4, 0, 0), (10, 0.01, 1), (99, 1 / 3, 33)],
+)
+def test_strength_keeps_that_part_of_the_steps_rounded_up(steps, strength, kept):
+    grid = schedule.sigmas(steps)
+    part = schedule.partial(grid, strength)
+    assert len(part) == kept + 1 and torch.equal(part, grid[steps - kept :])
+
+
+def test_learned_grids_descend_from_one_to_zero_and_even_logits_give_even_steps():
+    torch.testing.assert_close(schedule.learned(torch.zeros(8)), torch.linspace(1, 0, 9))
+    grid = schedule.learned(torch.tensor([3.0, -2.0, 0.5, 9.0]))
+    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+
+
+def test_a_time_of_the_grid_is_found_at_its_position():
+    grid = schedule.sigmas(9)
+    assert torch.equal(schedule.position(grid, grid), torch.arange(10))
+    assert schedule.position(grid, grid[3]).shape == () and schedule.position(grid, grid[3] + 1e-6) == 3
+
+
+def test_resolution_mu_passes_through_both_ends():
+    config = schedule.Config(use_dynamic_shifting=True)
+    assert schedule.resolution_mu(config, 256) == pytest.approx(0.5)
+    assert schedule.resolution_mu(config, 4096) == pytest.approx(1.15)
+
+
+def test_configs_are_hashable_values():
+    assert len({schedule.Config(), schedule.Config(shift=3.0), schedule.Config(shift=1.0)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: schedule.sigmas(0), "steps 0"),
+        (lambda: schedule.sigmas(2.5), "steps 2.5"),
+        (lambda: schedule.sigmas(4, shift=0.0), "shift 0.0"),
+        (lambda: schedule.sigmas(4, shift=float("nan")), "shift nan"),
+        (lambda: schedule.sigmas(4, train_timesteps=0), "train_timesteps 0"),
+        (lambda: schedule.partial(schedule.sigmas(4), 1.2), "strength 1.2"),
+        (lambda: schedule.partial(schedule.sigmas(4), float("nan")), "strength nan"),
+        (lambda: schedule.from_config(schedule.Config(use_dynamic_shifting=True), 4), "needs mu"),
+        (lambda: schedule.from_config(schedule.Config(), 4, mu=1.0), "mu 1.0 has no meaning"),
+        (lambda: schedule.from_config(schedule.Config(time_shift_type="cubic"), 4), "'cubic'"),
+        (lambda: schedule.from_config(schedule.Config(use_karras_sigmas=True, use_beta_sigmas=True), 4), "only one"),
+        (lambda: schedule.from_config(schedule.Config(shift_terminal=0.1), 1), "at least 2 steps"),
+    ],
+)
+def test_what_makes_no_grid_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
