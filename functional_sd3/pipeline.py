@@ -138,9 +138,7 @@ def velocity(
 
     def evaluate(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, *rows: Tensor) -> Tensor:
         given = _at(rows, times, t) if rows else None
-        return mmdit.apply(
-            weights, sizes, x, t, context, pooled, modulations=given, skip_layers=skip_layers
-        )
+        return mmdit.apply(weights, sizes, x, t, context, pooled, modulations=given, skip_layers=skip_layers)
 
     def arguments(condition: Conditioning) -> tuple:
         if times is None:

@@ -58,7 +58,6 @@ def random_model(config=None) -> Model:
     return Model(config, specs.map_params(fill, model.spec(config)), tokenizers())
 
 
-
 def parts(model: Model) -> tuple:
     """(params, config, tokenizers): what the pipeline's functions take first."""
     return model.params, model.config, model.tokenizers

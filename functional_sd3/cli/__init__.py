@@ -1,7 +1,7 @@
 """The command line: `functional-sd3 SUBCOMMAND`, one module a subcommand.
 
-A module has HELP, `add_arguments(parser)` and `run(arguments) -> exit status`. What a person did wrong ends in one line on
-standard error and status 1 (2 for a wrong command line), never in a traceback.
+A module has HELP, `add_arguments(parser)` and `run(arguments) -> exit status`. What a person did wrong ends in one line
+on standard error and status 1 (2 for a wrong command line), never in a traceback.
 """
 
 import argparse

@@ -75,7 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     pictures = []
     with _progress(arguments.steps * -(-len(jobs) // arguments.batch)) as bar:
         for start in range(0, len(jobs), arguments.batch):
-            pictures.append(_draw(model, jobs[start : start + arguments.batch], arguments, height, width, method, timer, bar))
+            pictures.append(
+                _draw(model, jobs[start : start + arguments.batch], arguments, height, width, method, timer, bar)
+            )
     import torch
 
     images = torch.cat(pictures)

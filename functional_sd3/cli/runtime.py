@@ -12,7 +12,7 @@ from functional_sd3.weights.model import Model
 
 
 def device(name: str) -> torch.device:
-    """"auto" is the first of CUDA (ROCm too), MPS and CPU that is there."""
+    """ "auto" is the first of CUDA (ROCm too), MPS and CPU that is there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, available in there.items() if available))
@@ -27,7 +27,7 @@ def device(name: str) -> torch.device:
 
 
 def dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """"auto" computes in float32 on the CPU, and elsewhere in what the weights are stored in (None)."""
+    """ "auto" computes in float32 on the CPU, and elsewhere in what the weights are stored in (None)."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else None
     return getattr(torch, name)

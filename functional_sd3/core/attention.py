@@ -1,7 +1,7 @@
 """Scaled dot product attention, and joint attention over any number of token streams.
 
-Esser et al. 2024, "Scaling Rectified Flow Transformers", section 4: each stream has weights of its own, one softmax runs
-over the tokens of all of them.
+Esser et al. 2024, "Scaling Rectified Flow Transformers", section 4: each stream has weights of its own, one softmax
+runs over the tokens of all of them.
 """
 
 import math

@@ -13,7 +13,7 @@ from functional_sd3.core.types import Params, Tree
 
 
 def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes=("out", "in")) -> Tree:
-    """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default for the weight (zero bias then)."""
+    """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default of the weight (zero bias then)."""
     weight = init or spec.fan_in_uniform(inputs)
     tree = {"weight": Param((outputs, inputs), weight, axes)}
     if bias:
@@ -35,7 +35,9 @@ def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
     """Weight (outputs, inputs, kernel, kernel) and bias (outputs,)."""
     fan_in = inputs * kernel * kernel
     return {
-        "weight": Param((outputs, inputs, kernel, kernel), init or spec.fan_in_uniform(fan_in), ("out", "in", None, None)),
+        "weight": Param(
+            (outputs, inputs, kernel, kernel), init or spec.fan_in_uniform(fan_in), ("out", "in", None, None)
+        ),
         "bias": Param((outputs,), spec.zeros if init else spec.fan_in_uniform(fan_in), ("out",)),
     }
 

@@ -83,7 +83,7 @@ def count(spec: Tree) -> int:
 
 
 def init(key: Key, spec: Tree, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """The spec realised. Each leaf draws from `fold_in(key, its place in the tree)`; `device="meta"` allocates nothing."""
+    """The spec realised, every leaf from a key of its own; `device="meta"` allocates nothing."""
     if torch.device(device).type == "meta":
         return map_params(lambda path, param: torch.empty(param.shape, dtype=dtype, device="meta"), spec)
     order = {path: index for index, path in enumerate(paths(spec))}

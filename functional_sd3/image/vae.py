@@ -61,9 +61,7 @@ def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 
-def encode(
-    params: Params, config: Config, images: Tensor, *, implementation: Implementation = "sdpa"
-) -> Posterior:
+def encode(params: Params, config: Config, images: Tensor, *, implementation: Implementation = "sdpa") -> Posterior:
     """images (batch, 3, height, width) in [-1, 1] -> Posterior of unnormalised latents; logvar clamped to [-30, 20].
 
     Raises ValueError when height or width is not a multiple of `factor(config)`.
@@ -83,9 +81,7 @@ def encode(
     return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
 
-def decode(
-    params: Params, config: Config, latents: Tensor, *, implementation: Implementation = "sdpa"
-) -> Tensor:
+def decode(params: Params, config: Config, latents: Tensor, *, implementation: Implementation = "sdpa") -> Tensor:
     """Unnormalised latents (batch, latent_channels, h, w) -> images (batch, 3, factor * h, factor * w), about [-1, 1].
 
     Raises ValueError when the latents have another number of channels.
@@ -109,8 +105,8 @@ def decode(
 def decode_tiled(params: Params, config: Config, latents: Tensor, *, tile: int = 64, overlap: int = 16) -> Tensor:
     """`decode` in overlapping tiles, blended linearly: memory grows with the tile, not with the picture.
 
-    `tile` and `overlap` are sides in latents, 0 <= overlap < tile. Near seams the result differs a little from `decode`,
-    whose middle attention sees the whole picture. A picture no larger than a tile is decoded whole.
+    `tile` and `overlap` are sides in latents, 0 <= overlap < tile. Near seams the result differs a little from
+    `decode`, whose middle attention sees the whole picture. A picture no larger than a tile is decoded whole.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap {overlap} must be at least 0 and below the tile size {tile}")
@@ -186,7 +182,9 @@ def _middle_attention(params: Params, config: Config, x: Tensor, implementation:
         layers.linear(params["qkv"], h), "batch tokens (three channels) -> three batch 1 tokens channels", three=3
     )
     h = attention(query, key, value, implementation=implementation).squeeze(1)
-    return rearrange(layers.linear(params["out"], h), "batch (height width) channels -> batch channels height width", height=height)
+    return rearrange(
+        layers.linear(params["out"], h), "batch (height width) channels -> batch channels height width", height=height
+    )
 
 
 def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:

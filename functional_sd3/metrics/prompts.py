@@ -1,7 +1,7 @@
 """Reading pictures of the shapes world back: does a picture show what its caption asks for?
 
-The reader knows nothing of how the picture was made. It finds the background (the commonest palette colour), cuts the rest
-into connected regions of one colour, and names each region by the drawn shape that overlaps it best. A picture is right when
+The reader knows nothing of how the picture was made. It finds the background (the commonest palette colour), cuts the
+rest into connected regions, and names each region by the drawn shape that overlaps it best. A picture is right when
 count, shapes, colours, sizes, background and relation all are.
 """
 
@@ -82,9 +82,7 @@ def judge(reading: Reading, scene: shapes.Scene) -> Verdict:
         return matched and all(getattr(one, attribute) == getattr(other, attribute) for one, other in pairs)
 
     relation = scene.relation is None or (matched and _stands(pairs[0][1], pairs[1][1], scene.relation))
-    return Verdict(
-        count, same("shape"), same("colour"), same("size"), reading.background == scene.background, relation
-    )
+    return Verdict(count, same("shape"), same("colour"), same("size"), reading.background == scene.background, relation)
 
 
 def table(pictures: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, float]:
@@ -158,9 +156,7 @@ _MARGIN = 16
 
 def _stencils() -> _Stencils:
     kinds = [(size, shape) for size in shapes.RADII for shape in shapes.SHAPES]
-    drawn = numpy.array(
-        [[[_coverage(*kind, fx / 2, fy / 2) for kind in kinds] for fy in range(2)] for fx in range(2)]
-    )
+    drawn = numpy.array([[[_coverage(*kind, fx / 2, fy / 2) for kind in kinds] for fy in range(2)] for fx in range(2)])
     return _Stencils(kinds, drawn, drawn.sum((-1, -2)))
 
 

@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are orthogonalised before they are applied.
 
-Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the quintic Newton-Schulz iteration and its
-coefficients); the scale of the update that lets it share AdamW's learning rate: Liu et al. 2025, "Muon is scalable for
-LLM training", equation 4.
+Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the quintic Newton-Schulz iteration and
+its coefficients); the scale of the update that lets it share AdamW's learning rate: Liu et al. 2025, "Muon is scalable
+for LLM training", equation 4.
 """
 
 import math

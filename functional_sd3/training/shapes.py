@@ -1,8 +1,8 @@
 """The world `params/tiny` is trained on: coloured shapes on plain backgrounds, with captions.
 
-A scene is one object anywhere fully inside the picture, or two objects of different colours that do not touch, one "left
-of", "right of", "above" or "below" the other. Every scene is a pure function of a key. Captions whose canonical form
-hashes into the first tenth are held out: `scenes` never yields them, `held_out_captions` lists them for tests.
+A scene is one object anywhere fully inside the picture, or two objects of different colours that do not touch, one
+"left of", "right of", "above" or "below" the other. Every scene is a pure function of a key. Captions whose canonical
+form hashes into the first tenth are held out: `scenes` never yields them, `held_out_captions` lists them for tests.
 """
 
 import hashlib

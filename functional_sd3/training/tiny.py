@@ -1,35 +1,55 @@
 """The recipe of `params/tiny`: a whole SD3.5 pipeline in miniature, trained from scratch on the world of `shapes`.
 
-Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on fresh pictures; a pool
-of pictures encoded once; then the transformer and the three text encoders together. Hidden matrices learn by Muon, which
-at this size needs several times fewer steps than AdamW.
+    python -m functional_sd3.training.tiny params/tiny --work out/tiny
+
+Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on fresh pictures; a
+pool of pictures encoded once; then the transformer and the three text encoders together. Hidden matrices learn by Muon,
+which at this size needs several times fewer steps than AdamW. Stopped at any moment, the same command goes on.
 """
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import schedule
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import bpe, bpe_train, clip, conditioning, t5, unigram, unigram_train
-from functional_sd3.training import muon, optim, shapes, step
+from functional_sd3.training import checkpoint, loop, losses, muon, optim, shapes, step
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights.model import SPECS, Config, Tokenizers
+from functional_sd3.weights import files
+from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
 
 LENGTH = 24
 """Tokens of each text encoder: the longest caption has 19."""
 CONTEXT_WIDTH = 192
 POOL = 65536
 """Pictures that are encoded once and drawn from."""
+VAE_STEPS = 1200
 VAE_BATCH = 32
+FLOW_STEPS = 20000
 FLOW_BATCH = 64
 DROPOUT = 0.1
-ADAMW_ONLY = ("embedding", "relative_bias", "position", "modulation", "time", "pooled", "patch", "final", "conv_in", "conv_out")
+ADAMW_ONLY = (
+    "embedding",
+    "relative_bias",
+    "position",
+    "modulation",
+    "time",
+    "pooled",
+    "patch",
+    "final",
+    "conv_in",
+    "conv_out",
+)
 """Names of tables, inputs and outputs, which are not hidden matrices."""
 
 
@@ -71,9 +91,7 @@ def config(tables: Tokenizers) -> Config:
     return Config(
         clip_l=encoder,
         clip_g=replace(encoder, activation="gelu"),
-        t5=t5.Config(
-            vocab=len(tables.t5.pieces), width=CONTEXT_WIDTH, layers=2, heads=6, head_dim=32, mlp_width=384
-        ),
+        t5=t5.Config(vocab=len(tables.t5.pieces), width=CONTEXT_WIDTH, layers=2, heads=6, head_dim=32, mlp_width=384),
         transformer=mmdit.Config(
             depth=5,
             heads=5,
@@ -96,12 +114,12 @@ def config(tables: Tokenizers) -> Config:
 
 def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     """The autoencoder, on pictures drawn anew for every step."""
-    params_key, run_key, data_key = prng.split(key, 3)
+    params_key, run_key, data_key = (prng.fold_in(key, place) for place in (1, 2, 3))
     params = tree.map_with_path(_precise, vae.init(params_key, config.vae))
     rate = optim.trapezoid(3e-3, 30, steps, int(0.6 * steps))
     optimizer = _optimizer(rate, rate, b2=0.99)
     train_step = step.make_train_step(
-        step.vae_loss(config.vae, divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
+        losses.vae_loss(config.vae, divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
     )
 
     def batch(index: int) -> dict[str, Tensor]:
@@ -130,23 +148,18 @@ def measured(config: Config, latents: Tensor) -> Config:
     return replace(config, vae=replace(config.vae, scaling=scaling, shift=shift))
 
 
-def flow_stage(
-    key: Key, params: Params, config: Config, tables: Tokenizers, data: dict, steps: int, *, peak: float = 2e-3
-) -> Stage:
-    """The transformer and the text encoders together; `params` may hold trained ones, otherwise they start fresh."""
+def flow_stage(key: Key, config: Config, tables: Tokenizers, data: dict, steps: int, *, peak: float = 2e-3) -> Stage:
+    """The transformer and the text encoders together, from fresh parameters."""
     params_key, run_key, data_key = prng.split(key, 3)
     makers = {"clip_l": clip.init, "clip_g": clip.init, "t5": t5.init, "transformer": mmdit.init}
     keys = prng.split(params_key, len(makers))
-    params = {
-        name: params[name] if name in params else make(own, getattr(config, name))
-        for own, (name, make) in zip(keys, makers.items(), strict=True)
-    }
+    params = {name: make(own, getattr(config, name)) for own, (name, make) in zip(keys, makers.items(), strict=True)}
     rate = optim.trapezoid(peak, 100, steps, int(0.4 * steps))
     optimizer = _optimizer(rate, lambda count: 0.5 * rate(count))
     learned = step.trainable({name: SPECS[name](getattr(config, name)) for name in params})
     empty = {"ids": conditioning.tokenize(config, tables, [""], t5_length=LENGTH)}
     train_step = step.make_train_step(
-        step.flow_loss(config, dropout=DROPOUT, empty=empty),
+        losses.flow_loss(config, dropout=DROPOUT, empty=empty),
         optimizer,
         trainable=learned,
         ema_decay=0.999,
@@ -154,15 +167,97 @@ def flow_stage(
         rate=rate,
     )
     latents = vae.normalize(config.vae, data["latents"])
-    epoch_steps = len(latents) // FLOW_BATCH
+    order = loop.order(data_key, FLOW_BATCH, len(latents))
 
     def batch(index: int) -> dict:
-        order = prng.permutation(prng.fold_in(data_key, index // epoch_steps), len(latents))
-        start = index % epoch_steps * FLOW_BATCH
-        rows = order[start : start + FLOW_BATCH]
+        rows = order(index)
         return {"latents": latents[rows], "ids": tree.map(lambda ids: ids[rows], data["ids"])}
 
     return Stage(step.init(run_key, params, optimizer, trainable=learned), train_step, batch)
+
+
+def train(out: Path, work: Path, *, seed: int, vae_steps: int, flow_steps: int, progress: bool = True) -> Model | None:
+    """The whole recipe: the model, saved in `out`; None when it was stopped. `work` holds logs and checkpoints."""
+    root = prng.key(seed)
+    tokens_key, _, pool_key, flow_key = prng.split(root, 4)
+    tables = tokenizers(tokens_key)
+    sizes = config(tables)
+    autoencoder = _run(work / "vae", vae_stage(root, sizes, vae_steps), vae_steps, progress)
+    if autoencoder is None:
+        return None
+    data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder.ema, sizes, tables)
+    sizes = measured(sizes, data["latents"])
+
+    def draw(state: step.TrainState, done: int) -> None:
+        params = {**state.ema, "vae": autoencoder.ema}
+        captions = [text for count in (1, 2) for text, _ in shapes.held_out_captions(count)[:: 97 * count**10][:8]]
+        with torch.no_grad():
+            images = pipeline.generate(params, sizes, tables, captions, prng.key(seed))
+        (work / "samples").mkdir(exist_ok=True)
+        pixels.to_pil(pixels.grid(images, 4))[0].save(work / "samples" / f"{done:06d}.png")
+
+    stage = flow_stage(flow_key, sizes, tables, data, flow_steps)
+    flow = _run(work / "flow", stage, flow_steps, progress, draw)
+    if flow is None:
+        return None
+    params = {**flow.ema, "vae": autoencoder.ema}
+    model = Model(sizes, {name: params[name] for name in SPECS}, tables)
+    weights.save(out, model, dtype=torch.float16)
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of the recipe; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m functional_sd3.training.tiny", description="Train params/tiny.")
+    parser.add_argument("out", type=Path, help="folder of the finished model")
+    parser.add_argument("--work", type=Path, default=Path("out/tiny"), help="folder of logs and checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
+    parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS)
+    parsed = parser.parse_args(arguments)
+    parsed.work.mkdir(parents=True, exist_ok=True)
+    model = train(parsed.out, parsed.work, seed=parsed.seed, vae_steps=parsed.vae_steps, flow_steps=parsed.flow_steps)
+    if model is None:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(parsed.out)
+    return 0
+
+
+def _run(
+    out: Path,
+    stage: Stage,
+    steps: int,
+    progress: bool,
+    on_sample: Callable[[step.TrainState, int], None] | None = None,
+) -> step.TrainState | None:
+    """The stage's last state, from wherever its checkpoints stand; None when it was interrupted."""
+    saved = checkpoint.found(out / "checkpoints")
+    state = checkpoint.load(saved[-1], like=stage.state) if saved else stage.state
+    if int(state.step) >= steps:
+        return state
+    outcome = loop.run(
+        state,
+        stage.train_step,
+        stage.batch,
+        steps=steps,
+        out=out,
+        save_every=250,
+        log_every=50,
+        sample_every=500,
+        on_sample=on_sample,
+        progress=progress,
+    )
+    return outcome.state if outcome.reason == "done" else None
+
+
+def _kept_pool(path: Path, key: Key, params: Params, config: Config, tables: Tokenizers) -> dict:
+    if not path.exists():
+        data = pool(key, params, config, tables)
+        files.write_atomic(path, tree.flatten_paths({"latents": data["latents"], "ids": data["ids"]._asdict()}))
+    mapped = files.open_mapped(path)
+    ids = conditioning.Ids(*(files.tensor(mapped, f"ids.{name}") for name in conditioning.Ids._fields))
+    return {"latents": files.tensor(mapped, "latents"), "ids": ids}
 
 
 def _precise(path: str, leaf: Tensor) -> Tensor:
@@ -185,3 +280,7 @@ def _optimizer(matrices: optim.Schedule, others: optim.Schedule, *, b2: float = 
         optim.clip_by_global_norm(1.0),
         optim.partitioned({"muon": muon.muon(matrices), "adamw": optim.adamw(others, b2=b2, decay=0.0)}, label),
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,4 +12,6 @@ def folder(name: str = "tiny") -> Path:
     for candidate in (package / "params" / name, package.parent / "params" / name):
         if (candidate / "model_index.json").is_file():
             return candidate
-    raise FileNotFoundError(2, f"the shipped weights {name!r} are missing from this installation; pass --params DIR", None)
+    raise FileNotFoundError(
+        2, f"the shipped weights {name!r} are not installed; pass --params DIR", None
+    )

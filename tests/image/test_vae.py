@@ -39,7 +39,9 @@ def test_a_draw_has_the_posterior_moments():
 
 def test_tiles_as_large_as_the_picture_are_the_plain_decode(params):
     latents = prng.normal(prng.key(4), (1, 16, 4, 6))
-    assert torch.equal(vae.decode_tiled(params, CONFIG, latents, tile=6, overlap=2), vae.decode(params, CONFIG, latents))
+    assert torch.equal(
+        vae.decode_tiled(params, CONFIG, latents, tile=6, overlap=2), vae.decode(params, CONFIG, latents)
+    )
 
 
 def test_tiles_blend_to_a_constant_picture_without_seams():
@@ -53,7 +55,10 @@ def test_tiles_blend_to_a_constant_picture_without_seams():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: vae.encode(p, CONFIG, torch.zeros(1, 3, 33, 32)), "height 33 is not a multiple of 8; nearest are 32 and 40"),
+        (
+            lambda p: vae.encode(p, CONFIG, torch.zeros(1, 3, 33, 32)),
+            "height 33 is not a multiple of 8; nearest are 32 and 40",
+        ),
         (lambda p: vae.encode(p, CONFIG, torch.zeros(1, 1, 32, 32)), r"\[1, 1, 32, 32\] must be \(batch, 3"),
         (lambda p: vae.decode(p, CONFIG, torch.zeros(1, 4, 4, 4)), "must be .batch, 16"),
         (lambda p: vae.decode_tiled(p, CONFIG, torch.zeros(1, 16, 4, 4), tile=4, overlap=4), "overlap 4 must be"),

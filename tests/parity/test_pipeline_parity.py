@@ -78,5 +78,7 @@ def test_heun_equals_diffusers_heun(pair):
     finally:
         theirs.scheduler = kept
     with torch.no_grad():
-        images = pipeline.generate(*parts(model), PROMPTS, prng.key(0), noise=noise, steps=6, method=ode.METHODS["heun_edm"])
+        images = pipeline.generate(
+            *parts(model), PROMPTS, prng.key(0), noise=noise, steps=6, method=ode.METHODS["heun_edm"]
+        )
     assert float((images - expected).abs().max()) < 1e-4

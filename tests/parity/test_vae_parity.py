@@ -39,7 +39,9 @@ def reference(config: vae.Config):
 def ours(config: vae.Config, model) -> dict:
     theirs = model.state_dict()
     return layout.to_ours(
-        diffusers_keys.VAE, vae.spec(config), lambda source, _: source.transform.join([theirs[name] for name in source.names])
+        diffusers_keys.VAE,
+        vae.spec(config),
+        lambda source, _: source.transform.join([theirs[name] for name in source.names]),
     )
 
 
