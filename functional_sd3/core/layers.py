@@ -13,7 +13,7 @@ from functional_sd3.core.types import Params, Tree
 
 
 def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes=("out", "in")) -> Tree:
-    """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default of the weight (zero bias then)."""
+    """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default weight (zero bias then)."""
     weight = init or spec.fan_in_uniform(inputs)
     tree = {"weight": Param((outputs, inputs), weight, axes)}
     if bias:
