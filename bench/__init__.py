@@ -1,0 +1,1 @@
+"""Side by side with the libraries people would run instead."""
