@@ -1,4 +1,4 @@
-"""The command line as a person meets it: pictures, settings that make them again, and messages instead of tracebacks."""
+"""The command line as a person meets it: pictures, settings that make them again, messages instead of tracebacks."""
 
 import json
 
