@@ -141,7 +141,7 @@ def apply(
 
 
 def _batch(texts: str | Sequence[str]) -> Sequence[str]:
-    batch = [texts] if isinstance(texts, str) else texts
+    batch = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(batch):
         if not isinstance(text, str):
             raise ValueError(f"text {index} is a {type(text).__name__}, {text!r:.60}; a string is right")
@@ -252,10 +252,9 @@ def decode(tables: Tables, ids: Tensor | Sequence[Any], *, skip_special: bool = 
     `skip_special` leaves out the start, end and padding tokens and every other special one. Bytes that are not UTF-8
     (half a character) become U+FFFD. Raises ValueError for an id outside the vocabulary.
     """
-    rows = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    if rows and not isinstance(rows[0], int):
-        return [_decode(tables, list(row), skip_special) for row in rows]
-    return _decode(tables, rows, skip_special)
+    several = ids.ndim > 1 if isinstance(ids, Tensor) else any(not isinstance(row, int) for row in ids)
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in ids]
+    return [_decode(tables, row, skip_special) for row in rows] if several else _decode(tables, rows, skip_special)
 
 
 def _decode(tables: Tables, ids: Sequence[int], skip_special: bool) -> str:

@@ -86,7 +86,10 @@ def _raw_folder(folder: Path) -> tuple[_Raw, list[str]]:
     if "added_tokens_decoder" not in config:  # older folders keep the same facts in two files of their own
         named, more = _optional_json(folder / "special_tokens_map.json")
         added, still_more = _optional_json(folder / "added_tokens.json")
-        problems, config = [*problems, *more, *still_more], {**config, **named}
+        # transformers forgets that these are special where added_tokens.json lists them too
+        extra = [token for token in named.pop("additional_special_tokens", []) if content_of(token) not in added]
+        config = {**config, **named, **({"additional_special_tokens": extra} if extra else {})}
+        problems = [*problems, *more, *still_more]
     return raw._replace(config=config, added=added, keeps_literals=True), problems
 
 

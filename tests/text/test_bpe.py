@@ -71,6 +71,8 @@ def test_decoding_gives_the_words_in_lower_case_parted_by_spaces():
     assert bpe.decode(TABLES, bpe.apply(TABLES, ["one", "two"], length=8)) == ["one", "two"]
     assert bpe.decode(TABLES, plain("ring"), skip_special=False) == "<|startoftext|>ring <|endoftext|>"
     assert bpe.decode(TABLES, []) == ""
+    assert bpe.decode(TABLES, bpe.apply(TABLES, [])) == []
+    assert bpe.decode(TABLES, list(bpe.apply(TABLES, ["one", "two"]))) == ["one", "two"]
 
 
 def test_half_a_character_decodes_to_the_replacement_character():
