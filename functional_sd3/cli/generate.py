@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    started = time.perf_counter()
+    timer = _Timer()
     prompts = _prompts(arguments)
     size = _size(arguments.size)
     for name in ("steps", "count", "batch"):
@@ -50,7 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_sd3.cli import runtime
     from functional_sd3.weights import shipped
 
-    timer = _Timer(started)
     timer.done("import")
     device = runtime.device(arguments.device)
     method = runtime.method(arguments.method)
@@ -156,9 +155,10 @@ def _draw(model, jobs, arguments, height, width, method, timer, bar):
 class _Timer:
     """Seconds of each part of a run, in the order they were first met."""
 
-    def __init__(self, started: float):
-        self.last = self.started = started
-        self.parts: dict[str, float] = {}
+    def __init__(self):
+        self.last = time.perf_counter()
+        # What the process has computed so far is the import of torch and of this program.
+        self.parts: dict[str, float] = {"import": time.process_time()}
 
     def done(self, part: str, device=None) -> None:
         if device is not None and device.type == "cuda":
@@ -171,7 +171,7 @@ class _Timer:
 
     def summary(self) -> str:
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.parts.items())
-        return f"{parts}; {self.last - self.started:.2f} s in all"
+        return f"{parts}; {sum(self.parts.values()):.2f} s in all"
 
 
 def _progress(total: int):
