@@ -103,6 +103,20 @@ def test_the_aligned_normal_form_equals_the_plain_one(text):
     assert len(aligned.sources) == len(aligned.text)
 
 
+def test_lower_case_goes_character_by_character_after_composition():
+    assert bpe_text.normalize("ΑΣ") == "ασ"
+    assert bpe_text.normalize("İ") == "i\u0307"
+    assert bpe_text.normalize("E\u0301") == "é"
+    assert bpe_text.normalize("J\u030c") == "j\u030c"
+
+
+def test_letters_digits_and_the_rest_are_split_by_their_unicode_category():
+    text = "it's²½x一२a\u0301\u0302\u2028\x1c'll!?\u0085don’t"
+    assert bpe_text.words(bpe_text.WORDS, text) == [
+        *("it", "'s", "²", "½", "x一", "२", "a", "\u0301\u0302", "\x1c'", "ll", "!?", "don", "’", "t")
+    ]
+
+
 def test_offsets_point_into_the_text_as_it_was_written():
     text = "A  Red CIRCLE"
     (spans,) = bpe.offsets(TABLES, text)
