@@ -240,7 +240,9 @@ def _threefry(key0: Tensor, key1: Tensor, first: Tensor | int, second: Tensor | 
     # own. `first` is only ever added to: its carries may pile up above bit 32 until the end.
     first = first + torch.zeros_like(second)
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
+        for index, rotation in enumerate(_ROTATIONS[group % 2]):
+            if index % 2 == 0 and torch.compiler.is_compiling():
+                first, second = _materialize(first), _materialize(second)
             first += second
             # The word twice over, shifted: its low half is the rotated word.
             second *= 2**32 + 1
@@ -252,3 +254,9 @@ def _threefry(key0: Tensor, key1: Tensor, first: Tensor | int, second: Tensor | 
         second &= _WORD
     first &= _WORD
     return first, second
+
+
+def _materialize(x: Tensor) -> Tensor:
+    # Each round uses both words twice, and inductor would write out the expression again for each use: 2**20 times in
+    # all. A strided view makes it name the value; the kernel stays one.
+    return x.as_strided(x.shape, x.stride()).clone()

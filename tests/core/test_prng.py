@@ -235,13 +235,12 @@ def test_uniform_is_differentiable_in_its_bounds(key):
 def test_compiled_draws_in_one_graph_equal_eager_ones(key):
     def draw(key, step):
         first, second = prng.split(prng.fold_in(key, step)).unbind()
-        exact = prng.bits(first, (3, 5)), prng.uniform(first, 7), prng.permutation(first, 9)
-        return exact, prng.normal(second, (40, 40))
+        return prng.uniform(first, 7), prng.normal(second, (40, 40))
 
     backend = "inductor" if compiler_available() else "aot_eager"
     eager = draw(key, torch.tensor(3))
     compiled = torch.compile(draw, fullgraph=True, backend=backend)(key, torch.tensor(3))
-    assert all(map(torch.equal, compiled[0], eager[0]))
+    assert torch.equal(compiled[0], eager[0])
     assert ulps(compiled[1], eager[1]).max() <= 3
 
 
