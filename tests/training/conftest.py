@@ -19,7 +19,9 @@ from functional_sd3.transformer import mmdit
 def tiny() -> SimpleNamespace:
     """config, params, batch and empty of a model of 30,000 parameters, with two text encoders and 4 x 4 latents."""
     config = weights.Config(
-        clip_l=clip.Config(vocab=40, length=6, width=16, layers=2, heads=2, mlp_width=16, projection_width=16, eos_id=39),
+        clip_l=clip.Config(
+            vocab=40, length=6, width=16, layers=2, heads=2, mlp_width=16, projection_width=16, eos_id=39
+        ),
         t5=t5.Config(vocab=40, width=32, layers=1, heads=2, head_dim=8, mlp_width=16),
         transformer=mmdit.Config(
             depth=2,
@@ -37,7 +39,10 @@ def tiny() -> SimpleNamespace:
     # The final layer starts at zero, behind which no gradient would be seen.
     params = specs.init(prng.key(0), specs.map_params(_nonzero, described))
     ids = conditioning.Ids(
-        *(prng.randint(prng.fold_in(prng.key(1), index), (4, 6), 0, 40) for index in range(len(conditioning.Ids._fields)))
+        *(
+            prng.randint(prng.fold_in(prng.key(1), index), (4, 6), 0, 40)
+            for index in range(len(conditioning.Ids._fields))
+        )
     )
     batch = {"latents": prng.normal(prng.key(2), (4, 16, 4, 4)), "ids": ids}
     empty = {"ids": conditioning.Ids(*(torch.zeros(1, 6, dtype=torch.int64) for _ in ids))}
@@ -50,7 +55,9 @@ def model_folder(tmp_path_factory):
     captions = [shapes.caption(scene, index) for index, scene in enumerate(shapes.scenes(prng.key(0), 60))]
     tables = bpe.init(bpe_train.train(captions, 560), model_max_length=16)
     charsmap = unigram_train.plain_charsmap()
-    pieces = unigram.from_pieces(unigram_train.train(captions, 80, charsmap=charsmap), charsmap=charsmap, model_max_length=16)
+    pieces = unigram.from_pieces(
+        unigram_train.train(captions, 80, charsmap=charsmap), charsmap=charsmap, model_max_length=16
+    )
     config = weights.Config(
         clip_l=clip.Config(
             vocab=len(tables.vocab),
@@ -64,7 +71,14 @@ def model_folder(tmp_path_factory):
         ),
         t5=t5.Config(vocab=len(pieces.pieces), width=32, layers=1, heads=2, head_dim=8, mlp_width=16),
         transformer=mmdit.Config(
-            depth=1, heads=2, head_dim=8, patch_size=1, context_width=32, pooled_width=32, position_size=2, sample_size=2
+            depth=1,
+            heads=2,
+            head_dim=8,
+            patch_size=1,
+            context_width=32,
+            pooled_width=32,
+            position_size=2,
+            sample_size=2,
         ),
         vae=vae.Config(channels=(4, 4, 8, 8), blocks_per_level=1, groups=2, sample_size=16),
         schedule=schedule.Config(shift=1.0),

@@ -153,7 +153,9 @@ def test_partitioned_leaves_learn_by_their_own_rule():
 
 
 def test_a_label_without_an_optimiser_is_refused_by_path():
-    optimizer = optim.partitioned({"adamw": optim.adamw(1e-3)}, lambda path, leaf: "muon" if leaf.ndim == 4 else "adamw")
+    optimizer = optim.partitioned(
+        {"adamw": optim.adamw(1e-3)}, lambda path, leaf: "muon" if leaf.ndim == 4 else "adamw"
+    )
     with pytest.raises(ValueError, match="b.0 is labelled 'muon'"):
         optimizer.init(params())
 

@@ -1,0 +1,170 @@
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from functional_sd3 import weights
+from functional_sd3.cli import train
+from functional_sd3.core import tree
+from functional_sd3.training import checkpoint, log
+
+
+@pytest.fixture
+def command(model_folder, capsys):
+    """`functional-sd3 train` with a few small settings; answers (exit status, standard error)."""
+    import argparse
+
+    def run(*words):
+        parser = argparse.ArgumentParser()
+        train.add_arguments(parser)
+        base = ["--params", model_folder, "--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size", "4"]
+        small = ["--save-every", "3", "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
+        status = train.run(parser.parse_args([str(word) for word in (*base, *small, *words)]))
+        return status, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--part", "transformer"], {"transformer"}),
+        (["--part", "transformer", "--text-encoders", "train", "--accumulate", "2"], {"clip_l", "t5", "transformer"}),
+        (["--part", "transformer", "--scratch"], {"clip_l", "t5", "transformer"}),
+        (["--part", "vae"], {"vae"}),
+        (["--part", "vae", "--scratch", "--dtype", "bfloat16"], {"vae"}),
+    ],
+)
+def test_the_trained_folder_is_a_whole_model_in_which_only_the_part_changed(
+    command, model_folder, tmp_path, options, changed
+):
+    assert command("--out", tmp_path / "out", *options)[0] == 0
+    before, after = weights.load(model_folder), weights.load(tmp_path / "out")
+    assert {name for name in before.params if tree.diff(before.params[name], after.params[name])} == changed
+    assert {leaf.dtype for leaf in tree.leaves(after.params)} == {leaf.dtype for leaf in tree.leaves(before.params)}
+    assert after.tokenizers.clip_l is not None and after.tokenizers.t5 is not None
+    rows = log.read(tmp_path / "out" / "log.csv")
+    assert [row["step"] for row in rows] == ["2", "3", "4", "6"]
+    assert float(rows[-1]["rate"]) < 1e-2 and float(rows[-1]["loss"]) > 0
+
+
+def test_a_fresh_autoencoder_measures_its_own_scale(command, model_folder, tmp_path):
+    command("--out", tmp_path / "out", "--part", "vae", "--scratch")
+    command("--out", tmp_path / "tuned", "--part", "vae")
+    before = weights.load(model_folder).config.vae
+    assert weights.load(tmp_path / "out").config.vae.scaling != before.scaling
+    assert weights.load(tmp_path / "tuned").config.vae == before
+
+
+def test_decoder_only_leaves_the_latents_as_they_were(command, model_folder, tmp_path):
+    command("--out", tmp_path / "out", "--part", "vae", "--decoder-only")
+    before, after = (weights.load(path).params["vae"] for path in (model_folder, tmp_path / "out"))
+    assert not tree.diff(before["encoder"], after["encoder"]) and tree.diff(before["decoder"], after["decoder"])
+
+
+def test_sample_pictures_are_drawn_while_it_trains(command, tmp_path):
+    for part in ("transformer", "vae"):
+        command("--out", tmp_path / part, "--part", part, "--sample-every", "4")
+        names = sorted(path.name for path in (tmp_path / part / "samples").iterdir())
+        assert names == ["00000004.png", "00000006.png"]
+        rows = {"transformer": 1, "vae": 2}[part]
+        with Image.open(tmp_path / part / "samples" / names[0]) as picture:
+            assert picture.size == (4 * 18 - 2, rows * 18 - 2)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_resumed_run_ends_in_the_same_bits(command, tmp_path, part):
+    command("--out", tmp_path / "whole", "--part", part)
+    command("--out", tmp_path / "cut", "--part", part)
+    # As a kill between the two checkpoints would leave it.
+    (tmp_path / "cut" / "checkpoints" / "step-00000006.safetensors").unlink()
+    status, messages = command("--out", tmp_path / "cut", "--part", part, "--resume")
+    assert status == 0 and "resuming at step 3 of 6" in messages
+    one, other = (checkpoint.found(tmp_path / name / "checkpoints")[-1].read_bytes() for name in ("whole", "cut"))
+    assert one == other
+    assert not tree.diff(weights.load(tmp_path / "whole").params, weights.load(tmp_path / "cut").params)
+
+
+def test_the_seed_decides_the_run(command, tmp_path):
+    folders = []
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        command("--out", tmp_path / name, "--seed", str(seed))
+        folders.append(weights.load(tmp_path / name).params["transformer"])
+    assert not tree.diff(folders[0], folders[1]) and tree.diff(folders[0], folders[2])
+
+
+def test_a_folder_of_pictures_is_learned_and_its_broken_files_named(command, tmp_path):
+    for index in range(5):
+        folder = tmp_path / "data" / f"class_{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20), (40 * index, 90, 200)).save(folder / f"{index}.png")
+    (tmp_path / "data" / "broken.png").write_text("nothing")
+    status, messages = command("--out", tmp_path / "out", "--data", tmp_path / "data", "--part", "vae")
+    assert status == 0
+    assert "5 pictures in" in messages and "skipped broken.png: not a readable picture" in messages
+
+
+def test_resuming_with_nothing_there_is_refused(command, tmp_path):
+    with pytest.raises(ValueError, match="--resume found no checkpoint"):
+        command("--out", tmp_path / "out", "--resume")
+
+
+def test_a_run_is_not_begun_over_another(command, tmp_path):
+    command("--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a run already: --resume goes on with it"):
+        command("--out", tmp_path / "out")
+
+
+def test_resuming_with_other_arguments_names_them(command, tmp_path):
+    command("--out", tmp_path / "out")
+    with pytest.raises(ValueError, match=re.escape("lr was 0.01, now 0.5; ") + ".*Resume with the same"):
+        command("--out", tmp_path / "out", "--resume", "--lr", "0.5", "--seed", "3")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere"], "--data nowhere is not a folder"),
+        (["--steps", "0"], "--steps 0 must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--batch-size", "4", "--accumulate", "3"], "cannot be taken in 3 equal parts"),
+        (["--lr", "-1"], "--lr -1.0 must be a positive number"),
+        (["--lr", "nan"], "--lr nan must be a positive number"),
+        (["--dropout", "1"], "--dropout 1.0 must be at least 0 and below 1"),
+        (["--size", "20"], "height 20 is not a multiple of 8"),
+        (["--size", "20", "--part", "vae"], "20 is not a multiple of 8"),
+        (["--device", "abacus"], "--device 'abacus'"),
+        (["--params", "nowhere"], "nowhere"),
+        (["--part", "vae", "--text-encoders", "train"], "--text-encoders belongs to --part transformer"),
+        (["--decoder-only"], "--decoder-only belongs to --part vae"),
+    ],
+)
+def test_wrong_arguments_are_named(command, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        command("--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_an_empty_folder_is_refused(command, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no pictures"):
+        command("--out", tmp_path / "out", "--data", tmp_path / "empty")
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_at_once(command, tmp_path, monkeypatch):
+    usage = train.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="GiB free; the checkpoints and the model need"):
+        command("--out", tmp_path / "out")
+
+
+def test_a_learning_rate_that_is_too_high_stops_with_advice(command, tmp_path):
+    with pytest.raises(ArithmeticError, match="at step .*Try a lower learning rate"):
+        command("--out", tmp_path / "out", "--lr", "1e30", "--warmup", "0")
+
+
+def test_training_leaves_the_global_generator_alone(command, tmp_path):
+    before = torch.random.get_rng_state()
+    command("--out", tmp_path / "out")
+    assert torch.equal(torch.random.get_rng_state(), before)
