@@ -157,13 +157,13 @@ def _map(fn: Callable[..., Any], tree: Tree, rest: Sequence[Tree]) -> Tree:
             if not isinstance(other, dict) or other.keys() != tree.keys():
                 raise _StructureError
         return {name: _map(fn, child, [other[name] for other in rest]) for name, child in tree.items()}
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, (list, tuple)):
         for other in rest:
-            if not isinstance(other, list | tuple) or len(other) != len(tree):
+            if not isinstance(other, (list, tuple)) or len(other) != len(tree):
                 raise _StructureError
         return _like(tree, [_map(fn, child, others) for child, *others in zip(tree, *rest, strict=True)])
     for other in rest:
-        if isinstance(other, dict | list | tuple):
+        if isinstance(other, (dict, list, tuple)):
             raise _StructureError
     return fn(tree, *rest)
 
@@ -174,7 +174,7 @@ def _first_mismatch(path: str, tree: Tree, rest: Sequence[Tree]) -> str | None:
             return _mismatch(path, tree, other)
     if isinstance(tree, dict):
         children = [(name, child, [other[name] for other in rest]) for name, child in tree.items()]
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, (list, tuple)):
         children = list(zip(_names(tree), tree, zip(*rest, strict=True), strict=True))
     else:
         return None
@@ -188,7 +188,7 @@ def _walk(path: str, tree: Tree) -> Iterator[tuple[str, Any]]:
             if not isinstance(name, str) or not name or "." in name:
                 raise ValueError(f"name {name!r} in {path or 'the root'} must be a non-empty string without dots")
             yield from _walk(_join(path, name), child)
-    elif isinstance(tree, list | tuple):
+    elif isinstance(tree, (list, tuple)):
         for name, child in zip(_names(tree), tree, strict=True):
             yield from _walk(_join(path, name), child)
     else:
@@ -226,10 +226,10 @@ def _combine(path: str, first: Tree, second: Tree) -> Tree:
         return map(lambda leaf: leaf, first)
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
         return {name: _combine(_join(path, name), first[name], second[name]) for name in first}
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
         columns = zip(_names(first), first, second, strict=True)
         return _like(first, [_combine(_join(path, name), one, other) for name, one, other in columns])
-    if not isinstance(first, dict | list | tuple) and not isinstance(second, dict | list | tuple):
+    if not isinstance(first, (dict, list, tuple)) and not isinstance(second, (dict, list, tuple)):
         raise ValueError(f"{path or 'the root'} is a leaf of both trees; combine takes halves without a common leaf")
     raise ValueError(_mismatch(path, first, second))
 
@@ -281,6 +281,6 @@ def _mismatch(path: str, ours: Tree, theirs: Tree) -> str:
 def _outline(tree: Tree) -> str:
     if isinstance(tree, dict):
         return f"a dict of {sorted(tree, key=str)}"
-    if isinstance(tree, list | tuple):
+    if isinstance(tree, (list, tuple)):
         return f"a sequence of {len(tree)}"
     return "a leaf"

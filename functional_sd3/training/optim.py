@@ -313,7 +313,7 @@ def _iterate(nested: Tree):
     if isinstance(nested, dict):
         for child in nested.values():
             yield from _iterate(child)
-    elif isinstance(nested, list | tuple):
+    elif isinstance(nested, (list, tuple)):
         for child in nested:
             yield from _iterate(child)
     else:
