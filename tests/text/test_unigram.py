@@ -67,6 +67,15 @@ def test_no_segmentation_is_more_probable_than_the_one_chosen(bare, mode, word):
     assert chosen == pytest.approx(max(score for score, _ in segmentations(SPACE + word, scores, unknown)))
 
 
+@pytest.mark.parametrize("mode", ["hf", "sentencepiece"])
+@pytest.mark.parametrize("last, unknown_first", [(-10.9, False), (-11.1, True)])
+def test_an_unknown_character_costs_ten_more_than_the_least_probable_piece(mode, last, unknown_first):
+    # xyz is xy (-12) and z, or an unknown x (-12 - 10) and yz (-1).
+    pieces = unigram.from_pieces([("▁", -1.0), ("xy", -12.0), ("z", last), ("yz", -1.0)])
+    ids = unigram.apply(pieces, "xyz", length=None, mode=mode)[0][1:-1]
+    assert [pieces.pieces[index] for index in ids] == (["<unk>", "yz"] if unknown_first else ["xy", "z"])
+
+
 @given(text=st.text(alphabet="ab ", max_size=30))
 def test_a_word_looked_up_whole_gets_the_ids_that_the_search_gives(bare, text):
     # "▁a" ties with "▁ a" and comes first; "▁ab" loses to "▁ ab".
@@ -147,6 +156,20 @@ def test_tables_are_equal_to_what_they_are_saved_as_and_survive_copying(tables, 
     assert sorted(path.name for path in (tmp_path / "0").iterdir()) == [
         *("special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json"),
     ]
+
+
+def test_a_save_that_fails_leaves_the_old_files(tables, bare, tmp_path, monkeypatch):
+    unigram.save(tmp_path, tables)
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as broken:
+            broken.setattr(f"functional_sd3.text.unigram_files.os.{step}", full)
+            with pytest.raises(OSError, match="no space"):
+                unigram.save(tmp_path, bare)
+        assert unigram.init(tmp_path) == tables and len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_sentencepiece_file_alone_gives_the_same_tokenizer_but_for_spacing(tables, tmp_path):
@@ -312,6 +335,12 @@ def test_expected_counts_of_training_are_those_over_all_segmentations():
     for piece in scores:
         direct = sum(3 * math.exp(score) / total * pieces.count(piece) for score, pieces in everything)
         assert expected.get(piece, 0.0) == pytest.approx(direct)
+
+
+def test_pruning_keeps_the_piece_whose_loss_would_cost_most_rather_than_the_likeliest():
+    scores = {"a": -4.0, "b": -4.0, "c": -4.0, "d": -4.0, "ab": -3.0, "cd": -2.0}
+    kept = unigram_train._pruned({"abab": 10, "cd": 1}, scores, set("abcd"), 5)
+    assert kept == {piece: score for piece, score in scores.items() if piece != "cd"}
 
 
 def test_digamma_equals_its_closed_forms():
