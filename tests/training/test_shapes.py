@@ -112,7 +112,9 @@ def test_the_reader_sees_a_thing_too_many_and_a_wrong_relation():
     reading = prompts.read(pixels.from_pil(shapes.draw(two))[0])
     assert prompts.judge(reading, two).right
     swapped = shapes.Scene(two.things, "black", "right of")
-    assert prompts.judge(reading, swapped)._replace(relation=True).right and not prompts.judge(reading, swapped).relation
+    assert (
+        prompts.judge(reading, swapped)._replace(relation=True).right and not prompts.judge(reading, swapped).relation
+    )
     one = shapes.Scene(two.things[:1], "black")
     assert not prompts.judge(reading, one).count
 
