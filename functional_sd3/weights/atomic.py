@@ -42,13 +42,13 @@ def replace_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None
         try:
             write(temporary)
             _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
             raise
+        _move(temporary, path)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {reason(error)}; what was there is untouched") from error
+    _confirm(path)
 
 
 def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned: Collection[str]) -> None:
@@ -60,16 +60,19 @@ def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_dir():
-            _create(path, write)
-            return
-        _sweep(path, "")
-        if (path / _SAVED).is_dir():
-            _install(path, owned)
-        staging = _stage(_temporary(path, ""), write)
-        os.rename(staging, path / _SAVED)
+        if path.is_dir():
+            _sweep(path, "save")
+            if (path / _SAVED).is_dir():
+                _install(path, owned)
+            _move(_stage(_temporary(path, "save"), write), path / _SAVED)
+        else:
+            _sweep(path.parent, path.name)
+            _move(_stage(_temporary(path.parent, path.name), write), path)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {reason(error)}; what was there still loads") from error
+    if not (path / _SAVED).is_dir():
+        _confirm(path)
+        return
     try:
         _install(path, owned)
     except OSError as error:
@@ -109,17 +112,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _create(path: Path, write: Callable[[Path], None]) -> None:
-    _sweep(path.parent, path.name)
-    staging = _stage(_temporary(path.parent, path.name), write)
-    try:
-        os.rename(staging, path)
-    except BaseException:
-        _remove(staging)
-        raise
-    _sync(path.parent)
-
-
 def _stage(staging: Path, write: Callable[[Path], None]) -> Path:
     try:
         staging.mkdir()
@@ -134,21 +126,39 @@ def _stage(staging: Path, write: Callable[[Path], None]) -> Path:
     return staging
 
 
+def _move(temporary: Path, path: Path) -> None:
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+def _confirm(path: Path) -> None:
+    """Wait until the disk holds the new name too, not only what it names."""
+    try:
+        _sync(path.parent)
+    except OSError as error:
+        raise WeightsError(f"{path}: is written, but the disk did not confirm it: {reason(error)}") from error
+
+
 def _install(path: Path, owned: Collection[str]) -> None:
     """Step 3: the content of `.saved` takes its place. May be repeated after an interruption at any point."""
     _sync(path)
-    saved, replaced = path / _SAVED, _temporary(path, "")
+    saved, replaced = path / _SAVED, _temporary(path, "save")
     replaced.mkdir()
-    made = sorted(entry.name for entry in saved.iterdir())
-    for name in sorted({*owned, *made}):
-        if os.path.lexists(path / name):
-            os.rename(path / name, replaced / name)
-        if name in made:
-            _link(saved / name, path / name)
-    _sync(path)
-    os.rename(saved, replaced / _SAVED)
-    _sync(path)
-    _remove(replaced)
+    try:
+        made = sorted(entry.name for entry in saved.iterdir())
+        for name in sorted({*owned, *made}):
+            if os.path.lexists(path / name):
+                os.rename(path / name, replaced / name)
+            if name in made:
+                _link(saved / name, path / name)
+        _sync(path)
+        os.rename(saved, replaced / _SAVED)
+        _sync(path)
+    finally:
+        _remove(replaced)
 
 
 def _link(source: Path, target: Path) -> None:

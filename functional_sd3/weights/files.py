@@ -20,45 +20,11 @@ from torch import Tensor
 
 from functional_sd3.weights.atomic import replace_file
 from functional_sd3.weights.errors import WeightsError, reason
+from functional_sd3.weights.header import DTYPES, Header, parse, read
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
 # Where a file's tensors start: a cache line, so that kernels read mapped weights as fast as allocated ones.
 _ALIGNMENT = 64
-
-
-class Entry(NamedTuple):
-    """One tensor of a file: `start` and `end` are places in the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-class Header(NamedTuple):
-    """What a file says it holds."""
-
-    tensors: dict[str, Entry]
-    metadata: dict[str, str]
 
 
 class Mapped(NamedTuple):
@@ -76,7 +42,7 @@ def read_header(path: str | os.PathLike) -> Header:
     length, not JSON, a name twice, unknown dtype, bytes that overlap, leave gaps or do not fit the shape.
     """
     with _open(path) as file:
-        return _header(path, file)
+        return read(path, file)
 
 
 def shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
@@ -90,7 +56,7 @@ def open_mapped(path: str | os.PathLike) -> Mapped:
     A file that another program rewrites in place while it is mapped changes under us; `write_atomic` never does that.
     """
     with _open(path) as file:
-        header = _header(path, file)
+        header = read(path, file)
         size = os.fstat(file.fileno()).st_size
         try:
             return Mapped(Path(path), header, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
@@ -104,7 +70,9 @@ def tensor(mapped: Mapped, name: str) -> Tensor:
     if start == end:
         return torch.empty(shape, dtype=dtype)
     if start % dtype.itemsize:
-        return torch.frombuffer(bytearray(mapped.buffer[start:end]), dtype=dtype).reshape(shape)
+        copied = bytearray(mapped.buffer[start:end])
+        release(mapped, name)
+        return torch.frombuffer(copied, dtype=dtype).reshape(shape)
     return torch.frombuffer(mapped.buffer, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
 
 
@@ -175,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises WeightsError when it cannot be opened, is no object, or has a name twice."""
     with _open(path) as file:
         try:
-            return _parse(file.read())
+            return parse(file.read())
         except OSError as error:
             raise WeightsError(f"{path}: cannot be read: {reason(error)}") from error
         except (ValueError, RecursionError) as error:
@@ -193,78 +161,6 @@ def _open(path: str | os.PathLike) -> BinaryIO:
     except ValueError as error:
         raise WeightsError(f"{str(path)!r}: is not a path: {error}") from error
     raise WeightsError(f"{path}: is a {'folder' if stat.S_ISDIR(kind) else 'device or pipe'}, not a file")
-
-
-def _header(path: str | os.PathLike, file: BinaryIO) -> Header:
-    try:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8:
-            raise ValueError(f"{size} bytes are too few for a safetensors file: truncated, or something else")
-        if length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError(f"header length {length} exceeds the file ({size} bytes): truncated, or something else")
-        table = _parse(file.read(length))
-        return Header(_entries(table, 8 + length, size), _metadata(table))
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: {error}") from error
-
-
-def _parse(text: bytes) -> dict[str, Any]:
-    table = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
-    if not isinstance(table, dict):
-        raise ValueError(f"holds {type(table).__name__} where an object is needed")
-    return table
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice!r} is named twice")
-    return table
-
-
-def _metadata(table: dict[str, Any]) -> dict[str, str]:
-    metadata = table.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ must map names to strings")
-    return metadata
-
-
-def _entries(table: dict[str, Any], offset: int, size: int) -> dict[str, Entry]:
-    entries = {name: _entry(name, value, offset) for name, value in table.items() if name != "__metadata__"}
-    place, before = offset, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-        if entry.start != place:
-            how = "overlaps" if entry.start < place else "leaves a gap after"
-            raise ValueError(f"{name} (bytes {entry.start - offset} to {entry.end - offset}) {how} {before}")
-        place, before = entry.end, name
-    if place != size:
-        how = "is truncated" if place > size else "has bytes that belong to no tensor"
-        raise ValueError(f"{how}: the header describes {place} bytes, the file has {size}")
-    return entries
-
-
-def _entry(name: str, value: Any, offset: int) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} must be described by dtype, shape and data_offsets")
-    code, shape, places = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"{name} has dtype {code!r}; known are {', '.join(DTYPES)}")
-    if not _sizes(shape) or not _sizes(places) or len(places) != 2:
-        raise ValueError(f"{name} has shape {shape!r} and data_offsets {places!r}: both must be lists of sizes")
-    start, end = places
-    size = math.prod(shape) * DTYPES[code].itemsize
-    if end - start != size:
-        raise ValueError(f"{name} ({code} {shape}) needs {size} bytes, has {end - start}")
-    return Entry(DTYPES[code], tuple(shape), offset + start, offset + end)
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def _bytes(value: Tensor) -> memoryview:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from functional_sd3.weights import files
 from functional_sd3.weights.errors import WeightsError, attempt, reason
-from functional_sd3.weights.files import Entry, Mapped
+from functional_sd3.weights.files import Mapped
+from functional_sd3.weights.header import Entry
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -1,0 +1,124 @@
+"""Headers of safetensors files: a JSON table of names, dtypes, shapes and places, believed only after it was checked.
+
+Refused is whatever the safetensors library refuses (bytes that overlap, leave gaps or do not fit the shape, tables that
+are not about the whole file) and names that stand twice. Nothing is allocated that the file does not hold.
+"""
+
+import json
+import math
+import os
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from functional_sd3.weights.errors import WeightsError, reason
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_LONGEST_HEADER = 100_000_000
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: `start` and `end` are places in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Header(NamedTuple):
+    """What a file says it holds."""
+
+    tensors: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read(path: str | os.PathLike, file: BinaryIO) -> Header:
+    """The checked header of an open file. Raises WeightsError, naming `path`, when it is not valid in every respect."""
+    try:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8:
+            raise ValueError(f"{size} bytes are too few for a safetensors file: truncated, or something else")
+        if length > min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"header length {length} exceeds the file ({size} bytes): truncated, or something else")
+        table = parse(file.read(length))
+        return Header(_entries(table, 8 + length, size), _metadata(table))
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """A JSON object none of whose names stand twice. Raises ValueError, or RecursionError for absurd nesting."""
+    table = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    if not isinstance(table, dict):
+        raise ValueError(f"holds {type(table).__name__} where an object is needed")
+    return table
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} is named twice")
+    return table
+
+
+def _metadata(table: dict[str, Any]) -> dict[str, str]:
+    metadata = table.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must map names to strings")
+    return metadata
+
+
+def _entries(table: dict[str, Any], offset: int, size: int) -> dict[str, Entry]:
+    entries = {name: _entry(name, value, offset) for name, value in table.items() if name != "__metadata__"}
+    place, before = offset, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != place:
+            how = "overlaps" if entry.start < place else "leaves a gap after"
+            raise ValueError(f"{name} (bytes {entry.start - offset} to {entry.end - offset}) {how} {before}")
+        place, before = entry.end, name
+    if place != size:
+        how = "is truncated" if place > size else "has bytes that belong to no tensor"
+        raise ValueError(f"{how}: the header describes {place} bytes, the file has {size}")
+    return entries
+
+
+def _entry(name: str, value: Any, offset: int) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} must be described by dtype, shape and data_offsets")
+    code, shape, places = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ValueError(f"{name} has dtype {code!r}; known are {', '.join(DTYPES)}")
+    if not _sizes(shape) or not _sizes(places) or len(places) != 2:
+        raise ValueError(f"{name} has shape {shape!r} and data_offsets {places!r}: both must be lists of sizes")
+    start, end = places
+    size = math.prod(shape) * DTYPES[code].itemsize
+    if end - start != size:
+        raise ValueError(f"{name} ({code} {shape}) needs {size} bytes, has {end - start}")
+    return Entry(DTYPES[code], tuple(shape), offset + start, offset + end)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)

@@ -1,0 +1,72 @@
+"""What loading costs: the weights, once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from functional_sd3 import weights
+from functional_sd3.core import spec as specs
+from functional_sd3.core import tree
+from functional_sd3.image import vae
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights import Config, Model
+
+MEASURE = """
+import json, sys
+import torch
+from functional_sd3 import weights
+from functional_sd3.core import tree
+torch.set_num_threads(1)
+path, dtype = sys.argv[1], getattr(torch, sys.argv[2], None)
+
+def resident(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+def load():
+    model = weights.load(path, dtype=dtype)
+    # Every byte is read, so that pages which were only mapped count as well.
+    return model, sum(leaf.view(-1)[::256].sum().item() for leaf in tree.leaves(model.params))
+
+model, first = weights.load(path, only="vae"), 0.0
+open("/proc/self/clear_refs", "w").write("5")
+before = resident("VmHWM:")
+model, total = load()
+print(json.dumps([resident("VmHWM:") - before, tree.nbytes(model.params)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """About 190 MB in float32, a third of which is fused when it is loaded."""
+    config = Config(
+        transformer=mmdit.Config(
+            depth=2, heads=24, head_dim=32, position_size=8, sample_size=16, qk_norm=True, dual_attention_layers=(0,)
+        ),
+        vae=vae.Config(channels=(64, 64), groups=8),
+    )
+    leaf = lambda path, param: torch.rand(1).expand(param.shape).contiguous()  # noqa: E731
+    path = tmp_path_factory.mktemp("large") / "model"
+    weights.save(path, Model(config, specs.map_params(leaf, weights.spec(config))), shard_bytes=100_000_000)
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["as stored", "bfloat16", "float64"])
+def test_peak_memory_of_loading_is_that_of_the_weights(folder, dtype):
+    script = [sys.executable, "-c", MEASURE, str(folder), dtype]
+    output = subprocess.run(script, capture_output=True, text=True, timeout=300, check=True)
+    peak, size = json.loads(output.stdout)
+    assert size > 80e6
+    assert peak <= 1.15 * size
+
+
+def test_loading_reads_nothing_of_what_it_need_not_copy(folder):
+    model = weights.load(folder)
+    mapped = model.params["transformer"]["pooled"]["in"]["weight"]
+    fused = model.params["transformer"]["blocks"][0]["image"]["attention"]["qkv"]["weight"]
+    assert mapped.untyped_storage().nbytes() >= mapped.nbytes
+    assert not fused.requires_grad and fused.is_contiguous()
+    assert all(leaf.is_contiguous() for leaf in tree.leaves(model.params))
