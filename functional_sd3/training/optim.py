@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.training.donation import check_donated, check_layout, laid_out, poison  # noqa: F401
 from functional_sd3.training.schedules import (  # noqa: F401
     Schedule,
     as_schedule,
@@ -154,10 +155,10 @@ def adamw(
             if paths:
                 # The kernel reads the number of this step, one tensor a leaf, and is told everything else.
                 counts = [(adam.count + 1).float() for _ in paths]
-                _check_layout(paths, weights, mean, square)
+                check_layout(paths, weights, mean, square)
                 owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
                 # It walks through memory and not through indices, so all four must be laid out alike.
-                lists = [owned[0], [_laid_out(flat[path], weights[path]) for path in paths], *owned[1:]]
+                lists = [owned[0], [laid_out(flat[path], weights[path]) for path in paths], *owned[1:]]
                 torch._fused_adamw_(
                     *lists, [], counts, lr=schedule(counted.count), beta1=b1, beta2=b2, weight_decay=amount, eps=eps,
                     amsgrad=False, maximize=False,
@@ -238,32 +239,6 @@ def donate(optimizer: Optimizer, grads: Tree, state: Tree, params: Params) -> tu
         return params, state
 
 
-def check_donated(trees: Tree) -> None:
-    """Raises ValueError, naming the paths, unless every leaf has memory of its own and no graph."""
-    spans = []
-    for path, leaf in tree.flatten_paths(trees).items():
-        if leaf.requires_grad:
-            raise ValueError(f"{path} requires grad, so a graph may still read it; donate detached leaves")
-        if leaf.numel():
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
-            spans.append((leaf.data_ptr(), leaf.data_ptr() + extent * leaf.element_size(), path))
-    spans.sort()
-    for (_, end, path), (start, _, other) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            raise ValueError(f"{path} and {other} share memory; clone one of them before donating")
-
-
-def poison(tensors: Tree) -> Tree:
-    """The same tensors under new handles; the old handles are emptied, so that using a donated tree fails at once."""
-
-    def move(leaf: Tensor) -> Tensor:
-        fresh = leaf.detach()
-        leaf.set_(torch.empty(0, dtype=leaf.dtype, device=leaf.device))
-        return fresh
-
-    return tree.map(move, tensors)
-
-
 def ema_decay(decay: float, step: Tensor) -> Tensor:
     """min(decay, (1 + step) / (10 + step)): a young average forgets its random start quickly."""
     return torch.clamp((1 + step) / (10 + step), max=decay)
@@ -287,17 +262,6 @@ def _bias(beta: float, count: Tensor) -> Tensor:
 def _zero(params: Params) -> Tensor:
     leaves = _leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else "cpu")
-
-
-def _check_layout(paths: list[str], weights: dict[str, Tensor], *moments: dict[str, Tensor]) -> None:
-    for path in paths:
-        strides = weights[path].stride()
-        if strides != torch.empty_like(weights[path]).stride() or any(own[path].stride() != strides for own in moments):
-            raise ValueError(f"{path} has gaps in memory, or another order than its moments; make both contiguous")
-
-
-def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
 def zeros_like(params: Params) -> Tree:

@@ -1,0 +1,46 @@
+"""What must hold of memory before a step may overwrite it, and what happens to those who use it afterwards."""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Tree
+
+
+def check_donated(trees: Tree) -> None:
+    """Raises ValueError, naming the paths, unless every leaf has memory of its own and no graph."""
+    spans = []
+    for path, leaf in tree.flatten_paths(trees).items():
+        if leaf.requires_grad:
+            raise ValueError(f"{path} requires grad, so a graph may still read it; donate detached leaves")
+        if leaf.numel():
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
+            spans.append((leaf.data_ptr(), leaf.data_ptr() + extent * leaf.element_size(), path))
+    spans.sort()
+    for (_, end, path), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ValueError(f"{path} and {other} share memory; clone one of them before donating")
+
+
+def poison(tensors: Tree) -> Tree:
+    """The same tensors under new handles; the old handles are emptied, so that using a donated tree fails at once."""
+
+    def move(leaf: Tensor) -> Tensor:
+        fresh = leaf.detach()
+        leaf.set_(torch.empty(0, dtype=leaf.dtype, device=leaf.device))
+        return fresh
+
+    return tree.map(move, tensors)
+
+
+def check_layout(paths: list[str], weights: dict[str, Tensor], *moments: dict[str, Tensor]) -> None:
+    """Raises ValueError, naming the path, unless each weight is dense and its moments are laid out as it is."""
+    for path in paths:
+        strides = weights[path].stride()
+        if strides != torch.empty_like(weights[path]).stride() or any(own[path].stride() != strides for own in moments):
+            raise ValueError(f"{path} has gaps in memory, or another order than its moments; make both contiguous")
+
+
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the strides of `like`, copied only where it has others."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
