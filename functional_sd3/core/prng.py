@@ -184,7 +184,7 @@ def randint(key: Key, shape: Shape, minval: int | Tensor, maxval: int | Tensor) 
     # 2**32 mod span in 32-bit words, whose square overflows to 0 for wide spans: part of the definition being matched.
     multiplier = 2**16 % span
     multiplier = ((multiplier * multiplier) & _WORD) % span
-    return ((high % span * multiplier + low % span) & _WORD) % span + minval
+    return (high % span * multiplier + low % span) % span + minval
 
 
 def permutation(key: Key, x: int | Tensor) -> Tensor:

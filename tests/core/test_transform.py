@@ -150,6 +150,19 @@ def test_what_has_no_gradient_is_named(fn, argument, message):
         transform.value_and_grad(fn)(argument)
 
 
+@pytest.mark.parametrize("fn", [loss, remat_loss])
+def test_a_gradient_of_a_mapped_or_tangent_computation_equals_that_of_torch_func(fn, params, x):
+    def mapped(params, loss):
+        return vmap(loss, in_dims=(None, 0))(params, x).square().mean()
+
+    def tangent(params, loss):
+        return jvp(lambda x: loss(params, x), (x,), (torch.cos(x),))[1]
+
+    for of in (mapped, tangent):
+        ours = transform.value_and_grad(lambda params, of=of: of(params, fn))(params)[0]
+        assert close(ours, grad(lambda params, of=of: of(params, loss))(params))
+
+
 def kept_bytes(fn, params, x):
     """Bytes autograd keeps for the backward pass of `fn`, parameters aside."""
     params = tree.map(lambda leaf: leaf.clone().requires_grad_(), params)
