@@ -231,7 +231,6 @@ def test_uniform_is_differentiable_in_its_bounds(key):
     torch.testing.assert_close(grads, prng.uniform(key, 2))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # within torch's compiler
 def test_compiled_draws_in_one_graph_equal_eager_ones(key):
     def draw(key, step):
         first, second = prng.split(prng.fold_in(key, step)).unbind()

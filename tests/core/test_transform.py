@@ -9,9 +9,6 @@ from torch.func import grad, grad_and_value, jacrev, jvp, vmap
 
 from functional_sd3.core import layers, prng, transform, tree
 
-# torch itself scripts its forward-mode derivatives, and parts of its compiler, when they are first used.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-
 WIDTH, DEPTH, BATCH = 6, 4, 5
 
 
