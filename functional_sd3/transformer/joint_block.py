@@ -53,30 +53,38 @@ def apply(
     and shift alone: it is attended to, asks nothing and is returned as it came.
     """
     width = image.shape[-1]
-    shift, scale, gate, *rest = split_modulation(modulation["image"], width)
-    image_mlp, second = rest[:3], rest[3:]
-    normed = norm(image)
-    image_stream = _stream(params["image"]["attention"], heads, modulate(normed, shift, scale))
-
-    last = "out" not in params["context"]["attention"]
+    image_parts = split_modulation(modulation["image"], width)
     context_parts = split_modulation(modulation["context"], width)
+    image, context = _attend(params, heads, image, context, image_parts, context_parts, implementation)
+    image = _mlp(params["image"]["mlp"], image, *image_parts[3:6])
+    if "mlp" not in params["context"]:
+        return image, context
+    return image, _mlp(params["context"]["mlp"], context, *context_parts[3:])
+
+
+def _attend(params, heads, image, context, image_parts, context_parts, implementation) -> tuple[Tensor, Tensor]:
+    own, other = params["image"]["attention"], params["context"]["attention"]
+    shift, scale, gate = image_parts[:3]
+    last = "out" not in other
     # The last block's two parts are the other way round: its modulation is kept as diffusers stores it.
     context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
-    context_normed = modulate(norm(context), context_shift, context_scale)
-    context_stream = _stream(params["context"]["attention"], heads, context_normed, asks=not last)
-
-    attended, context_attended = joint_attention([image_stream, context_stream], implementation=implementation)
-    image = _add_attended(params["image"]["attention"], image, gate, attended)
-    if second:
-        shift, scale, gate = second
-        stream = _stream(params["image"]["attention2"], heads, modulate(normed, shift, scale))
-        (attended,) = joint_attention([stream], implementation=implementation)
+    normed = norm(image)
+    attended, context_attended = joint_attention(
+        [
+            _stream(own, heads, modulate(normed, shift, scale)),
+            _stream(other, heads, modulate(norm(context), context_shift, context_scale), asks=not last),
+        ],
+        implementation=implementation,
+    )
+    image = _add_attended(own, image, gate, attended)
+    if not last:
+        context = _add_attended(other, context, context_parts[2], context_attended)
+    if "attention2" in params["image"]:
+        shift, scale, gate = image_parts[6:]
+        again = _stream(params["image"]["attention2"], heads, modulate(normed, shift, scale))
+        (attended,) = joint_attention([again], implementation=implementation)
         image = _add_attended(params["image"]["attention2"], image, gate, attended)
-    image = _mlp(params["image"]["mlp"], image, *image_mlp)
-    if last:
-        return image, context
-    context = _add_attended(params["context"]["attention"], context, context_parts[2], context_attended)
-    return image, _mlp(params["context"]["mlp"], context, *context_parts[3:])
+    return image, context
 
 
 def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:
@@ -128,8 +136,18 @@ def _add_attended(params: Params, x: Tensor, gate: Tensor, attended: Tensor) -> 
 
 
 def _mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    hidden = layers.gelu_tanh(layers.linear(params["in"], modulate(norm(x), shift, scale)))
+    hidden = _gelu_over(layers.linear(params["in"], modulate(norm(x), shift, scale)))
     return torch.addcmul(x, gate, layers.linear(params["out"], hidden))
+
+
+def _gelu_over(fresh: Tensor) -> Tensor:
+    """GELU of a tensor that nobody else holds, in its own memory unless it is differentiated, mapped or compiled.
+
+    The MLP's hidden layer is the largest tensor there is; a second one costs a forward on CPU 5% in page faults alone.
+    """
+    if torch.compiler.is_compiling() or fresh.requires_grad or torch.func.debug_unwrap(fresh) is not fresh:
+        return layers.gelu_tanh(fresh)
+    return torch.ops.aten.gelu_(fresh, approximate="tanh")
 
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:
