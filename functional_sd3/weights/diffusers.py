@@ -174,7 +174,9 @@ def _read_params(plan: _Plan, dtype: torch.dtype | None, device: torch.device | 
             # A table that the file lacks, because the spec can compute it.
             return param.init(prng.key(0), param.shape).to(device=device, dtype=dtype or stored)
         parts = [shards.tensor(plan.weights, name) for name in names]
-        value = source.transform.join(parts).to(device=device, dtype=dtype).contiguous()
+        together = shards.stacked(plan.weights, names) if source.transform is layout.FUSE else None
+        value = source.transform.join(parts) if together is None else together
+        value = value.to(device=device, dtype=dtype).contiguous()
         if value.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
             for name in names:
                 shards.release(plan.weights, name)

@@ -11,7 +11,8 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -76,6 +77,19 @@ def tensor(mapped: Mapped, name: str) -> Tensor:
     return torch.frombuffer(mapped.buffer, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
 
 
+def stacked(mapped: Mapped, names: Sequence[str]) -> Tensor | None:
+    """Tensors one below the other, sharing the file's memory; None unless they lie one after the other in it."""
+    entries = [mapped.header.tensors[name] for name in names]
+    dtype, shape, start, _ = entries[0]
+    adjacent = all(before.end == after.start for before, after in pairwise(entries))
+    alike = all(entry.dtype == dtype and entry.shape[1:] == shape[1:] for entry in entries)
+    if not (shape and adjacent and alike) or start % dtype.itemsize or start == entries[-1].end:
+        return None
+    rows = sum(entry.shape[0] for entry in entries)
+    count = rows * math.prod(shape[1:])
+    return torch.frombuffer(mapped.buffer, dtype=dtype, count=count, offset=start).reshape(rows, *shape[1:])
+
+
 def release(mapped: Mapped, name: str) -> None:
     """Give back the memory of a tensor that was copied elsewhere; reading it again reads the file again.
 
@@ -118,7 +132,8 @@ def write(
     for name, target in targets.items():
         if target not in _CODES:
             raise ValueError(f"{name} has dtype {target}, which safetensors cannot hold; use one of {sorted(DTYPES)}")
-    # Widest first, as the library does it: then every tensor is aligned to its own dtype.
+    # Widest first, as the library does it: then every tensor is aligned to its own dtype. Otherwise in the order given,
+    # so that what is read as one matrix lies together and `stacked` need not copy it.
     order = sorted(tensors, key=lambda name: -targets[name].itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     place = 0

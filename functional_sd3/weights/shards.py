@@ -5,7 +5,7 @@ Names as diffusers and transformers give them, of the variant "fp16" for instanc
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +50,12 @@ def entry(weights: WeightFiles, name: str) -> Entry:
 
 def tensor(weights: WeightFiles, name: str) -> Tensor:
     return files.tensor(weights.tensors[name], name)
+
+
+def stacked(weights: WeightFiles, names: Sequence[str]) -> Tensor | None:
+    """As `files.stacked`; None also where the tensors are in different files."""
+    first = weights.tensors[names[0]]
+    return files.stacked(first, names) if all(weights.tensors[name] is first for name in names) else None
 
 
 def release(weights: WeightFiles, name: str) -> None:

@@ -91,6 +91,18 @@ def test_writing_into_a_mapped_tensor_never_changes_the_file(tmp_path):
     assert (tmp_path / "x").read_bytes() == before
 
 
+def test_tensors_that_lie_together_are_stacked_without_a_copy(tmp_path):
+    q, k, v = torch.rand(2, 5), torch.rand(3, 5), torch.rand(1, 5)
+    others = {"wide": v.double(), "half": v.half(), "other": torch.rand(1, 4)}
+    files.write(tmp_path / "x", {"q": q, "k": k, "v": v, **others})
+    mapped = files.open_mapped(tmp_path / "x")
+    together = files.stacked(mapped, ["q", "k", "v"])
+    assert torch.equal(together, torch.cat([q, k, v]))
+    assert together.data_ptr() == files.tensor(mapped, "q").data_ptr()
+    for apart in (["k", "q"], ["q", "v"], ["wide", "q"], ["v", "half"], ["v", "other"]):
+        assert files.stacked(mapped, apart) is None
+
+
 def test_a_released_tensor_reads_the_same_again(tmp_path):
     files.write_atomic(tmp_path / "x", {"w": torch.arange(100_000.0)})
     mapped = files.open_mapped(tmp_path / "x")
