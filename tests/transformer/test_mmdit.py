@@ -134,15 +134,17 @@ def test_residuals_are_spread_over_the_blocks_and_the_last_block_gets_none(param
     assert not close(two, mmdit.apply(params, CONFIG, *inputs))
 
 
-def test_the_last_blocks_context_asks_nothing(params, inputs):
-    last = params["blocks"][-1]
-    qkv = last["context"]["attention"]["qkv"]
-    silent = {name: torch.cat([torch.full_like(leaf[: CONFIG.width], torch.nan), leaf[CONFIG.width :]])
-              for name, leaf in qkv.items()}  # fmt: skip
-    attention = {**last["context"]["attention"], "qkv": silent}
-    blocks = [*params["blocks"][:-1], {**last, "context": {**last["context"], "attention": attention}}]
-    changed = mmdit.apply({**params, "blocks": blocks}, CONFIG, *inputs)
-    assert torch.equal(changed, mmdit.apply(params, CONFIG, *inputs))
+def test_only_the_last_blocks_context_asks_nothing(params, inputs, monkeypatch):
+    attend, silent = joint_block.joint_attention, []
+
+    def recorded(streams, **options):
+        silent.append([stream.query is None for stream in streams])
+        return attend(streams, **options)
+
+    monkeypatch.setattr(joint_block, "joint_attention", recorded)
+    mmdit.apply(params, CONFIG, *inputs)
+    dual, joint, last = [[False, False], [False]], [[False, False]], [[False, True]]
+    assert silent == dual * 2 + joint + last
 
 
 def test_the_second_attention_sees_the_image_alone(params):
@@ -170,6 +172,7 @@ def test_patches_are_embedded_as_a_convolution_would(params, inputs):
 def test_positions_are_the_middle_of_the_table():
     table = torch.arange(36.0).reshape(1, 36, 1)
     assert embeddings.crop_positions(table, 2, 3).flatten().tolist() == [13, 14, 15, 19, 20, 21]
+    assert embeddings.crop_positions(table, 3, 2).flatten().tolist() == [8, 9, 14, 15, 20, 21]
 
 
 def test_positions_of_a_table_as_large_as_its_base_are_a_step_of_one_apart():
