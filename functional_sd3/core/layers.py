@@ -1,6 +1,6 @@
 """Layers as pairs: `x_spec(...)` describes the parameters, `x(params, ...)` applies them.
 
-Norm statistics are float32 whatever the input's dtype.
+Norm statistics are float32 where the input's dtype is narrower.
 """
 
 import torch
@@ -71,9 +71,9 @@ def layer_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019); statistics in float32."""
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019); statistics in float32 at least."""
     # By hand: inductor fuses it, and unlike the fused kernel it has every derivative and a batching rule.
-    wide = x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * params["weight"]
 

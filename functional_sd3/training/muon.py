@@ -26,16 +26,19 @@ class MuonState(NamedTuple):
     momentum: Tree
 
 
-def muon(rate: float | Schedule, *, momentum: float = 0.95, iterations: int = 5) -> Optimizer:
+def muon(
+    rate: float | Schedule, *, momentum: float = 0.95, iterations: int = 5, dtype: torch.dtype | None = None
+) -> Optimizer:
     """Muon with Nesterov momentum for leaves of two or more dimensions; others raise ValueError.
 
     Convolutions count as matrices (outputs, inputs * height * width), and a fused query-key-value matrix (3 n, n) as
-    three. Every update has the root mean square 0.2, AdamW's typical one, times `rate`.
+    three. Every update has the root mean square 0.2, AdamW's typical one, times `rate`. `dtype` is that of the
+    iteration, which bears bfloat16 (Jordan et al.), by default the gradients'.
     """
-    return chain(scale_by_muon(momentum=momentum, iterations=iterations), scale_by_learning_rate(rate))
+    return chain(scale_by_muon(momentum=momentum, iterations=iterations, dtype=dtype), scale_by_learning_rate(rate))
 
 
-def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5) -> Optimizer:
+def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5, dtype: torch.dtype | None = None) -> Optimizer:
     """Momentum, then orthogonalisation; ascending, as gradients are."""
 
     def init(params: Params) -> MuonState:
@@ -47,7 +50,7 @@ def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5) -> Optimizer:
     def update(grads: Tree, state: MuonState, params: Params) -> tuple[Tree, MuonState]:
         mixed = tree.map(lambda past, grad: momentum * past + grad, state.momentum, grads)
         nesterov = tree.map(lambda past, grad: grad + momentum * past, mixed, grads)
-        updates = _orthogonalized(tree.flatten_paths(nesterov), iterations)
+        updates = _orthogonalized(tree.flatten_paths(nesterov), iterations, dtype)
         return tree.map_with_path(lambda path, leaf: updates[path], nesterov), MuonState(mixed)
 
     return Optimizer(init, update)
@@ -68,7 +71,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def _orthogonalized(flat: dict[str, Tensor], iterations: int) -> dict[str, Tensor]:
+def _orthogonalized(flat: dict[str, Tensor], iterations: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Matrices of one shape go through the iteration together: a few large products instead of many small ones."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     parts: dict[str, Tensor] = {}
@@ -80,7 +83,8 @@ def _orthogonalized(flat: dict[str, Tensor], iterations: int) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for shape, names in groups.items():
         scale = UPDATE_RMS * math.sqrt(max(shape))
-        stacked = scale * orthogonalize(torch.cat([parts[name] for name in names]), iterations)
+        together = torch.cat([parts[name] for name in names])
+        stacked = scale * orthogonalize(together.to(dtype or together.dtype), iterations).to(together.dtype)
         for name, part in zip(names, stacked.split([len(parts[name]) for name in names]), strict=True):
             found[name] = part.reshape(flat[name].shape)
     return {path: found[path] for path in flat}

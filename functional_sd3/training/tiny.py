@@ -2,6 +2,10 @@
 
     python -m functional_sd3.training.tiny params/tiny --work out/tiny
 
+or from a finished model, whose transformer learns on while all the rest of it stays:
+
+    python -m functional_sd3.training.tiny OUT --start params/tiny --bfloat16 --compile
+
 Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on fresh pictures; a
 pool of pictures encoded once; then the transformer and the three text encoders together. Hidden matrices learn by Muon,
 which at this size needs several times fewer steps than AdamW. Stopped at any moment, the same command goes on.
@@ -32,7 +36,7 @@ from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
 LENGTH = 24
 """Tokens of each text encoder: the longest caption has 19."""
 CONTEXT_WIDTH = 192
-POOL = 65536
+POOL = 131072
 """Pictures that are encoded once and drawn from."""
 VAE_STEPS = 1200
 VAE_BATCH = 32
@@ -149,21 +153,43 @@ def measured(config: Config, latents: Tensor) -> Config:
     return replace(config, vae=replace(config.vae, scaling=scaling, shift=shift))
 
 
-def flow_stage(key: Key, config: Config, tables: Tokenizers, data: dict, steps: int, *, peak: float = 2e-3) -> Stage:
-    """The transformer and the text encoders together, from fresh parameters."""
+def flow_stage(
+    key: Key,
+    config: Config,
+    tables: Tokenizers,
+    data: dict,
+    steps: int,
+    *,
+    peak: float = 2e-3,
+    start: Params | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+) -> Stage:
+    """The transformer and the text encoders together, from fresh parameters; or the transformer alone, from `start`.
+
+    `dtype` is that of the computation, beside float32 parameters: bfloat16 where the machine multiplies it fast.
+    """
     params_key, run_key, data_key = prng.split(key, 3)
     makers = {"clip_l": clip.init, "clip_g": clip.init, "t5": t5.init, "transformer": mmdit.init}
     keys = prng.split(params_key, len(makers))
-    params = {name: make(own, getattr(config, name)) for own, (name, make) in zip(keys, makers.items(), strict=True)}
+    if start is None:
+        parts = zip(keys, makers.items(), strict=True)
+        params = {name: make(own, getattr(config, name)) for own, (name, make) in parts}
+    else:
+        params = {name: start[name] for name in makers}
     rate = optim.trapezoid(peak, 100, steps, int(0.4 * steps))
-    optimizer = _optimizer(rate, lambda count: 0.5 * rate(count))
-    learned = step.trainable({name: SPECS[name](getattr(config, name)) for name in params})
+    optimizer = _optimizer(rate, lambda count: 0.5 * rate(count), dtype=dtype)
+    specs = {name: SPECS[name](getattr(config, name)) for name in params}
+    learned = step.trainable(specs, "*" if start is None else "transformer.*")
     empty = {"ids": conditioning.tokenize(config, tables, [""], t5_length=LENGTH)}
     train_step = step.make_train_step(
-        losses.flow_loss(config, dropout=DROPOUT, empty=empty),
+        losses.flow_loss(config, dropout=DROPOUT, empty=empty, dtype=dtype),
         optimizer,
         trainable=learned,
         ema_decay=0.999,
+        # As one graph with its gradient, bfloat16 does not get through inductor's C++ (PyTorch 2.13).
+        gradient="autograd",
+        compile=compile,
         donate=True,
         rate=rate,
     )
@@ -177,31 +203,51 @@ def flow_stage(key: Key, config: Config, tables: Tokenizers, data: dict, steps: 
     return Stage(step.init(run_key, params, optimizer, trainable=learned), train_step, batch)
 
 
-def train(out: Path, work: Path, *, seed: int, vae_steps: int, flow_steps: int, progress: bool = True) -> Model | None:
-    """The whole recipe: the model, saved in `out`; None when it was stopped. `work` holds logs and checkpoints."""
+def train(
+    out: Path,
+    work: Path,
+    *,
+    seed: int,
+    vae_steps: int,
+    flow_steps: int,
+    start: Model | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    progress: bool = True,
+) -> Model | None:
+    """The whole recipe: the model, saved in `out`; None when it was stopped. `work` holds logs and checkpoints.
+
+    `start`: a finished model whose transformer learns on; its tokenizers, encoders and autoencoder stay as they are.
+    """
     root = prng.key(seed)
     tokens_key, _, pool_key, flow_key = prng.split(root, 4)
-    tables = tokenizers(tokens_key)
-    sizes = config(tables)
-    autoencoder = _run(work / "vae", vae_stage(root, sizes, vae_steps), vae_steps, progress)
-    if autoencoder is None:
-        return None
-    data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder.ema, sizes, tables)
-    sizes = measured(sizes, data["latents"])
+    if start is None:
+        tables = tokenizers(tokens_key)
+        sizes = config(tables)
+        stage = _run(work / "vae", vae_stage(root, sizes, vae_steps), vae_steps, progress)
+        if stage is None:
+            return None
+        autoencoder = stage.ema
+    else:
+        tables, sizes, autoencoder = start.tokenizers, start.config, start.params["vae"]
+    data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
+    if start is None:
+        sizes = measured(sizes, data["latents"])
 
     def draw(state: step.TrainState, done: int) -> None:
-        params = {**state.ema, "vae": autoencoder.ema}
+        params = {**state.ema, "vae": autoencoder}
         captions = [text for count in (1, 2) for text, _ in shapes.held_out_captions(count)[:: 97 * count**10][:8]]
         with torch.no_grad():
             images = pipeline.generate(params, sizes, tables, captions, prng.key(seed))
         (work / "samples").mkdir(exist_ok=True)
         pixels.to_pil(pixels.grid(images, 4))[0].save(work / "samples" / f"{done:06d}.png")
 
-    stage = flow_stage(flow_key, sizes, tables, data, flow_steps)
+    given = None if start is None else start.params
+    stage = flow_stage(flow_key, sizes, tables, data, flow_steps, start=given, dtype=dtype, compile=compile)
     flow = _run(work / "flow", stage, flow_steps, progress, draw)
     if flow is None:
         return None
-    params = {**flow.ema, "vae": autoencoder.ema}
+    params = {**flow.ema, "vae": autoencoder}
     model = Model(sizes, {name: params[name] for name in SPECS}, tables)
     weights.save(out, model, dtype=torch.float16)
     return weights.load(out, dtype=torch.float32)
@@ -265,9 +311,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS)
+    parser.add_argument("--start", type=Path, help="folder of a finished model, whose transformer learns on")
+    parser.add_argument("--bfloat16", action="store_true", help="compute the flow in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="compile the flow's gradient")
     parsed = parser.parse_args(arguments)
     parsed.work.mkdir(parents=True, exist_ok=True)
-    model = train(parsed.out, parsed.work, seed=parsed.seed, vae_steps=parsed.vae_steps, flow_steps=parsed.flow_steps)
+    model = train(
+        parsed.out,
+        parsed.work,
+        seed=parsed.seed,
+        vae_steps=parsed.vae_steps,
+        flow_steps=parsed.flow_steps,
+        start=weights.load(parsed.start, dtype=torch.float32) if parsed.start else None,
+        dtype=torch.bfloat16 if parsed.bfloat16 else None,
+        compile=parsed.compile,
+    )
     if model is None:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -326,14 +384,16 @@ def _precise(path: str, leaf: Tensor) -> Tensor:
     return leaf
 
 
-def _optimizer(matrices: optim.Schedule, others: optim.Schedule, *, b2: float = 0.99) -> optim.Optimizer:
+def _optimizer(
+    matrices: optim.Schedule, others: optim.Schedule, *, b2: float = 0.99, dtype: torch.dtype | None = None
+) -> optim.Optimizer:
     def label(path: str, leaf: Tensor) -> str:
         hidden = leaf.ndim >= 2 and not any(name in part for part in path.split(".") for name in ADAMW_ONLY)
         return "muon" if hidden else "adamw"
 
     return optim.chain(
         optim.clip_by_global_norm(1.0),
-        optim.partitioned({"muon": muon.muon(matrices), "adamw": optim.adamw(others, b2=b2, decay=0.0)}, label),
+        optim.partitioned({"muon": muon.muon(matrices, dtype=dtype), "adamw": optim.adamw(others, b2=b2, decay=0.0)}, label),
     )
 
 
