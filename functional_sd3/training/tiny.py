@@ -391,10 +391,8 @@ def _optimizer(
         hidden = leaf.ndim >= 2 and not any(name in part for part in path.split(".") for name in ADAMW_ONLY)
         return "muon" if hidden else "adamw"
 
-    return optim.chain(
-        optim.clip_by_global_norm(1.0),
-        optim.partitioned({"muon": muon.muon(matrices, dtype=dtype), "adamw": optim.adamw(others, b2=b2, decay=0.0)}, label),
-    )
+    rules = {"muon": muon.muon(matrices, dtype=dtype), "adamw": optim.adamw(others, b2=b2, decay=0.0)}
+    return optim.chain(optim.clip_by_global_norm(1.0), optim.partitioned(rules, label))
 
 
 if __name__ == "__main__":
