@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sd3.core import spec
+from functional_sd3.core import spec, winograd
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
 
@@ -44,7 +44,15 @@ def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
 
 def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
     """x (batch, inputs, height, width) -> (batch, outputs, ...)."""
-    return F.conv2d(x, params["weight"], params["bias"], stride=stride, padding=padding)
+    weight, bias = params["weight"], params["bias"]
+    if plain(x) and plain(weight) and winograd.pays(weight, x, stride, padding):
+        return winograd.convolve(weight, bias, x)
+    return F.conv2d(x, weight, bias, stride=stride, padding=padding)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether x is neither differentiated nor mapped nor traced: if nobody else holds it, it may be overwritten."""
+    return not (torch.compiler.is_compiling() or x.requires_grad or torch.func.debug_unwrap(x) is not x)
 
 
 def embedding_spec(entries: int, width: int, *, scale: float = 0.02) -> Tree:
@@ -81,6 +89,16 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """x (batch, channels, ...); `groups` must divide channels."""
     return F.group_norm(x, groups, params["weight"], params["bias"], eps)
+
+
+def silu_over(fresh: Tensor) -> Tensor:
+    """x * sigmoid(x) of a tensor that nobody else holds, in its own memory where it is `plain`."""
+    return F.silu(fresh, inplace=True) if plain(fresh) else F.silu(fresh)
+
+
+def add_over(fresh: Tensor, other: Tensor) -> Tensor:
+    """fresh + other, where nobody else holds `fresh`: in its own memory where both are `plain`."""
+    return fresh.add_(other) if plain(fresh) and plain(other) else fresh + other
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -145,9 +145,7 @@ def _gelu_over(fresh: Tensor) -> Tensor:
 
     The MLP's hidden layer is the largest tensor there is; a second one costs a forward on CPU 5% in page faults alone.
     """
-    if torch.compiler.is_compiling() or fresh.requires_grad or torch.func.debug_unwrap(fresh) is not fresh:
-        return layers.gelu_tanh(fresh)
-    return torch.ops.aten.gelu_(fresh, approximate="tanh")
+    return torch.ops.aten.gelu_(fresh, approximate="tanh") if layers.plain(fresh) else layers.gelu_tanh(fresh)
 
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:

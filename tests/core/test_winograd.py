@@ -1,0 +1,82 @@
+"""The fast 3x3 convolution: as accurate as float32 allows, and used only where it may be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from functional_sd3.core import layers, prng, winograd
+
+
+def drawn(seed, batch, inputs, outputs, height, width):
+    keys = prng.split(prng.key(seed), 3)
+    x = prng.normal(keys[0], (batch, inputs, height, width)).contiguous(memory_format=torch.channels_last)
+    weight = prng.normal(keys[1], (outputs, inputs, 3, 3)) / (9 * inputs) ** 0.5
+    return weight, prng.normal(keys[2], (outputs,)), x
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 2),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from([64, 4096, 1 << 20]),
+)
+def test_it_equals_the_direct_sum(seed, batch, inputs, outputs, rows, columns, at_once):
+    weight, bias, x = drawn(seed, batch, inputs, outputs, 4 * rows, 4 * columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "NUMBERS_AT_ONCE", at_once)
+        found = winograd.convolve(weight, bias, x)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - expected).norm() <= 5e-6 * expected.norm()
+
+
+def test_large_convolutions_take_it_and_are_the_same_to_five_millionths(monkeypatch):
+    weight, bias, x = drawn(0, 2, 64, 96, 48, 64)
+    calls = []
+    monkeypatch.setattr(winograd, "convolve", lambda *a, original=winograd.convolve: calls.append(1) or original(*a))
+    found = layers.conv2d({"weight": weight, "bias": bias}, x, padding=1)
+    expected = F.conv2d(x, weight, bias, padding=1)
+    assert calls == [1]
+    assert (found - expected).norm() <= 5e-6 * expected.norm()
+    assert torch.equal(found[1:], layers.conv2d({"weight": weight, "bias": bias}, x[1:], padding=1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.bfloat16},
+        {"memory_format": torch.contiguous_format},
+        {"height": 46},
+        {"height": 8},
+        {"outputs": 3},
+        {"stride": 2},
+        {"padding": 0},
+    ],
+    ids=str,
+)
+def test_other_convolutions_do_not(change):
+    weight, _, x = drawn(0, 1, 64, change.get("outputs", 64), change.get("height", 48), 64)
+    x = x.contiguous(memory_format=change.get("memory_format", torch.channels_last)).to(change.get("dtype", x.dtype))
+    assert not winograd.pays(weight, x, change.get("stride", 1), change.get("padding", 1))
+
+
+def test_what_is_differentiated_mapped_or_compiled_does_not():
+    weight, bias, x = drawn(0, 2, 64, 64, 48, 48)
+    params = {"weight": weight, "bias": bias}
+
+    def total(x):
+        return layers.conv2d(params, x, padding=1).square().sum()
+
+    expected = torch.func.grad(lambda x: F.conv2d(x, weight, bias, padding=1).square().sum())(x)
+    torch.testing.assert_close(torch.func.grad(total)(x), expected)
+    torch.testing.assert_close(torch.autograd.grad(total(x.requires_grad_()), x)[0], expected)
+    mapped = torch.func.vmap(lambda one: layers.conv2d(params, one[None], padding=1)[0])(x.detach())
+    torch.testing.assert_close(mapped, F.conv2d(x, weight, bias, padding=1))
+    grads = torch.func.grad(lambda params: layers.conv2d(params, x.detach(), padding=1).square().sum())(params)
+    assert grads["weight"].shape == weight.shape
