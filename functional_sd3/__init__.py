@@ -13,9 +13,9 @@ Every component has a frozen `Config`, `spec(config)`, `init(key, config)` and a
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import attention, layers, prng, spec, transform, tree
 from functional_sd3.flow import guidance, ode, path, schedule
-from functional_sd3.image import pixels, vae
+from functional_sd3.image import clip_pixels, pixels, vae
 from functional_sd3.metrics import prompts
-from functional_sd3.text import bpe, clip, conditioning, t5, unigram
+from functional_sd3.text import bpe, clip, clip_dual, conditioning, t5, unigram
 from functional_sd3.training import datasets, optim, shapes, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import shipped
@@ -26,6 +26,8 @@ __all__ = [
     "attention",
     "bpe",
     "clip",
+    "clip_dual",
+    "clip_pixels",
     "conditioning",
     "datasets",
     "guidance",

@@ -4,19 +4,22 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
 transformer over byte-pair tokens, pooled at the end token. Numerics of transformers' `CLIPTextModelWithProjection`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import attention, layers
+from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.text import clip_block, clip_image
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": layers.quick_gelu, "gelu": layers.gelu}
+ACTIVATIONS = clip_block.ACTIVATIONS
+ImageConfig, ImageOutput = clip_image.Config, clip_image.Output
+image_spec, image_init, image_apply = clip_image.spec, clip_image.init, clip_image.apply
+IMAGE_B32, IMAGE_L14, IMAGE_L14_336 = clip_image.VIT_B32, clip_image.VIT_L14, clip_image.VIT_L14_336
 
 # The value of `eos_id` by which old configurations, all of SD3's among them, ask for pooling at the highest id.
 LEGACY_EOS_ID = 2
@@ -24,7 +27,7 @@ LEGACY_EOS_ID = 2
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a CLIP text encoder; `CLIP_L` and `CLIP_G` are the released ones.
+    """Sizes of a CLIP text encoder; `CLIP_L` and `CLIP_G` are SD3's, `CLIP_B` is beside the image tower ViT-B/32.
 
     `activation`: a key of `ACTIVATIONS`. `eos_id`: texts are pooled at the first token with this id; 2 means at the
     first token with the text's highest id (the end token is the last of CLIP's vocabulary), as in transformers.
@@ -42,12 +45,10 @@ class Config:
     eos_id: int = LEGACY_EOS_ID
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of the {self.heads} heads")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} must be one of {sorted(ACTIVATIONS)}")
+        clip_block.check(self.width, self.heads, self.activation)
 
 
+CLIP_B = Config(width=512, heads=8, mlp_width=2048, projection_width=512)
 CLIP_L = Config()
 CLIP_G = Config(width=1280, layers=32, heads=20, mlp_width=5120, activation="gelu", projection_width=1280)
 
@@ -67,27 +68,13 @@ class Output(NamedTuple):
 
 def spec(config: Config) -> Tree:
     """The parameter tree, with the initialisation of the CLIP paper's code."""
-    width, mlp_width = config.width, config.mlp_width
-    narrow = specs.normal(width**-0.5)
-    residual = specs.normal(width**-0.5 * (2 * config.layers) ** -0.5)
-    block = {
-        "norm1": layers.norm_spec(width),
-        "attention": {
-            "qkv": layers.linear_spec(width, 3 * width, init=narrow),
-            "out": layers.linear_spec(width, width, init=residual),
-        },
-        "norm2": layers.norm_spec(width),
-        "mlp": {
-            "in": layers.linear_spec(width, mlp_width, init=specs.normal((2 * width) ** -0.5)),
-            "out": layers.linear_spec(mlp_width, width, init=residual),
-        },
-    }
+    width = config.width
     return {
         "token_embedding": layers.embedding_spec(config.vocab, width),
         "position_embedding": layers.embedding_spec(config.length, width, scale=0.01),
-        "blocks": [block] * config.layers,
+        "blocks": [clip_block.spec(width, config.mlp_width, config.layers)] * config.layers,
         "final_norm": layers.norm_spec(width),
-        "projection": layers.linear_spec(width, config.projection_width, bias=False, init=narrow),
+        "projection": layers.linear_spec(width, config.projection_width, bias=False, init=specs.normal(width**-0.5)),
     }
 
 
@@ -115,23 +102,12 @@ def apply(
     read_by = []
     for block in params["blocks"]:
         read_by.append(x)
-        x = _block(block, config, x, implementation)
+        x = clip_block.apply(
+            block, x, config.heads, config.activation, config.eps, causal=True, implementation=implementation
+        )
     last = layers.layer_norm(params["final_norm"], x, config.eps)
     pooled = torch.take_along_dim(last, _end(config, ids)[:, None, None], dim=1).squeeze(1)
     return Output(last, read_by[-1 - skip], pooled, layers.linear(params["projection"], pooled))
-
-
-def _block(params: Params, config: Config, x: Tensor, implementation: Implementation) -> Tensor:
-    x = x + _attention(params["attention"], config, layers.layer_norm(params["norm1"], x, config.eps), implementation)
-    hidden = layers.linear(params["mlp"]["in"], layers.layer_norm(params["norm2"], x, config.eps))
-    return x + layers.linear(params["mlp"]["out"], ACTIVATIONS[config.activation](hidden))
-
-
-def _attention(params: Params, config: Config, x: Tensor, implementation: Implementation) -> Tensor:
-    qkv = layers.linear(params["qkv"], x).chunk(3, dim=-1)
-    query, key, value = (attention.split_heads(part, config.heads) for part in qkv)
-    attended = attention.attention(query, key, value, causal=True, implementation=implementation)
-    return layers.linear(params["out"], attention.merge_heads(attended))
 
 
 def _end(config: Config, ids: Tensor) -> Tensor:

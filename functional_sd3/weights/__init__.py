@@ -11,10 +11,23 @@ from pathlib import Path
 import torch
 
 from functional_sd3.weights import atomic, diffusers, files, layout
+from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers, check, spec
 
-__all__ = ["Config", "Model", "Tokenizers", "WeightsError", "check", "files", "layout", "load", "save", "spec"]
+__all__ = [
+    "Config",
+    "Model",
+    "Tokenizers",
+    "WeightsError",
+    "check",
+    "files",
+    "layout",
+    "load",
+    "load_clip",
+    "save",
+    "spec",
+]
 
 # Layout -> the module that reads and writes it.
 _LAYOUTS = {"diffusers": diffusers}

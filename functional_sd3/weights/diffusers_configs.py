@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
-from functional_sd3.text import clip, t5
+from functional_sd3.text import clip, clip_image, t5
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.errors import WeightsError
 
@@ -233,6 +233,26 @@ CLIP = Table(
         Fixed("bos_token_id", lambda config: 0, checked=False),
         Fixed("pad_token_id", lambda config: 1, checked=False),
         Fixed("attention_dropout", lambda config: 0.0, checked=False),
+    ),
+    closed=False,
+)
+
+CLIP_IMAGE = Table(
+    clip_image.Config,
+    (
+        Field("image_size", "size", _size, 224),
+        Field("patch_size", "patch", _size, 32),
+        Field("hidden_size", "width", _size, 768),
+        Field("num_hidden_layers", "layers", _layers, 12),
+        Field("num_attention_heads", "heads", _size, 12),
+        Field("intermediate_size", "mlp_width", _size, 3072),
+        Field("hidden_act", "activation", _choice(*clip.ACTIVATIONS), "quick_gelu"),
+        Field("projection_dim", "projection_width", _size, 512),
+        Field("layer_norm_eps", "eps", _number(), 1e-5),
+    ),
+    (
+        Fixed("model_type", lambda config: "clip_vision_model", "clip_vision_model"),
+        Fixed("num_channels", lambda config: 3, 3),
     ),
     closed=False,
 )

@@ -90,3 +90,37 @@ def test_configs_that_cannot_be_are_refused():
         clip.Config(width=10, heads=3)
     with pytest.raises(ValueError, match=r"activation 'relu' must be one of \['gelu', 'quick_gelu'\]"):
         clip.Config(activation="relu")
+
+
+IMAGE = clip.ImageConfig(12, 4, 16, 2, 2, 24, projection_width=10)
+
+
+def test_the_image_encoder_reads_its_own_size_only():
+    params = clip.image_init(prng.key(0), IMAGE)
+    output = clip.image_apply(params, IMAGE, torch.zeros(2, 3, 12, 12))
+    assert [tuple(part.shape) for part in output] == [(2, 10, 16), (2, 10, 16), (2, 16), (2, 10)]
+    for shape in ((2, 3, 12, 16), (2, 1, 12, 12), (3, 12, 12)):
+        with pytest.raises(ValueError, match=r"this encoder reads \(batch, 3, 12, 12\)"):
+            clip.image_apply(params, IMAGE, torch.zeros(shape))
+
+
+def test_images_are_encoded_alone_in_any_batch_and_under_every_transform():
+    params = clip.image_init(prng.key(0), IMAGE)
+    images = prng.normal(prng.key(1), (3, 3, 12, 12))
+
+    def embed(image):
+        return clip.image_apply(params, IMAGE, image[None], implementation="math").projected[0]
+
+    together = clip.image_apply(params, IMAGE, images).projected
+    torch.testing.assert_close(torch.vmap(embed)(images), together, rtol=1e-5, atol=1e-6)
+    tangent = prng.normal(prng.key(2), (3, 12, 12))
+    _, along = torch.func.jvp(embed, (images[0],), (tangent,))
+    jacobian = torch.func.jacrev(embed)(images[0])
+    torch.testing.assert_close(along, (jacobian * tangent).sum((1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_encoders_that_project_apart_are_no_clip_model():
+    from functional_sd3.text import clip_dual
+
+    with pytest.raises(ValueError, match="must share one space"):
+        clip_dual.Config(clip.CLIP_L, clip.IMAGE_B32)

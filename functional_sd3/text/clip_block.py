@@ -1,0 +1,58 @@
+"""The pre-norm transformer block that both towers of CLIP are made of: causal for texts, not for images."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from functional_sd3.core import attention, layers
+from functional_sd3.core import spec as specs
+from functional_sd3.core.attention import Implementation
+from functional_sd3.core.types import Params, Tree
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": layers.quick_gelu, "gelu": layers.gelu}
+
+
+def check(width: int, heads: int, activation: str) -> None:
+    """Raises ValueError for sizes no block can have."""
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of the {heads} heads")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} must be one of {sorted(ACTIVATIONS)}")
+
+
+def spec(width: int, mlp_width: int, depth: int) -> Tree:
+    """One block of a tower of `depth`, with the initialisation of the CLIP paper's code."""
+    narrow = specs.normal(width**-0.5)
+    residual = specs.normal(width**-0.5 * (2 * depth) ** -0.5)
+    return {
+        "norm1": layers.norm_spec(width),
+        "attention": {
+            "qkv": layers.linear_spec(width, 3 * width, init=narrow),
+            "out": layers.linear_spec(width, width, init=residual),
+        },
+        "norm2": layers.norm_spec(width),
+        "mlp": {
+            "in": layers.linear_spec(width, mlp_width, init=specs.normal((2 * width) ** -0.5)),
+            "out": layers.linear_spec(mlp_width, width, init=residual),
+        },
+    }
+
+
+def apply(
+    params: Params,
+    x: Tensor,
+    heads: int,
+    activation: str,
+    eps: float,
+    *,
+    causal: bool,
+    implementation: Implementation = "sdpa",
+) -> Tensor:
+    """x (batch, tokens, width) -> the same shape; with `causal` a token attends to itself and those before it."""
+    normed = layers.layer_norm(params["norm1"], x, eps)
+    qkv = layers.linear(params["attention"]["qkv"], normed).chunk(3, dim=-1)
+    query, key, value = (attention.split_heads(part, heads) for part in qkv)
+    attended = attention.attention(query, key, value, causal=causal, implementation=implementation)
+    x = x + layers.linear(params["attention"]["out"], attention.merge_heads(attended))
+    hidden = layers.linear(params["mlp"]["in"], layers.layer_norm(params["norm2"], x, eps))
+    return x + layers.linear(params["mlp"]["out"], ACTIVATIONS[activation](hidden))

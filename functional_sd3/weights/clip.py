@@ -1,0 +1,237 @@
+"""CLIP models with both encoders, as transformers' `CLIPModel` writes them: config, weights, tokenizer, preprocessing.
+
+    config.json  model.safetensors  preprocessor_config.json  tokenizer.json | vocab.json, merges.txt
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Params
+from functional_sd3.image import clip_pixels
+from functional_sd3.text import bpe, clip, clip_dual, clip_image
+from functional_sd3.weights import diffusers_configs as configs
+from functional_sd3.weights import diffusers_keys, files, layout, shards
+from functional_sd3.weights.errors import WeightsError, attempt, reason
+from functional_sd3.weights.layout import Layout, Rule, Source, renamed
+from functional_sd3.weights.shards import WeightFiles
+
+_HEAD_WIDTH = 64
+"""Of every CLIP released by OpenAI: what tells the number of heads where only shapes are known."""
+_TEXT, _IMAGE = "text_model.", "vision_model."
+
+
+class Clip(NamedTuple):
+    """A CLIP model; `tokenizer` are the tables of `bpe`, None where the folder has none."""
+
+    config: clip_dual.Config
+    params: Params
+    tokenizer: Any
+    pixels: clip_pixels.Config
+
+
+def _within(ours: str, rules: tuple[Rule, ...], start: str) -> tuple[Rule, ...]:
+    """Rules of the text encoder alone as rules below `ours`, whose tensors start with `start` instead."""
+    return tuple(
+        rule._replace(ours=ours + rule.ours, theirs=tuple(name.replace(_TEXT, start, 1) for name in rule.theirs))
+        for rule in rules
+    )
+
+
+_TEXT_RULES = diffusers_keys.CLIP.rules
+LAYOUT = Layout(
+    rules=(
+        *_within("text.", _TEXT_RULES, _TEXT),
+        *renamed(
+            ("logit_scale", "logit_scale"),
+            ("image.class_embedding", "vision_model.embeddings.class_embedding"),
+            ("image.patch.weight", "vision_model.embeddings.patch_embedding.weight"),
+            ("image.position_embedding.{leaf}", "vision_model.embeddings.position_embedding.{leaf}"),
+            ("image.first_norm.{leaf}", "vision_model.pre_layrnorm.{leaf}"),
+            ("image.final_norm.{leaf}", "vision_model.post_layernorm.{leaf}"),
+            ("image.projection.{leaf}", "visual_projection.{leaf}"),
+        ),
+        *_within("image.", tuple(rule for rule in _TEXT_RULES if rule.ours.startswith("blocks.")), _IMAGE),
+    ),
+    # Counted positions, which older transformers saved.
+    ignored=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
+)
+
+
+def load(
+    path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Clip:
+    """The model in a folder of transformers' `CLIPModel`, or in one safetensors file with its tensors.
+
+    Beside a file its config.json and so on are read if they are there; otherwise the sizes are read off the shapes,
+    with heads of 64 and quick GELU, as in all of OpenAI's. dtype: of every parameter, None keeps each as stored.
+    Raises WeightsError with every problem: missing or broken files, missing, unexpected or misshapen tensors, configs
+    that we do not compute. Nothing loads in part.
+    """
+    path = Path(path)
+    single = path.is_file()
+    folder = path.parent if single else path
+    problems: list[str] = []
+    weights = attempt(problems, _open, path, single)
+    names = layout.canonical(LAYOUT, weights.tensors) if weights else {}
+    shapes = {name: shards.entry(weights, found).shape for name, found in names.items()}
+    described = not single or os.path.lexists(folder / "config.json")
+    config = attempt(problems, _read_config, folder) if described else attempt(problems, _guess, path, shapes)
+    if weights and config:
+        problems += [f"{path}: {problem}" for problem in _problems(config, weights, names, shapes)]
+    pixels = attempt(problems, _read_pixels, folder, config) if config else None
+    tokenizer = attempt(problems, _read_tokenizer, folder)
+    if problems:
+        raise WeightsError(problems)
+    return Clip(config, _read(config, weights, names, dtype, device), tokenizer, pixels)
+
+
+def _open(path: Path, single: bool) -> WeightFiles:
+    if not single:
+        if not path.is_dir():
+            raise WeightsError(f"{path}: {'is not a folder' if path.exists() else 'does not exist'}")
+        return shards.open_weights(path, "model", None, single_first=True)
+    mapped = files.open_mapped(path)
+    return WeightFiles(None, dict.fromkeys(mapped.header.tensors, mapped))
+
+
+def _read_config(folder: Path) -> clip_dual.Config:
+    path = folder / "config.json"
+    values = files.read_json(path)
+    if values.get("model_type") != "clip":
+        raise WeightsError(f"{path}: model_type is {values.get('model_type')!r}, only 'clip' is supported")
+    problems: list[str] = []
+    projection = values.get("projection_dim", 512)
+    parts = []
+    for name, table in (("text_config", configs.CLIP), ("vision_config", configs.CLIP_IMAGE)):
+        # Old files say some things twice; transformers believes the second. The towers' own widths of projection say
+        # nothing: both project to the model's.
+        said = values.get(f"{name}_dict") or values.get(name) or {}
+        if not isinstance(said, Mapping):
+            problems.append(f"{path}: {name} must be an object")
+            continue
+        said = {**said, "projection_dim": projection}
+        parts.append(attempt(problems, configs.read, table, said, f"{path}: {name}"))
+    if problems:
+        raise WeightsError(problems)
+    return clip_dual.Config(*parts)
+
+
+def _guess(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> clip_dual.Config:
+    """The config whose specs have these shapes, as far as shapes tell."""
+    try:
+        vocab, text_width = shapes["text_model.embeddings.token_embedding.weight"]
+        image_width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
+        patches = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
+        projection, _ = shapes["text_projection.weight"]
+        text = clip.Config(
+            vocab=vocab,
+            length=shapes["text_model.embeddings.position_embedding.weight"][0],
+            projection_width=projection,
+            **_tower(shapes, _TEXT, text_width),
+        )
+        image = clip_image.Config(
+            size=patch * round(patches**0.5), patch=patch, projection_width=projection,
+            **_tower(shapes, _IMAGE, image_width),
+        )  # fmt: skip
+    except KeyError as error:
+        raise WeightsError(f"{path}: lacks {error.args[0]}, so it is no CLIP model of transformers' layout") from None
+    except ValueError as error:
+        raise WeightsError(f"{path}: its shapes are not those of a CLIP model: {error}") from None
+    return clip_dual.Config(text, image)
+
+
+def _tower(shapes: Mapping[str, tuple[int, ...]], start: str, width: int) -> dict[str, int]:
+    layer = f"{start}encoder.layers."
+    depth = len({name[len(layer) :].split(".")[0] for name in shapes if name.startswith(layer)})
+    mlp_width = shapes[f"{layer}0.mlp.fc1.weight"][0]
+    return {"width": width, "layers": depth, "heads": max(width // _HEAD_WIDTH, 1), "mlp_width": mlp_width}
+
+
+def _problems(config: clip_dual.Config, weights: WeightFiles, names: Mapping[str, str], shapes: Mapping) -> list[str]:
+    try:
+        problems = layout.check(LAYOUT, clip_dual.spec(config), shapes)
+    except (RuntimeError, OverflowError) as error:
+        return [f"its config describes tensors too large to exist: {error}"]
+    for name in names.values():
+        if not shards.entry(weights, name).dtype.is_floating_point:
+            problems.append(f"{name} has dtype {shards.entry(weights, name).dtype}, not a float")
+    return problems
+
+
+def _read(
+    config: clip_dual.Config,
+    weights: WeightFiles,
+    names: Mapping[str, str],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Params:
+    def fetch(source: Source, param: Param) -> Tensor:
+        found = [names[name] for name in source.names]
+        together = shards.stacked(weights, found) if source.transform is layout.FUSE else None
+        if together is None:
+            together = source.transform.join([shards.tensor(weights, name) for name in found])
+        return together.to(device=device, dtype=dtype).contiguous()
+
+    return layout.to_ours(LAYOUT, clip_dual.spec(config), fetch)
+
+
+def _read_pixels(folder: Path, config: clip_dual.Config) -> clip_pixels.Config:
+    """The preprocessing that the folder names; without a file OpenAI's, at the size of the image encoder."""
+    side = config.image.size
+    path, values = folder / "preprocessor_config.json", None
+    if os.path.lexists(path):
+        values = files.read_json(path)
+    elif os.path.lexists(folder / "processor_config.json"):
+        path = folder / "processor_config.json"
+        values = files.read_json(path).get("image_processor")
+    if values is None:
+        return clip_pixels.Config(resize=side, crop=side)
+    try:
+        found = clip_pixels.Config(
+            resize=_side(values, "size", "shortest_edge", side),
+            crop=_side(values, "crop_size", "height", side),
+            mean=_three(values, "image_mean"),
+            std=_three(values, "image_std"),
+        )
+        for name, right in (("resample", 3), ("do_resize", True), ("do_center_crop", True), ("do_normalize", True)):
+            if values.get(name, right) != right:
+                raise ValueError(f"{name} is {values[name]!r}, only {right!r} is supported")
+        if found.crop != side:
+            raise ValueError(f"crop_size is {found.crop}, but the image encoder reads {side}")
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    return found
+
+
+def _side(values: Mapping[str, Any], name: str, edge: str, default: int) -> int:
+    value = values.get(name, default)
+    if isinstance(value, Mapping) and len(set(value.values())) == 1:
+        value = value.get(edge)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {values.get(name)!r}; a whole number or {{{edge!r}: ...}} is needed")
+    return value
+
+
+def _three(values: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+    default = getattr(clip_pixels.Config(), name.removeprefix("image_"))
+    value = values.get(name, default)
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(each) in (int, float) for each in value):
+        raise ValueError(f"{name} is {value!r}; three numbers are needed")
+    return tuple(map(float, value))
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "vocab.json", "merges.txt")):
+        return None
+    try:
+        return bpe.init(folder)
+    except OSError as error:
+        raise WeightsError(f"{folder}: its tokenizer cannot be read: {reason(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{folder}: {error}") from error
