@@ -16,7 +16,7 @@ from functional_sd3.flow import guidance, ode, path, schedule
 from functional_sd3.image import clip_pixels, pixels, vae
 from functional_sd3.metrics import prompts
 from functional_sd3.text import bpe, clip, clip_dual, conditioning, t5, unigram
-from functional_sd3.training import datasets, optim, shapes, step
+from functional_sd3.training import datasets, lora, optim, shapes, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import shipped
 
@@ -32,6 +32,7 @@ __all__ = [
     "datasets",
     "guidance",
     "layers",
+    "lora",
     "mmdit",
     "ode",
     "optim",

@@ -1,6 +1,9 @@
 """Layers as pairs: `x_spec(...)` describes the parameters, `x(params, ...)` applies them.
 
 Norm statistics are float32 where the input's dtype is narrower.
+
+Beside its weight a linear or convolution layer may hold "low_rank", {"down": (rank, inputs, ...), "up": (outputs,
+rank)}: a LoRA, whose product is added to what the layer computes without being added to the weight.
 """
 
 import torch
@@ -25,10 +28,23 @@ def linear(params: Params, x: Tensor) -> Tensor:
     """x (..., inputs) -> (..., outputs)."""
     weight, bias = params["weight"], params.get("bias")
     if bias is None or x.ndim < 3:
-        return F.linear(x, weight, bias)
-    # As a matrix: with the bias, three dimensions specialise shapes under compile(grad) and recompile at every
-    # resolution, and a separate addition of the bias costs eager code another pass over the result.
-    return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        y = F.linear(x, weight, bias)
+    else:
+        # As a matrix: with the bias, three dimensions specialise shapes under compile(grad) and recompile at every
+        # resolution, and a separate addition of the bias costs eager code another pass over the result.
+        y = F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    if "low_rank" not in params:
+        return y
+    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
+    return y + F.linear(F.linear(x, down), up)
+
+
+def outputs_from(params: Params, start: int) -> Params:
+    """A linear layer without its first `start` outputs."""
+    kept = {name: leaf[start:] for name, leaf in params.items() if name != "low_rank"}
+    if "low_rank" in params:
+        kept["low_rank"] = {"down": params["low_rank"]["down"], "up": params["low_rank"]["up"][start:]}
+    return kept
 
 
 def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
@@ -46,8 +62,21 @@ def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> T
     """x (batch, inputs, height, width) -> (batch, outputs, ...)."""
     weight, bias = params["weight"], params["bias"]
     if plain(x) and plain(weight) and winograd.pays(weight, x, stride, padding):
-        return winograd.convolve(weight, bias, x)
-    return F.conv2d(x, weight, bias, stride=stride, padding=padding)
+        y = winograd.convolve(weight, bias, x)
+    else:
+        y = F.conv2d(x, weight, bias, stride=stride, padding=padding)
+    if "low_rank" not in params:
+        return y
+    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
+    return y + F.conv2d(F.conv2d(x, down, stride=stride, padding=padding), up[:, :, None, None])
+
+
+def patches_linear(params: Params) -> Params:
+    """A convolution whose stride is its kernel as the linear layer it is on patches (channels, height, width)."""
+    flat = {**params, "weight": params["weight"].flatten(1)}
+    if "low_rank" in params:
+        flat["low_rank"] = {**params["low_rank"], "down": params["low_rank"]["down"].flatten(1)}
+    return flat
 
 
 def plain(x: Tensor) -> bool:

@@ -117,7 +117,7 @@ def _stream(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Stre
     if asks:
         query, key, value = _split_heads(layers.linear(params["qkv"], x), 3, heads)
         return Stream(_head_norm(params, "query_norm", query), _head_norm(params, "key_norm", key), value)
-    without_query = {name: leaf[x.shape[-1] :] for name, leaf in params["qkv"].items()}
+    without_query = layers.outputs_from(params["qkv"], x.shape[-1])
     key, value = _split_heads(layers.linear(without_query, x), 2, heads)
     return Stream(None, _head_norm(params, "key_norm", key), value)
 

@@ -149,11 +149,9 @@ def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Te
 def embed_image(params: Params, config: Config, latents: Tensor) -> Tensor:
     """Patches of `latents` (batch, in_channels, height, width), projected and placed: (batch, tokens, width)."""
     size = config.patch_size
-    # A convolution whose stride is its kernel is a linear map of each patch.
-    weight = {"weight": params["patch"]["weight"].flatten(1), "bias": params["patch"]["bias"]}
     patches = rearrange(latents, "batch c (h p) (w q) -> batch (h w) (c p q)", p=size, q=size)
     positions = crop_positions(params["position"], latents.shape[-2] // size, latents.shape[-1] // size)
-    return (layers.linear(weight, patches) + positions).to(latents.dtype)
+    return (layers.linear(layers.patches_linear(params["patch"]), patches) + positions).to(latents.dtype)
 
 
 def unpatchify(patches: Tensor, config: Config, height: int, width: int) -> Tensor:

@@ -95,8 +95,13 @@ def prefixed(layout: Layout, prefix: str) -> Layout:
 
 def sources(layout: Layout, spec: Tree) -> dict[str, Source]:
     """Our paths -> their names and the transform. Raises ValueError when a leaf of the spec has no rule."""
+    return sources_of(layout, specs.paths(spec))
+
+
+def sources_of(layout: Layout, paths: Iterable[str]) -> dict[str, Source]:
+    """As `sources`, for some paths and without a spec."""
     compiled = [(re.compile(_regex(rule.ours)), rule) for rule in layout.rules]
-    return {path: _source(compiled, path) for path in specs.paths(spec)}
+    return {path: _source(compiled, path) for path in paths}
 
 
 def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:

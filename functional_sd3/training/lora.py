@@ -1,0 +1,279 @@
+"""LoRA (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models") as trees beside the parameters.
+
+    style = lora.load("style.safetensors", model.config)
+    params = lora.apply(model.params, style, 0.8)
+
+A Lora (`weights.adapters` says what is in it) is a tree of its own: it is applied to parameters, trained, vmapped over,
+merged, extracted and saved without the base ever being written to. All functions here but `load` and `save` are pure.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import spec as specs
+from functional_sd3.core import tree
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.weights import adapters, lora_keys, model
+from functional_sd3.weights.adapters import Adapter, Lora, Node
+from functional_sd3.weights.lora_files import Layer, layers, load, save
+
+__all__ = [
+    "ATTENTION", "Layer", "Lora", "Merged", "apply", "combine", "extract", "init", "layers", "load", "merge", "resize",
+    "save", "spec", "unmerge",
+]  # fmt: skip
+
+ATTENTION = "transformer.blocks.*.attention*"
+"""Every attention of the transformer: query, key, value and output of both streams, and of second attentions."""
+
+Scale = float | Tensor | Callable[[str], float | Tensor]
+"""How strongly a LoRA counts, or how strongly for the weight at each path."""
+
+
+class Merged(NamedTuple):
+    """Parameters with a LoRA in them, and by path what their adapted weights were before."""
+
+    params: Params
+    originals: dict[str, Tensor]
+
+
+def spec(described: model.Config | Tree, rank: int, targets: tree.Chooser = ATTENTION, *, alpha: float | None = None):
+    """Spec of a LoRA for a model, given by its config or its spec: an adapter for every matrix that `targets` chooses.
+
+    targets: of the linear and convolution weights, by path; query, key and value get adapters of their own. alpha: the
+    rank by default, so that the scaling is 1; it is not trainable. `down` starts as PEFT's does, `up` at zero.
+    Raises ValueError for a rank below 1 or targets that choose nothing.
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank} must be at least 1")
+    leaves = tree.select(model.spec(described) if isinstance(described, model.Config) else described, targets)
+    chosen = {path: leaf for path, leaf in leaves.items() if lora_keys.adaptable(path, len(leaf.shape))}
+    if not chosen:
+        raise ValueError(f"targets {targets!r} choose no weight of a linear or convolution layer")
+    parts = lora_keys.parts(chosen)
+    return adapters.build({path: _node_spec(leaf, rank, parts[path], alpha or rank) for path, leaf in chosen.items()})
+
+
+def init(
+    key: Key,
+    described: model.Config | Tree,
+    rank: int,
+    targets: tree.Chooser = ATTENTION,
+    *,
+    alpha: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Lora:
+    """A fresh LoRA, which changes nothing yet: `spec` realised."""
+    return specs.init(key, spec(described, rank, targets, alpha=alpha), dtype=dtype, device=device)
+
+
+def apply(
+    params: Params, lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale] = 1.0, *, lazy: bool = False
+) -> Params:
+    """The parameters W + scale * alpha / rank * up @ down, for one LoRA or the sum of several, each with its scale.
+
+    params: the tree of a whole model ("transformer", "clip_l", ...). Leaves that are not adapted are shared with the
+    result, adapted ones are added up in float32 and rounded once. lazy: the weights are left alone too, and layers add
+    the low-rank product to what they compute: the same but for rounding, right for training, for weights in int8 or
+    float8, and for many LoRAs over one base (vmap over a stack of them: `in_axes=(None, 0)`).
+
+    Raises ValueError naming what the parameters lack or what does not fit them.
+    """
+    given = _given(lora, scale)
+    _check(params, given)
+    if lazy:
+        return _attach("", params, {path: _joined(path, given) for _, path in _pairs(given)})
+    return tree.map_with_path(lambda path, leaf: _added(path, leaf, given), params)
+
+
+def merge(params: Params, lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale] = 1.0) -> Merged:
+    """As `apply`, for taking it out again: the weights that are adapted are kept, so `unmerge` is exact to the bit.
+
+    What is kept are the very tensors of `params`: they cost no memory as long as these are in use anyway.
+    """
+    adapted = {path for _, path in _pairs(_given(lora, scale))}
+    return Merged(apply(params, lora, scale), tree.select(params, lambda path, leaf: path in adapted))
+
+
+def unmerge(merged: Merged) -> Params:
+    """The parameters as they were before `merge`."""
+    return tree.map_with_path(lambda path, leaf: merged.originals.get(path, leaf), merged.params)
+
+
+def combine(loras: Sequence[Lora], weights: Sequence[float | Tensor] | None = None) -> Lora:
+    """One LoRA that is the weighted sum of several (weights are 1 by default); its ranks are the sums of theirs."""
+    if not loras:
+        raise ValueError("combine needs at least one LoRA")
+    given = _given(list(loras), list(weights) if weights is not None else 1.0)
+    return adapters.build({path: _sum(path, given) for path in dict.fromkeys(path for _, path in _pairs(given))})
+
+
+def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "*") -> Lora:
+    """The LoRA nearest to what distinguishes `tuned` from `base`: truncated singular values of every matrix's change.
+
+    By Eckart and Young no LoRA of this rank is nearer in the Frobenius norm; at full rank it is the change itself.
+    Query, key and value are taken each for itself, matrices that did not change are left out, alpha is the rank. What
+    is no matrix of a layer (biases, norms, embeddings) is not in a LoRA: `weights.merge.diff` shows what is lost.
+    Raises ValueError when the trees differ in structure, when nothing differs, or for a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank} must be at least 1")
+    before = tree.flatten_paths(base)
+    tree.map(lambda one, other: None, tuned, base)
+    chosen = {path: leaf for path, leaf in tree.select(tuned, targets).items() if lora_keys.adaptable(path, leaf.ndim)}
+    found: dict[str, Node] = {}
+    for path, count in lora_keys.parts(chosen).items():
+        wide = torch.promote_types(chosen[path].dtype, torch.float32)
+        change = chosen[path].detach().to(wide) - before[path].detach().to(chosen[path].device, wide)
+        if not torch.isfinite(change).all():
+            raise ValueError(f"{path} has values that are not finite")
+        if change.any():
+            split = [_truncated(part, rank) if part.any() else {} for part in change.chunk(count)]
+            found[path] = split if count > 1 else split[0]
+    if not found:
+        raise ValueError(f"no weight that a LoRA can adapt differs between the two, among {len(chosen)} chosen")
+    return adapters.build(found)
+
+
+def resize(lora: Lora, rank: int) -> Lora:
+    """The nearest LoRA of another rank: singular values cut off, or zeros added; alpha becomes the rank."""
+    if rank < 1:
+        raise ValueError(f"rank {rank} must be at least 1")
+
+    def resized(node: Node) -> Node:
+        if not isinstance(node, dict):
+            return [resized(part) if part else {} for part in node]
+        return node and _resized(node, rank)
+
+    return adapters.build({path: resized(node) for path, node in adapters.nodes(lora).items()})
+
+
+def _node_spec(leaf: Param, rank: int, parts: int, alpha: float) -> Tree:
+    inputs, rows = leaf.shape[1:], leaf.shape[0] // parts
+    size = 1
+    for side in inputs:
+        size *= side
+    adapter = {
+        "down": Param((rank, *inputs), specs.fan_in_uniform(size), ("rank", *leaf.axes[1:])),
+        "up": Param((rows, rank), specs.zeros, (leaf.axes[0], "rank")),
+        "alpha": Param((), lambda key, shape: torch.full(shape, float(alpha), device=key.device), (), trainable=False),
+    }
+    return adapter if parts == 1 else [adapter] * parts
+
+
+Given = list[tuple[dict[str, Node], Scale]]
+
+
+def _given(lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale]) -> Given:
+    loras = list(lora) if isinstance(lora, (list, tuple)) else [lora]
+    scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(loras)
+    if len(scales) != len(loras):
+        raise ValueError(f"{len(scales)} scales do not fit {len(loras)} LoRAs")
+    return [(adapters.nodes(one), own) for one, own in zip(loras, scales, strict=True)]
+
+
+def _pairs(given: Given) -> list[tuple[int, str]]:
+    return [(index, path) for index, (nodes, _) in enumerate(given) for path in nodes]
+
+
+def _at(scale: Scale, path: str) -> float | Tensor:
+    return scale(path) if callable(scale) and not isinstance(scale, Tensor) else scale
+
+
+def _check(params: Params, given: Given) -> None:
+    leaves = tree.flatten_paths(params)
+    problems = []
+    for nodes, _ in given:
+        for path, node in nodes.items():
+            if path not in leaves:
+                problems.append(f"{path}, which the LoRA adapts, is not among the parameters")
+            else:
+                problems += adapters.check(path, node, tuple(leaves[path].shape))
+    if not _pairs(given):
+        raise ValueError("a LoRA without adapters cannot be applied")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError("; ".join(problems[:5]) + more)
+
+
+def _added(path: str, leaf: Tensor, given: Given) -> Tensor:
+    changes = [adapters.product(nodes[path]) * _at(scale, path) for nodes, scale in given if path in nodes]
+    if not changes:
+        return leaf
+    if leaf.element_size() < 2:
+        raise ValueError(f"{path} is stored in {leaf.dtype}: apply the LoRA with lazy=True, or dequantize first")
+    return (leaf.to(torch.promote_types(leaf.dtype, changes[0].dtype)) + sum(changes)).to(leaf.dtype)
+
+
+def _joined(path: str, given: Given) -> dict[str, Tensor]:
+    """All that several LoRAs add to one weight, as one product of "down" and "up"."""
+    downs, ups = [], []
+    for nodes, scale in given:
+        if path in nodes:
+            down, up = adapters.factors(nodes[path])
+            downs.append(down)
+            ups.append(up * _at(scale, path))
+    return {"down": torch.cat(downs), "up": torch.cat(ups, dim=1)}
+
+
+def _attach(path: str, params: Tree, found: Mapping[str, dict[str, Tensor]]) -> Tree:
+    if isinstance(params, list):
+        return [_attach(f"{path}{index}.", child, found) for index, child in enumerate(params)]
+    if not isinstance(params, dict):
+        return params
+    children = {name: _attach(f"{path}{name}.", child, found) for name, child in params.items()}
+    if path + "weight" not in found:
+        return children
+    added = [found[path + "weight"], *([params["low_rank"]] if "low_rank" in params else [])]
+    down = torch.cat([each["down"] for each in added])
+    return {**children, "low_rank": {"down": down, "up": torch.cat([each["up"] for each in added], dim=1)}}
+
+
+def _sum(path: str, given: Given) -> Node:
+    found = [(nodes[path], _at(scale, path)) for nodes, scale in given if path in nodes]
+    lists = [node for node, _ in found if not isinstance(node, dict)]
+    if not lists:
+        return _sum_of_adapters(found)
+    columns = zip(*[adapters.separate(node, len(lists[0])) for node, _ in found], strict=True)
+    scales = [scale for _, scale in found]
+    return [_sum_of_adapters([pair for pair in zip(column, scales, strict=True) if pair[0]]) for column in columns]
+
+
+def _sum_of_adapters(found: Sequence[tuple[Adapter, Any]]) -> Adapter:
+    if not found:
+        return {}
+    down = torch.cat([adapter["down"] for adapter, _ in found])
+    up = torch.cat([adapter["up"] * (adapters.scaling(adapter) * scale) for adapter, scale in found], dim=1)
+    return {"down": down, "up": up, "alpha": found[0][0]["alpha"].new_tensor(float(len(down)))}
+
+
+def _truncated(change: Tensor, rank: int) -> Adapter:
+    left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
+    return _from_svd(left, values, right, min(rank, len(values)), change.shape[1:])
+
+
+def _from_svd(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Sequence[int]) -> Adapter:
+    roots = values[:rank].sqrt()
+    down = (roots[:, None] * right[:rank]).unflatten(1, tuple(inputs))
+    return {"down": down, "up": left[:, :rank] * roots, "alpha": values.new_tensor(float(rank))}
+
+
+def _resized(adapter: Adapter, rank: int) -> Adapter:
+    dtype = adapter["down"].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    # The singular values of a product are those of its small core: two thin QR decompositions, and a rank x rank SVD.
+    left, core = torch.linalg.qr(adapter["up"].to(wide) * adapters.scaling(adapter).to(wide))
+    right, other = torch.linalg.qr(adapter["down"].to(wide).flatten(1).T)
+    inner, values, outer = torch.linalg.svd(core @ other.T, full_matrices=False)
+    kept = min(rank, len(values))
+    found = _from_svd(left @ inner, values, outer @ right.T, kept, adapter["down"].shape[1:])
+    zeros = {"down": (rank - kept, *found["down"].shape[1:]), "up": (len(found["up"]), rank - kept)}
+    padded = {
+        name: torch.cat([found[name], found[name].new_zeros(shape)], dim=0 if name == "down" else 1).to(dtype)
+        for name, shape in zeros.items()
+    }
+    return {**padded, "alpha": adapter["alpha"].new_tensor(float(rank))}

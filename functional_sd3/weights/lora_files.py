@@ -1,0 +1,285 @@
+"""LoRAs on disk: read from PEFT's, diffusers', kohya's and Stability's spellings, written in PEFT's or kohya's."""
+
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.weights import adapters, files, lora_keys, lora_metadata
+from functional_sd3.weights.adapters import Adapter, Lora, Node
+from functional_sd3.weights.diffusers import COMPONENTS
+from functional_sd3.weights.errors import WeightsError
+from functional_sd3.weights.lora_keys import Target
+from functional_sd3.weights.model import Config
+
+_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+
+
+def load(
+    path: str | os.PathLike,
+    config: Config,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    strict: bool = True,
+) -> Lora:
+    """The LoRA in a safetensors file (or in a folder, under the names diffusers and PEFT give it) for a model.
+
+    config: of the model, as `weights.load` returns it. Read are the keys of PEFT and diffusers, new and old, of kohya
+    (`lora_unet_`, `lora_te1_` to `lora_te3_`) and of Stability (`diffusion_model.`); alpha comes from the file's alphas
+    or its metadata, else it is the rank. dtype: of `down` and `up`, None as stored; alpha is float32.
+
+    Raises WeightsError naming file and keys: keys that adapt no layer of this model (with strict=False these are left
+    out, unless that leaves nothing), shapes that do not fit, halves of pairs, values that are not finite, and what is
+    no plain LoRA (DoRA, LoHa, LoKr, biases), always. Nothing loads in part.
+    """
+    path = _file(Path(path))
+    mapped = files.open_mapped(path)
+    shapes = lora_keys.adaptable_shapes(config)
+    found = _sorted_keys(path, list(mapped.header.tensors), lora_keys.targets(config), strict)
+    alphas = lora_metadata.read(path, mapped.header.metadata)
+    problems: list[str] = []
+    pieces: dict[str, dict[Target, Adapter]] = {}
+    for (target, layer), keys in found.items():
+        adapter = _adapter(path, mapped, target, keys, shapes[target.path], problems)
+        if adapter is None:
+            continue
+        alpha = adapter.pop("alpha", None)
+        if alpha is None:
+            alpha = torch.tensor(lora_metadata.alpha(alphas, layer, adapters.rank(adapter), path, problems))
+        moved = {name: value.to(device=device, dtype=dtype or value.dtype) for name, value in adapter.items()}
+        pieces.setdefault(target.path, {})[target] = {**moved, "alpha": alpha.to(device)}
+    nodes = {place: _node(path, place, parts, problems) for place, parts in pieces.items()}
+    if problems:
+        raise WeightsError(problems)
+    return adapters.build({place: nodes[place] for place in shapes if place in nodes})
+
+
+def save(
+    path: str | os.PathLike,
+    lora: Lora,
+    *,
+    layout: Literal["peft", "kohya"] = "peft",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a LoRA as one safetensors file, whole or not at all; `load` gives it back.
+
+    "peft": the keys of diffusers' `save_lora_weights`, alpha and ranks in its metadata (what reads no metadata takes
+    alpha for the rank). "kohya": `lora_unet_joint_blocks_...` and `lora_te*_...` with a tensor for each alpha; separate
+    query, key and value become one block diagonal LoRA, equal but of three times the rank. dtype: of `down` and `up`.
+
+    Raises WeightsError when the system refuses, ValueError for an unknown layout, an empty LoRA, a component that no
+    file has a name for.
+    """
+    if layout not in _WRITERS:
+        raise ValueError(f"layout {layout!r} must be one of {', '.join(_WRITERS)}")
+    nodes = adapters.nodes(lora)
+    if not nodes:
+        raise ValueError("a LoRA without adapters cannot be saved")
+    strangers = sorted({place.partition(".")[0] for place in nodes} - set(lora_keys.KOHYA))
+    if strangers:
+        raise ValueError(f"files have no names for LoRAs of {', '.join(strangers)}; only {', '.join(lora_keys.KOHYA)}")
+    for place, node in nodes.items():
+        if any(value.ndim != 0 for value in (part["alpha"] for part in adapters.members(node))):
+            raise ValueError(f"{place} is a stack of LoRAs; save one of them at a time")
+    tensors, metadata = _WRITERS[layout](nodes)
+    for name, value in tensors.items():
+        if dtype and not name.endswith(".alpha"):
+            tensors[name] = value.to(dtype)
+    files.write_atomic(path, tensors, metadata={"format": "pt", **metadata})
+
+
+class Layer(NamedTuple):
+    """One layer of a file as it is spelled there."""
+
+    name: str
+    rank: int
+    inputs: int
+    outputs: int
+    alpha: float
+
+
+def layers(path: str | os.PathLike) -> list[Layer]:
+    """What a file holds, whatever model it is for. Raises WeightsError when that is no LoRA."""
+    path = _file(Path(path))
+    mapped = files.open_mapped(path)
+    grouped: dict[str, dict[str, str]] = {}
+    for key in mapped.header.tensors:
+        layer, role = lora_keys.parse(key)
+        if role:
+            grouped.setdefault(layer, {})[role] = key
+    alphas, found, problems = lora_metadata.read(path, mapped.header.metadata), [], []
+    for layer, keys in grouped.items():
+        if "down" in keys and "up" in keys:
+            down, up = (mapped.header.tensors[keys[role]].shape for role in ("down", "up"))
+            if "alpha" in keys:
+                alpha = float(files.tensor(mapped, keys["alpha"]))
+            else:
+                alpha = lora_metadata.alpha(alphas, layer, down[0], path, problems)
+            found.append(Layer(layer, down[0], math.prod(down[1:]), up[0], alpha))
+    if not found:
+        raise WeightsError(f"{path}: holds no LoRA: {', '.join(list(mapped.header.tensors)[:3]) or 'it is empty'}")
+    return found
+
+
+def _file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = [path / name for name in _NAMES if (path / name).is_file()]
+    if not found:
+        raise WeightsError(f"{path}: is a folder without {' or '.join(_NAMES)}; name the file of the LoRA")
+    return found[0]
+
+
+def _sorted_keys(
+    path: Path, keys: list[str], targets: Mapping[str, Target], strict: bool
+) -> dict[tuple[Target, str], dict[str, str]]:
+    """(target, layer in the file's spelling) -> role -> key."""
+    problems = [f"{path}: {key} is {what}, which is not supported" for key in keys if (what := lora_keys.refused(key))]
+    found: dict[tuple[Target, str], dict[str, str]] = {}
+    unmatched = []
+    for key in keys:
+        layer, role = lora_keys.parse(key)
+        if role is None or layer not in targets:
+            unmatched.append(key)
+        elif role in (roles := found.setdefault((targets[layer], layer), {})):
+            problems.append(f"{path}: {key} and {roles[role]} are the same tensor under two names")
+        else:
+            roles[role] = key
+    if problems:
+        raise WeightsError(problems)
+    if not found:
+        some = ", ".join(unmatched[:3]) or "it is empty"
+        raise WeightsError(f"{path}: nothing in it adapts a layer of this model; it holds {some}")
+    if unmatched and strict:
+        known = list(targets) if len(unmatched) <= 20 else []
+        raise WeightsError([f"{path}: {key} adapts no layer of this model{_closest(key, known)}" for key in unmatched])
+    return found
+
+
+def _adapter(
+    path: Path, mapped: files.Mapped, target: Target, keys: dict[str, str], shape: tuple[int, ...], problems: list[str]
+) -> Adapter | None:
+    """The tensors of one layer, in our order of rows; None, and the reasons in `problems`, when they are not right."""
+    before = len(problems)
+    for role in ("down", "up"):
+        if role not in keys:
+            problems.append(f"{path}: {next(iter(keys.values()))} has no {role} beside it")
+    values = {}
+    for role, key in keys.items():
+        value = files.tensor(mapped, key)
+        if not value.is_floating_point():
+            problems.append(f"{path}: {key} has dtype {value.dtype}, not a float")
+        elif not torch.isfinite(value.float()).all():
+            problems.append(f"{path}: {key} has values that are not finite")
+        # A copy of its own, so that the file is not kept open for the life of a small LoRA.
+        values[role] = value.float().reshape(()) if role == "alpha" and value.numel() == 1 else value.clone()
+    if len(problems) > before:
+        return None
+    down, up = values["down"], values["up"]
+    rows, rest = shape[0] // target.parts, tuple(shape[1:])
+    down = down.reshape(down.shape[:1] + rest) if down.ndim > 1 and down[0].numel() == math.prod(rest) else down
+    up = up.flatten(1) if up.ndim == 4 and up.shape[2:] == (1, 1) else up
+    if tuple(down.shape[1:]) != rest or down.ndim != len(shape):
+        problems.append(f"{path}: {keys['down']} is {list(values['down'].shape)}, the layer takes {list(rest)}{_OTHER}")
+    if up.ndim != 2 or up.shape[0] != rows:
+        problems.append(f"{path}: {keys['up']} is {list(values['up'].shape)}, the layer gives {rows}{_OTHER}")
+    if not problems and (up.shape[1] != down.shape[0] or not down.shape[0]):
+        problems.append(f"{path}: {keys['down']} has rank {down.shape[0]}, {keys['up']} has {up.shape[1]}")
+    if values.get("alpha", up.new_zeros(())).ndim:
+        problems.append(f"{path}: {keys['alpha']} must be one number, not {list(values['alpha'].shape)}")
+    if len(problems) > before:
+        return None
+    return {**values, "down": down, "up": target.transform.join([up])}
+
+
+_OTHER = "; is the LoRA for another model?"
+
+
+def _node(path: Path, place: str, pieces: Mapping[Target, Adapter], problems: list[str]) -> Node:
+    whole = [adapter for target, adapter in pieces.items() if target.parts == 1]
+    if whole:
+        if len(pieces) > 1:
+            problems.append(f"{path}: adapts {place} both as one matrix and as several")
+        return whole[0]
+    by_part = {target.part: adapter for target, adapter in pieces.items()}
+    return [by_part.get(part, {}) for part in range(next(iter(pieces)).parts)]
+
+
+def _peft(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, dict[str, Adapter]] = {}
+    for place, source in lora_keys.sources(nodes).items():
+        component = place.partition(".")[0]
+        for name, adapter in zip(source.names, _in_their_order(nodes[place], source), strict=True):
+            if not adapter:
+                continue
+            module = name.removesuffix(".weight")
+            modules.setdefault(COMPONENTS[component].folder, {})[module] = adapter
+            down, up = adapter["down"], adapter["up"]
+            tensors[f"{COMPONENTS[component].folder}.{module}.lora_A.weight"] = down
+            tensors[f"{COMPONENTS[component].folder}.{module}.lora_B.weight"] = up if down.ndim == 2 else _conv(up)
+    return tensors, lora_metadata.write(modules)
+
+
+def _in_their_order(node: Node, source: Any) -> list[Adapter]:
+    if len(source.names) > 1:
+        return adapters.separate(node, len(source.names))
+    return [{**node, "up": source.transform.split(node["up"], 1)[0]}]
+
+
+def _kohya(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    inside = {place: _shape(node) for place, node in nodes.items() if place.startswith("transformer.")}
+    named = lora_keys.stability_sources(inside)
+    named |= lora_keys.sources(place for place in nodes if place not in inside)
+    tensors: dict[str, Tensor] = {}
+    for place, source in named.items():
+        node = nodes[place] if len(source.names) > 1 else _whole(nodes[place])
+        for name, adapter in zip(source.names, _in_their_order(node, source), strict=True):
+            if adapter:
+                flat = lora_keys.KOHYA[place.partition(".")[0]] + name.removesuffix(".weight").replace(".", "_")
+                down, up = adapter["down"], adapter["up"]
+                tensors[f"{flat}.lora_down.weight"] = down
+                tensors[f"{flat}.lora_up.weight"] = up if down.ndim == 2 else _conv(up)
+                tensors[f"{flat}.alpha"] = adapter["alpha"]
+    return tensors, {}
+
+
+_WRITERS = {"peft": _peft, "kohya": _kohya}
+
+
+def _whole(node: Node) -> Adapter:
+    """One adapter for several: the one they were split from where they share their `down`, else a block diagonal."""
+    if isinstance(node, dict):
+        return node
+    parts = adapters.members(node)
+    first, scalings = parts[0], {float(adapters.scaling(part)) for part in parts}
+    if len(scalings) > 1:
+        down, up = adapters.factors(node)
+        return {"down": down, "up": up, "alpha": torch.tensor(float(len(down)))}
+    if len(parts) == len(node) and all(torch.equal(part["down"], first["down"]) for part in parts):
+        return {**first, "up": torch.cat([part["up"] for part in parts])}
+    # Their common scaling stays in alpha, so that the values are written as they are.
+    unscaled = [part and {**part, "alpha": torch.tensor(float(adapters.rank(part)))} for part in node]
+    down, up = adapters.factors(unscaled)
+    return {"down": down, "up": up, "alpha": first["alpha"] * (len(down) / adapters.rank(first))}
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    first = adapters.members(node)[0]
+    count = 1 if isinstance(node, dict) else len(node)
+    return (first["up"].shape[0] * count, *first["down"].shape[1:])
+
+
+def _conv(up: Tensor) -> Tensor:
+    return up[:, :, None, None]
+
+
+def _closest(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(lora_keys.parse(key).layer, known, n=1, cutoff=0.8)
+    return f"; the closest is {near[0]}" if near else ""
