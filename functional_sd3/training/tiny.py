@@ -248,7 +248,7 @@ def train(
     if flow is None:
         return None
     params = {**flow.ema, "vae": autoencoder}
-    model = Model(sizes, {name: params[name] for name in SPECS}, tables)
+    model = Model(sizes, {name: params[name] for name in SPECS if name in params}, tables)
     weights.save(out, model, dtype=torch.float16)
     return weights.load(out, dtype=torch.float32)
 

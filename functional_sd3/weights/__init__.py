@@ -1,65 +1,82 @@
-"""Trees on disk: models read from and written to the folders people have.
+"""Trees on disk: models read from every form people hold SD3's weights in, and written to those that others read.
 
     model = weights.load("stable-diffusion-3.5-medium", dtype=torch.bfloat16)
+    model = weights.load(["sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "tokenizers"])
     weights.save("mine", model._replace(params=...))
+    weights.save("mine.safetensors", model, layout="single", dtype=torch.float16)
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
-from functional_sd3.weights import atomic, diffusers, files, layout
+from functional_sd3.weights import atomic, composing, diffusers, files, forms, layout, single, sources
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.errors import WeightsError
-from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers, check, spec
+from functional_sd3.weights.forms import infer_config
+from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers, check, missing, spec
 
 __all__ = [
+    "LAYOUTS",
     "Config",
     "Model",
     "Tokenizers",
     "WeightsError",
     "check",
     "files",
+    "infer_config",
     "layout",
     "load",
     "load_clip",
+    "missing",
     "save",
     "spec",
 ]
 
-# Layout -> the module that reads and writes it.
-_LAYOUTS = {"diffusers": diffusers}
+LAYOUTS = ("diffusers", "stability", "single", "native")
+"""What `save` can write."""
+_FOLDERS = {"diffusers": diffusers.write, "stability": single.write_stability, "native": single.write_native}
+_FILES = {"stability": forms.STABILITY, "single": forms.STABILITY, "native": forms.NATIVE}
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Sequence[str | os.PathLike],
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     only: str | Collection[str] | None = None,
     variant: str | None = None,
+    finite: bool = True,
 ) -> Model:
-    """The model in a diffusers folder of SD3 or SD3.5.
+    """The model at a path, or the one that several paths make up; docs/weights.md lists what may lie there.
 
-    dtype: of every parameter; None keeps each as stored. only: a component or several ("transformer", "vae",
-    "clip_l", "clip_g", "t5"), each with its tokenizer; the others are then absent. variant: of the files ("fp16"),
-    where a component has one.
+    What it is is told by content, never by name: a diffusers folder, a folder of one of its components, a file of
+    Stability's or ComfyUI's with one component or several, a folder of such files, tokenizers. The architecture is in
+    the configs beside the weights or read off their shapes (`infer_config`). Components that are in none of the paths
+    are absent from the model; `missing` says which, and what would bring them.
+
+    dtype: of every parameter; None keeps each as stored, and scaled fp8 becomes float32. only: a component or several
+    ("transformer", "vae", "clip_l", "clip_g", "t5", "taesd"), each with its tokenizer; the others are then absent.
+    variant: of the files ("fp16"), where a component has one. finite: whether NaN and infinities are refused, which
+    reads every value once; False reads none before it is used.
 
     On the CPU, parameters that are stored as they are used are views of the mapped file, copy-on-write: they are read
     when touched, and updating them in place changes neither the file nor another load. Other programs must not rewrite
     the file in place meanwhile; `save` and `files.write_atomic` never do that.
 
-    Raises WeightsError with every problem of the folder (missing or broken files, missing, unexpected or misshapen
-    tensors, configs we do not compute), ValueError for a component or dtype that does not exist. Nothing loads in part.
+    Raises WeightsError with every problem of the paths (missing or broken files, missing, unexpected or misshapen
+    tensors, configs we do not compute, a component that is there twice, pickles), ValueError for a component or dtype
+    that does not exist. Nothing loads in part.
     """
     chosen = _components(only)
     _check_dtype(dtype)
-    return atomic.read_stable(
-        Path(path),
-        lambda folder: diffusers.load(folder, dtype=dtype, device=device, only=chosen, variant=variant),
-        diffusers.OWNED,
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise ValueError("there is no path to load from")
+    return composing.load(
+        [Path(one) for one in paths], dtype=dtype, device=device, only=chosen, variant=variant, finite=finite
     )
 
 
@@ -71,24 +88,34 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
 ) -> None:
-    """Write a whole model to the folder `path`, which `load` and diffusers' `StableDiffusion3Pipeline` read.
+    """Write a model where `load` reads it again, and others read it too.
 
-    dtype: to convert to while writing, None keeps each parameter's. shard_bytes: weights of a component above this
-    size are split. Of the model in an existing folder nothing is left, its other entries stay; if the save fails or is
-    killed, the folder still loads as it was (`weights.atomic` says how). Raises WeightsError when the parameters do not
-    fit the config or the system refuses, ValueError for an unknown layout.
+    layout: "diffusers", a folder that `StableDiffusion3Pipeline` loads; "stability", Stability's names, as one file
+    where `path` ends in .safetensors, else as a folder with a file for transformer and VAE and one for each encoder;
+    "single", one file of everything under Stability's names; "native", our own names, in which nothing is copied on
+    loading, as a file or a folder in the same way. Files hold no tokenizers; folders do.
+
+    dtype: to convert to while writing, None keeps each parameter's. shard_bytes: weights above this size are split, in
+    the layouts that others read split ("diffusers", a folder of "native"); the rest raise ValueError above it. Of the
+    model in an existing folder nothing is left, its other entries stay; if the save fails or is killed, what was there
+    still loads as it was (`weights.atomic` says how). Raises WeightsError when the parameters do not fit the config or
+    the system refuses, ValueError for an unknown layout.
     """
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout {layout!r} must be one of {sorted(_LAYOUTS)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} must be one of {sorted(LAYOUTS)}")
     if shard_bytes is not None and shard_bytes < 1:
         raise ValueError(f"shard_bytes {shard_bytes} must be at least 1")
     _check_dtype(dtype)
     problems = check(model)
     if problems:
         raise WeightsError(problems)
-    module = _LAYOUTS[layout]
+    path = Path(path)
+    if layout in _FILES and (layout not in _FOLDERS or path.suffix == ".safetensors"):
+        single.write_file(path, model, _FILES[layout], dtype=dtype, shard_bytes=shard_bytes)
+        return
+    write = _FOLDERS[layout]
     atomic.replace_folder(
-        path, lambda folder: module.write(folder, model, dtype=dtype, shard_bytes=shard_bytes), module.OWNED
+        path, lambda folder: write(folder, model, dtype=dtype, shard_bytes=shard_bytes), sources.OWNED[layout]
     )
 
 

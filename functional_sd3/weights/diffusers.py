@@ -2,8 +2,7 @@
 
     model_index.json  scheduler/  text_encoder{,_2,_3}/  tokenizer{,_2,_3}/  transformer/  vae/
 
-Loading maps the files: a tensor that is stored as we use it costs no memory until it is read, one that is fused or
-converted is copied once and its pages are given back, so the peak is the weights, once.
+A `taesd/` beside them, which diffusers does not look for, holds an `AutoencoderTiny`; so may `vae/`.
 """
 
 import json
@@ -13,23 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from functional_sd3.core import prng, tree
-from functional_sd3.core.spec import Param
-from functional_sd3.core.types import Params, Tree
+from functional_sd3.core import tree
 from functional_sd3.text import bpe, unigram
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights import diffusers_keys as layouts
-from functional_sd3.weights import files, layout, shards
+from functional_sd3.weights import files, forms, layout, shards
 from functional_sd3.weights.errors import WeightsError, attempt, reason
-from functional_sd3.weights.layout import Layout, Source
-from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
-from functional_sd3.weights.shards import WeightFiles
+from functional_sd3.weights.forms import Form
+from functional_sd3.weights.layout import Layout
+from functional_sd3.weights.model import SPECS, Model
+from functional_sd3.weights.reading import Contents, Piece
 
 # The first release whose transformer has everything of SD3.5 (dual attention, qk norm).
 _FORMAT = "0.31.0"
-_INDEX = "model_index.json"
+INDEX = "model_index.json"
 _PIPELINE = "StableDiffusion3Pipeline"
 
 
@@ -39,10 +35,14 @@ class Component(NamedTuple):
     folder: str
     library: str
     owner: str
-    table: configs.Table
-    layout: Layout
+    form: Form
     stem: str
     optional: bool
+
+    @property
+    def layout(self) -> Layout:
+        """The rules, which in diffusers' and transformers' names are the same for all sizes."""
+        return self.form.names
 
 
 class Tokenizer(NamedTuple):
@@ -53,24 +53,20 @@ class Tokenizer(NamedTuple):
     module: Any
 
 
-_CLIP = ("transformers", "CLIPTextModelWithProjection", configs.CLIP, layouts.CLIP, "model", True)
+_FORMS = forms.DIFFUSERS
+_CLIP = ("transformers", "CLIPTextModelWithProjection", _FORMS["clip_l"], "model", True)
+_STEM = "diffusion_pytorch_model"
 COMPONENTS = {
     "clip_l": Component("text_encoder", *_CLIP),
     "clip_g": Component("text_encoder_2", *_CLIP),
-    "t5": Component("text_encoder_3", "transformers", "T5EncoderModel", configs.T5, layouts.T5, "model", True),
+    "t5": Component("text_encoder_3", "transformers", "T5EncoderModel", _FORMS["t5"], "model", True),
     "transformer": Component(
-        "transformer",
-        "diffusers",
-        "SD3Transformer2DModel",
-        configs.TRANSFORMER,
-        layouts.TRANSFORMER,
-        "diffusion_pytorch_model",
-        False,
+        "transformer", "diffusers", "SD3Transformer2DModel", _FORMS["transformer"], _STEM, False
     ),
-    "vae": Component(
-        "vae", "diffusers", "AutoencoderKL", configs.VAE, layouts.VAE, "diffusion_pytorch_model", False
-    ),
+    "vae": Component("vae", "diffusers", "AutoencoderKL", _FORMS["vae"], _STEM, False),
 }
+TAESD = Component("taesd", "diffusers", "AutoencoderTiny", _FORMS["taesd"], _STEM, True)
+"""In a folder the index does not name; as `vae/` where the index says that its class is this."""
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 TOKENIZERS = {
@@ -79,46 +75,32 @@ TOKENIZERS = {
     "t5": Tokenizer("tokenizer_3", _T5_TOKENIZERS, unigram),
 }
 _SCHEDULER = ("scheduler", "FlowMatchEulerDiscreteScheduler")
-OWNED = (_INDEX, _SCHEDULER[0], *(part.folder for part in (*COMPONENTS.values(), *TOKENIZERS.values())))
-"""The entries of a folder that belong to the model; `save` leaves all others where they are."""
+OWNED = (INDEX, _SCHEDULER[0], *(part.folder for part in (*COMPONENTS.values(), TAESD, *TOKENIZERS.values())))
+"""The entries of a folder that belong to the model."""
 
 
-class _Plan(NamedTuple):
-    """A component whose files were checked and mapped, and not yet read."""
-
-    config: Any
-    spec: Tree
-    layout: Layout
-    weights: WeightFiles
-    names: dict[str, str]
-
-
-def load(
-    folder: Path, *, dtype: torch.dtype | None, device: torch.device | str, only: Collection[str], variant: str | None
-) -> Model:
-    """The model in a folder; `weights.load` says what the arguments mean."""
-    index = files.read_json(folder / _INDEX)
+def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Contents:
+    """What is in a folder; `weights.load` says what the arguments mean. Problems are collected, not raised."""
+    index = files.read_json(folder / INDEX)
     problems: list[str] = []
     if not str(index.get("_class_name", "")).startswith("StableDiffusion3"):
-        problems.append(f"{folder / _INDEX}: _class_name is {index.get('_class_name')!r}, not {_PIPELINE!r}")
+        problems.append(f"{folder / INDEX}: _class_name is {index.get('_class_name')!r}, not {_PIPELINE!r}")
     schedule = attempt(problems, _read_schedule, folder, index)
-    plans = {}
-    for name, component in COMPONENTS.items():
+    pieces, variants = [], []
+    for name, component in _components(folder, index).items():
         if name in only and attempt(problems, _present, folder, index, component):
-            plans[name] = attempt(problems, _plan, SPECS[name], component, folder / component.folder, variant)
+            opened = attempt(problems, _open, name, component, folder / component.folder, variant)
+            pieces += opened[:1] if opened else []
+            variants += opened[1:] if opened else []
     tokenizers = {
         name: attempt(problems, _read_tokenizer, folder, index, tokenizer)
         for name, tokenizer in TOKENIZERS.items()
         if name in only
     }
-    found = [plan for plan in plans.values() if plan]
-    if variant and found and not any(plan.weights.variant for plan in found):
+    if variant and pieces and not any(variants):
         problems.append(f"{folder}: no component has weights of the variant {variant!r}")
-    if problems:
-        raise WeightsError(problems)
-    params = {name: _read_params(plan, dtype, device) for name, plan in plans.items()}
-    config = Config(**{name: plan.config for name, plan in plans.items()}, schedule=schedule)
-    return Model(config, params, Tokenizers(**tokenizers))
+    found = {name: tables for name, tables in tokenizers.items() if tables is not None}
+    return Contents(pieces, found, schedule, True, tuple(problems))
 
 
 def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
@@ -129,6 +111,8 @@ def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes:
         index[component.folder] = [component.library, component.owner] if present else [None, None]
         if present:
             _write_component(folder / component.folder, name, model, dtype=dtype, shard_bytes=shard_bytes)
+    if "taesd" in model.params:
+        _write_component(folder / TAESD.folder, "taesd", model, dtype=dtype, shard_bytes=shard_bytes)
     for name, tokenizer in TOKENIZERS.items():
         tables = getattr(model.tokenizers, name)
         index[tokenizer.folder] = [None, None] if tables is None else ["transformers", tokenizer.owners[0]]
@@ -139,55 +123,37 @@ def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes:
     if model.config.schedule is not None:
         values = configs.write(configs.SCHEDULE, model.config.schedule)
         _write_json(folder / place / "scheduler_config.json", {**_signature(owner), **values})
-    _write_json(folder / _INDEX, index)
+    _write_json(folder / INDEX, index)
 
 
-def _plan(spec: Any, component: Component, folder: Path, variant: str | None) -> _Plan:
+def _components(folder: Path, index: Mapping[str, Any]) -> dict[str, Component]:
+    """Where each component is, with TAESD wherever it may be."""
+    found = dict(COMPONENTS)
+    if index.get("vae") == [TAESD.library, TAESD.owner]:
+        found.pop("vae")
+        found["taesd"] = TAESD._replace(folder="vae")
+    elif os.path.lexists(folder / TAESD.folder / "config.json"):
+        found["taesd"] = TAESD
+    return found
+
+
+def _open(name: str, component: Component, folder: Path, variant: str | None) -> tuple[Piece, str | None]:
+    """A component that is mapped and not yet checked, and the variant its files are of."""
     problems: list[str] = []
-    config = attempt(problems, _read_config, component.table, folder / "config.json", component.owner)
+    config = attempt(problems, _read_config, configs.TABLES[name], folder / "config.json", component.owner)
     weights = attempt(
         problems, shards.open_weights, folder, component.stem, variant, component.library == "transformers"
     )
-    if config is None or weights is None:
-        raise WeightsError(problems)
-    names = layout.canonical(component.layout, weights.tensors)
-    entries = {proper: shards.entry(weights, name) for proper, name in names.items()}
-    try:
-        described = spec(config)
-        problems = layout.check(component.layout, described, {name: entry.shape for name, entry in entries.items()})
-    except (RuntimeError, OverflowError) as error:
-        raise WeightsError(f"{folder / 'config.json'}: describes tensors too large to exist: {error}") from error
-    for name, entry in entries.items():
-        if not entry.dtype.is_floating_point:
-            problems.append(f"{name} has dtype {entry.dtype}, not a float")
     if problems:
-        raise WeightsError([f"{folder}: {problem}" for problem in problems])
-    return _Plan(config, described, component.layout, weights, names)
-
-
-def _read_params(plan: _Plan, dtype: torch.dtype | None, device: torch.device | str) -> Params:
-    stored = next((shards.entry(plan.weights, name).dtype for name in plan.names.values()), torch.float32)
-
-    def fetch(source: Source, param: Param) -> Tensor:
-        names = [plan.names[name] for name in source.names if name in plan.names]
-        if not names:
-            # A table that the file lacks, because the spec can compute it.
-            return param.init(prng.key(0), param.shape).to(device=device, dtype=dtype or stored)
-        parts = [shards.tensor(plan.weights, name) for name in names]
-        together = shards.stacked(plan.weights, names) if source.transform is layout.FUSE else None
-        value = source.transform.join(parts) if together is None else together
-        value = value.to(device=device, dtype=dtype).contiguous()
-        if value.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
-            for name in names:
-                shards.release(plan.weights, name)
-        return value
-
-    return layout.to_ours(plan.layout, plan.spec, fetch)
+        raise WeightsError(problems)
+    return Piece(name, component.form, str(folder), weights.tensors, config), weights.variant
 
 
 def _present(folder: Path, index: Mapping[str, Any], component: Component) -> bool:
     """Whether the index names the component, and names the class we know. A missing encoder is an absent one."""
     place = folder / component.folder
+    if component == TAESD:
+        return True
     if not _named(folder, index, component.folder, (component.owner,)):
         return False
     return not component.optional or os.path.lexists(place)
@@ -198,7 +164,7 @@ def _named(folder: Path, index: Mapping[str, Any], name: str, owners: Collection
     if value is None or value == [None, None]:
         return False
     if not isinstance(value, list) or len(value) != 2 or value[1] not in owners:
-        raise WeightsError(f"{folder / _INDEX}: {name} is {value!r}, only {' or '.join(owners)} is supported")
+        raise WeightsError(f"{folder / INDEX}: {name} is {value!r}, only {' or '.join(owners)} is supported")
     return True
 
 
@@ -220,6 +186,11 @@ def _read_tokenizer(folder: Path, index: Mapping[str, Any], tokenizer: Tokenizer
     place = folder / tokenizer.folder
     if not _named(folder, index, tokenizer.folder, tokenizer.owners) or not os.path.lexists(place):
         return None
+    return read_tokenizer(place, tokenizer)
+
+
+def read_tokenizer(place: Path, tokenizer: Tokenizer) -> Any:
+    """The tables in a tokenizer's folder. Raises WeightsError when they cannot be read."""
     try:
         return tokenizer.module.init(place)
     except OSError as error:
@@ -231,14 +202,14 @@ def _read_tokenizer(folder: Path, index: Mapping[str, Any], tokenizer: Tokenizer
 def _write_component(
     folder: Path, name: str, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None
 ) -> None:
-    component, config = COMPONENTS[name], getattr(model.config, name)
+    component, config = {**COMPONENTS, "taesd": TAESD}[name], getattr(model.config, name)
     leaves = tree.flatten_paths(model.params[name])
-    tensors = layout.to_theirs(component.layout, SPECS[name](config), leaves)
+    tensors = layout.to_theirs(component.form.layout(config), SPECS[name](config), leaves)
     folder.mkdir()
     shards.write_weights(folder, component.stem, tensors, dtype=dtype, shard_bytes=shard_bytes)
     stored = str(dtype or next(iter(leaves.values())).dtype).removeprefix("torch.")
     said = {"torch_dtype": stored} if component.library == "transformers" else _signature(component.owner)
-    _write_json(folder / "config.json", {**said, **configs.write(component.table, config)})
+    _write_json(folder / "config.json", {**said, **configs.write(configs.TABLES[name], config)})
 
 
 def _signature(owner: str) -> dict[str, str]:

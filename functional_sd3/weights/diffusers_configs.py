@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from functional_sd3.flow import schedule
-from functional_sd3.image import vae
+from functional_sd3.image import taesd, vae
 from functional_sd3.text import clip, clip_image, t5
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.errors import WeightsError
@@ -212,6 +212,39 @@ VAE = Table(
     unsound=_unsound_vae,
 )
 
+_blocks = _several(_whole(0, _MOST_LAYERS), 1, 16)
+
+
+def _same_blocks(ours: str) -> Callable[[taesd.Config], list[int]]:
+    return lambda config: [config.width] * len(getattr(config, ours))
+
+
+TAESD = Table(
+    taesd.Config,
+    (
+        Field("decoder_block_out_channels", "width", lambda value: _several(_size, 1, 16)(value)[0], (64,)),
+        Field("latent_channels", "latent_channels", _size, 4),
+        Field("num_encoder_blocks", "encoder_blocks", _blocks, (1, 3, 3, 3)),
+        Field("num_decoder_blocks", "decoder_blocks", _blocks, (3, 3, 3, 1)),
+    ),
+    (
+        Fixed("encoder_block_out_channels", _same_blocks("encoder_blocks"), [64] * 4),
+        Fixed("decoder_block_out_channels", _same_blocks("decoder_blocks"), [64] * 4),
+        Fixed("block_out_channels", _same_blocks("decoder_blocks"), checked=False),
+        Fixed("in_channels", lambda config: 3, 3),
+        Fixed("out_channels", lambda config: 3, 3),
+        Fixed("act_fn", lambda config: "relu", "relu"),
+        Fixed("upsample_fn", lambda config: "nearest", "nearest"),
+        Fixed("upsampling_scaling_factor", lambda config: 2, 2),
+        # SD3's latents as the transformer sees them.
+        Fixed("scaling_factor", lambda config: 1.0, 1.0),
+        Fixed("shift_factor", lambda config: 0.0, 0.0),
+        Fixed("latent_magnitude", lambda config: 3, 3, checked=False),
+        Fixed("latent_shift", lambda config: 0.5, 0.5, checked=False),
+        Fixed("force_upcast", lambda config: False, checked=False),
+    ),
+)
+
 CLIP = Table(
     clip.Config,
     (
@@ -304,3 +337,15 @@ SCHEDULE = Table(
         Field("stochastic_sampling", "stochastic_sampling", _flag, False),
     ),
 )
+
+TABLES = {
+    "clip": CLIP,
+    "clip_l": CLIP,
+    "clip_g": CLIP,
+    "t5": T5,
+    "transformer": TRANSFORMER,
+    "vae": VAE,
+    "taesd": TAESD,
+    "schedule": SCHEDULE,
+}
+"""Table of every component, of the schedule, and of a CLIP that may be either."""

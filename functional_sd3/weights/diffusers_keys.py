@@ -3,7 +3,9 @@
 As `SD3Transformer2DModel`, `AutoencoderKL`, `CLIPTextModelWithProjection` and `T5EncoderModel` write them.
 """
 
-from functional_sd3.weights.layout import FUSE, Layout, Rule, renamed
+import torch
+
+from functional_sd3.weights.layout import FUSE, Default, Layout, Rule, renamed
 
 
 def _qkv(ours: str, theirs: str, names: tuple[str, str, str]) -> Rule:
@@ -93,7 +95,9 @@ CLIP = Layout(
         (f"{part}.{{*rest}}", f"text_model.{part}.{{*rest}}") for part in ("embeddings", "encoder", "final_layer_norm")
     ),
     # Counted positions, which older transformers saved.
-    ignored=("text_model.embeddings.position_ids", "embeddings.position_ids"),
+    ignored=("text_model.embeddings.position_ids", "embeddings.position_ids", "logit_scale"),
+    # Files of CLIP-L without one mean the identity, as diffusers and Stability's reference have it.
+    defaults=(Default("projection.weight", lambda shape: shape[0] == shape[1], lambda shape: torch.eye(shape[0])),),
 )
 
 _T5_BLOCK = "encoder.block.{i}.layer"

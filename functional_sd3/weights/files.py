@@ -23,7 +23,8 @@ from functional_sd3.weights.atomic import replace_file
 from functional_sd3.weights.errors import WeightsError, reason
 from functional_sd3.weights.header import DTYPES, Header, parse, read
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+"""What the format can hold."""
 # Where a file's tensors start: a cache line, so that kernels read mapped weights as fast as allocated ones.
 _ALIGNMENT = 64
 
@@ -44,6 +45,15 @@ def read_header(path: str | os.PathLike) -> Header:
     """
     with _open(path) as file:
         return read(path, file)
+
+
+def start(path: str | os.PathLike, count: int = 16) -> bytes:
+    """The first bytes of a file, by which its kind is told."""
+    with _open(path) as file:
+        try:
+            return file.read(count)
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read: {reason(error)}") from error
 
 
 def shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
@@ -130,7 +140,7 @@ def write(
     """Write a safetensors file in place; `write_atomic` is what keeps an old one on failure."""
     targets = {name: dtype if dtype and value.is_floating_point() else value.dtype for name, value in tensors.items()}
     for name, target in targets.items():
-        if target not in _CODES:
+        if target not in CODES:
             raise ValueError(f"{name} has dtype {target}, which safetensors cannot hold; use one of {sorted(DTYPES)}")
     # Widest first, as the library does it: then every tensor is aligned to its own dtype. Otherwise in the order given,
     # so that what is read as one matrix lies together and `stacked` need not copy it.
@@ -140,7 +150,7 @@ def write(
     for name in order:
         size = tensors[name].numel() * targets[name].itemsize
         header[name] = {
-            "dtype": _CODES[targets[name]],
+            "dtype": CODES[targets[name]],
             "shape": list(tensors[name].shape),
             "data_offsets": [place, place + size],
         }
@@ -151,7 +161,7 @@ def write(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             if tensors[name].numel():
-                file.write(_bytes(tensors[name].detach().to("cpu", targets[name])))
+                file.write(raw(tensors[name].detach().to("cpu", targets[name])))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -178,5 +188,6 @@ def _open(path: str | os.PathLike) -> BinaryIO:
     raise WeightsError(f"{path}: is a {'folder' if stat.S_ISDIR(kind) else 'device or pipe'}, not a file")
 
 
-def _bytes(value: Tensor) -> memoryview:
+def raw(value: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, row by row."""
     return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())

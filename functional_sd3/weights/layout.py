@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.core import prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Params, Tree
 
@@ -64,12 +65,23 @@ class Rule(NamedTuple):
     transform: Transform = IDENTITY
 
 
+class Default(NamedTuple):
+    """A leaf of ours that files may lack: `make(shape)` is what it then is, where `fits(shape)`."""
+
+    ours: str
+    fits: Callable[[tuple[int, ...]], bool]
+    make: Callable[[tuple[int, ...]], Tensor]
+
+
 class Layout(NamedTuple):
-    """Rules for every leaf of a component; other spellings met in files; names that hold nothing to load."""
+    """Rules for every leaf of a component; other spellings met in files; names that hold nothing to load; leaves that
+    files may lack; second names, (proper, second), under which a tensor is written once more."""
 
     rules: tuple[Rule, ...]
     aliases: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    defaults: tuple[Default, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
 
 class Source(NamedTuple):
@@ -77,6 +89,7 @@ class Source(NamedTuple):
 
     names: tuple[str, ...]
     transform: Transform
+    path: str
 
 
 def renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
@@ -90,6 +103,8 @@ def prefixed(layout: Layout, prefix: str) -> Layout:
         tuple(rule._replace(theirs=tuple(prefix + name for name in rule.theirs)) for rule in layout.rules),
         tuple((prefix + found, prefix + meant) for found, meant in layout.aliases),
         tuple(prefix + name for name in layout.ignored),
+        layout.defaults,
+        tuple((prefix + proper, prefix + second) for proper, second in layout.copies),
     )
 
 
@@ -108,10 +123,46 @@ def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:
     """Their names -> shapes for a spec; costs no memory whatever the size."""
     wanted = specs.paths(spec)
     found: dict[str, tuple[int, ...]] = {}
-    for path, (names, transform) in sources(layout, spec).items():
+    for path, (names, transform, _) in sources(layout, spec).items():
         parts = transform.split(torch.empty(wanted[path].shape, device="meta"), len(names))
         found.update(zip(names, (tuple(part.shape) for part in parts), strict=True))
     return found
+
+
+def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Our paths -> shapes as far as tensors of theirs (proper name -> shape) tell: what a spec can be guessed from.
+
+    Names no rule knows, fused leaves that lack a part and shapes a transform cannot take are left out.
+    """
+    compiled = [(rule, [re.compile(_regex(name)) for name in rule.theirs]) for rule in layout.rules]
+    found: dict[str, tuple[Rule, dict[int, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        place = next(
+            ((rule, index, match) for rule, patterns in compiled for index, p in enumerate(patterns)
+             if (match := p.fullmatch(name))),
+            None,
+        )
+        if place:
+            rule, index, match = place
+            found.setdefault(_fill(rule.ours, match), (rule, {}))[1][index] = shape
+    joined = {path: _joined_shape(rule, parts) for path, (rule, parts) in found.items()}
+    return {path: shape for path, shape in joined.items() if shape is not None}
+
+
+def name_of(layout: Layout, path: str) -> str:
+    """The (first) name in files of one of our paths."""
+    compiled = [(re.compile(_regex(rule.ours)), rule) for rule in layout.rules]
+    return _source(compiled, path).names[0]
+
+
+def _joined_shape(rule: Rule, parts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...] | None:
+    if len(parts) < len(rule.theirs):
+        return None
+    try:
+        tensors = [torch.empty(parts[index], device="meta") for index in range(len(parts))]
+        return tuple(rule.transform.join(tensors).shape)
+    except (RuntimeError, IndexError, OverflowError, TypeError):
+        return None
 
 
 def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
@@ -134,7 +185,7 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
 def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What stands between tensors of theirs (proper name -> shape) and the spec, one sentence each.
 
-    A leaf that is not learned (a table that the spec computes) may be missing.
+    A leaf that is not learned (a table that the spec computes) or has a default may be missing.
     """
     wanted = keys(layout, spec)
     optional = _optional(layout, spec)
@@ -157,21 +208,34 @@ def to_ours(layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], T
 def to_theirs(layout: Layout, spec: Tree, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors, mostly views, from ours (path -> tensor)."""
     found: dict[str, Tensor] = {}
-    for path, (names, transform) in sources(layout, spec).items():
+    for path, (names, transform, _) in sources(layout, spec).items():
         found.update(zip(names, transform.split(leaves[path], len(names)), strict=True))
+    for proper, second in layout.copies:
+        found[second] = found[proper]
     return found
 
 
 def _source(compiled: list[tuple[re.Pattern, Rule]], path: str) -> Source:
     for pattern, rule in compiled:
         if match := pattern.fullmatch(path):
-            return Source(tuple(_fill(name, match) for name in rule.theirs), rule.transform)
+            return Source(tuple(_fill(name, match) for name in rule.theirs), rule.transform, path)
     raise ValueError(f"no rule of the layout says where {path} comes from")
 
 
+def default(layout: Layout, path: str, param: specs.Param) -> Callable[[], Tensor] | None:
+    """How to make a leaf that a file lacks, None where it must be there."""
+    if not param.trainable:
+        return lambda: param.init(prng.key(0), param.shape)
+    for pattern, fits, make in layout.defaults:
+        if re.fullmatch(_regex(pattern), path) and fits(param.shape):
+            return lambda: make(param.shape)
+    return None
+
+
 def _optional(layout: Layout, spec: Tree) -> set[str]:
-    tables = {path for path, param in specs.paths(spec).items() if not param.trainable}
-    return {name for path, source in sources(layout, spec).items() if path in tables for name in source.names}
+    found = sources(layout, spec)
+    absent = [path for path, param in specs.paths(spec).items() if default(layout, path, param)]
+    return {name for path in absent for name in found[path].names}
 
 
 def _regex(pattern: str) -> str:

@@ -7,7 +7,8 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.flow.schedule import Config as ScheduleConfig
-from functional_sd3.image import vae
+from functional_sd3.image import taesd, vae
+from functional_sd3.image.taesd import Config as TaesdConfig
 from functional_sd3.image.vae import Config as VaeConfig
 from functional_sd3.text import clip, t5
 from functional_sd3.text.clip import Config as ClipConfig
@@ -15,7 +16,14 @@ from functional_sd3.text.t5 import Config as T5Config
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.mmdit import Config as TransformerConfig
 
-SPECS = {"clip_l": clip.spec, "clip_g": clip.spec, "t5": t5.spec, "transformer": mmdit.spec, "vae": vae.spec}
+SPECS = {
+    "clip_l": clip.spec,
+    "clip_g": clip.spec,
+    "t5": t5.spec,
+    "transformer": mmdit.spec,
+    "vae": vae.spec,
+    "taesd": taesd.spec,
+}
 """Component -> its `spec(config)`, in the order of the tree."""
 
 
@@ -29,6 +37,7 @@ class Config:
     transformer: TransformerConfig | None = None
     vae: VaeConfig | None = None
     schedule: ScheduleConfig | None = None
+    taesd: TaesdConfig | None = None
 
 
 class Tokenizers(NamedTuple):
@@ -51,6 +60,26 @@ def spec(config: Config) -> Tree:
     """One spec for every component that the config has: the description of `Model.params`."""
     present = {name: getattr(config, name) for name in SPECS}
     return {name: SPECS[name](part) for name, part in present.items() if part is not None}
+
+
+_WHERE = {
+    "clip_l": "text_encoder/, clip_l.safetensors, an all-in-one file",
+    "clip_g": "text_encoder_2/, clip_g.safetensors, an all-in-one file",
+    "t5": "text_encoder_3/, t5xxl.safetensors, an all-in-one file; SD3 also works without",
+    "transformer": "transformer/, a file of Stability's",
+    "vae": "vae/, a file of Stability's, a stand-alone VAE",
+}
+
+
+def missing(model: Model) -> list[str]:
+    """What a model lacks to draw pictures of prompts, one sentence for each component; empty when it is whole."""
+    found = [f"{name} is missing (found in: {where})" for name, where in _WHERE.items() if name not in model.params]
+    found += [
+        f"the tokenizer of {name} is missing (found in: {folder}/ of a diffusers folder)"
+        for name, folder in zip(Tokenizers._fields, ("tokenizer", "tokenizer_2", "tokenizer_3"), strict=True)
+        if name in model.params and getattr(model.tokenizers, name) is None
+    ]
+    return found
 
 
 def check(model: Model) -> list[str]:

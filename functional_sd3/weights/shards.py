@@ -38,10 +38,29 @@ def open_weights(folder: Path, stem: str, variant: str | None, single_first: boo
         single = [folder / _file_name(stem, wanted)]
         for path in [*single, *indexes] if single_first else [*indexes, *single]:
             if _exists(path):
-                found = _open_indexed(path) if path in indexes else files.open_mapped(path)
+                found = open_indexed(path) if path in indexes else files.open_mapped(path)
                 tensors = found if path in indexes else dict.fromkeys(found.header.tensors, found)
                 return WeightFiles(wanted, tensors)
     raise WeightsError(f"{folder / _file_name(stem, variant)}: is missing{_instead(folder, stem)}")
+
+
+def open_indexed(index: Path) -> dict[str, Mapped]:
+    """Map every file that an index names. Raises WeightsError as `open_weights` does."""
+    places = files.read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise WeightsError(f"{index}: weight_map must say in which file each tensor is")
+    wrong = {key: name for key, name in places.items() if not _plain(name)}
+    if wrong:
+        raise WeightsError([f"{index}: {key} is in {name!r}, which is no file name" for key, name in wrong.items()])
+    problems: list[str] = []
+    names = dict.fromkeys(places.values())
+    shards = {name: attempt(problems, files.open_mapped, index.parent / name) for name in names}
+    for name, shard in shards.items():
+        if shard is not None:
+            problems += _contradictions(index, name, shard, places)
+    if problems:
+        raise WeightsError(problems)
+    return {key: shards[name] for key, name in places.items()}
 
 
 def entry(weights: WeightFiles, name: str) -> Entry:
@@ -63,10 +82,16 @@ def release(weights: WeightFiles, name: str) -> None:
 
 
 def write_weights(
-    folder: Path, stem: str, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None, shard_bytes: int | None
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: int | None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """One file, or shards of at most `shard_bytes` (each at least one tensor) and their index."""
-    metadata = {"format": "pt"}
+    metadata = metadata or {"format": "pt"}
     shards = _split(tensors, dtype, shard_bytes)
     if len(shards) == 1:
         files.write(folder / _file_name(stem, None), tensors, metadata=metadata, dtype=dtype)
@@ -75,7 +100,7 @@ def write_weights(
     for name, shard in zip(names, shards, strict=True):
         files.write(folder / name, {key: tensors[key] for key in shard}, metadata=metadata, dtype=dtype)
     where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    index = {"metadata": {"total_size": sum(_size(tensors[key], dtype) for key in tensors)}, "weight_map": where}
+    index = {"metadata": {"total_size": size_of(tensors.values(), dtype)}, "weight_map": where}
     path = folder / _index_names(stem, None)[0]
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -88,24 +113,6 @@ def _index_names(stem: str, variant: str | None) -> list[str]:
     if not variant:
         return [f"{stem}.safetensors.index.json"]
     return [f"{stem}.safetensors.index.{variant}.json", f"{stem}.{variant}.safetensors.index.json"]
-
-
-def _open_indexed(index: Path) -> dict[str, Mapped]:
-    places = files.read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise WeightsError(f"{index}: weight_map must say in which file each tensor is")
-    wrong = {key: name for key, name in places.items() if not _plain(name)}
-    if wrong:
-        raise WeightsError([f"{index}: {key} is in {name!r}, which is no file name" for key, name in wrong.items()])
-    problems: list[str] = []
-    names = dict.fromkeys(places.values())
-    shards = {name: attempt(problems, files.open_mapped, index.parent / name) for name in names}
-    for name, shard in shards.items():
-        if shard is not None:
-            problems += _contradictions(index, name, shard, places)
-    if problems:
-        raise WeightsError(problems)
-    return {key: shards[name] for key, name in places.items()}
 
 
 def _contradictions(index: Path, name: str, shard: Mapped, places: Mapping[str, str]) -> Iterable[str]:
@@ -157,6 +164,11 @@ def _split(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes
         shards[-1].append(name)
         filled += size
     return shards
+
+
+def size_of(values: Iterable[Tensor], dtype: torch.dtype | None) -> int:
+    """Bytes of the tensors, once those that are floating are of `dtype`."""
+    return sum(_size(value, dtype) for value in values)
 
 
 def _size(value: Tensor, dtype: torch.dtype | None) -> int:

@@ -14,60 +14,11 @@ from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
-from functional_sd3.text import bpe, clip, t5
+from functional_sd3.text import bpe
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.embeddings import position_table
 from functional_sd3.weights import Config, Model, Tokenizers, WeightsError, diffusers_configs, files, shards
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-small = st.integers(1, 3)
-
-
-@st.composite
-def configs(draw):
-    heads, depth, groups = draw(small), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    texts = {
-        name: clip.Config(
-            vocab=draw(st.integers(4, 9)),
-            length=draw(st.integers(2, 5)),
-            width=4 * heads,
-            layers=draw(small),
-            heads=heads,
-            mlp_width=draw(small),
-            projection_width=draw(small),
-            activation=draw(st.sampled_from(sorted(clip.ACTIVATIONS))),
-            eos_id=draw(small),
-        )
-        for name in ("clip_l", "clip_g")
-    }
-    whole = Config(
-        **texts,
-        t5=t5.Config(vocab=draw(small), width=draw(small), layers=draw(small), heads=heads, head_dim=2, mlp_width=3),
-        transformer=mmdit.Config(
-            depth=depth,
-            heads=heads,
-            head_dim=4,
-            in_channels=draw(small),
-            out_channels=draw(small),
-            context_width=draw(small),
-            pooled_width=draw(small),
-            position_size=draw(small),
-            sample_size=draw(st.integers(2, 9)),
-            qk_norm=draw(st.booleans()),
-            dual_attention_layers=tuple(sorted(draw(st.sets(st.integers(0, depth - 1))))),
-        ),
-        vae=vae.Config(
-            channels=tuple(groups * draw(small) for _ in range(draw(small))),
-            blocks_per_level=draw(small),
-            latent_channels=draw(small),
-            groups=groups,
-            scaling=draw(st.floats(0.1, 9)),
-            shift=draw(st.floats(-1, 1)),
-        ),
-        schedule=schedule.Config(shift=draw(st.floats(0.5, 9)), use_dynamic_shifting=draw(st.booleans())),
-    )
-    absent = draw(st.sets(st.sampled_from(list(weights.SPECS) + ["schedule"]), max_size=4))
-    return replace(whole, **dict.fromkeys(absent))
+from tests.weights.strategies import DTYPES, configs
 
 
 @settings(max_examples=40)
@@ -344,9 +295,10 @@ def test_pickles_are_never_opened(folder):
 
 
 def test_what_is_no_model_folder_is_said(tmp_path):
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(WeightsError, match=r"model_index.json: cannot be opened: no such file"):
-            weights.load(path)
+    with pytest.raises(WeightsError, match="absent: cannot be opened: no such file"):
+        weights.load(tmp_path / "absent")
+    with pytest.raises(WeightsError, match=r"holds no weights that are known: no model_index.json"):
+        weights.load(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert problems_of(tmp_path) == ["model_index.json: _class_name is 'FluxPipeline', not 'StableDiffusion3Pipeline'"]
 
@@ -381,7 +333,7 @@ def test_a_model_that_does_not_fit_its_config_is_not_saved(make_model, tmp_path)
     with pytest.raises(WeightsError) as caught:
         weights.save(tmp_path / "model", model._replace(config=replace(model.config, transformer=None)))
     assert caught.value.problems == (
-        "unet is not a component; known are clip_l, clip_g, t5, transformer, vae",
+        "unet is not a component; known are clip_l, clip_g, t5, transformer, vae, taesd",
         "transformer has parameters but no config",
         "clip_l.projection.weight has dtype torch.int32, not a float",
         "clip_g.projection.weight is a int, not a tensor",
@@ -392,7 +344,7 @@ def test_a_model_that_does_not_fit_its_config_is_not_saved(make_model, tmp_path)
 
 
 def test_arguments_that_make_no_sense_are_refused(make_model, saved, tmp_path):
-    with pytest.raises(ValueError, match=r"layout 'zip' must be one of \['diffusers'\]"):
+    with pytest.raises(ValueError, match=r"layout 'zip' must be one of \['diffusers', 'native', 's"):
         weights.save(tmp_path / "x", make_model(), layout="zip")
     with pytest.raises(ValueError, match="shard_bytes 0 must be at least 1"):
         weights.save(tmp_path / "x", make_model(), shard_bytes=0)

@@ -1,0 +1,106 @@
+"""One model from the contents of one path or of several."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from functional_sd3.flow import schedule
+from functional_sd3.weights import forms, reading, sources, taesd_keys
+from functional_sd3.weights.errors import WeightsError, attempt
+from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
+from functional_sd3.weights.reading import Contents, Piece, Plan
+
+
+def load(
+    paths: Sequence[Path],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    only: Collection[str],
+    variant: str | None,
+    finite: bool,
+) -> Model:
+    """`weights.load` says what the arguments mean."""
+    contents, plans = plan(paths, only, variant)
+    params = {
+        name: reading.read(plans[name], dtype=dtype, device=device, check_finite=finite)
+        for name in SPECS
+        if name in plans
+    }
+    levels = contents.schedule
+    if levels is None and not contents.schedule_told and "transformer" in params:
+        # Files of tensors alone do not say; all released models were trained with this one.
+        levels = schedule.Config()
+    config = Config(**{name: one.config for name, one in plans.items()}, schedule=levels)
+    tokenizers = {name: tables for name, tables in contents.tokenizers.items() if name in only}
+    return Model(config, params, Tokenizers(**tokenizers))
+
+
+def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> tuple[Contents, dict[str, Plan]]:
+    """What lies at the paths, and each of its components checked. Raises one WeightsError with every problem."""
+    problems: list[str] = []
+    parts = [attempt(problems, sources.open_path, path, only, variant) for path in paths]
+    contents = sources.merged([part for part in parts if part is not None])
+    problems += contents.problems
+    pieces = [piece for piece in _whole(contents.pieces) if _asked(piece.component, only)]
+    planned = [attempt(problems, reading.plan, piece) for piece in pieces]
+    named = _named([one for one in planned if one is not None])
+    problems += _twice(named)
+    if problems:
+        raise WeightsError(problems)
+    return contents, {one.component: one for one in named if one.component in only}
+
+
+def _asked(component: str, only: Collection[str]) -> bool:
+    return bool(set(forms.CLIPS) & set(only)) if component == "clip" else component in only
+
+
+def _whole(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces, with an encoder and a decoder of TAESD that come in files of their own as one."""
+    halves = {}
+    for piece in pieces:
+        if piece.form is forms.TAESD_WHOLE:
+            starts = {name.startswith(taesd_keys.ORIGINAL.encoder) for name in piece.places}
+            if len(starts) == 1:
+                halves.setdefault(starts.pop(), piece)
+    if len(halves) < 2:
+        return list(pieces)
+    encoder, decoder = halves[True], halves[False]
+    joined = encoder._replace(where=f"{encoder.where} and {decoder.where}", places={**encoder.places, **decoder.places})
+    return [piece for piece in pieces if piece is not encoder and piece is not decoder] + [joined]
+
+
+def _named(plans: Sequence[Plan]) -> list[Plan]:
+    """The plans, with those of a CLIP that may be either named L or G."""
+    open_ones = [one for one in plans if one.component == "clip"]
+    taken = {one.component for one in plans}
+    if len(open_ones) == 1:
+        other = {"clip_l": "clip_g", "clip_g": "clip_l"}
+        guess = _guess(open_ones[0])
+        names = [other[guess] if guess in taken and other[guess] not in taken else guess]
+    else:
+        names = [_guess(one) for one in open_ones]
+        if len(names) == 2 and names[0] == names[1]:
+            # G is the larger; of two alike, L comes first as it does everywhere.
+            sizes = [(one.config.width, one.config.layers) for one in open_ones]
+            names = ["clip_g", "clip_l"] if sizes[0] > sizes[1] else ["clip_l", "clip_g"]
+    found = dict(zip(map(id, open_ones), names, strict=True))
+    return [_as(found[id(one)], one) if id(one) in found else one for one in plans]
+
+
+def _guess(one: Plan) -> str:
+    if one.told:
+        return "clip_g" if one.config.activation == "gelu" else "clip_l"
+    return forms.clip_named(one.config)
+
+
+def _as(name: str, one: Plan) -> Plan:
+    return one._replace(component=name, config=one.config if one.told else forms.activated(name, one.config))
+
+
+def _twice(plans: Sequence[Plan]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for one in plans:
+        found.setdefault(one.component, []).append(one.where)
+    return [f"{name} is in {' and in '.join(at)}: give it once" for name, at in found.items() if len(at) > 1]

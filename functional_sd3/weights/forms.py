@@ -1,0 +1,242 @@
+"""Every form a component's tensors come in, and which of them a file holds: told by names inside it, never by its own.
+
+A form is a layout below a prefix. Its sign is a pattern that some of its names match and no other form's do.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from functional_sd3.weights import diffusers_configs as configs
+from functional_sd3.weights import diffusers_keys, infer, layout, native, stability, taesd_keys
+from functional_sd3.weights.errors import WeightsError
+from functional_sd3.weights.layout import Layout
+from functional_sd3.weights.model import Config
+
+Shapes = Mapping[str, tuple[int, ...]]
+CLIPS = ("clip_l", "clip_g")
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """`component` is "clip" where the names do not tell L from G. `names`: the layout as far as it does not depend on
+    sizes; `sized`: the whole, given the config; `infer`: the config from shapes below the prefix."""
+
+    owner: str
+    component: str
+    prefix: str
+    sign: str
+    names: Layout
+    sized: Callable[[Any], Layout]
+    infer: Callable[[Shapes], Any]
+
+    def has(self, name: str) -> bool:
+        return name.startswith(self.prefix) and re.match(self.sign, name[len(self.prefix) :]) is not None
+
+    def layout(self, config: Any) -> Layout:
+        return layout.prefixed(self.sized(config), self.prefix)
+
+
+def _form(
+    owner: str,
+    component: str,
+    prefix: str,
+    sign: str,
+    names: Layout,
+    read: Callable[[Shapes], Any],
+    sized: Callable[[Any], Layout] | None = None,
+) -> Form:
+    sized = sized or (lambda config: names)
+    return Form(owner, component, prefix, sign, names, sized, lambda s: read(layout.read_backwards(names, s)))
+
+
+_JOINT, _BLOCKS = r"joint_blocks\.\d+\.", r"transformer_blocks\.\d+\."
+_LDM_VAE, _VAE = (
+    r"(encoder\.down|decoder\.up|(en|de)coder\.mid)\.",
+    r"(encoder\.down|decoder\.up|(en|de)coder\.mid)_block",
+)
+_CLIP, _T5 = r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp|layer_norm)", r"encoder\.block\.\d+\."
+_INFER = {
+    "clip_l": infer.clip,
+    "clip_g": infer.clip,
+    "t5": infer.t5,
+    "transformer": infer.transformer,
+    "vae": infer.vae,
+}
+
+
+def _taesd(owner: str, prefix: str, sign: str, naming: taesd_keys.Naming) -> Form:
+    return Form(
+        owner,
+        "taesd",
+        prefix,
+        sign,
+        Layout(()),
+        lambda config: taesd_keys.layout(naming, config),
+        lambda shapes: taesd_keys.infer(naming, shapes),
+    )
+
+
+TAESD_HALF = _taesd("the author", "", r"\d+\.conv\.\d+\.(weight|bias)$", taesd_keys.ORIGINAL)
+"""One of two files; `sources` joins them to what `TAESD_WHOLE` reads."""
+TAESD_WHOLE = _taesd("ComfyUI", "", r"taesd_(en|de)coder\.\d+\.", taesd_keys.ORIGINAL)
+DIFFUSERS = {
+    "clip_l": _form("transformers", "clip", "", _CLIP, diffusers_keys.CLIP, infer.clip),
+    "t5": _form("transformers", "t5", "", _T5, diffusers_keys.T5, infer.t5),
+    "transformer": _form("diffusers", "transformer", "", _BLOCKS, diffusers_keys.TRANSFORMER, infer.transformer),
+    "vae": _form("diffusers", "vae", "", _VAE, diffusers_keys.VAE, infer.vae),
+    "taesd": _taesd("diffusers", "", r"(en|de)coder\.layers\.\d+\.(conv\.\d+\.)?(weight|bias)$", taesd_keys.DIFFUSERS),
+}
+DIFFUSERS["clip_g"] = DIFFUSERS["clip_l"]
+
+
+def _stability_transformer(prefix: str) -> Form:
+    return _form(
+        "Stability",
+        "transformer",
+        prefix,
+        _JOINT,
+        stability.TRANSFORMER,
+        infer.transformer,
+        lambda config: stability.transformer(config.depth),
+    )
+
+
+def _stability_vae(prefix: str) -> Form:
+    # The order of the decoder's levels makes no difference to what is inferred.
+    return _form(
+        "Stability",
+        "vae",
+        prefix,
+        _LDM_VAE,
+        stability.vae(16),
+        infer.vae,
+        lambda config: stability.vae(len(config.channels)),
+    )
+
+
+STABILITY = {
+    "clip_l": _form("Stability", "clip_l", stability.ENCODER_PREFIXES["clip_l"], _CLIP, stability.CLIP, infer.clip),
+    "clip_g": _form("Stability", "clip_g", stability.ENCODER_PREFIXES["clip_g"], _CLIP, stability.CLIP, infer.clip),
+    "t5": _form("Stability", "t5", stability.ENCODER_PREFIXES["t5"], _T5, stability.T5, infer.t5),
+    "transformer": _stability_transformer(stability.TRANSFORMER_PREFIX),
+    "vae": _stability_vae(stability.VAE_PREFIX),
+    "taesd": TAESD_WHOLE,
+}
+NATIVE = {
+    name: _form("functional_sd3", name, f"{name}.", native.SIGNS[name], native.LAYOUT, read)
+    for name, read in _INFER.items()
+}
+NATIVE["taesd"] = Form(
+    "functional_sd3",
+    "taesd",
+    "taesd.",
+    native.SIGNS["taesd"],
+    native.LAYOUT,
+    lambda config: native.LAYOUT,
+    native.taesd,
+)
+BARE = {
+    "t5": _form("Stability", "t5", "", _T5, stability.T5, infer.t5),
+    "transformer": _stability_transformer(""),
+    "vae": _stability_vae(""),
+}
+FORMS = (
+    *STABILITY.values(),
+    *NATIVE.values(),
+    # ComfyUI takes diffusers' names below Stability's prefixes too.
+    _form(
+        "diffusers", "transformer", stability.TRANSFORMER_PREFIX, _BLOCKS, diffusers_keys.TRANSFORMER, infer.transformer
+    ),
+    _form("diffusers", "vae", stability.VAE_PREFIX, _VAE, diffusers_keys.VAE, infer.vae),
+    BARE["transformer"],
+    BARE["vae"],
+    *(DIFFUSERS[name] for name in ("clip_l", "t5", "transformer", "vae", "taesd")),
+    TAESD_HALF,
+)
+
+# Beside the components of a checkpoint, and nothing to load.
+_IGNORED = re.compile(r"(.*\.)?(logit_scale|scaled_fp8)|model_ema\.(decay|num_updates)")
+_STRANGERS = (
+    (r"(.*\.)?controlnet_blocks\.\d+\.", "a ControlNet"),
+    (r".*(\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|_lora\.(up|down)\.)", "a LoRA"),
+    (r"(.*\.)?double_blocks\.\d+\.", "a Flux model"),
+    (r"(.*\.)?(input|output)_blocks\.\d+\.", "a U-Net of Stable Diffusion 1, 2 or XL"),
+    (r"(image_proj|ip_adapter)\.", "an IP-Adapter"),
+)
+
+
+def recognise(names: Collection[str]) -> dict[Form, list[str]]:
+    """The forms in a file -> their names. Raises WeightsError for a file of none, of what is something else, or with
+    names that belong to nothing."""
+    stranger = next((what for pattern, what in _STRANGERS if any(re.match(pattern, name) for name in names)), None)
+    if stranger:
+        raise WeightsError(f"is {stranger}, not a component of SD3")
+    present = [form for form in FORMS if any(form.has(name) for name in names)]
+    for prefix in {form.prefix for form in present}:
+        signs = [next(name for name in names if form.has(name)) for form in present if form.prefix == prefix]
+        if len(signs) > 1:
+            raise WeightsError(f"mixes tensors of several layouts, {' and '.join(signs)}")
+    found: dict[Form, list[str]] = {form: [] for form in present}
+    lost = []
+    for name in names:
+        owner = max(
+            (form for form in present if name.startswith(form.prefix)), key=lambda f: len(f.prefix), default=None
+        )
+        if owner:
+            found[owner].append(name)
+        elif not _IGNORED.fullmatch(name):
+            lost.append(name)
+    if not present:
+        raise WeightsError(f"is nothing known of SD3: {len(names)} tensors such as {', '.join(list(names)[:3])}")
+    if lost:
+        raise WeightsError([f"{name} is unexpected" for name in lost])
+    return found
+
+
+def infer_config(shapes: Shapes) -> Config:
+    """The configs of every component among tensors (name -> shape) of any layout, read off names and shapes alone.
+
+    SD3-medium, 3.5-medium, 3.5-large and any depth, width, dual attention and table of positions in between; the text
+    encoders, the VAE and TAESD. What shapes cannot say is as in the released models (`weights.infer`). A stand-alone
+    CLIP is G where it is as large as G, else L. Raises WeightsError for tensors of no known layout, and naming the one
+    without which the sizes cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for form, names in recognise(shapes).items():
+        config = config_of(form, {name: shapes[name] for name in names})
+        name = clip_named(config) if form.component == "clip" else form.component
+        found[name] = activated(name, config)
+    return Config(**found)
+
+
+def config_of(form: Form, shapes: Shapes) -> Any:
+    """The config of the one component these tensors (names with the prefix) are of."""
+    proper = layout.canonical(form.names, (name[len(form.prefix) :] for name in shapes))
+    try:
+        config = form.infer({one: shapes[form.prefix + found] for one, found in proper.items()})
+        return _checked(form.component, config)
+    except infer.Unreadable as error:
+        name = form.prefix + layout.name_of(form.names, error.args[0])
+        found = f"has shape {list(shapes[name])}" if name in shapes else "is missing"
+        raise WeightsError(f"{name} {found}, and the sizes of the model cannot be read without it") from None
+    except WeightsError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:
+        raise WeightsError(f"the shapes are those of no model: {error}") from None
+
+
+def _checked(component: str, config: Any) -> Any:
+    table = configs.TABLES[component]
+    return configs.read(table, configs.write(table, config), "the shapes")
+
+
+def clip_named(config: Any) -> str:
+    """Which of SD3's two a stand-alone CLIP is: G is the larger by far."""
+    return "clip_g" if config.width >= 1280 or config.layers >= 32 else "clip_l"
+
+
+def activated(name: str, config: Any) -> Any:
+    """A config with the activation that SD3's CLIP of this name has."""
+    return replace(config, activation="gelu" if name == "clip_g" else "quick_gelu") if name in CLIPS else config

@@ -1,0 +1,44 @@
+"""The project's own names on disk: a component, a dot, and the path of the leaf. Everything lies as it is used, so that
+loading copies nothing."""
+
+import re
+from collections.abc import Mapping
+
+from functional_sd3.image import taesd as taesd_module
+from functional_sd3.weights.infer import Unreadable
+from functional_sd3.weights.layout import Layout, renamed
+
+LAYOUT = Layout(renamed(("{*path}", "{*path}")))
+SIGNS = {
+    "clip_l": r"blocks\.\d+\.norm1\.",
+    "clip_g": r"blocks\.\d+\.norm1\.",
+    "t5": r"blocks\.\d+\.norm1\.",
+    "transformer": r"blocks\.\d+\.(image|context)\.",
+    "vae": r"(en|de)coder\.(levels|middle)\.",
+    "taesd": r"(en|de)coder\.",
+}
+"""What some name of a component looks like, below its prefix."""
+
+
+def taesd(shapes: Mapping[str, tuple[int, ...]]) -> taesd_module.Config:
+    """The sizes of a TAESD under our own names."""
+    first, last = "encoder.conv_in.weight", "decoder.conv_in.weight"
+    for name in (first, last):
+        if len(shapes.get(name, ())) != 4:
+            raise Unreadable(name)
+    return taesd_module.Config(
+        shapes[first][0], shapes[last][1], _blocks("encoder", shapes), _blocks("decoder", shapes)
+    )
+
+
+def _blocks(half: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    counts = [0] * (
+        1 + sum(re.fullmatch(rf"{half}\.levels\.\d+\.resample\.weight", name) is not None for name in shapes)
+    )
+    found = {
+        match[1] for name in shapes if (match := re.fullmatch(rf"{half}\.levels\.(\d{{1,4}}\.blocks\.\d+)\..+", name))
+    }
+    for place in found:
+        level = int(place.split(".")[0])
+        counts[min(level, len(counts) - 1)] += 1
+    return tuple(counts)

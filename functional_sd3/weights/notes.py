@@ -1,0 +1,37 @@
+"""What our own files say of themselves in their metadata: the configs of their components, which shapes tell in part.
+
+One entry, JSON: component (or "schedule") -> the fields of the config file that diffusers or transformers would write.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from functional_sd3.weights import diffusers_configs as configs
+from functional_sd3.weights import header
+from functional_sd3.weights.errors import WeightsError
+from functional_sd3.weights.model import SPECS, Config
+
+KEY = "functional_sd3"
+
+
+def write(config: Config, components: Collection[str]) -> dict[str, str]:
+    """The metadata of a file that holds these components."""
+    said = {name: getattr(config, name) for name in (*components, "schedule")}
+    values = {name: configs.write(configs.TABLES[name], part) for name, part in said.items() if part is not None}
+    return {"format": "pt", KEY: json.dumps(values, sort_keys=True)}
+
+
+def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
+    """Component or "schedule" -> config; None for a file that says nothing. Raises WeightsError naming `where`."""
+    if KEY not in metadata:
+        return None
+    try:
+        values = header.parse(metadata[KEY].encode(errors="replace"))
+        wrong = next((name for name, part in values.items() if not isinstance(part, dict)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is no object")
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{where}: its metadata {KEY} cannot be read: {error}") from error
+    known = [name for name in (*SPECS, "schedule") if name in values]
+    return {name: configs.read(configs.TABLES[name], values[name], f"{where}: metadata {name}") for name in known}

@@ -1,0 +1,200 @@
+"""From tensors in mapped files to the parameters of a component: first everything is checked, then everything is read.
+
+A tensor that is stored as we use it costs no memory until it is read; one that is fused or converted is copied once and
+its pages are given back, so the peak is the weights, once.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.weights import files, finite, forms, layout
+from functional_sd3.weights.errors import WeightsError
+from functional_sd3.weights.files import Mapped
+from functional_sd3.weights.forms import Form
+from functional_sd3.weights.header import Entry
+from functional_sd3.weights.layout import Layout, Source
+from functional_sd3.weights.model import SPECS
+
+# ComfyUI's scaled fp8, old and new names: a factor that a weight is multiplied by, and what only its kernels use.
+_SCALES = (".scale_weight", ".weight_scale")
+_UNUSED = (".scale_input", ".input_scale")
+_QUANTIZED = ".comfy_quant"
+_FP8 = {"float8_e4m3fn", "float8_e5m2"}
+_LONGEST_NOTE = 4096
+
+
+class Piece(NamedTuple):
+    """The tensors of one component, by the names they have in their files, and in which form.
+
+    component: "clip" where nothing tells L from G yet. where: what to call it in messages. config: what a file beside
+    the tensors or their metadata say; None where it has to be read off the shapes.
+    """
+
+    component: str
+    form: Form
+    where: str
+    places: dict[str, Mapped]
+    config: Any = None
+
+
+class Contents(NamedTuple):
+    """What lies at a path. schedule_told: whether something there would have said if there were a schedule."""
+
+    pieces: list[Piece]
+    tokenizers: dict[str, Any]
+    schedule: Any = None
+    schedule_told: bool = False
+    problems: tuple[str, ...] = ()
+
+
+class Plan(NamedTuple):
+    """A component that was checked and is still to be read; `names`: the rules' names -> the files';
+    `told`: whether the config is what a file says, not what shapes do."""
+
+    component: str
+    where: str
+    config: Any
+    spec: Tree
+    layout: Layout
+    names: dict[str, str]
+    places: dict[str, Mapped]
+    scales: dict[str, str]
+    told: bool
+
+
+def plan(piece: Piece) -> Plan:
+    """What reading a piece takes. Raises WeightsError naming every tensor that is missing, unexpected, misshapen or of
+    a kind we do not read."""
+    problems: list[str] = []
+    scales, places = _without_scales(piece.places, problems)
+    shapes = {name: _entry(places, name).shape for name in places}
+    where = f"{piece.where}: "
+    try:
+        config = forms.config_of(piece.form, shapes) if piece.config is None else piece.config
+        described = SPECS["clip_l" if piece.component == "clip" else piece.component](config)
+        table = piece.form.layout(config)
+        names = layout.canonical(table, places)
+        problems += layout.check(table, described, {proper: shapes[name] for proper, name in names.items()})
+        if not problems:
+            problems += _too_large_to_compute(table, described, names, shapes)
+    except WeightsError as error:
+        raise WeightsError([where + problem for problem in (*problems, *error.problems)]) from None
+    except (RuntimeError, OverflowError) as error:
+        raise WeightsError(f"{where}its config describes tensors too large to exist: {error}") from error
+    for name in names.values():
+        if not _entry(places, name).dtype.is_floating_point:
+            problems.append(f"{name} has dtype {_entry(places, name).dtype}, not a float")
+    if problems:
+        raise WeightsError([where + problem for problem in problems])
+    told = piece.config is not None
+    return Plan(piece.component, piece.where, config, described, table, names, piece.places, scales, told)
+
+
+def read(plan: Plan, *, dtype: torch.dtype | None, device: torch.device | str, check_finite: bool) -> Params:
+    """The parameters. Raises WeightsError naming the first tensor with a NaN or an infinity."""
+    stored = next((_entry(plan.places, name).dtype for name in plan.names.values()), torch.float32)
+    stored = torch.float32 if stored.itemsize == 1 else stored
+
+    def fetch(source: Source, param: Param) -> Tensor:
+        names = [plan.names[name] for name in source.names if name in plan.names]
+        if not names:
+            made = layout.default(plan.layout, source.path, param)()
+            return made.to(device=device, dtype=dtype or stored).contiguous()
+        if check_finite:
+            _check_finite(plan, names)
+        together = _stacked(plan, names) if source.transform is layout.FUSE else None
+        first = files.tensor(plan.places[names[0]], names[0])
+        value = source.transform.join([_part(plan, name, dtype) for name in names]) if together is None else together
+        value = value.to(device=device, dtype=dtype).contiguous()
+        if value.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            for name in names:
+                files.release(plan.places[name], name)
+        return value
+
+    return layout.to_ours(plan.layout, plan.spec, fetch)
+
+
+def _part(plan: Plan, name: str, dtype: torch.dtype | None) -> Tensor:
+    value = files.tensor(plan.places[name], name)
+    if name not in plan.scales:
+        return value
+    factor = files.tensor(plan.places[plan.scales[name]], plan.scales[name]).float()
+    # One factor for the tensor, or one for each row.
+    factor = factor.reshape(-1, *[1] * (value.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
+    return (value.float() * factor).to(dtype or torch.float32)
+
+
+def _stacked(plan: Plan, names: list[str]) -> Tensor | None:
+    mapped = plan.places[names[0]]
+    if any(name in plan.scales or plan.places[name] is not mapped for name in names):
+        return None
+    return files.stacked(mapped, names)
+
+
+def _check_finite(plan: Plan, names: list[str]) -> None:
+    for name in names:
+        for read in (name, plan.scales.get(name)):
+            if read and (what := finite.stranger(files.tensor(plan.places[read], read))):
+                raise WeightsError(f"{plan.places[read].path}: {read} holds {what}; finite=False loads it all the same")
+
+
+def _entry(places: Mapping[str, Mapped], name: str) -> Entry:
+    return places[name].header.tensors[name]
+
+
+def _without_scales(places: Mapping[str, Mapped], problems: list[str]) -> tuple[dict[str, str], dict[str, Mapped]]:
+    """(weight -> its factor, the tensors that are weights)."""
+    scales: dict[str, str] = {}
+    rest = {}
+    for name, mapped in places.items():
+        suffix = next((s for s in (*_SCALES, *_UNUSED, _QUANTIZED) if name.endswith(s)), None)
+        weight = name.removesuffix(suffix or "") + ".weight"
+        if suffix is None or weight not in places:
+            if not name.endswith("scaled_fp8"):
+                rest[name] = mapped
+        elif suffix in _SCALES:
+            scales[weight] = name
+            problems += _wrong_scale(name, _entry(places, name), _entry(places, weight))
+        elif suffix == _QUANTIZED:
+            problems += _wrong_format(name, mapped)
+    return scales, rest
+
+
+def _wrong_scale(name: str, scale: Entry, weight: Entry) -> list[str]:
+    count = scale.shape[0] if scale.shape else 1
+    whole = scale.shape in ((), (1,)) or all(size == 1 for size in scale.shape)
+    rows = weight.shape and count == weight.shape[0] and all(size == 1 for size in scale.shape[1:])
+    if not scale.dtype.is_floating_point:
+        return [f"{name} has dtype {scale.dtype}, not a float"]
+    return [] if whole or rows else [f"{name} has shape {list(scale.shape)}, expected one number or one for each row"]
+
+
+def _wrong_format(name: str, mapped: Mapped) -> list[str]:
+    entry = mapped.header.tensors[name]
+    note = bytes(mapped.buffer[entry.start : min(entry.end, entry.start + _LONGEST_NOTE)])
+    try:
+        said = json.loads(note)["format"]
+        known = said in _FP8
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return [f"{name} does not say how the weight is quantised"]
+    return [] if known else [f"{name} says the weight is quantised as {said!r}; only {' and '.join(_FP8)} are read"]
+
+
+def _too_large_to_compute(
+    table: Layout, spec: Tree, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Tables that a file lacks and that would be larger than all it holds: what is merely claimed takes no memory."""
+    wanted = layout.keys(table, spec)
+    held = sum(map(math.prod, shapes.values()))
+    absent = {name: shape for name, shape in wanted.items() if name not in names}
+    return [
+        f"{name} is missing, and {list(s)} is too large to make up" for name, s in absent.items() if math.prod(s) > held
+    ]
+

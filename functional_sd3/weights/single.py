@@ -1,0 +1,76 @@
+"""Models written as files that hold several components: Stability's and our own names, and the folders of them."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.weights import diffusers, files, forms, layout, notes, shards
+from functional_sd3.weights.forms import Form
+from functional_sd3.weights.model import SPECS, Model
+from functional_sd3.weights.sources import NATIVE_FOLDER, STABILITY_FILES
+
+_ALONE = {"clip_l": forms.DIFFUSERS["clip_l"], "clip_g": forms.DIFFUSERS["clip_g"], "t5": forms.BARE["t5"]}
+
+
+def write_file(
+    path: Path, model: Model, table: Mapping[str, Form], *, dtype: torch.dtype | None, shard_bytes: int | None
+) -> None:
+    """Every component in one file, each under the names of its form."""
+    tensors = _together(model, table, model.params)
+    check_size(str(path), tensors, dtype, shard_bytes)
+    files.write_atomic(path, tensors, metadata=notes.write(model.config, tuple(model.params)), dtype=dtype)
+
+
+def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
+    """Fill an empty folder with Stability's files, one for the transformer and the VAE and one for each encoder."""
+    for file, components in STABILITY_FILES.items():
+        held = [name for name in components if name in model.params]
+        if held:
+            tensors = _together(model, {**forms.STABILITY, **_ALONE}, held)
+            check_size(file, tensors, dtype, shard_bytes)
+            files.write(folder / file, tensors, metadata=notes.write(model.config, held), dtype=dtype)
+    _write_tokenizers(folder, model)
+
+
+def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
+    """Fill an empty folder with the trees under their own names."""
+    tensors = _together(model, forms.NATIVE, model.params)
+    place = folder / NATIVE_FOLDER
+    place.mkdir()
+    metadata = notes.write(model.config, tuple(model.params))
+    if tensors:
+        shards.write_weights(place, NATIVE_FOLDER, tensors, dtype=dtype, shard_bytes=shard_bytes, metadata=metadata)
+    _write_tokenizers(folder, model)
+
+
+def tensors_of(model: Model, name: str, form: Form) -> dict[str, Tensor]:
+    """The tensors of one component under the names of a form, mostly views."""
+    config = getattr(model.config, name)
+    return layout.to_theirs(form.layout(config), SPECS[name](config), tree.flatten_paths(model.params[name]))
+
+
+def check_size(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int | None) -> None:
+    """Raise ValueError where a file that cannot be split would be larger than `shard_bytes`."""
+    size = shards.size_of(tensors.values(), dtype)
+    if shard_bytes is not None and size > shard_bytes:
+        raise ValueError(
+            f"{name} would have {size} bytes, above shard_bytes {shard_bytes}, and this layout is not split: "
+            'use layout="diffusers", or layout="native" with a folder'
+        )
+
+
+def _write_tokenizers(folder: Path, model: Model) -> None:
+    for name, tokenizer in diffusers.TOKENIZERS.items():
+        tables = getattr(model.tokenizers, name)
+        if tables is not None:
+            tokenizer.module.save(folder / tokenizer.folder, tables)
+
+
+def _together(model: Model, table: Mapping[str, Form], components: Iterable[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in components:
+        found.update(tensors_of(model, name, table[name]))
+    return found

@@ -1,0 +1,205 @@
+"""What lies at a path, told by content: pipelines, folders of one component, single files, shards, tokenizers.
+
+Only headers and small files are read here; tensors are mapped.
+"""
+
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from functional_sd3.text import bpe, unigram
+from functional_sd3.weights import atomic, diffusers, files, forms, notes, pickles, shards, taesd_keys
+from functional_sd3.weights import diffusers_configs as configs
+from functional_sd3.weights.errors import WeightsError, attempt, reason
+from functional_sd3.weights.files import Mapped
+from functional_sd3.weights.header import Header
+from functional_sd3.weights.reading import Contents, Piece
+
+NATIVE_FOLDER = "parameters"
+STABILITY_FILES = {
+    "sd3.safetensors": ("transformer", "vae"),
+    "clip_l.safetensors": ("clip_l",),
+    "clip_g.safetensors": ("clip_g",),
+    "t5xxl.safetensors": ("t5",),
+    "taesd3.safetensors": ("taesd",),
+}
+"""The files of a `models/` folder, as Stability's reference and ComfyUI look for them, and what `save` puts in each."""
+OWNED = {
+    "diffusers": diffusers.OWNED,
+    "stability": (*diffusers.OWNED, NATIVE_FOLDER, *STABILITY_FILES),
+    "native": (*diffusers.OWNED, NATIVE_FOLDER),
+}
+"""Layout -> the entries of a folder that are of the old model when one is saved there; all others stay.
+
+What would be found before the new model must go, what is merely another's (someone's `clip_l.safetensors`) must not."""
+_KINDS = {
+    "SD3Transformer2DModel": "transformer",
+    "AutoencoderKL": "vae",
+    "AutoencoderTiny": "taesd",
+    "CLIPTextModelWithProjection": "clip",
+    "CLIPTextModel": "clip",
+    "clip_text_model": "clip",
+    "T5EncoderModel": "t5",
+    "t5": "t5",
+}
+"""Class or model type in a config.json -> the component."""
+
+
+def open_path(path: Path, only: Collection[str], variant: str | None) -> Contents:
+    """Everything at a path. Raises WeightsError when there is nothing that is known, or nothing at all."""
+    try:
+        kind = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        said = reason(error) if isinstance(error, OSError) else str(error)
+        raise WeightsError(f"{path}: cannot be opened: {said}") from error
+    if not stat.S_ISDIR(kind):
+        return _file(path)
+    return atomic.read_stable(path, lambda folder: _folder(path, folder, only, variant), OWNED["stability"])
+
+
+def _folder(named: Path, folder: Path, only: Collection[str], variant: str | None) -> Contents:
+    try:
+        names = {entry.name for entry in os.scandir(folder)}
+    except OSError as error:
+        raise WeightsError(f"{named}: cannot be opened: {reason(error)}") from error
+    if diffusers.INDEX in names:
+        return diffusers.open_folder(folder, only, variant)
+    if "config.json" in names:
+        return _component(folder, variant)
+    if names & {"vocab.json", "spiece.model", "tokenizer.json"}:
+        return Contents([], _tokenizer(folder, names))
+    return _loose(named, folder, names, only)
+
+
+def _component(folder: Path, variant: str | None) -> Contents:
+    path = folder / "config.json"
+    values = files.read_json(path)
+    architectures = values.get("architectures")
+    claims = [values.get("_class_name"), *(architectures if isinstance(architectures, list) else ())]
+    claims.append(values.get("model_type"))
+    name = next((_KINDS[claim] for claim in claims if isinstance(claim, str) and claim in _KINDS), None)
+    if name is None:
+        said = next((claim for claim in claims if claim), None)
+        raise WeightsError(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
+    problems: list[str] = []
+    component = diffusers.COMPONENTS["clip_l" if name == "clip" else name] if name != "taesd" else diffusers.TAESD
+    config = attempt(problems, configs.read, configs.TABLES[name], values, path)
+    weights = attempt(
+        problems, shards.open_weights, folder, component.stem, variant, component.library == "transformers"
+    )
+    if problems:
+        raise WeightsError(problems)
+    return Contents([Piece(name, component.form, str(folder), weights.tensors, config)], {})
+
+
+def _loose(named: Path, folder: Path, names: Collection[str], only: Collection[str]) -> Contents:
+    """A folder of files that each say what they are, as people keep those of Stability and of ComfyUI."""
+    problems: list[str] = []
+    found: list[Contents | None] = []
+    shard_names: set[str] = set()
+    native = NATIVE_FOLDER in names
+    for name in sorted(names if not native else ()):
+        if ".safetensors.index." in name and name.endswith(".json"):
+            tensors = attempt(problems, shards.open_indexed, folder / name)
+            if tensors is not None:
+                shard_names |= {mapped.path.name for mapped in tensors.values()}
+                found.append(attempt(problems, _contents, str(folder / name), tensors))
+    for name in sorted(names - shard_names if not native else ()):
+        if name.endswith(".safetensors"):
+            found.append(attempt(problems, _file, folder / name))
+    if native:
+        weights = attempt(problems, shards.open_weights, folder / NATIVE_FOLDER, NATIVE_FOLDER, None, False)
+        if weights:
+            found.append(attempt(problems, _contents, str(folder / NATIVE_FOLDER), weights.tensors))
+    tokenizers = {
+        name: attempt(problems, diffusers.read_tokenizer, folder / tokenizer.folder, tokenizer)
+        for name, tokenizer in diffusers.TOKENIZERS.items()
+        if tokenizer.folder in names and name in only
+    }
+    if not found and not tokenizers and not problems:
+        raise WeightsError(
+            f"{named}: holds no weights that are known: no {diffusers.INDEX}, no config.json and no safetensors file"
+        )
+    whole = merged([part for part in found if part is not None])
+    return whole._replace(
+        tokenizers={**whole.tokenizers, **{name: tables for name, tables in tokenizers.items() if tables}},
+        problems=(*problems, *whole.problems),
+    )
+
+
+def merged(parts: Collection[Contents]) -> Contents:
+    """Several contents as one; of schedules and tokenizers the first counts."""
+    schedule = next((part.schedule for part in parts if part.schedule is not None), None)
+    tokenizers: dict[str, Any] = {}
+    for part in parts:
+        tokenizers = {**part.tokenizers, **tokenizers}
+    return Contents(
+        [piece for part in parts for piece in part.pieces],
+        tokenizers,
+        schedule,
+        any(part.schedule_told for part in parts),
+        tuple(problem for part in parts for problem in part.problems),
+    )
+
+
+def _tokenizer(folder: Path, names: Collection[str]) -> dict[str, Any]:
+    module = unigram if "spiece.model" in names else bpe
+    tables = diffusers.read_tokenizer(folder, diffusers.TOKENIZERS["t5" if module is unigram else "clip_l"])
+    # The two of CLIP differ in what they pad with: G has the token 0.
+    return {"t5" if module is unigram else "clip_g" if tables.pad_id == 0 else "clip_l": tables}
+
+
+def _file(path: Path) -> Contents:
+    start = files.start(path)
+    if start[8:9] != b"{":
+        if start.startswith(b"PK\3\4"):
+            return _pickled(path)
+        if start.startswith(b"GGUF"):
+            raise WeightsError(f"{path}: is a GGUF file, whose quantised blocks are not read; give the original")
+        if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+            raise WeightsError(f"{path}: {pickles.HOW_TO_CONVERT}")
+        if start.lstrip().startswith(b"{"):
+            return _contents(str(path), shards.open_indexed(path))
+    mapped = files.open_mapped(path)
+    return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
+
+
+def _pickled(path: Path) -> Contents:
+    mapped = pickles.open_pickle(path)
+    found = _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
+    if any(piece.component != "taesd" for piece in found.pieces):
+        raise WeightsError(f"{path}: {pickles.HOW_TO_CONVERT}")
+    return found
+
+
+def _contents(where: str, tensors: Mapping[str, Mapped]) -> Contents:
+    """The components among the tensors of one file, or of its shards."""
+    try:
+        found = forms.recognise(tensors)
+    except WeightsError as error:
+        raise WeightsError([f"{where}: {problem}" for problem in error.problems]) from None
+    said = notes.read(next(iter(tensors.values())).header.metadata, where)
+    pieces = []
+    for form, names in found.items():
+        places = {name: tensors[name] for name in names}
+        if form is forms.TAESD_HALF:
+            form, places = forms.TAESD_WHOLE, _half(places)
+        # Of two CLIPs in stand-alone files the note says which is which.
+        known = [
+            name for name in said or () if name == form.component or (name in forms.CLIPS and form.component == "clip")
+        ]
+        name = known[0] if len(known) == 1 else form.component
+        pieces.append(Piece(name, form, where, places, (said or {}).get(name)))
+    return Contents(pieces, {}, (said or {}).get("schedule"), said is not None)
+
+
+def _half(places: Mapping[str, Mapped]) -> dict[str, Mapped]:
+    """One of the author's two files of TAESD under the names that files of both halves have."""
+    shapes = {name: mapped.header.tensors[name].shape for name, mapped in places.items()}
+    naming = taesd_keys.ORIGINAL
+    prefix = naming.encoder if taesd_keys.is_encoder(shapes) else naming.decoder
+    path, header, buffer = next(iter(places.values()))
+    renamed = Mapped(path, Header({prefix + n: e for n, e in header.tensors.items()}, header.metadata), buffer)
+    return dict.fromkeys(renamed.header.tensors, renamed)
