@@ -13,8 +13,8 @@ Every component has a frozen `Config`, `spec(config)`, `init(key, config)` and a
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import attention, layers, prng, spec, transform, tree
 from functional_sd3.flow import guidance, ode, path, schedule
-from functional_sd3.image import clip_pixels, pixels, vae
-from functional_sd3.metrics import prompts
+from functional_sd3.image import clip_pixels, pictures, pixels, vae
+from functional_sd3.metrics import preprocess, prompts, similarity
 from functional_sd3.text import bpe, clip, clip_dual, conditioning, t5, unigram
 from functional_sd3.training import datasets, lora, optim, shapes, step
 from functional_sd3.transformer import mmdit
@@ -37,13 +37,16 @@ __all__ = [
     "ode",
     "optim",
     "path",
+    "pictures",
     "pipeline",
     "pixels",
+    "preprocess",
     "prng",
     "prompts",
     "schedule",
     "shapes",
     "shipped",
+    "similarity",
     "spec",
     "step",
     "t5",

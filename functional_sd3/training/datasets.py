@@ -16,13 +16,13 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.image import pixels, vae
+from functional_sd3.image import pictures, pixels, vae
+from functional_sd3.image.pictures import SUFFIXES, Skipped
 from functional_sd3.text import conditioning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA = "metadata.jsonl"
 
 
@@ -31,13 +31,6 @@ class Sample(NamedTuple):
 
     path: str
     caption: str
-
-
-class Skipped(NamedTuple):
-    """A file that is no readable picture, and why."""
-
-    path: str
-    reason: str
 
 
 class Index(NamedTuple):
@@ -71,7 +64,7 @@ def image_folder(folder: str | os.PathLike, *, template: str = "a photo of a {}"
     readable = []
     for sample in samples:
         try:
-            _open(folder / sample.path)
+            pictures.read(folder / sample.path)
             readable.append(sample)
         except ValueError as error:
             skipped.append(Skipped(sample.path, str(error)))
@@ -89,7 +82,7 @@ def load(index: Index, i: int, size: int) -> Tensor:
     """
     path = index.folder / index.samples[i].path
     try:
-        picture = _open(path)
+        picture = pictures.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return torch.from_numpy(numpy.array(_square(picture, size), dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
@@ -169,25 +162,6 @@ def _caption(path: Path, folder: Path, template: str) -> str:
     if path.parent == folder:
         return ""
     return template.format(path.parent.name.replace("_", " ").replace("-", " ").strip())
-
-
-def _open(path: Path) -> "Image":
-    """The whole picture, upright, in RGB. Raises ValueError with what is wrong with the file."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
-    except FileNotFoundError:
-        raise ValueError("the file is missing") from None
-    # Decoders meet broken files with many kinds of errors, SyntaxError and struct.error among them.
-    except Exception as error:
-        raise ValueError(f"not a readable picture ({error or type(error).__name__})") from None
-    if upright.mode.startswith("I"):
-        # 16-bit greyscale, which Pillow clips where it should scale.
-        upright = Image.fromarray((numpy.asarray(upright).astype(numpy.uint32) // 257).clip(0, 255).astype(numpy.uint8))
-    return pixels.opaque(upright)
 
 
 def _square(picture: "Image", size: int) -> "Image":

@@ -1,0 +1,209 @@
+"""Files of pictures: one read whole, upright and in RGB; folders and zip archives of them, in order and lazily.
+
+Whatever a file holds (greyscale, palettes, CMYK, 16 bits, transparency, a turned camera) becomes what a person would
+see of it on white paper. Files that cannot be read are named and passed over, never fatal.
+"""
+
+import io
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from functional_sd3.image import pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+_CHUNK = 8
+"""Pictures that a process is given at a time."""
+
+
+class Skipped(NamedTuple):
+    """A file that is no readable picture, and why."""
+
+    path: str
+    reason: str
+
+
+class Source(NamedTuple):
+    """A folder, or a zip archive, and the names of the pictures in it, sorted; nothing of them was read yet."""
+
+    path: Path
+    names: tuple[str, ...]
+
+
+class Item(NamedTuple):
+    """What became of one picture: a value, or the reason why there is none."""
+
+    name: str
+    value: Tensor | None
+    reason: str | None = None
+
+
+def read(file: str | os.PathLike | BinaryIO) -> "Image":
+    """The whole picture, upright, in RGB, transparent parts laid over white; of an animation the first frame.
+
+    Raises ValueError with what is wrong with the file.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        # A decoder's complaints about a file it reads all the same (broken EXIF, for instance) help nobody here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file) as picture:
+                picture.load()
+                return pixels.opaque(_eight_bits(ImageOps.exif_transpose(picture)))
+    except FileNotFoundError:
+        raise ValueError("the file is missing") from None
+    except UnidentifiedImageError:
+        raise ValueError("not a readable picture (of no known format)") from None
+    # Decoders meet broken files with many kinds of errors, SyntaxError and struct.error among them.
+    except Exception as error:
+        raise ValueError(f"not a readable picture ({error or type(error).__name__})") from None
+
+
+def source(path: str | os.PathLike) -> Source:
+    """The pictures below a folder, or in a zip archive, by the suffixes of their names; hidden ones are passed by.
+
+    Raises FileNotFoundError when there is no such path, ValueError when it is neither or has no pictures.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = _in_folder(path)
+    elif not path.exists():
+        raise FileNotFoundError(2, "no such folder or zip archive", str(path))
+    elif zipfile.is_zipfile(path):
+        with _archive(path) as archive:
+            names = archive.namelist()
+    else:
+        raise ValueError(f"{path} is neither a folder of pictures nor a zip archive of them")
+    chosen = sorted({name for name in names if _shown(name) and Path(name).suffix.lower() in SUFFIXES})
+    if not chosen:
+        raise ValueError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    return Source(path, tuple(chosen))
+
+
+def stream(source: Source, transform: Callable[["Image"], Tensor], *, workers: int = 0) -> Iterator[Item]:
+    """`transform(picture)` of every picture, in the order of `source.names`, read only as far as they are asked for.
+
+    `workers` processes read ahead (0: this one reads); they import the program anew, so `transform` must be a function
+    of a module, or a partial of one, and a script must keep to `if __name__ == "__main__"`. A ValueError of the
+    transform is an item's reason.
+    """
+    if workers < 0:
+        raise ValueError(f"workers {workers} must be 0 (none besides this process) or more")
+    if workers == 0:
+        with _opened(source.path) as fetch:
+            for name in source.names:
+                yield _item(fetch, name, transform)
+        return
+    for items in _in_processes(source, transform, workers):
+        for name, value, reason in items:
+            yield Item(name, None if value is None else torch.from_numpy(value), reason)
+
+
+def _eight_bits(picture: "Image") -> "Image":
+    """Of 16-bit greyscale, which Pillow clips to 255, the eight bits it would have been saved with."""
+    from PIL import Image
+
+    if not picture.mode.startswith("I"):
+        return picture
+    values = numpy.asarray(picture).astype(numpy.float64) / 257.0
+    return Image.fromarray(values.round().clip(0, 255).astype(numpy.uint8))
+
+
+def _in_folder(folder: Path) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from ((Path(root) / name).relative_to(folder).as_posix() for name in names)
+
+
+def _shown(name: str) -> bool:
+    """Whether nobody meant to hide a file; archives made on a Mac shadow every picture with a file of its metadata."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, EOFError, UnicodeDecodeError, NotImplementedError) as error:
+        raise ValueError(f"{path} is a broken zip archive: {error}") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Callable[[str], "Image"]]:
+    """A function from names to pictures."""
+    if path.is_dir():
+        yield lambda name: read(path / name)
+        return
+    with _archive(path) as archive:
+        yield lambda name: read(io.BytesIO(_bytes(archive, name)))
+
+
+def _bytes(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        return archive.read(name)
+    # Damage and encryption show as errors of zipfile, of zlib and of neither.
+    except Exception as error:
+        raise ValueError(f"cannot be taken out of the archive ({error or type(error).__name__})") from None
+
+
+def _item(fetch: Callable[[str], "Image"], name: str, transform: Callable[["Image"], Tensor]) -> Item:
+    try:
+        return Item(name, transform(fetch(name)))
+    except ValueError as error:
+        return Item(name, None, str(error))
+
+
+def _in_processes(source: Source, transform: Callable, workers: int) -> Iterator[list[tuple]]:
+    """Chunks of items as arrays, in order; never more than a few chunks a process ahead of what was asked for."""
+    from collections import deque
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    chunks = [source.names[start : start + _CHUNK] for start in range(0, len(source.names), _CHUNK)]
+    # Forking a process in which torch has threads can hang.
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, (source.path, transform))
+    try:
+        pending = deque(pool.submit(_work, chunk) for chunk in chunks[: 3 * workers])
+        for chunk in chunks[3 * workers :]:
+            yield pending.popleft().result()
+            pending.append(pool.submit(_work, chunk))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: list = []
+"""Of a reading process, and nowhere else: an archive's table is read once, not once a picture."""
+
+
+def _start_worker(path: Path, transform: Callable) -> None:
+    import signal
+
+    # Ctrl-C reaches every process of a terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    _worker[:] = [_opened(path), transform]
+    _worker.append(_worker[0].__enter__())
+
+
+def _work(names: tuple[str, ...]) -> list[tuple]:
+    _, transform, fetch = _worker
+    items = (_item(fetch, name, transform) for name in names)
+    return [(item.name, None if item.value is None else item.value.numpy(), item.reason) for item in items]

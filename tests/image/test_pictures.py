@@ -1,0 +1,152 @@
+"""Files of pictures of every kind, folders and archives of them, in order, by any number of processes."""
+
+import zipfile
+from functools import partial
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from functional_sd3.image import pictures
+from functional_sd3.metrics import preprocess
+
+RED, WHITE = (220, 40, 40), (255, 255, 255)
+
+
+def pixels_of(picture) -> torch.Tensor:
+    return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)
+
+
+def corner(path) -> tuple[int, ...]:
+    picture = pictures.read(path)
+    assert picture.mode == "RGB"
+    return picture.getpixel((0, 0))
+
+
+def test_every_kind_of_file_becomes_what_a_person_sees(tmp_path):
+    Image.new("RGBA", (4, 4), (*RED, 0)).save(tmp_path / "clear.png")
+    Image.new("LA", (4, 4), (80, 255)).save(tmp_path / "grey_alpha.png")
+    Image.new("L", (4, 4), 80).save(tmp_path / "grey.png")
+    Image.new("1", (4, 4), 1).save(tmp_path / "bit.png")
+    Image.new("RGB", (4, 4), RED).quantize(4).save(tmp_path / "palette.png")
+    Image.new("P", (4, 4), 0).save(tmp_path / "clear_palette.gif", transparency=0)
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=100)
+    Image.fromarray(numpy.full((4, 4), 80 * 257, numpy.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(numpy.full((4, 4), 65535, numpy.uint16)).save(tmp_path / "deep.tif")
+    expected = {"clear.png": WHITE, "grey_alpha.png": (80,) * 3, "grey.png": (80,) * 3, "bit.png": WHITE,
+                "palette.png": RED, "clear_palette.gif": WHITE, "deep.png": (80,) * 3, "deep.tif": WHITE}  # fmt: skip
+    assert {name: corner(tmp_path / name) for name in expected} == expected
+    red, green, blue = corner(tmp_path / "print.jpg")
+    assert red > 250 and green < 5 and blue < 5
+
+
+def test_a_turned_photograph_is_read_upright(tmp_path):
+    picture = Image.new("RGB", (6, 4), WHITE)
+    picture.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    upright = pictures.read(tmp_path / "turned.png")
+    assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (0, 0, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Mixed sizes in nested folders, broken files among them, and what is to be passed by."""
+    generator = numpy.random.default_rng(0)
+    top = tmp_path / "pictures"
+    for name, size in (("b.png", (9, 5)), ("a/z.jpg", (30, 41)), ("a/deep/c.PNG", (8, 8)), ("c.bmp", (3, 3))):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=numpy.uint8)).save(top / name)
+    (top / "broken.png").write_bytes(b"no picture")
+    (top / "a" / "cut.jpg").write_bytes((top / "a" / "z.jpg").read_bytes()[:300])
+    (top / ".hidden.png").write_bytes(b"")
+    (top / ".cache").mkdir()
+    (top / ".cache" / "x.png").write_bytes(b"")
+    (top / "notes.txt").write_text("passed by")
+    return top
+
+
+NAMES = ("a/cut.jpg", "a/deep/c.PNG", "a/z.jpg", "b.png", "broken.png", "c.bmp")
+
+
+def zipped(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.write(file, file.relative_to(folder))
+        archive.writestr("__MACOSX/a/._z.jpg", b"metadata")
+    return path
+
+
+def test_a_folder_is_read_in_order_and_what_is_broken_is_named(folder):
+    source = pictures.source(folder)
+    assert source.names == NAMES
+    items = list(pictures.stream(source, pixels_of))
+    assert [item.name for item in items] == list(NAMES)
+    assert [item.value.shape[1:] for item in items if item.reason is None] == [(8, 8), (30, 41), (9, 5), (3, 3)]
+    assert {item.name for item in items if item.value is None} == {"a/cut.jpg", "broken.png"}
+    assert items[4].reason == "not a readable picture (of no known format)"
+    assert "not a readable picture" in items[0].reason
+
+
+def test_an_archive_is_read_as_the_folder_it_was_made_of(folder, tmp_path):
+    archive = pictures.source(zipped(folder, tmp_path / "pictures.zip"))
+    assert archive.names == NAMES
+    for one, other in zip(
+        pictures.stream(archive, pixels_of), pictures.stream(pictures.source(folder), pixels_of), strict=True
+    ):
+        assert one.name == other.name and (one.reason is None) == (other.reason is None)
+        assert one.value is None or torch.equal(one.value, other.value)
+
+
+def test_processes_read_what_one_reads_in_the_same_order(folder, tmp_path):
+    transform = partial(preprocess.picture, mode="tf1")
+    alone = list(pictures.stream(pictures.source(folder), transform))
+    for path in (folder, zipped(folder, tmp_path / "pictures.zip")):
+        for one, other in zip(pictures.stream(pictures.source(path), transform, workers=2), alone, strict=True):
+            assert one.name == other.name and one.reason == other.reason
+            assert one.value is None or torch.equal(one.value, other.value)
+
+
+def test_nothing_is_read_before_it_is_asked_for(folder):
+    seen = []
+    items = pictures.stream(pictures.source(folder), lambda picture: seen.append(picture) or torch.zeros(1))
+    assert not seen
+    next(items), next(items)
+    assert len(seen) == 1
+
+
+def test_a_picture_that_the_transform_refuses_is_named(folder):
+    def refuse(picture):
+        raise ValueError("too small")
+
+    assert {item.reason for item in pictures.stream(pictures.source(folder), refuse) if item.name == "b.png"} == {
+        "too small"
+    }
+
+
+def test_what_holds_no_pictures_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        pictures.source(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no pictures"):
+        pictures.source(tmp_path)
+    (tmp_path / "file.txt").write_text("text")
+    with pytest.raises(ValueError, match="neither a folder of pictures nor a zip"):
+        pictures.source(tmp_path / "file.txt")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(ValueError, match="empty.zip holds no pictures"):
+        pictures.source(tmp_path / "empty.zip")
+    with pytest.raises(ValueError, match="workers -1"):
+        next(pictures.stream(pictures.Source(tmp_path, ("a.png",)), pixels_of, workers=-1))
+
+
+def test_an_archive_with_damage_inside_names_the_damaged(folder, tmp_path):
+    path = zipped(folder, tmp_path / "pictures.zip")
+    data = bytearray(path.read_bytes())
+    start = data.index((folder / "b.png").read_bytes())
+    data[start + 20] ^= 255
+    path.write_bytes(data)
+    reasons = {item.name: item.reason for item in pictures.stream(pictures.source(path), pixels_of)}
+    assert "cannot be taken out of the archive" in reasons["b.png"] and reasons["c.bmp"] is None
