@@ -14,7 +14,20 @@ from functional_sd3 import pipeline, weights
 from functional_sd3.core import attention, layers, prng, spec, transform, tree
 from functional_sd3.flow import guidance, ode, path, schedule
 from functional_sd3.image import clip_pixels, pictures, pixels, vae
-from functional_sd3.metrics import preprocess, prompts, similarity
+from functional_sd3.metrics import (
+    clip_score,
+    cmmd,
+    density_coverage,
+    fid,
+    frechet,
+    inception,
+    inception_score,
+    kid,
+    precision_recall,
+    preprocess,
+    prompts,
+    similarity,
+)
 from functional_sd3.text import bpe, clip, clip_dual, conditioning, t5, unigram
 from functional_sd3.training import datasets, lora, optim, shapes, step
 from functional_sd3.transformer import mmdit
@@ -28,9 +41,17 @@ __all__ = [
     "clip",
     "clip_dual",
     "clip_pixels",
+    "clip_score",
+    "cmmd",
     "conditioning",
     "datasets",
+    "density_coverage",
+    "fid",
+    "frechet",
     "guidance",
+    "inception",
+    "inception_score",
+    "kid",
     "layers",
     "lora",
     "mmdit",
@@ -40,6 +61,7 @@ __all__ = [
     "pictures",
     "pipeline",
     "pixels",
+    "precision_recall",
     "preprocess",
     "prng",
     "prompts",

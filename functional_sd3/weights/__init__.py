@@ -16,13 +16,16 @@ from functional_sd3.weights import atomic, composing, diffusers, files, forms, l
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.forms import infer_config
+from functional_sd3.weights.inception import UnknownWeights, load_inception
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers, check, missing, spec
+from functional_sd3.weights.statistics import load_statistics, save_statistics
 
 __all__ = [
     "LAYOUTS",
     "Config",
     "Model",
     "Tokenizers",
+    "UnknownWeights",
     "WeightsError",
     "check",
     "files",
@@ -30,8 +33,11 @@ __all__ = [
     "layout",
     "load",
     "load_clip",
+    "load_inception",
+    "load_statistics",
     "missing",
     "save",
+    "save_statistics",
     "spec",
 ]
 

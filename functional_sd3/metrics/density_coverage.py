@@ -1,0 +1,35 @@
+"""Density and coverage: precision and recall that a single outlier cannot raise.
+
+Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models", equations 3 and 4.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.metrics import neighbours
+
+
+class DensityCoverage(NamedTuple):
+    """Density is about 1 for sets of one distribution and may be larger; coverage is in [0, 1]."""
+
+    density: float
+    coverage: float
+
+
+def score(real: Tensor, generated: Tensor, *, neighbour: int = 5) -> DensityCoverage:
+    """Density and coverage of features real (n, d) and generated (m, d).
+
+    Around every real sample is a ball that reaches to its `neighbour`-th nearest real one, border excluded. density: in
+    how many balls a generated sample is on average, over `neighbour`; coverage: the share of balls that hold a
+    generated sample. Raises ValueError for dimensions that differ, NaN, or too few samples.
+    """
+    neighbours.check(real, generated, neighbour)
+    around = neighbours.radii(real, neighbour)
+    counts, start = [], 0
+    for block in neighbours.blocks(real, generated):
+        counts.append((block < around[start : start + len(block), None]).sum(1))
+        start += len(block)
+    held = torch.cat(counts).double()
+    return DensityCoverage(float(held.sum()) / (neighbour * len(generated)), float((held > 0).double().mean()))

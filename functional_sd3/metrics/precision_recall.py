@@ -1,0 +1,37 @@
+"""Improved precision and recall: how many generated samples look real, how much of the real is generated.
+
+Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", equation 1. The paper
+uses features of VGG-16; torch-fidelity, and most since, those of Inception.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.metrics import neighbours
+
+
+class PrecisionRecall(NamedTuple):
+    """Both in [0, 1]."""
+
+    precision: float
+    recall: float
+
+
+def score(real: Tensor, generated: Tensor, *, neighbour: int = 3) -> PrecisionRecall:
+    """Precision and recall of features real (n, d) and generated (m, d).
+
+    precision: the share of generated samples within the ball around some real sample that reaches to that one's
+    `neighbour`-th nearest real one, border included; recall: the same with the roles exchanged. Raises ValueError for
+    dimensions that differ, NaN, or too few samples. Time grows with the square of the samples, memory does not.
+    """
+    neighbours.check(real, generated, neighbour)
+    around_real, around_generated = neighbours.radii(real, neighbour), neighbours.radii(generated, neighbour)
+    recalled, precise = [], torch.zeros(len(generated), dtype=torch.bool, device=real.device)
+    start = 0
+    for block in neighbours.blocks(real, generated):
+        recalled.append((block <= around_generated).any(1))
+        precise = precise | (block <= around_real[start : start + len(block), None]).any(0)
+        start += len(block)
+    return PrecisionRecall(float(precise.double().mean()), float(torch.cat(recalled).double().mean()))

@@ -1,0 +1,100 @@
+"""The weights of the Inception network that scores rest on: pytorch-fid's file, or its tensors as safetensors."""
+
+import hashlib
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import spec as specs
+from functional_sd3.core.types import Params
+from functional_sd3.metrics import inception
+from functional_sd3.weights import files
+from functional_sd3.weights.errors import WeightsError, reason
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of `FILE`, and of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which is the same."""
+
+# Counts the batches seen in training; newer files carry it, older ones do not, and nothing depends on it.
+_COUNTER = ".num_batches_tracked"
+
+
+class UnknownWeights(UserWarning):
+    """The file is not the one that published scores were computed with, as far as its hash tells."""
+
+
+def load_inception(
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    strict: bool = False,
+) -> Params:
+    """Parameters for `inception.apply` from a `.pth` of tensors or a `.safetensors` file, of pytorch-fid's names.
+
+    A file whose SHA-256 is not that of the published weights (no safetensors file's is) gives a warning,
+    `UnknownWeights`; with `strict` an error. No code in the file is run. Raises WeightsError with every problem: a file
+    that is missing or broken or holds something else, missing, unexpected or misshapen tensors.
+    """
+    path = Path(path)
+    # Opened first: a file that cannot be read has no hash to complain of.
+    tensors = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    tensors = {name: value for name, value in tensors.items() if not name.endswith(_COUNTER)}
+    spec = inception.spec()
+    problems = specs.check(spec, tensors)
+    problems += [f"{name} is {value.dtype}, not floating" for name, value in tensors.items() if _exact(value)]
+    if problems:
+        raise WeightsError(f"{path}: {problem}" for problem in problems)
+    _check_hash(path, strict)
+    return specs.map_params(lambda name, param: tensors[name].to(device, dtype), spec)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file, in hex. Raises WeightsError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {reason(error)}") from error
+
+
+def _check_hash(path: Path, strict: bool) -> None:
+    found = sha256(path)
+    if found == SHA256:
+        return
+    message = f"{path}: SHA-256 {found} is not that of {FILE} ({SHA256}); scores may not compare with published ones"
+    if strict:
+        raise WeightsError(message)
+    warnings.warn(message, UnknownWeights, stacklevel=3)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    mapped = files.open_mapped(path)
+    return {name: files.tensor(mapped, name) for name in mapped.header.tensors}
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be opened: {reason(error)}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Programs (TorchScript, such as clean-fid's inception-2015-12-05.pt) end here too.
+        said = (str(error) or repr(error)).splitlines()[0]
+        raise WeightsError(f"{path}: is not a file of tensors such as {FILE}: {said}") from error
+    if not _is_state(found):
+        raise WeightsError(f"{path}: holds {type(found).__name__}, not tensors by name as {FILE} does")
+    return dict(found)
+
+
+def _is_state(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+
+
+def _exact(value: Tensor) -> bool:
+    return not value.is_floating_point()

@@ -1,0 +1,92 @@
+"""Frechet statistics on disk: an .npz file that says how it was made and that pytorch-fid reads too.
+
+Entries: `mu` (d,) and `sigma` (d, d) as pytorch-fid names the mean and the covariance; `n`, `preprocessing`, `weights`
+and `tap` as in `fid.Record`. Nothing in it is executed.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_sd3.metrics.fid import Record
+from functional_sd3.metrics.frechet import Statistics
+from functional_sd3.weights.atomic import replace_file
+from functional_sd3.weights.errors import WeightsError, reason
+
+
+def save_statistics(path: str | os.PathLike, record: Record) -> None:
+    """Write a record at `path`, whole or not at all; the name is kept as it is. Raises WeightsError when the system
+    refuses."""
+    import numpy
+
+    n, mean, m2 = record.statistics
+    entries = {"mu": mean.detach().cpu().numpy(), "sigma": (m2.detach() / max(n - 1, 1)).cpu().numpy(), "n": n}
+    entries |= record._asdict()
+    del entries["statistics"]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            numpy.savez(file, **entries)
+
+    replace_file(path, write)
+
+
+def load_statistics(
+    path: str | os.PathLike,
+    *,
+    n: int | None = None,
+    preprocessing: str | None = None,
+    weights: str | None = None,
+    tap: int | None = None,
+) -> Record:
+    """The record in a file that `save_statistics` or pytorch-fid wrote.
+
+    n, preprocessing, weights, tap: what pytorch-fid's files do not say, for those; a file that says it itself must
+    agree. Raises WeightsError for a file that is missing or broken or does not say how it was made (and nobody else
+    does), with what is missing.
+    """
+    entries = _entries(Path(path))
+    given = {"n": n, "preprocessing": preprocessing, "weights": weights, "tap": tap}
+    problems = [f"{name} is missing" for name in ("mu", "sigma") if name not in entries]
+    labels = {}
+    for name, value in given.items():
+        labels[name] = entries[name].item() if name in entries and entries[name].ndim == 0 else value
+        if labels[name] is None:
+            problems.append(f"does not say {name}; if you know it, pass {name}=...")
+        elif value is not None and labels[name] != value:
+            problems.append(f"says {name} {labels[name]!r}, not {value!r}")
+    problems = problems or _misfits(entries, labels)
+    if problems:
+        raise WeightsError(f"{path}: {problem}" for problem in problems)
+    count = labels.pop("n")
+    mean, covariance = (torch.from_numpy(entries[name]).double() for name in ("mu", "sigma"))
+    return Record(Statistics(count, mean, covariance * max(count - 1, 1)), **labels)
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    import numpy
+
+    try:
+        with numpy.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: cannot be opened: {reason(error)}") from error
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{path}: is not an .npz file of statistics: {error}") from error
+
+
+def _misfits(entries: dict[str, Any], labels: dict[str, Any]) -> list[str]:
+    mean, covariance = entries["mu"], entries["sigma"]
+    problems = []
+    if mean.ndim != 1 or covariance.shape != (*mean.shape, *mean.shape):
+        problems.append(f"mu {list(mean.shape)} and sigma {list(covariance.shape)} must be (d,) and (d, d)")
+    problems += [f"{name} is {entries[name].dtype}" for name in ("mu", "sigma") if entries[name].dtype.kind != "f"]
+    for name, kind in (("n", int), ("preprocessing", str), ("weights", str), ("tap", int)):
+        if not isinstance(labels[name], kind):
+            problems.append(f"{name} is {labels[name]!r}, not {kind.__name__}")
+    if not problems and labels["n"] < 0:
+        problems.append(f"n is {labels['n']}")
+    return problems

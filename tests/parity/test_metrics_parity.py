@@ -1,0 +1,90 @@
+"""The metrics against pytorch-fid, torch-fidelity and prdc, whose answers are kept (tests/metrics/references.py)."""
+
+import warnings
+
+import pytest
+import torch
+
+from functional_sd3.metrics import density_coverage, frechet, inception, inception_score, kid, precision_recall
+from tests.metrics import references
+
+KEPT = references.answers()
+
+
+@pytest.fixture(scope="module")
+def network():
+    return references.random_params()
+
+
+def relative(ours: torch.Tensor, theirs: list[list[float]]) -> float:
+    wanted = torch.tensor(theirs, dtype=torch.float64)
+    return float((torch.tensor(references.kept(ours)).double() - wanted).norm() / wanted.norm())
+
+
+def test_inception_equals_pytorch_fid_at_every_tap(network):
+    features = inception.apply(network, references.images() / 255 * 2 - 1)
+    for tap, theirs in KEPT["inception"]["pytorch-fid"].items():
+        assert relative(features[int(tap)], theirs) < 1e-5, tap
+
+
+def test_inception_equals_torch_fidelity_at_every_tap_and_in_the_logits(network):
+    features = inception.apply(network, (references.images().float() - 128) / 128)
+    theirs = KEPT["inception"]["torch-fidelity"]
+    for tap in inception.TAPS:
+        assert relative(features[tap], theirs[str(tap)]) < 1e-5, tap
+    assert relative(features["logits"], theirs["logits"]) < 1e-5
+    assert relative(inception.unbiased(network, features["logits"]), theirs["logits_unbiased"]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::functional_sd3.metrics.frechet.FewSamples")
+@pytest.mark.parametrize("name", references.FRECHET)
+def test_frechet_distance_equals_the_packages(name):
+    n, m, width = references.FRECHET[name]
+    x, y = references.features(n, width, 1), references.features(m, width, 2)
+    singular = min(n, m) <= width
+    for ours in (frechet.distance(frechet.statistics(x), frechet.statistics(y)), frechet.of_features(x, y)):
+        for package, theirs in KEPT["frechet"][name].items():
+            assert ours == pytest.approx(theirs, rel=1e-5 if singular else 1e-6), package
+
+
+def test_kernel_distance_equals_torch_fidelity():
+    real, generated = references.sets()
+    assert float(kid.unbiased(real[:65], generated)) == pytest.approx(KEPT["features"]["kid"], rel=1e-9)
+
+
+def test_precision_and_recall_equal_torch_fidelity():
+    found = precision_recall.score(*references.sets())
+    assert found == pytest.approx((KEPT["features"]["precision"], KEPT["features"]["recall"]), abs=1e-6)
+
+
+def test_density_and_coverage_equal_prdc():
+    found = density_coverage.score(*references.sets())
+    assert found == pytest.approx((KEPT["features"]["density"], KEPT["features"]["coverage"]), abs=1e-9)
+
+
+def test_inception_score_equals_torch_fidelity():
+    found = inception_score.score(references.logits(), splits=5)
+    assert found == pytest.approx((KEPT["isc"]["mean"], KEPT["isc"]["deviation"]), rel=1e-6)
+
+
+def test_frechet_distance_takes_at_most_half_the_time_of_the_matrix_square_root():
+    import time
+
+    from scipy.linalg import sqrtm
+
+    width = 512
+    a, b = (frechet.statistics(references.features(2 * width, width, seed)) for seed in (1, 2))
+
+    def seconds(function) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = seconds(lambda: frechet.distance(a, b))
+    product = (frechet.covariance(a) @ frechet.covariance(b)).numpy()
+    assert ours <= 0.5 * seconds(lambda: sqrtm(product))
