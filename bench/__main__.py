@@ -1,31 +1,20 @@
-"""`python -m bench [ROW...]`: times the rows and writes bench/RESULTS.md."""
+"""`python -m bench [-k ROWS] [pytest's options]`: times the rows; all of them write bench/RESULTS.md and its JSON."""
 
-import argparse
-import platform
+import sys
 from pathlib import Path
 
-import torch
+import pytest
 
-from bench import rows, timing
+HERE = Path(__file__).parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("row", nargs="*", help=f"rows to time, by default all: {', '.join(rows.ROWS)}")
-    parser.add_argument("--threads", type=int, default=2)
-    parsed = parser.parse_args()
-    unknown = [name for name in parsed.row if name not in rows.ROWS]
-    if unknown:
-        parser.error(f"no row {unknown[0]!r}; rows are {', '.join(rows.ROWS)}")
-    torch.set_num_threads(parsed.threads)
-    found = rows.run(parsed.row or list(rows.ROWS))
-    text = timing.table(found)
-    print(text)
-    if not parsed.row:
-        head = f"{parsed.threads} threads, float32, torch {torch.__version__}, Python {platform.python_version()}"
-        note = "Medians of interleaved runs in one process; trust the ratios. Remeasure with `make bench`."
-        Path(__file__).with_name("RESULTS.md").write_text(f"# Side by side\n\n{head}. {note}\n\n{text}\n")
+def main(options: list[str]) -> int:
+    """Runs the rows under pytest-benchmark and returns its exit status."""
+    written = [] if options else [f"--results={HERE / 'RESULTS.md'}", f"--benchmark-json={HERE / 'results.json'}"]
+    fixed = ["-o", "python_files=bench_*.py", "-o", "addopts=--import-mode=importlib", "-W", "ignore", "-p", "no:xdist"]
+    quiet = ["-q", "--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "-p", "no:cacheprovider"]
+    return pytest.main([str(HERE), *fixed, *quiet, *written, *options])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

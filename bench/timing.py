@@ -1,55 +1,98 @@
-"""Timing two ways of doing the same, fairly: one process, interleaved, warm, the same threads; ratios of medians."""
+"""Timing two ways of doing the same, fairly: one process, interleaved, warm, the same threads, outputs equal first."""
 
-import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Row(NamedTuple):
-    """One comparison; seconds are medians, `spread` the middle half of ours over its median."""
+class Versus:
+    """One row: this project's function beside what a user would run instead, timed by pytest-benchmark.
 
-    name: str
-    ours: float
-    theirs: float
-    spread: float
-    difference: float
+    pytest-benchmark times ours; the other side runs, and is timed, in the setup of every round, so that both sides see
+    the same weather.
+    """
 
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.theirs
+    def __init__(self, benchmark: Any) -> None:
+        self.benchmark = benchmark
+
+    def __call__(
+        self,
+        name: str,
+        ours: Callable[[], Any],
+        theirs: Callable[[], Any] | None,
+        *,
+        peer: str = "diffusers",
+        tolerance: float | None = 1e-4,
+        rounds: int = 7,
+        repeat: int = 1,
+        memory: bool = False,
+        grad: bool = False,
+        **facts: Any,
+    ) -> None:
+        """Times `rounds` rounds of `repeat` calls each. `tolerance`: the largest relative difference of the outputs, a
+        tensor each; None where there is nothing to compare. `memory` measures both sides' peak of allocated bytes.
+        Raises ValueError when the outputs differ by more.
+        """
+        with torch.set_grad_enabled(grad):
+            facts["first_seconds"], mine = timed(ours)
+            if theirs is not None:
+                facts["theirs_first_seconds"], other = timed(theirs)
+                if tolerance is not None:
+                    facts["difference"] = relative_difference(mine, other)
+                    if not facts["difference"] <= tolerance:
+                        raise ValueError(
+                            f"{name}: the sides differ by {facts['difference']:.2e}, more than {tolerance:.0e}"
+                        )
+                del other
+            del mine
+            if memory:
+                facts["peak_bytes"] = allocated_peak(ours)
+                facts["theirs_peak_bytes"] = allocated_peak(theirs) if theirs else None
+            samples: list[float] = []
+
+            def other_side() -> None:
+                if theirs is not None:
+                    samples.append(timed(theirs, repeat)[0] / repeat)
+
+            self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=rounds)
+        self.benchmark.extra_info.update(row=name, peer=peer, repeat=repeat, theirs=samples, **facts)
+
+    def record(self, name: str, **facts: Any) -> None:
+        """A row of figures that are not times of two sides; `facts` as `__call__` writes them."""
+        self.benchmark.pedantic(lambda: None, rounds=1)
+        self.benchmark.extra_info.update(row=name, theirs=[], **facts)
 
 
-def compare(
-    name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], *, rounds: int = 7, tolerance: float = 1e-4
-) -> Row:
-    """Times both, alternating which goes first. Raises ValueError when they differ by more than `tolerance`."""
-    with torch.no_grad():
-        mine, other = ours(), theirs()
-        difference = float((mine - other).norm() / other.norm())
-        if not difference <= tolerance:
-            raise ValueError(f"{name}: the two sides differ by {difference:.2e}, more than {tolerance:.0e}")
-        samples: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for index in range(rounds):
-            order = (("ours", ours), ("theirs", theirs))
-            for side, run in order if index % 2 else reversed(order):
-                start = time.perf_counter()
-                run()
-                samples[side].append(time.perf_counter() - start)
-    quarters = statistics.quantiles(samples["ours"], n=4)
-    median = statistics.median(samples["ours"])
-    return Row(name, median, statistics.median(samples["theirs"]), (quarters[2] - quarters[0]) / median, difference)
+def timed(run: Callable[[], Any], repeat: int = 1) -> tuple[float, Any]:
+    """Seconds, and what the last call returned."""
+    start = time.perf_counter()
+    for _ in range(repeat):
+        result = run()
+    return time.perf_counter() - start, result
 
 
-def table(rows: list[Row]) -> str:
-    """The rows in Markdown."""
-    lines = ["| what | ours | theirs | ratio | spread | relative difference |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row.name} | {1e3 * row.ours:.1f} ms | {1e3 * row.theirs:.1f} ms | **{row.ratio:.2f}** "
-            f"| {100 * row.spread:.0f} % | {row.difference:.0e} |"
-        )
-    return "\n".join(lines)
+def relative_difference(mine: Any, other: Any) -> float:
+    """Norm of the difference over the norm, of tensors or of sequences of them."""
+    mine, other = (torch.cat([leaf.detach().double().flatten() for leaf in _tensors(side)]) for side in (mine, other))
+    return float((mine - other).norm() / other.norm())
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """The most bytes of tensors that a call holds at once beyond those it was given, as PyTorch's allocator sees it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    return [value] if isinstance(value, Tensor) else value

@@ -2,39 +2,60 @@
 
 Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.3, F(4x4, 3x3): a 6x6 window of the
 picture and the kernel are each mapped to 36 numbers, in which the convolution to 4x4 outputs is a product of numbers,
-so 36 products do the work of 144. In float32 the result differs from a direct sum by about 2e-6 relative.
+so 36 products do the work of 144. The maps are Toom and Cook's: values of polynomials at six points, one of them
+infinity. With the points below a result of 256 channels is within 1.5e-6 of the exact one; with the usual 0, 1, -1, 2
+and -2 within 3e-6, by the direct sum in channels_last within 8e-7.
 """
+
+import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-TILE = 4
-WINDOW = TILE + 2
+TILE, KERNEL = 4, 3
+WINDOW = TILE + KERNEL - 1
+POINTS = [Fraction(point) for point in ("0", "5/8", "-5/8", "3/2", "-3/2")]
 NUMBERS_AT_ONCE = 1 << 20
 """Transformed numbers that are held together: they should stay in the cache."""
 
-_INPUT = (
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
-)
-_KERNEL = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
-_OUTPUT = (
-    (1, 1, 1, 1, 1, 0),
-    (0, 1, -1, 2, -2, 0),
-    (0, 1, 1, 4, 4, 0),
-    (0, 1, -1, 8, -8, 1),
-)
+Matrix = list[list[float]]
+
+
+def _maps(points: list[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
+    """Matrices from a window (6, 6), from a kernel (6, 3) and to the outputs (4, 6), along one side.
+
+    The last row or column is the point at infinity. Rows are scaled by powers of two, exactly, to a norm near one.
+    """
+    window, kernel, outputs = [], [], [[] for _ in range(TILE)]
+    for point in [*points, None]:
+        others = [other for other in points if other is not point]
+        product = [Fraction(1)]
+        for other in others:
+            shifted, scaled = [Fraction(0), *product], [-other * number for number in product] + [Fraction(0)]
+            product = [a + b for a, b in zip(shifted, scaled, strict=True)]
+        product += [Fraction(0)] * (WINDOW - len(product))
+        if point is None:
+            row, value = [Fraction(0), Fraction(0), Fraction(1)], [Fraction(k == TILE - 1) for k in range(TILE)]
+        else:
+            norm = Fraction(1)
+            for other in others:
+                norm *= point - other
+            row, value = [point**k / norm for k in range(KERNEL)], [point**k for k in range(TILE)]
+        scale, back = _power(product), _power([number * _power(product) for number in row])
+        window.append([float(number / scale) for number in product])
+        kernel.append([float(number * scale / back) for number in row])
+        for column, number in zip(outputs, value, strict=True):
+            column.append(float(number * back))
+    return window, kernel, outputs
+
+
+def _power(numbers: list[Fraction]) -> Fraction:
+    """The power of two nearest to the norm."""
+    return Fraction(2) ** round(math.log2(math.hypot(*map(float, numbers))))
+
+
+_WINDOW, _KERNEL, _OUTPUT = _maps(POINTS)
 
 
 def pays(weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
@@ -57,7 +78,7 @@ def convolve(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """
     outputs, inputs = weight.shape[:2]
     batch, (rows, columns) = x.shape[0], (side // TILE for side in x.shape[-2:])
-    into, kernel_map, back = (_both_ways(matrix, x) for matrix in (_INPUT, _KERNEL, _OUTPUT))
+    into, kernel_map, back = (_both_ways(matrix, x) for matrix in (_WINDOW, _KERNEL, _OUTPUT))
     kernel = (kernel_map @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(WINDOW**2, inputs, outputs)
     found = x.new_empty(batch, rows, TILE, columns, TILE, outputs)
     # The same memory for every part: fresh pages cost more than the arithmetic on them.
@@ -98,7 +119,7 @@ def _windows(image: Tensor, row: int, count: int, columns: int) -> Tensor:
     )
 
 
-def _both_ways(matrix: tuple[tuple[float, ...], ...], like: Tensor) -> Tensor:
+def _both_ways(matrix: Matrix, like: Tensor) -> Tensor:
     """The map of rows and columns at once: the Kronecker product with itself."""
     one = torch.tensor(matrix, dtype=like.dtype, device=like.device)
     return torch.kron(one, one)

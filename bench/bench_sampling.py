@@ -1,0 +1,101 @@
+"""Pictures from prompts: the whole of sampling, and what it costs in steps."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import timing
+from functional_sd3 import pipeline, weights
+from functional_sd3.core import prng
+from functional_sd3.transformer import mmdit
+from tests import models
+
+PROMPTS = ["a large red circle on a white background"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A model of width 512 with small encoders, 256x256 pixels: ours, and diffusers' pipeline of the same folder."""
+    from diffusers import StableDiffusion3Pipeline
+
+    config = models.config(heads=8, head_dim=64, depth=6, position_size=32, sample_size=32)
+    # Its attention over the image alone is SD3.5-medium's, in the first half of the blocks.
+    config = replace(config, transformer=replace(config.transformer, dual_attention_layers=(0, 1, 2)))
+    folder = tmp_path_factory.mktemp("model") / "random"
+    weights.save(folder, models.random_model(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = StableDiffusion3Pipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    return weights.load(folder), theirs
+
+
+def test_pipeline(versus, pair):
+    model, theirs = pair
+    noise = prng.normal(prng.key(7), (1, 16, 32, 32))
+    versus(
+        "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels",
+        lambda: pipeline.generate(*models.parts(model), PROMPTS, prng.key(0), noise=noise, steps=28, cfg=5.0),
+        lambda: (
+            theirs(
+                PROMPTS,
+                latents=noise,
+                height=256,
+                width=256,
+                max_sequence_length=24,
+                num_inference_steps=28,
+                guidance_scale=5.0,
+                output_type="pt",
+            ).images
+        ),
+        peer="diffusers' pipeline",
+        tolerance=1e-3,
+        rounds=5,
+        memory=True,
+    )
+
+
+def test_eager_loop(versus, pair):
+    model, theirs = pair
+    noise = prng.normal(prng.key(7), (1, 16, 32, 32))
+    conditions = pipeline.encode(*models.parts(model), PROMPTS)
+    times = pipeline.sigmas(model.config, noise, 28)
+    context = torch.cat([conditions.positive.context, conditions.negative.context])
+    pooled = torch.cat([conditions.positive.pooled, conditions.negative.pooled])
+
+    def loop():
+        x = noise
+        for t, later in zip(times, times[1:], strict=False):
+            both = theirs.transformer(x.repeat(2, 1, 1, 1), context, pooled, 1000 * t.repeat(2), return_dict=False)[0]
+            positive, negative = both.chunk(2)
+            x = x + (later - t) * (negative + 5.0 * (positive - negative))
+        return x
+
+    versus(
+        "28 steps with guidance, the latents alone",
+        lambda: pipeline.sample(model.params, model.config, conditions, noise, steps=28, cfg=5.0),
+        loop,
+        peer="eager loop as Stability's, diffusers' module",
+        tolerance=1e-3,
+        rounds=5,
+        memory=True,
+    )
+
+
+def test_memory_in_steps(versus):
+    """A run holds its latents, and for each of its steps a row of modulations, far below what one block holds."""
+    config = models.config(heads=4, head_dim=64, depth=4, position_size=32, sample_size=32)
+    params = {"transformer": mmdit.init(prng.key(0), config.transformer)}
+    model = models.random_model(config)
+    conditions = pipeline.encode(*models.parts(model), PROMPTS)
+    noise = prng.normal(prng.key(7), (1, 16, 32, 32))
+    peaks = {}
+    with torch.no_grad():
+        for steps in (4, 16, 64):
+            peak = timing.allocated_peak(
+                lambda steps=steps: pipeline.sample(params, config, conditions, noise, steps=steps)
+            )
+            peaks[steps] = f"{steps} steps {peak / 2**20:.2f} MiB"
+    versus.record("peak memory of sampling against steps, width 256", memory=", ".join(peaks.values()))
