@@ -30,7 +30,7 @@ from functional_sd3.metrics import (
 )
 from functional_sd3.text import bpe, clip, clip_dual, conditioning, t5, unigram
 from functional_sd3.training import datasets, lora, optim, shapes, step
-from functional_sd3.transformer import mmdit
+from functional_sd3.transformer import control, controlnet, mmdit
 from functional_sd3.weights import shipped
 
 __version__ = "0.1.0"
@@ -44,6 +44,8 @@ __all__ = [
     "clip_score",
     "cmmd",
     "conditioning",
+    "control",
+    "controlnet",
     "datasets",
     "density_coverage",
     "fid",

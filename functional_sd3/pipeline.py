@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import prng, tree
-from functional_sd3.core.types import Key, Params, Velocity
+from functional_sd3.core.types import Key, Params, Tree, Velocity
 from functional_sd3.flow import guidance, ode, schedule
 from functional_sd3.flow.method import Method, StepInfo
+from functional_sd3.image import control as control_image
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.transformer import mmdit
+from functional_sd3.transformer import control as controls
+from functional_sd3.transformer import controlnet, mmdit
+from functional_sd3.transformer.control import Control
 from functional_sd3.weights.model import Config, Tokenizers
 
 T5_LENGTH = 256
@@ -47,20 +50,30 @@ def generate(
     on_step: Callable[[StepInfo], Any] | None = None,
     t5_length: int | None = None,
     skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
 ) -> Tensor:
     """Pictures of prompts: (batch, 3, height, width) in [0, 1], float32.
 
     key: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2), a key for each; noise: the starting latents
     (batch, channels, height / 8, width / 8) instead. negative: "" by default. cfg: guidance scale, 1 for none; a tensor
-    () or (batch,) may be differentiated. height, width: in pixels, by default the config's sample size. Raises
-    ValueError for sizes that do not fit.
+    () or (batch,) may be differentiated. height, width: in pixels, by default the config's sample size. control:
+    ControlNets with their pictures, which `control_latents` encodes. Raises ValueError for sizes that do not fit.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if noise is None:
         noise = initial_noise(key, config, len(prompts), height, width, device=_device(params))
     conditions = encode(params, config, tokenizers, prompts, negative=negative, t5_length=t5_length)
     latents = sample(
-        params, config, conditions, noise, steps=steps, cfg=cfg, method=method, on_step=on_step, skip_layers=skip_layers
+        params,
+        config,
+        conditions,
+        noise,
+        steps=steps,
+        cfg=cfg,
+        method=method,
+        on_step=on_step,
+        skip_layers=skip_layers,
+        control=control,
     )
     return decode(params, config, latents)
 
@@ -101,6 +114,35 @@ def encode(
     return Conditions(*(Conditioning(*parts) for parts in zip(*(part.chunk(2) for part in both), strict=True)))
 
 
+def control_latents(
+    params: Params,
+    config: Config,
+    images: Tensor,
+    net: controlnet.Config,
+    *,
+    mask: Tensor | None = None,
+    key: Key | None = None,
+) -> Tensor:
+    """What a ControlNet reads of pictures: images (batch, 3, height, width) in [0, 1] -> `Control.image_latents`.
+
+    mask (batch or 1, 1, height, width): for a ControlNet with a channel more, 1 where the picture is to be painted
+    anew. key: draws from the VAE's posterior, as diffusers does; by default its mean is taken. Raises ValueError when
+    a mask is missing or not wanted.
+    """
+    if (mask is None) != (net.extra_channels == 0):
+        wanted = "wants a mask" if mask is None else "wants none"
+        raise ValueError(f"this ControlNet reads {net.extra_channels} channels beside the latents: it {wanted}")
+    return control_image.encode(
+        params["vae"],
+        config.vae,
+        images,
+        shifted=mask is not None or not net.zero_pooled,
+        wide=net.kind == "canny" and net.context_width is None,
+        mask=mask,
+        key=key,
+    )
+
+
 def sample(
     params: Params,
     config: Config,
@@ -112,11 +154,18 @@ def sample(
     method: Method = ode.EULER,
     on_step: Callable[[StepInfo], Any] | None = None,
     skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`."""
     times = sigmas(config, noise, steps)
-    field = velocity(params, config, conditions, cfg, evaluation_times(method, times), skip_layers=skip_layers)
-    return ode.integrate(method, field, noise, times, on_step=on_step)
+    state = ode.start(method, noise, times[0])
+    # While a ControlNet is silent it costs nothing: the run is cut where one starts or ends.
+    for first, stop, speaking in controls.segments(control, steps):
+        grid, ends = times[first : stop + 1], stop == steps
+        asked = evaluation_times(method, grid, ends=ends)
+        field = velocity(params, config, conditions, cfg, asked, skip_layers=skip_layers, control=speaking)
+        state = ode.run(method, field, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
+    return state.x
 
 
 def velocity(
@@ -127,25 +176,46 @@ def velocity(
     times: Tensor | None = None,
     *,
     skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
     times: (n,) all the times it will be asked at. The modulations of every block depend on the time and the pooled
     vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
-    instead of once a step. Without `times` any t goes, () or (batch,).
+    instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
+    their start and end belong to `sample`.
     """
     weights, sizes = params["transformer"], config.transformer
+    for one in control:
+        controls.check(one, sizes)
+    pictures = controls.rows(control, len(conditions.positive.pooled))
 
-    def evaluate(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, *rows: Tensor) -> Tensor:
-        given = _at(rows, times, t) if rows else None
-        return mmdit.apply(weights, sizes, x, t, context, pooled, modulations=given, skip_layers=skip_layers)
+    def evaluate(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, pictures: Tree, *rows: Tree) -> Tensor:
+        given = _at(rows, times, t) if rows else {"transformer": None, "control": None}
+        told = [one._replace(**picture) for one, picture in zip(control, pictures, strict=True)]
+        heard = controls.residuals(told, weights, sizes, x, t, context, pooled, modulations=given["control"])
+        return mmdit.apply(
+            weights,
+            sizes,
+            x,
+            t,
+            context,
+            pooled,
+            modulations=given["transformer"],
+            skip_layers=skip_layers,
+            residuals=heard.residuals,
+            residual_after_last=heard.after_last,
+        )
 
     def arguments(condition: Conditioning) -> tuple:
         if times is None:
-            return tuple(condition)
-        table = mmdit.modulations(weights, sizes, times[:, None], condition.pooled)
+            return (*condition, pictures)
+        table = {
+            "transformer": mmdit.modulations(weights, sizes, times[:, None], condition.pooled),
+            "control": controls.modulations(control, times[:, None], condition.pooled),
+        }
         # Batch first, as everything that guidance joins.
-        return (*condition, tree.map(lambda leaf: leaf.transpose(0, 1), table))
+        return (*condition, pictures, tree.map(lambda leaf: leaf.transpose(0, 1), table))
 
     return guidance.batched(evaluate, arguments(conditions.negative), arguments(conditions.positive), cfg)
 
@@ -165,15 +235,16 @@ def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
     return schedule.from_config(settings, steps, mu=mu, device=noise.device)
 
 
-def evaluation_times(method: Method, times: Tensor) -> Tensor:
-    """The distinct times at which a method asks for the velocity on this grid, found by running it on a number."""
+def evaluation_times(method: Method, times: Tensor, *, ends: bool = True) -> Tensor:
+    """The times at which a method asks for the velocity on this grid, found by running it on a number; `ends` as in
+    `ode.run`."""
     asked: list[Tensor] = []
 
     def record(x: Tensor, t: Tensor) -> Tensor:
         asked.append(t)
         return x
 
-    ode.integrate(method, record, times.new_zeros(1), times)
+    ode.run(method, record, ode.start(method, times.new_zeros(1), times[0]), times, ends=ends)
     return torch.stack(asked)
 
 
@@ -193,6 +264,13 @@ def latent_size(config: Config, height: int | None = None, width: int | None = N
             raise ValueError(f"{name} {side} is beyond the {largest} pixels that the model has positions for")
         sides.append(side // factor)
     return sides[0], sides[1]
+
+
+def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: int) -> Callable[[StepInfo], Any] | None:
+    """Told of a part of a run, `on_step` hears the numbers of the whole."""
+    if on_step is None:
+        return None
+    return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
 
 
 def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:

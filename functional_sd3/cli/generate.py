@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from functional_sd3.cli import controls
+
 HELP = "draw pictures of prompts"
 METADATA = "functional_sd3"
 """Keyword of the PNG text chunk that holds the settings a picture was made with."""
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, with successive seeds")
     parser.add_argument("--size", metavar="WxH", help="in pixels, such as 1024x1024 (default: the model's own)")
     parser.add_argument("--method", default="euler", help="integrator: euler, heun, dpmpp_2m, ... (default euler)")
+    controls.add_arguments(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"pictures drawn at once (default {BATCH})")
@@ -48,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from functional_sd3 import pipeline, weights
     from functional_sd3.cli import runtime
+    from functional_sd3.image import vae
     from functional_sd3.weights import shipped
 
     timer.done("import")
@@ -58,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     runtime.require(model, ("transformer", "vae"), source)
     height, width = (None, None) if size is None else (size[1], size[0])
     latent_height, latent_width = pipeline.latent_size(model.config, height, width)
+    factor = vae.factor(model.config.vae)
+    picture_size = (latent_width * factor, latent_height * factor)
+    control = controls.prepare(arguments, model, picture_size, runtime.dtype(arguments.dtype, device), device)
     timer.done("load")
     _warn_truncated(model, [*dict.fromkeys(prompts), arguments.negative])
 
@@ -66,16 +73,19 @@ def run(arguments: argparse.Namespace) -> int:
         "negative": arguments.negative,
         "steps": arguments.steps,
         "cfg": arguments.cfg,
-        "size": _pixels(model.config, latent_height, latent_width),
+        "size": "x".join(map(str, picture_size)),
         "method": arguments.method,
         "dtype": arguments.dtype,
         "params": arguments.params or "",
+        **controls.settings(arguments),
     }
     pictures = []
     with _progress(arguments.steps * -(-len(jobs) // arguments.batch)) as bar:
         for start in range(0, len(jobs), arguments.batch):
             pictures.append(
-                _draw(model, jobs[start : start + arguments.batch], arguments, height, width, method, timer, bar)
+                _draw(
+                    model, jobs[start : start + arguments.batch], arguments, height, width, method, control, timer, bar
+                )
             )
     import torch
 
@@ -97,6 +107,7 @@ def command(settings: dict[str, Any]) -> str:
     for name in ("params", "negative", "steps", "cfg", "seed", "count", "size", "method", "dtype"):
         if name in settings and settings[name] != defaults.get(name):
             words += [f"--{name}", str(settings[name])]
+    words += controls.words(settings)
     return shlex.join(words)
 
 
@@ -119,7 +130,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _draw(model, jobs, arguments, height, width, method, timer, bar):
+def _draw(model, jobs, arguments, height, width, method, control, timer, bar):
     """One batch: the three parts of `pipeline.generate`, timed."""
     import torch
 
@@ -143,6 +154,7 @@ def _draw(model, jobs, arguments, height, width, method, timer, bar):
             steps=arguments.steps,
             cfg=arguments.cfg,
             method=method,
+            control=control,
             on_step=lambda info: bar.update(),
         )
         timer.done("sampling", device)
@@ -202,13 +214,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise ValueError(f"--size {text!r} must be WIDTHxHEIGHT in pixels, such as 1024x768")
     return int(match[1]), int(match[2])
-
-
-def _pixels(config, height: int, width: int) -> str:
-    from functional_sd3.image import vae
-
-    factor = vae.factor(config.vae)
-    return f"{width * factor}x{height * factor}"
 
 
 def _check_writable(folder: Path) -> None:

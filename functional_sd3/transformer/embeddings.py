@@ -1,12 +1,22 @@
-"""How time and place enter the transformer: sinusoids of t, and a 2-D sinusoidal table of positions."""
+"""How time, place and patches enter the transformer: sinusoids of t, a 2-D table of positions, projected patches."""
 
 import math
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
+
+from functional_sd3.core import layers
+from functional_sd3.core import spec as specs
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.transformer.checks import check_shape
 
 TIME_SCALE = 1000.0
 """The checkpoints read time as timesteps in [0, 1000]; everywhere else in this library t is in [0, 1]."""
+
+TIME_FREQUENCIES = 256
 
 
 def time_sinusoid(t: Tensor, size: int = 256) -> Tensor:
@@ -51,3 +61,39 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     top, left = (size - height) // 2, (size - width) // 2
     square = table.unflatten(1, (size, size))
     return square[:, top : top + height, left : left + width].flatten(1, 2)
+
+
+def embed_patches(params: Params, size: int, latents: Tensor) -> Tensor:
+    """Patches of size x size of latents (batch, channels, height, width), projected: (batch, tokens, width)."""
+    patches = rearrange(latents, "batch c (h p) (w q) -> batch (h w) (c p q)", p=size, q=size)
+    return layers.linear(layers.patches_linear(params), patches)
+
+
+def embed_condition(params: Params, pooled_width: int, t: Tensor, pooled: Tensor) -> Tensor:
+    """What every modulation is a linear map of: t and pooled as in `mmdit.modulations` -> ([steps,] batch, width)."""
+    check_shape("pooled", pooled, "(batch, pooled_width)", (None, pooled_width))
+    batch = pooled.shape[0]
+    if t.ndim > 2 or (t.ndim and t.shape[-1] not in (1, batch)):
+        raise ValueError(f"t {list(t.shape)} must be one number, ({batch},) or (steps, {batch}) as pooled has it")
+    dtype = params["time"]["in"]["weight"].dtype
+    time = _embedder(params["time"], time_sinusoid(t, TIME_FREQUENCIES).to(dtype))
+    return F.silu(time + _embedder(params["pooled"], pooled.to(dtype)))
+
+
+def embedder_spec(inputs: int, width: int) -> Tree:
+    """The two layers that take time, or the pooled text, to the width of the network."""
+    normal = specs.normal(0.02)
+    return {"in": layers.linear_spec(inputs, width, init=normal), "out": layers.linear_spec(width, width, init=normal)}
+
+
+def position_spec(width: int, size: int, base_size: int) -> Param:
+    """A leaf that starts as `position_table(width, size, base_size)` and is not learned."""
+
+    def table(key: Key, shape: tuple[int, ...]) -> Tensor:
+        return position_table(width, size, base_size).to(key.device)
+
+    return Param((1, size**2, width), table, (None, None, "width"), trainable=False)
+
+
+def _embedder(params: Params, x: Tensor) -> Tensor:
+    return layers.linear(params["out"], F.silu(layers.linear(params["in"], x)))

@@ -38,6 +38,17 @@ def spec(width: int, head_dim: int, *, qk_norm: bool, dual: bool, last: bool) ->
     return {"image": image, "context": context}
 
 
+def image_spec(width: int, head_dim: int) -> Tree:
+    """Parameters of a block that knows no context: the plain DiT block of SD3.5's ControlNets, without head norms."""
+    return {
+        "image": {
+            "modulation": zero_linear_spec(width, 6 * width),
+            "attention": _attention_spec(width, head_dim, qk_norm=False),
+            "mlp": _mlp_spec(width),
+        }
+    }
+
+
 def apply(
     params: Params,
     heads: int,
@@ -60,6 +71,19 @@ def apply(
     if "mlp" not in params["context"]:
         return image, context
     return image, _mlp(params["context"]["mlp"], context, *context_parts[3:])
+
+
+def apply_image(
+    params: Params, heads: int, image: Tensor, modulation: dict[str, Tensor], implementation: Implementation = "sdpa"
+) -> Tensor:
+    """One block of the image alone (Peebles and Xie 2023, DiT): image (batch, tokens, width) -> the same."""
+    parts = split_modulation(modulation["image"], image.shape[-1])
+    attention, (shift, scale, gate) = params["image"]["attention"], parts[:3]
+    (attended,) = joint_attention(
+        [_stream(attention, heads, modulate(norm(image), shift, scale))], implementation=implementation
+    )
+    image = _add_attended(attention, image, gate, attended)
+    return _mlp(params["image"]["mlp"], image, *parts[3:])
 
 
 def _attend(params, heads, image, context, image_parts, context_parts, implementation) -> tuple[Tensor, Tensor]:

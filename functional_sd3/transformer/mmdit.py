@@ -8,19 +8,23 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from functional_sd3.core import layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
-from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import joint_block
-from functional_sd3.transformer.embeddings import crop_positions, position_table, time_sinusoid
-
-TIME_FREQUENCIES = 256
+from functional_sd3.transformer.checks import check_latents, check_shape
+from functional_sd3.transformer.embeddings import (
+    TIME_FREQUENCIES,
+    crop_positions,
+    embed_condition,
+    embed_patches,
+    embedder_spec,
+    position_spec,
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,12 @@ def spec(config: Config) -> Tree:
     width = config.width
     patch_inputs = config.in_channels * config.patch_size**2
     return {
-        "position": _position_spec(config),
+        "position": position_spec(width, config.position_size, config.sample_size // config.patch_size),
         "patch": layers.conv2d_spec(
             config.in_channels, width, config.patch_size, init=specs.xavier_uniform(patch_inputs, width)
         ),
-        "time": _embedder_spec(TIME_FREQUENCIES, width),
-        "pooled": _embedder_spec(config.pooled_width, width),
+        "time": embedder_spec(TIME_FREQUENCIES, width),
+        "pooled": embedder_spec(config.pooled_width, width),
         "context": joint_block.linear_spec(config.context_width, width),
         "blocks": [
             joint_block.spec(
@@ -100,6 +104,7 @@ def apply(
     *,
     skip_layers: Collection[int] = (),
     residuals: Sequence[Tensor] = (),
+    residual_after_last: bool = False,
     modulations: Tree | None = None,
     implementation: Implementation = "sdpa",
     block_transform: Callable[[Callable], Callable] | None = None,
@@ -112,7 +117,8 @@ def apply(
 
     skip_layers: indices of blocks to leave out (skip-layer guidance).
     residuals: ControlNet's, each (batch, image tokens, width): spread evenly over the blocks and added to the image
-        after each but the last, also after those skipped, as diffusers does.
+        after each but the last, also after those skipped, as diffusers does. residual_after_last: after the last block
+        too, as Stability's reference does.
     modulations: what `modulations` returned for this t and pooled, which may then be None.
     implementation: of attention; "math" has forward-mode derivatives and a batching rule for its backward.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
@@ -127,17 +133,24 @@ def apply(
     apply_block = block_transform(joint_block.apply) if block_transform else joint_block.apply
     dtype = params["patch"]["weight"].dtype
     height, width = (side // config.patch_size for side in latents.shape[-2:])
+    for residual in residuals:
+        check_shape("residuals", residual, "(batch, tokens, width)", (latents.shape[0], height * width, config.width))
 
     image = embed_image(params, config, latents.to(dtype))
     context = layers.linear(params["context"], context.to(dtype))
     for index, (weights, parts) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
         if index not in skip_layers:
             image, context = apply_block(weights, config.heads, image, context, parts, implementation)
-        if residuals and index < config.depth - 1:
-            image = image + residuals[int(index / (config.depth / len(residuals)))].to(dtype)
+        if residuals and (residual_after_last or index < config.depth - 1):
+            image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
     scale, shift = joint_block.split_modulation(modulation["final"], config.width)
     patches = layers.linear(params["final"]["out"], joint_block.modulate(joint_block.norm(image), shift, scale))
     return unpatchify(patches, config, height, width).to(latents.dtype)
+
+
+def residual_index(block: int, depth: int, count: int) -> int:
+    """Which of `count` residuals is added after a block of `depth` (diffusers; Stability's where `depth` is even)."""
+    return int(block / (depth / count))
 
 
 def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None) -> Tree:
@@ -149,9 +162,9 @@ def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Te
 def embed_image(params: Params, config: Config, latents: Tensor) -> Tensor:
     """Patches of `latents` (batch, in_channels, height, width), projected and placed: (batch, tokens, width)."""
     size = config.patch_size
-    patches = rearrange(latents, "batch c (h p) (w q) -> batch (h w) (c p q)", p=size, q=size)
+    patches = embed_patches(params["patch"], size, latents)
     positions = crop_positions(params["position"], latents.shape[-2] // size, latents.shape[-1] // size)
-    return (layers.linear(layers.patches_linear(params["patch"]), patches) + positions).to(latents.dtype)
+    return (patches + positions).to(latents.dtype)
 
 
 def unpatchify(patches: Tensor, config: Config, height: int, width: int) -> Tensor:
@@ -167,13 +180,7 @@ def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tr
     {"blocks": [{"image", "context"}, ...], "final"} of tensors ([steps,] batch, n * width); `at` takes one step out.
     A third of the parameters is used nowhere else, so during a run they need not stay on the device.
     """
-    _check_shape("pooled", pooled, "(batch, pooled_width)", (None, config.pooled_width))
-    batch = pooled.shape[0]
-    if t.ndim > 2 or (t.ndim and t.shape[-1] not in (1, batch)):
-        raise ValueError(f"t {list(t.shape)} must be one number, ({batch},) or (steps, {batch}) as pooled has it")
-    dtype = params["time"]["in"]["weight"].dtype
-    time = _embedder(params["time"], time_sinusoid(t, TIME_FREQUENCIES).to(dtype))
-    condition = F.silu(time + _embedder(params["pooled"], pooled.to(dtype)))
+    condition = embed_condition(params, config.pooled_width, t, pooled)
     return {
         "blocks": [
             {stream: layers.linear(weights[stream]["modulation"], condition) for stream in ("image", "context")}
@@ -188,34 +195,10 @@ def at(modulations: Tree, step: int) -> Tree:
     return tree.map(lambda leaf: leaf[step], modulations)
 
 
-def _embedder(params: Params, x: Tensor) -> Tensor:
-    return layers.linear(params["out"], F.silu(layers.linear(params["in"], x)))
-
-
-def _embedder_spec(inputs: int, width: int) -> Tree:
-    normal = specs.normal(0.02)
-    return {"in": layers.linear_spec(inputs, width, init=normal), "out": layers.linear_spec(width, width, init=normal)}
-
-
-def _position_spec(config: Config) -> Param:
-    def table(key: Key, shape: tuple[int, ...]) -> Tensor:
-        base_size = config.sample_size // config.patch_size
-        return position_table(config.width, config.position_size, base_size).to(key.device)
-
-    return Param((1, config.position_size**2, config.width), table, (None, None, "width"), trainable=False)
-
-
 def _check_inputs(config, latents, context, skip_layers) -> None:
-    if latents.ndim != 4 or latents.shape[1] != config.in_channels:
-        raise ValueError(f"latents {list(latents.shape)} must be (batch, {config.in_channels}, height, width)")
-    for name, side in zip(("height", "width"), latents.shape[-2:], strict=True):
-        below = side // config.patch_size * config.patch_size
-        above = below + config.patch_size
-        if side != below or not side:
-            nearest = f"nearest are {below} and {above}" if below else f"the least is {above}"
-            raise ValueError(f"latent {name} {side} is not a multiple of the patch size {config.patch_size}; {nearest}")
+    check_latents("latents", latents, config.in_channels, config.patch_size)
     batch = latents.shape[0]
-    _check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
+    check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
     absent = sorted(index for index in skip_layers if not 0 <= index < config.depth)
     if absent:
         raise ValueError(f"skip_layers {absent} are not among the blocks 0 to {config.depth - 1}")
@@ -227,9 +210,3 @@ def _check_modulations(modulations: Tree, batch: int) -> None:
         raise ValueError(f"modulations of {final.shape[0]} steps at once: take one step out with `mmdit.at`")
     if final.shape[0] not in (1, batch):
         raise ValueError(f"modulations of a batch of {final.shape[0]} do not fit latents with a batch of {batch}")
-
-
-def _check_shape(name: str, x: Tensor, meaning: str, shape: tuple[int | None, ...]) -> None:
-    if x.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} {list(x.shape)} must be {meaning} = ({wanted})")

@@ -14,6 +14,8 @@ import torch
 
 from functional_sd3.weights import atomic, composing, diffusers, files, forms, layout, single, sources
 from functional_sd3.weights.clip import load as load_clip
+from functional_sd3.weights.controlnets import load as load_controlnet
+from functional_sd3.weights.controlnets import save as save_controlnet
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.forms import infer_config
 from functional_sd3.weights.inception import UnknownWeights, load_inception
@@ -33,10 +35,12 @@ __all__ = [
     "layout",
     "load",
     "load_clip",
+    "load_controlnet",
     "load_inception",
     "load_statistics",
     "missing",
     "save",
+    "save_controlnet",
     "save_statistics",
     "spec",
 ]

@@ -83,7 +83,7 @@ def plan(piece: Piece) -> Plan:
         names = layout.canonical(table, places)
         problems += layout.check(table, described, {proper: shapes[name] for proper, name in names.items()})
         if not problems:
-            problems += _too_large_to_compute(table, described, names, shapes)
+            problems += too_large_to_compute(table, described, names, shapes)
     except WeightsError as error:
         raise WeightsError([where + problem for problem in (*problems, *error.problems)]) from None
     except (RuntimeError, OverflowError) as error:
@@ -187,7 +187,7 @@ def _wrong_format(name: str, mapped: Mapped) -> list[str]:
     return [] if known else [f"{name} says the weight is quantised as {said!r}; only {' and '.join(_FP8)} are read"]
 
 
-def _too_large_to_compute(
+def too_large_to_compute(
     table: Layout, spec: Tree, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """Tables that a file lacks and that would be larger than all it holds: what is merely claimed takes no memory."""

@@ -1,0 +1,163 @@
+"""ControlNets on the command line: `--control KIND=IMAGE[:SCALE[:START-END]]` with `--controlnet [KIND=]PATH`."""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from functional_sd3.transformer.control import Control
+    from functional_sd3.weights.controlnets import ControlNet
+
+_NUMBER = r"[-+]?[0-9.]+(?:[eE][-+]?\d+)?"
+_ASKED = re.compile(
+    rf"(?P<kind>\w+)=(?P<image>.+?)(?::(?P<scale>{_NUMBER})(?::(?P<start>{_NUMBER})-(?P<end>{_NUMBER}))?)?"
+)
+
+
+class Asked(NamedTuple):
+    """One `--control`: what the picture is, where it lies, how strongly and when it is heard."""
+
+    kind: str
+    image: Path
+    scale: float
+    start: float
+    end: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="KIND=IMAGE[:SCALE[:START-END]]",
+        help="a picture to follow, such as canny=edges.png:0.8 (blur, canny, depth, ...); START and END are fractions "
+        "of the run. May be repeated; needs --controlnet",
+    )
+    parser.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="[KIND=]PATH",
+        help="the ControlNet that reads it: a folder of diffusers' or a file of Stability's",
+    )
+    parser.add_argument(
+        "--control-after-last",
+        action="store_true",
+        help="heed it after the last block too, as Stability's reference does",
+    )
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a picture keeps of how it was controlled; nothing where it was not."""
+    if not arguments.control:
+        return {}
+    return {name: getattr(arguments, name) for name in ("control", "controlnet", "control_after_last")}
+
+
+def words(settings: dict[str, Any]) -> list[str]:
+    """The words of a command line that say so again."""
+    pairs = [(f"--{name}", text) for name in ("control", "controlnet") for text in settings.get(name, [])]
+    flag = ["--control-after-last"] if settings.get("control_after_last") else []
+    return [word for pair in pairs for word in pair] + flag
+
+
+def parse(text: str) -> Asked:
+    """ValueError where the words are not of the form, the kind is unknown or a number is none."""
+    from functional_sd3.transformer import controlnet
+
+    match = _ASKED.fullmatch(text)
+    if not match:
+        raise ValueError(f"--control {text!r} must be KIND=IMAGE, KIND=IMAGE:SCALE or KIND=IMAGE:SCALE:START-END")
+    if match["kind"] not in controlnet.KINDS:
+        raise ValueError(f"--control {text!r}: kind {match['kind']!r} must be one of {', '.join(controlnet.KINDS)}")
+    try:
+        numbers = [float(match[name] or usual) for name, usual in (("scale", 1), ("start", 0), ("end", 1))]
+    except ValueError:
+        raise ValueError(f"--control {text!r}: its scale, start and end must be numbers") from None
+    return Asked(match["kind"], Path(match["image"]), *numbers)
+
+
+def prepare(arguments: argparse.Namespace, model, size: tuple[int, int], dtype, device) -> "list[Control]":
+    """The controls that were asked for, their pictures encoded; size (width, height) of what is drawn, in pixels.
+
+    Raises ValueError for words that make no sense, ControlNets made for another model, and pictures of other
+    proportions than what is drawn; WeightsError for files that cannot be read.
+    """
+    import torch
+
+    from functional_sd3 import pipeline
+    from functional_sd3.transformer import control
+
+    asked = [parse(text) for text in arguments.control]
+    if not asked and not arguments.controlnet:
+        return []
+    found = []
+    for one, net in zip(asked, _nets(asked, arguments.controlnet, dtype, device), strict=True):
+        made = control.Control(
+            net.params, net.config, torch.zeros(1, 1, 1, 1), one.scale, one.start, one.end, arguments.control_after_last
+        )
+        control.check(made, model.config.transformer)
+        images, mask = _picture(one.image, size, net.config.extra_channels > 0)
+        with torch.no_grad():
+            latents = pipeline.control_latents(
+                model.params,
+                model.config,
+                images.to(device),
+                net.config,
+                mask=None if mask is None else mask.to(device),
+            )
+        found.append(made._replace(image_latents=latents))
+    return found
+
+
+def _nets(asked: list[Asked], paths: list[str], dtype, device) -> "list[ControlNet]":
+    """A ControlNet for each picture: the one named for its kind, that whose file tells its kind, the next unnamed."""
+    from functional_sd3 import weights
+    from functional_sd3.transformer import controlnet
+
+    named: dict[str, ControlNet] = {}
+    unnamed = []
+    for text in paths:
+        kind, equals, path = text.partition("=")
+        called = kind if equals and kind in controlnet.KINDS else None
+        net = weights.load_controlnet(path if called else text, dtype=dtype, device=device)
+        if called and net.config.kind not in (None, called):
+            raise ValueError(f"--controlnet {text}: its file says that it reads pictures of {net.config.kind}")
+        if called or net.config.kind:
+            named[called or net.config.kind] = net
+        else:
+            unnamed.append(net)
+    if len(paths) > len(asked):
+        raise ValueError(f"{len(paths)} --controlnet for {len(asked)} pictures; give a --control KIND=IMAGE for each")
+    found = []
+    for one in asked:
+        if one.kind not in named and not unnamed:
+            raise ValueError(f"--control {one.kind}={one.image} needs --controlnet {one.kind}=PATH: what reads it")
+        net = named[one.kind] if one.kind in named else unnamed.pop(0)
+        found.append(net._replace(config=dataclasses.replace(net.config, kind=one.kind)))
+    return found
+
+
+def _picture(path: Path, size: tuple[int, int], masked: bool):
+    """(1, 3, height, width) in [0, 1] and, where wanted, the mask: 1 where the picture is transparent."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    from functional_sd3.image import pixels
+
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGBA") if masked else pixels.opaque(opened).copy()
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture") from None
+    if picture.size[0] * size[1] != picture.size[1] * size[0]:
+        has, wants = ("x".join(map(str, sides)) for sides in (picture.size, size))
+        raise ValueError(f"{path} is {has}, but what is drawn is {wants}: crop it to these proportions, or give --size")
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if not masked:
+        return pixels.from_pil(picture), None
+    alpha = torch.tensor(list(picture.getchannel("A").tobytes())).reshape(1, 1, size[1], size[0])
+    return pixels.from_pil(picture.convert("RGB")), (alpha < 128).float()

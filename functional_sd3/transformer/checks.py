@@ -1,0 +1,22 @@
+"""What the networks of this room refuse, in the words of whoever calls them."""
+
+from torch import Tensor
+
+
+def check_shape(name: str, x: Tensor, meaning: str, shape: tuple[int | None, ...]) -> None:
+    """ValueError unless x has this shape, None standing for any size."""
+    if x.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} {list(x.shape)} must be {meaning} = ({wanted})")
+
+
+def check_latents(name: str, latents: Tensor, channels: int, patch_size: int) -> None:
+    """ValueError unless latents are (batch, channels, height, width) and whole patches."""
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(f"{name} {list(latents.shape)} must be (batch, {channels}, height, width)")
+    for axis, side in zip(("height", "width"), latents.shape[-2:], strict=True):
+        below = side // patch_size * patch_size
+        above = below + patch_size
+        if side != below or not side:
+            nearest = f"nearest are {below} and {above}" if below else f"the least is {above}"
+            raise ValueError(f"{name}: {axis} {side} is not a multiple of the patch size {patch_size}; {nearest}")

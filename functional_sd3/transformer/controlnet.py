@@ -1,0 +1,235 @@
+"""ControlNet for SD3 and SD3.5: a smaller copy of the transformer that reads a picture and answers with residuals.
+
+Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543). Two kinds, as in
+diffusers' `SD3ControlNetModel`: with joint blocks, which read the prompt (InstantX, Alimama), and of the image alone,
+whose patches and positions are the transformer's own (Stability's "8b" files for SD3.5-large).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import layers
+from functional_sd3.core import spec as specs
+from functional_sd3.core.attention import Implementation
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.transformer import joint_block, mmdit
+from functional_sd3.transformer.checks import check_latents, check_shape
+from functional_sd3.transformer.embeddings import (
+    TIME_FREQUENCIES,
+    embed_condition,
+    embed_patches,
+    embedder_spec,
+    position_spec,
+)
+
+KINDS = ("blur", "canny", "depth", "pose", "tile", "inpaint")
+"""What the picture a ControlNet reads may be; Stability's files number the first three in this order."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a ControlNet; `SD35_LARGE` is that of the released files for SD3.5-large.
+
+    context_width: None for blocks of the image alone. own_patches: False where the transformer's patches and positions
+    are read; position_size: None for own patches without positions. extra_channels: of the picture beyond the latents'
+    (a mask). zero_pooled: the pooled text was zero, and latents of pictures were not shifted, in training; `apply`
+    leaves both to its caller, as diffusers does. kind: one of `KINDS`, where known.
+    """
+
+    depth: int
+    heads: int
+    head_dim: int = 64
+    patch_size: int = 2
+    in_channels: int = 16
+    extra_channels: int = 0
+    context_width: int | None = 4096
+    pooled_width: int = 2048
+    own_patches: bool = True
+    position_size: int | None = 192
+    sample_size: int = 128
+    qk_norm: bool = False
+    dual_attention_layers: tuple[int, ...] = ()
+    zero_pooled: bool = True
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} of ControlNet must be one of {', '.join(KINDS)}")
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+SD35_LARGE = Config(
+    depth=19, heads=38, context_width=None, own_patches=False, position_size=None, zero_pooled=False
+)
+
+
+def spec(config: Config) -> Tree:
+    """Every parameter. What reads the picture and what writes the residuals start at zero: no effect at first."""
+    width = config.width
+    tree: dict[str, Any] = {}
+    if config.own_patches:
+        if config.position_size is not None:
+            tree["position"] = position_spec(width, config.position_size, config.sample_size // config.patch_size)
+        inputs = config.in_channels * config.patch_size**2
+        uniform = specs.xavier_uniform(inputs, width)
+        tree["patch"] = layers.conv2d_spec(config.in_channels, width, config.patch_size, init=uniform)
+    tree["time"] = embedder_spec(TIME_FREQUENCIES, width)
+    tree["pooled"] = embedder_spec(config.pooled_width, width)
+    if config.context_width is not None:
+        tree["context"] = joint_block.linear_spec(config.context_width, width)
+    channels = config.in_channels + config.extra_channels
+    return {
+        **tree,
+        "picture": layers.conv2d_spec(channels, width, config.patch_size, init=specs.zeros),
+        "blocks": [_block_spec(config, index) for index in range(config.depth)],
+        "residuals": [joint_block.zero_linear_spec(width, width) for _ in range(config.depth)],
+    }
+
+
+def init(
+    key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Params:
+    """Fresh parameters, whose residuals are zero; `from_transformer` copies what it can from a trained one."""
+    return specs.init(key, spec(config), dtype=dtype, device=device)
+
+
+def apply(
+    params: Params,
+    config: Config,
+    latents: Tensor,
+    t: Tensor | None,
+    context: Tensor | None,
+    pooled: Tensor | None,
+    image_latents: Tensor,
+    scale: float | Tensor = 1.0,
+    *,
+    modulations: Tree | None = None,
+    implementation: Implementation = "sdpa",
+    block_transform: Callable[[Callable], Callable] | None = None,
+) -> list[Tensor]:
+    """One residual for each block, (batch, tokens, width), which `mmdit.apply(..., residuals=)` adds.
+
+    latents (batch, in_channels, height, width), or what `mmdit.embed_image` of the transformer makes of them, (batch,
+    tokens, width): a ControlNet without patches of its own needs these. t, context, pooled: as in `mmdit.apply`;
+    without a context_width the context is not read and may be None. image_latents (batch or 1, in_channels +
+    extra_channels, height, width): the picture, encoded (`pipeline.control_latents`). scale: a number, or a tensor ()
+    or (batch,); 0 gives residuals of exactly 0. modulations, implementation, block_transform: as in `mmdit.apply`.
+
+    Raises ValueError when a shape does not fit the config or another one's.
+    """
+    dtype = params["picture"]["weight"].dtype
+    image = embed(params, config, latents.to(dtype), image_latents.to(dtype))
+    modulation = _modulations_of(params, config, t, pooled) if modulations is None else modulations
+    text = _embed_context(params, config, context, latents.shape[0], dtype)
+    residuals = []
+    for block, out, parts in zip(params["blocks"], params["residuals"], modulation["blocks"], strict=True):
+        image, text = _apply_block(block, config.heads, image, text, parts, implementation, block_transform)
+        residuals.append(_scaled(layers.linear(out, image), scale))
+    return residuals
+
+
+def embed(params: Params, config: Config, latents: Tensor, image_latents: Tensor) -> Tensor:
+    """The tokens (batch, tokens, width) that the blocks read: of the noisy latents, with the picture's added."""
+    check_latents("image_latents", image_latents, config.in_channels + config.extra_channels, config.patch_size)
+    height, width = image_latents.shape[-2:]
+    tokens = height * width // config.patch_size**2
+    if latents.ndim == 4 and config.own_patches:
+        check_latents("latents", latents, config.in_channels, config.patch_size)
+        if latents.shape[-2:] != image_latents.shape[-2:]:
+            found = " x ".join(map(str, latents.shape[-2:]))
+            raise ValueError(f"the picture's latents are {height} x {width}, but the noisy latents are {found}")
+        if config.position_size is None:
+            latents = embed_patches(params["patch"], config.patch_size, latents)
+        else:
+            latents = mmdit.embed_image(params, config, latents)
+    elif latents.ndim == 4:
+        raise ValueError(
+            "this ControlNet has no patches of its own: instead of latents it reads the transformer's tokens, "
+            "mmdit.embed_image(transformer, config, latents)"
+        )
+    check_shape("latents", latents, "(batch, tokens, width)", (None, tokens, config.width))
+    if image_latents.shape[0] not in (1, latents.shape[0]):
+        raise ValueError(f"{image_latents.shape[0]} pictures for a batch of {latents.shape[0]}; give one, or as many")
+    return latents + embed_patches(params["picture"], config.patch_size, image_latents)
+
+
+def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
+    """All that t and pooled have to say, for one step or for many at once: as `mmdit.modulations`, without a final."""
+    condition = embed_condition(params, config.pooled_width, t, pooled)
+    return {
+        "blocks": [
+            {stream: layers.linear(part["modulation"], condition) for stream, part in block.items()}
+            for block in params["blocks"]
+        ]
+    }
+
+
+def from_transformer(key: Key, config: Config, transformer: Params, transformer_config: mmdit.Config) -> Params:
+    """Fresh parameters with copies of the transformer's patches, embedders and first blocks: where training starts.
+
+    Raises ValueError when the two are of different widths, or the ControlNet is the deeper one.
+    """
+    if config.context_width is None:
+        raise ValueError("a ControlNet of the image alone has no blocks like the transformer's to start from")
+    sizes = ("heads", "head_dim", "patch_size", "in_channels", "context_width", "pooled_width", "qk_norm")
+    for name in sizes:
+        own, other = getattr(config, name), getattr(transformer_config, name)
+        if own != other:
+            raise ValueError(f"the ControlNet's {name} is {own}, the transformer's {other}: nothing can be copied")
+    # The transformer's last block lacks half of its context.
+    if config.depth >= transformer_config.depth:
+        raise ValueError(f"depth {config.depth} must be less than the transformer's {transformer_config.depth}")
+    dual = tuple(index for index in transformer_config.dual_attention_layers if index < config.depth)
+    if config.dual_attention_layers != dual:
+        raise ValueError(f"dual_attention_layers {config.dual_attention_layers} must be the transformer's {dual}")
+    like = transformer["patch"]["weight"]
+    fresh = init(key, config, dtype=like.dtype, device=like.device)
+    copied = {name: transformer[name] for name in ("patch", "time", "pooled", "context") if name in fresh}
+    if config.position_size == transformer_config.position_size and "position" in fresh:
+        copied["position"] = transformer["position"]
+    copied["blocks"] = transformer["blocks"][: config.depth]
+    return {name: copied.get(name, leaf) for name, leaf in fresh.items()}
+
+
+def _block_spec(config: Config, index: int) -> Tree:
+    if config.context_width is None:
+        return joint_block.image_spec(config.width, config.head_dim)
+    dual = index in config.dual_attention_layers
+    return joint_block.spec(config.width, config.head_dim, qk_norm=config.qk_norm, dual=dual, last=False)
+
+
+def _apply_block(block, heads, image, text, parts, implementation, block_transform) -> tuple[Tensor, Tensor | None]:
+    if text is None:
+        apply_image = block_transform(joint_block.apply_image) if block_transform else joint_block.apply_image
+        return apply_image(block, heads, image, parts, implementation), None
+    apply_joint = block_transform(joint_block.apply) if block_transform else joint_block.apply
+    return apply_joint(block, heads, image, text, parts, implementation)
+
+
+def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None) -> Tree:
+    if t is None or pooled is None:
+        raise ValueError("apply needs t and pooled, or the modulations computed from them")
+    return modulations(params, config, t, pooled)
+
+
+def _embed_context(params: Params, config: Config, context: Tensor | None, batch: int, dtype) -> Tensor | None:
+    if config.context_width is None:
+        return None
+    if context is None:
+        raise ValueError("this ControlNet reads the prompt: it needs a context")
+    check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
+    return layers.linear(params["context"], context.to(dtype))
+
+
+def _scaled(residual: Tensor, scale: float | Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        scale = scale.to(residual.dtype)
+        scale = scale[:, None, None] if scale.ndim else scale
+    return residual * scale

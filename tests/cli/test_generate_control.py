@@ -1,0 +1,111 @@
+"""ControlNets on the command line: who reads which picture, and what is said when words make no sense."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from functional_sd3 import cli, weights
+from functional_sd3.cli import controls, generate
+from functional_sd3.core import spec as specs
+from functional_sd3.transformer import controlnet
+from functional_sd3.weights.controlnets import ControlNet
+from tests import models
+
+PROMPT = "a large red circle on a white background"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("control")
+    model = models.random_model()
+    weights.save(root / "model", model)
+    sizes = {name: getattr(model.config.transformer, name) for name in ("heads", "head_dim", "pooled_width")}
+    config = controlnet.Config(
+        depth=2, **sizes, context_width=None, own_patches=False, position_size=None, zero_pooled=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    leaf = lambda path, param: 0.3 * torch.randn(param.shape, generator=generator)  # noqa: E731
+    net = ControlNet(specs.map_params(leaf, controlnet.spec(config)), config)
+    weights.save_controlnet(root / "any", net)
+    canny = net._replace(config=dataclasses.replace(config, kind="canny"))
+    weights.save_controlnet(root / "canny.safetensors", canny, layout="stability")
+    masked = dataclasses.replace(config, extra_channels=1)
+    net = ControlNet(specs.map_params(leaf, controlnet.spec(masked)), masked)
+    weights.save_controlnet(root / "inpaint", net)
+    other = dataclasses.replace(config, heads=3)
+    other_params = specs.map_params(leaf, controlnet.spec(other))
+    weights.save_controlnet(root / "other", ControlNet(other_params, other))
+    generator.manual_seed(1)
+    pixels = (torch.rand(64, 64, 4, generator=generator) * 255).byte().numpy()
+    Image.fromarray(pixels).save(root / "transparent.png")
+    Image.fromarray(pixels[..., :3].copy()).save(root / "edges.png")
+    Image.fromarray(pixels[:32, :, :3].copy()).save(root / "wide.png")
+    Image.fromarray(pixels[:32, :32, :3].copy()).save(root / "small.png")
+    return root
+
+
+def draw(files, *words) -> torch.Tensor:
+    out = files / "out.png"
+    common = ["generate", PROMPT, "--params", files / "model", "--steps", 2, "--out", out]
+    assert cli.main([str(word) for word in (*common, *words)]) == 0
+    with Image.open(out) as picture:
+        return torch.tensor(list(picture.tobytes()))
+
+
+def test_a_picture_is_followed_as_strongly_as_asked(files):
+    plain = draw(files)
+    net = ("--controlnet", files / "any")
+    assert torch.equal(draw(files, *net, "--control", f"depth={files}/edges.png:0"), plain)
+    full = draw(files, *net, "--control", f"depth={files}/edges.png")
+    assert not torch.equal(full, plain)
+    assert torch.equal(draw(files, *net, "--control", f"depth={files}/edges.png:1:0-1"), full)
+    assert not torch.equal(draw(files, *net, "--control", f"depth={files}/edges.png:1:0-0.5"), full)
+    assert not torch.equal(draw(files, *net, "--control", f"depth={files}/edges.png", "--control-after-last"), full)
+    assert draw(files, *net, "--control", f"depth={files}/small.png").shape == full.shape
+
+
+def test_several_pictures_find_their_readers_by_kind_and_the_settings_say_them_again(files):
+    words = ["--controlnet", files / "any", "--controlnet", files / "canny.safetensors"]
+    words += ["--control", f"canny={files}/edges.png:0.5", "--control", f"blur={files}/edges.png:2"]
+    first = draw(files, *words, "--control-after-last")
+    with Image.open(files / "out.png") as picture:
+        settings = json.loads(picture.info[generate.METADATA])
+    said = controls.words(settings)
+    assert said[1] == f"canny={files}/edges.png:0.5" and said[-1] == "--control-after-last"
+    assert torch.equal(draw(files, *said), first)
+    assert f"--control canny={files}/edges.png:0.5" in generate.command(settings)
+
+
+def test_what_is_transparent_is_painted_anew(files):
+    net = ("--controlnet", f"inpaint={files}/inpaint")
+    masked = draw(files, *net, "--control", f"inpaint={files}/transparent.png")
+    assert not torch.equal(masked, draw(files, *net, "--control", f"inpaint={files}/edges.png"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--control", "edges.png"], "--control 'edges.png' must be KIND=IMAGE"),
+        (["--control", "edge=edges.png"], "kind 'edge' must be one of blur, canny, depth"),
+        (["--control", "canny={}/edges.png"], "needs --controlnet canny=PATH"),
+        (["--controlnet", "{}/any"], "1 --controlnet for 0 pictures"),
+        (["--control", "canny={}/edges.png:11", "--controlnet", "{}/any"], "scale 11.0 of a ControlNet must be in"),
+        (["--control", "canny={}/edges.png:1:0.6-0.4", "--controlnet", "{}/any"], "start 0.6 and end 0.4"),
+        (["--control", "canny={}/edges.png:1.2.3", "--controlnet", "{}/any"], "must be numbers"),
+        (["--control", "canny={}/no.png", "--controlnet", "{}/any"], "No such file or directory: {}/no.png"),
+        (["--control", "canny={}/model/model_index.json", "--controlnet", "{}/any"], "is not a picture"),
+        (["--control", "canny={}/wide.png", "--controlnet", "{}/any"], "wide.png is 64x32, but what is drawn is 64x64"),
+        (["--control", "canny={}/edges.png", "--controlnet", "{}/other"], "made for another model: its width is 48"),
+        (["--control", "blur={}/edges.png", "--controlnet", "blur={}/canny.safetensors"], "reads pictures of canny"),
+        (["--control", "canny={}/edges.png", "--controlnet", "{}/model"], "config.json: cannot be opened"),
+    ],
+)
+def test_words_that_make_no_sense_end_in_a_line(files, words, message, capsys):
+    words = [word.format(files) for word in words]
+    common = ["generate", PROMPT, "--params", str(files / "model"), "--steps", "1", "--out", str(files / "x.png")]
+    assert cli.main([*common, *words]) == 1
+    error = capsys.readouterr().err
+    assert message.format(files) in error and "Traceback" not in error

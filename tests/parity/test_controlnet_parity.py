@@ -1,0 +1,159 @@
+"""ControlNets of every kind against diffusers' SD3ControlNetModel, with random weights everywhere."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from functional_sd3.core import prng, tree
+from functional_sd3.core import spec as specs
+from functional_sd3.transformer import control, controlnet, mmdit
+from functional_sd3.weights import controlnets, layout, load_controlnet, save_controlnet
+from functional_sd3.weights.diffusers_keys import TRANSFORMER
+from tests.parity.test_mmdit_parity import (
+    LAYOUTS,
+    SMALL,
+    random_inputs,
+    random_params,
+    relative_error,
+    their_model,
+    their_velocity,
+)
+
+diffusers = pytest.importorskip("diffusers")
+
+TRANSFORMER_CONFIG = LAYOUTS["SD3.5-large"]
+JOINT = controlnet.Config(**SMALL)
+IMAGE_ONLY = controlnet.Config(
+    **{**SMALL, "context_width": None, "position_size": None, "depth": 2}, own_patches=False, zero_pooled=False
+)
+KINDS = {
+    "joint": JOINT,
+    "joint, norms and dual": dataclasses.replace(JOINT, depth=2, qk_norm=True, dual_attention_layers=(0,)),
+    "joint, no positions": dataclasses.replace(JOINT, depth=1, position_size=None),
+    "joint, with a mask": dataclasses.replace(JOINT, depth=2, extra_channels=1),
+    "joint, the transformer's patches": dataclasses.replace(JOINT, depth=2, own_patches=False, position_size=None),
+    "image alone": IMAGE_ONLY,
+    "image alone, own patches": dataclasses.replace(IMAGE_ONLY, own_patches=True, position_size=24),
+}
+
+
+def their_controlnet(config: controlnet.Config):
+    return diffusers.SD3ControlNetModel(
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        num_layers=config.depth,
+        attention_head_dim=config.head_dim,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        out_channels=config.in_channels,
+        pos_embed_max_size=config.position_size,
+        extra_conditioning_channels=config.extra_channels,
+        dual_attention_layers=config.dual_attention_layers,
+        qk_norm="rms_norm" if config.qk_norm else None,
+        pos_embed_type=None if config.position_size is None else "sincos",
+        use_pos_embed=config.own_patches,
+        force_zeros_for_pooled_projection=config.zero_pooled,
+    ).eval()
+
+
+def random_controlnet(config: controlnet.Config, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed + 10)
+
+    def leaf(path, param):
+        if not param.trainable:
+            return param.init(prng.key(0), param.shape)
+        return 0.1 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
+
+    return specs.map_params(leaf, controlnet.spec(config))
+
+
+def pair(config: controlnet.Config, seed: int = 0):
+    params = random_controlnet(config, seed)
+    theirs = their_controlnet(config)
+    spec = controlnet.spec(config)
+    theirs.load_state_dict(
+        layout.to_theirs(controlnets.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True
+    )
+    return params, theirs
+
+
+def picture(config: controlnet.Config, seed: int = 5, batch: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, config.in_channels + config.extra_channels, 20, 28, generator=generator)
+
+
+def their_residuals(theirs, latents, t, context, pooled, image, scale):
+    with torch.no_grad():
+        text = None if theirs.context_embedder is None else context
+        return theirs(latents, image, scale, text, pooled, 1000 * t, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", ["sdpa", "math"])
+def test_residuals_and_the_velocity_with_them_equal_diffusers(kind, implementation):
+    config = KINDS[kind]
+    transformer = random_params(TRANSFORMER_CONFIG)
+    their_transformer = their_model(TRANSFORMER_CONFIG)
+    spec = mmdit.spec(TRANSFORMER_CONFIG)
+    their_transformer.load_state_dict(layout.to_theirs(TRANSFORMER, spec, tree.flatten_paths(transformer)), strict=True)
+    params, theirs = pair(config)
+    latents, t, context, pooled = random_inputs(TRANSFORMER_CONFIG)
+    image = picture(config)
+    seen = latents if config.own_patches else mmdit.embed_image(transformer, TRANSFORMER_CONFIG, latents)
+    expected = their_residuals(theirs, seen, t, context, pooled, image, 0.7)
+    ours = controlnet.apply(params, config, seen, t, context, pooled, image, 0.7, implementation=implementation)
+    assert len(ours) == len(expected) == config.depth
+    for own, their in zip(ours, expected, strict=True):
+        assert relative_error(own, their) <= 1e-5
+    velocity = mmdit.apply(transformer, TRANSFORMER_CONFIG, latents, t, context, pooled, residuals=ours)
+    options = {"block_controlnet_hidden_states": expected}
+    their_answer = their_velocity(their_transformer, latents, t, context, pooled, **options)
+    assert relative_error(velocity, their_answer) <= 1e-5
+    assert relative_error(velocity, their_velocity(their_transformer, latents, t, context, pooled)) > 1e-2
+
+
+def test_several_equal_diffusers_multi_controlnet():
+    transformer = random_params(TRANSFORMER_CONFIG)
+    configs = [JOINT, dataclasses.replace(JOINT, qk_norm=True)]
+    pairs = [pair(config, seed) for seed, config in enumerate(configs)]
+    multi = diffusers.SD3MultiControlNetModel([theirs for _, theirs in pairs])
+    latents, t, context, pooled = random_inputs(TRANSFORMER_CONFIG)
+    images, scales = [picture(JOINT, 6), picture(JOINT, 7)], [0.4, 1.3]
+    with torch.no_grad():
+        expected = multi(latents, images, scales, torch.zeros_like(pooled), context, 1000 * t, return_dict=False)[0]
+    controls = [
+        control.Control(params, config, image, scale)
+        for (params, _), config, image, scale in zip(pairs, configs, images, scales, strict=True)
+    ]
+    ours = control.residuals(controls, transformer, TRANSFORMER_CONFIG, latents, t, context, pooled)
+    assert not ours.after_last and len(ours.residuals) == JOINT.depth
+    for own, their in zip(ours.residuals, expected, strict=True):
+        assert relative_error(own, their) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_are_exchanged_with_diffusers(kind, tmp_path):
+    config = KINDS[kind]
+    params, theirs = pair(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = load_controlnet(tmp_path / "theirs")
+    assert loaded.config == config and not tree.diff(loaded.params, params)
+    save_controlnet(tmp_path / "ours", loaded)
+    again = diffusers.SD3ControlNetModel.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in theirs.state_dict().items())
+    assert load_controlnet(tmp_path / "ours").config == config
+
+
+def test_the_released_size_has_every_tensor_of_diffusers_and_the_released_number_of_parameters():
+    with torch.device("meta"):
+        theirs = their_controlnet(controlnet.SD35_LARGE).state_dict()
+    theirs = {name: tuple(value.shape) for name, value in theirs.items()}
+    spec = controlnet.spec(controlnet.SD35_LARGE)
+    assert layout.keys(controlnets.DIFFUSERS, spec) == theirs
+    # The file of the release counts a patch embedder that nothing reads.
+    unread = 16 * 4 * 2432 + 2432
+    assert specs.count(spec) + unread == 2_153_677_056
