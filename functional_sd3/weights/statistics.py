@@ -6,6 +6,7 @@ and `tap` as in `fid.Record`. Nothing in it is executed.
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,16 @@ def _entries(path: Path) -> dict[str, Any]:
     import numpy
 
     try:
-        with numpy.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
+        file = open(path, "rb")
+    except OSError as error:
         raise WeightsError(f"{path}: cannot be opened: {reason(error)}") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path}: is not an .npz file of statistics: {error}") from error
+    with file:
+        try:
+            # An .npy file gives an array, which has no names.
+            found = numpy.load(file, allow_pickle=False)
+            return {name: found[name] for name in found.files}
+        except (OSError, ValueError, EOFError, AttributeError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+            raise WeightsError(f"{path}: is not an .npz file of statistics: {error}") from error
 
 
 def _misfits(entries: dict[str, Any], labels: dict[str, Any]) -> list[str]:
