@@ -14,9 +14,6 @@ from functional_sd3.core import spec, winograd
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
 
-NUMBERS_AT_ONCE = 1 << 17
-"""Numbers summed together: what stays in a core's cache."""
-
 
 def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes=("out", "in")) -> Tree:
     """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default weight (zero bias then)."""
@@ -120,26 +117,7 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """x (batch, channels, ...); `groups` must divide channels."""
-    if plain(x) and x.dtype == torch.float32 and x.device.type == "cpu" and x.ndim == 4 and x.shape[1] % groups == 0:
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            return _group_norm_channels_last(params, x, groups, eps)
     return F.group_norm(x, groups, params["weight"], params["bias"], eps)
-
-
-def _group_norm_channels_last(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
-    """PyTorch's own sums over channels_last pictures are naive: at 256 x 256 they cost six decimals where these cost
-    seven. Parts of a picture are summed while they are in the cache, and their sums in float64.
-    """
-    batch, channels, height, width = x.shape
-    pixels = x.permute(0, 2, 3, 1)
-    parts = pixels.reshape(batch, height * width, channels).split(max(1, NUMBERS_AT_ONCE // channels), dim=1)
-    sums = torch.stack([torch.stack([part.sum(1), part.square().sum(1)]) for part in parts]).double().sum(0)
-    mean, square = sums.view(2, batch, groups, -1).sum(-1) / (height * width * channels // groups)
-    inverse = torch.rsqrt((square - mean.square()).clamp_min(0.0) + eps).float()
-    scale = params["weight"].view(groups, -1) * inverse[..., None]
-    shift = params["bias"].view(groups, -1) - mean.float()[..., None] * scale
-    shape = batch, 1, 1, channels
-    return torch.addcmul(shift.view(shape), pixels, scale.view(shape)).permute(0, 3, 1, 2)
 
 
 def silu_over(fresh: Tensor) -> Tensor:
