@@ -5,32 +5,27 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng, tree
-from functional_sd3.core.types import Key, Params, Tree, Velocity
-from functional_sd3.flow import guidance, ode, schedule
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Params
+from functional_sd3.field import Conditions, velocity
+from functional_sd3.flow import ode, schedule
 from functional_sd3.flow.method import Method, StepInfo
 from functional_sd3.image import control as control_image
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
-from functional_sd3.transformer import controlnet, mmdit
+from functional_sd3.transformer import controlnet
 from functional_sd3.transformer.control import Control
+from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config, Tokenizers
 
 T5_LENGTH = 256
-
-
-class Conditions(NamedTuple):
-    """What the transformer is told, and what it is guided away from."""
-
-    positive: Conditioning
-    negative: Conditioning
 
 
 def generate(
@@ -51,13 +46,15 @@ def generate(
     t5_length: int | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
 ) -> Tensor:
     """Pictures of prompts: (batch, 3, height, width) in [0, 1], float32.
 
     key: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2), a key for each; noise: the starting latents
     (batch, channels, height / 8, width / 8) instead. negative: "" by default. cfg: guidance scale, 1 for none; a tensor
     () or (batch,) may be differentiated. height, width: in pixels, by default the config's sample size. control:
-    ControlNets with their pictures, which `control_latents` encodes. Raises ValueError for sizes that do not fit.
+    ControlNets with their pictures, which `control_latents` encodes. image_prompt: an IP-Adapter with the features of
+    an image. Raises ValueError for sizes that do not fit.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if noise is None:
@@ -74,6 +71,7 @@ def generate(
         on_step=on_step,
         skip_layers=skip_layers,
         control=control,
+        image_prompt=image_prompt,
     )
     return decode(params, config, latents)
 
@@ -155,6 +153,7 @@ def sample(
     on_step: Callable[[StepInfo], Any] | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`."""
     times = sigmas(config, noise, steps)
@@ -163,61 +162,18 @@ def sample(
     for first, stop, speaking in controls.segments(control, steps):
         grid, ends = times[first : stop + 1], stop == steps
         asked = evaluation_times(method, grid, ends=ends)
-        field = velocity(params, config, conditions, cfg, asked, skip_layers=skip_layers, control=speaking)
+        field = velocity(
+            params,
+            config,
+            conditions,
+            cfg,
+            asked,
+            skip_layers=skip_layers,
+            control=speaking,
+            image_prompt=image_prompt,
+        )
         state = ode.run(method, field, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
     return state.x
-
-
-def velocity(
-    params: Params,
-    config: Config,
-    conditions: Conditions,
-    cfg: float | Tensor = 5.0,
-    times: Tensor | None = None,
-    *,
-    skip_layers: Sequence[int] = (),
-    control: Sequence[Control] = (),
-) -> Velocity:
-    """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
-
-    times: (n,) all the times it will be asked at. The modulations of every block depend on the time and the pooled
-    vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
-    instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
-    their start and end belong to `sample`.
-    """
-    weights, sizes = params["transformer"], config.transformer
-    for one in control:
-        controls.check(one, sizes)
-    pictures = controls.rows(control, len(conditions.positive.pooled))
-
-    def evaluate(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, pictures: Tree, *rows: Tree) -> Tensor:
-        given = _at(rows, times, t) if rows else {"transformer": None, "control": None}
-        told = [one._replace(**picture) for one, picture in zip(control, pictures, strict=True)]
-        heard = controls.residuals(told, weights, sizes, x, t, context, pooled, modulations=given["control"])
-        return mmdit.apply(
-            weights,
-            sizes,
-            x,
-            t,
-            context,
-            pooled,
-            modulations=given["transformer"],
-            skip_layers=skip_layers,
-            residuals=heard.residuals,
-            residual_after_last=heard.after_last,
-        )
-
-    def arguments(condition: Conditioning) -> tuple:
-        if times is None:
-            return (*condition, pictures)
-        table = {
-            "transformer": mmdit.modulations(weights, sizes, times[:, None], condition.pooled),
-            "control": controls.modulations(control, times[:, None], condition.pooled),
-        }
-        # Batch first, as everything that guidance joins.
-        return (*condition, pictures, tree.map(lambda leaf: leaf.transpose(0, 1), table))
-
-    return guidance.batched(evaluate, arguments(conditions.negative), arguments(conditions.positive), cfg)
 
 
 def decode(params: Params, config: Config, latents: Tensor) -> Tensor:
@@ -271,12 +227,6 @@ def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: in
     if on_step is None:
         return None
     return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
-
-
-def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:
-    # Chosen by a tensor, not by a number, so that no value is read on the host.
-    index = (times == t).to(torch.uint8).argmax().reshape(1)
-    return tree.map(lambda leaf: leaf.index_select(1, index).squeeze(1), rows[0])
 
 
 def _device(params: Params) -> torch.device:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
-from functional_sd3.core.attention import Implementation, Stream, joint_attention, merge_heads
+from functional_sd3.core.attention import Implementation, Stream, attention, joint_attention, merge_heads
 from functional_sd3.core.types import Params, Tree
 
 MLP_RATIO = 4
@@ -56,17 +56,20 @@ def apply(
     context: Tensor,
     modulation: dict[str, Tensor],
     implementation: Implementation = "sdpa",
+    image_prompt: Tree | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One joint block: image and context (batch, tokens, width) -> the same.
 
     `modulation` holds what t and the pooled text say to each stream, (batch, n * width): shift, scale and gate of the
     attention, then of the MLP, then of the second attention where there is one. In the last block the context has scale
-    and shift alone: it is attended to, asks nothing and is returned as it came.
+    and shift alone: it is attended to, asks nothing and is returned as it came. `image_prompt`: what the image attends
+    to besides, one of `ip_adapter.apply`'s.
     """
     width = image.shape[-1]
     image_parts = split_modulation(modulation["image"], width)
     context_parts = split_modulation(modulation["context"], width)
-    image, context = _attend(params, heads, image, context, image_parts, context_parts, implementation)
+    streams = image, context, image_parts, context_parts
+    image, context = _attend(params, heads, *streams, implementation, image_prompt or {})
     image = _mlp(params["image"]["mlp"], image, *image_parts[3:6])
     if "mlp" not in params["context"]:
         return image, context
@@ -78,37 +81,46 @@ def apply_image(
 ) -> Tensor:
     """One block of the image alone (Peebles and Xie 2023, DiT): image (batch, tokens, width) -> the same."""
     parts = split_modulation(modulation["image"], image.shape[-1])
-    attention, (shift, scale, gate) = params["image"]["attention"], parts[:3]
-    (attended,) = joint_attention(
-        [_stream(attention, heads, modulate(norm(image), shift, scale))], implementation=implementation
-    )
-    image = _add_attended(attention, image, gate, attended)
+    own, (shift, scale, gate) = params["image"]["attention"], parts[:3]
+    projected = _project(own, heads, modulate(norm(image), shift, scale))
+    (attended,) = joint_attention([_stream(own, projected)], implementation=implementation)
+    image = _add_attended(own, image, gate, attended)
     return _mlp(params["image"]["mlp"], image, *parts[3:])
 
 
-def _attend(params, heads, image, context, image_parts, context_parts, implementation) -> tuple[Tensor, Tensor]:
+def _attend(params, heads, image, context, image_parts, context_parts, implementation, image_prompt):
     own, other = params["image"]["attention"], params["context"]["attention"]
     shift, scale, gate = image_parts[:3]
     last = "out" not in other
     # The last block's two parts are the other way round: its modulation is kept as diffusers stores it.
     context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
     normed = norm(image)
+    projected = _project(own, heads, modulate(normed, shift, scale))
+    told = _project(other, heads, modulate(norm(context), context_shift, context_scale), asks=not last)
     attended, context_attended = joint_attention(
-        [
-            _stream(own, heads, modulate(normed, shift, scale)),
-            _stream(other, heads, modulate(norm(context), context_shift, context_scale), asks=not last),
-        ],
-        implementation=implementation,
+        [_stream(own, projected), _stream(other, told)], implementation=implementation
     )
+    if "attention" in image_prompt:
+        attended = attended + _attend_prompt(projected, image_prompt["attention"], implementation)
     image = _add_attended(own, image, gate, attended)
     if not last:
         context = _add_attended(other, context, context_parts[2], context_attended)
     if "attention2" in params["image"]:
-        shift, scale, gate = image_parts[6:]
-        again = _stream(params["image"]["attention2"], heads, modulate(normed, shift, scale))
-        (attended,) = joint_attention([again], implementation=implementation)
-        image = _add_attended(params["image"]["attention2"], image, gate, attended)
+        again, (shift, scale, gate) = params["image"]["attention2"], image_parts[6:]
+        projected = _project(again, heads, modulate(normed, shift, scale))
+        (attended,) = joint_attention([_stream(again, projected)], implementation=implementation)
+        if "attention2" in image_prompt:
+            attended = attended + _attend_prompt(projected, image_prompt["attention2"], implementation)
+        image = _add_attended(again, image, gate, attended)
     return image, context
+
+
+def _attend_prompt(projected: Stream, prompt: Tree, implementation: Implementation) -> Tensor:
+    """What an image prompt adds to the image's attention: of the image over itself and the prompt's tokens."""
+    key = torch.cat([layers.rms_norm(prompt["key_norm"], projected.key, EPS), prompt["key"]], dim=2)
+    value = torch.cat([projected.value, prompt["value"]], dim=2)
+    query = layers.rms_norm(prompt["query_norm"], projected.query, EPS)
+    return prompt["scale"] * attention(query, key, value, implementation=implementation)
 
 
 def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:
@@ -136,14 +148,19 @@ def zero_linear_spec(inputs: int, outputs: int) -> Tree:
     return layers.linear_spec(inputs, outputs, init=specs.zeros)
 
 
-def _stream(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Stream:
-    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width)."""
+def _project(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Stream:
+    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), not yet normed."""
     if asks:
-        query, key, value = _split_heads(layers.linear(params["qkv"], x), 3, heads)
-        return Stream(_head_norm(params, "query_norm", query), _head_norm(params, "key_norm", key), value)
+        return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
     without_query = layers.outputs_from(params["qkv"], x.shape[-1])
-    key, value = _split_heads(layers.linear(without_query, x), 2, heads)
-    return Stream(None, _head_norm(params, "key_norm", key), value)
+    return Stream(None, *_split_heads(layers.linear(without_query, x), 2, heads))
+
+
+def _stream(params: Params, projected: Stream) -> Stream:
+    """What is projected, with the norms of the heads where the block has them."""
+    query, key, value = projected
+    query = None if query is None else _head_norm(params, "query_norm", query)
+    return Stream(query, _head_norm(params, "key_norm", key), value)
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:

@@ -105,6 +105,7 @@ def apply(
     skip_layers: Collection[int] = (),
     residuals: Sequence[Tensor] = (),
     residual_after_last: bool = False,
+    image_prompt: Sequence[Tree] = (),
     modulations: Tree | None = None,
     implementation: Implementation = "sdpa",
     block_transform: Callable[[Callable], Callable] | None = None,
@@ -119,6 +120,7 @@ def apply(
     residuals: ControlNet's, each (batch, image tokens, width): spread evenly over the blocks and added to the image
         after each but the last, also after those skipped, as diffusers does. residual_after_last: after the last block
         too, as Stability's reference does.
+    image_prompt: what `ip_adapter.apply` made of an image for each block.
     modulations: what `modulations` returned for this t and pooled, which may then be None.
     implementation: of attention; "math" has forward-mode derivatives and a batching rule for its backward.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
@@ -130,6 +132,8 @@ def apply(
     _check_inputs(config, latents, context, skip_layers)
     modulation = _modulations_of(params, config, t, pooled) if modulations is None else modulations
     _check_modulations(modulation, latents.shape[0])
+    if image_prompt and len(image_prompt) != config.depth:
+        raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
     apply_block = block_transform(joint_block.apply) if block_transform else joint_block.apply
     dtype = params["patch"]["weight"].dtype
     height, width = (side // config.patch_size for side in latents.shape[-2:])
@@ -140,7 +144,8 @@ def apply(
     context = layers.linear(params["context"], context.to(dtype))
     for index, (weights, parts) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
         if index not in skip_layers:
-            image, context = apply_block(weights, config.heads, image, context, parts, implementation)
+            told = (image_prompt[index],) if image_prompt else ()
+            image, context = apply_block(weights, config.heads, image, context, parts, implementation, *told)
         if residuals and (residual_after_last or index < config.depth - 1):
             image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
     scale, shift = joint_block.split_modulation(modulation["final"], config.width)

@@ -19,6 +19,8 @@ from functional_sd3.weights.controlnets import save as save_controlnet
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.forms import infer_config
 from functional_sd3.weights.inception import UnknownWeights, load_inception
+from functional_sd3.weights.ip_adapters import load as load_ip_adapter
+from functional_sd3.weights.ip_adapters import save as save_ip_adapter
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers, check, missing, spec
 from functional_sd3.weights.statistics import load_statistics, save_statistics
 
@@ -37,10 +39,12 @@ __all__ = [
     "load_clip",
     "load_controlnet",
     "load_inception",
+    "load_ip_adapter",
     "load_statistics",
     "missing",
     "save",
     "save_controlnet",
+    "save_ip_adapter",
     "save_statistics",
     "spec",
 ]

@@ -1,0 +1,226 @@
+"""IP-Adapter for SD3.5: an image as a prompt, which every attention of the transformer reads besides the text.
+
+Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter" (arXiv:2308.06721), in InstantX's form for
+SD3.5-large: a resampler that knows the time turns an image encoder's features into tokens (Alayrac et al. 2022,
+Flamingo, section 3.1), and each attention gets keys and values of its own for them. As diffusers'
+`IPAdapterTimeImageProjection` and `SD3IPAdapterJointAttnProcessor2_0` compute it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from functional_sd3.core import layers
+from functional_sd3.core import spec as specs
+from functional_sd3.core.attention import Implementation, attention, merge_heads, split_heads
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.transformer import mmdit
+from functional_sd3.transformer.checks import check_shape
+from functional_sd3.transformer.embeddings import time_sinusoid
+from functional_sd3.transformer.joint_block import EPS, modulate, norm
+
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of an IP-Adapter; `SD35_LARGE` is the released one.
+
+    attentions: how many of the transformer's it has keys and values for; width, head_dim: the transformer's.
+    image_width: of the encoder's features; hidden_width, depth, heads, resampler_head_dim, tokens, mlp_width and
+    time_frequencies: of the resampler, which makes `tokens` of them.
+    """
+
+    attentions: int
+    width: int
+    head_dim: int = 64
+    image_width: int = 1152
+    hidden_width: int = 1280
+    depth: int = 4
+    heads: int = 20
+    resampler_head_dim: int = 64
+    tokens: int = 64
+    mlp_width: int = 5120
+    time_frequencies: int = 320
+
+
+SD35_LARGE = Config(attentions=38, width=2432)
+
+
+class ImagePrompt(NamedTuple):
+    """An IP-Adapter and what it is shown: features (batch or 1, tokens, image_width) of SigLIP's second last layer;
+    scale: a number, or a tensor () or (batch,)."""
+
+    params: Params
+    config: Config
+    features: Tensor
+    scale: float | Tensor = 1.0
+
+
+def spec(config: Config) -> Tree:
+    """Every parameter: {"resampler", "attentions"}."""
+    hidden = config.hidden_width
+    return {
+        "resampler": {
+            "queries": Param((1, config.tokens, hidden), specs.normal(hidden**-0.5), (None, None, "width")),
+            "in": layers.linear_spec(config.image_width, hidden),
+            "time": {
+                "in": layers.linear_spec(config.time_frequencies, hidden),
+                "out": layers.linear_spec(hidden, hidden),
+            },
+            "blocks": [_block_spec(config) for _ in range(config.depth)],
+            "out": layers.linear_spec(hidden, config.width),
+            "norm": layers.norm_spec(config.width),
+        },
+        "attentions": [_attention_spec(config) for _ in range(config.attentions)],
+    }
+
+
+def init(
+    key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Params:
+    """Fresh parameters."""
+    return specs.init(key, spec(config), dtype=dtype, device=device)
+
+
+def apply(
+    params: Params,
+    config: Config,
+    features: Tensor,
+    t: Tensor,
+    transformer: mmdit.Config,
+    scale: float | Tensor = 1.0,
+    *,
+    implementation: Implementation = "sdpa",
+) -> list[Tree]:
+    """What each block of the transformer is told, for `mmdit.apply(..., image_prompt=)`.
+
+    features (batch, tokens, image_width): an image encoder's (zeros for no image, as guidance wants them); t () or
+    (batch,) in [0, 1]; scale: a number, or a tensor () or (batch,); at 0 the transformer answers as without, to the
+    bit. Raises ValueError when the adapter was made for another transformer, or a shape does not fit.
+    """
+    check(config, transformer)
+    tokens, time = resample(params["resampler"], config, features, t, implementation=implementation)
+    told = iter([_attended(part, config, tokens, time, _scale(scale, tokens)) for part in params["attentions"]])
+    return [
+        {name: next(told) for name in _names(index in transformer.dual_attention_layers)}
+        for index in range(transformer.depth)
+    ]
+
+
+def rows(shown: ImagePrompt | None, batch: int) -> dict[str, Tensor]:
+    """The tensors of an image prompt, one row for each sample of a batch, so that guidance can join and split them."""
+    if shown is None:
+        return {}
+    features, scale = shown.features, shown.scale
+    scale = scale if isinstance(scale, Tensor) else torch.full((), float(scale), device=features.device)
+    for name, rows in (("images", features.shape[0]), ("scales", len(scale) if scale.ndim else 1)):
+        if rows not in (1, batch):
+            raise ValueError(f"{rows} {name} of an image prompt for {batch} samples; give one, or one for each")
+    return {"features": features.expand(batch, -1, -1), "scale": scale.expand(batch)}
+
+
+def prompt(shown: ImagePrompt | None, rows: Tree, t: Tensor, transformer: mmdit.Config) -> list[Tree]:
+    """`apply` of an image prompt with these rows at t; [] without one."""
+    if shown is None:
+        return []
+    return apply(shown.params, shown.config, rows["features"], t, transformer, rows["scale"])
+
+
+def check(config: Config, transformer: mmdit.Config) -> None:
+    """Raises ValueError when an IP-Adapter was made for another transformer."""
+    count = transformer.depth + len(transformer.dual_attention_layers)
+    wanted = {"width": transformer.width, "head_dim": transformer.head_dim, "attentions": count}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"the IP-Adapter was made for another model: its {name} is {getattr(config, name)}, the model's {value}"
+            )
+
+
+def resample(
+    params: Params, config: Config, features: Tensor, t: Tensor, *, implementation: Implementation = "sdpa"
+) -> tuple[Tensor, Tensor]:
+    """Features (batch, tokens, image_width) at t -> tokens (batch, tokens, width) and time (batch, hidden_width)."""
+    check_shape("features", features, "(batch, tokens, image_width)", (None, None, config.image_width))
+    batch, dtype = features.shape[0], params["in"]["weight"].dtype
+    if t.ndim and t.shape != (batch,):
+        raise ValueError(f"t {list(t.shape)} must be one number or ({batch},) as the features have it")
+    sinusoid = time_sinusoid(t.expand(batch), config.time_frequencies).to(dtype)
+    time = layers.linear(params["time"]["out"], F.silu(layers.linear(params["time"]["in"], sinusoid)))
+    image = layers.linear(params["in"], features.to(dtype)) + time[:, None]
+    tokens = params["queries"].expand(batch, -1, -1)
+    for block in params["blocks"]:
+        tokens = _resample_block(block, config.heads, image, tokens, time, implementation)
+    return layers.layer_norm(params["norm"], layers.linear(params["out"], tokens), _EPS), time
+
+
+def _resample_block(params, heads, image, tokens, time, implementation) -> Tensor:
+    parts = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(4, dim=-1)
+    shift, scale, mlp_shift, mlp_scale = parts
+    asking = modulate(layers.layer_norm(params["token_norm"], tokens, _EPS), shift, scale)
+    seen = torch.cat([layers.layer_norm(params["image_norm"], image, _EPS), asking], dim=1)
+    query = split_heads(layers.linear(params["query"], asking), heads)
+    key, value = (split_heads(part, heads) for part in layers.linear(params["key_value"], seen).chunk(2, dim=-1))
+    attended = attention(query, key, value, implementation=implementation)
+    tokens = tokens + layers.linear(params["out"], merge_heads(attended))
+    hidden = modulate(layers.layer_norm(params["mlp_norm"], tokens, _EPS), mlp_shift, mlp_scale)
+    return tokens + layers.linear(params["mlp"]["out"], layers.gelu(layers.linear(params["mlp"]["in"], hidden)))
+
+
+def _attended(params: Params, config: Config, tokens: Tensor, time: Tensor, scale: float | Tensor) -> Tree:
+    """Keys and values (batch, heads, tokens, head_dim) of one attention, and how the image's own are to be normed."""
+    shift, scales = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(2, dim=-1)
+    seen = modulate(norm(tokens), shift, scales)
+    heads = config.width // config.head_dim
+    key, value = (split_heads(layers.linear(params[name], seen), heads) for name in ("key", "value"))
+    return {
+        "key": layers.rms_norm(params["prompt_key_norm"], key, EPS),
+        "value": value,
+        "query_norm": params["query_norm"],
+        "key_norm": params["key_norm"],
+        "scale": scale,
+    }
+
+
+def _scale(scale: float | Tensor, like: Tensor) -> float | Tensor:
+    if not isinstance(scale, Tensor):
+        return scale
+    scale = scale.to(like.dtype)
+    return scale[:, None, None, None] if scale.ndim else scale
+
+
+def _names(dual: bool) -> tuple[str, ...]:
+    return ("attention", "attention2") if dual else ("attention",)
+
+
+def _block_spec(config: Config) -> Tree:
+    hidden, inner = config.hidden_width, config.heads * config.resampler_head_dim
+    return {
+        "image_norm": layers.norm_spec(hidden),
+        "token_norm": layers.norm_spec(hidden),
+        "query": layers.linear_spec(hidden, inner, bias=False),
+        "key_value": layers.linear_spec(hidden, 2 * inner, bias=False),
+        "out": layers.linear_spec(inner, hidden, bias=False),
+        "modulation": layers.linear_spec(hidden, 4 * hidden),
+        "mlp_norm": layers.norm_spec(hidden),
+        "mlp": {
+            "in": layers.linear_spec(hidden, config.mlp_width, bias=False),
+            "out": layers.linear_spec(config.mlp_width, hidden, bias=False),
+        },
+    }
+
+
+def _attention_spec(config: Config) -> Tree:
+    return {
+        "modulation": layers.linear_spec(config.hidden_width, 2 * config.width),
+        "key": layers.linear_spec(config.width, config.width, bias=False),
+        "value": layers.linear_spec(config.width, config.width, bias=False),
+        "query_norm": layers.norm_spec(config.head_dim, bias=False),
+        "key_norm": layers.norm_spec(config.head_dim, bias=False),
+        "prompt_key_norm": layers.norm_spec(config.head_dim, bias=False),
+    }
