@@ -1,25 +1,37 @@
-"""Say what a folder of weights holds, or how a picture was made."""
+"""Say what weights of any form hold, or how a picture was made."""
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-HELP = "say what a folder of weights holds, or how a picture was made"
+HELP = "say what weights of any form hold, or how a picture was made"
+_MOST_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder of weights, or a picture made by generate")
+    parser.add_argument("path", metavar="PATH", help="a folder or file of weights, or a picture made by generate")
     parser.add_argument("--depth", type=int, default=2, help="levels of the tree to print (default 2; 0 for all)")
+    parser.add_argument("--quick", action="store_true", help="do not look through the values for NaN and infinities")
 
 
 def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise ValueError(f"{path} does not exist")
-    lines = _folder(path, arguments.depth) if path.is_dir() else _picture(path)
+    lines = _picture(path) if _is_picture(path) else _weights(path, arguments.depth, not arguments.quick)
     for line in lines:
         print(line)
     return 0
+
+
+def _is_picture(path: Path) -> bool:
+    """Whatever is neither a folder nor looks like weights, so that its error is the picture's."""
+    if not path.is_file() or path.suffix == ".safetensors":
+        return False
+    from functional_sd3.weights import files
+
+    start = files.start(path)
+    return not (start[8:9] == b"{" or start.startswith((b"PK\3\4", b"GGUF", b"\x80", b"{")))
 
 
 def _picture(path: Path) -> Iterator[str]:
@@ -34,26 +46,65 @@ def _picture(path: Path) -> Iterator[str]:
     yield generate.command(settings)
 
 
-def _folder(path: Path, depth: int) -> Iterator[str]:
+def _weights(path: Path, depth: int, values: bool) -> Iterator[str]:
     from functional_sd3 import weights
     from functional_sd3.core import tree
 
-    model = weights.load(path)
+    try:
+        found = weights.describe(path, values=values)
+    except weights.WeightsError:
+        # Of what does not load, at least what its header says, before the reason.
+        if path.is_file():
+            yield from _header(path, depth)
+        raise
     yield f"{path}"
-    for name, params in model.params.items():
+    for part in found.parts:
         yield ""
-        yield f"{name}: {_amount(tree.leaves(params))}"
-        yield f"  {getattr(model.config, name)}"
-        yield from _branch(params, "  ", depth or 1000)
-    for name, tables in model.tokenizers._asdict().items():
+        yield f"{part.component}: {_amount(tree.leaves(part.tree))}"
+        yield f"  {part.form}, in {part.where}" + (f", {part.scaled} tensors with scales" if part.scaled else "")
+        yield f"  {part.config}"
+        yield from _values(part.strangers, values)
+        yield from _branch(part.tree, "  ", depth or 1000)
+    for name, tables in found.tokenizers._asdict().items():
         if tables is not None:
             yield ""
-            yield f"tokenizer of {name}: {tables!r}"
-    if model.config.schedule is not None:
+            yield f"tokenizer of {name}: {f'{len(tables.vocab)} tokens' if hasattr(tables, 'vocab') else tables}"
+    if found.schedule is not None:
         yield ""
-        yield f"schedule: {model.config.schedule}"
+        yield f"schedule: {found.schedule}"
     yield ""
-    yield f"in all: {_amount(tree.leaves(model.params))}"
+    yield f"in all: {_amount([leaf for part in found.parts for leaf in tree.leaves(part.tree)])}"
+    for file, said in found.metadata.items():
+        yield from _metadata(f"metadata of {file}", said)
+    yield from found.missing
+
+
+def _header(path: Path, depth: int) -> Iterator[str]:
+    from functional_sd3.weights import files
+
+    header = files.read_header(path)
+    yield f"{path}: {len(header.tensors)} tensors"
+    shown = list(header.tensors.items())[: _MOST_SHOWN if depth else None]
+    for name, entry in shown:
+        yield f"  {name} {list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
+    if len(header.tensors) > len(shown):
+        yield f"  and {len(header.tensors) - len(shown)} more (--depth 0 prints all)"
+    yield from _metadata("metadata", header.metadata)
+
+
+def _values(strangers, looked: bool) -> Iterator[str]:
+    if looked and not strangers:
+        yield "  all values are finite"
+    for name, what in strangers[:_MOST_SHOWN]:
+        yield f"  {name} holds {what}"
+    if len(strangers) > _MOST_SHOWN:
+        yield f"  and {len(strangers) - _MOST_SHOWN} more tensors"
+
+
+def _metadata(title: str, said) -> Iterator[str]:
+    for name, value in said.items():
+        # Notes and pictures in metadata run to megabytes.
+        yield f"{title}: {name}: {value if len(value) <= 200 else value[:200] + '...'}"
 
 
 def _branch(node, indent: str, depth: int) -> Iterator[str]:

@@ -16,6 +16,7 @@ from functional_sd3.weights import atomic, composing, diffusers, files, forms, l
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
+from functional_sd3.weights.describing import describe
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.forms import infer_config
 from functional_sd3.weights.inception import UnknownWeights, load_inception
@@ -32,6 +33,7 @@ __all__ = [
     "UnknownWeights",
     "WeightsError",
     "check",
+    "describe",
     "files",
     "infer_config",
     "layout",

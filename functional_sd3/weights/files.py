@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.weights import finite
 from functional_sd3.weights.atomic import replace_file
 from functional_sd3.weights.errors import WeightsError, reason
 from functional_sd3.weights.header import DTYPES, Header, parse, read
@@ -122,7 +123,8 @@ def write_atomic(
     """Put bytes, or tensors as safetensors, at `path`: the whole file or, on any failure, what was there before.
 
     Tensors may be of any layout and device and are converted to `dtype` (floating ones only) one at a time.
-    Raises WeightsError when the system refuses, ValueError for a dtype that the format lacks.
+    Raises WeightsError when the system refuses or values are too large for `dtype`, ValueError for a dtype that the
+    format lacks.
     """
     if isinstance(content, bytes | bytearray | memoryview):
         replace_file(path, lambda temporary: temporary.write_bytes(content) and None)
@@ -161,7 +163,14 @@ def write(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             if tensors[name].numel():
-                file.write(raw(tensors[name].detach().to("cpu", targets[name])))
+                file.write(raw(_converted(name, tensors[name].detach(), targets[name])))
+
+
+def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    converted = value.to("cpu", dtype)
+    if dtype != value.dtype and finite.stranger(converted) and not finite.stranger(value):
+        raise WeightsError(f"{name} holds values that {dtype} cannot: {value.abs().max().item():g} is the largest")
+    return converted
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,4 +199,5 @@ def _open(path: str | os.PathLike) -> BinaryIO:
 
 def raw(value: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, row by row."""
-    return memoryview(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    # Of one element, a tensor of any stride counts as contiguous, but cannot be viewed as bytes.
+    return memoryview(value.contiguous().as_strided((value.numel(),), (1,)).view(torch.uint8).numpy())

@@ -10,7 +10,9 @@ _LARGEST_FP8 = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 
 
 def stranger(value: Tensor) -> str | None:
-    """ "NaN", "an infinity", or None for a tensor all of whose values are finite. The tensor must be contiguous."""
+    """What a tensor holds besides finite values, "NaN" or "an infinity", else None. Copies what is not contiguous."""
+    if not value.numel():
+        return None
     for chunk in value.detach().reshape(-1).split(_CHUNK):
         if value.dtype in _LARGEST_FP8:
             if int((chunk.view(torch.uint8) & 0x7F).max()) > _LARGEST_FP8[value.dtype]:

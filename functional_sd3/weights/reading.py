@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     `told`: whether the config is what a file says, not what shapes do."""
 
     component: str
+    form: Form
     where: str
     config: Any
     spec: Tree
@@ -94,7 +95,7 @@ def plan(piece: Piece) -> Plan:
     if problems:
         raise WeightsError([where + problem for problem in problems])
     told = piece.config is not None
-    return Plan(piece.component, piece.where, config, described, table, names, piece.places, scales, told)
+    return Plan(piece.component, piece.form, piece.where, config, described, table, names, piece.places, scales, told)
 
 
 def read(plan: Plan, *, dtype: torch.dtype | None, device: torch.device | str, check_finite: bool) -> Params:

@@ -65,6 +65,11 @@ def test_only_floating_tensors_are_converted_on_writing(tmp_path):
     assert torch.equal(found["ids"], tensors["ids"])
 
 
+def test_one_element_of_a_larger_tensor_is_written(tmp_path):
+    files.write_atomic(tmp_path / "x", {"one": torch.arange(12.0).reshape(3, 4)[1:2, 3]})
+    assert torch.equal(load_file(tmp_path / "x")["one"], torch.tensor([7.0]))
+
+
 def test_tensors_start_at_multiples_of_64_bytes_where_their_sizes_allow(tmp_path):
     files.write_atomic(tmp_path / "x", {"half": torch.zeros(32, dtype=torch.float16), "wide": torch.zeros(16)})
     assert [entry.start % 64 for entry in files.read_header(tmp_path / "x").tensors.values()] == [0, 0]

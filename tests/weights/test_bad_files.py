@@ -1,0 +1,377 @@
+"""Files that are broken, hostile or something else: one WeightsError naming file and key, and nothing else ever."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from functional_sd3 import weights
+from functional_sd3.core import tree
+from functional_sd3.flow import schedule
+from functional_sd3.image import taesd, vae
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights import Config, Model, WeightsError, atomic, finite, notes, sources
+
+KEY = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(make_model, tmp_path_factory):
+    """An all-in-one file, which tests must not change."""
+    path = tmp_path_factory.mktemp("saved") / "x.safetensors"
+    weights.save(path, make_model(), layout="single")
+    return path
+
+
+@pytest.fixture
+def path(saved, tmp_path):
+    """A copy that tests may break."""
+    return shutil.copy(saved, tmp_path / "x.safetensors")
+
+
+def problems_of(path, **options) -> tuple[str, ...]:
+    with pytest.raises(WeightsError) as caught:
+        weights.load(path, **options)
+    return caught.value.problems
+
+
+def rewrite(path, **changes):
+    """Other tensors in place of some, None in place of those to leave out."""
+    tensors = {**load_file(path), **changes}
+    save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+
+def test_a_truncated_file_and_a_wrong_length_are_named(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    assert problems_of(path)[0].startswith(f"{path}: is truncated: the header describes {len(content)} bytes")
+    path.write_bytes((2**62).to_bytes(8, "little") + content[8:])
+    assert problems_of(path) == (
+        f"{path}: header length {2**62} exceeds the file ({len(content)} bytes): truncated, or something else",
+    )
+    path.write_bytes(b"")
+    assert problems_of(path) == (f"{path}: 0 bytes are too few for a safetensors file: truncated, or something else",)
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (float("inf"), "an infinity")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float64])
+def test_what_is_not_finite_is_named_unless_it_is_asked_for(path, value, said, dtype):
+    weight = load_file(path)[KEY].to(dtype)
+    weight[7, 3] = value
+    rewrite(path, **{KEY: weight})
+    for options in ({}, {"only": "transformer"}, {"dtype": torch.bfloat16}):
+        assert problems_of(path, **options) == (f"{path}: {KEY} holds {said}; finite=False loads it all the same",)
+    assert weights.load(path, only="vae").config.vae
+    found = weights.load(path, finite=False).params["transformer"]["blocks"][1]["image"]["attention"]["qkv"]["weight"]
+    assert not torch.isfinite(found.float()[7, 3])
+    (part,) = [part for part in weights.describe(path).parts if part.strangers]
+    assert (part.component, part.strangers) == ("transformer", [(KEY, said)])
+
+
+@given(st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16]), st.integers(0, 65535))
+def test_finiteness_is_told_for_every_pattern_of_bits(dtype, bits):
+    pattern = torch.tensor([bits], dtype=torch.uint16).view(torch.uint8)[: dtype.itemsize]
+    value = torch.cat([torch.full((9,), -0.5).to(dtype).view(torch.uint8), pattern]).view(dtype)
+    last = value[-1].double()
+    expected = "NaN" if last.isnan() else "an infinity" if last.isinf() else None
+    assert finite.stranger(value) == expected
+
+
+def test_a_sum_that_overflows_is_not_taken_for_an_infinity():
+    assert finite.stranger(torch.full((4,), 60000.0, dtype=torch.float16)) is None
+    assert finite.stranger(torch.full((4,), 3e38)) is None
+    assert finite.stranger(torch.zeros(0, dtype=torch.float8_e4m3fn)) is None
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named_with_their_prefix(path):
+    prefix = "model.diffusion_model.joint_blocks."
+    rewrite(
+        path,
+        **{
+            KEY: torch.zeros(47, 16),
+            prefix + "0.x_block.attn.proj.bias": None,
+            prefix + "0.x_block.attn.prj.bias": torch.zeros(16),
+            prefix + "2.x_block.mlp.fc1.bias": torch.zeros(64, dtype=torch.int32),
+            "text_encoders.clip_h.transformer.x": torch.zeros(1),
+        },
+    )
+    assert problems_of(path) == (f"{path}: text_encoders.clip_h.transformer.x is unexpected",)
+    rewrite(path, **{"text_encoders.clip_h.transformer.x": None})
+    assert sorted(problems_of(path)) == sorted(
+        (
+            f"{path}: {KEY} has shape [47, 16], expected [48, 16]",
+            f"{path}: {prefix}0.x_block.attn.proj.bias is missing (shape [16])",
+            f"{path}: {prefix}0.x_block.attn.prj.bias is unexpected; is it {prefix}0.x_block.attn.proj.bias?",
+            f"{path}: {prefix}2.x_block.mlp.fc1.bias has dtype torch.int32, not a float",
+        )
+    )
+
+
+def test_a_component_given_twice_is_named_with_both_places(saved, make_model, tmp_path):
+    folder = tmp_path / "models"
+    weights.save(folder, make_model(), layout="stability")
+    found = problems_of([saved, folder / "t5xxl.safetensors"])
+    assert found == (f"t5 is in {saved} and in {folder / 't5xxl.safetensors'}: give it once",)
+    with pytest.raises(ValueError, match="there is no path to load from"):
+        weights.load([])
+
+
+def test_the_problems_of_all_paths_are_in_one_error(path, tmp_path):
+    rewrite(path, **{KEY: torch.zeros(47, 16)})
+    found = problems_of([path, tmp_path / "absent"])
+    assert found == (
+        f"{tmp_path / 'absent'}: cannot be opened: no such file or directory",
+        f"{path}: {KEY} has shape [47, 16], expected [48, 16]",
+    )
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_is_refused_with_how_to_convert_it_whatever_its_name(saved, tmp_path, suffix, legacy):
+    path = tmp_path / f"model{suffix}"
+    torch.save(load_file(saved), path, _use_new_zipfile_serialization=not legacy)
+    (problem,) = problems_of(path)
+    assert problem.startswith(f"{path}: is a pickle, which may run code") and "save_file" in problem
+
+
+class Bomb:
+    """What runs code when an unrestricted reader meets it."""
+
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+def test_a_pickle_that_runs_code_or_lies_about_its_tensors_is_never_believed(tmp_path):
+    path = tmp_path / "taesd.pth"
+    small = torch.zeros(1)
+    for content, said in (
+        ({"0.weight": Bomb()}, "is no pickle of weights alone"),
+        ({"1.conv.0.weight": small.expand(10**12)}, "does not hold the values it claims"),
+        ({"1.conv.0.weight": small, "2": 3}, "'2' is no plain tensor"),
+        ({"1.conv.0.weight": torch.zeros(2, 2).to_sparse()}, "is no plain tensor"),
+        ([small], "holds a list, not names with tensors"),
+        ({f"{n}.conv.0.weight": small for n in range(50)}, "TAESD is missing"),
+    ):
+        torch.save(content, path)
+        assert said in problems_of(path)[0]
+    path.write_bytes(path.read_bytes()[:100])
+    assert "is a broken archive" in problems_of(path)[0]
+
+
+def test_gguf_files_are_refused_with_the_reason(tmp_path):
+    (tmp_path / "x").write_bytes(b"GGUF" + bytes(100))
+    assert "is a GGUF file, whose quantised blocks are not read" in problems_of(tmp_path / "x")[0]
+
+
+def test_a_table_that_is_absent_and_larger_than_all_that_is_there_is_not_made_up(path):
+    tensors = {name: value for name, value in load_file(path).items() if not name.endswith("diffusion_model.pos_embed")}
+    said = json.loads(notes.write(weights.load(path).config, weights.SPECS)[notes.KEY])
+    said["transformer"]["pos_embed_max_size"] = 2**20
+    save_file(tensors, path, metadata={notes.KEY: json.dumps(said)})
+    assert problems_of(path) == (
+        f"{path}: model.diffusion_model.pos_embed is missing, and [1, {2**40}, 16] is too large to make up",
+    )
+
+
+def test_scales_that_make_no_sense_are_named(path):
+    layer = KEY.removesuffix("weight")
+    rewrite(path, **{layer + "scale_weight": torch.zeros(3), layer + "comfy_quant": torch.zeros(3, dtype=torch.uint8)})
+    assert sorted(problems_of(path)) == [
+        f"{path}: {layer}comfy_quant does not say how the weight is quantised",
+        f"{path}: {layer}scale_weight has shape [3], expected one number or one for each row",
+    ]
+    note = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    rewrite(path, **{layer + "scale_weight": torch.zeros(1, dtype=torch.int32), layer + "comfy_quant": note})
+    found = sorted(problems_of(path))
+    assert found[1] == f"{path}: {layer}scale_weight has dtype torch.int32, not a float"
+    assert "says the weight is quantised as 'nvfp4'" in found[0]
+    rewrite(path, **{layer + "scale_weight": torch.tensor(float("nan")), layer + "comfy_quant": None})
+    assert problems_of(path) == (f"{path}: {layer}scale_weight holds NaN; finite=False loads it all the same",)
+
+
+def test_places_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert problems_of(tmp_path / "loop") == (
+        f"{tmp_path / 'loop'}: cannot be opened: too many levels of symbolic links",
+    )
+    os.mkfifo(tmp_path / "pipe")
+    assert problems_of(tmp_path / "pipe") == (f"{tmp_path / 'pipe'}: is a device or pipe, not a file",)
+    assert "is not a path" in problems_of("nul\0")[0] or "null" in problems_of("nul\0")[0]
+    (tmp_path / "folder").mkdir()
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert problems_of(tmp_path / "folder") == (f"{tmp_path / 'folder'}: cannot be opened: permission denied",)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_folder_without_permission_is_named(tmp_path):
+    (tmp_path / "folder").mkdir(mode=0)
+    assert problems_of(tmp_path / "folder") == (f"{tmp_path / 'folder'}: cannot be opened: permission denied",)
+
+
+def test_a_missing_shard_and_an_index_with_a_key_twice_are_named(make_model, tmp_path):
+    weights.save(tmp_path / "x", make_model(), layout="native", shard_bytes=20_000)
+    folder = tmp_path / "x" / sources.NATIVE_FOLDER
+    index = folder / "parameters.safetensors.index.json"
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    kept = shard.read_bytes()
+    shard.unlink()
+    assert problems_of(tmp_path / "x") == (f"{shard}: cannot be opened: no such file or directory",)
+    shard.write_bytes(kept)
+    key = next(iter(json.loads(index.read_text())["weight_map"]))
+    index.write_text(index.read_text().replace('"weight_map": {', f'"weight_map": {{\n"{key}": "other.safetensors",'))
+    assert problems_of(tmp_path / "x") == (f"{index}: not a valid JSON object: {key!r} is named twice",)
+
+
+@pytest.mark.parametrize("kind", ["single", "stability", "native"])
+def test_a_full_disk_leaves_the_old_model_whole(make_model, same, tmp_path, monkeypatch, kind):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    old, new = make_model(seed=1), make_model(seed=2)
+    paths = [tmp_path / "x.safetensors"] + ([tmp_path / "x"] if kind != "single" else [])
+    for path in paths:
+        weights.save(path, old, layout=kind)
+        before = sorted(tmp_path.rglob("*"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(WeightsError, match="no space left on device"):
+                weights.save(path, new, layout=kind)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert same(weights.load(path).params, old.params)
+
+
+def test_values_too_large_for_a_dtype_are_named_and_the_old_file_stays(make_model, same, tmp_path):
+    path = tmp_path / "x.safetensors"
+    old, new = make_model(seed=1), make_model(seed=2)
+    weights.save(path, old, layout="single")
+    new.params["t5"]["final_norm"]["weight"][3] = 7e4
+    with pytest.raises(
+        WeightsError, match="encoder.final_layer_norm.weight holds values that torch.float16 cannot: 70000"
+    ):
+        weights.save(path, new, layout="single", dtype=torch.float16)
+    assert same(weights.load(path).params, old.params)
+
+
+def test_a_save_in_another_layout_replaces_the_old_one(make_model, same, tmp_path):
+    folder = tmp_path / "model"
+    for seed, kind in enumerate(("diffusers", "stability", "native", "diffusers", "native", "stability")):
+        model = make_model(seed=seed)
+        weights.save(folder, model, layout=kind)
+        assert same(weights.load(folder).params, model.params)
+    assert not (folder / "transformer").exists() and not (folder / atomic._SAVED).exists()
+
+
+def test_files_of_others_outlive_a_save(make_model, tmp_path):
+    (tmp_path / "clip_l.safetensors").write_bytes(b"mine")
+    weights.save(tmp_path, make_model())
+    assert (tmp_path / "clip_l.safetensors").read_bytes() == b"mine"
+
+
+def test_what_would_not_fit_one_file_is_refused(make_model, tmp_path):
+    for path, kind in (("x.safetensors", "single"), ("x.safetensors", "native"), ("x", "stability")):
+        with pytest.raises(ValueError, match="above shard_bytes 1000, and this layout is not split"):
+            weights.save(tmp_path / path, make_model(), layout=kind, shard_bytes=1000)
+    assert os.listdir(tmp_path) == []
+
+
+TINY = Config(
+    transformer=mmdit.Config(depth=1, heads=1, head_dim=4, context_width=2, pooled_width=2, position_size=1),
+    vae=vae.Config(channels=(1,), blocks_per_level=1, groups=1, latent_channels=1),
+    taesd=taesd.Config(width=1, latent_channels=1, encoder_blocks=(1,), decoder_blocks=(1,)),
+    schedule=schedule.Config(),
+)
+BYTES = b'0123456789"{}[],:e-.ntf\0\xff'
+
+
+@pytest.fixture(scope="module", params=["single", "single without a note", "native", "pickle"])
+def victim(request, make_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("victim") / "x"
+    weights.save(
+        path.with_suffix(".safetensors"), make_model(TINY), layout=request.param.split()[0].replace("pickle", "single")
+    )
+    path.with_suffix(".safetensors").rename(path)
+    if request.param == "single without a note":
+        save_file(load_file(path), path)
+    if request.param == "pickle":
+        state = {name: value.clone() for name, value in load_file(path).items() if name.startswith("taesd")}
+        torch.save(state, path)
+    # The first load brings in code that later ones share.
+    assert "taesd" in weights.load(path).params
+    return path
+
+
+@settings(max_examples=120)
+@given(st.data())
+def test_a_file_with_changed_bytes_is_a_weights_error_or_a_whole_model(victim, tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("mutated") / "x"
+    content = bytearray(victim.read_bytes())
+    length = int.from_bytes(content[:8], "little") if content[8:9] == b"{" else len(content)
+    # Most changes in the header, where they matter.
+    place = st.one_of(st.integers(0, min(length, len(content)) - 1), st.integers(0, len(content) - 1))
+    for at in data.draw(st.lists(place, min_size=1, max_size=4)):
+        content[at] = data.draw(st.one_of(st.sampled_from(BYTES), st.integers(0, 255)))
+    if data.draw(st.booleans()):
+        start, end = sorted((data.draw(place), data.draw(place)))
+        del content[start:end]
+    path.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        found = weights.load(path)
+    except WeightsError as error:
+        assert all(str(path) in problem or "TAESD" in problem for problem in error.problems)
+        return
+    finally:
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown * 1024 <= 50 * 2**20, "allocates more than the file could hold"
+    assert isinstance(found, Model)
+    assert weights.check(found) == []
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(found.params))
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_file_whose_names_and_shapes_are_changed_is_a_weights_error_or_a_whole_model(victim, tmp_path_factory, data):
+    if victim.read_bytes()[8:9] != b"{":
+        return
+    path = tmp_path_factory.mktemp("renamed") / "x"
+    content = victim.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name in data.draw(st.lists(st.sampled_from(sorted(header)), max_size=3, unique=True)):
+        entry = header.pop(name)
+        kind = data.draw(st.sampled_from(["number", "part", "shape", "dtype", "note"]))
+        if name == "__metadata__":
+            entry = {key: value.replace("1", data.draw(st.sampled_from("0249.-"))) for key, value in entry.items()}
+        elif kind == "number":
+            number = data.draw(st.sampled_from(["1", "7", "999999999999", "-1", "٣", "01", ""]))
+            name = ".".join(number if part.isdigit() else part for part in name.split("."))
+        elif kind == "part":
+            parts = name.split(".")
+            del parts[data.draw(st.integers(0, len(parts) - 1))]
+            name = ".".join(parts)
+        elif kind == "shape":
+            entry["shape"] = data.draw(
+                st.sampled_from([entry["shape"][::-1], [*entry["shape"], 1], entry["shape"][:-1]])
+            )
+        elif kind == "dtype" and entry["dtype"] == "F32":
+            entry["dtype"] = data.draw(st.sampled_from(["I32", "U32"]))
+        header[name] = entry
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    try:
+        found = weights.load(path)
+    except WeightsError as error:
+        assert all(str(path) in problem or "TAESD" in problem for problem in error.problems)
+        return
+    assert weights.check(found) == []
