@@ -14,6 +14,12 @@ from functional_sd3.core import spec, winograd
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
 
+NAIVE_SUM = 1 << 16
+"""Numbers of a group beyond which PyTorch's group norm of channels_last pictures, which adds them one after another on
+a CPU, is wrong in the sixth decimal."""
+NUMBERS_AT_ONCE = 1 << 17
+"""Numbers summed together: what stays in a core's cache."""
+
 
 def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes=("out", "in")) -> Tree:
     """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default weight (zero bias then)."""
@@ -117,7 +123,30 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """x (batch, channels, ...); `groups` must divide channels."""
+    if plain(x) and x.device.type == "cpu" and x.dtype == torch.float32 and x[0].numel() >= NAIVE_SUM * groups:
+        if x.ndim == 4 and x.shape[1] % groups == 0 and x.is_contiguous(memory_format=torch.channels_last):
+            return _group_norm_by_parts(params, x, groups, eps)
     return F.group_norm(x, groups, params["weight"], params["bias"], eps)
+
+
+def _group_norm_by_parts(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
+    """Parts of a picture are summed while they are in the cache, about a mean that is nearly theirs; then their sums."""
+    batch, channels, height, width = x.shape
+    each = channels // groups
+    pixels = x.permute(0, 2, 3, 1)
+    parts = pixels.reshape(batch, height * width, channels).split(max(1, NUMBERS_AT_ONCE // channels), dim=1)
+    pivot = parts[0].mean(1).view(batch, groups, each).mean(-1, keepdim=True)
+    flat = pivot.expand(batch, groups, each).reshape(batch, 1, channels)
+    sums = torch.zeros(2, batch, channels, dtype=torch.float64)
+    for part in parts:
+        centred = part - flat
+        sums += torch.stack([centred.sum(1), centred.square_().sum(1)])
+    mean, square = sums.view(2, batch, groups, each).sum(-1) / (height * width * each)
+    inverse = torch.rsqrt(square - mean.square() + eps).float()
+    scale = params["weight"].view(groups, each) * inverse[..., None]
+    shift = params["bias"].view(groups, each) - (mean + pivot[..., 0]).float()[..., None] * scale
+    shape = batch, 1, 1, channels
+    return torch.addcmul(shift.view(shape), pixels, scale.view(shape)).permute(0, 3, 1, 2)
 
 
 def silu_over(fresh: Tensor) -> Tensor:

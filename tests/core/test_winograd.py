@@ -80,3 +80,12 @@ def test_what_is_differentiated_mapped_or_compiled_does_not():
     torch.testing.assert_close(mapped, F.conv2d(x, weight, bias, padding=1))
     grads = torch.func.grad(lambda params: layers.conv2d(params, x.detach(), padding=1).square().sum())(params)
     assert grads["weight"].shape == weight.shape
+
+
+def test_group_norm_of_large_channels_last_pictures_is_as_accurate_as_of_others():
+    params = {"weight": prng.normal(prng.key(0), (32,)), "bias": prng.normal(prng.key(1), (32,))}
+    x = 1.0 + prng.normal(prng.key(2), (2, 32, 128, 144))
+    exact = F.group_norm(x.double(), 8, params["weight"].double(), params["bias"].double(), 1e-6)
+    found = layers.group_norm(params, x.contiguous(memory_format=torch.channels_last), 8, 1e-6)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - exact).norm() <= 2e-7 * exact.norm()
