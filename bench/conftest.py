@@ -12,6 +12,7 @@ from bench import table, timing
 
 def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=2, help="threads of both sides")
+    parser.addoption("--quick", action="store_true", help="one round a row: does everything still run?")
     parser.addoption("--results", type=Path, default=None, help="Markdown file for the table")
 
 
@@ -24,8 +25,8 @@ def same_threads(request):
 
 
 @pytest.fixture
-def versus(benchmark):
-    return timing.Versus(benchmark)
+def versus(benchmark, request):
+    return timing.Versus(benchmark, quick=request.config.getoption("--quick"))
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

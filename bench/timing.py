@@ -15,8 +15,9 @@ class Versus:
     the same weather.
     """
 
-    def __init__(self, benchmark: Any) -> None:
+    def __init__(self, benchmark: Any, *, quick: bool = False) -> None:
         self.benchmark = benchmark
+        self.quick = quick
 
     def __call__(
         self,
@@ -57,7 +58,7 @@ class Versus:
                 if theirs is not None:
                     samples.append(timed(theirs, repeat)[0] / repeat)
 
-            self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=rounds)
+            self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=1 if self.quick else rounds)
         self.benchmark.extra_info.update(row=name, peer=peer, repeat=repeat, theirs=samples, **facts)
 
     def record(self, name: str, **facts: Any) -> None:

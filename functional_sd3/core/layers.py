@@ -130,7 +130,7 @@ def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
 
 
 def _group_norm_by_parts(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
-    """Parts of a picture are summed while they are in the cache, about a mean that is nearly theirs; then their sums."""
+    """Parts of a picture are summed while they are in the cache, about a mean that is nearly theirs."""
     batch, channels, height, width = x.shape
     each = channels // groups
     pixels = x.permute(0, 2, 3, 1)
