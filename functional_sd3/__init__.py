@@ -31,7 +31,7 @@ from functional_sd3.metrics import (
 from functional_sd3.text import bpe, clip, clip_dual, conditioning, t5, unigram
 from functional_sd3.training import datasets, lora, optim, shapes, step
 from functional_sd3.transformer import control, controlnet, ip_adapter, mmdit
-from functional_sd3.weights import shipped
+from functional_sd3.weights import merge, shipped
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,7 @@ __all__ = [
     "kid",
     "layers",
     "lora",
+    "merge",
     "mmdit",
     "ode",
     "optim",

@@ -1,10 +1,10 @@
-"""Say what weights of any form hold, or how a picture was made."""
+"""Say what weights of any form hold, how they differ from others, or how a picture was made."""
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-HELP = "say what weights of any form hold, or how a picture was made"
+HELP = "say what weights of any form hold, how they differ from others, or how a picture was made"
 _MOST_SHOWN = 20
 
 
@@ -12,13 +12,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a folder or file of weights, or a picture made by generate")
     parser.add_argument("--depth", type=int, default=2, help="levels of the tree to print (default 2; 0 for all)")
     parser.add_argument("--quick", action="store_true", help="do not look through the values for NaN and infinities")
+    against = "other weights of the same model: print how much every component and layer differs from them"
+    parser.add_argument("--against", metavar="DIR", help=against)
 
 
 def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.exists() and not path.is_symlink():
         raise ValueError(f"{path} does not exist")
-    lines = _picture(path) if _is_picture(path) else _weights(path, arguments.depth, not arguments.quick)
+    if arguments.against:
+        from functional_sd3.cli import merge
+
+        lines = merge.differences(path, Path(arguments.against))
+    else:
+        lines = _picture(path) if _is_picture(path) else _weights(path, arguments.depth, not arguments.quick)
     for line in lines:
         print(line)
     return 0

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HELP = "train the transformer or the autoencoder of a model"
+HELP = "train the transformer or the autoencoder of a model, or a LoRA"
 KEEP = 3
 """Checkpoints kept."""
 ENCODED = "data.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers finds a LoRA in a folder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="folder for the trained model, its log and checkpoints")
     add("--params", metavar="DIR", help="model to start from (default: the shipped tiny one)")
     add("--part", choices=("transformer", "vae"), default="transformer", help="what is trained (default transformer)")
+    add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
     add("--scratch", action="store_true", help="fresh parameters of the same sizes")
     add("--steps", type=int, default=1000, help="steps in all (default 1000)")
     add("--batch-size", type=int, default=16, help="pictures a step (default 16)")
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data != "shapes" and not Path(arguments.data).is_dir():
         raise ValueError(f"--data {arguments.data} is not a folder; give a folder of pictures, or the word shapes")
 
-    from functional_sd3.training import checkpoint, loop
+    from functional_sd3.training import checkpoint, loop, lora
 
     saved = _saved(checkpoint.found(checkpoints), arguments)
     stored, model, source = _model(arguments)
@@ -86,8 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
         where = f"stopped at step {done}, saved in {checkpoints}"
         print(f"{where}; the same command with --resume goes on", file=sys.stderr)
         return 130
-    _save_model(out, part.model(outcome.state), stored)
-    print(out)
+    if arguments.lora:
+        lora.save(out / LORA, outcome.state.ema)
+    else:
+        _save_model(out, part.model(outcome.state), stored)
+    print(out / LORA if arguments.lora else out)
     return 0
 
 
@@ -103,6 +109,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 0 and below 1")
     if arguments.batch_size % arguments.accumulate:
         raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
+    if arguments.lora is not None and arguments.lora < 1:
+        raise ValueError(f"--lora {arguments.lora} must be a rank of at least 1")
+    if arguments.lora and (arguments.scratch or arguments.part == "vae"):
+        raise ValueError("--lora adapts a transformer that is there: neither --scratch nor --part vae goes with it")
     if arguments.part == "vae" and arguments.text_encoders:
         raise ValueError("--text-encoders belongs to --part transformer")
     if arguments.part == "transformer" and arguments.decoder_only:
@@ -186,6 +196,7 @@ def _part(arguments: argparse.Namespace, model, pictures, encoded: Path):
         accumulate=arguments.accumulate,
         dropout=arguments.dropout,
         scratch=arguments.scratch,
+        lora=arguments.lora or 0,
         text_encoders=(arguments.text_encoders or ("train" if arguments.scratch else "frozen")) == "train",
         decoder_only=arguments.decoder_only,
         dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
+from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
-from functional_sd3.training import datasets, loop, losses, optim, shapes, step
+from functional_sd3.training import datasets, loop, lora, losses, optim, shapes, step
 from functional_sd3.weights.model import SPECS, Config, Model
 
 ENCODERS = ("clip_l", "clip_g", "t5")
@@ -42,7 +43,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. `scratch`: fresh parameters; `dtype` that of the computation, None for the parameters' float32."""
+    """How to train. `scratch`: fresh parameters; `dtype` that of the computation, None for the parameters' float32.
+
+    lora: rank of a LoRA that is trained instead of the parameters, 0 for none.
+    """
 
     steps: int
     batch: int
@@ -56,6 +60,7 @@ class Settings:
     scratch: bool = False
     text_encoders: bool = False
     decoder_only: bool = False
+    lora: int = 0
     dtype: torch.dtype | None = None
     compile: bool = False
 
@@ -94,9 +99,17 @@ def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: 
     config, tokenizers = model.config, model.tokenizers
     init_key, run_key, order_key, sample_key = prng.split(key, 4)
     names = [name for name in ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
-    params = _start(init_key, model, names, settings.scratch)
+    described = {name: SPECS[name](getattr(config, name)) for name in names}
+    if settings.lora:
+        described = lora.spec(described, settings.lora, [f"{name}.blocks.*attention*" for name in names])
+        names = []
+    device = tree.leaves(model.params)[0].device
+    params = (
+        specs.init(init_key, described, device=device)
+        if settings.lora
+        else _start(init_key, model, names, settings.scratch)
+    )
     fixed = {name: tensors for name, tensors in model.params.items() if name not in names}
-    device = tree.leaves(params)[0].device
     blank = conditioning.tokenize(config, tokenizers, [""], t5_length=data["ids"].t5.shape[1])
 
     def text(ids: conditioning.Ids) -> Tree:
@@ -113,6 +126,10 @@ def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: 
         empty=text(blank),
         dtype=settings.dtype,
     )
+    if settings.lora:
+        # The base is not learned, so it is no part of the state and has no average, no copy in checkpoints.
+        whole_loss = loss
+        loss = lambda learned, batch, keys: whole_loss(lora.apply(fixed, learned, lazy=True), batch, keys)  # noqa: E731
     order = loop.order(order_key, settings.batch, len(data["latents"]))
 
     def batch(number: int) -> Tree:
@@ -120,7 +137,8 @@ def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: 
         return {"latents": data["latents"][rows].to(device)} | text(tree.map(lambda ids: ids[rows], data["ids"]))
 
     def whole(state: step.TrainState) -> Model:
-        return model._replace(params=_ordered({**fixed, **state.ema}))
+        params = lora.apply(fixed, state.ema) if settings.lora else _ordered({**fixed, **state.ema})
+        return model._replace(params=params)
 
     def sample(state: step.TrainState) -> Tensor:
         prompts = [pictures.captions[index * len(pictures.captions) // 4] for index in range(4)]
@@ -131,8 +149,7 @@ def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: 
                 t5_length=data["ids"].t5.shape[1],
             )  # fmt: skip
 
-    learned = step.trainable({name: SPECS[name](getattr(config, name)) for name in names})
-    return _part(run_key, params, loss, settings, learned, batch, whole, sample)
+    return _part(run_key, params, loss, settings, step.trainable(described), batch, whole, sample)
 
 
 def vae_part(key: Key, model: Model, pictures: Pictures, settings: Settings) -> Part:
@@ -206,8 +223,6 @@ def _part(
 def _start(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:
     if not scratch:
         return {name: model.params[name] for name in names}
-    from functional_sd3.core import spec as specs
-
     device = tree.leaves(model.params)[0].device
     keys = prng.split(key, len(names))
     return {

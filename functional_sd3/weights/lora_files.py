@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.weights import adapters, files, lora_keys, lora_metadata
+from functional_sd3.weights import adapters, files, finite, lora_keys, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
 from functional_sd3.weights.diffusers import COMPONENTS
 from functional_sd3.weights.errors import WeightsError
@@ -175,8 +175,8 @@ def _adapter(
         value = files.tensor(mapped, key)
         if not value.is_floating_point():
             problems.append(f"{path}: {key} has dtype {value.dtype}, not a float")
-        elif not torch.isfinite(value.float()).all():
-            problems.append(f"{path}: {key} has values that are not finite")
+        elif what := finite.stranger(value):
+            problems.append(f"{path}: {key} holds {what}, so it is not finite")
         # A copy of its own, so that the file is not kept open for the life of a small LoRA.
         values[role] = value.float().reshape(()) if role == "alpha" and value.numel() == 1 else value.clone()
     if len(problems) > before:

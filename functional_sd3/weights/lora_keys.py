@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from functional_sd3.core import spec as specs
-from functional_sd3.weights import layout
+from functional_sd3.weights import layout, stability
 from functional_sd3.weights.diffusers import COMPONENTS
-from functional_sd3.weights.layout import IDENTITY, SWAP_HALVES, Layout, Rule, Source, renamed
+from functional_sd3.weights.layout import IDENTITY, SWAP_HALVES, Source
 from functional_sd3.weights.model import Config, spec
 
 KOHYA = {"transformer": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5": "lora_te3_"}
@@ -19,41 +19,6 @@ KOHYA = {"transformer": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2
 
 _OTHER_PREFIXES = ("lora_transformer_", "lycoris_")
 _STABILITY_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
-
-
-def _stream(ours: str, theirs: str) -> tuple[Rule, ...]:
-    pairs = {
-        "modulation": "adaLN_modulation.1",
-        "attention.qkv": "attn.qkv",
-        "attention.out": "attn.proj",
-        "attention2.qkv": "attn2.qkv",
-        "attention2.out": "attn2.proj",
-        "mlp.in": "mlp.fc1",
-        "mlp.out": "mlp.fc2",
-    }
-    return renamed(*(
-        (f"blocks.{{i}}.{ours}.{layer}.weight", f"joint_blocks.{{i}}.{theirs}.{name}.weight")
-        for layer, name in pairs.items()
-    ))  # fmt: skip
-
-
-STABILITY = Layout(
-    rules=(
-        *renamed(
-            ("patch.weight", "x_embedder.proj.weight"),
-            ("time.in.weight", "t_embedder.mlp.0.weight"),
-            ("time.out.weight", "t_embedder.mlp.2.weight"),
-            ("pooled.in.weight", "y_embedder.mlp.0.weight"),
-            ("pooled.out.weight", "y_embedder.mlp.2.weight"),
-            ("context.weight", "context_embedder.weight"),
-            ("final.out.weight", "final_layer.linear.weight"),
-        ),
-        Rule("final.modulation.weight", ("final_layer.adaLN_modulation.1.weight",), SWAP_HALVES),
-        *_stream("image", "x_block"),
-        *_stream("context", "context_block"),
-    )
-)
-"""Stability's names of the transformer's linear layers, which kohya's are made of."""
 
 
 class Target(NamedTuple):
@@ -138,7 +103,7 @@ def parts(paths: Iterable[str]) -> dict[str, int]:
 
 def stability_sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
     """As `sources` for weights of the transformer (path -> shape), in Stability's names."""
-    found = layout.sources_of(STABILITY, [path.removeprefix("transformer.") for path in shapes])
+    found = layout.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in shapes])
     named = {path: found[path.removeprefix("transformer.")] for path in shapes}
     return {path: source._replace(transform=SWAP_HALVES) if _two_parts(path, shapes[path]) else source
             for path, source in named.items()}  # fmt: skip

@@ -168,3 +168,47 @@ def test_training_leaves_the_global_generator_alone(command, tmp_path):
     before = torch.random.get_rng_state()
     command("--out", tmp_path / "out")
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("options", [[], ["--text-encoders", "train"], ["--dtype", "bfloat16"]])
+def test_a_lora_is_left_as_a_file_that_changes_the_model_it_was_trained_on(command, tmp_path, options):
+    from functional_sd3.training import lora
+    from functional_sd3.weights import adapters
+    from tests import models
+
+    # In a fresh transformer every gate is shut, and nothing reaches the attentions.
+    model = models.random_model()
+    weights.save(tmp_path / "model", model)
+    assert command("--params", tmp_path / "model", "--out", tmp_path / "out", "--lora", 2, *options)[0] == 0
+    trained = lora.load(tmp_path / "out", model.config)
+    parts = {"transformer", *(("clip_l", "clip_g", "t5") if "train" in options else ())}
+    assert {path.partition(".")[0] for path in adapters.nodes(trained)} == parts
+    assert not (tmp_path / "out" / "transformer").exists()
+    changed = lora.apply(model.params, trained)
+    assert {name for name in model.params if tree.diff(model.params[name], changed[name])} == parts
+    rows = log.read(tmp_path / "out" / "log.csv")
+    assert float(rows[-1]["grad_norm"]) > 0
+
+
+def test_a_lora_that_was_interrupted_goes_on_to_the_same_bits(command, tmp_path):
+    from functional_sd3.weights import files
+
+    assert command("--out", tmp_path / "whole", "--lora", 2)[0] == 0
+    assert command("--out", tmp_path / "cut", "--lora", 2)[0] == 0
+    (tmp_path / "cut" / "checkpoints" / "step-00000006.safetensors").unlink()
+    assert "resuming at step 3" in command("--out", tmp_path / "cut", "--lora", 2, "--resume")[1]
+    names = [tmp_path / name / train.LORA for name in ("whole", "cut")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    saved = checkpoint.found(tmp_path / "whole" / "checkpoints")[-1]
+    assert all(".down" in name or ".up" in name or ".alpha" in name for name in files.read_header(saved).tensors
+               if name.startswith("params."))  # fmt: skip
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--lora", 0], "--lora 0 must be a rank of at least 1"),
+    (["--lora", 2, "--scratch"], "--lora adapts a transformer"),
+    (["--lora", 2, "--part", "vae"], "--lora adapts a transformer"),
+])  # fmt: skip
+def test_settings_that_do_not_go_with_a_lora_are_named(command, tmp_path, words, said):
+    with pytest.raises(ValueError, match=said):
+        command("--out", tmp_path / "out", *words)

@@ -1,0 +1,111 @@
+"""LoRAs: what is in one, merging them into a model, extracting one from a fine-tuned model."""
+
+import argparse
+import re
+import sys
+from collections import Counter
+
+HELP = "look into LoRAs, merge them into a model, extract one from a fine-tuned model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    info = actions.add_parser("info", help="say what a file holds")
+    info.add_argument("file", metavar="FILE", help="a LoRA, or a folder with one")
+    info.add_argument("--params", metavar="DIR", help="a model: say whether the LoRA is for it")
+    info.add_argument("--all", action="store_true", help="a line for every layer")
+    merge = actions.add_parser("merge", help="write a model with LoRAs merged into it")
+    merge.add_argument("model", metavar="MODEL", help="folder of weights")
+    merge.add_argument("files", nargs="+", metavar="FILE[=SCALE]", help="LoRAs, each with its strength (default 1)")
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder for the merged model")
+    merge.add_argument("--loose", action="store_true", help="leave out what adapts no layer of the model")
+    extract = actions.add_parser("extract", help="write the LoRA nearest to what a fine-tuning changed")
+    extract.add_argument("tuned", metavar="TUNED", help="folder of the fine-tuned model")
+    extract.add_argument("base", metavar="BASE", help="folder of the model it was tuned from")
+    extract.add_argument("--rank", type=int, default=16, help="of every adapter (default 16)")
+    extract.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    extract.add_argument("--layout", choices=("peft", "kohya"), default="peft", help="of the file (default peft)")
+    extract.add_argument("--targets", nargs="+", default=("*",), metavar="GLOB", help="of paths (default: all)")
+    extract.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float16",
+                         help="of the file (default float16)")  # fmt: skip
+    extract.add_argument("--device", default="auto", help="for the decompositions: auto, cpu, cuda or mps")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return {"info": _info, "merge": _merge, "extract": _extract}[arguments.action](arguments)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from functional_sd3 import weights
+    from functional_sd3.training import lora
+    from functional_sd3.weights import adapters
+
+    layers = lora.layers(arguments.file)
+    kinds = Counter((_kind(layer.name), layer.rank, layer.alpha) for layer in layers)
+    print(f"{arguments.file}: {len(layers)} layers, {sum(_size(layer) for layer in layers):,} numbers")
+    for (kind, rank, alpha), count in kinds.items():
+        print(f"  {kind}: {count} layers of rank {rank}, alpha {alpha:g}")
+    for layer in layers if arguments.all else ():
+        print(f"  {layer.name}: {layer.inputs} -> {layer.outputs}, rank {layer.rank}, alpha {layer.alpha:g}")
+    if arguments.params:
+        found = adapters.nodes(lora.load(arguments.file, weights.load(arguments.params).config))
+        print(f"adapts {len(found)} weights of {arguments.params}")
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from functional_sd3 import weights
+    from functional_sd3.training import lora
+
+    model = weights.load(arguments.model)
+    files = [_with_scale(word) for word in arguments.files]
+    loras = [lora.load(path, model.config, strict=not arguments.loose) for path, _ in files]
+    params = lora.apply(model.params, loras, [scale for _, scale in files])
+    weights.save(arguments.out, model._replace(params=params))
+    print(arguments.out)
+    return 0
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from functional_sd3 import weights
+    from functional_sd3.cli import runtime
+    from functional_sd3.core import tree
+    from functional_sd3.training import lora
+    from functional_sd3.weights import lora_keys, merge
+
+    device = runtime.device(arguments.device)
+    tuned, base = weights.load(arguments.tuned), weights.load(arguments.base)
+    names = [name for name in lora_keys.KOHYA if name in tuned.params and name in base.params]
+    for name in names:
+        if getattr(tuned.config, name) != getattr(base.config, name):
+            raise ValueError(f"the {name} of {arguments.base} is of other sizes than that of {arguments.tuned}")
+    after, before = ({name: model.params[name] for name in names} for model in (tuned, base))
+    found = lora.extract(tree.to(after, device), before, arguments.rank, targets=tuple(arguments.targets))
+    lora.save(arguments.out, tree.to(found, "cpu"), layout=arguments.layout, dtype=getattr(torch, arguments.dtype))
+    left = merge.diff(lora.apply(before, tree.to(found, "cpu")), after, group=merge.component)
+    for whole, rest in zip(merge.diff(before, after, group=merge.component), left, strict=True):
+        share = 1 - rest.relative / whole.relative if whole.relative else 1
+        print(f"{whole.path}: changed by {whole.relative:.3g}, of which the LoRA holds {share:.1%}", file=sys.stderr)
+    print(arguments.out)
+    return 0
+
+
+def _kind(layer: str) -> str:
+    """The name of a layer without its numbers: "transformer.transformer_blocks.*.attn.to_q"."""
+    return re.sub(r"(?<=[._])\d+(?=[._])", "*", layer, count=1)
+
+
+def _size(layer) -> int:
+    return layer.rank * (layer.inputs + layer.outputs)
+
+
+def _with_scale(word: str) -> tuple[str, float]:
+    path, equals, scale = word.rpartition("=")
+    if not equals:
+        return word, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise ValueError(f"{word} must be FILE or FILE=SCALE, with a number for the scale") from None
