@@ -58,7 +58,8 @@ class Versus:
                 if theirs is not None:
                     samples.append(timed(theirs, repeat)[0] / repeat)
 
-            self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=1 if self.quick else rounds)
+            rounds = 1 if self.quick else rounds
+            self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=rounds)
         self.benchmark.extra_info.update(row=name, peer=peer, repeat=repeat, theirs=samples, **facts)
 
     def record(self, name: str, **facts: Any) -> None:

@@ -57,7 +57,7 @@ def read(
     ]
     if problems:
         raise WeightsError([f"{where}: {problem}" for problem in problems])
-    plan = reading.Plan(where, where, None, spec, table, names, dict(places), {}, True)
+    plan = reading.Plan(where, None, where, None, spec, table, names, dict(places), {}, True)
     return reading.read(plan, dtype=dtype, device=device, check_finite=True)
 
 
