@@ -19,7 +19,13 @@ BATCH = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw; several give a picture each")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on each line")
-    parser.add_argument("--params", metavar="DIR", help="folder of weights (default: the shipped tiny model)")
+    parser.add_argument(
+        "--params",
+        metavar="PATH",
+        action="append",
+        help="a folder or file of weights of any form; given several times, they are put together (default: the "
+        "shipped tiny model)",
+    )
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--steps", type=int, default=28, help="steps of the sampler (default 28)")
     parser.add_argument("--cfg", type=float, default=5.0, help="guidance scale, 1 for none (default 5)")
@@ -57,9 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
     timer.done("import")
     device = runtime.device(arguments.device)
     method = runtime.method(arguments.method)
-    source = Path(arguments.params) if arguments.params else shipped.folder()
+    source = arguments.params or shipped.folder()
     model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device)
-    runtime.require(model, ("transformer", "vae"), source)
+    runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     height, width = (None, None) if size is None else (size[1], size[0])
     latent_height, latent_width = pipeline.latent_size(model.config, height, width)
     factor = vae.factor(model.config.vae)
@@ -76,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         "size": "x".join(map(str, picture_size)),
         "method": arguments.method,
         "dtype": arguments.dtype,
-        "params": arguments.params or "",
+        "params": arguments.params or [],
         **controls.settings(arguments),
     }
     pictures = []
@@ -102,9 +108,13 @@ def command(settings: dict[str, Any]) -> str:
     """The command line that makes a picture with these settings again."""
     import shlex
 
-    defaults = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto", "params": ""}
+    defaults = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto"}
     words = ["functional-sd3", "generate", *settings["prompts"]]
-    for name in ("params", "negative", "steps", "cfg", "seed", "count", "size", "method", "dtype"):
+    # Pictures made before several could be given hold one word.
+    places = settings.get("params") or []
+    for place in [places] if isinstance(places, str) else places:
+        words += ["--params", str(place)]
+    for name in ("negative", "steps", "cfg", "seed", "count", "size", "method", "dtype"):
         if name in settings and settings[name] != defaults.get(name):
             words += [f"--{name}", str(settings[name])]
     words += controls.words(settings)

@@ -61,7 +61,7 @@ def _weights(path: Path, depth: int, values: bool) -> Iterator[str]:
         found = weights.describe(path, values=values)
     except weights.WeightsError:
         # Of what does not load, at least what its header says, before the reason.
-        if path.is_file():
+        if path.is_file() and weights.files.start(path)[8:9] == b"{":
             yield from _header(path, depth)
         raise
     yield f"{path}"

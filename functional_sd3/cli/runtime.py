@@ -1,7 +1,6 @@
 """What words on the command line mean: devices, dtypes, methods."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def method(name: str) -> Method:
     return ode.METHODS[name]
 
 
-def require(model: Model, components: Sequence[str], source: Path) -> None:
+def require(model: Model, components: Sequence[str], source: object) -> None:
     absent = [name for name in components if name not in model.params]
     if absent:
         raise ValueError(f"{source} has no {' and no '.join(absent)}, which this command needs")

@@ -159,7 +159,7 @@ FORMS = (
 # Beside the components of a checkpoint, and nothing to load.
 _IGNORED = re.compile(r"(.*\.)?(logit_scale|scaled_fp8)|model_ema\.(decay|num_updates)")
 _STRANGERS = (
-    (r"(.*\.)?controlnet_blocks\.\d+\.", "a ControlNet"),
+    (r"(.*\.)?controlnet_blocks\.\d+\.", "a ControlNet, which weights.load_controlnet reads"),
     (r".*(\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|_lora\.(up|down)\.)", "a LoRA"),
     (r"(.*\.)?double_blocks\.\d+\.", "a Flux model"),
     (r"(.*\.)?(input|output)_blocks\.\d+\.", "a U-Net of Stable Diffusion 1, 2 or XL"),
@@ -172,7 +172,7 @@ def recognise(names: Collection[str]) -> dict[Form, list[str]]:
     names that belong to nothing."""
     stranger = next((what for pattern, what in _STRANGERS if any(re.match(pattern, name) for name in names)), None)
     if stranger:
-        raise WeightsError(f"is {stranger}, not a component of SD3")
+        raise WeightsError(f"is {stranger}, not a component of a model")
     present = [form for form in FORMS if any(form.has(name) for name in names)]
     for prefix in {form.prefix for form in present}:
         signs = [next(name for name in names if form.has(name)) for form in present if form.prefix == prefix]

@@ -59,7 +59,7 @@ class Plan(NamedTuple):
     `told`: whether the config is what a file says, not what shapes do."""
 
     component: str
-    form: Form
+    form: Form | None
     where: str
     config: Any
     spec: Tree

@@ -168,10 +168,10 @@ def _file(path: Path) -> Contents:
 
 def _pickled(path: Path) -> Contents:
     mapped = pickles.open_pickle(path)
-    found = _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
-    if any(piece.component != "taesd" for piece in found.pieces):
+    tiny = [form for form in forms.FORMS if form.component == "taesd"]
+    if not any(form.has(name) for form in tiny for name in mapped.header.tensors):
         raise WeightsError(f"{path}: {pickles.HOW_TO_CONVERT}")
-    return found
+    return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
 
 
 def _contents(where: str, tensors: Mapping[str, Mapped]) -> Contents:
