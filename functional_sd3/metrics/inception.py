@@ -158,7 +158,7 @@ def _unit(params: Params, unit: Unit, x: Tensor) -> Tensor:
     scale = norm["weight"] * torch.rsqrt(norm["running_var"] + _EPS)
     weight = params["conv"]["weight"] * scale[:, None, None, None]
     fresh = F.conv2d(x, weight, norm["bias"] - norm["running_mean"] * scale, unit.stride, unit.padding)
-    return F.relu(fresh, inplace=layers.plain(fresh))
+    return F.relu(fresh, inplace=True)
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -84,6 +84,8 @@ def test_features_can_be_differentiated_and_mapped(network, images):
     step = 1e-3 * gradient / gradient.norm()
     change = (feature(one + step) - feature(one - step)) / 2
     assert float(change) == pytest.approx(float((gradient * step).sum()), rel=0.05)
+    _, slope = torch.func.jvp(feature, (one,), (step,))
+    assert float(slope) == pytest.approx(float((gradient * step).sum()), rel=1e-3)
     mapped = torch.func.vmap(lambda x: inception.apply(network, x[None])[192][0])(one)
     torch.testing.assert_close(mapped, inception.apply(network, one)[192], rtol=1e-4, atol=1e-5)
 

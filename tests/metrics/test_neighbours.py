@@ -80,6 +80,14 @@ def test_blocks_are_one_matrix_of_distances(monkeypatch):
     assert scores == (precision_recall.score(x, y), density_coverage.score(x, y))
 
 
+def test_equal_points_are_at_distance_zero_exactly():
+    x = 1e3 * draw(1, 40, 300).float()
+    both = torch.cat([x, x])
+    apart = torch.cat(list(neighbours.blocks(both, both.roll(7, 0))))
+    assert (apart == 0).sum() == 2 * len(both)
+    assert not neighbours.radii(both, 1).any() and neighbours.radii(both, 2).all()
+
+
 @pytest.mark.parametrize("score", [precision_recall.score, density_coverage.score])
 def test_wrong_features_are_refused(score):
     with pytest.raises(ValueError, match="3 real samples have no neighbour number 3"):
