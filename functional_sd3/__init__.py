@@ -28,7 +28,7 @@ from functional_sd3.metrics import (
     prompts,
     similarity,
 )
-from functional_sd3.text import bpe, clip, clip_dual, conditioning, t5, unigram
+from functional_sd3.text import bpe, clip, clip_dual, conditioning, inversion, t5, unigram
 from functional_sd3.training import datasets, lora, optim, shapes, step
 from functional_sd3.transformer import control, controlnet, ip_adapter, mmdit
 from functional_sd3.weights import merge, shipped
@@ -51,6 +51,7 @@ __all__ = [
     "fid",
     "frechet",
     "guidance",
+    "inversion",
     "ip_adapter",
     "inception",
     "inception_score",

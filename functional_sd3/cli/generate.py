@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, with successive seeds")
     parser.add_argument("--size", metavar="WxH", help="in pixels, such as 1024x1024 (default: the model's own)")
     parser.add_argument("--method", default="euler", help="integrator: euler, heun, dpmpp_2m, ... (default euler)")
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="[WORD=]FILE",
+        help="a textual inversion; typed as WORD, or as the file's name in angle brackets. May be repeated",
+    )
     controls.add_arguments(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -66,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = arguments.params or shipped.folder()
     model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device)
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    model = runtime.with_words(model, arguments.embedding)
     height, width = (None, None) if size is None else (size[1], size[0])
     latent_height, latent_width = pipeline.latent_size(model.config, height, width)
     factor = vae.factor(model.config.vae)
@@ -83,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         "method": arguments.method,
         "dtype": arguments.dtype,
         "params": arguments.params or [],
+        **({"embedding": arguments.embedding} if arguments.embedding else {}),
         **controls.settings(arguments),
     }
     pictures = []
@@ -117,6 +126,7 @@ def command(settings: dict[str, Any]) -> str:
     for name in ("negative", "steps", "cfg", "seed", "count", "size", "method", "dtype"):
         if name in settings and settings[name] != defaults.get(name):
             words += [f"--{name}", str(settings[name])]
+    words += [word for text in settings.get("embedding", []) for word in ("--embedding", text)]
     words += controls.words(settings)
     return shlex.join(words)
 

@@ -1,12 +1,15 @@
 """What words on the command line mean: devices, dtypes, methods."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from functional_sd3 import weights
 from functional_sd3.flow import ode
 from functional_sd3.flow.method import Method
+from functional_sd3.text import inversion
 from functional_sd3.weights.model import Model
 
 
@@ -42,6 +45,16 @@ def require(model: Model, components: Sequence[str], source: object) -> None:
     absent = [name for name in components if name not in model.params]
     if absent:
         raise ValueError(f"{source} has no {' and no '.join(absent)}, which this command needs")
+
+
+def with_words(model: Model, embeddings: Sequence[str]) -> Model:
+    """The model with textual inversions, each FILE or WORD=FILE."""
+    words = []
+    for text in embeddings:
+        token, equals, path = text.partition("=")
+        named = equals and not Path(text).exists()
+        words.append(weights.load_inversion(path, token=token) if named else weights.load_inversion(text))
+    return model._replace(**inversion.add(model.params, model.config, model.tokenizers, *words)._asdict())
 
 
 def check_finite(images: Tensor) -> None:

@@ -8,7 +8,7 @@ for bit; where other references disagree, `special_tokens`, `pad_token` and `cle
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy
@@ -41,6 +41,7 @@ class Tables:
     unk_id: int
     pad_id: int
     model_max_length: int
+    several: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tokens that stand for several ids
 
 
 class Cuts(NamedTuple):
@@ -80,17 +81,19 @@ def init(
         final=final,
         names={i: token for token, i in vocab.items()} | {i: content for content, i in ids.items()},
         specials=files.specials,
-        cuts=_cuts(files.specials, True),
+        cuts=cuts_of(files.specials, True),
         pattern=bpe_text.WORDS_AND_LITERALS if files.keeps_literals else bpe_text.WORDS,
         bos_id=ids[files.names["bos_token"]],
         eos_id=ids[files.names["eos_token"]],
         unk_id=unk,
         pad_id=ids[files.names["pad_token"]],
         model_max_length=files.model_max_length,
+        several={ids[names[0]]: tuple(ids[name] for name in names) for names in files.several},
     )
 
 
-def _cuts(specials: Sequence[Special], chosen: bool | Collection[str]) -> Cuts:
+def cuts_of(specials: Sequence[Special], chosen: bool | Collection[str] = True) -> Cuts:
+    """What to look for of some special tokens: all of them, those only that are no markup (False), or those named."""
     if isinstance(chosen, str):
         raise ValueError(f"special_tokens is the string {chosen!r}; True, False or a collection of strings is right")
     known = {special.content for special in specials}
@@ -128,7 +131,7 @@ def apply(
     """
     if length is not None and length < 2:
         raise ValueError(f"length {length} has no room for the start and the end token; at least 2 is right")
-    cuts = tables.cuts if special_tokens is True else _cuts(tables.specials, special_tokens)
+    cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
     memo: dict[str, list[int]] = {}
     batch = [_encode(tables, cuts, clean(text) if clean else text, memo) for text in _batch(texts)]
     bos, eos = [tables.bos_id], [tables.eos_id]
@@ -169,11 +172,11 @@ def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]]) -
     whole = tables.words.get
     for raw in _cut(cuts.raw, text):
         if raw.special:
-            ids.append(cuts.ids[raw.text])
+            ids += _ids_of(tables, cuts, raw.text)
             continue
         for part in _cut(cuts.normalized, bpe_text.normalize(raw.text)):
             if part.special:
-                ids.append(cuts.ids[part.text])
+                ids += _ids_of(tables, cuts, part.text)
                 continue
             for word in bpe_text.words(tables.pattern, part.text):
                 known = whole(word)
@@ -184,6 +187,11 @@ def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]]) -
                     memo[word] = _word(tables, word)
                 ids += memo[word]
     return ids
+
+
+def _ids_of(tables: Tables, cuts: Cuts, token: str) -> Sequence[int]:
+    first = cuts.ids[token]
+    return tables.several.get(first, (first,))
 
 
 class _Part(NamedTuple):
@@ -217,20 +225,21 @@ def offsets(
     The start and end tokens stand at (0, 0). As in `tokenizers`, a token that is part of a character spans all of it,
     and a character that NFC composed spans the first of the characters it was made of.
     """
-    cuts = tables.cuts if special_tokens is True else _cuts(tables.specials, special_tokens)
+    cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
     return [[(0, 0), *_offsets(tables, cuts, text), (0, 0)] for text in _batch(texts)]
 
 
 def _offsets(tables: Tables, cuts: Cuts, text: str) -> Iterator[tuple[int, int]]:
     for raw in _cut(cuts.raw, text):
         if raw.special:
-            yield raw.start, raw.start + len(raw.text)
+            yield from [(raw.start, raw.start + len(raw.text))] * len(_ids_of(tables, cuts, raw.text))
             continue
         normalized, sources = bpe_text.normalize_aligned(raw.text)
         places = [raw.start + source for source in sources]
         for part in _cut(cuts.normalized, normalized):
             if part.special:
-                yield places[part.start], places[part.start + len(part.text) - 1] + 1
+                place = places[part.start], places[part.start + len(part.text) - 1] + 1
+                yield from [place] * len(_ids_of(tables, cuts, part.text))
                 continue
             for start, end in bpe_text.spans(tables.pattern, part.text):
                 here = places[part.start + start : part.start + end]
@@ -285,5 +294,6 @@ def save(folder: str | os.PathLike[str], tables: Tables) -> None:
         names={f"{name}_token": tables.names[i] for name, i in ids.items()},
         model_max_length=tables.model_max_length,
         keeps_literals=tables.pattern == bpe_text.WORDS_AND_LITERALS,
+        several=tuple(tuple(tables.names[i] for i in ids) for ids in tables.several.values()),
     )
     bpe_files.write(folder, files)

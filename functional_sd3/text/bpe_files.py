@@ -6,7 +6,7 @@ are only named are matched in the raw text. Files are read whole or not at all.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,11 @@ class Files(NamedTuple):
     names: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
     model_max_length: int
     keeps_literals: bool  # whether the words pattern holds the special tokens as literals, as transformers 5 has it
+    several: tuple[tuple[str, ...], ...] = ()  # tokens that stand for themselves and others
+
+
+SEVERAL = "several_vectors"
+"""Our own key of a tokenizer_config.json, which transformers skips: lists of tokens that their first stands for."""
 
 
 def read(source: Any, *, pad_token: str | None, model_max_length: int | None) -> Files:
@@ -53,6 +58,7 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
     vocab = None if in_vocab else raw.vocab
     tokens, in_tokens = tokens_of(vocab, config, raw.added)
     problems = [*problems, *in_vocab, *merge_problems(vocab, raw.merges), *in_tokens, *length_problems(config)]
+    problems += several_problems(config, tokens)
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise ValueError(f"{label} is not a CLIP byte-pair tokenizer: {shown}")
@@ -63,7 +69,17 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
         names={name: content_of(config.get(name) or default) for name, default in NAMED.items()},
         model_max_length=length_of(config),
         keeps_literals=raw.keeps_literals,
+        several=tuple(map(tuple, config.get(SEVERAL) or ())),
     )
+
+
+def several_problems(config: Mapping[str, Any], tokens: Collection[str]) -> list[str]:
+    """Whether what stands for several tokens is a list of lists of tokens that are there."""
+    found = config.get(SEVERAL) or []
+    if not isinstance(found, list) or not all(isinstance(names, list) and names for names in found):
+        return [f"{SEVERAL} is {found!r}, not a list of lists of tokens"]
+    unknown = [name for names in found for name in names if name not in tokens]
+    return [f"{SEVERAL} names {unknown[0]!r}, which is no added token"] if unknown else []
 
 
 class _Raw(NamedTuple):
@@ -167,6 +183,7 @@ def write(folder: str | os.PathLike[str], files: Files) -> None:
         "errors": "replace",
         "model_max_length": files.model_max_length,
         "tokenizer_class": "CLIPTokenizer",
+        **({SEVERAL: [list(names) for names in files.several]} if files.several else {}),
     }
     named = {name: tokens[content] for name, content in files.names.items()}
     _write(folder / "vocab.json", _dumps(files.vocab))

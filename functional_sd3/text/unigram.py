@@ -136,7 +136,7 @@ def _ids(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[in
     split = mode == "transformers" or tables.spacing.split
     for _, part, token in _parts(tables, text, typed_specials):
         if token is not None:
-            ids.append(token.id)
+            ids += tables.several.get(token.id, (token.id,))
             continue
         for word in words(tables, part, split):
             found = whole(word)
@@ -157,7 +157,7 @@ def _spans(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[
     split = mode == "transformers" or tables.spacing.split
     for start, part, token in _parts(tables, text, typed_specials):
         if token is not None:
-            spans.append((start, start + len(part)))
+            spans += [(start, start + len(part))] * len(tables.several.get(token.id, (token.id,)))
             continue
         for word in aligned_words(tables, part, split):
             ends = _ends(_segment(tables, lattice, "".join(character for character, _ in word)))

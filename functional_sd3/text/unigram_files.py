@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from functional_sd3.text import sentencepiece_file
+from functional_sd3.text.bpe_files import SEVERAL, several_problems
 from functional_sd3.text.sentencepiece_file import Piece, SentencePieceModel
 from functional_sd3.text.unigram_tables import SPACE, UNBOUNDED, AddedToken, Spacing, Tables, build
 
@@ -90,7 +91,15 @@ def _from_json(content: Mapping[str, Any], config: Mapping[str, Any]) -> Tables:
         eos_id=names.get(eos, -1),
         pad_id=names.get(_name(config, "pad_token"), -1),
         model_max_length=_max_length(config),
+        several=_several(config, {token.content: token.id for token in added}),
     )
+
+
+def _several(config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    problems = several_problems(config, ids)
+    if problems:
+        raise ValueError(problems[0])
+    return {ids[names[0]]: tuple(ids[name] for name in names) for names in config.get(SEVERAL) or ()}
 
 
 def _from_model(model: SentencePieceModel, config: Mapping[str, Any]) -> Tables:
@@ -253,6 +262,7 @@ def _sentinels(tables: Tables) -> list[str]:
 
 def _config(tables: Tables) -> dict[str, Any]:
     decoder = {str(t.id): {k: v for k, v in sorted(_token(t).items()) if k != "id"} for t in tables.added}
+    several = [[decoder[str(index)]["content"] for index in ids] for ids in tables.several.values()]
     return {
         "add_prefix_space": True,
         "added_tokens_decoder": decoder,
@@ -266,6 +276,7 @@ def _config(tables: Tables) -> dict[str, Any]:
         "sp_model_kwargs": {},
         "tokenizer_class": "T5Tokenizer",
         "unk_token": tables.pieces[tables.unk_id],
+        **({SEVERAL: several} if several else {}),
     }
 
 

@@ -79,6 +79,8 @@ class Tables:
     characters: Charsmap | None = field(repr=False, compare=False)
     ascii: Mapping[int, str] | None = field(repr=False, compare=False)  # see charsmap.ascii_map
     added_pattern: re.Pattern[str] | None = field(repr=False, compare=False)
+    # Added tokens that stand for several ids, by the first of them.
+    several: Mapping[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
 
     def __repr__(self) -> str:
         return f"unigram.Tables({len(self.pieces)} pieces, {len(self.added)} added tokens, max {self.model_max_length})"
@@ -95,6 +97,7 @@ def build(
     eos_id: int = 1,
     pad_id: int = 0,
     model_max_length: int = UNBOUNDED,
+    several: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Tables:
     """Tables from their parts. Raises ValueError naming all that is inconsistent."""
     added = tuple(added)
@@ -107,7 +110,6 @@ def build(
         scores=every.scores | dict.fromkeys(special & ids.keys(), -math.inf),
         ids={piece: index for piece, index in ids.items() if piece not in special},
     )
-    contents = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
     return Tables(
         pieces=tuple(pieces),
         scores=tuple(scores),
@@ -124,8 +126,15 @@ def build(
         whole=_whole_words(ordinary, every),
         characters=characters,
         ascii=ascii_map(characters) if characters else {},
-        added_pattern=re.compile("|".join(contents)) if contents else None,
+        added_pattern=pattern_of(added),
+        several=dict(several or {}),
     )
+
+
+def pattern_of(added: Iterable[AddedToken]) -> re.Pattern[str] | None:
+    """What finds typed added tokens, the longest first."""
+    contents = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
+    return re.compile("|".join(contents)) if contents else None
 
 
 def from_pieces(

@@ -20,6 +20,8 @@ from functional_sd3.weights.describing import describe
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.forms import infer_config
 from functional_sd3.weights.inception import UnknownWeights, load_inception
+from functional_sd3.weights.inversions import load as load_inversion
+from functional_sd3.weights.inversions import save as save_inversion
 from functional_sd3.weights.ip_adapters import load as load_ip_adapter
 from functional_sd3.weights.ip_adapters import save as save_ip_adapter
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers, check, missing, spec
@@ -41,11 +43,13 @@ __all__ = [
     "load_clip",
     "load_controlnet",
     "load_inception",
+    "load_inversion",
     "load_ip_adapter",
     "load_statistics",
     "missing",
     "save",
     "save_controlnet",
+    "save_inversion",
     "save_ip_adapter",
     "save_statistics",
     "spec",

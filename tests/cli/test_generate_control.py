@@ -10,6 +10,7 @@ from PIL import Image
 from functional_sd3 import cli, weights
 from functional_sd3.cli import controls, generate
 from functional_sd3.core import spec as specs
+from functional_sd3.text import inversion
 from functional_sd3.transformer import controlnet
 from functional_sd3.weights.controlnets import ControlNet
 from tests import models
@@ -83,6 +84,21 @@ def test_what_is_transparent_is_painted_anew(files):
     net = ("--controlnet", f"inpaint={files}/inpaint")
     masked = draw(files, *net, "--control", f"inpaint={files}/transparent.png")
     assert not torch.equal(masked, draw(files, *net, "--control", f"inpaint={files}/edges.png"))
+
+
+def test_words_of_ones_own_are_typed_like_any_other(files):
+    width = weights.load(files / "model", only="clip_l").config.clip_l.width
+    word = inversion.Word("any", {"clip_l": 3 * torch.ones(2, width)})
+    weights.save_inversion(files / "thing.safetensors", word)
+    common = ["generate", "a <thing> on a <dog>", "--params", files / "model", "--steps", 1, "--out"]
+    drawn = []
+    for number, words in enumerate(([], ["thing.safetensors"], ["<dog>=thing.safetensors"])):
+        told = [word for text in words for word in ("--embedding", text.replace("thing.s", f"{files}/thing.s"))]
+        assert cli.main([str(word) for word in (*common, files / f"{number}.png", *told)]) == 0
+        with Image.open(files / f"{number}.png") as picture:
+            drawn.append(picture.tobytes())
+    assert len(set(drawn)) == 3
+    assert f"--embedding {files}/thing.safetensors" in generate.command(generate.read_settings(files / "1.png"))
 
 
 @pytest.mark.parametrize(
