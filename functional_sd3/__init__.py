@@ -15,8 +15,10 @@ from functional_sd3.core import attention, layers, prng, spec, transform, tree
 from functional_sd3.flow import guidance, ode, path, schedule
 from functional_sd3.image import clip_pixels, pictures, pixels, vae
 from functional_sd3.metrics import (
+    clip_images,
     clip_score,
     cmmd,
+    collect,
     density_coverage,
     fid,
     frechet,
@@ -40,9 +42,11 @@ __all__ = [
     "bpe",
     "clip",
     "clip_dual",
+    "clip_images",
     "clip_pixels",
     "clip_score",
     "cmmd",
+    "collect",
     "conditioning",
     "control",
     "controlnet",

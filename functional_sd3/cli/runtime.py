@@ -1,7 +1,8 @@
-"""What words on the command line mean: devices, dtypes, methods."""
+"""What words on the command line mean: devices, dtypes, methods, weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from functional_sd3 import weights
 from functional_sd3.flow import ode
 from functional_sd3.flow.method import Method
 from functional_sd3.text import inversion
+from functional_sd3.weights.clip import Clip
 from functional_sd3.weights.model import Model
 
 
@@ -60,3 +62,25 @@ def with_words(model: Model, embeddings: Sequence[str]) -> Model:
 def check_finite(images: Tensor) -> None:
     if not torch.isfinite(images).all():
         raise ValueError("the model gave values that are not finite; --dtype float32 may help")
+
+
+def clip(path: str | None, place: str) -> Clip:
+    """CLIP's two encoders, from --clip and on --device."""
+    if path is None:
+        raise ValueError(
+            "CLIP's image encoder does not come with this program and is never downloaded by it: pass --clip DIR, a "
+            "folder of transformers' CLIPModel such as https://huggingface.co/openai/clip-vit-large-patch14-336 (what "
+            "CMMD is published with) or .../clip-vit-base-patch32, with its tokenizer for captions"
+        )
+    return weights.load_clip(path, dtype=torch.float32, device=device(place))
+
+
+def clip_name(model: Clip) -> str:
+    image = model.config.image
+    return f"CLIP with images of {image.size} pixels, patches of {image.patch}, width {image.width}"
+
+
+def clip_described(path: str, model: Clip) -> dict[str, Any]:
+    """Which CLIP a figure was measured with, in the words of JSON."""
+    image = model.config.image
+    return {"clip": path, "clip_image": {"size": image.size, "patch": image.patch, "width": image.width}}

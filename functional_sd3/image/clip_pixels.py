@@ -35,10 +35,11 @@ class Config:
             raise ValueError(f"std {self.std} must be above 0")
 
 
-def apply(config: Config, pictures: "Image | Sequence[Image] | Tensor") -> Tensor:
+def apply(config: Config, pictures: "Image | Sequence[Image] | Tensor", *, square: bool = False) -> Tensor:
     """Pictures of any sizes and modes, or images (batch, 3, height, width) in [0, 1] -> (batch, 3, crop, crop) float32.
 
-    Transparency is laid over white.
+    Transparency is laid over white. `square`: the middle is cut out before resizing, as CMMD's authors do it, and not
+    after.
     """
     from PIL import Image
 
@@ -47,7 +48,14 @@ def apply(config: Config, pictures: "Image | Sequence[Image] | Tensor") -> Tenso
     pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not pictures:
         return torch.empty(0, 3, config.crop, config.crop)
-    return torch.stack([_one(config, picture) for picture in pictures])
+    return torch.stack([_one(config, _middle(picture) if square else picture) for picture in pictures])
+
+
+def _middle(picture: "Image") -> "Image":
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
 
 
 def _one(config: Config, picture: "Image") -> Tensor:

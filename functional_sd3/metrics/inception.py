@@ -76,24 +76,29 @@ def init(key: Key, *, dtype: torch.dtype = torch.float32, device: torch.device |
     return specs.init(key, spec(), dtype=dtype, device=device)
 
 
-def apply(params: Params, images: Tensor) -> dict[int | str, Tensor]:
+def apply(params: Params, images: Tensor, *, last: int = TAPS[-1]) -> dict[int | str, Tensor]:
     """Features of images (batch, 3, 299, 299), float in [-1, 1].
 
     Returns the taps 64, 192, 768 and 2048, each (batch, tap), averaged over the pixels, and "logits" (batch, 1008),
-    in the dtype of the parameters. How pictures of other sizes and bytes become such images differs between packages
-    and changes the scores: it is the caller's to choose and to say. Raises ValueError for another shape or for
-    integers.
+    in the dtype of the parameters; with a smaller `last` only the taps as far as that one, and no more work than they
+    take. How pictures of other sizes and bytes become such images differs between packages and changes the scores: it
+    is the caller's to choose and to say. Raises ValueError for another shape, for integers and for a tap that does not
+    exist.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
         raise ValueError(f"images {list(images.shape)} must be (batch, 3, {SIZE}, {SIZE}); resize them first")
     if not images.is_floating_point():
         raise ValueError(f"images of dtype {images.dtype} must be floating, in [-1, 1]")
+    if last not in TAPS:
+        raise ValueError(f"last {last} must be one of {TAPS}")
     images = images.to(params["fc"]["weight"].dtype)
     if layers.plain(images):
         # Twice as fast on a CPU; a batching rule for it is missing.
         images = images.contiguous(memory_format=torch.channels_last)
     features: dict[int | str, Tensor] = {}
-    _flow(params, _NETWORK, images, features)
+    _flow(params, _NETWORK[: _NETWORK.index(Tap(last)) + 1], images, features)
+    if last != TAPS[-1]:
+        return features
     return features | {"logits": layers.linear(params["fc"], features[TAPS[-1]])}
 
 

@@ -85,7 +85,7 @@ def load(index: Index, i: int, size: int) -> Tensor:
         picture = pictures.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return torch.from_numpy(numpy.array(_square(picture, size), dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(numpy.array(square(picture, size), dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
 
 
 def load_batch(index: Index, rows: Sequence[int], size: int) -> Tensor:
@@ -164,7 +164,8 @@ def _caption(path: Path, folder: Path, template: str) -> str:
     return template.format(path.parent.name.replace("_", " ").replace("-", " ").strip())
 
 
-def _square(picture: "Image", size: int) -> "Image":
+def square(picture: "Image", size: int) -> "Image":
+    """The picture with its shorter side resized (Lanczos) to `size` pixels and its middle cut out."""
     from PIL import Image
 
     width, height = picture.size

@@ -18,6 +18,7 @@ from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
 from functional_sd3.weights.describing import describe
 from functional_sd3.weights.errors import WeightsError
+from functional_sd3.weights.features import load_features, save_features
 from functional_sd3.weights.forms import infer_config
 from functional_sd3.weights.inception import UnknownWeights, load_inception
 from functional_sd3.weights.inversions import load as load_inversion
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_clip",
     "load_controlnet",
+    "load_features",
     "load_inception",
     "load_inversion",
     "load_ip_adapter",
@@ -50,6 +52,7 @@ __all__ = [
     "save",
     "save_controlnet",
     "save_inversion",
+    "save_features",
     "save_ip_adapter",
     "save_statistics",
     "spec",

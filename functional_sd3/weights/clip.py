@@ -74,6 +74,8 @@ def load(
     that we do not compute. Nothing loads in part.
     """
     path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"{path}: does not exist")
     single = path.is_file()
     folder = path.parent if single else path
     problems: list[str] = []
@@ -93,8 +95,6 @@ def load(
 
 def _open(path: Path, single: bool) -> WeightFiles:
     if not single:
-        if not path.is_dir():
-            raise WeightsError(f"{path}: {'is not a folder' if path.exists() else 'does not exist'}")
         return shards.open_weights(path, "model", None, single_first=True)
     mapped = files.open_mapped(path)
     return WeightFiles(None, dict.fromkeys(mapped.header.tensors, mapped))

@@ -5,34 +5,24 @@ and `tap` as in `fid.Record`. Nothing in it is executed.
 """
 
 import os
-import zipfile
-import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from functional_sd3.metrics.fid import Record
 from functional_sd3.metrics.frechet import Statistics
-from functional_sd3.weights.atomic import replace_file
-from functional_sd3.weights.errors import WeightsError, reason
+from functional_sd3.weights import npz
+from functional_sd3.weights.errors import WeightsError
 
 
 def save_statistics(path: str | os.PathLike, record: Record) -> None:
     """Write a record at `path`, whole or not at all; the name is kept as it is. Raises WeightsError when the system
     refuses."""
-    import numpy
-
     n, mean, m2 = record.statistics
     entries = {"mu": mean.detach().cpu().numpy(), "sigma": (m2.detach() / max(n - 1, 1)).cpu().numpy(), "n": n}
     entries |= record._asdict()
     del entries["statistics"]
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            numpy.savez(file, **entries)
-
-    replace_file(path, write)
+    npz.write(path, entries)
 
 
 def load_statistics(
@@ -49,7 +39,7 @@ def load_statistics(
     agree. Raises WeightsError for a file that is missing or broken or does not say how it was made (and nobody else
     does), with what is missing.
     """
-    entries = _entries(Path(path))
+    entries = npz.read(path, "statistics")
     given = {"n": n, "preprocessing": preprocessing, "weights": weights, "tap": tap}
     problems = [f"{name} is missing" for name in ("mu", "sigma") if name not in entries]
     labels = {}
@@ -65,22 +55,6 @@ def load_statistics(
     count = labels.pop("n")
     mean, covariance = (torch.from_numpy(entries[name]).double() for name in ("mu", "sigma"))
     return Record(Statistics(count, mean, covariance * max(count - 1, 1)), **labels)
-
-
-def _entries(path: Path) -> dict[str, Any]:
-    import numpy
-
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be opened: {reason(error)}") from error
-    with file:
-        try:
-            # An .npy file gives an array, which has no names.
-            found = numpy.load(file, allow_pickle=False)
-            return {name: found[name] for name in found.files}
-        except (OSError, ValueError, EOFError, AttributeError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-            raise WeightsError(f"{path}: is not an .npz file of statistics: {error}") from error
 
 
 def _misfits(entries: dict[str, Any], labels: dict[str, Any]) -> list[str]:

@@ -1,0 +1,193 @@
+"""What models make: `evaluate clip`, `prompts` and `vae`."""
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from functional_sd3 import weights
+from functional_sd3.cli import report, runtime
+from functional_sd3.cli.report import Report
+from functional_sd3.core import prng
+from functional_sd3.image import pictures, pixels, vae
+from functional_sd3.image.pictures import Item
+from functional_sd3.metrics import clip_images, similarity
+from functional_sd3.training import datasets, shapes, tiny
+from functional_sd3.weights import Model, shipped
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_RESPECTS = ("right", "count", "shape", "colour", "size", "background", "relation")
+
+
+class Likeness(NamedTuple):
+    """How well one picture was given back."""
+
+    name: str
+    psnr: float
+    ssim: float
+
+
+def run_clip(arguments: argparse.Namespace) -> Report:
+    if not Path(arguments.folder).exists():
+        raise FileNotFoundError(2, "no such folder", arguments.folder)
+    index = datasets.image_folder(arguments.folder)
+    report.note_skipped(arguments.folder, len(index.samples) + len(index.skipped), index.skipped)
+    empty = sum(not sample.caption for sample in index.samples)
+    if empty:
+        raise ValueError(f"{empty} of {len(index.samples)} pictures of {arguments.folder} have no caption")
+    model = runtime.clip(arguments.clip, arguments.device)
+    if model.tokenizer is None:
+        raise ValueError(f"{arguments.clip} has no tokenizer, which captions need: vocab.json and merges.txt")
+    found: list[Tensor] = []
+    starts = range(0, len(index.samples), arguments.batch_size)
+    for start in report.progress(starts, len(starts), Path(arguments.folder).name, unit="batch"):
+        samples = index.samples[start : start + arguments.batch_size]
+        seen = [pictures.read(index.folder / sample.path) for sample in samples]
+        captions = [sample.caption for sample in samples]
+        found.append(
+            clip_images.scores(model.params, model.config, model.tokenizer, model.pixels, seen, captions).cpu()
+        )
+    scores = torch.cat(found)
+    each = [
+        {"path": sample.path, "caption": sample.caption, "score": float(score)}
+        for sample, score in zip(index.samples, scores, strict=True)
+    ]
+    data = {
+        "metric": "clip",
+        "value": float(scores.mean()),
+        "path": arguments.folder,
+        "pictures": each,
+        "skipped": [one._asdict() for one in index.skipped],
+        **runtime.clip_described(arguments.clip, model),
+    }
+    return Report((f"CLIP score {data['value']:.3f} (N = {len(scores)}), {runtime.clip_name(model)}",), data)
+
+
+def run_prompts(arguments: argparse.Namespace) -> Report:
+    method = runtime.method(arguments.method)
+    model, source = _model(arguments)
+    runtime.require(model, ("transformer", "vae"), source)
+    rows = []
+    kinds = (arguments.things,) if arguments.things else (1, 2)
+    counts = [min(arguments.count, len(shapes.held_out_captions(things))) for things in kinds]
+    steps = arguments.steps * sum(-(-count // arguments.batch_size) for count in counts)
+    with report.progress((), steps, "drawing", unit="step") as bar:
+        for things in kinds:
+            rows.append(
+                {"things": things}
+                | tiny.prompt_following(
+                    model,
+                    things,
+                    arguments.count,
+                    prng.key(arguments.seed),
+                    batch=arguments.batch_size,
+                    steps=arguments.steps,
+                    cfg=arguments.cfg,
+                    method=method,
+                    height=shapes.SIDE,
+                    width=shapes.SIDE,
+                    on_step=lambda info: bar.update(),
+                )
+            )
+    text = [f"| things | captions | {' | '.join(_RESPECTS)} |", "|---" * (len(_RESPECTS) + 2) + "|"]
+    for row in rows:
+        shares = " | ".join(f"{100 * row[name]:.1f} %" for name in _RESPECTS)
+        text.append(f"| {row['things']} | {row['captions']} | {shares} |")
+    settings = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "method", "dtype")}
+    return Report(tuple(text), {"metric": "prompts", "params": str(source), **settings, "rows": rows})
+
+
+def run_vae(arguments: argparse.Namespace) -> Report:
+    found = pictures.source(arguments.folder)
+    model, params = _model(arguments, only="vae")
+    runtime.require(model, ("vae",), params)
+    factor = vae.factor(model.config.vae)
+    if arguments.size and arguments.size % factor:
+        raise ValueError(f"--size {arguments.size} must be a multiple of {factor}, the pixels a side of one latent")
+    cut = partial(_cut, factor=factor, size=arguments.size)
+    items = pictures.stream(found, cut, workers=arguments.workers)
+    likenesses, skipped = [], []
+    for batch in _alike(report.progress(items, len(found.names), Path(arguments.folder).name), arguments.batch_size):
+        if batch[0].value is None:
+            skipped += [pictures.Skipped(item.name, item.reason) for item in batch]
+        else:
+            likenesses += _reconstructed(model, batch)
+    skipped = tuple(skipped)
+    report.note_skipped(arguments.folder, len(found.names), skipped)
+    if not likenesses:
+        raise ValueError(f"none of the {len(skipped)} pictures of {arguments.folder} can be measured")
+    finite = [one.psnr for one in likenesses if math.isfinite(one.psnr)]
+    psnr = math.fsum(finite) / len(finite) if finite else math.inf
+    ssim = math.fsum(one.ssim for one in likenesses) / len(likenesses)
+    size = f"{arguments.size}x{arguments.size}" if arguments.size else f"their own size, cut to multiples of {factor}"
+    data = {
+        "metric": "vae",
+        "psnr": psnr,
+        "ssim": ssim,
+        "params": str(params),
+        "path": arguments.folder,
+        "size": arguments.size,
+        "pictures": [one._asdict() for one in likenesses],
+        "skipped": [one._asdict() for one in skipped],
+    }
+    return Report((f"PSNR {psnr:.3f} dB, SSIM {ssim:.4f} (N = {len(likenesses)}, at {size})",), data)
+
+
+METRICS = {"clip": run_clip, "prompts": run_prompts, "vae": run_vae}
+
+
+def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, Path]:
+    source = Path(arguments.params) if arguments.params else shipped.folder()
+    device = runtime.device(arguments.device)
+    return weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device, **options), source
+
+
+def _cut(picture: "Image", *, factor: int, size: int | None) -> Tensor:
+    """uint8 (3, height, width): a square of `size` or, at its own size, the middle whose sides the factor divides."""
+    if size:
+        picture = datasets.square(picture, size)
+    width, height = (side - side % factor for side in picture.size)
+    if min(width, height) < similarity.WINDOW:
+        own = "x".join(map(str, picture.size))
+        raise ValueError(f"{own} pixels are too few for SSIM's window of {similarity.WINDOW}")
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    cut = picture.crop((left, top, left + width, top + height))
+    return torch.from_numpy(numpy.array(cut)).permute(2, 0, 1).contiguous()
+
+
+def _alike(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Successive items in batches of one size, those without a picture in batches of their own."""
+    batch: list[Item] = []
+    for item in items:
+        if batch and (len(batch) == batch_size or _shape(batch[0]) != _shape(item)):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def _shape(item: Item) -> tuple[int, ...] | None:
+    return None if item.value is None else tuple(item.value.shape)
+
+
+def _reconstructed(model: Model, batch: list[Item]) -> list[Likeness]:
+    """Through the mean of the posterior, and rounded to bytes as a file would hold it."""
+    originals = pixels.from_bytes(torch.stack([item.value for item in batch]))
+    like = model.params["vae"]["decoder"]["conv_in"]["weight"]
+    with torch.no_grad():
+        images = pixels.to_signed(originals).to(like.device, like.dtype)
+        mean = vae.encode(model.params["vae"], model.config.vae, images).mean
+        images = pixels.from_signed(vae.decode(model.params["vae"], model.config.vae, mean).float()).cpu()
+    runtime.check_finite(images)
+    given = pixels.from_bytes(pixels.to_bytes(images))
+    psnr, ssim = similarity.psnr(given, originals), similarity.ssim(given, originals)
+    return [Likeness(item.name, float(p), float(s)) for item, p, s in zip(batch, psnr, ssim, strict=True)]

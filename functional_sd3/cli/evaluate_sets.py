@@ -1,0 +1,224 @@
+"""Distances between two sets of pictures: `evaluate fid`, `kid` and `cmmd`."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from functional_sd3 import weights
+from functional_sd3.cli import report, runtime
+from functional_sd3.cli.report import Report
+from functional_sd3.core import prng
+from functional_sd3.image import clip_pixels, pictures
+from functional_sd3.image.pictures import Skipped, Source
+from functional_sd3.metrics import clip_images, cmmd, collect, fid, frechet, inception, kid, preprocess
+from functional_sd3.metrics.collect import Batch, Collected, Features
+from functional_sd3.weights import WeightsError
+from functional_sd3.weights.inception import FILE, SHA256
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+_UNSTATED = "unstated"
+
+
+class Kind(NamedTuple):
+    """What a metric keeps of a set: how it is collected from batches, labelled, counted, saved and loaded."""
+
+    collect: Callable[[Iterator[Batch]], Collected]
+    record: Callable[..., Any]
+    count: Callable[[Any], int]
+    save: Callable[[str, Any], None]
+    load: Callable[[str, argparse.Namespace, str], Any]
+
+
+class Side(NamedTuple):
+    """One of the two sets: what is known of it, of how many pictures, and which were skipped."""
+
+    path: str
+    record: Any
+    count: int
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Making(NamedTuple):
+    """How features are made of pictures; `embed` is None where no pictures are given."""
+
+    preprocessing: str
+    weights: str
+    tap: int
+    embed: Callable[[Tensor], Tensor] | None
+
+
+def run_fid(arguments: argparse.Namespace) -> Report:
+    kind = Kind(
+        collect.statistics, fid.Record, lambda record: record.statistics.n, weights.save_statistics, _load_statistics
+    )
+    sides, data = _measured(arguments, kind)
+    if len(sides) == 1:
+        return _only_saved(arguments, sides, data)
+    with report.warnings_as_notes():
+        score = fid.score(*(side.record for side in sides))
+    return Report((f"{score}, {_how(sides)}",), {"metric": "fid", "value": score.value, **data})
+
+
+def run_kid(arguments: argparse.Namespace) -> Report:
+    kind = Kind(
+        collect.features,
+        Features,
+        lambda record: len(record.values),
+        weights.save_features,
+        lambda path, arguments, fingerprint: weights.load_features(path),
+    )
+    sides, data = _measured(arguments, kind)
+    if len(sides) == 1:
+        return _only_saved(arguments, sides, data)
+    size = arguments.subset_size or min(kid.SIZE, *(side.count for side in sides))
+    values = (side.record.values for side in sides)
+    estimates = kid.estimates(*values, prng.key(arguments.seed), subsets=arguments.subsets, size=size)
+    mean, deviation = float(estimates.mean()), float(estimates.std(unbiased=False))
+    if size < kid.SIZE:
+        report.note(f"published KIDs are of subsets of {kid.SIZE}; these are of {size}, so their spread differs")
+    subsets = {"subsets": arguments.subsets, "subset_size": size, "seed": arguments.seed}
+    counts = " and ".join(str(side.count) for side in sides)
+    text = f"KID {mean:.6f} +- {deviation:.6f} ({arguments.subsets} subsets of {size}, N = {counts}), {_how(sides)}"
+    return Report((text,), {"metric": "kid", "value": mean, "deviation": deviation, **subsets, **data})
+
+
+def run_cmmd(arguments: argparse.Namespace) -> Report:
+    sources = {path: pictures.source(path) for path in (arguments.real, arguments.fake)}
+    model = runtime.clip(arguments.clip, arguments.device)
+    embed = partial(clip_images.image_embeddings, model.params, model.config)
+    transform = partial(_square, config=model.pixels)
+    sides = []
+    for path in (arguments.real, arguments.fake):
+        found = collect.features(_batches(path, sources[path], transform, embed, arguments))
+        sides.append(Side(path, found.values, len(found.values), found.skipped))
+        report.note_skipped(path, len(sources[path].names), found.skipped)
+    value = cmmd.distance(*(side.record for side in sides))
+    counts = " and ".join(str(side.count) for side in sides)
+    data = {"metric": "cmmd", "value": value, **runtime.clip_described(arguments.clip, model), **_sets(sides)}
+    return Report((f"CMMD {value:.4f} (N = {counts}), {runtime.clip_name(model)}",), data)
+
+
+METRICS = {"fid": run_fid, "kid": run_kid, "cmmd": run_cmmd}
+
+
+def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], dict[str, Any]]:
+    """What is known of each set, the first saved if asked for, and what all metrics say of their making."""
+    if arguments.fake is None and not arguments.save:
+        raise ValueError(f"{arguments.metric} compares two sets: give FAKE too, or --save FILE.npz to keep REAL's part")
+    paths = [path for path in (arguments.real, arguments.fake) if path is not None]
+    # The cheapest errors first: folders, then files, then the network, and pictures only after all else is right.
+    sources = {path: pictures.source(path) for path in paths if not _is_saved(path)}
+    params = _network(arguments) if sources else None
+    fingerprint = inception.fingerprint(params) if params else _UNSTATED
+    saved = {path: kind.load(path, arguments, fingerprint) for path in paths if path not in sources}
+    making = _making(arguments, params, fingerprint, saved)
+    sides = []
+    for path in paths:
+        if path in saved:
+            sides.append(Side(path, saved[path], kind.count(saved[path])))
+            continue
+        transform = partial(preprocess.picture, mode=making.preprocessing)
+        found = kind.collect(_batches(path, sources[path], transform, making.embed, arguments))
+        record = kind.record(found.values, making.preprocessing, making.weights, making.tap)
+        sides.append(Side(path, record, kind.count(record), found.skipped))
+        report.note_skipped(path, len(sources[path].names), found.skipped)
+    if arguments.save:
+        kind.save(arguments.save, sides[0].record)
+        report.note(f"{arguments.save} holds what is known of {sides[0].path}, to be given in its place")
+    return sides, {
+        "preprocessing": making.preprocessing, "features": making.tap, "inception": making.weights, **_sets(sides)
+    }  # fmt: skip
+
+
+def _making(arguments: argparse.Namespace, params: Any, fingerprint: str, saved: dict[str, Any]) -> Making:
+    """What the command line asks for or, where it says nothing, what was saved says. Raises where they differ."""
+    told = next(iter(saved.values()), None)
+    preprocessing = arguments.mode or (told.preprocessing if told else "clean")
+    tap = arguments.features or (told.tap if told else inception.TAPS[-1])
+    making = Making(preprocessing, fingerprint if params else told.weights, tap, None)
+    for path, record in saved.items():
+        try:
+            fid.check_alike(record, record._replace(preprocessing=preprocessing, weights=making.weights, tap=tap))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if params is None:
+        return making
+    if preprocessing not in preprocess.MODES or tap not in inception.TAPS:
+        raise ValueError(f"pictures cannot be prepared by {preprocessing!r} for layer {tap}, as what was saved says")
+    place = params["fc"]["weight"].device
+    return making._replace(embed=lambda images: inception.apply(params, images.to(place), last=tap)[tap])
+
+
+def _network(arguments: argparse.Namespace) -> Any:
+    if arguments.inception is None:
+        raise ValueError(
+            f"{arguments.metric} needs the weights of the Inception network, which do not come with this program and "
+            f"are never downloaded by it. Get {FILE} (95,628,359 bytes, SHA-256 {SHA256}) from {_URL}, and pass "
+            "--inception FILE"
+        )
+    with report.warnings_as_notes():
+        return weights.load_inception(arguments.inception, device=runtime.device(arguments.device))
+
+
+def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str) -> fid.Record:
+    if arguments.count is not None:
+        if arguments.mode is None:
+            raise ValueError("--count is for statistics that do not say how they were made either: pass --mode too")
+        tap = arguments.features or inception.TAPS[-1]
+        return weights.load_statistics(
+            path, n=arguments.count, preprocessing=arguments.mode, weights=fingerprint, tap=tap
+        )
+    with suppress(WeightsError):
+        found = weights.load_features(path)
+        return fid.Record(frechet.statistics(found.values), found.preprocessing, found.weights, found.tap)
+    try:
+        return weights.load_statistics(path)
+    except WeightsError as error:
+        if all("does not say" in problem for problem in error.problems):
+            hint = "if pytorch-fid wrote it, pass --count N --mode pytorch_fid"
+            raise ValueError(f"{path} does not say of how many pictures it is and how it was made; {hint}") from None
+        raise
+
+
+def _batches(
+    path: str, source: Source, transform: Callable, embed: Callable[[Tensor], Tensor], arguments: argparse.Namespace
+) -> Iterator[Batch]:
+    items = pictures.stream(source, transform, workers=arguments.workers)
+    watched = report.progress(items, len(source.names), Path(path).name)
+    return collect.walk(embed, watched, batch_size=arguments.batch_size)
+
+
+def _square(picture: "Image", *, config: clip_pixels.Config) -> Tensor:
+    return clip_pixels.apply(config, picture, square=True)[0]
+
+
+def _only_saved(arguments: argparse.Namespace, sides: list[Side], data: dict[str, Any]) -> Report:
+    return Report((arguments.save,), {"metric": arguments.metric, "value": None, "saved": arguments.save, **data})
+
+
+def _sets(sides: list[Side]) -> dict[str, Any]:
+    return {
+        name: {
+            "path": side.path,
+            "pictures": side.count,
+            "skipped": [{"path": path, "reason": reason} for path, reason in side.skipped],
+        }
+        for name, side in zip(("real", "fake"), sides, strict=False)
+    }
+
+
+def _how(sides: list[Side]) -> str:
+    record = sides[0].record
+    return f"preprocessing {record.preprocessing}, layer {record.tap}, weights {record.weights[:12]}"
+
+
+def _is_saved(path: str) -> bool:
+    return Path(path).suffix == ".npz" and not Path(path).is_dir()

@@ -1,0 +1,96 @@
+"""From a stream of pictures to features: batches through a network, what could not be read kept apart.
+
+    items = pictures.stream(pictures.source("folder"), partial(preprocess.picture, mode="clean"))
+    found = collect.statistics(collect.walk(lambda images: inception.apply(params, images)[2048], items))
+
+The streams are lazy and the statistics are merged as they come, so memory does not grow with the number of pictures.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.image.pictures import Item, Skipped
+from functional_sd3.metrics import frechet
+
+
+class Batch(NamedTuple):
+    """Features (k, d) of the readable pictures of a batch, float32 on the CPU, and the others; k may be 0."""
+
+    features: Tensor
+    skipped: tuple[Skipped, ...]
+
+
+class Collected(NamedTuple):
+    """Features (n, d), or the Frechet statistics of them, and what was skipped."""
+
+    values: Tensor | frechet.Statistics
+    skipped: tuple[Skipped, ...]
+
+
+class Features(NamedTuple):
+    """Features (n, d) and their making, as `fid.Record` says it of statistics; `fid.check_alike` compares both."""
+
+    values: Tensor
+    preprocessing: str
+    weights: str
+    tap: int
+
+
+def walk(embed: Callable[[Tensor], Tensor], items: Iterable[Item], *, batch_size: int = 32) -> Iterator[Batch]:
+    """Batches of at most `batch_size` pictures through `embed` (batch, ...) -> (batch, d), as they are asked for."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} must be at least 1")
+    values: list[Tensor] = []
+    skipped: list[Skipped] = []
+    for item in items:
+        if item.value is None:
+            skipped.append(Skipped(item.name, item.reason or ""))
+        else:
+            values.append(item.value)
+        if len(values) == batch_size:
+            yield _batch(embed, values, skipped)
+            values, skipped = [], []
+    if values or skipped:
+        yield _batch(embed, values, skipped)
+
+
+def statistics(batches: Iterable[Batch]) -> Collected:
+    """Frechet statistics of all. Raises ValueError, naming the first, when none could be read."""
+    total, skipped = None, []
+    for batch in batches:
+        skipped += batch.skipped
+        if len(batch.features):
+            part = frechet.statistics(batch.features)
+            total = part if total is None else frechet.merge(total, part)
+    if total is None:
+        raise _nothing(skipped)
+    return Collected(total, tuple(skipped))
+
+
+def features(batches: Iterable[Batch]) -> Collected:
+    """All features. Raises ValueError, naming the first, when none could be read."""
+    kept = list(batches)
+    skipped = tuple(one for batch in kept for one in batch.skipped)
+    found = [batch.features for batch in kept if len(batch.features)]
+    if not found:
+        raise _nothing(skipped)
+    return Collected(torch.cat(found), skipped)
+
+
+def _batch(embed: Callable[[Tensor], Tensor], values: list[Tensor], skipped: list[Skipped]) -> Batch:
+    if not values:
+        return Batch(torch.empty(0, 0), tuple(skipped))
+    with torch.no_grad():
+        found = embed(torch.stack(values)).float().cpu()
+    return Batch(found, tuple(skipped))
+
+
+def _nothing(skipped: Iterable[Skipped]) -> ValueError:
+    skipped = tuple(skipped)
+    if not skipped:
+        return ValueError("there are no pictures")
+    first = f"{skipped[0].path}: {skipped[0].reason}"
+    return ValueError(f"none of {len(skipped)} pictures could be read; the first, {first}")
