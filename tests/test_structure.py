@@ -78,3 +78,17 @@ def test_importing_the_program_loads_no_heavy_package_besides_torch():
         "print(sorted({'scipy', 'PIL', 'tqdm', 'torch._dynamo', 'torch._inductor'} & (set(sys.modules) - before)))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_loading_weights_loads_no_compiler(tmp_path):
+    import subprocess
+    import sys
+
+    script = (
+        "import sys; from functional_sd3 import weights, shipped; model = weights.load(shipped.folder()); "
+        "weights.save(sys.argv[1], model, layout='single'); weights.load(sys.argv[1]); weights.describe(sys.argv[1]); "
+        "shapes = weights.files.shapes(sys.argv[1]); weights.infer_config(shapes); "
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy', 'scipy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "x.safetensors")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

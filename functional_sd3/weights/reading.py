@@ -129,7 +129,7 @@ def _part(plan: Plan, name: str, dtype: torch.dtype | None) -> Tensor:
     factor = files.tensor(plan.places[plan.scales[name]], plan.scales[name]).float()
     # One factor for the tensor, or one for each row.
     factor = factor.reshape(-1, *[1] * (value.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
-    return (value.float() * factor).to(dtype or torch.float32)
+    return value.to(torch.float32, copy=True).mul_(factor).to(dtype or torch.float32)
 
 
 def _stacked(plan: Plan, names: list[str]) -> Tensor | None:
