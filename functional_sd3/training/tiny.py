@@ -4,11 +4,12 @@
 
 or from a finished model, whose transformer learns on while all the rest of it stays:
 
-    python -m functional_sd3.training.tiny OUT --start params/tiny --bfloat16 --compile
+    python -m functional_sd3.training.tiny OUT --start params/tiny --bfloat16 --compile --refine-steps 12000
 
 Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on fresh pictures; a
-pool of pictures encoded once; then the transformer and the three text encoders together. Hidden matrices learn by Muon,
-which at this size needs several times fewer steps than AdamW. Stopped at any moment, the same command goes on.
+pool of pictures encoded once; the transformer and the three text encoders together; then the transformer alone, which
+is what takes time. Hidden matrices learn by Muon, which at this size needs several times fewer steps than AdamW.
+Stopped at any moment, the same command goes on.
 """
 
 import argparse
@@ -40,7 +41,10 @@ POOL = 131072
 """Pictures that are encoded once and drawn from."""
 VAE_STEPS = 1200
 VAE_BATCH = 32
-FLOW_STEPS = 20000
+FLOW_STEPS = 2200
+"""Of the transformer and the text encoders together."""
+REFINE_STEPS = 12000
+"""Of the transformer alone."""
 FLOW_BATCH = 64
 DROPOUT = 0.1
 ADAMW_ONLY = (
@@ -121,7 +125,7 @@ def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     """The autoencoder, on pictures drawn anew for every step."""
     params_key, run_key, data_key = (prng.fold_in(key, place) for place in (1, 2, 3))
     params = tree.map_with_path(_precise, vae.init(params_key, config.vae))
-    rate = optim.trapezoid(3e-3, 30, steps, int(0.6 * steps))
+    rate = optim.trapezoid(3e-3, min(30, steps // 4), steps, int(0.6 * steps))
     optimizer = _optimizer(rate, rate, b2=0.99)
     train_step = step.make_train_step(
         losses.vae_loss(config.vae, divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
@@ -177,7 +181,7 @@ def flow_stage(
         params = {name: make(own, getattr(config, name)) for own, (name, make) in parts}
     else:
         params = {name: start[name] for name in makers}
-    rate = optim.trapezoid(peak, 100, steps, int(0.4 * steps))
+    rate = optim.trapezoid(peak, min(100, steps // 4), steps, int(0.4 * steps))
     optimizer = _optimizer(rate, lambda count: 0.5 * rate(count), dtype=dtype)
     specs = {name: SPECS[name](getattr(config, name)) for name in params}
     learned = step.trainable(specs, "*" if start is None else "transformer.*")
@@ -210,6 +214,7 @@ def train(
     seed: int,
     vae_steps: int,
     flow_steps: int,
+    refine_steps: int = 0,
     start: Model | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -217,7 +222,9 @@ def train(
 ) -> Model | None:
     """The whole recipe: the model, saved in `out`; None when it was stopped. `work` holds logs and checkpoints.
 
-    `start`: a finished model whose transformer learns on; its tokenizers, encoders and autoencoder stay as they are.
+    `flow_steps` of transformer and text encoders, then `refine_steps` of the transformer, each with its own rise and
+    fall of the learning rate. `start`: a finished model whose transformer learns on; its tokenizers, encoders and
+    autoencoder stay as they are.
     """
     root = prng.key(seed)
     tokens_key, _, pool_key, flow_key = prng.split(root, 4)
@@ -242,12 +249,17 @@ def train(
         (work / "samples").mkdir(exist_ok=True)
         pixels.to_pil(pixels.grid(images, 4))[0].save(work / "samples" / f"{done:06d}.png")
 
-    given = None if start is None else start.params
-    stage = flow_stage(flow_key, sizes, tables, data, flow_steps, start=given, dtype=dtype, compile=compile)
-    flow = _run(work / "flow", stage, flow_steps, progress, draw)
-    if flow is None:
-        return None
-    params = {**flow.ema, "vae": autoencoder}
+    def stage(steps: int, given: Params | None) -> Stage:
+        return flow_stage(flow_key, sizes, tables, data, steps, start=given, dtype=dtype, compile=compile)
+
+    params = None if start is None else start.params
+    for name, steps in (("flow", 0 if start else flow_steps), ("refine", refine_steps)):
+        if steps:
+            state = _run(work / name, stage(steps, params), steps, progress, draw)
+            if state is None:
+                return None
+            params = state.ema
+    params = {**params, "vae": autoencoder}
     model = Model(sizes, {name: params[name] for name in SPECS if name in params}, tables)
     weights.save(out, model, dtype=torch.float16)
     return weights.load(out, dtype=torch.float32)
@@ -272,7 +284,7 @@ def prompt_following(
     return prompts.table(torch.cat(pictures), [scene for _, scene in chosen]) | {"captions": count}
 
 
-def describe(out: Path, model: Model, log_path: Path, *, command: str, steps: int, captions: int = 200) -> None:
+def describe(out: Path, model: Model, log_path: Path, *, command: str, history: str, captions: int = 200) -> None:
     """Writes what the run was and how good its model is beside the weights: README.md, loss.png, samples.png."""
     rows = [(int(row["step"]), float(row["loss"])) for row in log.read(log_path)]
     tables = [prompt_following(model, things, captions, prng.key(0)) for things in (1, 2)]
@@ -291,8 +303,8 @@ A whole SD3.5 pipeline in miniature, in diffusers' folder layout, trained from s
 
     {command}
 
-{steps} steps of the transformer and the text encoders together, {FLOW_BATCH} pictures a step, after {VAE_STEPS} of the
-autoencoder. Parameters: {sizes}. MIT licence, as the code.
+{VAE_STEPS} steps of the autoencoder, {history}, {FLOW_BATCH} pictures a step.
+Parameters: {sizes}. MIT licence, as the code.
 
 ## Prompt following
 
@@ -310,8 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("out/tiny"), help="folder of logs and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
-    parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS)
-    parser.add_argument("--start", type=Path, help="folder of a finished model, whose transformer learns on")
+    parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS, help="of transformer and text encoders")
+    parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS, help="of the transformer alone, after those")
+    parser.add_argument("--start", type=Path, help="folder of a finished model, whose transformer is refined")
     parser.add_argument("--bfloat16", action="store_true", help="compute the flow in bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile the flow's gradient")
     parsed = parser.parse_args(arguments)
@@ -322,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=parsed.seed,
         vae_steps=parsed.vae_steps,
         flow_steps=parsed.flow_steps,
+        refine_steps=parsed.refine_steps,
         start=weights.load(parsed.start, dtype=torch.float32) if parsed.start else None,
         dtype=torch.bfloat16 if parsed.bfloat16 else None,
         compile=parsed.compile,
@@ -329,10 +343,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if model is None:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    command = (
-        f"python -m functional_sd3.training.tiny params/tiny --seed {parsed.seed} --flow-steps {parsed.flow_steps}"
+    typed = sys.argv[1:] if arguments is None else arguments
+    before = "those of the refined model" if parsed.start else f"{parsed.flow_steps} of transformer and text encoders"
+    describe(
+        parsed.out,
+        model,
+        parsed.work / ("refine" if parsed.refine_steps else "flow") / "log.csv",
+        command=" ".join(["python -m functional_sd3.training.tiny", *typed]),
+        history=f"{before}, {parsed.refine_steps} of the transformer alone",
     )
-    describe(parsed.out, model, parsed.work / "flow" / "log.csv", command=command, steps=parsed.flow_steps)
     print(parsed.out)
     return 0
 
