@@ -44,6 +44,8 @@ def generate(
     noise: Tensor | None = None,
     on_step: Callable[[StepInfo], Any] | None = None,
     t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
@@ -52,14 +54,16 @@ def generate(
 
     key: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2), a key for each; noise: the starting latents
     (batch, channels, height / 8, width / 8) instead. negative: "" by default. cfg: guidance scale, 1 for none; a tensor
-    () or (batch,) may be differentiated. height, width: in pixels, by default the config's sample size. control:
-    ControlNets with their pictures, which `control_latents` encodes. image_prompt: an IP-Adapter with the features of
-    an image. Raises ValueError for sizes that do not fit.
+    () or (batch,) may be differentiated. height, width: in pixels, by default the config's sample size. weighted,
+    long_prompts: `(words:1.3)` weighs words, and CLIP reads on beyond its length (`conditioning`). control: ControlNets
+    with their pictures, which `control_latents` encodes. image_prompt: an IP-Adapter with the features of an image.
+    Raises ValueError for sizes that do not fit.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if noise is None:
         noise = initial_noise(key, config, len(prompts), height, width, device=_device(params))
-    conditions = encode(params, config, tokenizers, prompts, negative=negative, t5_length=t5_length)
+    told = {"t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
+    conditions = encode(params, config, tokenizers, prompts, negative=negative, **told)
     latents = sample(
         params,
         config,
@@ -101,14 +105,17 @@ def encode(
     *,
     negative: str | Sequence[str] | None = None,
     t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
 ) -> Conditions:
-    """Conditioning of the prompts and of what to keep away from, both (batch, ...)."""
+    """Conditioning of the prompts and of what to keep away from, both (batch, ...); options as of `conditioning`."""
     negative = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
     if len(negative) != len(prompts):
         raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts; give one, or one for each")
     if t5_length is None:
         t5_length = T5_LENGTH if tokenizers.t5 is None else min(T5_LENGTH, tokenizers.t5.model_max_length)
-    both = conditioning.apply(params, config, tokenizers, [*prompts, *negative], t5_length=t5_length)
+    told = {"t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
+    both = conditioning.apply(params, config, tokenizers, [*prompts, *negative], **told)
     return Conditions(*(Conditioning(*parts) for parts in zip(*(part.chunk(2) for part in both), strict=True)))
 
 

@@ -1,6 +1,7 @@
 """Draw pictures of prompts."""
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -40,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[WORD=]FILE",
         help="a textual inversion; typed as WORD, or as the file's name in angle brackets. May be repeated",
     )
+    parser.add_argument("--weighted", action="store_true", help="(words:1.3) weighs words of a prompt; \\( is itself")
+    parser.add_argument("--long", action="store_true", help="let CLIP read prompts beyond its length, in chunks")
     controls.add_arguments(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     picture_size = (latent_width * factor, latent_height * factor)
     control = controls.prepare(arguments, model, picture_size, runtime.dtype(arguments.dtype, device), device)
     timer.done("load")
-    _warn_truncated(model, [*dict.fromkeys(prompts), arguments.negative])
+    _warn_truncated(model, [*dict.fromkeys(prompts), arguments.negative], arguments)
 
     jobs = [(prompt, arguments.seed + index) for prompt in prompts for index in range(arguments.count)]
     settings = {
@@ -91,17 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
         "method": arguments.method,
         "dtype": arguments.dtype,
         "params": arguments.params or [],
-        **({"embedding": arguments.embedding} if arguments.embedding else {}),
+        **{name: getattr(arguments, name) for name in ("embedding", "weighted", "long") if getattr(arguments, name)},
         **controls.settings(arguments),
     }
     pictures = []
-    with _progress(arguments.steps * -(-len(jobs) // arguments.batch)) as bar:
-        for start in range(0, len(jobs), arguments.batch):
-            pictures.append(
-                _draw(
-                    model, jobs[start : start + arguments.batch], arguments, height, width, method, control, timer, bar
-                )
-            )
+    batches = _batches(jobs, arguments.batch, alone=arguments.long)
+    with _progress(arguments.steps * len(batches)) as bar:
+        for batch in batches:
+            pictures.append(_draw(model, batch, arguments, height, width, method, control, timer, bar))
     import torch
 
     images = torch.cat(pictures)
@@ -127,6 +127,7 @@ def command(settings: dict[str, Any]) -> str:
         if name in settings and settings[name] != defaults.get(name):
             words += [f"--{name}", str(settings[name])]
     words += [word for text in settings.get("embedding", []) for word in ("--embedding", text)]
+    words += [f"--{name}" for name in ("weighted", "long") if settings.get(name)]
     words += controls.words(settings)
     return shlex.join(words)
 
@@ -150,6 +151,12 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     return settings
 
 
+def _batches(jobs: list[tuple[str, int]], size: int, *, alone: bool) -> list[list[tuple[str, int]]]:
+    """Jobs to be drawn at once; `alone`: never of two prompts, whose lengths would change one another's context."""
+    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job[0])] if alone else [jobs]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
 def _draw(model, jobs, arguments, height, width, method, control, timer, bar):
     """One batch: the three parts of `pipeline.generate`, timed."""
     import torch
@@ -161,7 +168,13 @@ def _draw(model, jobs, arguments, height, width, method, control, timer, bar):
     device = model.params["transformer"]["patch"]["weight"].device
     with torch.no_grad():
         conditions = pipeline.encode(
-            model.params, model.config, model.tokenizers, [prompt for prompt, _ in jobs], negative=arguments.negative
+            model.params,
+            model.config,
+            model.tokenizers,
+            [prompt for prompt, _ in jobs],
+            negative=arguments.negative,
+            weighted=arguments.weighted,
+            long_prompts=arguments.long,
         )
         timer.done("text", device)
         keys = torch.stack([prng.key(seed) for _, seed in jobs])
@@ -244,11 +257,12 @@ def _check_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def _warn_truncated(model, texts: list[str]) -> None:
-    from functional_sd3.text import bpe, unigram
+def _warn_truncated(model, texts: list[str], arguments: argparse.Namespace) -> None:
+    from functional_sd3.text import bpe, unigram, weighting
 
+    texts = [weighting.parse(text).text for text in texts] if arguments.weighted else texts
     for name, tables, module in (("CLIP", model.tokenizers.clip_l, bpe), ("T5", model.tokenizers.t5, unigram)):
-        if tables is None:
+        if tables is None or (name == "CLIP" and arguments.long):
             continue
         length = min(tables.model_max_length, 256)
         for text in texts:

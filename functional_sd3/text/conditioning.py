@@ -19,7 +19,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params
-from functional_sd3.text import bpe, clip, t5, unigram
+from functional_sd3.text import bpe, clip, t5, unigram, weighting
 
 
 class Config(Protocol):
@@ -40,11 +40,19 @@ class Tokenizers(Protocol):
 
 
 class Ids(NamedTuple):
-    """Token ids, int64: clip_l and clip_g (batch, clip tokens), t5 (batch, t5 tokens); for absent encoders, any ids."""
+    """Token ids, int64: clip_l and clip_g (batch, clip tokens), or (batch, chunks, clip tokens) of long prompts, t5
+    (batch, t5 tokens); for absent encoders, any ids."""
 
     clip_l: Tensor
     clip_g: Tensor
     t5: Tensor
+
+
+class Emphasis(NamedTuple):
+    """Weights of tokens, float32 and shaped as `Ids` are, and the ids of the empty prompt, (1, tokens) each."""
+
+    weights: Ids
+    blank: Ids
 
 
 class Conditioning(NamedTuple):
@@ -64,19 +72,30 @@ def apply(
     prompts_3: str | Sequence[str] | None = None,
     t5_length: int = 256,
     clip_skip: int = 0,
+    weighted: bool = False,
+    long_prompts: bool = False,
     implementation: Implementation = "sdpa",
 ) -> Conditioning:
     """Conditioning of prompts: `encode` of their `tokenize`; see there for the arguments.
 
-    The ids are made on the CPU and moved to the device of the parameters.
+    weighted: `(words:1.3)` weighs words. long_prompts: what CLIP has no room for follows in more chunks of its tokens,
+    and the context becomes longer; prompts of a batch that are shorter end in empty chunks. Both off, as in training:
+    see `weighting`. The ids are made on the CPU and moved to the device of the parameters.
     """
     unread = [name for name in Ids._fields if name in params and getattr(tokenizers, name) is None]
     if unread:
         raise ValueError(f"no tokenizer for {', '.join(unread)}, whose parameters are given; remove these or give one")
-    ids = tokenize(config, tokenizers, prompts, prompts_2=prompts_2, prompts_3=prompts_3, t5_length=t5_length)
-    device = _like(params).device
-    ids = Ids(*(part.to(device) for part in ids))
-    return encode(params, config, ids, clip_skip=clip_skip, implementation=implementation)
+    told = {"prompts_2": prompts_2, "prompts_3": prompts_3, "t5_length": t5_length}
+    emphasis = None
+    if weighted or long_prompts:
+        ids, emphasis = tokenize_weighted(
+            config, tokenizers, prompts, **told, weighted=weighted, long_prompts=long_prompts
+        )
+        emphasis = emphasis if weighted else None
+    else:
+        ids = tokenize(config, tokenizers, prompts, **told)
+    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), (ids, emphasis or ()))
+    return encode(params, config, ids, clip_skip=clip_skip, emphasis=emphasis or None, implementation=implementation)
 
 
 def tokenize(
@@ -105,6 +124,40 @@ def tokenize(
     )
 
 
+def tokenize_weighted(
+    config: Config,
+    tokenizers: Tokenizers,
+    prompts: str | Sequence[str],
+    *,
+    prompts_2: str | Sequence[str] | None = None,
+    prompts_3: str | Sequence[str] | None = None,
+    t5_length: int = 256,
+    weighted: bool = True,
+    long_prompts: bool = True,
+) -> tuple[Ids, Emphasis]:
+    """As `tokenize`, for prompts with emphasis and of any length: CLIP's ids are (batch, chunks, tokens)."""
+    blank = tokenize(config, tokenizers, "", t5_length=t5_length)
+    texts = _texts(prompts, prompts if prompts_2 is None else prompts_2, prompts if prompts_3 is None else prompts_3)
+    read = [[weighting.parse(text) for text in one] if weighted else weighting.plain(one) for one in texts]
+    length = blank.clip_l.shape[1]
+    split = {
+        name: weighting.clip_rows(getattr(tokenizers, name), one, length, long=long_prompts)
+        for name, one in zip(("clip_l", "clip_g"), read, strict=False)
+        if getattr(tokenizers, name) is not None
+    }
+    chunks = max((len(rows) for prompts in split.values() for rows in prompts), default=1)
+    found = {}
+    for name in ("clip_l", "clip_g"):
+        empty = weighting.Rows(getattr(blank, name)[0], torch.ones(length))
+        found[name] = weighting.stack_chunks(split.get(name, [[empty]] * len(texts[0])), chunks, empty)
+    if tokenizers.t5 is None:
+        found["t5"] = weighting.Rows(blank.t5.expand(len(texts[0]), -1), torch.ones(len(texts[0]), t5_length))
+    else:
+        found["t5"] = weighting.t5_rows(tokenizers.t5, read[2], t5_length)
+    ids, weights = (Ids(*(getattr(found[name], part) for name in Ids._fields)) for part in ("ids", "weights"))
+    return ids, Emphasis(weights, blank)
+
+
 def encode(
     params: Params,
     config: Config,
@@ -112,40 +165,54 @@ def encode(
     *,
     clip_skip: int = 0,
     t5_mask: Tensor | None = None,
+    emphasis: Emphasis | None = None,
     implementation: Implementation = "sdpa",
 ) -> Conditioning:
     """Conditioning of token ids: pure tensors in, pure tensors out, differentiable in the parameters.
 
     `clip_skip` more layers of both CLIPs are left out of the context. `t5_mask` (batch, t5 tokens) hides T5's padding
-    from T5; SD3 was trained, and is run by default, without. Raises ValueError when the CLIPs together are wider than
-    the context, when T5's width is not the one the transformer reads, and for unequal batches.
+    from T5; SD3 was trained, and is run by default, without. `emphasis` weighs the tokens. Of CLIP's chunks the context
+    has all, one after the other, and the pooled vector is the first's. Raises ValueError when the CLIPs together are
+    wider than the context, when T5's width is not the one the transformer reads, and for unequal batches.
     """
     rows = {part.shape[0] for part in ids}
     if len(rows) > 1:
         raise ValueError(f"ids of {sorted(rows)} texts; every encoder needs as many as the others")
     width = _context_width(params, config)
     options = {"skip": clip_skip, "implementation": implementation}
-    features_l, pooled_l = _clip(params, config, "clip_l", ids.clip_l, options)
-    features_g, pooled_g = _clip(params, config, "clip_g", ids.clip_g, options)
+    features_l, pooled_l = _clip(params, config, "clip_l", ids, emphasis, options)
+    features_g, pooled_g = _clip(params, config, "clip_g", ids, emphasis, options)
     features = torch.cat((features_l, features_g), dim=-1)
     if features.shape[-1] > width:
         raise ValueError(f"the CLIP features together are {features.shape[-1]} wide, more than the context's {width}")
     features = F.pad(features, (0, width - features.shape[-1]))
     if "t5" in params:
         text = t5.apply(params["t5"], config.t5, ids.t5, mask=t5_mask, implementation=implementation)
+        if emphasis is not None:
+            blank = t5.apply(params["t5"], config.t5, emphasis.blank.t5, implementation=implementation)
+            text = weighting.reweigh(text, blank, emphasis.weights.t5)
     else:
         text = _zeros(params, ids.t5, width)
     return Conditioning(torch.cat((features, text), dim=1), torch.cat((pooled_l, pooled_g), dim=-1))
 
 
-def _clip(params: Params, config: Config, name: str, ids: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-    """Features (batch, tokens, width) and pooled vector (batch, projection width) of one of the CLIPs."""
-    own = getattr(config, name)
-    if name in params:
-        output = clip.apply(params[name], own, ids, **options)
-        return output.penultimate, output.projected
-    width, pooled_width = (own.width, own.projection_width) if own else (_absent_width(config, name),) * 2
-    return _zeros(params, ids, width), _zeros(params, ids[:, 0], pooled_width)
+def _clip(
+    params: Params, config: Config, name: str, ids: Ids, emphasis: Emphasis | None, options: dict
+) -> tuple[Tensor, Tensor]:
+    """Features (batch, chunks * tokens, width) and pooled vector (batch, projection width) of one of the CLIPs."""
+    own, tokens = getattr(config, name), getattr(ids, name)
+    chunks = tokens.shape[1] if tokens.ndim == 3 else 1
+    if name not in params:
+        width, pooled_width = (own.width, own.projection_width) if own else (_absent_width(config, name),) * 2
+        whole = tokens.flatten(1)
+        return _zeros(params, whole, width), _zeros(params, whole[:, 0], pooled_width)
+    output = clip.apply(params[name], own, tokens.reshape(-1, tokens.shape[-1]), **options)
+    features = output.penultimate.unflatten(0, (-1, chunks)).flatten(1, 2)
+    pooled = output.projected.unflatten(0, (-1, chunks))[:, 0]
+    if emphasis is not None:
+        blank = clip.apply(params[name], own, getattr(emphasis.blank, name), **options).penultimate.repeat(1, chunks, 1)
+        features = weighting.reweigh(features, blank, getattr(emphasis.weights, name).flatten(1))
+    return features, pooled
 
 
 def _absent_width(config: Config, name: str) -> int:

@@ -101,6 +101,21 @@ def test_words_of_ones_own_are_typed_like_any_other(files):
     assert f"--embedding {files}/thing.safetensors" in generate.command(generate.read_settings(files / "1.png"))
 
 
+def test_emphasis_and_long_prompts_are_settings_of_a_picture(files):
+    prompts = ["a (red:1.9) circle " + "on white " * 40, "a blue star"]
+    common = ["--params", files / "model", "--steps", 1, "--out"]
+    drawn = {}
+    for words in ((), ("--weighted",), ("--long",), ("--weighted", "--long")):
+        out = files / "prompts.png"
+        assert cli.main([str(word) for word in ("generate", *prompts, *common, out, *words)]) == 0
+        assert generate.command(generate.read_settings(out)).endswith(" ".join(words))
+        assert cli.main([str(word) for word in ("generate", prompts[1], *common, files / "alone.png", *words)]) == 0
+        with Image.open(out) as both, Image.open(files / "alone.png") as alone:
+            drawn[words] = both.tobytes()
+            assert alone.tobytes() == both.crop((66, 0, 130, 64)).tobytes()
+    assert len(set(drawn.values())) == 4
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
