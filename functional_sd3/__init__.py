@@ -13,7 +13,7 @@ Every component has a frozen `Config`, `spec(config)`, `init(key, config)` and a
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import attention, layers, prng, spec, transform, tree
 from functional_sd3.flow import guidance, ode, path, schedule
-from functional_sd3.image import clip_pixels, pictures, pixels, vae
+from functional_sd3.image import clip_pixels, pictures, pixels, taesd, vae
 from functional_sd3.metrics import (
     clip_images,
     clip_score,
@@ -81,6 +81,7 @@ __all__ = [
     "spec",
     "step",
     "t5",
+    "taesd",
     "transform",
     "tree",
     "unigram",
