@@ -33,7 +33,7 @@ from functional_sd3.metrics import (
 from functional_sd3.text import bpe, clip, clip_dual, conditioning, inversion, t5, unigram
 from functional_sd3.training import datasets, lora, optim, shapes, step
 from functional_sd3.transformer import control, controlnet, ip_adapter, mmdit
-from functional_sd3.weights import merge, shipped
+from functional_sd3.weights import merge, quantize, shipped
 
 __version__ = "0.1.0"
 
@@ -74,6 +74,7 @@ __all__ = [
     "preprocess",
     "prng",
     "prompts",
+    "quantize",
     "schedule",
     "shapes",
     "shipped",

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = runtime.device(arguments.device)
     method = runtime.method(arguments.method)
     source = arguments.params or shipped.folder()
-    model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device)
+    model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device, quantized=True)
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     model = runtime.with_words(model, arguments.embedding)
     height, width = (None, None) if size is None else (size[1], size[0])

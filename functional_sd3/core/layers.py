@@ -2,8 +2,10 @@
 
 Norm statistics are float32 where the input's dtype is narrower.
 
-Beside its weight a linear or convolution layer may hold "low_rank", {"down": (rank, inputs, ...), "up": (outputs,
-rank)}: a LoRA, whose product is added to what the layer computes without being added to the weight.
+Beside its weight a linear or convolution layer may hold
+- "scale" (outputs,): the weight is then stored in int8 or float8, and scale times the weight is what is meant;
+- "low_rank", {"down": (rank, inputs, ...), "up": (outputs, rank)}: a LoRA, whose product is added to what the layer
+  computes without being added to the weight.
 """
 
 import torch
@@ -32,7 +34,7 @@ def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes
 
 def linear(params: Params, x: Tensor) -> Tensor:
     """x (..., inputs) -> (..., outputs)."""
-    weight, bias = params["weight"], params.get("bias")
+    weight, bias = meant_weight(params, x.dtype), params.get("bias")
     if bias is None or x.ndim < 3:
         y = F.linear(x, weight, bias)
     else:
@@ -43,6 +45,14 @@ def linear(params: Params, x: Tensor) -> Tensor:
         return y
     down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
     return y + F.linear(F.linear(x, down), up)
+
+
+def meant_weight(params: Params, dtype: torch.dtype) -> Tensor:
+    """The weight as it is, or, where it is stored with a scale, dequantised: rounded once, to `dtype`."""
+    weight, scale = params["weight"], params.get("scale")
+    if scale is None:
+        return weight
+    return (weight.to(scale.dtype) * scale.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
 
 
 def outputs_from(params: Params, start: int) -> Params:
@@ -66,7 +76,7 @@ def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
 
 def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
     """x (batch, inputs, height, width) -> (batch, outputs, ...)."""
-    weight, bias = params["weight"], params["bias"]
+    weight, bias = meant_weight(params, x.dtype), params["bias"]
     if plain(x) and plain(weight) and winograd.pays(weight, x, stride, padding):
         y = winograd.convolve(weight, bias, x)
     else:

@@ -240,9 +240,7 @@ def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) 
     found = []
     if ours.dtype != theirs.dtype:
         found.append(Difference(path, "dtype", math.inf, f"{ours.dtype} against {theirs.dtype}"))
-    wide = torch.promote_types(ours.dtype, theirs.dtype)
-    if wide.is_floating_point:
-        wide = torch.promote_types(wide, torch.float32)
+    wide = torch.promote_types(_at_least_float32(ours.dtype), _at_least_float32(theirs.dtype))
     ours, theirs = ours.detach().to(wide), theirs.detach().to(theirs.device, wide).to(ours.device)
     off = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
     if off.any():
@@ -251,6 +249,11 @@ def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) 
         detail = f"{int(off.sum())} of {off.numel()} elements differ, by at most {amount:.3g}"
         found.append(Difference(path, "value", amount, detail))
     return found
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    # By size: float8 has no promotion.
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def _predicate(chooser: Chooser) -> Callable[[str, Any], bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from functional_sd3.weights import atomic, composing, diffusers, files, forms, layout, single, sources
+from functional_sd3.weights import atomic, composing, diffusers, files, forms, layout, quantize, single, sources
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
@@ -72,6 +72,7 @@ def load(
     only: str | Collection[str] | None = None,
     variant: str | None = None,
     finite: bool = True,
+    quantized: bool = False,
 ) -> Model:
     """The model at a path, or the one that several paths make up; docs/weights.md lists what may lie there.
 
@@ -83,7 +84,8 @@ def load(
     dtype: of every parameter; None keeps each as stored, and scaled fp8 becomes float32. only: a component or several
     ("transformer", "vae", "clip_l", "clip_g", "t5", "taesd"), each with its tokenizer; the others are then absent.
     variant: of the files ("fp16"), where a component has one. finite: whether NaN and infinities are refused, which
-    reads every value once; False reads none before it is used.
+    reads every value once; False reads none before it is used. quantized: weights stored in int8 or float8 with scales
+    stay so, as `weights.quantize` makes them, and layers dequantise them; else they become floats.
 
     On the CPU, parameters that are stored as they are used are views of the mapped file, copy-on-write: they are read
     when touched, and updating them in place changes neither the file nor another load. Other programs must not rewrite
@@ -99,7 +101,13 @@ def load(
     if not paths:
         raise ValueError("there is no path to load from")
     return composing.load(
-        [Path(one) for one in paths], dtype=dtype, device=device, only=chosen, variant=variant, finite=finite
+        [Path(one) for one in paths],
+        dtype=dtype,
+        device=device,
+        only=chosen,
+        variant=variant,
+        finite=finite,
+        quantized=quantized,
     )
 
 
@@ -132,6 +140,8 @@ def save(
     problems = check(model)
     if problems:
         raise WeightsError(problems)
+    if quantize.is_quantized(model.params) and (layout != "native" or dtype is not None):
+        raise ValueError('quantised weights are saved with layout="native" and as they are; dequantize them for others')
     path = Path(path)
     if layout in _FILES and (layout not in _FOLDERS or path.suffix == ".safetensors"):
         single.write_file(path, model, _FILES[layout], dtype=dtype, shard_bytes=shard_bytes)

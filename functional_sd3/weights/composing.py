@@ -20,11 +20,12 @@ def load(
     only: Collection[str],
     variant: str | None,
     finite: bool,
+    quantized: bool,
 ) -> Model:
     """`weights.load` says what the arguments mean."""
     contents, plans = plan(paths, only, variant)
     params = {
-        name: reading.read(plans[name], dtype=dtype, device=device, check_finite=finite)
+        name: reading.read(plans[name], dtype=dtype, device=device, check_finite=finite, quantized=quantized)
         for name in SPECS
         if name in plans
     }

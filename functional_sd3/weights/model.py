@@ -98,13 +98,25 @@ def check(model: Model) -> list[str]:
     return problems
 
 
+def scaled_weight(path: str) -> str:
+    """The path of the weight that a leaf at `path` is the scale of; an empty one for all other leaves."""
+    layer, _, name = path.rpartition(".")
+    return f"{layer}.weight" if name == "scale" else ""
+
+
 def _check_leaves(name: str, spec: Tree, leaves: dict[str, Any]) -> list[str]:
     wrong = [path for path, leaf in leaves.items() if not hasattr(leaf, "is_floating_point")]
     if wrong:
         return [f"{name}.{path} is a {type(leaves[path]).__name__}, not a tensor" for path in wrong]
-    problems = specs.check(spec, leaves)
+    scales = {path: leaf for path, leaf in leaves.items() if scaled_weight(path) in leaves}
+    problems = specs.check(spec, {path: leaf for path, leaf in leaves.items() if path not in scales})
+    for path, scale in scales.items():
+        rows = leaves[scaled_weight(path)].shape[:1]
+        if scale.shape != rows:
+            problems.append(f"{path} has shape {list(scale.shape)}, expected one number for each row, {list(rows)}")
+    quantized = set(map(scaled_weight, scales))
     for path, leaf in leaves.items():
-        if not leaf.is_floating_point():
+        if not leaf.is_floating_point() and path not in quantized:
             problems.append(f"{path} has dtype {leaf.dtype}, not a float")
         if leaf.is_meta:
             problems.append(f"{path} is a meta tensor without values")

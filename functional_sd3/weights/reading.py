@@ -90,7 +90,9 @@ def plan(piece: Piece) -> Plan:
     except (RuntimeError, OverflowError) as error:
         raise WeightsError(f"{where}its config describes tensors too large to exist: {error}") from error
     for name in names.values():
-        if not _entry(places, name).dtype.is_floating_point:
+        if not _entry(places, name).dtype.is_floating_point and not (
+            name in scales and _entry(places, name).dtype == torch.int8
+        ):
             problems.append(f"{name} has dtype {_entry(places, name).dtype}, not a float")
     if problems:
         raise WeightsError([where + problem for problem in problems])
@@ -98,8 +100,19 @@ def plan(piece: Piece) -> Plan:
     return Plan(piece.component, piece.form, piece.where, config, described, table, names, piece.places, scales, told)
 
 
-def read(plan: Plan, *, dtype: torch.dtype | None, device: torch.device | str, check_finite: bool) -> Params:
-    """The parameters. Raises WeightsError naming the first tensor with a NaN or an infinity."""
+def read(
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    check_finite: bool,
+    quantized: bool = False,
+) -> Params:
+    """The parameters. Raises WeightsError naming the first tensor with a NaN or an infinity.
+
+    quantized: weights that are stored with a scale for each row stay so, their scales beside them.
+    """
+    scales: dict[str, Tensor] = {}
     stored = next((_entry(plan.places, name).dtype for name in plan.names.values()), torch.float32)
     stored = torch.float32 if stored.itemsize == 1 else stored
 
@@ -110,6 +123,13 @@ def read(plan: Plan, *, dtype: torch.dtype | None, device: torch.device | str, c
             return made.to(device=device, dtype=dtype or stored).contiguous()
         if check_finite:
             _check_finite(plan, names)
+        if quantized and _stays(plan, source, names):
+            place = source.path.removesuffix("weight") + "scale"
+            scales[place] = torch.cat([_rows(plan, name) for name in names]).to(device=device, dtype=dtype)
+            # As bytes: concatenation is not written for float8 everywhere.
+            parts = [files.tensor(plan.places[name], name) for name in names]
+            stored_as = parts[0].dtype
+            return source.transform.join([part.view(torch.int8) for part in parts]).view(stored_as).to(device)
         together = _stacked(plan, names) if source.transform is layout.FUSE else None
         first = files.tensor(plan.places[names[0]], names[0])
         value = source.transform.join([_part(plan, name, dtype) for name in names]) if together is None else together
@@ -119,7 +139,28 @@ def read(plan: Plan, *, dtype: torch.dtype | None, device: torch.device | str, c
                 files.release(plan.places[name], name)
         return value
 
-    return layout.to_ours(plan.layout, plan.spec, fetch)
+    return _with_scales("", layout.to_ours(plan.layout, plan.spec, fetch), scales)
+
+
+def _stays(plan: Plan, source: Source, names: list[str]) -> bool:
+    """Whether rows of the files are rows of ours, each with its scale, in one dtype."""
+    kinds = {_entry(plan.places, name).dtype for name in names}
+    plain = source.transform in (layout.IDENTITY, layout.FUSE) and source.path.endswith(".weight")
+    return plain and len(kinds) == 1 and all(name in plan.scales for name in names)
+
+
+def _rows(plan: Plan, name: str) -> Tensor:
+    scale, count = files.tensor(plan.places[plan.scales[name]], plan.scales[name]), _entry(plan.places, name).shape[0]
+    return scale.flatten().expand(count).clone()
+
+
+def _with_scales(path: str, params: Tree, scales: Mapping[str, Tensor]) -> Tree:
+    if isinstance(params, list):
+        return [_with_scales(f"{path}{index}.", child, scales) for index, child in enumerate(params)]
+    if not isinstance(params, dict):
+        return params
+    children = {name: _with_scales(f"{path}{name}.", child, scales) for name, child in params.items()}
+    return {**children, "scale": scales[path + "scale"]} if path + "scale" in scales else children
 
 
 def _part(plan: Plan, name: str, dtype: torch.dtype | None) -> Tensor:

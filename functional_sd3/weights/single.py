@@ -9,7 +9,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.weights import diffusers, files, forms, layout, notes, shards
 from functional_sd3.weights.forms import Form
-from functional_sd3.weights.model import SPECS, Model
+from functional_sd3.weights.model import SPECS, Model, scaled_weight
 from functional_sd3.weights.sources import NATIVE_FOLDER, STABILITY_FILES
 
 _ALONE = {"clip_l": forms.DIFFUSERS["clip_l"], "clip_g": forms.DIFFUSERS["clip_g"], "t5": forms.BARE["t5"]}
@@ -73,4 +73,8 @@ def _together(model: Model, table: Mapping[str, Form], components: Iterable[str]
     found: dict[str, Tensor] = {}
     for name in components:
         found.update(tensors_of(model, name, table[name]))
+        for path, leaf in tree.flatten_paths(model.params[name]).items():
+            if scaled_weight(path):
+                # ComfyUI's name for the factors of a weight, which `reading` knows.
+                found[f"{table[name].prefix}{path}_weight"] = leaf
     return found

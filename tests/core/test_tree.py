@@ -243,3 +243,11 @@ def test_nothing_writes_into_its_arguments(nested):
     before = tree.map(torch.clone, nested)
     tree.cast(nested, torch.float64), tree.diff(nested, nested), tree.partition(nested, "*0*")
     assert tree.allclose(nested, before, rtol=0, atol=0) and not tree.diff(nested, before)
+
+
+def test_float8_leaves_are_compared_by_their_values():
+    one = {"a": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)}
+    other = {"a": torch.tensor([1.0, 4.0]).to(torch.float8_e4m3fn)}
+    assert not tree.diff(one, one)
+    assert [(found.kind, found.amount) for found in tree.diff(one, other)] == [("value", 2.0)]
+    assert [found.kind for found in tree.diff(one, tree.map(torch.Tensor.float, one))] == ["dtype"]

@@ -1,0 +1,92 @@
+"""Weights stored in one byte each: int8 or float8, with a scale for every output channel.
+
+The weights of the linear and convolution layers inside blocks, where nearly all parameters are, become {"weight": int8
+or float8_e4m3fn, "scale": (outputs,)}; scale times weight is what is meant, and every `apply` reads such trees
+unchanged: `layers` dequantise one weight at a time. The scale takes an output's largest weight to the largest number of
+the format (Dettmers et al. 2022, "LLM.int8()", section 2; Micikevicius et al. 2022, "FP8 formats for deep learning").
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import layers, tree
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.weights import merge
+from functional_sd3.weights.lora_keys import adaptable
+from functional_sd3.weights.merge import Change
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Format -> its largest number."""
+
+
+def quantize(params: Params, dtype: torch.dtype = torch.int8, *, targets: tree.Chooser = "*") -> Params:
+    """The tree with the weights that `targets` chooses, of those inside blocks, stored as `dtype`.
+
+    The scales have the dtype that the weights had; all other leaves, and weights that are quantised already, stay.
+    Raises ValueError for another dtype, for targets that choose nothing, and for values that are not finite.
+    """
+    if dtype not in LARGEST:
+        raise ValueError(f"dtype {dtype} must be one of {', '.join(map(str, LARGEST))}")
+    able = lambda path, leaf: inside_blocks(path, leaf.ndim) and leaf.dtype.itemsize > 1  # noqa: E731
+    chosen = {path for path, leaf in tree.select(params, targets).items() if able(path, leaf)}
+    if not chosen:
+        raise ValueError(f"targets {targets!r} choose no weight of a layer inside blocks")
+    return _layers(params, lambda path, one: _quantized(path, one, dtype) if path + ".weight" in chosen else one)
+
+
+def dequantize(params: Params) -> Params:
+    """The tree without scales: every weight in the dtype that its scale has."""
+    return _layers(params, lambda path, one: _dequantized(one) if "scale" in one else one)
+
+
+def is_quantized(params: Params) -> bool:
+    """Whether any weight is stored with a scale."""
+    return any(path.endswith(".scale") for path in tree.flatten_paths(params))
+
+
+def errors(params: Params, quantized: Params) -> list[Change]:
+    """What quantising cost, one row for each weight that is stored with a scale: `relative` to the weight's norm."""
+    before, after = tree.flatten_paths(params), tree.flatten_paths(quantized)
+    found = []
+    for path in after:
+        if path.endswith(".scale"):
+            place = path.removesuffix("scale") + "weight"
+            meant = layers.meant_weight({"weight": after[place], "scale": after[path]}, torch.float32)
+            found.append(merge.diff({"weight": before[place]}, {"weight": meant})[0]._replace(path=place))
+    return found
+
+
+def inside_blocks(path: str, ndim: int) -> bool:
+    """Whether a leaf is the weight of a linear or convolution layer of some block."""
+    return "blocks" in path.split(".") and adaptable(path, ndim)
+
+
+def _quantized(path: str, layer: Params, dtype: torch.dtype) -> Params:
+    weight = layer["weight"]
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    largest = wide.flatten(1).abs().amax(1)
+    if not (weight.is_meta or torch.isfinite(largest).all()):
+        raise ValueError(f"{path}.weight has values that are not finite")
+    # Rounded as it is stored, before it is divided by; a row of zeros has any scale.
+    scale = torch.where(largest > 0, largest / LARGEST[dtype], 1.0).to(weight.dtype)
+    scale = torch.where(scale > 0, scale, torch.finfo(weight.dtype).tiny)
+    units = wide / scale.to(wide.dtype).reshape(-1, *[1] * (wide.ndim - 1))
+    units = units.clamp(-LARGEST[dtype], LARGEST[dtype])
+    return {**layer, "weight": (units.round() if dtype == torch.int8 else units).to(dtype), "scale": scale}
+
+
+def _dequantized(layer: Params) -> Params:
+    weight = layers.meant_weight(layer, layer["scale"].dtype)
+    return {name: weight if name == "weight" else leaf for name, leaf in layer.items() if name != "scale"}
+
+
+def _layers(params: Tree, change: Callable[[str, Params], Params], path: str = "") -> Tree:
+    """The tree with `change(path, layer)` for every dict that has a weight."""
+    if isinstance(params, list):
+        return [_layers(child, change, f"{path}.{index}" if path else str(index)) for index, child in enumerate(params)]
+    if not isinstance(params, dict):
+        return params
+    children = {name: _layers(child, change, f"{path}.{name}" if path else name) for name, child in params.items()}
+    return change(path, children) if isinstance(children.get("weight"), Tensor) else children

@@ -1,0 +1,52 @@
+"""Quantising from the command line: what it reports, what it writes, that pictures are drawn from it."""
+
+import pytest
+import torch
+
+from functional_sd3 import cli, weights
+from functional_sd3.core import tree
+from functional_sd3.weights import quantize
+from tests import models
+
+
+def run(*words) -> int:
+    return cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random"
+    weights.save(path, models.random_model())
+    return path
+
+
+@pytest.mark.parametrize("name, dtype", [("int8", torch.int8), ("float8", torch.float8_e4m3fn)])
+def test_a_model_is_stored_in_one_byte_a_weight_with_a_report(folder, tmp_path, capsys, name, dtype):
+    words = ("--format", name, "--part", "transformer", "t5", "--prompt", "a circle", "--steps", 2)
+    assert run("quantize", folder, *words, "--out", tmp_path / "small") == 0
+    said = capsys.readouterr().out
+    assert "transformer: 0.5 MiB -> 0.2 MiB" in said and "  t5.blocks.0 " in said
+    assert "  transformer.blocks.0 " in said and said.count("velocity at t = ") == 2 and "against float32" in said
+    small, model = weights.load(tmp_path / "small", quantized=True), weights.load(folder)
+    for part in ("transformer", "t5"):
+        assert not tree.diff(small.params[part], quantize.quantize(model.params[part], dtype))
+    assert not tree.diff(small.params["vae"], model.params["vae"])
+    picture = tmp_path / "one.png"
+    assert run("generate", "a circle", "--params", tmp_path / "small", "--steps", 1, "--out", picture) == 0
+    assert picture.exists()
+
+
+def test_without_a_place_to_write_it_only_reports(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("quantize", folder, "--steps", 0, "--all") == 0
+    said = capsys.readouterr().out
+    assert "transformer.blocks.1.context.mlp.in.weight" in said and "velocity" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--part", "unet"), "has no unet"), (("--steps", -1), "--steps -1 must be at least 0"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line(folder, capsys, words, said):
+    assert run("quantize", folder, *words) == 1
+    assert said in capsys.readouterr().err
