@@ -98,7 +98,12 @@ def _clip(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--params", metavar="DIR", help="folder of weights (default: the shipped tiny model)")
+    parser.add_argument(
+        "--params",
+        metavar="PATH",
+        action="append",
+        help="weights, as for generate; several are put together (default: the shipped tiny model)",
+    )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
 
 

@@ -102,7 +102,7 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
         shares = " | ".join(f"{100 * row[name]:.1f} %" for name in _RESPECTS)
         text.append(f"| {row['things']} | {row['captions']} | {shares} |")
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "method", "dtype")}
-    return Report(tuple(text), {"metric": "prompts", "params": str(source), **settings, "rows": rows})
+    return Report(tuple(text), {"metric": "prompts", "params": source, **settings, "rows": rows})
 
 
 def run_vae(arguments: argparse.Namespace) -> Report:
@@ -132,7 +132,7 @@ def run_vae(arguments: argparse.Namespace) -> Report:
         "metric": "vae",
         "psnr": psnr,
         "ssim": ssim,
-        "params": str(params),
+        "params": params,
         "path": arguments.folder,
         "size": arguments.size,
         "pictures": [one._asdict() for one in likenesses],
@@ -144,10 +144,12 @@ def run_vae(arguments: argparse.Namespace) -> Report:
 METRICS = {"clip": run_clip, "prompts": run_prompts, "vae": run_vae}
 
 
-def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, Path]:
-    source = Path(arguments.params) if arguments.params else shipped.folder()
+def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, str]:
+    """The model, and what to call it."""
+    source = arguments.params or [str(shipped.folder())]
     device = runtime.device(arguments.device)
-    return weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device, **options), source
+    model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device, **options)
+    return model, " and ".join(source)
 
 
 def _cut(picture: "Image", *, factor: int, size: int | None) -> Tensor:

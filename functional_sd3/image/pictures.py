@@ -172,32 +172,52 @@ def _in_processes(source: Source, transform: Callable, workers: int) -> Iterator
     """Chunks of items as arrays, in order; never more than a few chunks a process ahead of what was asked for."""
     from collections import deque
     from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    from multiprocessing import active_children, get_context
 
     chunks = [source.names[start : start + _CHUNK] for start in range(0, len(source.names), _CHUNK)]
     # Forking a process in which torch has threads can hang.
     context = get_context("spawn")
+    others = set(active_children())
     pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, (source.path, transform))
+    finished = False
     try:
-        pending = deque(pool.submit(_work, chunk) for chunk in chunks[: 3 * workers])
+        with _deaf_to_interrupts():
+            pending = deque(pool.submit(_work, chunk) for chunk in chunks[: 3 * workers])
         for chunk in chunks[3 * workers :]:
             yield pending.popleft().result()
             pending.append(pool.submit(_work, chunk))
         while pending:
             yield pending.popleft().result()
+        finished = True
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=finished, cancel_futures=True)
+        # Who stops early, by Ctrl-C above all, does not wait for pictures that nobody will look at.
+        for process in set(active_children()) - others:
+            process.terminate()
 
 
 _worker: list = []
 """Of a reading process, and nowhere else: an archive's table is read once, not once a picture."""
 
 
-def _start_worker(path: Path, transform: Callable) -> None:
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started meanwhile ignore Ctrl-C from their first instant: it reaches every process of a terminal, and
+    the first one ends the others."""
     import signal
+    import threading
 
-    # Ctrl-C reaches every process of a terminal; the first one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(path: Path, transform: Callable) -> None:
     torch.set_num_threads(1)
     _worker[:] = [_opened(path), transform]
     _worker.append(_worker[0].__enter__())

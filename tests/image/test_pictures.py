@@ -153,3 +153,17 @@ def test_an_archive_with_damage_inside_names_the_damaged(folder, tmp_path):
     path.write_bytes(data)
     reasons = {item.name: item.reason for item in pictures.stream(pictures.source(path), pixels_of)}
     assert "cannot be taken out of the archive" in reasons["b.png"] and reasons["c.bmp"] is None
+
+
+def test_who_stops_early_leaves_no_process_behind(folder):
+    from multiprocessing import active_children
+
+    before = set(active_children())
+    items = pictures.stream(pictures.source(folder), pixels_of, workers=1)
+    assert next(items).name == "a/cut.jpg"
+    started = set(active_children()) - before
+    assert len(started) == 1
+    items.close()
+    for process in started:
+        process.join(10)
+    assert not set(active_children()) - before
