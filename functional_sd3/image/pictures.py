@@ -77,6 +77,8 @@ def source(path: str | os.PathLike) -> Source:
 
     Raises FileNotFoundError when there is no such path, ValueError when it is neither or has no pictures.
     """
+    if not os.fspath(path):
+        raise ValueError("the path of the pictures is empty")
     path = Path(path)
     if path.is_dir():
         names = _in_folder(path)

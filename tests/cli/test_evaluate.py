@@ -138,6 +138,7 @@ def test_broken_pictures_are_named_and_counted(run, here):
         (("fid", "real", "fake", "--inception", "real/0/0.png"), "is not a file of tensors"),
         (("fid", "real", *FID), "give FAKE too, or --save"),
         (("fid", "absent", "fake", *FID), "no such folder or zip archive: absent"),
+        (("fid", "", "fake", *FID), "the path of the pictures is empty"),
         (("fid", "real", "empty", *FID), "empty holds no pictures"),
         (("fid", "real", "torn", *FID), "none of 2 pictures could be read; the first, a.png: not a readable picture"),
         (("fid", "real", "nothing.zip", *FID), "nothing.zip holds no pictures"),

@@ -154,3 +154,29 @@ def test_the_preprocessing_that_a_folder_names_is_read(pair, tmp_path):
     old = {"size": side + 5, "crop_size": side, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
     assert weights.load_clip(tmp_path).pixels == found
+
+
+@torch.no_grad()
+def test_clip_score_of_a_folder_that_their_processor_wrote_equals_theirs(shared_data, tmp_path):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from functional_sd3.metrics import clip_images
+
+    config = clip_dual.Config(
+        clip.Config(49408, 77, 32, 2, 2, 48, projection_width=24, eos_id=49407),
+        clip.ImageConfig(32, 8, 32, 2, 2, 48, projection_width=24),
+    )
+    model = theirs(config)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(shared_data / "tokenizers" / "tokenizer")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    model.save_pretrained(tmp_path)
+    transformers.CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(tmp_path)
+    captions = ["a cat!", "two dogs left of a very big house", "x" * 400, "", "größe 漢字"]
+    ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    images = processor(images=pictures()[:5], return_tensors="pt")["pixel_values"]
+    expected = model(input_ids=ids, pixel_values=images)
+    cosines = (expected.image_embeds * expected.text_embeds).sum(-1)
+    ours = weights.load_clip(tmp_path)
+    found = clip_images.scores(ours.params, ours.config, ours.tokenizer, ours.pixels, pictures()[:5], captions)
+    assert found.max() > 1
+    torch.testing.assert_close(found, 100 * cosines.clamp(min=0).double(), rtol=1e-4, atol=1e-4)
