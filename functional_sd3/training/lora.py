@@ -8,7 +8,7 @@ merged, extracted and saved without the base ever being written to. All function
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.training.lora_algebra import combine, extract, resize
 from functional_sd3.weights import adapters, lora_keys, model
-from functional_sd3.weights.adapters import Adapter, Lora, Node
-from functional_sd3.weights.lora_files import Layer, layers, load, save
+from functional_sd3.weights.adapters import Lora, Node
+from functional_sd3.weights.lora_files import Layer, layers, load
+from functional_sd3.weights.lora_writing import save
 
 __all__ = [
     "ATTENTION", "Layer", "Lora", "Merged", "apply", "combine", "extract", "init", "layers", "load", "merge", "resize",
@@ -104,54 +106,6 @@ def unmerge(merged: Merged) -> Params:
     return tree.map_with_path(lambda path, leaf: merged.originals.get(path, leaf), merged.params)
 
 
-def combine(loras: Sequence[Lora], weights: Sequence[float | Tensor] | None = None) -> Lora:
-    """One LoRA that is the weighted sum of several (weights are 1 by default); its ranks are the sums of theirs."""
-    if not loras:
-        raise ValueError("combine needs at least one LoRA")
-    given = _given(list(loras), list(weights) if weights is not None else 1.0)
-    return adapters.build({path: _sum(path, given) for path in dict.fromkeys(path for _, path in _pairs(given))})
-
-
-def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "*") -> Lora:
-    """The LoRA nearest to what distinguishes `tuned` from `base`: truncated singular values of every matrix's change.
-
-    By Eckart and Young no LoRA of this rank is nearer in the Frobenius norm; at full rank it is the change itself.
-    Query, key and value are taken each for itself, matrices that did not change are left out, alpha is the rank. What
-    is no matrix of a layer (biases, norms, embeddings) is not in a LoRA: `weights.merge.diff` shows what is lost.
-    Raises ValueError when the trees differ in structure, when nothing differs, or for a rank below 1.
-    """
-    if rank < 1:
-        raise ValueError(f"rank {rank} must be at least 1")
-    before = tree.flatten_paths(base)
-    tree.map(lambda one, other: None, tuned, base)
-    chosen = {path: leaf for path, leaf in tree.select(tuned, targets).items() if lora_keys.adaptable(path, leaf.ndim)}
-    found: dict[str, Node] = {}
-    for path, count in lora_keys.parts(chosen).items():
-        wide = torch.promote_types(chosen[path].dtype, torch.float32)
-        change = chosen[path].detach().to(wide) - before[path].detach().to(chosen[path].device, wide)
-        if not torch.isfinite(change).all():
-            raise ValueError(f"{path} has values that are not finite")
-        if change.any():
-            split = [_truncated(part, rank) if part.any() else {} for part in change.chunk(count)]
-            found[path] = split if count > 1 else split[0]
-    if not found:
-        raise ValueError(f"no weight that a LoRA can adapt differs between the two, among {len(chosen)} chosen")
-    return adapters.build(found)
-
-
-def resize(lora: Lora, rank: int) -> Lora:
-    """The nearest LoRA of another rank: singular values cut off, or zeros added; alpha becomes the rank."""
-    if rank < 1:
-        raise ValueError(f"rank {rank} must be at least 1")
-
-    def resized(node: Node) -> Node:
-        if not isinstance(node, dict):
-            return [resized(part) if part else {} for part in node]
-        return node and _resized(node, rank)
-
-    return adapters.build({path: resized(node) for path, node in adapters.nodes(lora).items()})
-
-
 def _node_spec(leaf: Param, rank: int, parts: int, alpha: float) -> Tree:
     inputs, rows = leaf.shape[1:], leaf.shape[0] // parts
     size = 1
@@ -231,49 +185,3 @@ def _attach(path: str, params: Tree, found: Mapping[str, dict[str, Tensor]]) -> 
     added = [found[path + "weight"], *([params["low_rank"]] if "low_rank" in params else [])]
     down = torch.cat([each["down"] for each in added])
     return {**children, "low_rank": {"down": down, "up": torch.cat([each["up"] for each in added], dim=1)}}
-
-
-def _sum(path: str, given: Given) -> Node:
-    found = [(nodes[path], _at(scale, path)) for nodes, scale in given if path in nodes]
-    lists = [node for node, _ in found if not isinstance(node, dict)]
-    if not lists:
-        return _sum_of_adapters(found)
-    columns = zip(*[adapters.separate(node, len(lists[0])) for node, _ in found], strict=True)
-    scales = [scale for _, scale in found]
-    return [_sum_of_adapters([pair for pair in zip(column, scales, strict=True) if pair[0]]) for column in columns]
-
-
-def _sum_of_adapters(found: Sequence[tuple[Adapter, Any]]) -> Adapter:
-    if not found:
-        return {}
-    down = torch.cat([adapter["down"] for adapter, _ in found])
-    up = torch.cat([adapter["up"] * (adapters.scaling(adapter) * scale) for adapter, scale in found], dim=1)
-    return {"down": down, "up": up, "alpha": found[0][0]["alpha"].new_tensor(float(len(down)))}
-
-
-def _truncated(change: Tensor, rank: int) -> Adapter:
-    left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
-    return _from_svd(left, values, right, min(rank, len(values)), change.shape[1:])
-
-
-def _from_svd(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Sequence[int]) -> Adapter:
-    roots = values[:rank].sqrt()
-    down = (roots[:, None] * right[:rank]).unflatten(1, tuple(inputs))
-    return {"down": down, "up": left[:, :rank] * roots, "alpha": values.new_tensor(float(rank))}
-
-
-def _resized(adapter: Adapter, rank: int) -> Adapter:
-    dtype = adapter["down"].dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    # The singular values of a product are those of its small core: two thin QR decompositions, and a rank x rank SVD.
-    left, core = torch.linalg.qr(adapter["up"].to(wide) * adapters.scaling(adapter).to(wide))
-    right, other = torch.linalg.qr(adapter["down"].to(wide).flatten(1).T)
-    inner, values, outer = torch.linalg.svd(core @ other.T, full_matrices=False)
-    kept = min(rank, len(values))
-    found = _from_svd(left @ inner, values, outer @ right.T, kept, adapter["down"].shape[1:])
-    zeros = {"down": (rank - kept, *found["down"].shape[1:]), "up": (len(found["up"]), rank - kept)}
-    padded = {
-        name: torch.cat([found[name], found[name].new_zeros(shape)], dim=0 if name == "down" else 1).to(dtype)
-        for name, shape in zeros.items()
-    }
-    return {**padded, "alpha": adapter["alpha"].new_tensor(float(rank))}

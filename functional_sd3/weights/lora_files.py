@@ -1,18 +1,16 @@
-"""LoRAs on disk: read from PEFT's, diffusers', kohya's and Stability's spellings, written in PEFT's or kohya's."""
+"""LoRA files read, in the spellings of PEFT, diffusers, kohya and Stability: first all is checked, then all is read."""
 
 import difflib
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from functional_sd3.weights import adapters, files, finite, lora_keys, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
-from functional_sd3.weights.diffusers import COMPONENTS
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.lora_keys import Target
 from functional_sd3.weights.model import Config
@@ -58,40 +56,6 @@ def load(
     if problems:
         raise WeightsError(problems)
     return adapters.build({place: nodes[place] for place in shapes if place in nodes})
-
-
-def save(
-    path: str | os.PathLike,
-    lora: Lora,
-    *,
-    layout: Literal["peft", "kohya"] = "peft",
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a LoRA as one safetensors file, whole or not at all; `load` gives it back.
-
-    "peft": the keys of diffusers' `save_lora_weights`, alpha and ranks in its metadata (what reads no metadata takes
-    alpha for the rank). "kohya": `lora_unet_joint_blocks_...` and `lora_te*_...` with a tensor for each alpha; separate
-    query, key and value become one block diagonal LoRA, equal but of three times the rank. dtype: of `down` and `up`.
-
-    Raises WeightsError when the system refuses, ValueError for an unknown layout, an empty LoRA, a component that no
-    file has a name for.
-    """
-    if layout not in _WRITERS:
-        raise ValueError(f"layout {layout!r} must be one of {', '.join(_WRITERS)}")
-    nodes = adapters.nodes(lora)
-    if not nodes:
-        raise ValueError("a LoRA without adapters cannot be saved")
-    strangers = sorted({place.partition(".")[0] for place in nodes} - set(lora_keys.KOHYA))
-    if strangers:
-        raise ValueError(f"files have no names for LoRAs of {', '.join(strangers)}; only {', '.join(lora_keys.KOHYA)}")
-    for place, node in nodes.items():
-        if any(value.ndim != 0 for value in (part["alpha"] for part in adapters.members(node))):
-            raise ValueError(f"{place} is a stack of LoRAs; save one of them at a time")
-    tensors, metadata = _WRITERS[layout](nodes)
-    for name, value in tensors.items():
-        if dtype and not name.endswith(".alpha"):
-            tensors[name] = value.to(dtype)
-    files.write_atomic(path, tensors, metadata={"format": "pt", **metadata})
 
 
 class Layer(NamedTuple):
@@ -209,75 +173,6 @@ def _node(path: Path, place: str, pieces: Mapping[Target, Adapter], problems: li
         return whole[0]
     by_part = {target.part: adapter for target, adapter in pieces.items()}
     return [by_part.get(part, {}) for part in range(next(iter(pieces)).parts)]
-
-
-def _peft(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors: dict[str, Tensor] = {}
-    modules: dict[str, dict[str, Adapter]] = {}
-    for place, source in lora_keys.sources(nodes).items():
-        component = place.partition(".")[0]
-        for name, adapter in zip(source.names, _in_their_order(nodes[place], source), strict=True):
-            if not adapter:
-                continue
-            module = name.removesuffix(".weight")
-            modules.setdefault(COMPONENTS[component].folder, {})[module] = adapter
-            down, up = adapter["down"], adapter["up"]
-            tensors[f"{COMPONENTS[component].folder}.{module}.lora_A.weight"] = down
-            tensors[f"{COMPONENTS[component].folder}.{module}.lora_B.weight"] = up if down.ndim == 2 else _conv(up)
-    return tensors, lora_metadata.write(modules)
-
-
-def _in_their_order(node: Node, source: Any) -> list[Adapter]:
-    if len(source.names) > 1:
-        return adapters.separate(node, len(source.names))
-    return [{**node, "up": source.transform.split(node["up"], 1)[0]}]
-
-
-def _kohya(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    inside = {place: _shape(node) for place, node in nodes.items() if place.startswith("transformer.")}
-    named = lora_keys.stability_sources(inside)
-    named |= lora_keys.sources(place for place in nodes if place not in inside)
-    tensors: dict[str, Tensor] = {}
-    for place, source in named.items():
-        node = nodes[place] if len(source.names) > 1 else _whole(nodes[place])
-        for name, adapter in zip(source.names, _in_their_order(node, source), strict=True):
-            if adapter:
-                flat = lora_keys.KOHYA[place.partition(".")[0]] + name.removesuffix(".weight").replace(".", "_")
-                down, up = adapter["down"], adapter["up"]
-                tensors[f"{flat}.lora_down.weight"] = down
-                tensors[f"{flat}.lora_up.weight"] = up if down.ndim == 2 else _conv(up)
-                tensors[f"{flat}.alpha"] = adapter["alpha"]
-    return tensors, {}
-
-
-_WRITERS = {"peft": _peft, "kohya": _kohya}
-
-
-def _whole(node: Node) -> Adapter:
-    """One adapter for several: the one they were split from where they share their `down`, else a block diagonal."""
-    if isinstance(node, dict):
-        return node
-    parts = adapters.members(node)
-    first, scalings = parts[0], {float(adapters.scaling(part)) for part in parts}
-    if len(scalings) > 1:
-        down, up = adapters.factors(node)
-        return {"down": down, "up": up, "alpha": torch.tensor(float(len(down)))}
-    if len(parts) == len(node) and all(torch.equal(part["down"], first["down"]) for part in parts):
-        return {**first, "up": torch.cat([part["up"] for part in parts])}
-    # Their common scaling stays in alpha, so that the values are written as they are.
-    unscaled = [part and {**part, "alpha": torch.tensor(float(adapters.rank(part)))} for part in node]
-    down, up = adapters.factors(unscaled)
-    return {"down": down, "up": up, "alpha": first["alpha"] * (len(down) / adapters.rank(first))}
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    first = adapters.members(node)[0]
-    count = 1 if isinstance(node, dict) else len(node)
-    return (first["up"].shape[0] * count, *first["down"].shape[1:])
-
-
-def _conv(up: Tensor) -> Tensor:
-    return up[:, :, None, None]
 
 
 def _closest(key: str, known: list[str]) -> str:

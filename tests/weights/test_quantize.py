@@ -124,6 +124,17 @@ def test_transforms_see_through_stored_weights(model, dtype):
 
 
 @each_format
+def test_stored_weights_with_a_lora_beside_them_are_one_graph(model, dtype):
+    sizes = model.config.transformer
+    params = lora.apply(quantize.quantize(model.params, dtype), lora.init(prng.key(1), model.config, 2), lazy=True)
+    x, context, pooled = random_inputs(sizes)
+    velocity = lambda params, x, t: mmdit.apply(params["transformer"], sizes, x, t, context, pooled)  # noqa: E731
+    compiled = torch.compile(velocity, backend="eager", fullgraph=True)
+    t = torch.tensor([0.1, 0.7])
+    torch.testing.assert_close(compiled(params, x, t), velocity(params, x, t))
+
+
+@each_format
 def test_the_transformer_of_sd35_large_needs_at_most_8_3_gigabytes(dtype):
     params = mmdit.init(prng.key(0), mmdit.SD35_LARGE, dtype=torch.bfloat16, device="meta")
     stored = quantize.quantize(params, dtype)
