@@ -147,13 +147,14 @@ def _adapter(
         return None
     down, up = values["down"], values["up"]
     rows, rest = shape[0] // target.parts, tuple(shape[1:])
-    down = down.reshape(down.shape[:1] + rest) if down.ndim > 1 and down[0].numel() == math.prod(rest) else down
+    # A linear layer's may be stored as a 1 x 1 convolution's.
+    down = down.reshape(down.shape[:1] + rest) if math.prod(down.shape[1:]) == math.prod(rest) and down.ndim else down
     up = up.flatten(1) if up.ndim == 4 and up.shape[2:] == (1, 1) else up
     if tuple(down.shape[1:]) != rest or down.ndim != len(shape):
         problems.append(f"{path}: {keys['down']} is {list(values['down'].shape)}, the layer takes {list(rest)}{_OTHER}")
     if up.ndim != 2 or up.shape[0] != rows:
         problems.append(f"{path}: {keys['up']} is {list(values['up'].shape)}, the layer gives {rows}{_OTHER}")
-    if not problems and (up.shape[1] != down.shape[0] or not down.shape[0]):
+    if len(problems) == before and (up.shape[1] != down.shape[0] or not down.shape[0]):
         problems.append(f"{path}: {keys['down']} has rank {down.shape[0]}, {keys['up']} has {up.shape[1]}")
     if values.get("alpha", up.new_zeros(())).ndim:
         problems.append(f"{path}: {keys['alpha']} must be one number, not {list(values['alpha'].shape)}")

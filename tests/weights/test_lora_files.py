@@ -256,6 +256,8 @@ DOWN, UP = SPELLINGS["PEFT"]
     (lambda down, up: {DOWN: down}, DOWN, "has no up beside it"),
     (lambda down, up: {UP: up}, UP, "has no down beside it"),
     (lambda down, up: {DOWN: down[:1], UP: up}, DOWN, "has rank 1, .* has 2"),
+    (lambda down, up: {DOWN: down[:0], UP: up[:, :0]}, DOWN, "has rank 0, .* has 0"),
+    (lambda down, up: {DOWN: down[0, 0], UP: up}, DOWN, r"is \[\], the layer takes"),
     (lambda down, up: {DOWN: down[:, :8], UP: up}, DOWN, r"is \[2, 8\], the layer takes \[16\]; is the LoRA for anoth"),
     (lambda down, up: {DOWN: down, UP: up[:8]}, UP, r"is \[8, 2\], the layer gives 16; is the LoRA for another model"),
     (lambda down, up: {DOWN: down[0], UP: up}, DOWN, r"is \[16\], the layer takes"),
@@ -281,6 +283,13 @@ def test_tensors_that_are_wrong_are_named(tmp_path, change, named, said):
 def test_metadata_that_is_wrong_is_named(tmp_path, metadata, said):
     tensors = dict(zip(SPELLINGS["PEFT"], pair(), strict=True))
     assert said in problems(write(tmp_path / "lora.safetensors", tensors, lora_adapter_metadata=metadata))
+
+
+def test_a_linear_layers_pair_may_be_stored_as_a_convolutions(tmp_path):
+    down, up = pair()
+    file = write(tmp_path / "lora.safetensors", {DOWN: down[:, :, None, None], UP: up[:, :, None, None]})
+    (change,) = added(lora.load(file, CONFIG)).values()
+    assert torch.equal(change[:16], up @ down)
 
 
 def test_one_matrix_and_its_parts_cannot_both_be_adapted(tmp_path):
