@@ -4,27 +4,43 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 `StableDiffusion3Pipeline` for the same noise. Nothing is held between calls, and all of it can be differentiated.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functional_sd3 import weights
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params
-from functional_sd3.field import Conditions, velocity
-from functional_sd3.flow import ode, schedule
+from functional_sd3.flow import ode
 from functional_sd3.flow.method import Method, StepInfo
 from functional_sd3.image import control as control_image
 from functional_sd3.image import pixels, vae
+from functional_sd3.sampling import Conditions, evaluation_times, sample, sigmas, velocity
 from functional_sd3.text import conditioning
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import controlnet
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config, Tokenizers
 
+__all__ = [
+    "Conditions",
+    "control_latents",
+    "decode",
+    "encode",
+    "encode_from",
+    "evaluation_times",
+    "generate",
+    "generate_from",
+    "initial_noise",
+    "latent_size",
+    "sample",
+    "sigmas",
+    "velocity",
+]
 T5_LENGTH = 256
 
 
@@ -80,6 +96,42 @@ def generate(
     return decode(params, config, latents)
 
 
+def generate_from(
+    path: str | os.PathLike | Sequence[str | os.PathLike],
+    prompts: str | Sequence[str],
+    key: Key,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    quantized: bool = False,
+    negative: str | Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    noise: Tensor | None = None,
+    t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
+    **sampling: Any,
+) -> Tensor:
+    """`generate` of the model at a path, with one component in memory at a time: encoders, transformer, VAE.
+
+    path, dtype, device, variant, quantized: as of `weights.load`, which is asked for each component when it is its
+    turn; what it gave is dropped before the next, so the peak is that of the largest. The rest as of `generate`,
+    without gradients.
+    """
+    outline = weights.outline(path, variant=variant)
+    config, prompts = outline.config, [prompts] if isinstance(prompts, str) else list(prompts)
+    fetch = weights.fetcher(path, dtype=dtype, device=device, variant=variant, quantized=quantized)
+    with torch.no_grad():
+        if noise is None:
+            noise = initial_noise(key, config, len(prompts), height, width, device=device)
+        told = {"t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
+        conditions = encode_from(fetch, config, outline.tokenizers, prompts, negative=negative, **told)
+        latents = sample({"transformer": fetch("transformer")}, config, conditions, noise, **sampling)
+        return decode({"vae": fetch("vae")}, config, latents)
+
+
 def initial_noise(
     key: Key,
     config: Config,
@@ -109,13 +161,38 @@ def encode(
     long_prompts: bool = False,
 ) -> Conditions:
     """Conditioning of the prompts and of what to keep away from, both (batch, ...); options as of `conditioning`."""
+    told = {"t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
+    texts, told = _both(tokenizers, prompts, negative, told)
+    return _halves(conditioning.apply(params, config, tokenizers, texts, **told))
+
+
+def encode_from(
+    fetch: Callable[[str], Params],
+    config: Config,
+    tokenizers: Tokenizers,
+    prompts: Sequence[str],
+    *,
+    negative: str | Sequence[str] | None = None,
+    **told: Any,
+) -> Conditions:
+    """As `encode`, whose other options these are, with one text encoder in memory at a time: see
+    `conditioning.apply_from`."""
+    texts, told = _both(tokenizers, prompts, negative, told)
+    return _halves(conditioning.apply_from(fetch, config, tokenizers, texts, **told))
+
+
+def _both(tokenizers, prompts, negative, told: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The prompts and as many negative ones, and the options with a length for T5."""
     negative = [negative or ""] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
     if len(negative) != len(prompts):
         raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts; give one, or one for each")
-    if t5_length is None:
-        t5_length = T5_LENGTH if tokenizers.t5 is None else min(T5_LENGTH, tokenizers.t5.model_max_length)
-    told = {"t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
-    both = conditioning.apply(params, config, tokenizers, [*prompts, *negative], **told)
+    length = told.get("t5_length")
+    if length is None:
+        length = T5_LENGTH if tokenizers.t5 is None else min(T5_LENGTH, tokenizers.t5.model_max_length)
+    return [*prompts, *negative], {**told, "t5_length": length}
+
+
+def _halves(both: Conditioning) -> Conditions:
     return Conditions(*(Conditioning(*parts) for parts in zip(*(part.chunk(2) for part in both), strict=True)))
 
 
@@ -148,67 +225,11 @@ def control_latents(
     )
 
 
-def sample(
-    params: Params,
-    config: Config,
-    conditions: Conditions,
-    noise: Tensor,
-    *,
-    steps: int = 28,
-    cfg: float | Tensor = 5.0,
-    method: Method = ode.EULER,
-    on_step: Callable[[StepInfo], Any] | None = None,
-    skip_layers: Sequence[int] = (),
-    control: Sequence[Control] = (),
-    image_prompt: ImagePrompt | None = None,
-) -> Tensor:
-    """Latents (normalised, float32) at the end of the flow that starts from `noise`."""
-    times = sigmas(config, noise, steps)
-    state = ode.start(method, noise, times[0])
-    # While a ControlNet is silent it costs nothing: the run is cut where one starts or ends.
-    for first, stop, speaking in controls.segments(control, steps):
-        grid, ends = times[first : stop + 1], stop == steps
-        asked = evaluation_times(method, grid, ends=ends)
-        field = velocity(
-            params,
-            config,
-            conditions,
-            cfg,
-            asked,
-            skip_layers=skip_layers,
-            control=speaking,
-            image_prompt=image_prompt,
-        )
-        state = ode.run(method, field, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
-    return state.x
-
-
 def decode(params: Params, config: Config, latents: Tensor) -> Tensor:
     """Normalised latents -> pictures (batch, 3, height, width) in [0, 1], float32."""
     dtype = params["vae"]["decoder"]["conv_in"]["weight"].dtype
     images = vae.decode(params["vae"], config.vae, vae.denormalize(config.vae, latents).to(dtype))
     return pixels.from_signed(images.float())
-
-
-def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
-    """The grid of times that the folder's scheduler config asks for, (steps + 1,) from 1 to 0."""
-    settings = config.schedule or schedule.Config()
-    tokens = noise.shape[-1] * noise.shape[-2] // config.transformer.patch_size**2
-    mu = schedule.resolution_mu(settings, tokens) if settings.use_dynamic_shifting else None
-    return schedule.from_config(settings, steps, mu=mu, device=noise.device)
-
-
-def evaluation_times(method: Method, times: Tensor, *, ends: bool = True) -> Tensor:
-    """The times at which a method asks for the velocity on this grid, found by running it on a number; `ends` as in
-    `ode.run`."""
-    asked: list[Tensor] = []
-
-    def record(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(t)
-        return x
-
-    ode.run(method, record, ode.start(method, times.new_zeros(1), times[0]), times, ends=ends)
-    return torch.stack(asked)
 
 
 def latent_size(config: Config, height: int | None = None, width: int | None = None) -> tuple[int, int]:
@@ -227,13 +248,6 @@ def latent_size(config: Config, height: int | None = None, width: int | None = N
             raise ValueError(f"{name} {side} is beyond the {largest} pixels that the model has positions for")
         sides.append(side // factor)
     return sides[0], sides[1]
-
-
-def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: int) -> Callable[[StepInfo], Any] | None:
-    """Told of a part of a run, `on_step` hears the numbers of the whole."""
-    if on_step is None:
-        return None
-    return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
 
 
 def _device(params: Params) -> torch.device:

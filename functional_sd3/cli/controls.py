@@ -79,8 +79,10 @@ def parse(text: str) -> Asked:
     return Asked(match["kind"], Path(match["image"]), *numbers)
 
 
-def prepare(arguments: argparse.Namespace, model, size: tuple[int, int], dtype, device) -> "list[Control]":
+def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int], dtype, device) -> "list[Control]":
     """The controls that were asked for, their pictures encoded; size (width, height) of what is drawn, in pixels.
+
+    config: of the model; fetch: a component's name -> its parameters.
 
     Raises ValueError for words that make no sense, ControlNets made for another model, and pictures of other
     proportions than what is drawn; WeightsError for files that cannot be read.
@@ -98,12 +100,12 @@ def prepare(arguments: argparse.Namespace, model, size: tuple[int, int], dtype, 
         made = control.Control(
             net.params, net.config, torch.zeros(1, 1, 1, 1), one.scale, one.start, one.end, arguments.control_after_last
         )
-        control.check(made, model.config.transformer)
+        control.check(made, config.transformer)
         images, mask = _picture(one.image, size, net.config.extra_channels > 0)
         with torch.no_grad():
             latents = pipeline.control_latents(
-                model.params,
-                model.config,
+                {"vae": fetch("vae")},
+                config,
                 images.to(device),
                 net.config,
                 mask=None if mask is None else mask.to(device),

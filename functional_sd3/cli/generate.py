@@ -1,7 +1,6 @@
 """Draw pictures of prompts."""
 
 import argparse
-import itertools
 import json
 import re
 import sys
@@ -44,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weighted", action="store_true", help="(words:1.3) weighs words of a prompt; \\( is itself")
     parser.add_argument("--long", action="store_true", help="let CLIP read prompts beyond its length, in chunks")
     controls.add_arguments(parser)
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="hold one part of the model in memory at a time: each text encoder, the transformer, the VAE",
+    )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"pictures drawn at once (default {BATCH})")
@@ -66,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_writable(out.parent if single else out)
 
     from functional_sd3 import pipeline, weights
-    from functional_sd3.cli import runtime
+    from functional_sd3.cli import drawing, runtime
     from functional_sd3.image import vae
     from functional_sd3.weights import shipped
 
@@ -74,14 +78,20 @@ def run(arguments: argparse.Namespace) -> int:
     device = runtime.device(arguments.device)
     method = runtime.method(arguments.method)
     source = arguments.params or shipped.folder()
-    model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device, quantized=True)
+    told = {"dtype": runtime.dtype(arguments.dtype, device), "device": device, "quantized": True}
+    if arguments.offload:
+        if arguments.embedding:
+            raise ValueError("--embedding changes the text encoders, which --offload reads as they are: leave one out")
+        model, fetch = weights.outline(source), weights.fetcher(source, **told)
+    else:
+        model = runtime.with_words(weights.load(source, **told), arguments.embedding)
+        fetch = model.params.__getitem__
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
-    model = runtime.with_words(model, arguments.embedding)
     height, width = (None, None) if size is None else (size[1], size[0])
     latent_height, latent_width = pipeline.latent_size(model.config, height, width)
     factor = vae.factor(model.config.vae)
     picture_size = (latent_width * factor, latent_height * factor)
-    control = controls.prepare(arguments, model, picture_size, runtime.dtype(arguments.dtype, device), device)
+    control = controls.prepare(arguments, model.config, fetch, picture_size, told["dtype"], device)
     timer.done("load")
     _warn_truncated(model, [*dict.fromkeys(prompts), arguments.negative], arguments)
 
@@ -97,14 +107,11 @@ def run(arguments: argparse.Namespace) -> int:
         **{name: getattr(arguments, name) for name in ("embedding", "weighted", "long") if getattr(arguments, name)},
         **controls.settings(arguments),
     }
-    pictures = []
-    batches = _batches(jobs, arguments.batch, alone=arguments.long)
+    batches = drawing.batches(jobs, arguments.batch, alone=arguments.long)
     with _progress(arguments.steps * len(batches)) as bar:
-        for batch in batches:
-            pictures.append(_draw(model, batch, arguments, height, width, method, control, timer, bar))
-    import torch
-
-    images = torch.cat(pictures)
+        run = drawing.Run(model.config, model.tokenizers, fetch, device, (height, width), method, control, timer, bar)
+        images = (drawing.offloaded if arguments.offload else drawing.together)(run, batches, arguments)
+    runtime.check_finite(images)
     written = _write_grid(out, images, jobs, settings) if single else _write_each(out, images, jobs, settings)
     timer.done("write")
     for path in written:
@@ -149,52 +156,6 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds settings that cannot be read: {error}") from None
     return settings
-
-
-def _batches(jobs: list[tuple[str, int]], size: int, *, alone: bool) -> list[list[tuple[str, int]]]:
-    """Jobs to be drawn at once; `alone`: never of two prompts, whose lengths would change one another's context."""
-    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job[0])] if alone else [jobs]
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
-def _draw(model, jobs, arguments, height, width, method, control, timer, bar):
-    """One batch: the three parts of `pipeline.generate`, timed."""
-    import torch
-
-    from functional_sd3 import pipeline
-    from functional_sd3.cli import runtime
-    from functional_sd3.core import prng
-
-    device = model.params["transformer"]["patch"]["weight"].device
-    with torch.no_grad():
-        conditions = pipeline.encode(
-            model.params,
-            model.config,
-            model.tokenizers,
-            [prompt for prompt, _ in jobs],
-            negative=arguments.negative,
-            weighted=arguments.weighted,
-            long_prompts=arguments.long,
-        )
-        timer.done("text", device)
-        keys = torch.stack([prng.key(seed) for _, seed in jobs])
-        noise = pipeline.initial_noise(keys, model.config, len(jobs), height, width, device=device)
-        latents = pipeline.sample(
-            model.params,
-            model.config,
-            conditions,
-            noise,
-            steps=arguments.steps,
-            cfg=arguments.cfg,
-            method=method,
-            control=control,
-            on_step=lambda info: bar.update(),
-        )
-        timer.done("sampling", device)
-        images = pipeline.decode(model.params, model.config, latents).cpu()
-        timer.done("decoding", device)
-    runtime.check_finite(images)
-    return images
 
 
 class _Timer:

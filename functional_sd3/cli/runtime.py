@@ -44,7 +44,7 @@ def method(name: str) -> Method:
 
 
 def require(model: Model, components: Sequence[str], source: object) -> None:
-    absent = [name for name in components if name not in model.params]
+    absent = [name for name in components if getattr(model.config, name, None) is None]
     if absent:
         raise ValueError(f"{source} has no {' and no '.join(absent)}, which this command needs")
 

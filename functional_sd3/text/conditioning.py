@@ -10,7 +10,7 @@ An encoder whose parameters are absent contributes zeros.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,40 +19,10 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params
-from functional_sd3.text import bpe, clip, t5, unigram, weighting
+from functional_sd3.text import clip, t5, weighting
+from functional_sd3.text.prompt_ids import Config, Emphasis, Ids, Tokenizers, read, tokenize, tokenize_weighted
 
-
-class Config(Protocol):
-    """The encoders' configs (None where absent), and the transformer's, which tells the widths of what is absent."""
-
-    clip_l: clip.Config | None
-    clip_g: clip.Config | None
-    t5: t5.Config | None
-    transformer: Any
-
-
-class Tokenizers(Protocol):
-    """Tables of the tokenizers, None where absent."""
-
-    clip_l: Any
-    clip_g: Any
-    t5: Any
-
-
-class Ids(NamedTuple):
-    """Token ids, int64: clip_l and clip_g (batch, clip tokens), or (batch, chunks, clip tokens) of long prompts, t5
-    (batch, t5 tokens); for absent encoders, any ids."""
-
-    clip_l: Tensor
-    clip_g: Tensor
-    t5: Tensor
-
-
-class Emphasis(NamedTuple):
-    """Weights of tokens, float32 and shaped as `Ids` are, and the ids of the empty prompt, (1, tokens) each."""
-
-    weights: Ids
-    blank: Ids
+__all__ = ["Conditioning", "Emphasis", "Ids", "apply", "apply_from", "encode", "tokenize", "tokenize_weighted"]
 
 
 class Conditioning(NamedTuple):
@@ -82,80 +52,61 @@ def apply(
     and the context becomes longer; prompts of a batch that are shorter end in empty chunks. Both off, as in training:
     see `weighting`. The ids are made on the CPU and moved to the device of the parameters.
     """
-    unread = [name for name in Ids._fields if name in params and getattr(tokenizers, name) is None]
-    if unread:
-        raise ValueError(f"no tokenizer for {', '.join(unread)}, whose parameters are given; remove these or give one")
-    told = {"prompts_2": prompts_2, "prompts_3": prompts_3, "t5_length": t5_length}
-    emphasis = None
-    if weighted or long_prompts:
-        ids, emphasis = tokenize_weighted(
-            config, tokenizers, prompts, **told, weighted=weighted, long_prompts=long_prompts
-        )
-        emphasis = emphasis if weighted else None
-    else:
-        ids = tokenize(config, tokenizers, prompts, **told)
-    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), (ids, emphasis or ()))
+    _check_readable([name for name in Ids._fields if name in params], tokenizers)
+    options = {"prompts_2": prompts_2, "prompts_3": prompts_3, "t5_length": t5_length}
+    told = read(config, tokenizers, prompts, **options, weighted=weighted, long_prompts=long_prompts)
+    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), told)
     return encode(params, config, ids, clip_skip=clip_skip, emphasis=emphasis or None, implementation=implementation)
 
 
-def tokenize(
+def apply_from(
+    fetch: Callable[[str], Params],
     config: Config,
     tokenizers: Tokenizers,
     prompts: str | Sequence[str],
     *,
-    prompts_2: str | Sequence[str] | None = None,
-    prompts_3: str | Sequence[str] | None = None,
-    t5_length: int = 256,
-) -> Ids:
-    """Token ids of one prompt or several.
+    clip_skip: int = 0,
+    implementation: Implementation = "sdpa",
+    **told: Any,
+) -> Conditioning:
+    """As `apply`, whose other options these are, with one encoder in memory at a time.
 
-    `prompts` go to CLIP-L; `prompts_2` to CLIP-G and `prompts_3` to T5, both by default the same; one string stands for
-    all of a batch. CLIP texts have CLIP-L's length, T5's `t5_length` tokens, padding included; zeros where there is no
-    tokenizer. Raises ValueError when the numbers of prompts differ, or the length is below 1.
+    `fetch` gives the parameters of "clip_l", "clip_g" and "t5". It is asked once for each that the config has, when
+    what it gave before has been dropped.
     """
-    if t5_length < 1:
-        raise ValueError(f"t5_length {t5_length} must be at least 1 (SD3 uses 77 to 512)")
-    texts = _texts(prompts, prompts if prompts_2 is None else prompts_2, prompts if prompts_3 is None else prompts_3)
-    length = _clip_length(config, tokenizers)
-    return Ids(
-        _ids(bpe.apply, tokenizers.clip_l, texts[0], length),
-        _ids(bpe.apply, tokenizers.clip_g, texts[1], length),
-        _ids(unigram.apply, tokenizers.t5, texts[2], t5_length),
-    )
+    there = [name for name in Ids._fields if getattr(config, name) is not None]
+    _check_readable(there, tokenizers)
+    ids, emphasis = read(config, tokenizers, prompts, **told)
+    options = {"clip_skip": clip_skip, "implementation": implementation}
+    if not there:
+        return encode({}, config, ids, **options)
+    # Each alone leaves zeros where the others speak, so the sum is exact.
+    parts = [_encode_alone(fetch, config, name, (ids, emphasis), options) for name in there]
+    return Conditioning(*(sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)))
 
 
-def tokenize_weighted(
-    config: Config,
-    tokenizers: Tokenizers,
-    prompts: str | Sequence[str],
-    *,
-    prompts_2: str | Sequence[str] | None = None,
-    prompts_3: str | Sequence[str] | None = None,
-    t5_length: int = 256,
-    weighted: bool = True,
-    long_prompts: bool = True,
-) -> tuple[Ids, Emphasis]:
-    """As `tokenize`, for prompts with emphasis and of any length: CLIP's ids are (batch, chunks, tokens)."""
-    blank = tokenize(config, tokenizers, "", t5_length=t5_length)
-    texts = _texts(prompts, prompts if prompts_2 is None else prompts_2, prompts if prompts_3 is None else prompts_3)
-    read = [[weighting.parse(text) for text in one] if weighted else weighting.plain(one) for one in texts]
-    length = blank.clip_l.shape[1]
-    split = {
-        name: weighting.clip_rows(getattr(tokenizers, name), one, length, long=long_prompts)
-        for name, one in zip(("clip_l", "clip_g"), read, strict=False)
-        if getattr(tokenizers, name) is not None
-    }
-    chunks = max((len(rows) for prompts in split.values() for rows in prompts), default=1)
-    found = {}
-    for name in ("clip_l", "clip_g"):
-        empty = weighting.Rows(getattr(blank, name)[0], torch.ones(length))
-        found[name] = weighting.stack_chunks(split.get(name, [[empty]] * len(texts[0])), chunks, empty)
-    if tokenizers.t5 is None:
-        found["t5"] = weighting.Rows(blank.t5.expand(len(texts[0]), -1), torch.ones(len(texts[0]), t5_length))
-    else:
-        found["t5"] = weighting.t5_rows(tokenizers.t5, read[2], t5_length)
-    ids, weights = (Ids(*(getattr(found[name], part) for name in Ids._fields)) for part in ("ids", "weights"))
-    return ids, Emphasis(weights, blank)
+def _check_readable(names: Sequence[str], tokenizers: Tokenizers) -> None:
+    unread = [name for name in names if getattr(tokenizers, name) is None]
+    if unread:
+        raise ValueError(f"no tokenizer for {', '.join(unread)}, whose parameters are given; remove these or give one")
+
+
+def _encode_alone(fetch, config: Config, name: str, told: tuple[Ids, Any], options: dict) -> Conditioning:
+    params = {name: fetch(name)}
+    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), told)
+    found = []
+    for start in range(0, len(ids.t5), _AT_ONCE):
+        some = tree.map(lambda part, first=start: part[first : first + _AT_ONCE], ids)
+        stressed = None
+        if emphasis:
+            weights = tree.map(lambda part, first=start: part[first : first + _AT_ONCE], emphasis.weights)
+            stressed = emphasis._replace(weights=weights)
+        found.append(encode(params, config, some, emphasis=stressed, **options))
+    return Conditioning(*map(torch.cat, zip(*found, strict=True)))
+
+
+# Texts an encoder reads together where all that are wanted are read by one encoder after another.
+_AT_ONCE = 32
 
 
 def encode(
@@ -242,28 +193,3 @@ def _like(params: Params) -> Tensor:
     """A tensor of the dtype and device of the encoders, or of whatever there is when all three are absent."""
     encoders = {name: params[name] for name in Ids._fields if name in params}
     return next(iter(tree.leaves(encoders or params)), torch.empty(0))
-
-
-def _texts(*prompts: str | Sequence[str]) -> list[list[str]]:
-    """Every encoder's texts, equally many; a single string is repeated."""
-    rows = max(1 if isinstance(texts, str) else len(texts) for texts in prompts)
-    lists = [[texts] * rows if isinstance(texts, str) else list(texts) for texts in prompts]
-    if not rows or any(len(texts) != rows for texts in lists):
-        counts = [len(texts) for texts in lists]
-        raise ValueError(f"{counts} prompts for the three encoders; give each as many, or one string")
-    return lists
-
-
-def _clip_length(config: Config, tokenizers: Tokenizers) -> int:
-    """The length both CLIPs read: CLIP-L's, or CLIP-G's where that is absent."""
-    for name in ("clip_l", "clip_g"):
-        tables, encoder = getattr(tokenizers, name), getattr(config, name)
-        if tables is not None and encoder is not None:
-            return min(tables.model_max_length, encoder.length)
-    return 77
-
-
-def _ids(tokenizer: Callable[..., Tensor], tables: Any, texts: list[str], length: int) -> Tensor:
-    if tables is None:
-        return torch.zeros((len(texts), length), dtype=torch.int64)
-    return tokenizer(tables, texts, length=length)

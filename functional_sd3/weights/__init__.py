@@ -7,11 +7,13 @@
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from functional_sd3.core.types import Params
 from functional_sd3.weights import atomic, composing, diffusers, files, forms, layout, quantize, single, sources
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
@@ -37,6 +39,7 @@ __all__ = [
     "WeightsError",
     "check",
     "describe",
+    "fetcher",
     "files",
     "infer_config",
     "layout",
@@ -49,6 +52,7 @@ __all__ = [
     "load_ip_adapter",
     "load_statistics",
     "missing",
+    "outline",
     "save",
     "save_controlnet",
     "save_features",
@@ -97,11 +101,8 @@ def load(
     """
     chosen = _components(only)
     _check_dtype(dtype)
-    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    if not paths:
-        raise ValueError("there is no path to load from")
     return composing.load(
-        [Path(one) for one in paths],
+        _paths(path),
         dtype=dtype,
         device=device,
         only=chosen,
@@ -109,6 +110,27 @@ def load(
         finite=finite,
         quantized=quantized,
     )
+
+
+def outline(
+    path: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    only: str | Collection[str] | None = None,
+    variant: str | None = None,
+) -> Model:
+    """What `load` gives, but for the parameters, of which none is read: the configs and the tokenizers.
+
+    Raises what `load` raises, but for values that are not finite.
+    """
+    return composing.outline(_paths(path), only=_components(only), variant=variant)
+
+
+def fetcher(path: str | os.PathLike | Sequence[str | os.PathLike], **options: Any) -> Callable[[str], Params]:
+    """A function from the name of a component to its parameters, read anew whenever it is called; options of `load`.
+
+    What `pipeline.encode_from` and `pipeline.generate_from` take components from, one after another.
+    """
+    return lambda name: load(path, only=name, **options).params[name]
 
 
 def save(
@@ -150,6 +172,13 @@ def save(
     atomic.replace_folder(
         path, lambda folder: write(folder, model, dtype=dtype, shard_bytes=shard_bytes), sources.OWNED[layout]
     )
+
+
+def _paths(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise ValueError("there is no path to load from")
+    return [Path(one) for one in paths]
 
 
 def _components(only: str | Collection[str] | None) -> Collection[str]:

@@ -1,6 +1,6 @@
 """One model from the contents of one path or of several."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,13 +29,22 @@ def load(
         for name in SPECS
         if name in plans
     }
+    return _outlined(contents, plans, only)._replace(params=params)
+
+
+def outline(paths: Sequence[Path], *, only: Collection[str], variant: str | None) -> Model:
+    """`weights.outline` says what the arguments mean."""
+    return _outlined(*plan(paths, only, variant), only)
+
+
+def _outlined(contents: Contents, plans: Mapping[str, Plan], only: Collection[str]) -> Model:
     levels = contents.schedule
-    if levels is None and not contents.schedule_told and "transformer" in params:
+    if levels is None and not contents.schedule_told and "transformer" in plans:
         # Files of tensors alone do not say; all released models were trained with this one.
         levels = schedule.Config()
     config = Config(**{name: one.config for name, one in plans.items()}, schedule=levels)
     tokenizers = {name: tables for name, tables in contents.tokenizers.items() if name in only}
-    return Model(config, params, Tokenizers(**tokenizers))
+    return Model(config, {}, Tokenizers(**tokenizers))
 
 
 def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> tuple[Contents, dict[str, Plan]]:

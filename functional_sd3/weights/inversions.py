@@ -1,7 +1,7 @@
 """Textual inversions on disk: a safetensors file with the vectors of one word, `clip_l`, `clip_g` and `t5xxl`.
 
     word = weights.load_inversion("cat-toy.safetensors")        # typed as <cat-toy>
-    model = model._replace(**inversion.add(*model, word)._asdict())
+    params, config, tokenizers = inversion.add(model.params, model.config, model.tokenizers, word)
 """
 
 import os

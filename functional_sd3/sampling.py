@@ -1,6 +1,6 @@
-"""The velocity field that a run follows: the transformer told of prompts, pictures and image prompts, and guided."""
+"""From noise to latents: the velocity field of prompts, pictures and image prompts, and the run that follows it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree, Velocity
-from functional_sd3.flow import guidance
+from functional_sd3.flow import guidance, ode, schedule
+from functional_sd3.flow.method import Method, StepInfo
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import ip_adapter, mmdit
@@ -22,6 +23,41 @@ class Conditions(NamedTuple):
 
     positive: Conditioning
     negative: Conditioning
+
+
+def sample(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    noise: Tensor,
+    *,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    method: Method = ode.EULER,
+    on_step: Callable[[StepInfo], Any] | None = None,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+) -> Tensor:
+    """Latents (normalised, float32) at the end of the flow that starts from `noise`."""
+    times = sigmas(config, noise, steps)
+    state = ode.start(method, noise, times[0])
+    # While a ControlNet is silent it costs nothing: the run is cut where one starts or ends.
+    for first, stop, speaking in controls.segments(control, steps):
+        grid, ends = times[first : stop + 1], stop == steps
+        asked = evaluation_times(method, grid, ends=ends)
+        field = velocity(
+            params,
+            config,
+            conditions,
+            cfg,
+            asked,
+            skip_layers=skip_layers,
+            control=speaking,
+            image_prompt=image_prompt,
+        )
+        state = ode.run(method, field, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
+    return state.x
 
 
 def velocity(
@@ -83,6 +119,34 @@ def velocity(
     return guidance.batched(
         evaluate, arguments(conditions.negative, unseen), arguments(conditions.positive, shown), cfg
     )
+
+
+def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
+    """The grid of times that the folder's scheduler config asks for, (steps + 1,) from 1 to 0."""
+    settings = config.schedule or schedule.Config()
+    tokens = noise.shape[-1] * noise.shape[-2] // config.transformer.patch_size**2
+    mu = schedule.resolution_mu(settings, tokens) if settings.use_dynamic_shifting else None
+    return schedule.from_config(settings, steps, mu=mu, device=noise.device)
+
+
+def evaluation_times(method: Method, times: Tensor, *, ends: bool = True) -> Tensor:
+    """The times at which a method asks for the velocity on this grid, found by running it on a number; `ends` as in
+    `ode.run`."""
+    asked: list[Tensor] = []
+
+    def record(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(t)
+        return x
+
+    ode.run(method, record, ode.start(method, times.new_zeros(1), times[0]), times, ends=ends)
+    return torch.stack(asked)
+
+
+def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: int) -> Callable[[StepInfo], Any] | None:
+    """Told of a part of a run, `on_step` hears the numbers of the whole."""
+    if on_step is None:
+        return None
+    return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
 
 
 def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:
