@@ -117,10 +117,13 @@ def _attend(params, heads, image, context, image_parts, context_parts, implement
 
 def _attend_prompt(projected: Stream, prompt: Tree, implementation: Implementation) -> Tensor:
     """What an image prompt adds to the image's attention: of the image over itself and the prompt's tokens."""
-    key = torch.cat([layers.rms_norm(prompt["key_norm"], projected.key, EPS), prompt["key"]], dim=2)
-    value = torch.cat([projected.value, prompt["value"]], dim=2)
-    query = layers.rms_norm(prompt["query_norm"], projected.query, EPS)
-    return prompt["scale"] * attention(query, key, value, implementation=implementation)
+    # An adapter's parameters may be of another dtype than the transformer's.
+    dtype = projected.value.dtype
+    key = layers.rms_norm(prompt["key_norm"], projected.key, EPS).to(dtype)
+    key = torch.cat([key, prompt["key"].to(dtype)], dim=2)
+    value = torch.cat([projected.value, prompt["value"].to(dtype)], dim=2)
+    query = layers.rms_norm(prompt["query_norm"], projected.query, EPS).to(dtype)
+    return (prompt["scale"] * attention(query, key, value, implementation=implementation)).to(dtype)
 
 
 def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:

@@ -185,6 +185,18 @@ def test_it_compiles_to_one_graph(config):
     assert backend.frame_count == 1
 
 
+@BOTH
+@pytest.mark.parametrize("narrow", ["transformer", "controlnet", "both"])
+def test_controlnet_and_transformer_may_be_of_different_dtypes(config, narrow):
+    exact = controlled(made(config))
+    net = made(config)
+    net = net if narrow == "transformer" else net._replace(params=tree.cast(net.params, torch.bfloat16))
+    weights = WEIGHTS if narrow == "controlnet" else tree.cast(WEIGHTS, torch.bfloat16)
+    heard = control.residuals([net], weights, TRANSFORMER, *inputs())
+    found = mmdit.apply(weights, TRANSFORMER, *inputs(), residuals=heard.residuals)
+    assert found.dtype == torch.float32 and (found - exact).norm() <= 5e-2 * exact.norm()
+
+
 def test_training_starts_from_the_transformer():
     like = dataclasses.replace(JOINT, depth=3)
     copied = controlnet.from_transformer(prng.key(0), like, WEIGHTS, TRANSFORMER)

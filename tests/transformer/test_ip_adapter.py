@@ -84,6 +84,17 @@ def test_vmap_and_grad_work():
     assert all(part.abs().max() > 0 for part in tree.leaves(list(gradients)))
 
 
+@pytest.mark.parametrize("narrow", ["transformer", "adapter", "both"])
+def test_adapter_and_transformer_may_be_of_different_dtypes(narrow):
+    exact = velocity(ADAPTER, FEATURES, torch.full((3,), 0.7), *inputs())
+    adapter = ADAPTER if narrow == "transformer" else tree.cast(ADAPTER, torch.bfloat16)
+    told = ip_adapter.apply(adapter, CONFIG, FEATURES, inputs()[1], TRANSFORMER, torch.full((3,), 0.7))
+    weights = MODEL.params["transformer"]
+    weights = weights if narrow == "adapter" else tree.cast(weights, torch.bfloat16)
+    found = mmdit.apply(weights, TRANSFORMER, *inputs(), image_prompt=told)
+    assert found.dtype == torch.float32 and (found - exact).norm() <= 3e-2 * exact.norm()
+
+
 def test_what_is_guided_away_from_sees_zeros():
     conditions = pipeline.encode(*parts(MODEL), ["a red circle"] * 3)
     prompt = ImagePrompt(ADAPTER, CONFIG, FEATURES, 0.7)
