@@ -11,8 +11,8 @@ from bench import peers, timing
 from functional_sd3.core import attention, layers, prng, transform
 from functional_sd3.transformer import joint_block, mmdit
 
-TOKENS = 154
-SIZES = {"256, 16x16": (4, 32, 6), "512, 32x32": (8, 64, 6), "1024, 32x32": (16, 64, 3)}
+TOKENS = 333
+SIZES = {"256, 16x16": (4, 32, 6), "512, 32x32": (8, 64, 8), "1024, 32x32": (16, 64, 3)}
 """Width and patches -> heads of 64, side of the latents, blocks."""
 
 
@@ -75,7 +75,7 @@ def test_block(versus, block):
         return joint_block.apply(params, 8, image, context, modulation)
 
     versus(
-        "one MMDiT block, width 512, 1,024 + 154 tokens, batch 2",
+        "one MMDiT block, width 512, 1,024 + 333 tokens, batch 2",
         ours,
         lambda: module(hidden_states=image, encoder_hidden_states=context, temb=time)[::-1],
         rounds=15,
@@ -109,7 +109,7 @@ def test_joint_attention(versus, block, way):
 
     run = transform.compile(joint, dynamic=False) if way == "compiled" else joint
     versus(
-        f"joint attention with its projections, width 512, 1,024 + 154 tokens, {way}",
+        f"joint attention with its projections, width 512, 1,024 + 333 tokens, {way}",
         lambda: run(image, context),
         lambda: module.attn(hidden_states=image, encoder_hidden_states=context),
         rounds=15,
