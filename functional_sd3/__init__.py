@@ -7,85 +7,36 @@
         model.params, model.config, model.tokenizers, "a large red circle on a white background", sd3.prng.key(0)
     )
 
+A module is imported when its name is first used, so that a program pays for what it uses. The names are those that
+`__init__.pyi` imports.
+
 Every component has a frozen `Config`, `spec(config)`, `init(key, config)` and a pure `apply(params, config, ...)`.
 """
 
-from functional_sd3 import pipeline, weights
-from functional_sd3.core import attention, layers, prng, spec, transform, tree
-from functional_sd3.flow import guidance, ode, path, schedule
-from functional_sd3.image import clip_pixels, pictures, pixels, taesd, vae
-from functional_sd3.metrics import (
-    clip_images,
-    clip_score,
-    cmmd,
-    collect,
-    density_coverage,
-    fid,
-    frechet,
-    inception,
-    inception_score,
-    kid,
-    precision_recall,
-    preprocess,
-    prompts,
-    similarity,
-)
-from functional_sd3.text import bpe, clip, clip_dual, conditioning, inversion, t5, unigram
-from functional_sd3.training import datasets, lora, optim, shapes, step
-from functional_sd3.transformer import control, controlnet, ip_adapter, mmdit
-from functional_sd3.weights import merge, quantize, shipped
+import ast
+import importlib
+from pathlib import Path
+from types import ModuleType
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "attention",
-    "bpe",
-    "clip",
-    "clip_dual",
-    "clip_images",
-    "clip_pixels",
-    "clip_score",
-    "cmmd",
-    "collect",
-    "conditioning",
-    "control",
-    "controlnet",
-    "datasets",
-    "density_coverage",
-    "fid",
-    "frechet",
-    "guidance",
-    "inversion",
-    "ip_adapter",
-    "inception",
-    "inception_score",
-    "kid",
-    "layers",
-    "lora",
-    "merge",
-    "mmdit",
-    "ode",
-    "optim",
-    "path",
-    "pictures",
-    "pipeline",
-    "pixels",
-    "precision_recall",
-    "preprocess",
-    "prng",
-    "prompts",
-    "quantize",
-    "schedule",
-    "shapes",
-    "shipped",
-    "similarity",
-    "spec",
-    "step",
-    "t5",
-    "taesd",
-    "transform",
-    "tree",
-    "unigram",
-    "vae",
-    "weights",
-]
+
+def _modules() -> dict[str, str]:
+    """Name -> the module it stands for, as the stub beside this file imports them."""
+    statements = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    imports = [statement for statement in statements if isinstance(statement, ast.ImportFrom)]
+    return {alias.name: f"{each.module}.{alias.name}" for each in imports for alias in each.names}
+
+
+_MODULES = _modules()
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(_MODULES[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

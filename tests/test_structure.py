@@ -69,12 +69,24 @@ def test_only_the_run_time_packages_are_imported(path):
             assert top in RUN_TIME | {"functional_sd3"} or top in sys.stdlib_module_names, f"{path} imports {name}"
 
 
+def test_every_public_name_is_its_module():
+    import functional_sd3 as sd3
+
+    assert len(sd3.__all__) > 30 and set(sd3.__all__) <= set(dir(sd3))
+    for name in sd3.__all__:
+        module = getattr(sd3, name)
+        assert module.__name__.split(".")[-1] == name
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        sd3.unknown  # noqa: B018
+
+
 def test_importing_the_program_loads_no_heavy_package_besides_torch():
     import subprocess
     import sys
 
     script = (
-        "import sys, torch; before = set(sys.modules); import functional_sd3; "
+        "import sys, torch; before = set(sys.modules); import functional_sd3 as sd3; "
+        "[getattr(sd3, name) for name in sd3.__all__]; "
         "print(sorted({'scipy', 'PIL', 'tqdm', 'torch._dynamo', 'torch._inductor'} & (set(sys.modules) - before)))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -14,7 +14,19 @@ from typing import Any
 import torch
 
 from functional_sd3.core.types import Params
-from functional_sd3.weights import atomic, composing, diffusers, files, forms, layout, quantize, single, sources
+from functional_sd3.weights import (
+    atomic,
+    composing,
+    diffusers,
+    files,
+    forms,
+    layout,
+    merge,
+    quantize,
+    shipped,
+    single,
+    sources,
+)
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
@@ -51,14 +63,17 @@ __all__ = [
     "load_inversion",
     "load_ip_adapter",
     "load_statistics",
+    "merge",
     "missing",
     "outline",
+    "quantize",
     "save",
     "save_controlnet",
     "save_features",
     "save_inversion",
     "save_ip_adapter",
     "save_statistics",
+    "shipped",
     "spec",
 ]
 

@@ -1,0 +1,54 @@
+"""The names of `import functional_sd3 as sd3`: editors read them here, and the package finds its modules by them."""
+
+from functional_sd3 import pipeline as pipeline
+from functional_sd3 import weights as weights
+from functional_sd3.core import attention as attention
+from functional_sd3.core import layers as layers
+from functional_sd3.core import prng as prng
+from functional_sd3.core import spec as spec
+from functional_sd3.core import transform as transform
+from functional_sd3.core import tree as tree
+from functional_sd3.flow import guidance as guidance
+from functional_sd3.flow import ode as ode
+from functional_sd3.flow import path as path
+from functional_sd3.flow import schedule as schedule
+from functional_sd3.image import clip_pixels as clip_pixels
+from functional_sd3.image import pictures as pictures
+from functional_sd3.image import pixels as pixels
+from functional_sd3.image import taesd as taesd
+from functional_sd3.image import vae as vae
+from functional_sd3.metrics import clip_images as clip_images
+from functional_sd3.metrics import clip_score as clip_score
+from functional_sd3.metrics import cmmd as cmmd
+from functional_sd3.metrics import collect as collect
+from functional_sd3.metrics import density_coverage as density_coverage
+from functional_sd3.metrics import fid as fid
+from functional_sd3.metrics import frechet as frechet
+from functional_sd3.metrics import inception as inception
+from functional_sd3.metrics import inception_score as inception_score
+from functional_sd3.metrics import kid as kid
+from functional_sd3.metrics import precision_recall as precision_recall
+from functional_sd3.metrics import preprocess as preprocess
+from functional_sd3.metrics import prompts as prompts
+from functional_sd3.metrics import similarity as similarity
+from functional_sd3.text import bpe as bpe
+from functional_sd3.text import clip as clip
+from functional_sd3.text import clip_dual as clip_dual
+from functional_sd3.text import conditioning as conditioning
+from functional_sd3.text import inversion as inversion
+from functional_sd3.text import t5 as t5
+from functional_sd3.text import unigram as unigram
+from functional_sd3.training import datasets as datasets
+from functional_sd3.training import lora as lora
+from functional_sd3.training import optim as optim
+from functional_sd3.training import shapes as shapes
+from functional_sd3.training import step as step
+from functional_sd3.transformer import control as control
+from functional_sd3.transformer import controlnet as controlnet
+from functional_sd3.transformer import ip_adapter as ip_adapter
+from functional_sd3.transformer import mmdit as mmdit
+from functional_sd3.weights import merge as merge
+from functional_sd3.weights import quantize as quantize
+from functional_sd3.weights import shipped as shipped
+
+__version__: str
