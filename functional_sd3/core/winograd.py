@@ -16,7 +16,7 @@ from torch import Tensor
 TILE, KERNEL = 4, 3
 WINDOW = TILE + KERNEL - 1
 POINTS = [Fraction(point) for point in ("0", "5/8", "-5/8", "3/2", "-3/2")]
-NUMBERS_AT_ONCE = 1 << 20
+NUMBERS_AT_ONCE = 1 << 19
 """Transformed numbers that are held together: they should stay in the cache."""
 
 Matrix = list[list[float]]
@@ -94,8 +94,8 @@ def convolve(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
             torch.mm(into, windows.view(WINDOW**2, -1), out=mixed.view(WINDOW**2, -1))
             torch.bmm(mixed, kernel, out=products)
             torch.mm(back, products.view(WINDOW**2, -1), out=tiles.view(TILE**2, -1))
+            tiles += bias
             picture[row : row + step] = tiles.permute(2, 0, 3, 1, 4)
-        picture += bias
     return found.view(batch, *x.shape[-2:], outputs).permute(0, 3, 1, 2)
 
 
