@@ -7,7 +7,7 @@ from functional_sd3.metrics import frechet
 
 
 def test_frechet(versus):
-    """Means of eigenvalues against the matrix square root that the usual packages take, with the rest of their formula."""
+    """Against the matrix square root that the usual packages take, with the rest of their formula."""
     from scipy.linalg import sqrtm
 
     width = 2048
