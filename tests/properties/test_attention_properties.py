@@ -181,7 +181,8 @@ def test_without_positions_permuting_the_patches_permutes_the_velocity(inputs, s
 def test_apply_changes_neither_its_inputs_nor_the_global_state(inputs):
     before = tree.map(torch.clone, [PARAMS, *inputs])
     generator, dtype = torch.get_rng_state(), torch.get_default_dtype()
-    residuals = [torch.ones(())]
+    batch, _, height, width = inputs[0].shape
+    residuals = [torch.ones(batch, height * width // CONFIG.patch_size**2, CONFIG.width)]
     mmdit.apply(PARAMS, CONFIG, *inputs, residuals=residuals, skip_layers=(1,))
     mmdit.at(mmdit.modulations(PARAMS, CONFIG, inputs[1][None], inputs[3]), 0)
     mmdit.init(prng.key(0), CONFIG)
