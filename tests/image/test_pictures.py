@@ -1,7 +1,9 @@
 """Files of pictures of every kind, folders and archives of them, in order, by any number of processes."""
 
+import time
 import zipfile
 from functools import partial
+from multiprocessing import active_children
 
 import numpy
 import pytest
@@ -155,15 +157,22 @@ def test_an_archive_with_damage_inside_names_the_damaged(folder, tmp_path):
     assert "cannot be taken out of the archive" in reasons["b.png"] and reasons["c.bmp"] is None
 
 
-def test_who_stops_early_leaves_no_process_behind(folder):
-    from multiprocessing import active_children
+def slow(picture) -> torch.Tensor:
+    if picture.width == 2:
+        time.sleep(100)
+    return torch.zeros(1)
 
+
+def test_who_stops_early_waits_for_nothing_and_leaves_no_process_behind(folder):
+    for index in range(40):
+        Image.new("L", (1 if index < 10 else 2, 1)).save(folder / f"d{index:02}.png")
     before = set(active_children())
-    items = pictures.stream(pictures.source(folder), pixels_of, workers=1)
+    items = pictures.stream(pictures.source(folder), slow, workers=1)
     assert next(items).name == "a/cut.jpg"
     started = set(active_children()) - before
     assert len(started) == 1
+    begin = time.monotonic()
     items.close()
     for process in started:
-        process.join(10)
-    assert not set(active_children()) - before
+        process.join(50)
+    assert not set(active_children()) - before and time.monotonic() - begin < 50
