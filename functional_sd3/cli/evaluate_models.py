@@ -18,7 +18,7 @@ from functional_sd3.core import prng
 from functional_sd3.image import pictures, pixels, vae
 from functional_sd3.image.pictures import Item
 from functional_sd3.metrics import clip_images, similarity
-from functional_sd3.training import datasets, shapes, tiny
+from functional_sd3.training import datasets, shapes, tiny_report
 from functional_sd3.weights import Model, shipped
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
         for things in kinds:
             rows.append(
                 {"things": things}
-                | tiny.prompt_following(
+                | tiny_report.prompt_following(
                     model,
                     things,
                     arguments.count,

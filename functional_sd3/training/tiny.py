@@ -27,9 +27,8 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import schedule
 from functional_sd3.image import pixels, vae
-from functional_sd3.metrics import prompts
 from functional_sd3.text import bpe, bpe_train, clip, conditioning, t5, unigram, unigram_train
-from functional_sd3.training import checkpoint, log, loop, losses, muon, optim, report, shapes, step
+from functional_sd3.training import checkpoint, loop, losses, muon, optim, shapes, step, tiny_report
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import files
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
@@ -266,56 +265,6 @@ def train(
     return weights.load(out, dtype=torch.float32)
 
 
-def prompt_following(
-    model: Model, things: int, count: int, key: Key, *, batch: int = 25, **options
-) -> dict[str, float]:
-    """Shares of pictures that are right (see `prompts.table`), of `count` held-out captions of one or two things.
-
-    The captions are spread evenly over all held-out ones; `options` go to `pipeline.generate`.
-    """
-    listed = shapes.held_out_captions(things)
-    count = min(count, len(listed))
-    chosen = [listed[index * len(listed) // count] for index in range(count)]
-    pictures = []
-    with torch.no_grad():
-        for start in range(0, count, batch):
-            captions = [caption for caption, _ in chosen[start : start + batch]]
-            keys = prng.fold_in(key, torch.arange(start, start + len(captions)))
-            pictures.append(pipeline.generate(model.params, model.config, model.tokenizers, captions, keys, **options))
-    return prompts.table(torch.cat(pictures), [scene for _, scene in chosen]) | {"captions": count}
-
-
-def describe(out: Path, model: Model, log_path: Path, *, command: str, history: str, captions: int = 200) -> None:
-    """Writes what the run was and how good its model is beside the weights: README.md, loss.png, samples.png."""
-    rows = [(int(row["step"]), float(row["loss"])) for row in log.read(log_path)]
-    tables = [prompt_following(model, things, captions, prng.key(0)) for things in (1, 2)]
-    names = ("right", "count", "shape", "colour", "size", "background", "relation")
-    lines = [f"| things | captions | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for things, found in enumerate(tables, 1):
-        shares = " | ".join(f"{100 * found[name]:.1f} %" for name in names)
-        lines.append(f"| {things} | {found['captions']} | {shares} |")
-    shown = [text for things in (1, 2) for text, _ in shapes.held_out_captions(things)[:: 8 + 1550 * (things - 1)][:8]]
-    with torch.no_grad():
-        samples = pipeline.generate(model.params, model.config, model.tokenizers, shown, prng.key(0))
-    sizes = ", ".join(f"{name} {tree.count(part):,}" for name, part in model.params.items())
-    text = f"""
-A whole SD3.5 pipeline in miniature, in diffusers' folder layout, trained from scratch on the world of
-`functional_sd3/training/shapes.py` by
-
-    {command}
-
-{VAE_STEPS} steps of the autoencoder, {history}, {FLOW_BATCH} pictures a step.
-Parameters: {sizes}. MIT licence, as the code.
-
-## Prompt following
-
-Held-out captions (never trained on) drawn at the default settings and read back by `functional_sd3/metrics/prompts.py`;
-`python -m bench.prompt_following` measures it again.
-
-{chr(10).join(lines)}"""
-    report.write(out, title="params/tiny", text=text, log=rows, samples=samples, captions=shown)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of the recipe; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m functional_sd3.training.tiny", description="Train params/tiny.")
@@ -346,12 +295,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     typed = sys.argv[1:] if arguments is None else arguments
     before = "those of the refined model" if parsed.start else f"{parsed.flow_steps} of transformer and text encoders"
-    describe(
+    tiny_report.describe(
         parsed.out,
         model,
         parsed.work / ("refine" if parsed.refine_steps else "flow") / "log.csv",
         command=" ".join(["python -m functional_sd3.training.tiny", *typed]),
-        history=f"{before}, {parsed.refine_steps} of the transformer alone",
+        history=f"{parsed.vae_steps} steps of the autoencoder, {before}, "
+        f"{parsed.refine_steps} of the transformer alone, {FLOW_BATCH} pictures a step",
     )
     print(parsed.out)
     return 0
