@@ -15,8 +15,7 @@ ALLOWED = {
     "weights": {"core", "text", "image", "transformer", "flow", "metrics"},
     "training": {"core", "text", "image", "transformer", "flow", "weights", "pipeline", "metrics"},
     "metrics": {"core", "text", "image", "training"},
-    "sampling": {"core", "text", "transformer", "flow", "weights"},
-    "pipeline": {"sampling", "core", "text", "image", "transformer", "flow", "weights"},
+    "pipeline": {"core", "text", "image", "transformer", "flow", "weights"},
     "cli": {"core", "text", "image", "transformer", "flow", "weights", "training", "metrics", "pipeline"},
 }
 """Room -> the rooms it may import. Training draws samples while it runs, hence the pipeline; weights read files for the

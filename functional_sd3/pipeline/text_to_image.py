@@ -18,7 +18,7 @@ from functional_sd3.flow import ode
 from functional_sd3.flow.method import Method, StepInfo
 from functional_sd3.image import control as control_image
 from functional_sd3.image import pixels, vae
-from functional_sd3.sampling import Conditions, evaluation_times, sample, sigmas, velocity
+from functional_sd3.pipeline.sampling import Conditions, sample
 from functional_sd3.text import conditioning
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import controlnet
@@ -26,21 +26,6 @@ from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config, Tokenizers
 
-__all__ = [
-    "Conditions",
-    "control_latents",
-    "decode",
-    "encode",
-    "encode_from",
-    "evaluation_times",
-    "generate",
-    "generate_from",
-    "initial_noise",
-    "latent_size",
-    "sample",
-    "sigmas",
-    "velocity",
-]
 T5_LENGTH = 256
 
 
