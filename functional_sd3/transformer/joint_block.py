@@ -4,7 +4,7 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 gives some blocks a second attention over the image alone: the SD3.5-medium model card.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,19 +57,21 @@ def apply(
     modulation: dict[str, Tensor],
     implementation: Implementation = "sdpa",
     image_prompt: Tree | None = None,
+    attend: Callable[..., list[Tensor | None]] = joint_attention,
 ) -> tuple[Tensor, Tensor]:
     """One joint block: image and context (batch, tokens, width) -> the same.
 
     `modulation` holds what t and the pooled text say to each stream, (batch, n * width): shift, scale and gate of the
     attention, then of the MLP, then of the second attention where there is one. In the last block the context has scale
     and shift alone: it is attended to, asks nothing and is returned as it came. `image_prompt`: what the image attends
-    to besides, one of `ip_adapter.apply`'s.
+    to besides, one of `ip_adapter.apply`'s. `attend`: what stands for `joint_attention`, the image being the first
+    stream.
     """
     width = image.shape[-1]
     image_parts = split_modulation(modulation["image"], width)
     context_parts = split_modulation(modulation["context"], width)
     streams = image, context, image_parts, context_parts
-    image, context = _attend(params, heads, *streams, implementation, image_prompt or {})
+    image, context = _attend(params, heads, *streams, implementation, image_prompt or {}, attend)
     image = _mlp(params["image"]["mlp"], image, *image_parts[3:6])
     if "mlp" not in params["context"]:
         return image, context
@@ -88,7 +90,7 @@ def apply_image(
     return _mlp(params["image"]["mlp"], image, *parts[3:])
 
 
-def _attend(params, heads, image, context, image_parts, context_parts, implementation, image_prompt):
+def _attend(params, heads, image, context, image_parts, context_parts, implementation, image_prompt, attend):
     own, other = params["image"]["attention"], params["context"]["attention"]
     shift, scale, gate = image_parts[:3]
     last = "out" not in other
@@ -97,9 +99,7 @@ def _attend(params, heads, image, context, image_parts, context_parts, implement
     normed = norm(image)
     projected = _project(own, heads, modulate(normed, shift, scale))
     told = _project(other, heads, modulate(norm(context), context_shift, context_scale), asks=not last)
-    attended, context_attended = joint_attention(
-        [_stream(own, projected), _stream(other, told)], implementation=implementation
-    )
+    attended, context_attended = attend([_stream(own, projected), _stream(other, told)], implementation=implementation)
     if "attention" in image_prompt:
         attended = attended + _attend_prompt(projected, image_prompt["attention"], implementation)
     image = _add_attended(own, image, gate, attended)
@@ -108,7 +108,7 @@ def _attend(params, heads, image, context, image_parts, context_parts, implement
     if "attention2" in params["image"]:
         again, (shift, scale, gate) = params["image"]["attention2"], image_parts[6:]
         projected = _project(again, heads, modulate(normed, shift, scale))
-        (attended,) = joint_attention([_stream(again, projected)], implementation=implementation)
+        (attended,) = attend([_stream(again, projected)], implementation=implementation)
         if "attention2" in image_prompt:
             attended = attended + _attend_prompt(projected, image_prompt["attention2"], implementation)
         image = _add_attended(again, image, gate, attended)

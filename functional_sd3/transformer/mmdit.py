@@ -6,6 +6,7 @@ gives some blocks a second attention over the image alone: the SD3.5-medium mode
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers, tree
 from functional_sd3.core import spec as specs
-from functional_sd3.core.attention import Implementation
+from functional_sd3.core.attention import Implementation, identity_attention
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import joint_block
 from functional_sd3.transformer.checks import check_latents, check_shape
@@ -103,6 +104,8 @@ def apply(
     pooled: Tensor | None,
     *,
     skip_layers: Collection[int] = (),
+    perturbed_layers: Collection[int] = (),
+    perturbation: Callable[..., list[Tensor | None]] = identity_attention,
     residuals: Sequence[Tensor] = (),
     residual_after_last: bool = False,
     image_prompt: Sequence[Tree] = (),
@@ -117,6 +120,8 @@ def apply(
     of `latents`; the work is done in the dtype of the parameters.
 
     skip_layers: indices of blocks to leave out (skip-layer guidance).
+    perturbed_layers: indices of blocks in which `perturbation` stands for attention: `attention.identity_attention`
+        (perturbed-attention guidance) or `attention.blurred_attention` (smoothed energy guidance).
     residuals: ControlNet's, each (batch, image tokens, width): spread evenly over the blocks and added to the image
         after each but the last, also after those skipped, as diffusers does. residual_after_last: after the last block
         too, as Stability's reference does.
@@ -129,7 +134,7 @@ def apply(
     Raises ValueError when a shape does not fit the config or the batch, height or width is not a multiple of the patch
     size, or the grid of patches is larger than the table of positions.
     """
-    _check_inputs(config, latents, context, skip_layers)
+    _check_inputs(config, latents, context, skip_layers=skip_layers, perturbed_layers=perturbed_layers)
     modulation = _modulations_of(params, config, t, pooled) if modulations is None else modulations
     _check_modulations(modulation, latents.shape[0])
     if image_prompt and len(image_prompt) != config.depth:
@@ -145,6 +150,8 @@ def apply(
     for index, (weights, parts) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
         if index not in skip_layers:
             told = (image_prompt[index],) if image_prompt else ()
+            if index in perturbed_layers:
+                told = (*(told or (None,)), partial(perturbation, size=(height, width)))
             image, context = apply_block(weights, config.heads, image, context, parts, implementation, *told)
         if residuals and (residual_after_last or index < config.depth - 1):
             image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
@@ -200,13 +207,14 @@ def at(modulations: Tree, step: int) -> Tree:
     return tree.map(lambda leaf: leaf[step], modulations)
 
 
-def _check_inputs(config, latents, context, skip_layers) -> None:
+def _check_inputs(config, latents, context, **layers: Collection[int]) -> None:
     check_latents("latents", latents, config.in_channels, config.patch_size)
     batch = latents.shape[0]
     check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
-    absent = sorted(index for index in skip_layers if not 0 <= index < config.depth)
-    if absent:
-        raise ValueError(f"skip_layers {absent} are not among the blocks 0 to {config.depth - 1}")
+    for name, indices in layers.items():
+        absent = sorted(index for index in indices if not 0 <= index < config.depth)
+        if absent:
+            raise ValueError(f"{name} {absent} are not among the blocks 0 to {config.depth - 1}")
 
 
 def _check_modulations(modulations: Tree, batch: int) -> None:
