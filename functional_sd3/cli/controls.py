@@ -56,13 +56,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in ("control", "controlnet", "control_after_last")}
 
 
-def words(settings: dict[str, Any]) -> list[str]:
-    """The words of a command line that say so again."""
-    pairs = [(f"--{name}", text) for name in ("control", "controlnet") for text in settings.get(name, [])]
-    flag = ["--control-after-last"] if settings.get("control_after_last") else []
-    return [word for pair in pairs for word in pair] + flag
-
-
 def parse(text: str) -> Asked:
     """ValueError where the words are not of the form, the kind is unknown or a number is none."""
     from functional_sd3.transformer import controlnet

@@ -1,18 +1,14 @@
 """Draw pictures of prompts."""
 
 import argparse
-import json
 import re
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from functional_sd3.cli import controls
+from functional_sd3.cli import controls, written
+from functional_sd3.cli.timing import Timer, progress
 
 HELP = "draw pictures of prompts"
-METADATA = "functional_sd3"
-"""Keyword of the PNG text chunk that holds the settings a picture was made with."""
 BATCH = 16
 
 
@@ -59,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    timer = _Timer()
+    timer = Timer()
     prompts = _prompts(arguments)
     size = _size(arguments.size)
     for name in ("steps", "count", "batch"):
@@ -67,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
     out = Path(arguments.out) if arguments.out else Path("out")
     single = out.suffix.lower() == ".png"
-    _check_writable(out.parent if single else out)
+    written.check_writable(out.parent if single else out)
 
     from functional_sd3 import pipeline, weights
     from functional_sd3.cli import drawing, runtime
@@ -108,82 +104,16 @@ def run(arguments: argparse.Namespace) -> int:
         **controls.settings(arguments),
     }
     batches = drawing.batches(jobs, arguments.batch, alone=arguments.long)
-    with _progress(arguments.steps * len(batches)) as bar:
+    with progress(arguments.steps * len(batches)) as bar:
         run = drawing.Run(model.config, model.tokenizers, fetch, device, (height, width), method, control, timer, bar)
         images = (drawing.offloaded if arguments.offload else drawing.together)(run, batches, arguments)
     runtime.check_finite(images)
-    written = _write_grid(out, images, jobs, settings) if single else _write_each(out, images, jobs, settings)
+    paths = (written.write_grid if single else written.write_each)(out, images, jobs, settings)
     timer.done("write")
-    for path in written:
+    for path in paths:
         print(path)
     print(timer.summary(), file=sys.stderr)
     return 0
-
-
-def command(settings: dict[str, Any]) -> str:
-    """The command line that makes a picture with these settings again."""
-    import shlex
-
-    defaults = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto"}
-    words = ["functional-sd3", "generate", *settings["prompts"]]
-    # Pictures made before several could be given hold one word.
-    places = settings.get("params") or []
-    for place in [places] if isinstance(places, str) else places:
-        words += ["--params", str(place)]
-    for name in ("negative", "steps", "cfg", "seed", "count", "size", "method", "dtype"):
-        if name in settings and settings[name] != defaults.get(name):
-            words += [f"--{name}", str(settings[name])]
-    words += [word for text in settings.get("embedding", []) for word in ("--embedding", text)]
-    words += [f"--{name}" for name in ("weighted", "long") if settings.get(name)]
-    words += controls.words(settings)
-    return shlex.join(words)
-
-
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings written into a PNG, None where there are none. Raises ValueError for a file that is no picture."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            text = picture.info.get(METADATA)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture") from None
-    if text is None:
-        return None
-    try:
-        settings = json.loads(text)
-        command(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds settings that cannot be read: {error}") from None
-    return settings
-
-
-class _Timer:
-    """Seconds of each part of a run, in the order they were first met."""
-
-    def __init__(self):
-        self.last = time.perf_counter()
-        # What the process has computed so far is the import of torch and of this program.
-        self.parts: dict[str, float] = {"import": time.process_time()}
-
-    def done(self, part: str, device=None) -> None:
-        if device is not None and device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self.last
-        self.last = now
-
-    def summary(self) -> str:
-        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in self.parts.items())
-        return f"{parts}; {sum(self.parts.values()):.2f} s in all"
-
-
-def _progress(total: int):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="step", leave=False, disable=None)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -210,14 +140,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _check_writable(folder: Path) -> None:
-    """Fails before the work rather than after it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".functional-sd3-probe"
-    probe.touch()
-    probe.unlink()
-
-
 def _warn_truncated(model, texts: list[str], arguments: argparse.Namespace) -> None:
     from functional_sd3.text import bpe, unigram, weighting
 
@@ -231,57 +153,3 @@ def _warn_truncated(model, texts: list[str], arguments: argparse.Namespace) -> N
             if tokens > length:
                 start = text if len(text) <= 40 else text[:40] + "..."
                 print(f"note: {name} reads {length} of the {tokens} tokens of {start!r}", file=sys.stderr)
-
-
-def _write_each(folder: Path, images, jobs, settings) -> list[Path]:
-    from functional_sd3.image import pixels
-
-    written = []
-    for picture, (prompt, seed) in zip(pixels.to_pil(images), jobs, strict=True):
-        path = _free(folder, f"{_slug(prompt)}-{seed}")
-        _save(path, picture, {"prompts": [prompt], "seed": seed, **settings})
-        written.append(path)
-    if len(jobs) > 1:
-        path = _free(folder, "grid")
-        _save(path, pixels.to_pil(pixels.grid(images))[0], _together(jobs, settings))
-        written.append(path)
-    return written
-
-
-def _write_grid(path: Path, images, jobs, settings) -> list[Path]:
-    from functional_sd3.image import pixels
-
-    picture = pixels.to_pil(images if len(jobs) == 1 else pixels.grid(images))[0]
-    _save(path, picture, _together(jobs, settings))
-    return [path]
-
-
-def _together(jobs, settings) -> dict[str, Any]:
-    prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
-    return {"prompts": prompts, "seed": jobs[0][1], "count": len(jobs) // len(prompts), **settings}
-
-
-def _save(path: Path, picture, settings: dict[str, Any]) -> None:
-    import io
-
-    from PIL.PngImagePlugin import PngInfo
-
-    from functional_sd3.weights import files
-
-    info = PngInfo()
-    info.add_text(METADATA, json.dumps(settings))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info)
-    files.write_atomic(path, buffer.getvalue())
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
-
-
-def _free(folder: Path, name: str) -> Path:
-    """A path that no earlier picture has."""
-    path, number = folder / f"{name}.png", 2
-    while path.exists():
-        path, number = folder / f"{name}-{number}.png", number + 1
-    return path

@@ -42,15 +42,15 @@ def _is_picture(path: Path) -> bool:
 
 
 def _picture(path: Path) -> Iterator[str]:
-    from functional_sd3.cli import generate
+    from functional_sd3.cli import written
 
-    settings = generate.read_settings(path)
+    settings = written.read_settings(path)
     if settings is None:
         raise ValueError(f"{path} is a picture without the settings of functional-sd3 generate")
     for name, value in settings.items():
         yield f"{name}: {value}"
     yield ""
-    yield generate.command(settings)
+    yield written.command(settings)
 
 
 def _weights(path: Path, depth: int, values: bool) -> Iterator[str]:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import cli, weights
-from functional_sd3.cli import generate
+from functional_sd3.cli import written
 from tests import models
 
 PROMPT = "a large red circle on a white background"
@@ -27,7 +27,7 @@ def pixels_of(path) -> torch.Tensor:
 
 def size_and_settings(path):
     with Image.open(path) as picture:
-        return picture.size, json.loads(picture.info[generate.METADATA])
+        return picture.size, json.loads(picture.info[written.METADATA])
 
 
 def run(*words) -> int:
@@ -56,7 +56,7 @@ def test_a_picture_of_a_series_is_made_again_alone(folder, tmp_path, capsys):
     assert run("generate", PROMPT, "a blue star", *common, "--count", 3, "--seed", 7, "--out", tmp_path / "all") == 0
     files = [line for line in capsys.readouterr().out.splitlines()]
     assert len(files) == 7 and files[-1].endswith("grid.png")
-    settings = generate.read_settings(files[4])
+    settings = written.read_settings(files[4])
     assert settings["seed"] == 8 and settings["prompts"] == ["a blue star"]
     assert run("generate", "a blue star", *common, "--seed", 8, "--out", tmp_path / "alone.png") == 0
     one, other = (pixels_of(path) for path in (files[4], tmp_path / "alone.png"))

@@ -1,0 +1,136 @@
+"""Pictures on disk: their names, the settings inside them, and the command line that makes them again."""
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+METADATA = "functional_sd3"
+"""Keyword of the PNG text chunk that holds the settings a picture was made with."""
+
+_DEFAULTS = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto"}
+_POSITIONAL = ("subcommand", "picture", "prompts")
+
+Job = tuple[str, int]
+"""A prompt and a seed."""
+Settings = dict[str, Any]
+"""Option -> value, in the words of JSON: a text or number is `--option value`, a list that for each of its items, True
+`--option`; what has its usual value may be left out. "subcommand" (generate, where absent), "picture" and "prompts" are
+the words before the options. A new option of a command is recorded by putting it here, and nothing else."""
+
+
+def command(settings: Settings) -> str:
+    """The command line that makes a picture with these settings again."""
+    options = []
+    for name, value in settings.items():
+        if name in _POSITIONAL or value is False or value == _DEFAULTS.get(name):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        for item in value if isinstance(value, list) else [value]:
+            options += _option(option, item)
+    places = [settings["picture"]] if "picture" in settings else []
+    words = [str(word) for word in (*places, *settings.get("prompts", []))]
+    if not words:
+        raise KeyError("prompts")
+    start = ["functional-sd3", settings.get("subcommand", "generate")]
+    if any(word.startswith("-") for word in words):
+        return shlex.join([*start, *options, "--", *words])
+    return shlex.join([*start, *words, *options])
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [name]
+    # A text that starts with a hyphen would be read as an option.
+    return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]
+
+
+def read_settings(path: Path) -> Settings | None:
+    """The settings written into a PNG, None where there are none. Raises ValueError for a file that is no picture."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(METADATA)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture") from None
+    if text is None:
+        return None
+    try:
+        settings = json.loads(text)
+        command(settings)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds settings that cannot be read: {error}") from None
+    return settings
+
+
+def check_writable(folder: Path) -> None:
+    """Fails before the work rather than after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".functional-sd3-probe"
+    probe.touch()
+    probe.unlink()
+
+
+def write_each(folder: Path, images: "Tensor", jobs: Sequence[Job], settings: Settings) -> list[Path]:
+    """A file for each picture, and a grid of all where there are several; the paths."""
+    from functional_sd3.image import pixels
+
+    written = []
+    for picture, (prompt, seed) in zip(pixels.to_pil(images), jobs, strict=True):
+        path = free(folder, f"{slug(prompt)}-{seed}")
+        save(path, picture, {"prompts": [prompt], "seed": seed, **settings})
+        written.append(path)
+    if len(jobs) > 1:
+        path = free(folder, "grid")
+        save(path, pixels.to_pil(pixels.grid(images))[0], _together(jobs, settings))
+        written.append(path)
+    return written
+
+
+def write_grid(path: Path, images: "Tensor", jobs: Sequence[Job], settings: Settings) -> list[Path]:
+    """One file of all pictures."""
+    from functional_sd3.image import pixels
+
+    picture = pixels.to_pil(images if len(jobs) == 1 else pixels.grid(images))[0]
+    save(path, picture, _together(jobs, settings))
+    return [path]
+
+
+def save(path: Path, picture: "Image", settings: Settings) -> None:
+    """A PNG with the settings inside, whole or not at all."""
+    import io
+
+    from PIL.PngImagePlugin import PngInfo
+
+    from functional_sd3.weights import files
+
+    info = PngInfo()
+    info.add_text(METADATA, json.dumps(settings))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", pnginfo=info)
+    files.write_atomic(path, buffer.getvalue())
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
+
+
+def free(folder: Path, name: str, suffix: str = ".png") -> Path:
+    """A path that no earlier picture has."""
+    path, number = folder / f"{name}{suffix}", 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}{suffix}", number + 1
+    return path
+
+
+def _together(jobs: Sequence[Job], settings: Settings) -> Settings:
+    prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
+    return {"prompts": prompts, "seed": jobs[0][1], "count": len(jobs) // len(prompts), **settings}
