@@ -38,15 +38,23 @@ def sample(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
+    times: Tensor | None = None,
+    field: Callable[..., Velocity] | None = None,
 ) -> Tensor:
-    """Latents (normalised, float32) at the end of the flow that starts from `noise`."""
-    times = sigmas(config, noise, steps)
+    """Latents (normalised, float32) at the end of the flow that starts from `noise`.
+
+    times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its first time, and of a
+    grid of one time it is the answer. It may ascend, from data to noise. field: makes the velocity, called as
+    `velocity` is, which it is by default; `conditions` may be whatever it understands.
+    """
+    times = sigmas(config, noise, steps) if times is None else times
+    steps, field = len(times) - 1, field or velocity
     state = ode.start(method, noise, times[0])
     # While a ControlNet is silent it costs nothing: the run is cut where one starts or ends.
     for first, stop, speaking in controls.segments(control, steps):
         grid, ends = times[first : stop + 1], stop == steps
         asked = evaluation_times(method, grid, ends=ends)
-        field = velocity(
+        guided = field(
             params,
             config,
             conditions,
@@ -56,7 +64,7 @@ def sample(
             control=speaking,
             image_prompt=image_prompt,
         )
-        state = ode.run(method, field, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
+        state = ode.run(method, guided, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
     return state.x
 
 
