@@ -8,6 +8,7 @@ from functional_sd3.core import prng as prng
 from functional_sd3.core import spec as spec
 from functional_sd3.core import transform as transform
 from functional_sd3.core import tree as tree
+from functional_sd3.flow import adaptive as adaptive
 from functional_sd3.flow import guidance as guidance
 from functional_sd3.flow import ode as ode
 from functional_sd3.flow import path as path

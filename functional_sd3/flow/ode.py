@@ -1,13 +1,17 @@
 """Integrating the flow: a plain fold of a method's step over a grid of times.
 
     x = integrate(EULER, velocity, noise, schedule.sigmas(28))
+    x = integrate(DOPRI5, velocity, noise, [1.0, 0.0], rtol=1e-5, atol=1e-6)
 
-The state is float32 (float64 for a float64 x) whatever dtype the velocity answers in. The loop reads no value on the
-host: a run can be compiled whole, captured, vmapped, and differentiated with respect to x, the times and all that the
-velocity closes over. Runs share nothing. To stop in the middle and go on later, use `start` and `run`.
+The state is float32 (float64 for a float64 x) whatever dtype the velocity answers in. Runs share nothing. To stop in
+the middle and go on later, use `start`, `step` or `run`, and `finish`.
+
+A method of fixed steps reads no value on the host: its run can be compiled whole, captured, vmapped, and differentiated
+with respect to x, the times and all that the velocity closes over. An adaptive one chooses its steps by values and can
+be differentiated, but neither vmapped nor compiled whole: see `adaptive`, which also tells what a run took.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,15 +19,17 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Velocity
+from functional_sd3.flow import adaptive, tolerances
+from functional_sd3.flow.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
 from functional_sd3.flow.method import Advance, Method, State, StepInfo, no_memory
 from functional_sd3.flow.multistep import AB2, AB3, AB4, DPMPP_2M, adams_bashforth
 from functional_sd3.flow.path import denoised
 from functional_sd3.flow.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4, Tableau, explicit
+from functional_sd3.flow.times import Times, checked
 
 METHODS = {method.name: method for method in (EULER, MIDPOINT, HEUN, HEUN_EDM, RALSTON, RK4, DPMPP_2M, AB2, AB3, AB4)}
 """The fixed-step methods by name, for command lines."""
 
-Times = Tensor | Sequence[float]
 Save = str | Collection[int] | Callable[[StepInfo], Any]
 
 
@@ -37,7 +43,7 @@ class Diverged(ArithmeticError):
 
 
 def integrate(
-    method: Method,
+    method: Method | Adaptive,
     velocity: Velocity,
     x: Tensor,
     times: Times,
@@ -45,22 +51,27 @@ def integrate(
     save: Save | None = None,
     on_step: Callable[[StepInfo], Any] | None = None,
     check: bool = False,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
 ) -> Any:
-    """x at times[-1], from x at times[0], in len(times) - 1 steps.
+    """x at times[-1], from x at times[0], in len(times) - 1 steps, or in those that an adaptive method chooses.
 
     velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`.
     times: (n + 1,), descending to generate, ascending to invert, in [0, 1]; or (n + 1, batch), a grid for each sample,
-    where shorter grids are padded by repeating their last time.
+    where shorter grids are padded by repeating their last time. For an adaptive method the ends matter; the times in
+    between are where the solution is wanted, and change nothing.
     save: None returns the last x (batch, ...); "all" the n + 1 states at `times`, (n + 1, batch, ...); indices into
     `times` those states only, stacked in the order given; a function the list of what it returned for each `StepInfo`.
     on_step: called with the `StepInfo` after each step; what it returns is ignored.
     check: look at every state and raise `Diverged` where one is not finite (which waits for the device at each step).
+    rtol, atol: of an adaptive method, which raises `adaptive.Failed` when it cannot go on; 1e-5 and 1e-6 by default.
 
     Raises ValueError for grids of the wrong shape and, when the values are at hand (in CPU memory, not being traced),
     for grids that are not monotone or leave [0, 1].
     """
-    grid = _grid(times, x)
+    grid = checked(times, x)
     steps = len(grid) - 1
+    method = _toleranced(method, rtol, atol)
     state = start(method, x, grid[0])
     if save is None:
         return run(method, velocity, state, grid, on_step=on_step, check=check).x
@@ -80,22 +91,29 @@ def integrate(
     return torch.stack([kept[index] for index in wanted])
 
 
-def start(method: Method, x: Tensor, t: Tensor | float) -> State:
+def start(method: Method | Adaptive, x: Tensor, t: Tensor | float) -> State:
     """The state of a run before its first step: x in float32 (float64 if it is), t in the same dtype."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    return State(x, t, method.init(x, t))
+    return State(x, t, [] if isinstance(method, Adaptive) else method.init(x, t))
 
 
-def step(method: Method, velocity: Velocity, state: State, t_next: Tensor | float) -> State:
-    """One step of the method, from state.t to t_next."""
+def step(method: Method | Adaptive, velocity: Velocity, state: State, t_next: Tensor | float) -> State:
+    """One step of the method, from state.t to t_next; as many as it takes of an adaptive one."""
     t_next = torch.as_tensor(t_next, dtype=state.t.dtype, device=state.t.device)
+    if isinstance(method, Adaptive):
+        return run(method, velocity, state, torch.stack(torch.broadcast_tensors(state.t, t_next)))
     x, memory, _ = method.step(velocity, state.x, state.t, t_next, state.memory)
     return State(x, t_next, memory)
 
 
+def finish(method: Method | Adaptive, velocity: Velocity, state: State, t_next: Tensor | float) -> State:
+    """The last step of a run: `step`, but for a method that takes its last step otherwise."""
+    return step((None if isinstance(method, Adaptive) else method.last) or method, velocity, state, t_next)
+
+
 def run(
-    method: Method,
+    method: Method | Adaptive,
     velocity: Velocity,
     state: State,
     times: Times,
@@ -109,8 +127,16 @@ def run(
     So a run can stop after any step k (`times[: k + 1]`), be written to disk (`to_tensors`) and go on from there
     (`times[k:]`), with the same result to the bit. `ends`: whether the last of `times` is the end of the whole grid,
     which a method with a `last` step wants to know; False for the parts before.
+
+    An adaptive method ends each part exactly at its last time, and takes only the length of its next step on to the
+    next: the parts give the whole within the tolerance. To stop one anywhere, to the bit, use `adaptive.step`.
     """
-    grid = _grid(times, state.x)
+    grid = checked(times, state.x)
+    if isinstance(method, Adaptive):
+        grid = grid if on_step is not None else grid[[0, -1]]
+        h = state.memory["h"] if state.memory else None
+        solution = adaptive.solve(method, velocity, state.x, grid, h=h, on_step=on_step)
+        return State(solution.x[-1], grid[-1], {"h": solution.h})
     steps = len(grid) - 1
     for index, t_next in enumerate(grid[1:].unbind(0)):
         stepper = method.last if method.last and ends and index == steps - 1 else method
@@ -135,7 +161,12 @@ def from_tensors(tensors: dict[str, Tensor]) -> State:
 
 
 def evaluations(method: Method, steps: int) -> int:
-    """How often the method calls the velocity in a run of `steps` steps, counted by running it on one number."""
+    """How often the method calls the velocity in a run of `steps` steps, counted by running it on one number.
+
+    Raises ValueError for an adaptive method, whose number depends on the velocity: `adaptive.solve` counts it.
+    """
+    if isinstance(method, Adaptive):
+        raise ValueError(f"how often {method.name} calls the velocity depends on it; adaptive.solve counts")
     calls = 0
 
     def counted(x: Tensor, t: Tensor) -> Tensor:
@@ -147,36 +178,14 @@ def evaluations(method: Method, steps: int) -> int:
     return calls
 
 
-def _grid(times: Times, x: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    grid = torch.as_tensor(times)
-    if grid.ndim not in (1, 2) or len(grid) < 2 or (grid.ndim == 2 and grid.shape[1:] != x.shape[:1]):
-        raise ValueError(
-            f"times have shape {tuple(grid.shape)}; they must be (steps + 1,) or (steps + 1, batch), "
-            f"with at least one step{'' if x.ndim == 0 else f' and batch {x.shape[0]}'}"
-        )
-    if _at_hand(grid):
-        _check(grid)
-    return grid.to(dtype=dtype, device=x.device)
-
-
-def _check(grid: Tensor) -> None:
-    if not ((grid >= 0) & (grid <= 1)).all():
-        worst = grid.flatten()[(grid.flatten() - 0.5).abs().nan_to_num(nan=torch.inf).argmax()]
-        raise ValueError(f"times leave [0, 1] (there is a {worst:.6g}); 1 is noise, 0 is data")
-    lengths = grid.diff(dim=0)
-    if not ((lengths <= 0).all(0) | (lengths >= 0).all(0)).all():
-        raise ValueError(f"times {grid.flatten().tolist()} are not monotone: they must descend, or ascend, all the way")
-
-
-def _at_hand(values: Tensor) -> bool:
-    """Whether values can be read without waiting for a device or breaking a trace."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(values) is Tensor
-        and values.device.type == "cpu"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
-    )
+def _toleranced(
+    method: Method | Adaptive, rtol: float | Tensor | None, atol: float | Tensor | None
+) -> Method | Adaptive:
+    if isinstance(method, Adaptive):
+        return tolerances.replace(method, rtol, atol)
+    if rtol is not None or atol is not None:
+        raise ValueError(f"{method.name} takes the steps of the times; rtol and atol are for adaptive methods")
+    return method
 
 
 def _index(index: int, steps: int) -> int:
@@ -198,7 +207,10 @@ __all__ = [
     "AB2",
     "AB3",
     "AB4",
+    "Adaptive",
     "Advance",
+    "BOSH3",
+    "DOPRI5",
     "DPMPP_2M",
     "Diverged",
     "EULER",
@@ -211,10 +223,12 @@ __all__ = [
     "RK4",
     "State",
     "StepInfo",
+    "TSIT5",
     "Tableau",
     "adams_bashforth",
     "evaluations",
     "explicit",
+    "finish",
     "from_tensors",
     "integrate",
     "no_memory",

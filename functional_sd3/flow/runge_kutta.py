@@ -22,11 +22,13 @@ class Tableau(NamedTuple):
     weights: tuple[float, ...]
 
 
-def stages(tableau: Tableau, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> list[Tensor]:
-    """k_i = v(x + h sum_j a_ij k_j, t + c_i h), h = t_next - t."""
+def stages(
+    tableau: Tableau, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, first: Tensor | None = None
+) -> list[Tensor]:
+    """k_i = v(x + h sum_j a_ij k_j, t + c_i h), h = t_next - t. first: k_1, if it is known already."""
     h = t_next - t
-    slopes: list[Tensor] = []
-    for node, row in zip(tableau.nodes, tableau.matrix, strict=True):
+    slopes: list[Tensor] = [] if first is None else [first]
+    for node, row in list(zip(tableau.nodes, tableau.matrix, strict=True))[len(slopes) :]:
         # t + 1 h is t_next only up to rounding, and a model may look its time up in the grid.
         time = t if node == 0 else t_next if node == 1 else t + node * h
         at = x + broadcast(h, x) * combine(row, slopes) if any(row) else x

@@ -1,0 +1,44 @@
+"""What times a run accepts, and when their values can be looked at."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Times = Tensor | Sequence[float]
+
+
+def checked(times: Times, x: Tensor) -> Tensor:
+    """`times` on the device of x and in the dtype of its state: (n + 1,) or (n + 1, batch).
+
+    Raises ValueError for the wrong shape and, when the values are at hand, for times that are not monotone or leave
+    [0, 1].
+    """
+    grid = torch.as_tensor(times)
+    if grid.ndim not in (1, 2) or len(grid) < 2 or (grid.ndim == 2 and grid.shape[1:] != x.shape[:1]):
+        raise ValueError(
+            f"times have shape {tuple(grid.shape)}; they must be (steps + 1,) or (steps + 1, batch), "
+            f"with at least one step{'' if x.ndim == 0 else f' and batch {x.shape[0]}'}"
+        )
+    if at_hand(grid):
+        _check(grid)
+    return grid.to(dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def at_hand(values: Tensor) -> bool:
+    """Whether values can be read without waiting for a device or breaking a trace."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(values) is Tensor
+        and values.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
+    )
+
+
+def _check(grid: Tensor) -> None:
+    if not ((grid >= 0) & (grid <= 1)).all():
+        worst = grid.flatten()[(grid.flatten() - 0.5).abs().nan_to_num(nan=torch.inf).argmax()]
+        raise ValueError(f"times leave [0, 1] (there is a {worst:.6g}); 1 is noise, 0 is data")
+    lengths = grid.diff(dim=0)
+    if not ((lengths <= 0).all(0) | (lengths >= 0).all(0)).all():
+        raise ValueError(f"times {grid.flatten().tolist()} are not monotone: they must descend, or ascend, all the way")
