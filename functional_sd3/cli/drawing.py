@@ -9,28 +9,22 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline
+from functional_sd3.cli import session
+from functional_sd3.cli.session import Session
+from functional_sd3.cli.written import Job
 from functional_sd3.core import prng
 from functional_sd3.core.types import Params
-from functional_sd3.flow.method import Method
 from functional_sd3.pipeline import Conditions
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer.control import Control
 
-Job = tuple[str, int]
-"""A prompt and a seed."""
-
 
 class Run(NamedTuple):
-    """What every batch shares; `fetch`: a component's name -> its parameters; `size`: height and width in pixels."""
+    """What every batch shares; size: width and height in pixels; bar: counts steps."""
 
-    config: Any
-    tokenizers: Any
-    fetch: Callable[[str], Params]
-    device: torch.device
-    size: tuple[int | None, int | None]
-    method: Method
+    session: Session
+    size: tuple[int, int]
     control: Sequence[Control]
-    timer: Any
     bar: Any
 
 
@@ -43,13 +37,14 @@ def batches(jobs: list[Job], size: int, *, alone: bool) -> list[list[Job]]:
 @torch.no_grad()
 def together(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespace) -> Tensor:
     """The pictures (count, 3, height, width), with everything in memory."""
-    encoders = [name for name in ("clip_l", "clip_g", "t5") if getattr(run.config, name) is not None]
-    params = {name: run.fetch(name) for name in (*encoders, "transformer", "vae")}
+    opened = run.session
+    encoders = [name for name in ("clip_l", "clip_g", "t5") if getattr(opened.config, name) is not None]
+    params = {name: opened.fetch(name) for name in (*encoders, "transformer", "vae")}
     images = []
     for jobs in batches:
         prompts = [prompt for prompt, _ in jobs]
-        conditions = pipeline.encode(params, run.config, run.tokenizers, prompts, **_told(arguments))
-        run.timer.done("text", run.device)
+        conditions = pipeline.encode(params, opened.config, opened.tokenizers, prompts, **session.told(arguments))
+        opened.timer.done("text", opened.device)
         latents = _sample(run, params, conditions, jobs, arguments)
         images.append(_decode(run, params, latents))
     return torch.cat(images)
@@ -58,25 +53,27 @@ def together(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespa
 @torch.no_grad()
 def offloaded(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespace) -> Tensor:
     """The same, with one text encoder, the transformer or the VAE in memory at a time, each for all batches."""
+    opened = run.session
     found = _conditions(run, batches, arguments)
-    run.timer.done("text", run.device)
-    transformer = {"transformer": run.fetch("transformer")}
-    run.timer.done("load", run.device)
+    opened.timer.done("text", opened.device)
+    transformer = {"transformer": opened.fetch("transformer")}
+    opened.timer.done("load", opened.device)
     latents = [_sample(run, transformer, found(jobs), jobs, arguments) for jobs in batches]
     del transformer
-    decoder = {"vae": run.fetch("vae")}
-    run.timer.done("load", run.device)
+    decoder = {"vae": opened.fetch("vae")}
+    opened.timer.done("load", opened.device)
     return torch.cat([_decode(run, decoder, part) for part in latents])
 
 
 def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[list[Job]], Conditions]:
     """The conditions of a batch, from every text read once."""
+    opened = run.session
     prompts = list(dict.fromkeys(prompt for jobs in batches for prompt, _ in jobs))
     # Prompts of several lengths would lengthen one another's context, so with --long each is read by itself.
     groups = [[prompt] for prompt in prompts] if arguments.long else [prompts]
     rows: dict[str, Conditions] = {}
     for group in groups:
-        both = pipeline.encode_from(run.fetch, run.config, run.tokenizers, group, **_told(arguments))
+        both = pipeline.encode_from(opened.fetch, opened.config, opened.tokenizers, group, **session.told(arguments))
         for index, prompt in enumerate(group):
             rows[prompt] = Conditions(*(Conditioning(*(part[index : index + 1] for part in half)) for half in both))
 
@@ -88,29 +85,25 @@ def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[
     return of
 
 
-def _told(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"negative": arguments.negative, "weighted": arguments.weighted, "long_prompts": arguments.long}
-
-
 def _sample(run: Run, params: dict[str, Params], conditions: Conditions, jobs: list[Job], arguments) -> Tensor:
+    opened = run.session
     keys = torch.stack([prng.key(seed) for _, seed in jobs])
-    noise = pipeline.initial_noise(keys, run.config, len(jobs), *run.size, device=run.device)
+    width, height = run.size
+    noise = pipeline.initial_noise(keys, opened.config, len(jobs), height, width, device=opened.device)
     latents = pipeline.sample(
         params,
-        run.config,
+        opened.config,
         conditions,
         noise,
-        steps=arguments.steps,
-        cfg=arguments.cfg,
-        method=run.method,
         control=run.control,
         on_step=lambda info: run.bar.update(),
+        **session.sampling(opened, arguments),
     )
-    run.timer.done("sampling", run.device)
+    opened.timer.done("sampling", opened.device)
     return latents
 
 
 def _decode(run: Run, params: dict[str, Params], latents: Tensor) -> Tensor:
-    images = pipeline.decode(params, run.config, latents).cpu()
-    run.timer.done("decoding", run.device)
+    images = pipeline.decode(params, run.session.config, latents).cpu()
+    run.session.timer.done("decoding", run.session.device)
     return images

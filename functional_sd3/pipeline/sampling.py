@@ -8,8 +8,10 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree, Velocity
-from functional_sd3.flow import guidance, ode, schedule
-from functional_sd3.flow.method import Method, StepInfo
+from functional_sd3.flow import guidance as guidances
+from functional_sd3.flow import ode, schedule
+from functional_sd3.flow.guidance import Answers, Branch, Guidance
+from functional_sd3.flow.method import Method, StepInfo, no_memory
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import ip_adapter, mmdit
@@ -50,6 +52,8 @@ def sample(
     times = sigmas(config, noise, steps) if times is None else times
     steps, field = len(times) - 1, field or velocity
     state = ode.start(method, noise, times[0])
+    if not steps:
+        return state.x
     # While a ControlNet is silent it costs nothing: the run is cut where one starts or ends.
     for first, stop, speaking in controls.segments(control, steps):
         grid, ends = times[first : stop + 1], stop == steps
@@ -75,58 +79,68 @@ def velocity(
     cfg: float | Tensor = 5.0,
     times: Tensor | None = None,
     *,
+    guidance: Guidance | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
+    guidance: `guidance.cfg(cfg)` by default; one without memory, and of one step (`guidance.at`) where it changes from
+    step to step: `sample` takes any. The rest as in `velocities`.
+    """
+    guiding = guidances.cfg(cfg) if guidance is None else guidance
+    told = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
+    return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
+
+
+def velocities(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    needs: Mapping[str, Branch],
+    times: Tensor | None = None,
+    *,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+) -> Callable[[Tensor, Tensor], Answers]:
+    """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
+
+    needs: by name, how each differs from that of the prompts (`Guidance.needs`); those that differ only in what they
+    are told are evaluated in one batch.
     times: (n,) all the times it will be asked at. The modulations of every block depend on the time and the pooled
     vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
     instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
     their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
     sees zeros.
     """
-    weights, sizes = params["transformer"], config.transformer
     for one in control:
-        controls.check(one, sizes)
-    pictures = controls.rows(control, len(conditions.positive.pooled))
-    shown = ip_adapter.rows(image_prompt, len(conditions.positive.pooled))
-
-    def evaluate(
-        x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, pictures: Tree, shown: Tree, *rows: Tree
-    ) -> Tensor:
-        given = _at(rows, times, t) if rows else {"transformer": None, "control": None}
-        told = [one._replace(**picture) for one, picture in zip(control, pictures, strict=True)]
-        heard = controls.residuals(told, weights, sizes, x, t, context, pooled, modulations=given["control"])
-        return mmdit.apply(
-            weights,
-            sizes,
-            x,
-            t,
-            context,
-            pooled,
-            modulations=given["transformer"],
-            skip_layers=skip_layers,
-            residuals=heard.residuals,
-            residual_after_last=heard.after_last,
-            image_prompt=ip_adapter.prompt(image_prompt, shown, t, sizes),
-        )
-
-    def arguments(condition: Conditioning, shown: Tree) -> tuple:
-        if times is None:
-            return (*condition, pictures, shown)
-        table = {
-            "transformer": mmdit.modulations(weights, sizes, times[:, None], condition.pooled),
-            "control": controls.modulations(control, times[:, None], condition.pooled),
-        }
-        # Batch first, as everything that guidance joins.
-        return (*condition, pictures, shown, tree.map(lambda leaf: leaf.transpose(0, 1), table))
-
+        controls.check(one, config.transformer)
+    batch = len(conditions.positive.pooled)
+    pictures = controls.rows(control, batch)
+    shown = ip_adapter.rows(image_prompt, batch)
     unseen = {**shown, "features": torch.zeros_like(shown["features"])} if shown else {}
-    return guidance.batched(
-        evaluate, arguments(conditions.negative, unseen), arguments(conditions.positive, shown), cfg
-    )
+    fields = []
+    for group in _groups(needs):
+        first = next(iter(group.values()))
+        weights, sizes = first.model or (params["transformer"], None)
+        evaluate = _network(weights, sizes or config.transformer, dict(first.options), skip_layers, control)
+        arguments = {
+            name: (
+                *_conditioning(branch.told, conditions, batch),
+                pictures,
+                unseen if branch.told == "negative" else shown,
+            )
+            for name, branch in group.items()
+        }
+        # ...
+        fields.append(guidances.together(evaluate, arguments))
+
+    def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        return {name: answer for field in fields for name, answer in field(x, t).items()}
+
+    return answers
 
 
 def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:

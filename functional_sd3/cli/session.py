@@ -1,0 +1,82 @@
+"""The model that a command draws with, opened as its options say."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from functional_sd3 import pipeline, weights
+from functional_sd3.cli import runtime
+from functional_sd3.cli.timing import Timer
+from functional_sd3.core.types import Params
+from functional_sd3.flow.method import Method
+from functional_sd3.image import vae
+from functional_sd3.weights import shipped
+from functional_sd3.weights.model import Config, Tokenizers
+
+
+class Session(NamedTuple):
+    """`fetch`: a component's name -> its parameters, from memory or, with --offload, from disk each time."""
+
+    config: Config
+    tokenizers: Tokenizers
+    fetch: Callable[[str], Params]
+    device: torch.device
+    dtype: torch.dtype | None
+    method: Method
+    timer: Timer
+
+
+def start(arguments: argparse.Namespace, timer: Timer) -> Session:
+    """Raises ValueError for options that make no sense, WeightsError for weights that cannot be read."""
+    timer.done("import")
+    device = runtime.device(arguments.device)
+    method = runtime.method(arguments.method)
+    source = arguments.params or shipped.folder()
+    dtype = runtime.dtype(arguments.dtype, device)
+    told = {"dtype": dtype, "device": device, "quantized": True}
+    if arguments.offload:
+        if arguments.embedding:
+            raise ValueError("--embedding changes the text encoders, which --offload reads as they are: leave one out")
+        model, fetch = weights.outline(source), weights.fetcher(source, **told)
+    else:
+        model = runtime.with_words(weights.load(source, **told), arguments.embedding)
+        fetch = model.params.__getitem__
+    runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    return Session(model.config, model.tokenizers, fetch, device, dtype, method, timer)
+
+
+def picture_size(session: Session, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height in pixels of what is drawn; ValueError where the model cannot draw it."""
+    height, width = pipeline.latent_size(session.config, *(size[::-1] if size else ()))
+    factor = vae.factor(session.config.vae)
+    return width * factor, height * factor
+
+
+def told(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `pipeline.encode_from`."""
+    return {"negative": arguments.negative, "weighted": arguments.weighted, "long_prompts": arguments.long}
+
+
+def sampling(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `pipeline.sample`."""
+    return {"steps": arguments.steps, "cfg": arguments.cfg, "method": session.method}
+
+
+def note_truncated(session: Session, texts: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Says on standard error which prompts the encoders do not read to their end."""
+    from functional_sd3.text import bpe, unigram, weighting
+
+    texts = [weighting.parse(text).text for text in texts] if arguments.weighted else texts
+    tokenizers = session.tokenizers
+    for name, tables, module in (("CLIP", tokenizers.clip_l, bpe), ("T5", tokenizers.t5, unigram)):
+        if tables is None or (name == "CLIP" and arguments.long):
+            continue
+        length = min(tables.model_max_length, 256)
+        for text in dict.fromkeys(texts):
+            tokens = len(module.apply(tables, [text], length=None)[0])
+            if tokens > length:
+                start = text if len(text) <= 40 else text[:40] + "..."
+                print(f"note: {name} reads {length} of the {tokens} tokens of {start!r}", file=sys.stderr)
