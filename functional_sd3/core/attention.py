@@ -82,7 +82,7 @@ def identity_attention(
 ) -> list[Tensor | None]:
     """`joint_attention` in which every token of the first stream sees, of its own stream, only itself.
 
-    Perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377, section 4.2): the map of the image over itself is
+    Perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377): the map of the image over itself is
     the identity. As in diffusers' `PAGJointAttnProcessor2_0` an image token sees the context too, and the context sees
     all; alone, the first stream gets its values. Costs less than what it replaces: image tokens x context tokens.
     """
@@ -114,7 +114,7 @@ def blurred_attention(
     """`joint_attention` in which the queries of the first stream, tokens of a grid of `size` (height, width), are
     blurred by a Gaussian of `sigma` tokens; by default all of them are their mean.
 
-    Smoothed energy guidance (Hong 2024, arXiv:2408.00760, section 4): scores are linear in the queries, so this blurs
+    Smoothed energy guidance (Hong 2024, arXiv:2408.00760): scores are linear in the queries, so this blurs
     the energy of attention. The borders are those of the mean: weights beyond are left out, the rest sum to 1.
     """
     first, *others = streams

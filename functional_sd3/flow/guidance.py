@@ -1,20 +1,116 @@
 """Guidance as functions from velocities to a velocity, so that they compose.
 
-Scales are Python numbers, or tensors of shape () or (batch,): differentiable, one for each sample if need be. What is
-combined is combined in float32, whatever dtype the network answers in.
+    velocity = guided(rescaled(zero_star(5.0), 0.7), {"positive": told, "negative": told_to_keep_away_from})
+
+Which velocities are needed and what is made of them is a value (`Guidance`), made by the functions named here after
+their papers: `cfg`, `zero_star`, `tangential`, `magnitude_aware`, `apg`, `auto` begin one, and `skip_layer`,
+`perturbed`, `smoothed`, `composed`, `rescaled`, `interval`, `zero_init` make another of one. `pipeline.sample` takes
+it as `guidance=` and evaluates only what a step needs.
+
+Scales are Python numbers, or tensors of shape () or (batch,): differentiable, one for each sample if need be; or
+functions of t (`per_step`). What is combined is combined in float32, whatever dtype the network answers in.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from functional_sd3.core.types import Tree, Velocity
-from functional_sd3.flow.path import broadcast
+from functional_sd3.flow.combining import extrapolate
+from functional_sd3.flow.method import Advance, Method, no_memory
+from functional_sd3.flow.projected import apg, mixed_apg
+from functional_sd3.flow.published import (
+    auto,
+    cfg,
+    composed,
+    interval,
+    magnitude_aware,
+    perturbed,
+    rescaled,
+    skip_layer,
+    smoothed,
+    tangential,
+    zero_init,
+    zero_star,
+)
+from functional_sd3.flow.rules import (
+    CONDITIONAL,
+    NEGATIVE,
+    POSITIVE,
+    STILL,
+    Answers,
+    Branch,
+    Guidance,
+    Scale,
+    at,
+    is_one,
+    pairwise,
+    plus,
+    same_model,
+    segments,
+    value,
+    windowed,
+)
+from functional_sd3.flow.windows import fraction, per_step, step_fractions, strictly
 
-Scale = float | Tensor
+Velocities = Mapping[str, Velocity] | Callable[[Tensor, Tensor], Answers]
+"""Velocities by name, evaluated one after the other, or `(x, t)` -> what they all answer (`pipeline.velocities`)."""
+
+Remembering = Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tree]]
+"""A velocity with a memory: `(x, t, memory)` -> dx/dt and the memory after it."""
+
+
+def guided(guidance: Guidance, velocities: Velocities) -> Velocity:
+    """The velocity that a guidance makes of others. Raises ValueError where one is missing or it has a memory."""
+    if guidance.init is not no_memory:
+        raise ValueError("this guidance has a memory: use `remembering`, and `with_memory` of the method")
+    velocity = remembering(guidance, velocities)
+    return lambda x, t: velocity(x, t, [])[0]
+
+
+def remembering(guidance: Guidance, velocities: Velocities) -> Remembering:
+    """As `guided`, with the memory an argument and a result; `guidance.init(x, t)` is the first."""
+    if callable(velocities):
+        return lambda x, t, memory: guidance.combine(velocities(x, t), x, t, memory)
+    missing = sorted(guidance.needs.keys() - velocities.keys())
+    if missing:
+        raise ValueError(f"guidance needs the velocities {sorted(guidance.needs)}; there is none for {missing}")
+
+    def velocity(x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
+        return guidance.combine({name: velocities[name](x, t) for name in guidance.needs}, x, t, memory)
+
+    return velocity
+
+
+def with_memory(method: Method, guidance: Guidance) -> Method:
+    """The method for velocities that remember as `guidance` does (`Remembering`): for `ode.integrate` and `ode.run`.
+
+    Both memories are the run's: {"method", "velocity"}, written to disk and taken up again like any. The velocity's
+    goes from one evaluation to the next, in the order in which the method asks. Raises ValueError for an adaptive
+    method, whose rejected attempts would be remembered.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"{method.name} tries steps and takes them back, but a guidance with a memory would remember")
+
+    def init(x: Tensor, t: Tensor) -> Tree:
+        return {"method": method.init(x, t), "velocity": guidance.init(x, t)}
+
+    def step(velocity: Remembering, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+        carried = memory["velocity"]
+
+        def remembered(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal carried
+            answer, carried = velocity(x, t, carried)
+            return answer
+
+        # A memory that was on disk has lost what was empty.
+        advance = method.step(remembered, x, t, t_next, memory.get("method", []))
+        return advance._replace(memory={"method": advance.memory, "velocity": carried})
+
+    last = None if method.last is None else with_memory(method.last, guidance)
+    return method._replace(init=init, step=step, last=last)
 
 
 def classifier_free(velocity: Velocity, uncond_velocity: Velocity, scale: Scale) -> Velocity:
@@ -23,11 +119,11 @@ def classifier_free(velocity: Velocity, uncond_velocity: Velocity, scale: Scale)
     scale 1 is the conditional velocity, 0 the unconditional, more than 1 goes beyond the condition; Python's 1 costs no
     unconditional evaluation. For one evaluation of a batch of both see `batched`.
     """
-    if _is_one(scale):
+    if is_one(scale):
         return velocity
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        return extrapolate(uncond_velocity(x, t), velocity(x, t), scale)
+        return extrapolate(uncond_velocity(x, t), velocity(x, t), value(scale, t))
 
     return guided
 
@@ -41,24 +137,76 @@ def batched(
     joined here, once for a whole run. fn sees x (2 batch, ...), t () or (2 batch,). Python's scale 1 evaluates the
     conditional half alone.
     """
-    if _is_one(scale):
+    if is_one(scale):
         return lambda x, t: fn(x, t, *cond_args)
-    both = pytree.tree_map(lambda uncond, cond: torch.cat([uncond, cond]), tuple(uncond_args), tuple(cond_args))
+    answers = together(fn, {"uncond": uncond_args, "cond": cond_args})
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        answer = fn(torch.cat([x, x]), torch.cat([t, t]) if t.ndim else t, *both)
-        uncond, cond = answer.chunk(2)
-        return extrapolate(uncond, cond, scale)
+        answer = answers(x, t)
+        return extrapolate(answer["uncond"], answer["cond"], value(scale, t))
 
     return guided
 
 
-def extrapolate(start: Tensor, end: Tensor, scale: Scale) -> Tensor:
-    """start + scale (end - start), in float32 or wider."""
-    working = torch.promote_types(start.dtype, torch.float32)
-    start, end = start.to(working), end.to(working)
-    return start + broadcast(scale, start) * (end - start)
+def together(fn: Callable[..., Tensor], arguments: Mapping[str, tuple[Tree, ...]]) -> Callable[[Tensor, Tensor], dict]:
+    """`fn(x, t, *args)` for several args in one evaluation: (x, t) -> {name: answer}.
+
+    arguments: for each name trees of tensors whose first dimension is the batch, joined here in their order, once for
+    a whole run. fn sees x (n batch, ...) and t () or (n batch,).
+    """
+    names = list(arguments)
+    if len(names) == 1:
+        return lambda x, t: {names[0]: fn(x, t, *arguments[names[0]])}
+    joined = pytree.tree_map(lambda *parts: torch.cat(parts), *(tuple(arguments[name]) for name in names))
+
+    def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        count = len(names)
+        answer = fn(torch.cat([x] * count), torch.cat([t] * count) if t.ndim else t, *joined)
+        return dict(zip(names, answer.chunk(count), strict=True))
+
+    return answers
 
 
-def _is_one(scale: Any) -> bool:
-    return not isinstance(scale, Tensor) and scale == 1
+__all__ = [
+    "Answers",
+    "Branch",
+    "CONDITIONAL",
+    "Guidance",
+    "NEGATIVE",
+    "POSITIVE",
+    "Remembering",
+    "STILL",
+    "Scale",
+    "Velocities",
+    "apg",
+    "at",
+    "auto",
+    "batched",
+    "cfg",
+    "classifier_free",
+    "composed",
+    "extrapolate",
+    "fraction",
+    "guided",
+    "interval",
+    "magnitude_aware",
+    "mixed_apg",
+    "pairwise",
+    "per_step",
+    "perturbed",
+    "plus",
+    "remembering",
+    "rescaled",
+    "same_model",
+    "segments",
+    "skip_layer",
+    "smoothed",
+    "step_fractions",
+    "strictly",
+    "tangential",
+    "together",
+    "windowed",
+    "with_memory",
+    "zero_init",
+    "zero_star",
+]

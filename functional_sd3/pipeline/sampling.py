@@ -1,30 +1,21 @@
-"""From noise to latents: the velocity field of prompts, pictures and image prompts, and the run that follows it."""
+"""From noise to latents: the run that follows the velocity field of prompts, pictures and image prompts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
-from functional_sd3.core.types import Params, Tree, Velocity
+from functional_sd3.core.types import Params, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode, schedule
-from functional_sd3.flow.guidance import Answers, Branch, Guidance
-from functional_sd3.flow.method import Method, StepInfo, no_memory
-from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.flow.guidance import Guidance
+from functional_sd3.flow.method import Advance, Method, StepInfo, no_memory
+from functional_sd3.pipeline.fields import Conditions, velocities, velocity
 from functional_sd3.transformer import control as controls
-from functional_sd3.transformer import ip_adapter, mmdit
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config
-
-
-class Conditions(NamedTuple):
-    """What the transformer is told, and what it is guided away from."""
-
-    positive: Conditioning
-    negative: Conditioning
 
 
 def sample(
@@ -35,112 +26,46 @@ def sample(
     *,
     steps: int = 28,
     cfg: float | Tensor = 5.0,
-    method: Method = ode.EULER,
+    guidance: Guidance | None = None,
+    method: Method | ode.Adaptive = ode.EULER,
     on_step: Callable[[StepInfo], Any] | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     times: Tensor | None = None,
     field: Callable[..., Velocity] | None = None,
+    transform: Callable[[Velocity], Velocity] | None = None,
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
-    times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its first time, and of a
-    grid of one time it is the answer. It may ascend, from data to noise. field: makes the velocity, called as
-    `velocity` is, which it is by default; `conditions` may be whatever it understands.
+    guidance: how the velocities of a step are made one, instead of `guidance.cfg(cfg)`; may change from step to step,
+    and have a memory. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
+    first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
+    velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
+    what becomes of the guided velocity (a picture held where a mask says, for instance). Raises ValueError for a field
+    with a guidance that has a memory.
     """
     times = sigmas(config, noise, steps) if times is None else times
-    steps, field = len(times) - 1, field or velocity
-    state = ode.start(method, noise, times[0])
-    if not steps:
-        return state.x
-    # While a ControlNet is silent it costs nothing: the run is cut where one starts or ends.
-    for first, stop, speaking in controls.segments(control, steps):
+    steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_memory
+    if field is not None and remembers:
+        raise ValueError("a guidance with a memory cannot be given to a field of its own: choose one without")
+    bent = transform or (lambda velocity: velocity)
+    runner = guidances.with_memory(_through(method, bent), guidance) if remembers else method
+    state = ode.start(runner, noise, times[0])
+    # What is silent costs nothing: the run is cut where a ControlNet or a part of the guidance starts or ends.
+    for first, stop, speaking, guiding in _segments(control, guidance, steps):
         grid, ends = times[first : stop + 1], stop == steps
-        asked = evaluation_times(method, grid, ends=ends)
-        guided = field(
-            params,
-            config,
-            conditions,
-            cfg,
-            asked,
-            skip_layers=skip_layers,
-            control=speaking,
-            image_prompt=image_prompt,
-        )
-        state = ode.run(method, guided, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
+        # An adaptive method tells the times that it will ask for to nobody.
+        asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, ends=ends)
+        told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
+        if remembers:
+            needed = velocities(params, config, conditions, guiding.needs, asked, **told)
+            guided = guidances.remembering(guiding, needed)
+        else:
+            told |= {} if guiding is None else {"guidance": guiding}
+            guided = bent((field or velocity)(params, config, conditions, cfg, asked, **told))
+        state = ode.run(runner, guided, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
     return state.x
-
-
-def velocity(
-    params: Params,
-    config: Config,
-    conditions: Conditions,
-    cfg: float | Tensor = 5.0,
-    times: Tensor | None = None,
-    *,
-    guidance: Guidance | None = None,
-    skip_layers: Sequence[int] = (),
-    control: Sequence[Control] = (),
-    image_prompt: ImagePrompt | None = None,
-) -> Velocity:
-    """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
-
-    guidance: `guidance.cfg(cfg)` by default; one without memory, and of one step (`guidance.at`) where it changes from
-    step to step: `sample` takes any. The rest as in `velocities`.
-    """
-    guiding = guidances.cfg(cfg) if guidance is None else guidance
-    told = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
-    return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
-
-
-def velocities(
-    params: Params,
-    config: Config,
-    conditions: Conditions,
-    needs: Mapping[str, Branch],
-    times: Tensor | None = None,
-    *,
-    skip_layers: Sequence[int] = (),
-    control: Sequence[Control] = (),
-    image_prompt: ImagePrompt | None = None,
-) -> Callable[[Tensor, Tensor], Answers]:
-    """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
-
-    needs: by name, how each differs from that of the prompts (`Guidance.needs`); those that differ only in what they
-    are told are evaluated in one batch.
-    times: (n,) all the times it will be asked at. The modulations of every block depend on the time and the pooled
-    vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
-    instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
-    their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
-    sees zeros.
-    """
-    for one in control:
-        controls.check(one, config.transformer)
-    batch = len(conditions.positive.pooled)
-    pictures = controls.rows(control, batch)
-    shown = ip_adapter.rows(image_prompt, batch)
-    unseen = {**shown, "features": torch.zeros_like(shown["features"])} if shown else {}
-    fields = []
-    for group in _groups(needs):
-        first = next(iter(group.values()))
-        weights, sizes = first.model or (params["transformer"], None)
-        evaluate = _network(weights, sizes or config.transformer, dict(first.options), skip_layers, control)
-        arguments = {
-            name: (
-                *_conditioning(branch.told, conditions, batch),
-                pictures,
-                unseen if branch.told == "negative" else shown,
-            )
-            for name, branch in group.items()
-        }
-        # ...
-        fields.append(guidances.together(evaluate, arguments))
-
-    def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
-        return {name: answer for field in fields for name, answer in field(x, t).items()}
-
-    return answers
 
 
 def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
@@ -171,7 +96,29 @@ def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: in
     return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
 
 
-def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:
-    # Chosen by a tensor, not by a number, so that no value is read on the host.
-    index = (times == t).to(torch.uint8).argmax().reshape(1)
-    return tree.map(lambda leaf: leaf.index_select(1, index).squeeze(1), rows[0])
+def _through(method: Method, transform: Callable[[Velocity], Velocity]) -> Method:
+    """The method on transformed velocities."""
+
+    def step(velocity: Velocity, *state: Any) -> Advance:
+        return method.step(transform(velocity), *state)
+
+    return method._replace(step=step, last=method.last and _through(method.last, transform))
+
+
+def _segments(
+    control: Sequence[Control], guidance: Guidance | None, steps: int
+) -> list[tuple[int, int, tuple[Control, ...], Guidance | None]]:
+    """Parts (first step, step after the last, who speaks, the guidance) of a run, in order."""
+    if not steps:
+        return []
+    speaking = controls.segments(control, steps)
+    guiding = [(0, steps, None)] if guidance is None else guidances.segments(guidance, steps)
+
+    def during(parts: Sequence[tuple[int, int, Any]], step: int) -> Any:
+        return next(what for first, stop, what in parts if first <= step < stop)
+
+    starts = sorted({first for first, *_ in (*speaking, *guiding)})
+    return [
+        (first, stop, during(speaking, first), during(guiding, first))
+        for first, stop in zip(starts, [*starts[1:], steps], strict=True)
+    ]

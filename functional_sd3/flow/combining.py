@@ -1,0 +1,103 @@
+"""What is made of several velocities at one point: tensors in, a tensor out, in float32 or wider.
+
+Velocities are (batch, ...). Inner products, norms and deviations are a sample's own, over all its elements, so that no
+sample changes another's. Scales and factors are numbers, or tensors () or (batch,).
+"""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.flow.path import broadcast
+
+Factor = float | Tensor
+
+
+def extrapolate(start: Tensor, end: Tensor, scale: Factor) -> Tensor:
+    """start + scale (end - start)."""
+    start, end = working(start, end)
+    return start + broadcast(scale, start) * (end - start)
+
+
+def shift(guided: Tensor, start: Tensor, end: Tensor, scale: Factor) -> Tensor:
+    """guided + scale (end - start)."""
+    guided, start, end = working(guided, start, end)
+    return guided + broadcast(scale, start) * (end - start)
+
+
+def aligned(negative: Tensor, positive: Tensor) -> Tensor:
+    """The multiple of the negative velocity that comes nearest to the positive one: s* v_n, s* = <v_p, v_n> / |v_n|^2.
+
+    CFG-Zero* (Fan et al. 2025, arXiv:2503.18886), with diffusers' 1e-8 added to |v_n|^2.
+    """
+    negative, positive = working(negative, positive)
+    return broadcast(dot(positive, negative) / (dot(negative, negative) + 1e-8), negative) * negative
+
+
+def tangent(negative: Tensor, positive: Tensor) -> Tensor:
+    """The negative velocity along the first right singular vector of the two: what both agree on is kept of it.
+
+    Tangential guidance (Kwon et al. 2025, arXiv:2503.18137). With the Gram matrix G of (v_p, v_n) and P the projector
+    onto its first eigenvector, it is P_12 v_p + P_22 v_n: no decomposition of a matrix as wide as a picture, and
+    derivatives wherever the two singular values differ.
+    """
+    negative, positive = working(negative, positive)
+    half = (dot(positive, positive) - dot(negative, negative)) / 2
+    cross = dot(positive, negative)
+    # Half the distance of the eigenvalues; 0 where the vectors are orthogonal and of one length, and none is first.
+    radius = (half.square() + cross.square()).clamp(min=torch.finfo(half.dtype).tiny).sqrt()
+    along, own = cross / (2 * radius), (1 - half / radius) / 2
+    return broadcast(along, positive) * positive + broadcast(own, negative) * negative
+
+
+def limited(difference: Tensor, longest: Factor) -> Tensor:
+    """The difference, shortened to the length `longest` > 0 where it is longer."""
+    squares = dot(difference, difference)
+    longest = torch.as_tensor(longest, dtype=squares.dtype, device=squares.device)
+    return broadcast(longest / torch.maximum(squares, longest.square()).sqrt(), difference) * difference
+
+
+def weigh_parallel(difference: Tensor, direction: Tensor, weight: Factor) -> Tensor:
+    """The difference, its part along `direction` times `weight`; 1 changes nothing."""
+    difference, direction = working(difference, direction)
+    squares = dot(direction, direction).clamp(min=torch.finfo(direction.dtype).tiny)
+    parallel = broadcast(dot(difference, direction) / squares, direction) * direction
+    return difference - parallel + broadcast(weight, parallel) * parallel
+
+
+def damped(negative: Tensor, positive: Tensor, scale: Factor, rate: Factor) -> Tensor:
+    """1 + (scale - 1) exp(-rate |v_p - v_n| / |v_n|), (batch,): less where guidance would change much.
+
+    Magnitude-aware guidance (MAMBO-G, arXiv:2508.03442).
+    """
+    negative, positive = working(negative, positive)
+    difference = positive - negative
+    ratio = (dot(difference, difference) / dot(negative, negative).clamp(min=torch.finfo(negative.dtype).tiny)).sqrt()
+    return 1 + (scale - 1) * torch.exp(-rate * ratio)
+
+
+def rescale(guided: Tensor, positive: Tensor, factor: Factor) -> Tensor:
+    """Guided velocity with the standard deviation of the positive one, mixed in by `factor` in [0, 1].
+
+    factor v_g std(v_p) / std(v_g) + (1 - factor) v_g (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+    """
+    guided, positive = working(guided, positive)
+    ratio = deviation(positive) / deviation(guided)
+    return extrapolate(guided, broadcast(ratio, guided) * guided, factor)
+
+
+def dot(first: Tensor, second: Tensor) -> Tensor:
+    """<first, second> of each sample, (batch,)."""
+    return (first * second).reshape(first.shape[0], -1).sum(1)
+
+
+def deviation(x: Tensor) -> Tensor:
+    """The standard deviation (unbiased) of each sample's elements, (batch,), never quite 0."""
+    return x.reshape(x.shape[0], -1).var(1).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+
+
+def working(*tensors: Tensor) -> list[Tensor]:
+    """All in float32, or in the widest of their dtypes if that is wider."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]

@@ -1,0 +1,175 @@
+"""The velocity fields of prompts, pictures and image prompts: one that is guided, or all that guidance needs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Params, Tree, Velocity
+from functional_sd3.flow import guidance as guidances
+from functional_sd3.flow.guidance import Answers, Branch, Guidance
+from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.transformer import control as controls
+from functional_sd3.transformer import ip_adapter, mmdit
+from functional_sd3.transformer.control import Control
+from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.weights.model import Config
+
+
+class Conditions(NamedTuple):
+    """What the transformer is told, and what it is guided away from."""
+
+    positive: Conditioning
+    negative: Conditioning
+
+
+def velocity(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    cfg: float | Tensor = 5.0,
+    times: Tensor | None = None,
+    *,
+    guidance: Guidance | None = None,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+) -> Velocity:
+    """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
+
+    guidance: `guidance.cfg(cfg)` by default; one without memory, and of one step (`guidance.at`) where it changes from
+    step to step: `sample` takes any. The rest as in `velocities`.
+    """
+    guiding = guidances.cfg(cfg) if guidance is None else guidance
+    told = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
+    return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
+
+
+def velocities(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    needs: Mapping[str, Branch],
+    times: Tensor | None = None,
+    *,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+) -> Callable[[Tensor, Tensor], Answers]:
+    """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
+
+    needs: by name, how each differs from that of the prompts (`Guidance.needs`); those that differ only in what they
+    are told are evaluated in one batch.
+    times: (n,) all the times it will be asked at. The modulations of every block depend on the time and the pooled
+    vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
+    instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
+    their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
+    sees zeros.
+    """
+    for one in control:
+        controls.check(one, config.transformer)
+    batch = len(conditions.positive.pooled)
+    pictures, shown = controls.rows(control, batch), ip_adapter.rows(image_prompt, batch)
+    unseen = {**shown, "features": torch.zeros_like(shown["features"])} if shown else {}
+    tables: list[tuple[Branch, Tree]] = []
+    fields = []
+    for group in _groups(needs):
+        branch = next(iter(group.values()))
+        weights, sizes = branch.model or (params["transformer"], None)
+        sizes = sizes or config.transformer
+        arguments = {}
+        for name, one in group.items():
+            condition = _conditioning(one.told, conditions, batch)
+            seen = unseen if one.told == "negative" else shown
+            rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
+            arguments[name] = (*condition, pictures, seen, *rows)
+        _check_lengths({name: context for name, (context, *_) in arguments.items()})
+        options = {"skip_layers": skip_layers, **dict(branch.options)}
+        evaluate = _network(weights, sizes, options, times, control, image_prompt)
+        fields.append(guidances.together(evaluate, arguments))
+
+    def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        return {name: answer for field in fields for name, answer in field(x, t).items()}
+
+    return answers
+
+
+def _network(
+    weights: Params,
+    sizes: mmdit.Config,
+    options: dict[str, Any],
+    times: Tensor | None,
+    control: Sequence[Control],
+    image_prompt: ImagePrompt | None,
+) -> Callable[..., Tensor]:
+    """One evaluation: (x, t, and what the rows of the batch are told) -> dx/dt."""
+
+    def evaluate(
+        x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, pictures: Tree, shown: Tree, *rows: Tree
+    ) -> Tensor:
+        given = _at(rows, times, t) if rows else {"transformer": None, "control": None}
+        told = [one._replace(**picture) for one, picture in zip(control, pictures, strict=True)]
+        heard = controls.residuals(told, weights, sizes, x, t, context, pooled, modulations=given["control"])
+        return mmdit.apply(
+            weights,
+            sizes,
+            x,
+            t,
+            context,
+            pooled,
+            modulations=given["transformer"],
+            residuals=heard.residuals,
+            residual_after_last=heard.after_last,
+            image_prompt=ip_adapter.prompt(image_prompt, shown, t, sizes),
+            **options,
+        )
+
+    return evaluate
+
+
+def _groups(needs: Mapping[str, Branch]) -> list[dict[str, Branch]]:
+    """The branches that one evaluation of a network can answer, in order."""
+    groups: list[dict[str, Branch]] = []
+    for name, branch in needs.items():
+        for group in groups:
+            other = next(iter(group.values()))
+            if other.options == branch.options and guidances.same_model(other, branch):
+                group[name] = branch
+                break
+        else:
+            groups.append({name: branch})
+    return groups
+
+
+def _conditioning(told: Any, conditions: Conditions, batch: int) -> Conditioning:
+    if isinstance(told, str):
+        return getattr(conditions, told)
+    return Conditioning(*(part.expand(batch, *part.shape[1:]) for part in told))
+
+
+def _table(tables: list[tuple[Branch, Tree]], branch: Branch, weights, sizes, pooled, times, control) -> Tree:
+    """Modulations at all times, batch first as everything that guidance joins: once for all that are told the same."""
+    for other, table in tables:
+        if other.told is branch.told and guidances.same_model(other, branch):
+            return table
+    made = {
+        "transformer": mmdit.modulations(weights, sizes, times[:, None], pooled),
+        "control": controls.modulations(control, times[:, None], pooled),
+    }
+    table = tree.map(lambda leaf: leaf.transpose(0, 1), made)
+    tables.append((branch, table))
+    return table
+
+
+def _check_lengths(contexts: Mapping[str, Tensor]) -> None:
+    lengths = {name: context.shape[1] for name, context in contexts.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"what is guided by differs in its number of tokens: {lengths}; encode them to one length")
+
+
+def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:
+    # Chosen by a tensor, not by a number, so that no value is read on the host.
+    index = (times == t).to(torch.uint8).argmax().reshape(1)
+    return tree.map(lambda leaf: leaf.index_select(1, index).squeeze(1), rows[0])
