@@ -9,10 +9,12 @@ from functional_sd3.core import spec as spec
 from functional_sd3.core import transform as transform
 from functional_sd3.core import tree as tree
 from functional_sd3.flow import adaptive as adaptive
+from functional_sd3.flow import dense as dense
 from functional_sd3.flow import guidance as guidance
 from functional_sd3.flow import ode as ode
 from functional_sd3.flow import path as path
 from functional_sd3.flow import schedule as schedule
+from functional_sd3.flow import stochastic as stochastic
 from functional_sd3.image import clip_pixels as clip_pixels
 from functional_sd3.image import pictures as pictures
 from functional_sd3.image import pixels as pixels

@@ -10,6 +10,7 @@ from torch import Tensor
 from functional_sd3.core.types import Velocity
 from functional_sd3.flow.method import Advance, Method, no_memory
 from functional_sd3.flow.path import broadcast
+from functional_sd3.flow.polynomial import integral
 from functional_sd3.flow.runge_kutta import EULER, MIDPOINT, RK4
 
 Memory = list[dict[str, Tensor]]
@@ -67,24 +68,6 @@ AB4 = adams_bashforth(4, RK4)
 
 def _integral(points: Memory, t_next: Tensor, x: Tensor) -> Tensor:
     """From the time of the first point to t_next, of the polynomial through the points."""
-    times = [point["t"] for point in points]
-    differences = [point["value"] for point in points]
-    h = t_next - times[0]
-    # (s - t)(s - t_1)... as coefficients of the powers of s - t, lowest first.
-    product = [torch.ones_like(h)]
-    total = broadcast(h, x) * differences[0]
-    for level in range(1, len(points)):
-        differences = [
-            (differences[i] - differences[i + 1]) / broadcast(_apart(times[i], times[i + level]), x)
-            for i in range(len(differences) - 1)
-        ]
-        root = times[0] - times[level - 1]
-        product = [low + up for low, up in zip([*(root * c for c in product), 0 * h], [0 * h, *product], strict=True)]
-        weight = sum(c * h ** (power + 1) / (power + 1) for power, c in enumerate(product))
-        total = total + broadcast(weight, x) * differences[0]
-    return total
-
-
-def _apart(t: Tensor, other: Tensor) -> Tensor:
-    # Equal times come from the padding at the end of a shorter grid in a batch, where every weight is 0.
-    return torch.where(t == other, 1.0, t - other)
+    t = points[0]["t"]
+    moments = [(t_next - t) ** (power + 1) / (power + 1) for power in range(len(points))]
+    return integral([point["value"] for point in points], [point["t"] - t for point in points], moments, x)

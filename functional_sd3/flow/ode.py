@@ -20,15 +20,15 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.types import Velocity
 from functional_sd3.flow import adaptive, tolerances
+from functional_sd3.flow.catalogue import ADAPTIVE, METHODS, NAMES, STOCHASTIC, named
 from functional_sd3.flow.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
 from functional_sd3.flow.method import Advance, Method, State, StepInfo, no_memory
 from functional_sd3.flow.multistep import AB2, AB3, AB4, DPMPP_2M, adams_bashforth
 from functional_sd3.flow.path import denoised
+from functional_sd3.flow.predictor_corrector import UNIPC, unipc
 from functional_sd3.flow.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4, Tableau, explicit
+from functional_sd3.flow.stochastic import ancestral, churn, renoised
 from functional_sd3.flow.times import Times, checked
-
-METHODS = {method.name: method for method in (EULER, MIDPOINT, HEUN, HEUN_EDM, RALSTON, RK4, DPMPP_2M, AB2, AB3, AB4)}
-"""The fixed-step methods by name, for command lines."""
 
 Save = str | Collection[int] | Callable[[StepInfo], Any]
 
@@ -207,33 +207,42 @@ __all__ = [
     "AB2",
     "AB3",
     "AB4",
+    "adams_bashforth",
+    "ADAPTIVE",
     "Adaptive",
     "Advance",
+    "ancestral",
     "BOSH3",
+    "churn",
+    "Diverged",
     "DOPRI5",
     "DPMPP_2M",
-    "Diverged",
     "EULER",
-    "HEUN",
-    "HEUN_EDM",
-    "METHODS",
-    "MIDPOINT",
-    "Method",
-    "RALSTON",
-    "RK4",
-    "State",
-    "StepInfo",
-    "TSIT5",
-    "Tableau",
-    "adams_bashforth",
     "evaluations",
     "explicit",
     "finish",
     "from_tensors",
+    "HEUN",
+    "HEUN_EDM",
     "integrate",
+    "Method",
+    "METHODS",
+    "MIDPOINT",
+    "named",
+    "NAMES",
     "no_memory",
+    "RALSTON",
+    "renoised",
+    "RK4",
     "run",
     "start",
+    "State",
     "step",
+    "StepInfo",
+    "STOCHASTIC",
+    "Tableau",
     "to_tensors",
+    "TSIT5",
+    "UNIPC",
+    "unipc",
 ]
