@@ -6,13 +6,14 @@ once. Shifts: Esser et al. 2024, arXiv:2403.03206, section 5.3.2, eq. 23. Kept t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-Scalar = float | Tensor
+from functional_sd3.flow.spacing import Scalar, beta, exponential, karras, linear
+from functional_sd3.flow.times import at_hand
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def sigmas(
     steps points evenly spaced from 1 down to sigma_min are shifted, and 0 follows. `double_shift`: sigma_min, the
     lowest level of the training table (1 / train_timesteps), is itself taken after the shift, so the low end is shifted
     twice. Stability's and diffusers' samplers both do it, every published picture depends on it (the last level before
-    0 is 0.0089 at shift 3); False shifts once. Raises ValueError for steps < 1, shift <= 0, train_timesteps < 1.
+    0 is 0.0089 at shift 3); False shifts once. It starts at 1 for every shift, where diffusers' float32 table, which
+    `from_config` follows to the last bit, misses 1 by a rounding for some, such as 4.292.
+
+    Raises ValueError for steps < 1, shift <= 0, train_timesteps < 1.
     """
     check_steps(steps)
     if train_timesteps < 1:
@@ -75,6 +79,32 @@ def from_config(
     """
     check_steps(steps)
     check_config(config)
+    count, s = config.train_timesteps, 1.0 if config.use_dynamic_shifting else config.shift
+    # By way of timesteps and back, as there: it decides the last bit.
+    levels = linear(steps, _lowest(count, s) * count, _level(1.0, s) * count) / count
+    return _from_levels(config, levels, mu, device)
+
+
+def from_levels(
+    config: Config,
+    levels: Tensor | Sequence[float],
+    *,
+    mu: Scalar | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The grid that diffusers' scheduler makes of a user's own `sigmas`: float32 (n + 1,) from n of them.
+
+    levels: descending within (0, 1], without the 0 at the end. They are still shifted, stretched and spaced as the
+    config says: for a grid to be used as it is, pass it to `ode.integrate` yourself. Numbers are taken in float32 as
+    diffusers does, a tensor in its own dtype; differentiable in a tensor and in mu. mu as of `from_config`.
+    """
+    check_config(config)
+    levels = levels if isinstance(levels, Tensor) else torch.tensor(levels, dtype=torch.float32)
+    check_levels(levels)
+    return _from_levels(config, levels, mu, device)
+
+
+def _from_levels(config: Config, levels: Tensor, mu: Scalar | None, device: torch.device | str | None) -> Tensor:
     if config.use_dynamic_shifting != (mu is not None):
         raise ValueError(
             "a config with use_dynamic_shifting needs mu: see schedule.resolution_mu"
@@ -82,10 +112,9 @@ def from_config(
             else f"mu {mu} has no meaning for a config without use_dynamic_shifting"
         )
     if config.use_dynamic_shifting:
-        amount = _exp(mu) if config.time_shift_type == "exponential" else mu
-        levels = shifted(linear(steps, _lowest(config.train_timesteps, 1.0)), amount)
+        levels = _odds_shifted(levels, _exp(mu) if config.time_shift_type == "exponential" else mu)
     else:
-        levels = shifted(linear(steps, _lowest(config.train_timesteps, config.shift)), config.shift)
+        levels = shifted(levels, config.shift)
     if config.shift_terminal:
         levels = stretch(levels, config.shift_terminal)
     for used, spacing in (
@@ -94,47 +123,20 @@ def from_config(
         (config.use_beta_sigmas, beta),
     ):
         if used:
-            levels = spacing(steps, levels[-1], levels[0])
-    grid = _finish(levels, device)
+            levels = spacing(len(levels), levels[-1].double(), levels[0].double())
+    # The table's rounding may put its first level at 1 + 1e-7, which is no time.
+    grid = _finish(levels.clamp(max=1.0), device)
     return 1 - grid if config.invert_sigmas else grid
 
 
 def resolution_mu(config: Config, tokens: int) -> float:
     """mu for an image of `tokens` patches, height * width / (8 * patch_size)^2.
 
-    The line through base_shift at base_image_seq_len and max_shift at max_image_seq_len; it goes on beyond both.
+    The line through base_shift at base_image_seq_len and max_shift at max_image_seq_len; it goes on beyond both. What
+    diffusers' pipelines compute as `calculate_shift`.
     """
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return config.base_shift + slope * (tokens - config.base_image_seq_len)
-
-
-# Spacings: float64 (steps,) from `highest` (the first) down to `lowest` (the last before 0).
-
-
-def linear(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
-    """Evenly spaced."""
-    device = next((end.device for end in (lowest, highest) if isinstance(end, Tensor)), None)
-    ramp = torch.arange(steps, dtype=torch.float64, device=device) / max(steps - 1, 1)
-    return highest + ramp * (lowest - highest)
-
-
-def karras(steps: int, lowest: Scalar, highest: Scalar = 1.0, rho: Scalar = 7.0) -> Tensor:
-    """Evenly spaced in sigma^(1/rho) (Karras et al. 2022, arXiv:2206.00364, eq. 5). lowest > 0."""
-    return linear(steps, lowest ** (1 / rho), highest ** (1 / rho)) ** rho
-
-
-def exponential(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
-    """Evenly spaced in log(sigma). lowest > 0."""
-    return torch.exp(linear(steps, _log(lowest), _log(highest)))
-
-
-def beta(steps: int, lowest: Scalar, highest: Scalar = 1.0, a: float = 0.6, b: float = 0.6) -> Tensor:
-    """At even quantiles of Beta(a, b) (Lee et al. 2024, arXiv:2407.12173). Differentiable in the ends, not in a, b."""
-    from scipy.stats import beta as distribution
-
-    quantiles = torch.from_numpy(distribution.ppf(1 - np.linspace(0, 1, steps), a, b))
-    quantiles = quantiles.to(lowest.device if isinstance(lowest, Tensor) else None)
-    return lowest + quantiles * (highest - lowest)
+    return tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
 
 
 def learned(logits: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def stretch(levels: Tensor, terminal: Scalar) -> Tensor:
     """Scale 1 - sigma so that the last level before 0 is `terminal` (LTX-Video; diffusers' `shift_terminal`)."""
     if len(levels) < 2:
         raise ValueError("shift_terminal sets the last of several levels: it needs at least 2 steps")
-    return 1 - (1 - levels) * ((1 - terminal) / (1 - levels[-1]))
+    return 1 - (1 - levels) / ((1 - levels[-1]) / (1 - terminal))
 
 
 def partial(grid: Tensor, strength: float) -> Tensor:
@@ -170,6 +172,15 @@ def partial(grid: Tensor, strength: float) -> Tensor:
         raise ValueError(f"strength {strength} must be between 0 (the picture as it is) and 1 (all noise)")
     steps = len(grid) - 1
     return grid[steps - math.ceil(round(steps * strength, 6)) :]
+
+
+def together(grids: Sequence[Tensor]) -> Tensor:
+    """Grids of different numbers of steps as one, (n + 1, batch), for `ode.integrate`: a grid for each sample.
+
+    The shorter ones repeat their last time, where a sample waits for the others.
+    """
+    longest = max(len(grid) for grid in grids)
+    return torch.stack([torch.cat([grid, grid[-1:].expand(longest - len(grid))]) for grid in grids], 1)
 
 
 def position(grid: Tensor, t: Tensor) -> Tensor:
@@ -186,6 +197,18 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"steps {steps} must be a whole number of at least 1")
 
 
+def check_levels(levels: Tensor) -> None:
+    """Raise ValueError for levels that are not (n,) or, when their values are at hand, do not descend within (0, 1]."""
+    if levels.ndim != 1 or len(levels) < 1:
+        raise ValueError(f"levels have shape {tuple(levels.shape)}; they must be (n,), with at least one")
+    if not levels.is_floating_point():
+        raise ValueError(f"levels have dtype {levels.dtype}; they are noise levels in (0, 1], not timesteps")
+    if at_hand(levels) and not ((levels > 0) & (levels <= 1)).all():
+        raise ValueError(f"levels {levels.tolist()} leave (0, 1]; 1 is noise, and the 0 at the end is added")
+    if at_hand(levels) and (levels.diff() > 0).any():
+        raise ValueError(f"levels {levels.tolist()} do not descend from noise to data")
+
+
 def check_config(config: Config) -> None:
     """Raise ValueError for a config whose options contradict one another or are out of range."""
     if config.time_shift_type not in ("exponential", "linear"):
@@ -194,12 +217,26 @@ def check_config(config: Config) -> None:
         raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas can be set")
     if config.train_timesteps < 1:
         raise ValueError(f"train_timesteps {config.train_timesteps} must be at least 1")
+    if config.shift_terminal and not 0 < config.shift_terminal < 1:
+        raise ValueError(f"shift_terminal {config.shift_terminal} must be between 0 and 1, the last level before 0")
 
 
 def _lowest(train_timesteps: int, s: Scalar) -> Tensor:
-    # The training table is float32, and the lowest level of it is what the grid starts from.
+    return _level(torch.tensor(1.0) / train_timesteps, s)
+
+
+def _level(sigma: Tensor | float, s: Scalar) -> Tensor:
+    # The training table is float32, and its ends are what the grid goes between.
     device = s.device if isinstance(s, Tensor) else None
-    return shift(torch.tensor(1.0, device=device) / train_timesteps, s).double()
+    return shift(torch.as_tensor(sigma, device=device), s).double()
+
+
+def _odds_shifted(levels: Tensor, s: Scalar) -> Tensor:
+    # `shift` in the form of diffusers' dynamic one, s / (s + 1 / sigma - 1), whose rounding differs.
+    if not isinstance(s, Tensor) and not (s > 0 and math.isfinite(s)):
+        raise ValueError(f"mu gives the shift {s}, which must be a positive number; 1 leaves the grid as it is")
+    s = torch.as_tensor(s, dtype=levels.dtype, device=levels.device)
+    return s / (s + (torch.ones_like(levels) / levels - 1))
 
 
 def _finish(levels: Tensor, device: torch.device | str | None) -> Tensor:
@@ -208,7 +245,3 @@ def _finish(levels: Tensor, device: torch.device | str | None) -> Tensor:
 
 def _exp(value: Scalar) -> Scalar:
     return torch.exp(value) if isinstance(value, Tensor) else math.exp(value)
-
-
-def _log(value: Scalar) -> Scalar:
-    return torch.log(value) if isinstance(value, Tensor) else math.log(value)
