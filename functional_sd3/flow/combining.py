@@ -71,8 +71,9 @@ def damped(negative: Tensor, positive: Tensor, scale: Factor, rate: Factor) -> T
     """
     negative, positive = working(negative, positive)
     difference = positive - negative
-    ratio = (dot(difference, difference) / dot(negative, negative).clamp(min=torch.finfo(negative.dtype).tiny)).sqrt()
-    return 1 + (scale - 1) * torch.exp(-rate * ratio)
+    # The root has no derivative at 0: there it is that of a constant.
+    squares = (dot(difference, difference) / dot(negative, negative).clamp(min=1e-20)).clamp(min=1e-20)
+    return 1 + (scale - 1) * torch.exp(-rate * squares.sqrt())
 
 
 def rescale(guided: Tensor, positive: Tensor, factor: Factor) -> Tensor:

@@ -97,7 +97,9 @@ def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: in
 
 
 def _through(method: Method, transform: Callable[[Velocity], Velocity]) -> Method:
-    """The method on transformed velocities."""
+    """The method on transformed velocities; an adaptive one as it is, for `with_memory` to refuse."""
+    if isinstance(method, ode.Adaptive):
+        return method
 
     def step(velocity: Velocity, *state: Any) -> Advance:
         return method.step(transform(velocity), *state)
