@@ -1,29 +1,61 @@
 """The composition: from prompts, and from pictures, to pictures. Each module is a few lines over the rooms below."""
 
-from functional_sd3.pipeline.sampling import Conditions, evaluation_times, sample, sigmas, velocity
-from functional_sd3.pipeline.text_to_image import (
-    control_latents,
-    decode,
-    encode,
-    encode_from,
-    generate,
-    generate_from,
-    initial_noise,
-    latent_size,
-)
+from functional_sd3.pipeline.editing import difference, drawn_to, edit, flow_edit, inverted, spanned
+from functional_sd3.pipeline.fields import Conditions, velocities, velocity
+from functional_sd3.pipeline.image_to_image import Begun, begin, image_to_image
+from functional_sd3.pipeline.inpainting import grown, holding, inpaint, latent_mask, outpaint, release_times, restored
+from functional_sd3.pipeline.interpolation import between, interpolate, lerp, mix_conditions, slerp, variations
+from functional_sd3.pipeline.latents import control_latents, decode, encode_images, initial_noise, latent_size
+from functional_sd3.pipeline.regions import Region, blended, regional, shares, tiled, tiles
+from functional_sd3.pipeline.sampling import evaluation_times, sample, sigmas
+from functional_sd3.pipeline.text_to_image import encode, encode_from, generate, generate_from
+from functional_sd3.pipeline.trajectories import denoised, states, trajectory
 
 __all__ = [
+    "Begun",
     "Conditions",
+    "Region",
+    "begin",
+    "between",
+    "blended",
     "control_latents",
     "decode",
+    "denoised",
+    "difference",
+    "drawn_to",
+    "edit",
     "encode",
     "encode_from",
+    "encode_images",
     "evaluation_times",
+    "flow_edit",
     "generate",
     "generate_from",
+    "grown",
+    "holding",
+    "image_to_image",
     "initial_noise",
+    "inpaint",
+    "interpolate",
+    "inverted",
+    "latent_mask",
     "latent_size",
+    "lerp",
+    "mix_conditions",
+    "outpaint",
+    "regional",
+    "release_times",
+    "restored",
     "sample",
+    "shares",
     "sigmas",
+    "slerp",
+    "spanned",
+    "states",
+    "tiled",
+    "tiles",
+    "trajectory",
+    "variations",
+    "velocities",
     "velocity",
 ]

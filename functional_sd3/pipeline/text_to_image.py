@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import weights
-from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import ode
+from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.method import Method, StepInfo
-from functional_sd3.image import control as control_image
-from functional_sd3.image import pixels, vae
+from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import Conditions, sample
 from functional_sd3.text import conditioning
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.transformer import controlnet
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config, Tokenizers
@@ -39,6 +37,7 @@ def generate(
     negative: str | Sequence[str] | None = None,
     steps: int = 28,
     cfg: float | Tensor = 5.0,
+    guidance: Guidance | None = None,
     height: int | None = None,
     width: int | None = None,
     method: Method = ode.EULER,
@@ -55,7 +54,8 @@ def generate(
 
     key: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2), a key for each; noise: the starting latents
     (batch, channels, height / 8, width / 8) instead. negative: "" by default. cfg: guidance scale, 1 for none; a tensor
-    () or (batch,) may be differentiated. height, width: in pixels, by default the config's sample size. weighted,
+    () or (batch,) may be differentiated. guidance: another than `guidance.cfg(cfg)`, such as `guidance.apg(5.0)`;
+    cfg is then not looked at. height, width: in pixels, by default the config's sample size. weighted,
     long_prompts: `(words:1.3)` weighs words, and CLIP reads on beyond its length (`conditioning`). control: ControlNets
     with their pictures, which `control_latents` encodes. image_prompt: an IP-Adapter with the features of an image.
     Raises ValueError for sizes that do not fit.
@@ -72,6 +72,7 @@ def generate(
         noise,
         steps=steps,
         cfg=cfg,
+        guidance=guidance,
         method=method,
         on_step=on_step,
         skip_layers=skip_layers,
@@ -115,23 +116,6 @@ def generate_from(
         conditions = encode_from(fetch, config, outline.tokenizers, prompts, negative=negative, **told)
         latents = sample({"transformer": fetch("transformer")}, config, conditions, noise, **sampling)
         return decode({"vae": fetch("vae")}, config, latents)
-
-
-def initial_noise(
-    key: Key,
-    config: Config,
-    count: int,
-    height: int | None = None,
-    width: int | None = None,
-    *,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Latents to start from, float32 (count, channels, height / 8, width / 8); every sample's from its own key."""
-    height, width = latent_size(config, height, width)
-    keys = key if key.ndim > 1 else prng.fold_in(key, torch.arange(count, device=key.device))
-    if len(keys) != count:
-        raise ValueError(f"{len(keys)} keys for {count} prompts; give one key, or one for each prompt")
-    return prng.normal(keys, (config.transformer.in_channels, height, width)).to(device)
 
 
 def encode(
@@ -179,60 +163,6 @@ def _both(tokenizers, prompts, negative, told: dict[str, Any]) -> tuple[list[str
 
 def _halves(both: Conditioning) -> Conditions:
     return Conditions(*(Conditioning(*parts) for parts in zip(*(part.chunk(2) for part in both), strict=True)))
-
-
-def control_latents(
-    params: Params,
-    config: Config,
-    images: Tensor,
-    net: controlnet.Config,
-    *,
-    mask: Tensor | None = None,
-    key: Key | None = None,
-) -> Tensor:
-    """What a ControlNet reads of pictures: images (batch, 3, height, width) in [0, 1] -> `Control.image_latents`.
-
-    mask (batch or 1, 1, height, width): for a ControlNet with a channel more, 1 where the picture is to be painted
-    anew. key: draws from the VAE's posterior, as diffusers does; by default its mean is taken. Raises ValueError when
-    a mask is missing or not wanted.
-    """
-    if (mask is None) != (net.extra_channels == 0):
-        wanted = "wants a mask" if mask is None else "wants none"
-        raise ValueError(f"this ControlNet reads {net.extra_channels} channels beside the latents: it {wanted}")
-    return control_image.encode(
-        params["vae"],
-        config.vae,
-        images,
-        shifted=mask is not None or not net.zero_pooled,
-        wide=net.kind == "canny" and net.context_width is None,
-        mask=mask,
-        key=key,
-    )
-
-
-def decode(params: Params, config: Config, latents: Tensor) -> Tensor:
-    """Normalised latents -> pictures (batch, 3, height, width) in [0, 1], float32."""
-    dtype = params["vae"]["decoder"]["conv_in"]["weight"].dtype
-    images = vae.decode(params["vae"], config.vae, vae.denormalize(config.vae, latents).to(dtype))
-    return pixels.from_signed(images.float())
-
-
-def latent_size(config: Config, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-    """Height and width of the latents of a picture of this size; ValueError where the model cannot make one."""
-    factor = vae.factor(config.vae)
-    step = factor * config.transformer.patch_size
-    largest = step * config.transformer.position_size
-    sides = []
-    for name, side in (("height", height), ("width", width)):
-        side = config.transformer.sample_size * factor if side is None else side
-        if side % step or side < step:
-            below = side // step * step
-            nearest = f"nearest are {below} and {below + step}" if below > 0 else f"the least is {step}"
-            raise ValueError(f"{name} {side} is not a multiple of {step}; {nearest}")
-        if side > largest:
-            raise ValueError(f"{name} {side} is beyond the {largest} pixels that the model has positions for")
-        sides.append(side // factor)
-    return sides[0], sides[1]
 
 
 def _device(params: Params) -> torch.device:

@@ -1,0 +1,124 @@
+"""Pictures <-> the latents that the transformer sees, and the noise that a run starts from."""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Params
+from functional_sd3.image import control as control_image
+from functional_sd3.image import pixels, vae
+from functional_sd3.transformer import controlnet
+from functional_sd3.weights.model import Config
+
+
+def initial_noise(
+    key: Key,
+    config: Config,
+    count: int,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    bounded: bool = True,
+) -> Tensor:
+    """Latents to start from, float32 (count, channels, height / 8, width / 8); every sample's from its own key.
+
+    key: (2,), from which sample i takes `fold_in(key, i)`, or (count, 2), a key for each. `bounded` as in
+    `latent_size`.
+    """
+    height, width = latent_size(config, height, width, bounded=bounded)
+    return prng.normal(sample_keys(key, count), (config.transformer.in_channels, height, width)).to(device)
+
+
+def sample_keys(key: Key, count: int) -> Key:
+    """(count, 2): the keys given, or those that one key folds into; ValueError for another number of them."""
+    keys = key if key.ndim > 1 else prng.fold_in(key, torch.arange(count, device=key.device))
+    if len(keys) != count:
+        raise ValueError(f"{len(keys)} keys for {count} prompts; give one key, or one for each prompt")
+    return keys
+
+
+def encode_images(params: Params, config: Config, images: Tensor, *, key: Key | None = None) -> Tensor:
+    """Pictures -> normalised latents, float32: images (batch, 3, height, width) in [0, 1].
+
+    key: draws from the VAE's posterior, sample by sample as `initial_noise`; by default its mean is taken. Raises
+    ValueError for other shapes, and sides that are no multiples of the VAE's factor.
+    """
+    dtype = params["vae"]["encoder"]["conv_in"]["weight"].dtype
+    posterior = vae.encode(params["vae"], config.vae, pixels.to_signed(images).to(dtype))
+    if key is None:
+        latents = posterior.mean
+    else:
+        noise = prng.normal(sample_keys(key, len(images)), posterior.mean.shape[1:]).to(posterior.mean)
+        latents = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
+    return vae.normalize(config.vae, latents.float())
+
+
+def decode(params: Params, config: Config, latents: Tensor, *, tile: int | None = None) -> Tensor:
+    """Normalised latents -> pictures (batch, 3, height, width) in [0, 1], float32.
+
+    tile: the side in latents of the overlapping tiles to decode in, for large pictures; by default all at once.
+    """
+    dtype = params["vae"]["decoder"]["conv_in"]["weight"].dtype
+    latents = vae.denormalize(config.vae, latents).to(dtype)
+    if tile is None:
+        images = vae.decode(params["vae"], config.vae, latents)
+    else:
+        images = vae.decode_tiled(params["vae"], config.vae, latents, tile=tile, overlap=tile // 4)
+    return pixels.from_signed(images.float())
+
+
+def control_latents(
+    params: Params,
+    config: Config,
+    images: Tensor,
+    net: controlnet.Config,
+    *,
+    mask: Tensor | None = None,
+    key: Key | None = None,
+) -> Tensor:
+    """What a ControlNet reads of pictures: images (batch, 3, height, width) in [0, 1] -> `Control.image_latents`.
+
+    mask (batch or 1, 1, height, width): for a ControlNet with a channel more, 1 where the picture is to be painted
+    anew. key: draws from the VAE's posterior, as diffusers does; by default its mean is taken. Raises ValueError when
+    a mask is missing or not wanted.
+    """
+    if (mask is None) != (net.extra_channels == 0):
+        wanted = "wants a mask" if mask is None else "wants none"
+        raise ValueError(f"this ControlNet reads {net.extra_channels} channels beside the latents: it {wanted}")
+    return control_image.encode(
+        params["vae"],
+        config.vae,
+        images,
+        shifted=mask is not None or not net.zero_pooled,
+        wide=net.kind == "canny" and net.context_width is None,
+        mask=mask,
+        key=key,
+    )
+
+
+def latent_size(
+    config: Config, height: int | None = None, width: int | None = None, *, bounded: bool = True
+) -> tuple[int, int]:
+    """Height and width of the latents of a picture of this size; ValueError where the model cannot make one.
+
+    `bounded`: by the table of positions, which is what one evaluation of the transformer can see; a run in tiles
+    (`tiles`) has no bound.
+    """
+    factor = vae.factor(config.vae)
+    step = factor * config.transformer.patch_size
+    largest = step * config.transformer.position_size
+    sides = []
+    for name, side in (("height", height), ("width", width)):
+        side = config.transformer.sample_size * factor if side is None else side
+        if side % step or side < step:
+            below = side // step * step
+            nearest = f"nearest are {below} and {below + step}" if below > 0 else f"the least is {step}"
+            raise ValueError(f"{name} {side} is not a multiple of {step}; {nearest}")
+        if bounded and side > largest:
+            raise ValueError(
+                f"{name} {side} is beyond the {largest} pixels that the model has positions for; "
+                "a larger picture can be drawn in tiles"
+            )
+        sides.append(side // factor)
+    return sides[0], sides[1]
