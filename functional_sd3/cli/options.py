@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from functional_sd3.cli import controls, written
+from functional_sd3.cli import controls, guidance, written
 
 BATCH = 16
 _RECORDED = ("negative", "steps", "cfg", "method", "dtype", "params", "embedding", "weighted", "long")
@@ -45,6 +45,7 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int = 28, cfg: float = 5.
     parser.add_argument("--steps", type=int, default=steps, help=f"steps of the sampler (default {steps})")
     parser.add_argument("--cfg", type=float, default=cfg, help=f"guidance scale, 1 for none (default {cfg:g})")
     parser.add_argument("--method", default="euler", help="integrator: euler, heun, dpmpp_2m, ... (default euler)")
+    guidance.add_arguments(parser)
     controls.add_arguments(parser)
 
 
@@ -56,7 +57,7 @@ def settings(arguments: argparse.Namespace) -> written.Settings:
     """What a picture keeps of these options; another option is recorded by its name in `_RECORDED`."""
     found = {name: getattr(arguments, name) for name in _RECORDED}
     given = {name: value for name, value in found.items() if value is not False and value not in (None, "", [])}
-    return {**given, **controls.settings(arguments)}
+    return {**given, **guidance.settings(arguments), **controls.settings(arguments)}
 
 
 def check_counts(arguments: argparse.Namespace, *names: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import runtime
+from functional_sd3.cli import guidance, runtime
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core.types import Params
+from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.method import Method
 from functional_sd3.image import vae
 from functional_sd3.weights import shipped
@@ -27,6 +28,7 @@ class Session(NamedTuple):
     dtype: torch.dtype | None
     method: Method
     timer: Timer
+    guidance: Guidance | None = None
 
 
 def start(arguments: argparse.Namespace, timer: Timer) -> Session:
@@ -34,6 +36,8 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
     timer.done("import")
     device = runtime.device(arguments.device)
     method = runtime.method(arguments.method)
+    for text in arguments.guidance:
+        guidance.parse(text)
     source = arguments.params or shipped.folder()
     dtype = runtime.dtype(arguments.dtype, device)
     told = {"dtype": dtype, "device": device, "quantized": True}
@@ -45,7 +49,8 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
         model = runtime.with_words(weights.load(source, **told), arguments.embedding)
         fetch = model.params.__getitem__
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
-    return Session(model.config, model.tokenizers, fetch, device, dtype, method, timer)
+    opened = Session(model.config, model.tokenizers, fetch, device, dtype, method, timer)
+    return opened._replace(guidance=guidance.prepare(arguments, opened))
 
 
 def picture_size(session: Session, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -62,7 +67,7 @@ def told(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sampling(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `pipeline.sample`."""
-    return {"steps": arguments.steps, "cfg": arguments.cfg, "method": session.method}
+    return {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": session.method}
 
 
 def note_truncated(session: Session, texts: Sequence[str], arguments: argparse.Namespace) -> None:
