@@ -6,11 +6,15 @@ from functional_sd3.core import attention as attention
 from functional_sd3.core import layers as layers
 from functional_sd3.core import prng as prng
 from functional_sd3.core import spec as spec
+from functional_sd3.core import spectral as spectral
 from functional_sd3.core import transform as transform
 from functional_sd3.core import tree as tree
 from functional_sd3.flow import adaptive as adaptive
+from functional_sd3.flow import adjoint as adjoint
 from functional_sd3.flow import dense as dense
+from functional_sd3.flow import geometry as geometry
 from functional_sd3.flow import guidance as guidance
+from functional_sd3.flow import landscape as landscape
 from functional_sd3.flow import ode as ode
 from functional_sd3.flow import path as path
 from functional_sd3.flow import schedule as schedule

@@ -26,7 +26,8 @@ def time_sinusoid(t: Tensor, size: int = 256) -> Tensor:
     """
     half = size // 2
     exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = (TIME_SCALE * t.float())[..., None] * torch.exp(exponents)
+    # The axis first: torch 2.13 makes the tangent of a scalar float64 where a number multiplies it.
+    angles = TIME_SCALE * t.float()[..., None] * torch.exp(exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
