@@ -14,7 +14,8 @@ def checked(times: Times, x: Tensor) -> Tensor:
     Raises ValueError for the wrong shape and, when the values are at hand, for times that are not monotone or leave
     [0, 1].
     """
-    grid = torch.as_tensor(times)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grid = times if isinstance(times, Tensor) else torch.as_tensor(times, dtype=dtype)
     if grid.ndim not in (1, 2) or len(grid) < 2 or (grid.ndim == 2 and grid.shape[1:] != x.shape[:1]):
         raise ValueError(
             f"times have shape {tuple(grid.shape)}; they must be (steps + 1,) or (steps + 1, batch), "
@@ -22,7 +23,7 @@ def checked(times: Times, x: Tensor) -> Tensor:
         )
     if at_hand(grid):
         _check(grid)
-    return grid.to(dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return grid.to(dtype=dtype, device=x.device)
 
 
 def at_hand(values: Tensor) -> bool:

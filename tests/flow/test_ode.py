@@ -9,59 +9,24 @@ import torch
 from safetensors.torch import load, save
 
 from functional_sd3.core import prng
-from functional_sd3.flow import ode, path, schedule
+from functional_sd3.flow import ode, schedule
+from tests.flow.flows import FLOWS, field, noise
 
 # torch builds its own forward-mode rules with torch.jit.script on the first jvp.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 METHODS = pytest.mark.parametrize("method", ode.METHODS.values(), ids=ode.METHODS)
-ROTATION = torch.tensor([[0.0, -2.0], [2.0, 0.0]], dtype=torch.float64)
-LINEAR = torch.tensor([[-0.4, 1.0], [0.3, 0.8]], dtype=torch.float64)
-MEAN, STD = 0.7, 0.4
 
 
-def linear_field(matrix):
-    """A velocity whose flow is known: dx/dt = (1 + t) A x has x(t) = exp((t + t^2 / 2 - 3/2) A) x(1)."""
-    return (
-        lambda x, t: (1 + t) * (x @ matrix.T),
-        lambda x, t: x @ torch.linalg.matrix_exp((t + t**2 / 2 - 1.5) * matrix).T,
-    )
-
-
-def gaussian_field(x, t):
-    """The exact velocity from N(0, 1) at t = 1 to N(MEAN, STD^2) at t = 0: x_t ~ N((1 - t) MEAN, s^2),
-    s^2 = (1 - t)^2 STD^2 + t^2, and dx/dt = -MEAN + (s' / s) (x - (1 - t) MEAN)."""
-    variance = (1 - t) ** 2 * STD**2 + t**2
-    return -MEAN + (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN)
-
-
-def gaussian_flow(x, t):
-    return (1 - t) * MEAN + math.sqrt((1 - t) ** 2 * STD**2 + t**2) * x
-
-
-FLOWS = {
-    "linear": linear_field(LINEAR),
-    "rotation": linear_field(ROTATION),
-    "gaussian": (gaussian_field, gaussian_flow),
-}
-
-
-def noise(shape=(3, 2), dtype=torch.float64, seed=0):
-    return prng.normal(prng.key(seed), shape, dtype)
-
-
-def field(x, t):
-    return torch.tanh(x) * (1 + path.broadcast(t, x)) - 0.3 * x.roll(1, -1)
-
-
-def convergence(method, flow, end):
-    """Minus the slope of log error against log steps, from t = 1 to `end`, by least squares."""
+def convergence(method, flow, end, start=1.0):
+    """Minus the slope of log error against log steps, from t = `start` to `end`, by least squares."""
     velocity, solution = FLOWS[flow]
-    x = noise()
+    start, end = torch.tensor([start, end], dtype=torch.float64)
+    x, expected = solution(noise(), start), solution(noise(), end)
     counts = [64, 128, 256] if flow == "gaussian" else [24, 48, 96]
     errors = []
     for steps in counts:
-        grid = torch.linspace(1, end, steps + 1, dtype=x.dtype)
-        errors.append((ode.integrate(method, velocity, x, grid) - solution(x, end)).norm().item())
+        grid = torch.linspace(start, end, steps + 1, dtype=x.dtype)
+        errors.append((ode.integrate(method, velocity, x, grid) - expected).norm().item())
     return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
 
@@ -70,13 +35,23 @@ def convergence(method, flow, end):
 def test_the_error_falls_with_the_power_of_the_step_that_the_order_says(method, flow):
     order = convergence(method, flow, end=0.1)
     assert order > method.order - 0.2
-    # The Gaussian flow happens to please the midpoint rule, which gains an order there.
-    assert flow == "gaussian" or order < method.order + 0.3
+    # The Gaussian flow happens to please the midpoint rule, which gains an order there; UniPC gains one away from 1.
+    assert flow == "gaussian" or method is ode.UNIPC or order < method.order + 0.3
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("ends", [(0.9, 0.1), (0.1, 0.9)], ids=["to data", "to noise"])
+def test_unipc_gains_an_order_by_its_corrector_where_log_snr_is_finite(order, flow, ends):
+    start, end = ends
+    found = convergence(ode.unipc(order), flow, end, start)
+    # A corrector of order 3 is followed by a predictor from its start: Euler's first step then costs the fourth order.
+    assert min(order + 1, 3) - 0.2 < found
 
 
 @pytest.mark.parametrize(
     ("method", "order"),
-    [(ode.EULER, 0.9), (ode.HEUN, 1.9), (ode.HEUN_EDM, 1.9), (ode.DPMPP_2M, 1.6)],
+    [(ode.EULER, 0.9), (ode.HEUN, 1.9), (ode.HEUN_EDM, 1.9), (ode.DPMPP_2M, 1.6), (ode.UNIPC, 1.9)],
     ids=lambda v: getattr(v, "name", None),
 )
 def test_the_order_holds_down_to_zero(method, order):
@@ -140,12 +115,13 @@ def test_a_run_stopped_written_and_taken_up_again_is_the_whole_run_to_the_bit(me
 
 
 @METHODS
-def test_single_steps_make_the_run(method):
+def test_single_steps_and_a_finish_make_the_run(method):
     x, grid = noise((2, 3), torch.float32), schedule.sigmas(5)
     state = ode.start(method, x, grid[0])
-    for t in grid[1:]:
+    for t in grid[1:-1]:
         state = ode.step(method, field, state, t)
-    assert torch.equal(state.x, ode.integrate(method._replace(last=None), field, x, grid))
+    state = ode.finish(method, field, state, grid[-1])
+    assert torch.equal(state.x, ode.integrate(method, field, x, grid)) and state.t == 0
 
 
 @METHODS
@@ -184,7 +160,7 @@ def test_a_grid_for_each_sample_gives_each_sample_its_own_run(method):
 def test_a_shorter_grid_padded_with_its_last_time_is_the_shorter_run(method):
     x = noise((2, 3))
     long, short = schedule.sigmas(8).double(), schedule.sigmas(5).double()
-    together = ode.integrate(method, field, x, torch.stack([long, torch.cat([short, short[-1:].expand(3)])], 1))
+    together = ode.integrate(method, field, x, schedule.together([long, short]))
     torch.testing.assert_close(together[:1], ode.integrate(method, field, x[:1], long))
     torch.testing.assert_close(together[1:], ode.integrate(method, field, x[1:], short))
 
@@ -197,6 +173,51 @@ def test_the_result_of_a_sample_does_not_depend_on_its_batch_and_no_input_is_cha
     assert torch.equal(x, x_before) and torch.equal(grid, grid_before)
     for i in range(4):
         assert torch.equal(together[i : i + 1], ode.integrate(method, field, x[i : i + 1], grid))
+
+
+def test_times_in_a_list_are_as_exact_as_the_state():
+    seen = []
+    ode.integrate(ode.EULER, lambda x, t: seen.append(t.item()) or x, noise(), [0.9, 0.7, 0.1])
+    assert seen == [0.9, 0.7]
+
+
+def test_unipc_starts_its_next_step_from_the_corrected_state():
+    # On D = x - t v linear in lambda the corrector is exact, whatever the predictor missed.
+    def log_snr(t):
+        return torch.log((1 - t) / t)
+
+    def velocity(x, t):
+        return (x - log_snr(t)) / t
+
+    def exact(x, t, t_next):
+        # t_next times the integral of e^lambda lambda, which is the difference of e^lambda (lambda - 1).
+        ends = [torch.exp(log_snr(s)) * (log_snr(s) - 1) for s in (t, t_next)]
+        return t_next / t * x + t_next * (ends[1] - ends[0])
+
+    grid = torch.tensor([0.9, 0.7, 0.45, 0.2], dtype=torch.float64)
+    first, last = (
+        ode.run(ode.UNIPC, velocity, ode.start(ode.UNIPC, noise(), grid[0]), part).memory["x"]
+        for part in (grid[:3], grid)
+    )
+    torch.testing.assert_close(last, exact(first, *grid[1:3]))
+
+
+def test_every_name_is_found_and_what_does_not_fit_it_is_refused():
+    for name, method in ode.METHODS.items():
+        assert ode.named(name) is method and ode.named(name, key=prng.key(0)) is method
+    assert ode.named("dopri5", rtol=1e-3)._replace(rtol=1e-5) == ode.DOPRI5
+    assert ode.named("euler_ancestral", key=prng.key(0)).name == "euler_ancestral"
+    assert set(ode.NAMES) == {*ode.METHODS, *ode.ADAPTIVE, *ode.STOCHASTIC}
+    for told, message in (
+        ({"name": "eulr"}, "method 'eulr' must be one of euler, midpoint"),
+        ({"name": "euler", "rtol": 1e-3}, "rtol and atol are for the adaptive methods, bosh3, dopri5, tsit5; euler is"),
+        ({"name": "heun_churn"}, "heun_churn draws noise at every step and needs a key"),
+        ({"name": "heun_churn", "key": prng.key(0), "atol": 1.0}, "heun_churn is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ode.named(**told)
+    with pytest.raises(ValueError, match="order 4 of UniPC"):
+        ode.unipc(4)
 
 
 def test_the_state_is_float32_whatever_the_velocity_answers_in():
