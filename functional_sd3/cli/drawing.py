@@ -10,27 +10,34 @@ from torch import Tensor
 
 from functional_sd3 import pipeline
 from functional_sd3.cli import session
+from functional_sd3.cli.inputs import Picture
+from functional_sd3.cli.regions import Regions
 from functional_sd3.cli.session import Session
 from functional_sd3.cli.written import Job
 from functional_sd3.core import prng
-from functional_sd3.core.types import Params
+from functional_sd3.core.types import Params, Velocity
+from functional_sd3.image import vae
 from functional_sd3.pipeline import Conditions
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer.control import Control
 
 
 class Run(NamedTuple):
-    """What every batch shares; size: width and height in pixels; bar: counts steps."""
+    """What every batch shares; size: width and height in pixels; tile: side and overlap of tiles in pixels; bar: counts
+    steps."""
 
     session: Session
     size: tuple[int, int]
     control: Sequence[Control]
     bar: Any
+    begun: Picture | None = None
+    regions: Regions | None = None
+    tile: tuple[int, int] | None = None
 
 
 def batches(jobs: list[Job], size: int, *, alone: bool) -> list[list[Job]]:
     """Jobs to be drawn at once; `alone`: never of two prompts, whose lengths would change one another's context."""
-    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job[0])] if alone else [jobs]
+    groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.prompt)] if alone else [jobs]
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
@@ -42,7 +49,7 @@ def together(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespa
     params = {name: opened.fetch(name) for name in (*encoders, "transformer", "vae")}
     images = []
     for jobs in batches:
-        prompts = [prompt for prompt, _ in jobs]
+        prompts = [job.prompt for job in jobs]
         conditions = pipeline.encode(params, opened.config, opened.tokenizers, prompts, **session.told(arguments))
         opened.timer.done("text", opened.device)
         latents = _sample(run, params, conditions, jobs, arguments)
@@ -68,7 +75,7 @@ def offloaded(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namesp
 def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[list[Job]], Conditions]:
     """The conditions of a batch, from every text read once."""
     opened = run.session
-    prompts = list(dict.fromkeys(prompt for jobs in batches for prompt, _ in jobs))
+    prompts = list(dict.fromkeys(job.prompt for jobs in batches for job in jobs))
     # Prompts of several lengths would lengthen one another's context, so with --long each is read by itself.
     groups = [[prompt] for prompt in prompts] if arguments.long else [prompts]
     rows: dict[str, Conditions] = {}
@@ -78,7 +85,7 @@ def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[
             rows[prompt] = Conditions(*(Conditioning(*(part[index : index + 1] for part in half)) for half in both))
 
     def of(jobs: list[Job]) -> Conditions:
-        chosen = [rows[prompt] for prompt, _ in jobs]
+        chosen = [rows[job.prompt] for job in jobs]
         halves = zip(*chosen, strict=True)
         return Conditions(*(Conditioning(*map(torch.cat, zip(*half, strict=True))) for half in halves))
 
@@ -86,24 +93,68 @@ def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[
 
 
 def _sample(run: Run, params: dict[str, Params], conditions: Conditions, jobs: list[Job], arguments) -> Tensor:
-    opened = run.session
-    keys = torch.stack([prng.key(seed) for _, seed in jobs])
-    width, height = run.size
-    noise = pipeline.initial_noise(keys, opened.config, len(jobs), height, width, device=opened.device)
+    opened, config = run.session, run.session.config
+    keys = torch.stack([prng.key(job.seed) for job in jobs])
+    noise, extras = _noise(run, jobs, keys), {}
+    start = noise
+    if run.begun is not None:
+        latents = run.begun.latents.expand_as(noise)
+        start, extras["times"] = pipeline.begin(config, latents, noise, arguments.steps, run.begun.strength)
+        if run.begun.mask is not None:
+            mask = pipeline.latent_mask(run.begun.mask, latents, run.begun.soften)
+            release = pipeline.release_times(mask, pipeline.sigmas(config, noise, arguments.steps))
+            extras["transform"] = pipeline.holding(latents, noise, release)
+    told: Any = conditions
+    if run.regions is not None:
+        told = [conditions, *(_repeated(one, len(jobs)) for one in run.regions.conditions)]
     latents = pipeline.sample(
         params,
-        opened.config,
-        conditions,
-        noise,
+        config,
+        told,
+        start,
         control=run.control,
         on_step=lambda info: run.bar.update(),
-        **session.sampling(opened, arguments),
+        field=_field(run),
+        **extras,
+        **session.sampling(opened, arguments, keys),
     )
     opened.timer.done("sampling", opened.device)
     return latents
 
 
+def _noise(run: Run, jobs: list[Job], keys: Tensor) -> Tensor:
+    opened, (width, height) = run.session, run.size
+    options = {"device": opened.device, "bounded": run.tile is None}
+    noise = pipeline.initial_noise(keys, opened.config, len(jobs), height, width, **options)
+    if jobs[0].towards is None:
+        return noise
+    others = torch.stack([prng.key(job.towards) for job in jobs])
+    far = pipeline.initial_noise(others, opened.config, len(jobs), height, width, **options)
+    return pipeline.slerp(noise, far, torch.tensor([job.amount for job in jobs], device=opened.device))
+
+
+def _field(run: Run) -> Callable[..., Velocity] | None:
+    """What makes the velocity of regions and tiles; None for the usual one."""
+    field = None
+    if run.tile is not None:
+        factor = vae.factor(run.session.config.vae)
+        field = pipeline.tiles(*(side // factor for side in run.tile))
+    if run.regions is not None:
+        return pipeline.blended(run.regions.shares, field or pipeline.velocity)
+    return field
+
+
+def _repeated(conditions: Conditions, count: int) -> Conditions:
+    return Conditions(*(Conditioning(*(part.expand(count, *part.shape[1:]) for part in half)) for half in conditions))
+
+
 def _decode(run: Run, params: dict[str, Params], latents: Tensor) -> Tensor:
-    images = pipeline.decode(params, run.session.config, latents).cpu()
+    tile = None
+    if run.tile is not None:
+        tile = max(run.tile) // vae.factor(run.session.config.vae)
+    images = pipeline.decode(params, run.session.config, latents, tile=tile)
+    if run.begun is not None and run.begun.restore:
+        images = pipeline.restored(images, run.begun.image, run.begun.mask, run.begun.soften)
+    images = images.cpu()
     run.session.timer.done("decoding", run.session.device)
     return images

@@ -8,7 +8,7 @@ from pathlib import Path
 from functional_sd3.cli import controls, guidance, written
 
 BATCH = 16
-_RECORDED = ("negative", "steps", "cfg", "method", "dtype", "params", "embedding", "weighted", "long")
+_RECORDED = ("negative", "steps", "cfg", "method", "rtol", "atol", "dtype", "params", "embedding", "weighted", "long")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,13 @@ def add_words(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser, *, steps: int = 28, cfg: float = 5.0) -> None:
     parser.add_argument("--steps", type=int, default=steps, help=f"steps of the sampler (default {steps})")
     parser.add_argument("--cfg", type=float, default=cfg, help=f"guidance scale, 1 for none (default {cfg:g})")
-    parser.add_argument("--method", default="euler", help="integrator: euler, heun, dpmpp_2m, ... (default euler)")
+    parser.add_argument(
+        "--method", default="euler", help="integrator: euler, heun, dpmpp_2m, unipc, dopri5, ... (default euler)"
+    )
+    for name in ("rtol", "atol"):
+        parser.add_argument(
+            f"--{name}", type=float, metavar="TOL", help="of bosh3, dopri5 and tsit5, which choose their own steps"
+        )
     guidance.add_arguments(parser)
     controls.add_arguments(parser)
 

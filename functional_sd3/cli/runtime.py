@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import weights
+from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
 from functional_sd3.flow.method import Method
 from functional_sd3.text import inversion
@@ -37,10 +38,15 @@ def dtype(name: str, device: torch.device) -> torch.dtype | None:
     return getattr(torch, name)
 
 
-def method(name: str) -> Method:
-    if name not in ode.METHODS:
-        raise ValueError(f"--method {name!r} must be one of {', '.join(ode.METHODS)}")
-    return ode.METHODS[name]
+def method(
+    name: str, keys: Key | None = None, *, rtol: float | None = None, atol: float | None = None
+) -> Method | ode.Adaptive:
+    """The integrator of a name; keys (batch, 2): of those that draw noise."""
+    if name not in ode.NAMES:
+        raise ValueError(f"--method {name!r} must be one of {', '.join(ode.NAMES)}")
+    if name not in ode.ADAPTIVE and (rtol is not None or atol is not None):
+        raise ValueError(f"--rtol and --atol are for {', '.join(ode.ADAPTIVE)}, not for --method {name}")
+    return ode.named(name, key=keys, rtol=rtol, atol=atol)
 
 
 def require(model: Model, components: Sequence[str], source: object) -> None:

@@ -10,12 +10,14 @@ import torch
 from functional_sd3 import pipeline, weights
 from functional_sd3.cli import guidance, runtime
 from functional_sd3.cli.timing import Timer
-from functional_sd3.core.types import Params
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Params
 from functional_sd3.flow.guidance import Guidance
-from functional_sd3.flow.method import Method
 from functional_sd3.image import vae
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Config, Tokenizers
+
+_STEPS = 2**31
 
 
 class Session(NamedTuple):
@@ -26,7 +28,6 @@ class Session(NamedTuple):
     fetch: Callable[[str], Params]
     device: torch.device
     dtype: torch.dtype | None
-    method: Method
     timer: Timer
     guidance: Guidance | None = None
 
@@ -35,7 +36,7 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
     """Raises ValueError for options that make no sense, WeightsError for weights that cannot be read."""
     timer.done("import")
     device = runtime.device(arguments.device)
-    method = runtime.method(arguments.method)
+    runtime.method(arguments.method, prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
     for text in arguments.guidance:
         guidance.parse(text)
     source = arguments.params or shipped.folder()
@@ -49,13 +50,13 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
         model = runtime.with_words(weights.load(source, **told), arguments.embedding)
         fetch = model.params.__getitem__
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
-    opened = Session(model.config, model.tokenizers, fetch, device, dtype, method, timer)
+    opened = Session(model.config, model.tokenizers, fetch, device, dtype, timer)
     return opened._replace(guidance=guidance.prepare(arguments, opened))
 
 
-def picture_size(session: Session, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Width and height in pixels of what is drawn; ValueError where the model cannot draw it."""
-    height, width = pipeline.latent_size(session.config, *(size[::-1] if size else ()))
+def picture_size(session: Session, size: tuple[int, int] | None, *, bounded: bool = True) -> tuple[int, int]:
+    """Width and height in pixels of what is drawn; ValueError where the model cannot draw it (`bounded`: at once)."""
+    height, width = pipeline.latent_size(session.config, *(size[::-1] if size else ()), bounded=bounded)
     factor = vae.factor(session.config.vae)
     return width * factor, height * factor
 
@@ -65,9 +66,11 @@ def told(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"negative": arguments.negative, "weighted": arguments.weighted, "long_prompts": arguments.long}
 
 
-def sampling(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `pipeline.sample`."""
-    return {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": session.method}
+def sampling(session: Session, arguments: argparse.Namespace, keys: Key) -> dict[str, Any]:
+    """The options of `pipeline.sample`; keys (batch, 2): those that the noise is drawn from."""
+    # A method's own noise has keys of its own: the draw of the starting noise never counts so far.
+    method = runtime.method(arguments.method, prng.fold_in(keys, _STEPS), rtol=arguments.rtol, atol=arguments.atol)
+    return {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": method}
 
 
 def note_truncated(session: Session, texts: Sequence[str], arguments: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,12 +17,24 @@ METADATA = "functional_sd3"
 _DEFAULTS = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto"}
 _POSITIONAL = ("subcommand", "picture", "prompts")
 
-Job = tuple[str, int]
-"""A prompt and a seed."""
 Settings = dict[str, Any]
 """Option -> value, in the words of JSON: a text or number is `--option value`, a list that for each of its items, True
 `--option`; what has its usual value may be left out. "subcommand" (generate, where absent), "picture" and "prompts" are
 the words before the options. A new option of a command is recorded by putting it here, and nothing else."""
+
+
+class Job(NamedTuple):
+    """One picture: its prompt and seed, and the seed whose noise it is moved towards by some amount."""
+
+    prompt: str
+    seed: int
+    towards: int | None = None
+    amount: float = 0.0
+
+    def settings(self) -> Settings:
+        """What a picture keeps of it beside the prompt."""
+        moved = {} if self.towards is None else {"variation": f"{self.towards}:{self.amount!r}"}
+        return {"seed": self.seed, **moved}
 
 
 def command(settings: Settings) -> str:
@@ -83,9 +95,10 @@ def write_each(folder: Path, images: "Tensor", jobs: Sequence[Job], settings: Se
     from functional_sd3.image import pixels
 
     written = []
-    for picture, (prompt, seed) in zip(pixels.to_pil(images), jobs, strict=True):
-        path = free(folder, f"{slug(prompt)}-{seed}")
-        save(path, picture, {"prompts": [prompt], "seed": seed, **settings})
+    for picture, job in zip(pixels.to_pil(images), jobs, strict=True):
+        seeds = f"{job.seed}" if job.towards is None else f"{job.seed}-{job.towards}"
+        path = free(folder, f"{slug(job.prompt)}-{seeds}")
+        save(path, picture, {"prompts": [job.prompt], **job.settings(), **settings})
         written.append(path)
     if len(jobs) > 1:
         path = free(folder, "grid")
@@ -132,5 +145,5 @@ def free(folder: Path, name: str, suffix: str = ".png") -> Path:
 
 
 def _together(jobs: Sequence[Job], settings: Settings) -> Settings:
-    prompts = list(dict.fromkeys(prompt for prompt, _ in jobs))
-    return {"prompts": prompts, "seed": jobs[0][1], "count": len(jobs) // len(prompts), **settings}
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    return {"prompts": prompts, **jobs[0].settings(), "count": len(jobs) // len(prompts), **settings}

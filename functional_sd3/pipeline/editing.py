@@ -32,7 +32,7 @@ def edit(
     target: str | Sequence[str],
     images: Tensor,
     *,
-    eta: float | Tensor = 0.0,
+    eta: float | Tensor = 0.9,
     window: tuple[float, float] = (0.0, 0.25),
     source_cfg: float | Tensor = 1.0,
     cfg: float | Tensor = 5.0,

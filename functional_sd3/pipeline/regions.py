@@ -71,15 +71,15 @@ def regional(
     return decode(params, config, sample(params, config, told, noise, field=blend, **run))
 
 
-def shares(regions: Sequence[Region], config: Config, noise: Tensor) -> Tensor:
+def shares(regions: Sequence[Region], config: Config, latents: Tensor) -> Tensor:
     """What part each prompt has in every latent: (1 + regions, 1, height, width), the picture's own prompt first; they
     add up to 1. Latents take the mean of the pixels of a mask. ValueError for masks of other proportions."""
-    factor, size = vae.factor(config.vae), noise.shape[-2:]
+    factor, size = vae.factor(config.vae), latents.shape[-2:]
     rows = [
-        mask_rules.soft(mask_rules.checked(mask, size[0] * factor, size[1] * factor, 1), *size).to(noise) * weight
+        mask_rules.soft(mask_rules.checked(mask, size[0] * factor, size[1] * factor, 1), *size).to(latents) * weight
         for _, mask, weight in regions
     ]
-    asked = torch.cat([noise.new_zeros(0, 1, *size), *rows])
+    asked = torch.cat([latents.new_zeros(0, 1, *size), *rows])
     total = asked.sum(0, keepdim=True)
     return torch.cat([(1 - total).clamp_min(0), asked]) / total.clamp_min(1)
 

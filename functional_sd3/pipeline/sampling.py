@@ -56,7 +56,7 @@ def sample(
     for first, stop, speaking, guiding in _segments(control, guidance, steps):
         grid, ends = times[first : stop + 1], stop == steps
         # An adaptive method tells the times that it will ask for to nobody.
-        asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, ends=ends)
+        asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
         told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
         if remembers:
             needed = velocities(params, config, conditions, guiding.needs, asked, **told)
@@ -76,16 +76,16 @@ def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
     return schedule.from_config(settings, steps, mu=mu, device=noise.device)
 
 
-def evaluation_times(method: Method, times: Tensor, *, ends: bool = True) -> Tensor:
-    """The times at which a method asks for the velocity on this grid, found by running it on a number; `ends` as in
-    `ode.run`."""
+def evaluation_times(method: Method, times: Tensor, count: int = 1, *, ends: bool = True) -> Tensor:
+    """The times at which a method asks for the velocity on this grid, found by running it on `count` numbers, as many
+    as it has samples; `ends` as in `ode.run`."""
     asked: list[Tensor] = []
 
     def record(x: Tensor, t: Tensor) -> Tensor:
         asked.append(t)
         return x
 
-    ode.run(method, record, ode.start(method, times.new_zeros(1), times[0]), times, ends=ends)
+    ode.run(method, record, ode.start(method, times.new_zeros(count), times[0]), times, ends=ends)
     return torch.stack(asked)
 
 

@@ -1,0 +1,180 @@
+"""Pictures that a run begins from: `--image IN --strength 0.6`, `--mask MASK`, `--outpaint right=64`.
+
+A picture is read upright and in RGB. With `--size` it is scaled to cover that size and cropped about its centre.
+Without, it is scaled down where it has more pixels than the model's own size, and each side is cropped about the centre
+to a multiple of what the model can draw. A mask goes the way of its picture.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from functional_sd3.cli import report, written
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from functional_sd3.cli.session import Session
+
+_SIDES = ("left", "right", "top", "bottom")
+_RECORDED = ("image", "mask", "strength", "soften", "restore", "outpaint", "overlap")
+
+
+class Picture(NamedTuple):
+    """What a run begins from; tensors of one sample, on the device."""
+
+    image: "Tensor"
+    """(1, 3, height, width) in [0, 1], grown where it is outpainted."""
+    latents: "Tensor"
+    mask: "Tensor | None"
+    """(1, 1, height, width), 1 where it is painted anew."""
+    strength: float
+    soften: float | None
+    restore: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.image.shape[-1], self.image.shape[-2]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", metavar="IN", help="a picture to begin from")
+    parser.add_argument(
+        "--strength", type=float, help="in [0, 1], how much of it is drawn anew (default 0.6; 1 with a mask)"
+    )
+    parser.add_argument("--mask", help="a picture of the same proportions: only what is white in it is drawn anew")
+    parser.add_argument(
+        "--soften", type=float, metavar="PX", help="blur the mask by so many pixels and take its grey for a strength"
+    )
+    parser.add_argument("--restore", action="store_true", help="lay what is kept of the picture over the result")
+    parser.add_argument(
+        "--outpaint", metavar="SIDE=PX,...", help="continue the picture: right=64,left=32 (left, right, top, bottom)"
+    )
+    parser.add_argument(
+        "--overlap", type=int, metavar="PX", help="with --outpaint: draw so much inside the border anew too (default 0)"
+    )
+
+
+def settings(arguments: argparse.Namespace) -> written.Settings:
+    """What a picture keeps of what it began from."""
+    return {name: value for name in _RECORDED if (value := getattr(arguments, name)) not in (None, False)}
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options that make no sense, before anything is loaded."""
+    alone = [f"--{name}" for name in _RECORDED if name != "image" and getattr(arguments, name) not in (None, False)]
+    if arguments.image is None and alone:
+        raise ValueError(f"{' and '.join(alone)} needs --image: the picture to begin from")
+    if arguments.strength is not None and not 0 <= arguments.strength <= 1:
+        raise ValueError(f"--strength {arguments.strength} must be between 0 (the picture as it is) and 1 (all anew)")
+    if arguments.mask and arguments.outpaint:
+        raise ValueError("--mask and --outpaint each say what is drawn anew: give one of them")
+    masked = arguments.mask or arguments.outpaint
+    if not masked and (arguments.soften is not None or arguments.restore):
+        raise ValueError("--soften and --restore need --mask or --outpaint: the part that is drawn anew")
+    if arguments.soften is not None and not 0 <= arguments.soften < math.inf:
+        raise ValueError(f"--soften {arguments.soften} must be a number of pixels of at least 0")
+    if arguments.overlap is not None and not arguments.outpaint:
+        raise ValueError("--overlap needs --outpaint")
+    if arguments.outpaint:
+        margins(arguments.outpaint)
+    for name in ("image", "mask"):
+        path = getattr(arguments, name)
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"--{name} {path} is no file")
+
+
+def margins(text: str) -> dict[str, int]:
+    """{"right": 64} of "right=64"."""
+    found = {}
+    for part in text.split(","):
+        side, equals, pixels = part.strip().partition("=")
+        if side not in _SIDES or not equals or not pixels.isdigit() or side in found:
+            raise ValueError(f"--outpaint {text!r} must be sides and pixels, such as right=64,top=32")
+        found[side] = int(pixels)
+    return found
+
+
+def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, int] | None) -> Picture | None:
+    """The picture read, fitted, grown, encoded; None without --image. size: width and height it is fitted to.
+
+    Raises ValueError for files that are no pictures, masks of other proportions, and sizes that cannot be drawn.
+    """
+    if arguments.image is None:
+        return None
+    import torch
+
+    from functional_sd3 import pipeline
+    from functional_sd3.image import pixels
+
+    if size is not None:
+        pipeline.latent_size(session.config, size[1], size[0], bounded=False)
+    picture = read(arguments.image)
+    fit = fitting(picture.size, session, size)
+    if picture.size != fit.size:
+        was, now = ("x".join(map(str, sides)) for sides in (picture.size, fit.size))
+        report.note(f"{arguments.image} is {was}: {'scaled and cropped' if fit.scaled else 'cropped'} to {now}")
+    image = pixels.from_pil(fitted(picture, fit)).to(session.device)
+    mask = None
+    if arguments.mask:
+        mask = pixels.from_pil(fitted(_mask(arguments.mask, picture), fit))[:, :1].to(session.device)
+    elif arguments.outpaint:
+        image, mask = pipeline.grown(image, **margins(arguments.outpaint), overlap=arguments.overlap or 0)
+    strength = arguments.strength if arguments.strength is not None else 0.6 if mask is None else 1.0
+    with torch.no_grad():
+        latents = pipeline.encode_images({"vae": session.fetch("vae")}, session.config, image)
+    return Picture(image, latents, mask, strength, arguments.soften, arguments.restore)
+
+
+class Fit(NamedTuple):
+    """The size that a picture is brought to, and whether it is scaled on the way or only cropped."""
+
+    size: tuple[int, int]
+    scaled: bool
+
+
+def fitting(size: tuple[int, int], session: "Session", wanted: tuple[int, int] | None) -> Fit:
+    """How a picture of this width and height is fitted; the rule stands above."""
+    if wanted is not None:
+        return Fit(wanted, size != wanted)
+    from functional_sd3.image import vae
+
+    sizes, factor = session.config.transformer, vae.factor(session.config.vae)
+    step = factor * sizes.patch_size
+    scale = min(1.0, sizes.sample_size * factor / math.sqrt(size[0] * size[1]))
+    sides = [max(step, int(side * scale + 1e-6) // step * step) for side in size]
+    width, height = (min(side, step * sizes.position_size) for side in sides)
+    return Fit((width, height), scale < 1 or width > size[0] or height > size[1])
+
+
+def fitted(picture: "Image", fit: Fit) -> "Image":
+    """The picture at that size, about its centre."""
+    from PIL import Image, ImageOps
+
+    if fit.scaled:
+        return ImageOps.fit(picture, fit.size, Image.Resampling.LANCZOS)
+    left, top = ((has - wants) // 2 for has, wants in zip(picture.size, fit.size, strict=True))
+    return picture.crop((left, top, left + fit.size[0], top + fit.size[1]))
+
+
+def read(path: str) -> "Image":
+    """The picture; ValueError with its path where it is none."""
+    from functional_sd3.image import pictures
+
+    try:
+        return pictures.read(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _mask(path: str, picture: "Image") -> "Image":
+    from PIL import Image
+
+    mask = read(path).convert("L")
+    if mask.width * picture.height != mask.height * picture.width:
+        sizes = ["x".join(map(str, sides)) for sides in (mask.size, picture.size)]
+        raise ValueError(f"{path} is {sizes[0]}, but the picture is {sizes[1]}: a mask must have its proportions")
+    return mask.resize(picture.size, Image.Resampling.BILINEAR)

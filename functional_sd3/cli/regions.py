@@ -1,0 +1,132 @@
+"""Prompts for parts of a picture, and pictures in tiles: `--region 0,0,512x1024="a red circle"`, `--tile 1024`."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from functional_sd3.cli import inputs, written
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from functional_sd3.cli.session import Session
+    from functional_sd3.pipeline import Conditions
+
+_BOX = re.compile(r"(\d+),(\d+),(\d+)[xX](\d+)")
+_FORM = "LEFT,TOP,WIDTHxHEIGHT=PROMPT or MASK.png=PROMPT, with @WEIGHT before the = if it is not 1"
+
+
+class Asked(NamedTuple):
+    """One `--region`: a box (left, top, width, height) in pixels or the path of a mask, a weight and a prompt."""
+
+    place: tuple[int, int, int, int] | str
+    weight: float
+    prompt: str
+
+
+class Regions(NamedTuple):
+    """What each prompt is, and what part it has in every latent."""
+
+    conditions: "list[Conditions]"
+    """Of the regions, a row each."""
+    shares: "Tensor"
+    """(1 + regions, 1, height, width), the picture's own prompt first."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--region",
+        action="append",
+        default=[],
+        metavar="BOX[@WEIGHT]=PROMPT",
+        help="a prompt for a part of the picture: LEFT,TOP,WIDTHxHEIGHT=PROMPT in pixels, or MASK.png=PROMPT, where "
+        "the mask is white. May be repeated",
+    )
+    parser.add_argument(
+        "--tile",
+        metavar="PX[:OVERLAP]",
+        help="draw in overlapping tiles of this side, so that a picture may be larger than the model can see "
+        "(overlap: a quarter)",
+    )
+
+
+def settings(arguments: argparse.Namespace) -> written.Settings:
+    """What a picture keeps of its regions and tiles."""
+    return {name: value for name in ("region", "tile") if (value := getattr(arguments, name))}
+
+
+def check(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """The side and overlap of tiles; ValueError for words that make no sense, before anything is loaded."""
+    for text in arguments.region:
+        parse(text)
+    return tile(arguments.tile)
+
+
+def parse(text: str) -> Asked:
+    """ValueError where the words are not of the form."""
+    place, equals, prompt = text.partition("=")
+    place, _, weight = place.partition("@")
+    box = _BOX.fullmatch(place.strip())
+    try:
+        number = float(weight or 1)
+    except ValueError:
+        raise ValueError(f"--region {text!r}: its weight {weight!r} must be a number") from None
+    if not equals or not place or not number > 0:
+        raise ValueError(f"--region {text!r} must be {_FORM}")
+    if not box and not Path(place).is_file():
+        raise ValueError(f"--region {text!r}: {place} is neither LEFT,TOP,WIDTHxHEIGHT nor the file of a mask")
+    return Asked(tuple(map(int, box.groups())) if box else place, number, prompt)
+
+
+def tile(text: str | None) -> tuple[int, int] | None:
+    """The side of a tile and its overlap, in pixels."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if not match:
+        raise ValueError(f"--tile {text!r} must be a side in pixels, or SIDE:OVERLAP")
+    side, overlap = int(match[1]), int(match[2] or int(match[1]) // 4)
+    if not overlap < side:
+        raise ValueError(f"--tile {text}: the overlap must be below the side")
+    return side, overlap
+
+
+def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, int]) -> Regions | None:
+    """The regions that were asked for, their prompts encoded; size (width, height) of what is drawn, in pixels.
+
+    Raises ValueError for boxes that leave the picture and masks of other proportions.
+    """
+    asked = [parse(text) for text in arguments.region]
+    if not asked:
+        return None
+    import torch
+
+    from functional_sd3 import pipeline
+    from functional_sd3.cli.session import told
+    from functional_sd3.pipeline import Region
+
+    with torch.no_grad():
+        conditions = [
+            pipeline.encode_from(session.fetch, session.config, session.tokenizers, [one.prompt], **told(arguments))
+            for one in asked
+        ]
+    height, width = pipeline.latent_size(session.config, size[1], size[0], bounded=False)
+    regions = [Region(one.prompt, _mask(one, size), one.weight) for one in asked]
+    like = torch.zeros(1, 1, height, width, device=session.device)
+    return Regions(conditions, pipeline.shares(regions, session.config, like))
+
+
+def _mask(asked: Asked, size: tuple[int, int]) -> "Tensor":
+    import torch
+
+    from functional_sd3.image import pixels
+
+    if isinstance(asked.place, str):
+        return pixels.from_pil(inputs.read(asked.place).convert("L"))[:, :1]
+    left, top, wide, high = asked.place
+    if left + wide > size[0] or top + high > size[1] or not wide * high:
+        raise ValueError(f"the region {left},{top},{wide}x{high} is not in the picture of {size[0]}x{size[1]}")
+    mask = torch.zeros(1, 1, size[1], size[0])
+    mask[..., top : top + high, left : left + wide] = 1
+    return mask
