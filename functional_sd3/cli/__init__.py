@@ -9,7 +9,18 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-SUBCOMMANDS = ("generate", "train", "inspect", "convert", "merge", "lora", "quantize", "evaluate")
+SUBCOMMANDS = (
+    "generate",
+    "edit",
+    "interpolate",
+    "train",
+    "inspect",
+    "convert",
+    "merge",
+    "lora",
+    "quantize",
+    "evaluate",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from functional_sd3.core import prng
 from functional_sd3.core.types import Params, Velocity
 from functional_sd3.image import vae
 from functional_sd3.pipeline import Conditions
-from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer.control import Control
 
 
@@ -82,14 +81,8 @@ def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[
     for group in groups:
         both = pipeline.encode_from(opened.fetch, opened.config, opened.tokenizers, group, **session.told(arguments))
         for index, prompt in enumerate(group):
-            rows[prompt] = Conditions(*(Conditioning(*(part[index : index + 1] for part in half)) for half in both))
-
-    def of(jobs: list[Job]) -> Conditions:
-        chosen = [rows[job.prompt] for job in jobs]
-        halves = zip(*chosen, strict=True)
-        return Conditions(*(Conditioning(*map(torch.cat, zip(*half, strict=True))) for half in halves))
-
-    return of
+            rows[prompt] = pipeline.rows(both, slice(index, index + 1))
+    return lambda jobs: pipeline.joined([rows[job.prompt] for job in jobs])
 
 
 def _sample(run: Run, params: dict[str, Params], conditions: Conditions, jobs: list[Job], arguments) -> Tensor:
@@ -106,7 +99,7 @@ def _sample(run: Run, params: dict[str, Params], conditions: Conditions, jobs: l
             extras["transform"] = pipeline.holding(latents, noise, release)
     told: Any = conditions
     if run.regions is not None:
-        told = [conditions, *(_repeated(one, len(jobs)) for one in run.regions.conditions)]
+        told = [conditions, *(pipeline.joined([one] * len(jobs)) for one in run.regions.conditions)]
     latents = pipeline.sample(
         params,
         config,
@@ -142,10 +135,6 @@ def _field(run: Run) -> Callable[..., Velocity] | None:
     if run.regions is not None:
         return pipeline.blended(run.regions.shares, field or pipeline.velocity)
     return field
-
-
-def _repeated(conditions: Conditions, count: int) -> Conditions:
-    return Conditions(*(Conditioning(*(part.expand(count, *part.shape[1:]) for part in half)) for half in conditions))
 
 
 def _decode(run: Run, params: dict[str, Params], latents: Tensor) -> Tensor:

@@ -110,16 +110,10 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
     from functional_sd3 import pipeline
     from functional_sd3.image import pixels
 
-    if size is not None:
-        pipeline.latent_size(session.config, size[1], size[0], bounded=False)
-    picture = read(arguments.image)
-    fit = fitting(picture.size, session, size)
-    if picture.size != fit.size:
-        was, now = ("x".join(map(str, sides)) for sides in (picture.size, fit.size))
-        report.note(f"{arguments.image} is {was}: {'scaled and cropped' if fit.scaled else 'cropped'} to {now}")
-    image = pixels.from_pil(fitted(picture, fit)).to(session.device)
-    mask = None
+    image, mask = fitted_image(arguments.image, session, size), None
     if arguments.mask:
+        picture = read(arguments.image)
+        fit = fitting(picture.size, session, size)
         mask = pixels.from_pil(fitted(_mask(arguments.mask, picture), fit))[:, :1].to(session.device)
     elif arguments.outpaint:
         image, mask = pipeline.grown(image, **margins(arguments.outpaint), overlap=arguments.overlap or 0)
@@ -127,6 +121,21 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
     with torch.no_grad():
         latents = pipeline.encode_images({"vae": session.fetch("vae")}, session.config, image)
     return Picture(image, latents, mask, strength, arguments.soften, arguments.restore)
+
+
+def fitted_image(path: str, session: "Session", size: tuple[int, int] | None) -> "Tensor":
+    """The picture as (1, 3, height, width) in [0, 1], with a note where it is not of its own size."""
+    from functional_sd3 import pipeline
+    from functional_sd3.image import pixels
+
+    if size is not None:
+        pipeline.latent_size(session.config, size[1], size[0], bounded=False)
+    picture = read(path)
+    fit = fitting(picture.size, session, size)
+    if picture.size != fit.size:
+        was, now = ("x".join(map(str, sides)) for sides in (picture.size, fit.size))
+        report.note(f"{path} is {was}: {'scaled and cropped' if fit.scaled else 'cropped'} to {now}")
+    return pixels.from_pil(fitted(picture, fit)).to(session.device)
 
 
 class Fit(NamedTuple):

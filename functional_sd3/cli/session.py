@@ -66,6 +66,12 @@ def told(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"negative": arguments.negative, "weighted": arguments.weighted, "long_prompts": arguments.long}
 
 
+def conditions(session: Session, prompts: Sequence[str], arguments: argparse.Namespace) -> list[pipeline.Conditions]:
+    """Of each prompt, a row each, all of the same number of tokens."""
+    both = pipeline.encode_from(session.fetch, session.config, session.tokenizers, list(prompts), **told(arguments))
+    return [pipeline.rows(both, slice(index, index + 1)) for index in range(len(prompts))]
+
+
 def sampling(session: Session, arguments: argparse.Namespace, keys: Key) -> dict[str, Any]:
     """The options of `pipeline.sample`; keys (batch, 2): those that the noise is drawn from."""
     # A method's own noise has keys of its own: the draw of the starting noise never counts so far.

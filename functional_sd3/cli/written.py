@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 METADATA = "functional_sd3"
 """Keyword of the PNG text chunk that holds the settings a picture was made with."""
 
+_DESCRIPTION = 0x010E
+"""The EXIF tag ImageDescription."""
 _DEFAULTS = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto"}
 _POSITIONAL = ("subcommand", "picture", "prompts")
 
@@ -64,12 +66,12 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def read_settings(path: Path) -> Settings | None:
-    """The settings written into a PNG, None where there are none. Raises ValueError for a file that is no picture."""
+    """The settings written into a picture, None where there are none; ValueError for a file that is no picture."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as picture:
-            text = picture.info.get(METADATA)
+            text = _text(picture)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not a picture") from None
     if text is None:
@@ -129,6 +131,33 @@ def save(path: Path, picture: "Image", settings: Settings) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", pnginfo=info)
     files.write_atomic(path, buffer.getvalue())
+
+
+def save_animation(path: Path, pictures: "Sequence[Image]", settings: Settings, fps: float) -> None:
+    """A GIF or WebP, by its suffix, that goes on for ever, with the settings inside."""
+    import io
+
+    from functional_sd3.weights import files
+
+    text = f"{METADATA} {json.dumps(settings)}"
+    buffer = io.BytesIO()
+    told = {"save_all": True, "append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
+    if path.suffix.lower() == ".gif":
+        pictures[0].save(buffer, format="GIF", comment=text.encode(), **told)
+    else:
+        exif = pictures[0].getexif()
+        exif[_DESCRIPTION] = text
+        pictures[0].save(buffer, format="WEBP", exif=exif, lossless=True, **told)
+    files.write_atomic(path, buffer.getvalue())
+
+
+def _text(picture: "Image") -> str | None:
+    """The settings in a PNG's text, a GIF's comment or a WebP's description."""
+    if METADATA in picture.info:
+        return picture.info[METADATA]
+    found = picture.info.get("comment") or picture.getexif().get(_DESCRIPTION) or ""
+    found = found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
+    return found.removeprefix(METADATA).strip() if found.startswith(METADATA) else None
 
 
 def slug(prompt: str) -> str:

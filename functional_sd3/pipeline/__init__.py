@@ -1,7 +1,16 @@
 """The composition: from prompts, and from pictures, to pictures. Each module is a few lines over the rooms below."""
 
-from functional_sd3.pipeline.editing import difference, drawn_to, edit, flow_edit, inverted, spanned
-from functional_sd3.pipeline.fields import Conditions, velocities, velocity
+from functional_sd3.pipeline.editing import (
+    difference,
+    drawn_to,
+    edit,
+    edited,
+    flow_edit,
+    flow_edited,
+    inverted,
+    spanned,
+)
+from functional_sd3.pipeline.fields import Conditions, joined, rows, velocities, velocity
 from functional_sd3.pipeline.image_to_image import Begun, begin, image_to_image
 from functional_sd3.pipeline.inpainting import grown, holding, inpaint, latent_mask, outpaint, release_times, restored
 from functional_sd3.pipeline.interpolation import between, interpolate, lerp, mix_conditions, slerp, variations
@@ -24,11 +33,13 @@ __all__ = [
     "difference",
     "drawn_to",
     "edit",
+    "edited",
     "encode",
     "encode_from",
     "encode_images",
     "evaluation_times",
     "flow_edit",
+    "flow_edited",
     "generate",
     "generate_from",
     "grown",
@@ -38,6 +49,7 @@ __all__ = [
     "inpaint",
     "interpolate",
     "inverted",
+    "joined",
     "latent_mask",
     "latent_size",
     "lerp",
@@ -46,6 +58,7 @@ __all__ = [
     "regional",
     "release_times",
     "restored",
+    "rows",
     "sample",
     "shares",
     "sigmas",

@@ -36,7 +36,6 @@ def edit(
     window: tuple[float, float] = (0.0, 0.25),
     source_cfg: float | Tensor = 1.0,
     cfg: float | Tensor = 5.0,
-    steps: int = 28,
     posterior_key: Key | None = None,
     **options: Any,
 ) -> Tensor:
@@ -55,10 +54,29 @@ def edit(
     target, images = paired(target, images)
     source, images = paired(source, images)
     latents = encode_images(params, config, images, key=posterior_key)
-    told, wanted = (encode(params, config, tokenizers, texts, **words) for texts in (source, target))
-    noise = inverted(params, config, told, latents, steps=steps, cfg=source_cfg, **_without_guidance(run))
-    draw = drawn_to(latents, eta, *spanned(sigmas(config, noise, steps), *window))
-    return decode(params, config, sample(params, config, wanted, noise, steps=steps, cfg=cfg, transform=draw, **run))
+    told = tuple(encode(params, config, tokenizers, texts, **words) for texts in (source, target))
+    scales = {"source_cfg": source_cfg, "cfg": cfg}
+    return decode(params, config, edited(params, config, told, latents, eta=eta, window=window, **scales, **run))
+
+
+def edited(
+    params: Params,
+    config: Config,
+    conditions: tuple[Conditions, Conditions],
+    latents: Tensor,
+    *,
+    eta: float | Tensor = 0.9,
+    window: tuple[float, float] = (0.0, 0.25),
+    source_cfg: float | Tensor = 1.0,
+    cfg: float | Tensor = 5.0,
+    steps: int = 28,
+    **options: Any,
+) -> Tensor:
+    """The latents of `edit`, from latents and the conditions (source, target); options as of `sample`."""
+    draw = drawn_to(latents, eta, *spanned(sigmas(config, latents, steps), *window))
+    source, target = conditions
+    noise = inverted(params, config, source, latents, steps=steps, cfg=source_cfg, **_without_guidance(options))
+    return sample(params, config, target, noise, steps=steps, cfg=cfg, transform=draw, **options)
 
 
 def inverted(
@@ -138,20 +156,37 @@ def flow_edit(
     source, images = paired(source, images)
     target, images = paired(target, images)
     source, images = paired(source, images)
-    if averages < 1:
-        raise ValueError(f"averages {averages} must be at least 1")
     latents = encode_images(params, config, images, key=posterior_key)
     told = tuple(encode(params, config, tokenizers, texts, **words) for texts in (source, target))
-    grid = sigmas(config, latents, steps)
-    keys = sample_keys(key, len(images))
+    run |= {"strength": strength, "source_cfg": source_cfg, "cfg": cfg, "averages": averages, "steps": steps}
+    return decode(params, config, flow_edited(params, config, told, latents, key, **run))
+
+
+def flow_edited(
+    params: Params,
+    config: Config,
+    conditions: tuple[Conditions, Conditions],
+    latents: Tensor,
+    key: Key,
+    *,
+    strength: float = 0.66,
+    source_cfg: float | Tensor = 3.5,
+    cfg: float | Tensor = 13.5,
+    averages: int = 1,
+    steps: int = 50,
+    **options: Any,
+) -> Tensor:
+    """The latents of `flow_edit`, from latents and the conditions (source, target); options as of `sample`."""
+    if averages < 1:
+        raise ValueError(f"averages {averages} must be at least 1")
+    grid, keys = sigmas(config, latents, steps), sample_keys(key, len(latents))
 
     def noises(t: Tensor) -> list[Tensor]:
         at = prng.fold_in(keys, schedule.position(grid, t))
         return [prng.normal(prng.fold_in(at, each), latents.shape[1:]).to(latents) for each in range(averages)]
 
-    field = difference(latents, noises, source_cfg)
-    edited = sample(params, config, told, latents, cfg=cfg, times=schedule.partial(grid, strength), field=field, **run)
-    return decode(params, config, edited)
+    field, times = difference(latents, noises, source_cfg), schedule.partial(grid, strength)
+    return sample(params, config, conditions, latents, cfg=cfg, times=times, field=field, **options)
 
 
 def difference(

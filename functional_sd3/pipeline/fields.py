@@ -25,6 +25,17 @@ class Conditions(NamedTuple):
     negative: Conditioning
 
 
+def rows(conditions: Conditions, index: slice | Tensor) -> Conditions:
+    """Some of the samples of a batch."""
+    return Conditions(*(Conditioning(*(part[index] for part in half)) for half in conditions))
+
+
+def joined(conditions: Sequence[Conditions]) -> Conditions:
+    """Several batches as one; all must be of the same number of tokens."""
+    halves = zip(*conditions, strict=True)
+    return Conditions(*(Conditioning(*map(torch.cat, zip(*half, strict=True))) for half in halves))
+
+
 def velocity(
     params: Params,
     config: Config,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow.path import broadcast
-from functional_sd3.pipeline.fields import Conditions
+from functional_sd3.pipeline.fields import Conditions, rows
 from functional_sd3.pipeline.image_to_image import divided
 from functional_sd3.pipeline.latents import decode, initial_noise, sample_keys
 from functional_sd3.pipeline.sampling import sample
@@ -141,9 +141,5 @@ def between(noises: Tensor, conditions: Conditions, places: Tensor, mix: Mix = l
     """Noise and conditions at places (n,) from 0 to stops - 1: (n, ...) from (stops, ...)."""
     first = places.detach().floor().long().clamp(0, len(noises) - 2)
     amount = places - first
-
-    def at(index: Tensor) -> Conditions:
-        return Conditions(*(Conditioning(*(part[index] for part in half)) for half in conditions))
-
     noise = slerp(noises[first], noises[first + 1], amount)
-    return noise, mix_conditions(at(first), at(first + 1), amount, mix)
+    return noise, mix_conditions(rows(conditions, first), rows(conditions, first + 1), amount, mix)

@@ -1,0 +1,116 @@
+"""Draw a picture as another prompt tells it, keeping the rest of it."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from functional_sd3.cli import controls, inputs, options, written
+from functional_sd3.cli.timing import Timer, progress
+
+HELP = "draw a picture as another prompt tells it"
+_RECORDED = ("seed", "size", "eta", "window", "source_cfg", "direct", "strength")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", metavar="IMAGE", help="the picture")
+    parser.add_argument("--from", dest="source", metavar="PROMPT", required=True, help="what it shows")
+    parser.add_argument("--to", dest="target", metavar="PROMPT", required=True, help="what it is to show")
+    parser.add_argument(
+        "--eta", type=float, help="in [0, 1], how much the way back is drawn to the picture (default 0.9)"
+    )
+    parser.add_argument(
+        "--window", metavar="START-END", help="when it is drawn so, as fractions of the run (default 0-0.25)"
+    )
+    parser.add_argument(
+        "--direct",
+        action="store_true",
+        help="FlowEdit: follow the difference of the prompts' flows from the picture, without going back to noise",
+    )
+    parser.add_argument("--strength", type=float, help="with --direct: the part of the steps taken (default 0.66)")
+    parser.add_argument("--source-cfg", type=float, help="guidance scale of --from (default 1; 2 with --direct)")
+    parser.add_argument("--seed", type=int, default=0, help="with --direct: of its noise (default 0)")
+    options.add_size(parser, "that of the picture")
+    options.add_words(parser)
+    options.add_run(parser)
+    options.add_model(parser)
+    parser.add_argument("--out", metavar="FILE-or-DIR", help="a .png file, or a folder (default: out/)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    timer = Timer()
+    options.check_counts(arguments, "steps")
+    size, told = options.size(arguments.size), _told(arguments)
+    if not Path(arguments.picture).is_file():
+        raise ValueError(f"{arguments.picture} is no file")
+    out, single = options.out(arguments.out)
+
+    import torch
+
+    from functional_sd3 import pipeline
+    from functional_sd3.cli import runtime, session
+    from functional_sd3.core import prng
+    from functional_sd3.image import pixels
+
+    opened = session.start(arguments, timer)
+    image = inputs.fitted_image(arguments.picture, opened, size)
+    shown = session.picture_size(opened, (image.shape[-1], image.shape[-2]))
+    control = controls.prepare(arguments, opened.config, opened.fetch, shown, opened.dtype, opened.device)
+    timer.done("load")
+    session.note_truncated(opened, [arguments.source, arguments.target, arguments.negative], arguments)
+    keys = prng.key(torch.tensor([arguments.seed]))
+    with torch.no_grad(), progress(2 * arguments.steps) as bar:
+        conditions = session.conditions(opened, [arguments.source, arguments.target], arguments)
+        timer.done("text", opened.device)
+        latents = pipeline.encode_images({"vae": opened.fetch("vae")}, opened.config, image)
+        told |= {"control": control, "on_step": lambda info: bar.update(), **session.sampling(opened, arguments, keys)}
+        transformer = {"transformer": opened.fetch("transformer")}
+        if arguments.direct:
+            latents = pipeline.flow_edited(transformer, opened.config, conditions, latents, keys, **told)
+        else:
+            latents = pipeline.edited(transformer, opened.config, conditions, latents, **told)
+        timer.done("sampling", opened.device)
+        del transformer
+        images = pipeline.decode({"vae": opened.fetch("vae")}, opened.config, latents).cpu()
+        timer.done("decoding", opened.device)
+    runtime.check_finite(images)
+    path = out if single else written.free(out, f"{written.slug(arguments.target)}-edited")
+    written.save(path, pixels.to_pil(images)[0], _settings(arguments))
+    timer.done("write")
+    print(path)
+    print(timer.summary(), file=sys.stderr)
+    return 0
+
+
+def _told(arguments: argparse.Namespace) -> dict:
+    """The options of `pipeline.edited` or `pipeline.flow_edited`; ValueError for those that make no sense."""
+    for name in ("eta", "strength"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--{name} {value} must be between 0 and 1")
+    if arguments.direct and (arguments.eta is not None or arguments.window):
+        raise ValueError("--eta and --window draw the way back from noise to the picture, which --direct does not go")
+    if not arguments.direct and arguments.strength is not None:
+        raise ValueError("--strength needs --direct: without it the picture goes all the way to noise")
+    if arguments.direct:
+        usual = {"strength": 0.66, "source_cfg": 2.0}
+        return {name: value if (value := getattr(arguments, name)) is not None else usual[name] for name in usual}
+    told = {"eta": 0.9 if arguments.eta is None else arguments.eta, "window": _window(arguments.window or "0-0.25")}
+    return {**told, "source_cfg": 1.0 if arguments.source_cfg is None else arguments.source_cfg}
+
+
+def _window(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text)
+    try:
+        start, end = float(match[1]), float(match[2])
+    except (TypeError, ValueError):
+        raise ValueError(f"--window {text!r} must be START-END, such as 0-0.25") from None
+    if not start <= end <= 1:
+        raise ValueError(f"--window {text} must be START <= END <= 1: fractions of the run")
+    return start, end
+
+
+def _settings(arguments: argparse.Namespace) -> written.Settings:
+    own = {name: value for name in _RECORDED if (value := getattr(arguments, name)) not in (None, False)}
+    first = {"subcommand": "edit", "picture": arguments.picture, "from": arguments.source, "to": arguments.target}
+    return {**first, **own, **options.settings(arguments)}
