@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from functional_sd3.flow import schedule
+from functional_sd3.flow import ode, schedule
 
 # torch builds its own forward-mode rules with torch.jit.script on the first jvp.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+DYNAMIC = schedule.Config(use_dynamic_shifting=True, time_shift_type="linear")
 
 
 def test_the_four_steps_of_the_turbo_model():
@@ -70,6 +71,45 @@ def test_spacings_begin_and_end_where_they_say(spacing):
     assert (levels.diff() < 0).all()
 
 
+def test_a_grid_of_ones_own_is_shifted_as_the_config_says_and_its_gradient_is_that_of_the_formula():
+    levels = torch.tensor([1.0, 0.7, 0.2], dtype=torch.float64)
+    grid = schedule.from_levels(schedule.Config(shift=3.0), levels)
+    torch.testing.assert_close(grid, torch.tensor([1.0, 2.1 / 2.4, 0.6 / 1.4, 0.0]))
+    torch.testing.assert_close(schedule.from_levels(schedule.Config(shift=3.0), [1.0, 0.7, 0.2]), grid)
+    gradient = torch.func.jacrev(lambda x: schedule.from_levels(schedule.Config(shift=3.0), x))(levels)
+    torch.testing.assert_close(gradient[:3].diagonal(), 3 / (1 + 2 * levels) ** 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("spacing", [None, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_the_gradient_in_mu_is_that_of_differences_for_every_spacing(spacing, kind):
+    # A spacing sees the ends alone, which shift_terminal would fix.
+    options = {spacing: True} if spacing else {"shift_terminal": 0.05}
+    config = schedule.Config(use_dynamic_shifting=True, time_shift_type=kind, **options)
+    mu, step = torch.tensor(1.15, dtype=torch.float64), 1e-3
+    slope = torch.func.jacfwd(lambda mu: schedule.from_config(config, 5, mu=mu))(mu)
+    ahead, behind = (schedule.from_config(config, 5, mu=1.15 + sign * step) for sign in (1, -1))
+    assert slope.abs().max() > 0.01
+    torch.testing.assert_close(slope.float(), (ahead - behind) / (2 * step), rtol=1e-2, atol=2e-4)
+
+
+def test_a_grid_is_learned_through_the_run_that_follows_it():
+    # Two steps of Euler on dx/dt = x end at x (1 - h) (1 - (1 - h)): the middle time that gradients find is 1/2.
+    logits = torch.tensor([1.0, -0.5], requires_grad=True)
+    for _ in range(200):
+        end = ode.integrate(ode.EULER, lambda x, t: x, torch.ones(1), schedule.learned(logits))
+        (gradient,) = torch.autograd.grad(-end.sum(), [logits])
+        logits = (logits - 5 * gradient).detach().requires_grad_()
+    assert schedule.learned(logits)[1].item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_grids_of_different_lengths_stand_side_by_side_and_the_shorter_waits_at_its_end():
+    grids = schedule.together([schedule.sigmas(5), schedule.partial(schedule.sigmas(5), 0.4), torch.tensor([1.0, 0.2])])
+    assert grids.shape == (6, 3) and torch.equal(grids[:, 0], schedule.sigmas(5))
+    assert torch.equal(grids[:3, 1], schedule.sigmas(5)[3:]) and (grids[3:, 1] == 0).all()
+    assert (grids[2:, 2] == grids[1, 2]).all()
+
+
 @pytest.mark.parametrize("spacing", [schedule.linear, schedule.karras, schedule.exponential])
 def test_spacings_are_differentiable_in_their_ends(spacing):
     lowest, highest = torch.tensor(0.02, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
@@ -128,6 +168,14 @@ def test_configs_are_hashable_values():
         (lambda: schedule.from_config(schedule.Config(time_shift_type="cubic"), 4), "'cubic'"),
         (lambda: schedule.from_config(schedule.Config(use_karras_sigmas=True, use_beta_sigmas=True), 4), "only one"),
         (lambda: schedule.from_config(schedule.Config(shift_terminal=0.1), 1), "at least 2 steps"),
+        (lambda: schedule.from_config(schedule.Config(shift_terminal=1.2), 4), "shift_terminal 1.2"),
+        (lambda: schedule.from_config(DYNAMIC, 4, mu=-1.0), "gives the shift -1.0"),
+        (lambda: schedule.from_levels(schedule.Config(), [1.0, 0.5, 0.0]), r"leave \(0, 1\]"),
+        (lambda: schedule.from_levels(schedule.Config(), [900.0, 500.0]), r"leave \(0, 1\]"),
+        (lambda: schedule.from_levels(schedule.Config(), [0.5, 0.7]), "do not descend"),
+        (lambda: schedule.from_levels(schedule.Config(), torch.tensor([999, 500])), "not timesteps"),
+        (lambda: schedule.from_levels(schedule.Config(), torch.ones(2, 2)), r"shape \(2, 2\)"),
+        (lambda: schedule.from_levels(DYNAMIC, [0.5]), "needs mu"),
     ],
 )
 def test_what_makes_no_grid_is_refused_by_name(call, message):

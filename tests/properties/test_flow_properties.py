@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng
-from functional_sd3.flow import guidance, ode, path, schedule
+from functional_sd3.flow import adaptive, dense, guidance, ode, path, schedule
 
 steps = st.integers(1, 120)
 shifts = st.floats(0.2, 12.0)
@@ -86,6 +86,38 @@ def test_a_run_in_two_parts_is_the_run_to_the_bit(method, seed, stop):
     first = ode.run(method, velocity, ode.start(method, x, grid[0]), grid[: stop + 1], ends=False)
     second = ode.run(method, velocity, first, grid[stop:])
     assert torch.equal(second.x, ode.integrate(method, velocity, x, grid))
+
+
+@given(st.sampled_from(list(ode.ADAPTIVE.values())), seeds, st.floats(0.05, 1.0))
+def test_adaptive_methods_are_exact_along_a_straight_path_in_one_step_as_long_as_it_is(method, seed, end):
+    x0, noise = normal(seed), normal(seed + 1)
+    solution = adaptive.solve(method, lambda x, t: noise - x0, noise, [end, 0.0], h=2.0, keep=True)
+    torch.testing.assert_close(solution.x[-1], noise - end * (noise - x0))
+    assert solution.accepted.tolist() == [1, 1] and solution.rejected.tolist() == [0, 0]
+    middle = dense.evaluate(solution.dense, end / 3)
+    torch.testing.assert_close(middle, noise - 2 / 3 * end * (noise - x0))
+
+
+@given(st.sampled_from(list(ode.ADAPTIVE.values())), seeds, st.lists(times, min_size=1, max_size=6, unique=True))
+def test_adaptive_runs_are_the_same_whatever_is_asked_for_between_and_in_any_batch(method, seed, asked):
+    x = normal(seed) * torch.tensor([0.1, 4.0]).double()[:, None, None]
+
+    def velocity(x, t):
+        return torch.sin(3 * x) + path.broadcast(t, x) * x.flip(-1)
+
+    grid = [1.0, *sorted(asked, reverse=True), 0.0]
+    whole = adaptive.solve(method, velocity, x, grid, rtol=1e-4, atol=1e-4)
+    for i in range(2):
+        alone = adaptive.solve(method, velocity, x[i : i + 1], [1.0, 0.0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(alone.x[-1][0], whole.x[-1][i]) and alone.evaluations[0] == whole.evaluations[i]
+
+
+@given(st.sampled_from(list(ode.STOCHASTIC.values())), seeds, st.integers(1, 7))
+def test_a_stochastic_run_in_two_parts_is_the_run_to_the_bit(make, seed, stop):
+    x, grid, method = normal(seed), schedule.sigmas(8), make(prng.key(seed))
+    first = ode.run(method, lambda x, t: torch.sin(x), ode.start(method, x, grid[0]), grid[: stop + 1], ends=False)
+    second = ode.run(method, lambda x, t: torch.sin(x), first, grid[stop:])
+    assert torch.equal(second.x, ode.integrate(method, lambda x, t: torch.sin(x), x, grid))
 
 
 @given(seeds, st.floats(-10, 10), st.floats(-10, 10))
