@@ -85,7 +85,7 @@ def test_a_grid_of_ones_own_is_shifted_as_the_config_says_and_its_gradient_is_th
 def test_the_gradient_in_mu_is_that_of_differences_for_every_spacing(spacing, kind):
     # A spacing sees the ends alone, which shift_terminal would fix.
     options = {spacing: True} if spacing else {"shift_terminal": 0.05}
-    config = schedule.Config(use_dynamic_shifting=True, time_shift_type=kind, **options)
+    config = schedule.Config(train_timesteps=20, use_dynamic_shifting=True, time_shift_type=kind, **options)
     mu, step = torch.tensor(1.15, dtype=torch.float64), 1e-3
     slope = torch.func.jacfwd(lambda mu: schedule.from_config(config, 5, mu=mu))(mu)
     ahead, behind = (schedule.from_config(config, 5, mu=1.15 + sign * step) for sign in (1, -1))
