@@ -100,7 +100,8 @@ def drawn_to(
     """Velocity -> velocity: v + eta ((x - end) / (t - place) - v) from time `first` on, as long as t > `last`.
 
     (x - end) / (t - place) is the straight line that is at `end` at the time `place`: Rout et al. 2024, eq. 15, with
-    the data at place 0; with a noise at place 1, eq. 8, for runs from data to noise. eta in [0, 1], () or (batch,).
+    the data at place 0; with a noise at place 1, eq. 8, for runs from data to noise. At its own place no line leads to
+    it, and a method that asks there (`ode.HEUN`, not `ode.HEUN_EDM`) hears v. eta in [0, 1], () or (batch,).
     Raises ValueError for an eta outside, where it is a number.
     """
     if not isinstance(eta, Tensor) and not 0 <= eta <= 1:

@@ -125,7 +125,7 @@ def interpolate(
         raise ValueError(f"{frames} frames between {count} stops; both must be at least 2")
     if {len(prompts), len(keys) if keys.ndim > 1 else 1} - {1, count}:
         raise ValueError(f"{len(keys)} keys for {len(prompts)} prompts; give one, or one for each")
-    keys = sample_keys(keys if keys.ndim > 1 else keys.expand(count, 2), count)
+    keys = (keys if keys.ndim > 1 else sample_keys(keys, 1)).expand(count, 2)
     device = params["transformer"]["patch"]["weight"].device
     noises = initial_noise(keys, config, count, height, width, device=device)
     conditions = encode(params, config, tokenizers, prompts * (count // len(prompts)), **words)
