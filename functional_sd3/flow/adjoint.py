@@ -20,6 +20,7 @@ from torch import Tensor
 from functional_sd3.core import transform, tree
 from functional_sd3.core.types import Tree, Velocity
 from functional_sd3.flow import ode
+from functional_sd3.flow.embedded import Adaptive
 from functional_sd3.flow.method import Advance, Method
 from functional_sd3.flow.times import Times, at_hand, checked
 
@@ -32,8 +33,11 @@ def checkpointed(method: Method) -> Method:
 
     The backward pass keeps x, t and the method's memory between the steps, and what one step keeps while it is
     differentiated. A velocity may close over what is differentiated. Saves memory under `transform.value_and_grad` and
-    plain autograd; inside a torch.func transform it is the method itself (see `transform.remat`).
+    plain autograd; inside a torch.func transform it is the method itself (see `transform.remat`). Raises ValueError for
+    an adaptive method, which would choose its steps anew: `continuous` takes those.
     """
+    if isinstance(method, Adaptive):
+        raise ValueError(f"{method.name} chooses its steps, and those are not taken twice: use `continuous`")
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
         return transform.remat(method.step)(velocity, x, t, t_next, memory)
@@ -42,13 +46,13 @@ def checkpointed(method: Method) -> Method:
 
 
 def continuous(
-    method: Method,
+    method: Method | Adaptive,
     field: Field,
     args: Tree,
     x: Tensor,
     times: Times,
     *,
-    backward: Method | None = None,
+    backward: Method | Adaptive | None = None,
     backward_times: Times | None = None,
     **options: Any,
 ) -> Tensor:

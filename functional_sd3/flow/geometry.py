@@ -42,7 +42,7 @@ class Singular(NamedTuple):
     """(count, batch, ...): unit directions of x; J right = values left."""
 
 
-def trajectory(method: ode.Method, velocity: Velocity, x: Tensor, times: Times) -> Trajectory:
+def trajectory(method: ode.Method | ode.Adaptive, velocity: Velocity, x: Tensor, times: Times) -> Trajectory:
     """The line from x (batch, ...) at times[0] that `ode.integrate` follows, with the velocity at each of `times`.
 
     Costs n + 1 evaluations beside those of the method.

@@ -13,13 +13,11 @@ from bench.timing import allocated_peak
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.flow import adjoint, ode, path, schedule
-from functional_sd3.flow.method import Method
 from functional_sd3.image import vae
 from functional_sd3.training import lora
 from tests import models
 
-STEPPED = [method for method in ode.METHODS.values() if isinstance(method, Method)]
-METHODS = pytest.mark.parametrize("method", STEPPED, ids=lambda method: method.name)
+METHODS = pytest.mark.parametrize("method", ode.METHODS.values(), ids=ode.METHODS)
 ONE_STEP = pytest.mark.parametrize(
     ("method", "counts"),
     [(ode.EULER, (64, 128)), (ode.MIDPOINT, (24, 48)), (ode.HEUN, (24, 48)), (ode.AB2, (24, 48)), (ode.RK4, (6, 12))],
@@ -354,6 +352,11 @@ def test_what_the_continuous_adjoint_cannot_take_is_named(arguments, message):
     given = {"args": ARGS, "x": X, "times": [1.0, 0.0], **arguments}
     with pytest.raises(ValueError, match=message):
         adjoint.continuous(ode.EULER, field, **given)
+
+
+def test_steps_that_are_chosen_by_values_are_not_checkpointed():
+    with pytest.raises(ValueError, match="dopri5 chooses its steps"):
+        adjoint.checkpointed(ode.DOPRI5)
 
 
 def test_forward_mode_is_refused_and_not_wrong():
