@@ -9,7 +9,7 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": layers.quick_gelu, "gelu": layers.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": layers.quick_gelu_over, "gelu": layers.gelu}
 
 
 def check(width: int, heads: int, activation: str) -> None:

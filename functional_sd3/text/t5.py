@@ -140,11 +140,13 @@ def _attention(params: Params, config: Config, x: Tensor, bias: Tensor, implemen
 
 
 def _mlp(params: Params, x: Tensor) -> Tensor:
-    gate, value = layers.linear(params["in"], x).chunk(2, dim=-1)
+    into, half = params["in"], params["in"]["weight"].shape[0] // 2
+    gate = layers.linear_gelu_tanh(layers.outputs_between(into, 0, half), x)
+    value = layers.linear(layers.outputs_between(into, half, 2 * half), x)
     if x.dtype == torch.float16:
         # T5-XXL's outputs leave float16's range: a power of two is taken out before, and put back in float32.
-        return layers.linear(params["out"], layers.gelu_tanh(gate) * (value / 64)).float() * 64
-    return layers.linear(params["out"], layers.gelu_tanh(gate) * value)
+        return layers.linear(params["out"], gate * (value / 64)).float() * 64
+    return layers.linear(params["out"], layers.multiply_over(value, gate))
 
 
 def _qkv_init(config: Config) -> specs.Initializer:

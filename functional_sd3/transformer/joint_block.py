@@ -155,7 +155,7 @@ def _project(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Str
     """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), not yet normed."""
     if asks:
         return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
-    without_query = layers.outputs_from(params["qkv"], x.shape[-1])
+    without_query = layers.outputs_between(params["qkv"], x.shape[-1])
     return Stream(None, *_split_heads(layers.linear(without_query, x), 2, heads))
 
 
@@ -180,16 +180,8 @@ def _add_attended(params: Params, x: Tensor, gate: Tensor, attended: Tensor) -> 
 
 
 def _mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    hidden = _gelu_over(layers.linear(params["in"], modulate(norm(x), shift, scale)))
+    hidden = layers.linear_gelu_tanh(params["in"], modulate(norm(x), shift, scale))
     return torch.addcmul(x, gate, layers.linear(params["out"], hidden))
-
-
-def _gelu_over(fresh: Tensor) -> Tensor:
-    """GELU of a tensor that nobody else holds, in its own memory unless it is differentiated, mapped or compiled.
-
-    The MLP's hidden layer is the largest tensor there is; a second one costs a forward on CPU 5% in page faults alone.
-    """
-    return torch.ops.aten.gelu_(fresh, approximate="tanh") if layers.plain(fresh) else layers.gelu_tanh(fresh)
 
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:
