@@ -9,17 +9,25 @@ from functional_sd3.core.types import Tree
 
 def check_donated(trees: Tree) -> None:
     """Raises ValueError, naming the paths, unless every leaf has memory of its own and no graph."""
-    spans = []
     for path, leaf in tree.flatten_paths(trees).items():
         if leaf.requires_grad:
             raise ValueError(f"{path} requires grad, so a graph may still read it; donate detached leaves")
+    if pair := sharing(trees):
+        raise ValueError(f"{pair[0]} and {pair[1]} share memory; clone one of them before donating")
+
+
+def sharing(trees: Tree) -> tuple[str, str] | None:
+    """The paths of two leaves that lie over one another in memory, None where each has its own."""
+    spans = []
+    for path, leaf in tree.flatten_paths(trees).items():
         if leaf.numel():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
             spans.append((leaf.data_ptr(), leaf.data_ptr() + extent * leaf.element_size(), path))
     spans.sort()
     for (_, end, path), (start, _, other) in zip(spans, spans[1:], strict=False):
         if start < end:
-            raise ValueError(f"{path} and {other} share memory; clone one of them before donating")
+            return path, other
+    return None
 
 
 def poison(tensors: Tree) -> Tree:

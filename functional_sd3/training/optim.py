@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.training.donation import check_donated, check_layout, laid_out, poison  # noqa: F401
+from functional_sd3.training.donation import check_donated, check_layout, laid_out, poison, sharing  # noqa: F401
 from functional_sd3.training.schedules import (  # noqa: F401
     Schedule,
     as_schedule,
@@ -26,14 +26,16 @@ from functional_sd3.training.schedules import (  # noqa: F401
 
 
 class Optimizer(NamedTuple):
-    """`donate(grads, state, params) -> (params, state)`: the whole step in place, where the rule has its own kernel.
+    """`donate(grads, state, params) -> (params, state)`: the whole step in place, where the rule has its own kernel;
+    `update_over`: as `update`, in the memory of the gradients, where the rule can.
 
-    Call the function `donate` below, which checks what may be overwritten, rather than this member.
+    Call the function `donate` below, which checks what may be overwritten, rather than these members.
     """
 
     init: Callable[[Params], Tree]
     update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
     donate: Callable[[Tree, Tree, Params], tuple[Params, Tree]] | None = None
+    update_over: Callable[[Tree, Tree, Params], tuple[Tree, Tree]] | None = None
 
 
 class CountState(NamedTuple):
@@ -61,7 +63,10 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         return grads, tuple(states)
 
     def donate(grads: Tree, state: tuple, params: Params) -> tuple[Params, tuple]:
-        grads, states = chain(*optimizers[:-1]).update(grads, state[:-1], params)
+        states = []
+        for optimizer, own in zip(optimizers[:-1], state, strict=False):
+            grads, own = (optimizer.update_over or optimizer.update)(grads, own, params)
+            states.append(own)
         params, last = optimizers[-1].donate(grads, state[-1], params)
         return params, (*states, last)
 
@@ -74,13 +79,22 @@ def clip_by_global_norm(limit: float) -> Optimizer:
     if not limit > 0:
         raise ValueError(f"the norm to clip to is {limit}; it must be positive (leave the clipping out to have none)")
 
-    def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
+    def factor(grads: Tree) -> Tensor:
         norm = global_norm(grads)
         # A NaN norm must not be hidden by the minimum: the loop stops at it.
-        factor = torch.where(norm > limit, limit / norm, torch.where(norm.isnan(), norm, 1.0))
-        return _like(grads, torch._foreach_mul(_leaves(grads), factor)), state
+        return torch.where(norm > limit, limit / norm, torch.where(norm.isnan(), norm, 1.0))
 
-    return Optimizer(lambda params: (), update)
+    def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
+        return _like(grads, torch._foreach_mul(_leaves(grads), factor(grads))), state
+
+    def update_over(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
+        # Equal gradients may be one tensor, which must not be multiplied twice.
+        if sharing(grads):
+            return update(grads, state, params)
+        torch._foreach_mul_(_leaves(grads), factor(grads))
+        return grads, state
+
+    return Optimizer(lambda params: (), update, update_over=update_over)
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
@@ -225,7 +239,7 @@ def global_norm(updates: Tree) -> Tensor:
 
 
 def donate(optimizer: Optimizer, grads: Tree, state: Tree, params: Params) -> tuple[Params, Tree]:
-    """One step that overwrites `params` and `state`; the returned trees share their memory. `grads` are left alone.
+    """One step that overwrites `params` and `state`; the returned trees share their memory. `grads` are spent too.
 
     Raises ValueError when two of those leaves share memory, or one still takes part in a graph: the result would be
     wrong without any other sign.
@@ -246,12 +260,13 @@ def ema_decay(decay: float, step: Tensor) -> Tensor:
 
 def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False) -> Params:
     """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`."""
-    means, gaps = _leaves(ema), torch._foreach_sub(_leaves(params), _leaves(ema))
-    torch._foreach_mul_(gaps, 1 - ema_decay(decay, step))
+    means, weight = _leaves(ema), 1 - ema_decay(decay, step)
+    # One pass over both trees, without a tree of differences.
+    arguments = means, _leaves(params), [weight.to(mean.dtype) for mean in means]
     if donate:
-        torch._foreach_add_(means, gaps)
+        torch._foreach_lerp_(*arguments)
         return ema
-    return _like(ema, torch._foreach_add(means, gaps))
+    return _like(ema, torch._foreach_lerp(*arguments))
 
 
 def _bias(beta: float, count: Tensor) -> Tensor:

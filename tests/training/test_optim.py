@@ -184,6 +184,19 @@ def test_the_average_follows_its_closed_form_and_warms_up():
     assert moved is ema and tree.allclose(moved, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_donated_step_clips_equal_gradients_that_are_one_tensor_once():
+    weights = {"a": torch.ones(3), "b": torch.ones(3)}
+    shared = torch.tensor([3.0, -4.0, 12.0])
+    optimizer = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(0.1, eps=1.0))
+    updates, _ = optimizer.update({"a": shared, "b": shared}, optimizer.init(weights), weights)
+    expected = optim.apply_updates(weights, updates)
+    for alone in (False, True):
+        given = {"a": shared.clone(), "b": shared.clone()} if alone else dict.fromkeys("ab", shared.clone())
+        own = tree.map(torch.clone, weights)
+        moved, _ = optim.donate(optimizer, given, optimizer.init(own), own)
+        assert tree.allclose(moved, expected, rtol=1e-6)
+
+
 def values(schedule, steps):
     return [float(schedule(torch.tensor(step))) for step in range(steps)]
 
