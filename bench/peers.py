@@ -21,12 +21,14 @@ class Pair(NamedTuple):
 
 def randomized(module: torch.nn.Module) -> torch.nn.Module:
     """The module with matrices of unit gain, so that nothing vanishes or overflows; norms stay as they are."""
-    generator = torch.Generator().manual_seed(0)
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim > 1:
                 fan_in = parameter[0].numel()
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / fan_in**0.5)
+                drawn = torch.randn(parameter.shape, generator=generator, device=device)
+                parameter.copy_(drawn * 0.7 / fan_in**0.5)
     return module.eval()
 
 
@@ -37,45 +39,51 @@ def parameters_of(module: torch.nn.Module, keys: layout.Layout, spec: Any) -> Pa
     return layout.to_ours(keys, spec, lambda source, _: source.transform.join([theirs[name] for name in source.names]))
 
 
-def transformer(config: mmdit.Config, dtype: torch.dtype = torch.float32) -> Pair:
+def transformer(
+    config: mmdit.Config, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Pair:
     """diffusers' SD3Transformer2DModel."""
     from diffusers import SD3Transformer2DModel
 
-    module = SD3Transformer2DModel(
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.heads,
-        joint_attention_dim=config.context_width,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_width,
-        out_channels=config.out_channels,
-        pos_embed_max_size=config.position_size,
-        dual_attention_layers=config.dual_attention_layers,
-        qk_norm="rms_norm" if config.qk_norm else None,
-    )
+    with torch.device(device):
+        module = SD3Transformer2DModel(
+            sample_size=config.sample_size,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            num_layers=config.depth,
+            attention_head_dim=config.head_dim,
+            num_attention_heads=config.heads,
+            joint_attention_dim=config.context_width,
+            caption_projection_dim=config.width,
+            pooled_projection_dim=config.pooled_width,
+            out_channels=config.out_channels,
+            pos_embed_max_size=config.position_size,
+            dual_attention_layers=config.dual_attention_layers,
+            qk_norm="rms_norm" if config.qk_norm else None,
+        )
     module = randomized(module).to(dtype)
     return Pair(module, config, parameters_of(module, diffusers_keys.TRANSFORMER, mmdit.spec(config)))
 
 
-def autoencoder(config: vae.Config = vae.SD3_VAE) -> Pair:
+def autoencoder(
+    config: vae.Config = vae.SD3_VAE, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Pair:
     """diffusers' AutoencoderKL."""
     from diffusers import AutoencoderKL
 
     levels = len(config.channels)
-    module = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.blocks_per_level,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.groups,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    module = randomized(module)
+    with torch.device(device):
+        module = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.channels,
+            layers_per_block=config.blocks_per_level,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.groups,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    module = randomized(module).to(dtype)
     return Pair(module, config, parameters_of(module, diffusers_keys.VAE, vae.spec(config)))
 
 
