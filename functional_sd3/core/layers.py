@@ -8,6 +8,8 @@ Beside its weight a linear or convolution layer may hold
   computes without being added to the weight.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,12 +86,14 @@ def meant_weight(params: Params, dtype: torch.dtype) -> Tensor:
     return (weight.to(scale.dtype) * scale.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
 
 
-def outputs_between(params: Params, start: int, stop: int | None = None) -> Params:
-    """A linear layer with its outputs from `start` up to `stop` alone."""
-    kept = {name: leaf[start:stop] for name, leaf in params.items() if name != "low_rank"}
+def split_outputs(params: Params, sizes: Sequence[int]) -> list[Params]:
+    """A linear layer as several, of `sizes` outputs each: views, whose gradients are joined in one copy."""
+    parts = {name: leaf.split(sizes) for name, leaf in params.items() if name != "low_rank"}
+    layers = [dict(zip(parts, leaves, strict=True)) for leaves in zip(*parts.values(), strict=True)]
     if "low_rank" in params:
-        kept["low_rank"] = {"down": params["low_rank"]["down"], "up": params["low_rank"]["up"][start:stop]}
-    return kept
+        down, ups = params["low_rank"]["down"], params["low_rank"]["up"].split(sizes)
+        layers = [{**layer, "low_rank": {"down": down, "up": up}} for layer, up in zip(layers, ups, strict=True)]
+    return layers
 
 
 def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:

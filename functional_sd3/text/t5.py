@@ -140,9 +140,8 @@ def _attention(params: Params, config: Config, x: Tensor, bias: Tensor, implemen
 
 
 def _mlp(params: Params, x: Tensor) -> Tensor:
-    into, half = params["in"], params["in"]["weight"].shape[0] // 2
-    gate = layers.linear_gelu_tanh(layers.outputs_between(into, 0, half), x)
-    value = layers.linear(layers.outputs_between(into, half, 2 * half), x)
+    gate, value = layers.split_outputs(params["in"], 2 * [params["in"]["weight"].shape[0] // 2])
+    gate, value = layers.linear_gelu_tanh(gate, x), layers.linear(value, x)
     if x.dtype == torch.float16:
         # T5-XXL's outputs leave float16's range: a power of two is taken out before, and put back in float32.
         return layers.linear(params["out"], gate * (value / 64)).float() * 64

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
-from functional_sd3.core.attention import Implementation, Stream, attention, joint_attention, merge_heads
+from functional_sd3.core.attention import Implementation, Stream, attention, joint_attention, merge_heads, split_heads
 from functional_sd3.core.types import Params, Tree
 
 MLP_RATIO = 4
@@ -57,7 +57,7 @@ def apply(
     modulation: dict[str, Tensor],
     implementation: Implementation = "sdpa",
     image_prompt: Tree | None = None,
-    attend: Callable[..., list[Tensor | None]] = joint_attention,
+    attend: Callable[..., list[Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One joint block: image and context (batch, tokens, width) -> the same.
 
@@ -71,7 +71,7 @@ def apply(
     image_parts = split_modulation(modulation["image"], width)
     context_parts = split_modulation(modulation["context"], width)
     streams = image, context, image_parts, context_parts
-    image, context = _attend(params, heads, *streams, implementation, image_prompt or {}, attend)
+    image, context = _attend(params, heads, *streams, implementation, image_prompt or {}, attend or joint_attention)
     image = _mlp(params["image"]["mlp"], image, *image_parts[3:6])
     if "mlp" not in params["context"]:
         return image, context
@@ -153,10 +153,16 @@ def zero_linear_spec(inputs: int, outputs: int) -> Tree:
 
 def _project(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Stream:
     """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), not yet normed."""
-    if asks:
-        return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
-    without_query = layers.outputs_between(params["qkv"], x.shape[-1])
-    return Stream(None, *_split_heads(layers.linear(without_query, x), 2, heads))
+    width = x.shape[-1]
+    if not asks:
+        _, told = layers.split_outputs(params["qkv"], (width, 2 * width))
+        return Stream(None, *_split_heads(layers.linear(told, x), 2, heads))
+    if x.requires_grad:
+        # A backward pass needs queries and keys again, for their norms, but not the values, which would stay in memory
+        # as a part of the same tensor.
+        normed, value = layers.split_outputs(params["qkv"], (2 * width, width))
+        return Stream(*_split_heads(layers.linear(normed, x), 2, heads), split_heads(layers.linear(value, x), heads))
+    return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
 
 
 def _stream(params: Params, projected: Stream) -> Stream:

@@ -55,9 +55,9 @@ def test_quick_gelu_in_place_is_quick_gelu():
     torch.testing.assert_close(layers.quick_gelu_over(x.clone()), layers.quick_gelu(x))
 
 
-def test_a_part_of_the_outputs_of_a_layer_is_that_part():
-    params = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}
+def test_the_outputs_of_a_layer_in_parts_are_its_outputs():
+    params = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2), "scale": drawn(24, seed=5)}
     params["low_rank"] = {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}
     x = drawn(3, 16)
-    part = layers.linear(layers.outputs_between(params, 5, 9), x)
-    torch.testing.assert_close(part, layers.linear(params, x)[:, 5:9])
+    parts = [layers.linear(part, x) for part in layers.split_outputs(params, (5, 4, 15))]
+    torch.testing.assert_close(torch.cat(parts, -1), layers.linear(params, x))
