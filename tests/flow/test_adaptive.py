@@ -5,9 +5,9 @@ import threading
 
 import numpy as np
 import pytest
+import scipy.integrate
 import torch
 from safetensors.torch import load, save
-from scipy.integrate import solve_ivp
 
 from functional_sd3.flow import adaptive, dense, ode, schedule, step_size
 from functional_sd3.flow.path import broadcast
@@ -27,7 +27,7 @@ def restless(x, t):
 
 
 def converged(x, times=(1.0, 0.0)):
-    solution = solve_ivp(
+    solution = scipy.integrate.solve_ivp(
         lambda t, y: restless(torch.tensor(y).reshape(x.shape), torch.tensor(t, dtype=torch.float64)).flatten().numpy(),
         (times[0], times[-1]),
         x.flatten().numpy(),
@@ -107,17 +107,48 @@ def test_scipy_meets_the_same_tolerance_with_about_as_many_evaluations(method, t
     def flat(t, y):
         return restless(torch.tensor(y)[None], torch.tensor([t], dtype=torch.float64))[0].numpy()
 
-    other = solve_ivp(flat, (1, 0), x[0].numpy(), theirs, rtol=tolerance, atol=tolerance)
+    other = scipy.integrate.solve_ivp(flat, (1, 0), x[0].numpy(), theirs, rtol=tolerance, atol=tolerance)
     assert abs(solution.x[-1][0].numpy() - other.y[:, -1]).max() < 20 * tolerance
     assert abs(solution.evaluations.item() / other.nfev - 1) < 0.25
 
 
+@METHODS
+def test_no_step_is_accepted_whose_estimated_error_is_beyond_the_tolerance_and_none_rejected_within(method):
+    run, rejected = adaptive.start(method, restless, 9 * noise((3, 4)), ENDS, h=0.5), 0
+    while not adaptive.finished(method, run):
+        before, run = run, adaptive.step(method, restless, run)
+        moved = run.accepted > before.accepted
+        assert (run.tried[moved] <= 1).all() and torch.equal(moved, run.t != before.t)
+        refused = run.rejected > before.rejected
+        assert (run.tried[refused] > 1).all() and (run.h[refused] < before.h[refused]).all()
+        rejected += int(refused.sum())
+    assert rejected > 0
+
+
+@pytest.mark.parametrize(("method", "theirs"), [(ode.BOSH3, "RK23"), (ode.DOPRI5, "RK45")], ids=lambda v: str(v)[:12])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_the_first_step_is_as_long_as_scipys(method, theirs, size):
+    x = size * noise((1, 6))
+    solver = getattr(scipy.integrate, theirs)(
+        lambda t, y: restless(torch.tensor(y)[None], torch.tensor([t], dtype=torch.float64))[0].numpy(),
+        1.0,
+        x[0].numpy(),
+        0.0,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    assert adaptive.start(method, restless, x, ENDS).h.item() == pytest.approx(solver.h_abs, rel=1e-9)
+
+
+def test_a_step_that_the_end_cuts_short_does_not_shorten_the_one_that_was_meant():
+    solution = adaptive.solve(ode.DOPRI5, restless, noise(), [1.0, 1 - 1e-6], h=0.03)
+    assert (solution.h >= 0.03).all() and solution.accepted.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(("method", "theirs"), [(ode.BOSH3, "RK23"), (ode.DOPRI5, "RK45")], ids=lambda v: str(v)[:12])
 def test_one_step_of_a_pair_its_error_and_its_dense_output_are_scipys(method, theirs):
-    from scipy.integrate import RK23, RK45
-
     x, h = noise((1, 6)), 0.13
-    solver = {"RK23": RK23, "RK45": RK45}[theirs](
+    solver = getattr(scipy.integrate, theirs)(
         lambda t, y: restless(torch.tensor(y)[None], torch.tensor([t], dtype=torch.float64))[0].numpy(),
         0.9,
         x[0].numpy(),

@@ -35,6 +35,17 @@ def test_ancestral_steps_approach_the_distributions_of_the_flow_with_order_one(e
     assert moments(ode.ancestral(KEY, eta), 200)[0] == pytest.approx(MEAN, abs=0.01)
 
 
+def test_one_ancestral_step_is_its_formula():
+    x, t, t_next = noise((2, 3)), 0.8, 0.5
+    drawn = prng.split(prng.fold_in(KEY, torch.arange(2)))[..., 1, :]
+    for eta in (1.0, 0.4):
+        down = t_next * (1 + eta * (t_next / t - 1))
+        euler = x + (down - t) * field(x, torch.tensor(t, dtype=torch.float64))
+        ratio = (1 - t_next) / (1 - down)
+        expected = ratio * euler + math.sqrt(t_next**2 - (down * ratio) ** 2) * prng.normal(drawn, 3, x.dtype)
+        torch.testing.assert_close(ode.integrate(ode.ancestral(KEY, eta), field, x, [t, t_next]), expected)
+
+
 def test_ancestral_noise_takes_the_lower_level_to_the_next_exactly():
     # Along straight lines from noise to one point Euler is exact, and so is every level's distribution.
     def velocity(x, t):
@@ -201,6 +212,9 @@ def test_the_amounts_of_noise_have_derivatives():
 
     amounts = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.6, 0.2, 0.9)]
     assert torch.autograd.gradcheck(result, amounts)
+    nothing = [torch.tensor(value, dtype=torch.float64) for value in (0.0, 0.0, 0.0)]
+    gradients = torch.func.grad(lambda *amounts: result(*amounts).sum(), argnums=(0, 1, 2))(*nothing)
+    assert all(torch.isfinite(gradient) for gradient in gradients)
 
 
 @MAKERS
