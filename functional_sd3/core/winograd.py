@@ -16,8 +16,8 @@ from torch import Tensor
 TILE, KERNEL = 4, 3
 WINDOW = TILE + KERNEL - 1
 POINTS = [Fraction(point) for point in ("0", "5/8", "-5/8", "3/2", "-3/2")]
-NUMBERS_AT_ONCE = 1 << 19
-"""Transformed numbers that are held together: they should stay in the cache."""
+ROWS_AT_ONCE, SMALL_KERNEL = 4, 1 << 20
+"""Rows of tiles that go through a product together, and the numbers of a kernel that is read as fast for each row."""
 
 Matrix = list[list[float]]
 
@@ -78,48 +78,47 @@ def convolve(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """
     outputs, inputs = weight.shape[:2]
     batch, (rows, columns) = x.shape[0], (side // TILE for side in x.shape[-2:])
-    into, kernel_map, back = (_both_ways(matrix, x) for matrix in (_WINDOW, _KERNEL, _OUTPUT))
-    kernel = (kernel_map @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(WINDOW**2, inputs, outputs)
-    found = x.new_empty(batch, rows, TILE, columns, TILE, outputs)
+    into, kernel_map, back = (torch.tensor(matrix, device=x.device) for matrix in (_WINDOW, _KERNEL, _OUTPUT))
+    # Across before down, as the windows are mapped below.
+    kernel = torch.kron(kernel_map, kernel_map) @ weight.permute(3, 2, 1, 0).reshape(KERNEL**2, -1)
+    kernel = kernel.view(WINDOW**2, inputs, outputs)
+    step = min(rows, 1 if kernel.numel() <= SMALL_KERNEL else ROWS_AT_ONCE)
     # The same memory for every part: fresh pages cost more than the arithmetic on them.
-    step = min(rows, max(1, NUMBERS_AT_ONCE // (columns * WINDOW**2 * max(inputs, outputs))))
-    windows = x.new_empty(WINDOW, WINDOW, step, columns, inputs)
-    mixed = x.new_empty(WINDOW**2, step * columns, inputs)
-    products = x.new_empty(WINDOW**2, step * columns, outputs)
+    strip = x.new_zeros(WINDOW, x.shape[-1] + 2, inputs)
+    mapped = torch.empty_like(strip)
+    count = step * columns
+    first, second = x.new_empty(2, WINDOW**2 * count * max(inputs, outputs))
+    windows, mixed = (memory[: WINDOW**2 * count * inputs] for memory in (first, second))
+    products, halves = first[: WINDOW**2 * count * outputs], second[: TILE * WINDOW * count * outputs]
     tiles = x.new_empty(TILE, TILE, step, columns, outputs)
-    for picture, image in zip(found, _padded(x), strict=True):
+    found = x.new_empty(batch, rows, TILE, columns, TILE, outputs)
+    for picture, image in zip(found, x.permute(0, 2, 3, 1), strict=True):
         for start in range(0, rows, step):
-            row = min(start, rows - step)
-            windows.copy_(_windows(image, row, step, columns))
-            torch.mm(into, windows.view(WINDOW**2, -1), out=mixed.view(WINDOW**2, -1))
-            torch.bmm(mixed, kernel, out=products)
-            torch.mm(back, products.view(WINDOW**2, -1), out=tiles.view(TILE**2, -1))
+            start = min(start, rows - step)
+            for row in range(step):
+                _cut(image, (start + row) * TILE - 1, strip)
+                torch.mm(into, strip.view(WINDOW, -1), out=mapped.view(WINDOW, -1))
+                windows.view(WINDOW, WINDOW, step, columns, inputs)[:, :, row] = _windows(mapped, columns)
+            torch.mm(into, windows.view(WINDOW, -1), out=mixed.view(WINDOW, -1))
+            torch.bmm(mixed.view(WINDOW**2, -1, inputs), kernel, out=products.view(WINDOW**2, -1, outputs))
+            torch.mm(back, products.view(WINDOW, -1), out=halves.view(TILE, -1))
+            torch.bmm(back.expand(TILE, -1, -1), halves.view(TILE, WINDOW, -1), out=tiles.view(TILE, TILE, -1))
             tiles += bias
-            picture[row : row + step] = tiles.permute(2, 0, 3, 1, 4)
+            picture[start : start + step] = tiles.permute(2, 1, 3, 0, 4)
     return found.view(batch, *x.shape[-2:], outputs).permute(0, 3, 1, 2)
 
 
-def _padded(x: Tensor) -> Tensor:
-    """(batch, channels, height, width) -> (batch, height + 2, width + 2, channels) with a frame of zeros."""
-    batch, channels, height, width = x.shape
-    padded = x.new_empty(batch, height + 2, width + 2, channels)
-    for edge in (0, -1):
-        padded[:, edge], padded[:, :, edge] = 0, 0
-    padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
-    return padded
+def _cut(image: Tensor, top: int, strip: Tensor) -> None:
+    """Rows `top` to `top` + 6 of image (height, width, channels) into a strip whose first and last columns are zero."""
+    above, below = max(0, -top), max(0, top + WINDOW - image.shape[0])
+    strip[above : WINDOW - below, 1:-1] = image[top + above : top + WINDOW - below]
+    if above:
+        strip[:above] = 0
+    if below:
+        strip[WINDOW - below :] = 0
 
 
-def _windows(image: Tensor, row: int, count: int, columns: int) -> Tensor:
-    """The overlapping windows of `count` rows of tiles of an image (height + 2, width + 2, channels), as a view."""
-    down, right, channel = image.stride()
-    return image.as_strided(
-        (WINDOW, WINDOW, count, columns, image.shape[-1]),
-        (down, right, TILE * down, TILE * right, channel),
-        image.storage_offset() + row * TILE * down,
-    )
-
-
-def _both_ways(matrix: Matrix, like: Tensor) -> Tensor:
-    """The map of rows and columns at once: the Kronecker product with itself."""
-    one = torch.tensor(matrix, dtype=like.dtype, device=like.device)
-    return torch.kron(one, one)
+def _windows(strip: Tensor, columns: int) -> Tensor:
+    """The overlapping windows of a strip (6, width + 2, channels) as a view (across, down, columns, channels)."""
+    down, right, channel = strip.stride()
+    return strip.as_strided((WINDOW, WINDOW, columns, strip.shape[-1]), (right, down, TILE * right, channel))
