@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng
@@ -42,6 +42,7 @@ def test_fractions_of_a_run_that_meet_share_no_step_and_leave_none_out(start, mi
 
 
 @given(steps=st.integers(1, 1000), first=st.integers(0, 1000))
+@example(steps=100, first=29)
 def test_a_fraction_that_is_a_whole_number_of_steps_is_that_number(steps, first):
     first = min(first, steps)
     assert inside(guidance.fraction(first / steps, 1.0), steps) == list(range(first, steps))
@@ -106,6 +107,8 @@ def test_an_interval_of_times_is_found_among_the_steps_that_begin_in_it():
     begins = times[inside(guidance.fraction(start, stop), 28)]
     assert ((begins > 0.3) & (begins <= 0.9)).all()
     assert len(begins) == ((times[:-1] > 0.3) & (times[:-1] <= 0.9)).sum() > 5
+    # The interval is open at its low end, and closed at its high one.
+    assert guidance.step_fractions(torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), 0.25, 0.75) == (0.25, 0.75)
 
 
 @pytest.mark.parametrize("ascending", [False, True])
