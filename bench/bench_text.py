@@ -54,6 +54,7 @@ def test_clip(versus):
         peer="transformers",
         rounds=11,
         memory=True,
+        least=True,
     )
 
 
@@ -67,4 +68,5 @@ def test_t5(versus):
         peer="transformers",
         rounds=11,
         memory=True,
+        least=True,
     )

@@ -26,6 +26,8 @@ def rows(run: dict[str, Any]) -> list[Row]:
     for each in run["benchmarks"]:
         facts, stats = dict(each["extra_info"]), each["stats"]
         theirs, repeat = facts.pop("theirs"), facts.pop("repeat", 1)
+        if least := facts.pop("least", None):
+            facts["products_alone"] = f"{statistics.median(least) / statistics.median(theirs):.2f}"
         found.append(
             Row(
                 facts.pop("row"),
@@ -50,7 +52,8 @@ def page(run: dict[str, Any]) -> str:
         f"{cpu}, {run['threads']} threads; Python {machine['python_version']}, {versions}.",
         "Medians of interleaved runs in one process, warm, the same weights, after checking that both sides agree.",
         "Spread is the middle half of our times. Trust the ratios, which are below 1 where this project is faster;",
-        "`make bench` remeasures them.",
+        "`make bench` remeasures them. *Products alone*: what the other side's matrix products, convolutions and",
+        "attention take by themselves, as a share of its time; no ratio of the same arithmetic can be below it.",
         "",
         "| what | ours | theirs | ratio | spread | other side | more |",
         "|---|---|---|---|---|---|---|",

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Versus:
@@ -31,10 +33,12 @@ class Versus:
         repeat: int = 1,
         memory: bool = False,
         grad: bool = False,
+        least: bool = False,
         **facts: Any,
     ) -> None:
         """Times `rounds` rounds of `repeat` calls each. `tolerance`: the largest relative difference of the outputs, a
         tensor each; None where there is nothing to compare. `memory` measures both sides' peak of allocated bytes.
+        `least` times the other side's products alone as well: what no way of writing the same can go below.
         Raises ValueError when the outputs differ by more.
         """
         with torch.set_grad_enabled(grad):
@@ -53,13 +57,18 @@ class Versus:
                 facts["peak_bytes"] = allocated_peak(ours)
                 facts["theirs_peak_bytes"] = allocated_peak(theirs) if theirs else None
             samples: list[float] = []
+            bare, alone = (products(theirs) if least and theirs else None), []
 
             def other_side() -> None:
                 if theirs is not None:
                     samples.append(timed(theirs, repeat)[0] / repeat)
+                if bare is not None:
+                    alone.append(timed(bare, repeat)[0] / repeat)
 
             rounds = 1 if self.quick else rounds
             self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=rounds)
+        if alone:
+            facts["least"] = alone
         self.benchmark.extra_info.update(row=name, peer=peer, repeat=repeat, theirs=samples, **facts)
 
     def record(self, name: str, **facts: Any) -> None:
@@ -74,6 +83,34 @@ def timed(run: Callable[[], Any], repeat: int = 1) -> tuple[float, Any]:
     for _ in range(repeat):
         result = run()
     return time.perf_counter() - start, result
+
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu"}
+
+
+class _Recorder(TorchDispatchMode):
+    """The products that run under it, with what they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in _PRODUCTS:
+            self.calls.append(partial(func, *args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def products(run: Callable[[], Any]) -> Callable[[], None]:
+    """The matrix products, convolutions and attentions of a run, one after the other on the same numbers."""
+    with _Recorder() as recorder:
+        run()
+
+    def again() -> None:
+        for call in recorder.calls:
+            call()
+
+    return again
 
 
 def relative_difference(mine: Any, other: Any) -> float:

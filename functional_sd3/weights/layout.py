@@ -253,7 +253,7 @@ def _regex(pattern: str) -> str:
 
 
 def _fill(pattern: str, match: re.Match) -> str:
-    return re.sub(r"\{\*?(\w+)\}", lambda hole: match[hole[1]], pattern)
+    return pattern.replace("{*", "{").format_map(match.groupdict())
 
 
 def _closest(name: str, missing: list[str]) -> str:
