@@ -15,8 +15,10 @@ from functional_sd3.flow import dense as dense
 from functional_sd3.flow import geometry as geometry
 from functional_sd3.flow import guidance as guidance
 from functional_sd3.flow import landscape as landscape
+from functional_sd3.flow import likelihood as likelihood
 from functional_sd3.flow import ode as ode
 from functional_sd3.flow import path as path
+from functional_sd3.flow import reversible as reversible
 from functional_sd3.flow import schedule as schedule
 from functional_sd3.flow import stochastic as stochastic
 from functional_sd3.image import clip_pixels as clip_pixels

@@ -20,6 +20,7 @@ SUBCOMMANDS = (
     "lora",
     "quantize",
     "evaluate",
+    "likelihood",
 )
 
 

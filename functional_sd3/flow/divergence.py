@@ -5,8 +5,9 @@ once gives each its own dv_i/dx_i. The exact divergence of D numbers a sample co
 Hutchinson's estimate (1990; for flows: Grathwohl et al. 2018, FFJORD, arXiv:1810.01367, section 3.1) one a probe: for
 E[e e^T] = 1, E[e^T (dv/dx) e] = tr dv/dx. A velocity that lets samples see one another has no such divergence.
 
-Products are forward-mode (`torch.func.jvp`), which also give the velocity itself: attention then needs
-implementation="math". Where forward mode does not exist, mode="reverse" takes vector-Jacobian products one by one.
+Products are taken in forward mode (`torch.func.jvp`, many at once, no activations kept), which attention has with
+implementation="math", or in reverse mode (one by one, with all activations kept), which fused attention has too and
+which is the faster of the two there. Both give the velocity itself as well.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Velocity
+from functional_sd3.flow.matching import sample_keys
 
 Draw = Callable[[Key, tuple[int, ...]], Tensor]
 """`draw(keys (..., 2), shape) -> (..., *shape)`, of mean 0 and covariance 1: `rademacher`, `prng.normal`."""
@@ -51,12 +53,15 @@ def divergence(
 ) -> Tensor:
     """div v at (x, t), (batch,), in float32 or the wider dtype of x. x (batch, ...); t () or (batch,).
 
-    estimator: "exact", or "hutchinson", the mean over `probes`; by default Hutchinson's where there is a key. key: (2,),
-    from which sample i takes fold_in(key, i), or (batch, 2), a key for each; so a sample's estimate does not depend on
-    its batch. draw: the probes' distribution, `rademacher` by default. chunk_size: products taken at once, None for all
-    of them. Works under vmap, grad and compile; memory falls with chunk_size, time does not change much.
+    estimator: "exact", or "hutchinson", the mean over `probes`; by default Hutchinson's where there is a key.
+    key: (2,), from which sample i takes fold_in(key, i), or (batch, 2), a key for each; so a sample's estimate does not
+    depend on its batch. draw: the probes' distribution, `rademacher` by default.
+    mode: "forward" or "reverse"; None is forward where the velocity has it and reverse where it does not, which is
+    found out by trying (so name it under compile). chunk_size: forward products taken at once, None for all of them.
 
-    Raises ValueError for Hutchinson without a key, and NotImplementedError where the velocity has no forward mode.
+    Works under vmap, grad and compile where the velocity does: grad of reverse mode asks for second derivatives, which
+    fused attention does not have. Raises ValueError for Hutchinson without a key, NotImplementedError for a mode that
+    the velocity does not have.
     """
     x, t = _working(x, t)
     if (estimator or ("exact" if key is None else "hutchinson")) == "exact":
@@ -98,15 +103,6 @@ def quadratic_forms(
 def rademacher(key: Key, shape: tuple[int, ...]) -> Tensor:
     """-1 or 1, each as likely: of all probes those with the least variance, 2 sum_{i != j} ((J + J^T)_ij / 2)^2."""
     return (prng.bits(key, shape) & 1).mul_(2).sub_(1).to(torch.float32)
-
-
-def sample_keys(key: Key | None, x: Tensor) -> Key:
-    """(batch, 2), a key for each sample of x, from one key (2,) or from (batch, 2); ValueError for anything else."""
-    if key is None:
-        raise ValueError("Hutchinson's estimate draws its probes from a key: give key=prng.key(seed)")
-    if key.ndim > 2 or (key.ndim == 2 and len(key) != len(x)):
-        raise ValueError(f"keys of shape {tuple(key.shape)} must be (2,) or ({len(x)}, 2), one for each sample")
-    return prng.fold_in(key, torch.arange(len(x), device=key.device)) if key.ndim == 1 else key
 
 
 def probe_vectors(keys: Key, count: int, x: Tensor, draw: Draw | None = None) -> Tensor:

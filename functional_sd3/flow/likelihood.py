@@ -28,9 +28,10 @@ from functional_sd3.flow.divergence import (
     probe_vectors,
     quadratic_forms,
     rademacher,
-    sample_keys,
 )
-from functional_sd3.flow.times import at_hand, checked
+from functional_sd3.flow.inversion import Inversion, RoundTrip, corrected, coupled, invert, plain, round_trip, upwards
+from functional_sd3.flow.matching import advantage, losses, sample_keys
+from functional_sd3.flow.times import at_hand
 
 
 class Estimate(NamedTuple):
@@ -147,9 +148,7 @@ def _standard_error(volumes: Tensor, hutchinson: bool) -> Tensor:
 
 
 def _to_the_prior(times: ode.Times, x: Tensor) -> Tensor:
-    grid = checked(times, x)
-    # Without reading a value: the grid may be traced, or on a device.
-    grid = torch.where(grid[0] > grid[-1], grid.flip(0), grid)
+    grid = upwards(times, x)
     if at_hand(grid) and not (grid[-1] == 1).all():
         raise ValueError(f"times end at {grid[-1].min():.6g}; the prior, which a likelihood needs, is at t = 1")
     return grid
@@ -162,10 +161,19 @@ def _bits(t: Tensor) -> Tensor:
 
 __all__ = [
     "Estimate",
+    "Inversion",
+    "RoundTrip",
+    "advantage",
     "bits_per_dimension",
+    "corrected",
+    "coupled",
     "divergence",
     "estimate",
+    "invert",
     "log_likelihood",
     "log_normal",
+    "losses",
+    "plain",
     "rademacher",
+    "round_trip",
 ]

@@ -92,6 +92,19 @@ def test_a_window_inside_of_another_is_heard_where_both_are_open():
     assert len(guidance.at(guidance.skip_layer(guidance.cfg(4.0), (1,), 2.0, 0.0, 1.0), 0, 4).needs) == 2
 
 
+@pytest.mark.parametrize("step", range(4))
+def test_what_is_added_to_guidance_in_a_window_is_added_inside_and_outside_of_it(step):
+    answers, x_t = velocities(3), point(3)
+    limited = guidance.interval(guidance.cfg(5.0), 0.25, 0.75)
+    more = guidance.composed(guidance.perturbed(limited, (1,), 1.5), (object(), 2.0))
+    below = combine(guidance.cfg(5.0) if step in (1, 2) else guidance.CONDITIONAL, answers, *x_t)
+    added = 1.5 * (answers["positive"] - answers["perturbed_layers (1,)"])
+    added = added + 2.0 * (answers["prompt 1"] - answers["negative"])
+    torch.testing.assert_close(combine(guidance.at(more, step, 4), answers, *x_t), below + added)
+    rescaled = combine(guidance.at(guidance.rescaled(more, 1.0), step, 4), answers, *x_t)
+    torch.testing.assert_close(rescaled.flatten(1).std(1), answers["positive"].flatten(1).std(1))
+
+
 def test_guidance_that_changes_from_step_to_step_is_not_taken_for_one_that_does_not():
     x, t = point(2)
     fields = dict.fromkeys(velocities(2), lambda x, t: x)

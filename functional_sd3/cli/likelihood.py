@@ -1,0 +1,93 @@
+"""Rank prompts for a picture by how likely each makes it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from functional_sd3.cli import inputs, options, report
+from functional_sd3.cli.timing import Timer, progress
+
+HELP = "rank prompts for a picture by how likely each makes it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", metavar="IMAGE", help="the picture")
+    parser.add_argument(
+        "--prompt", dest="prompts", metavar="TEXT", action="append", required=True, help="a prompt; may be repeated"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("likelihood", "loss"),
+        default="likelihood",
+        help="the log-likelihood of the latents under the flow (default), or the loss that the model was trained on, "
+        "which is cheaper and no likelihood",
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps from the picture to noise (default 20)")
+    parser.add_argument(
+        "--method", default="heun", help="integrator: euler, heun, rk4, dopri5, ... (default heun, two evaluations)"
+    )
+    for name in ("rtol", "atol"):
+        parser.add_argument(f"--{name}", type=float, metavar="TOL", help="of bosh3, dopri5 and tsit5")
+    parser.add_argument(
+        "--probes", type=int, default=4, help="random directions the divergence is estimated with (default 4)"
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="the divergence itself: as many evaluations a step as the latents have numbers",
+    )
+    parser.add_argument("--draws", type=int, default=64, help="with --by loss: noises and times (default 64)")
+    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1: the prompt's own flow)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn, the same for all prompts (default 0)")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default 16)")
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
+    options.add_size(parser, "that of the picture")
+    options.add_words(parser)
+    options.add_model(parser)
+    parser.set_defaults(guidance=[])
+
+
+def run(arguments: argparse.Namespace) -> int:
+    timer = Timer()
+    options.check_counts(arguments, "steps", "probes", "draws", "batch_size")
+    size = options.size(arguments.size)
+    report.check_writable(arguments.json)
+    if not Path(arguments.picture).is_file():
+        raise ValueError(f"{arguments.picture} is no file")
+
+    import torch
+
+    from functional_sd3 import pipeline
+    from functional_sd3.cli import ranking, session
+
+    opened = session.start(arguments, timer)
+    if arguments.method in ranking.UNFIT:
+        raise ValueError(f"--method {arguments.method} draws noise; a likelihood needs one of {', '.join(ranking.FIT)}")
+    image = inputs.fitted_image(arguments.picture, opened, size)
+    session.picture_size(opened, (image.shape[-1], image.shape[-2]))
+    prompts = list(dict.fromkeys(arguments.prompts))
+    session.note_truncated(opened, [*prompts, arguments.negative], arguments)
+    timer.done("load")
+    with torch.no_grad():
+        conditions = session.conditions(opened, prompts, arguments)
+        timer.done("text", opened.device)
+        latents = pipeline.encode_images({"vae": opened.fetch("vae")}, opened.config, image)
+        transformer = {"transformer": opened.fetch("transformer")}
+        parts = [conditions[i : i + arguments.batch_size] for i in range(0, len(prompts), arguments.batch_size)]
+        with progress(len(parts) * ranking.ticks(arguments)) as bar:
+            scores = torch.cat(
+                [
+                    ranking.scores(
+                        pipeline.velocity(transformer, opened.config, pipeline.joined(part), arguments.cfg),
+                        latents.expand(len(part), *latents.shape[1:]),
+                        arguments,
+                        on_step=lambda _: bar.update(),
+                    ).cpu()
+                    for part in parts
+                ],
+                dim=1,
+            )
+        timer.done("likelihood" if arguments.by == "likelihood" else "loss", opened.device)
+    report.emit(arguments.json, ranking.report(arguments, prompts, scores, latents[0].numel()))
+    print(timer.summary(), file=sys.stderr)
+    return 0

@@ -1,0 +1,69 @@
+"""How well a velocity explains data, by the loss it was trained on: cheaper than a likelihood, and not one.
+
+Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot Classifier", arXiv:2303.16203: of several conditions the
+one with the least expected error is the likeliest, if each is asked about the same noise at the same times.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Velocity
+from functional_sd3.flow import path
+
+
+def losses(
+    velocity: Velocity,
+    x0: Tensor,
+    key: Key,
+    *,
+    draws: int = 32,
+    on_draw: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Mean square of v(x_t, t) - (noise - x0) over the elements of a sample, (draws, batch); its mean over the draws is
+    the rectified-flow loss of t ~ U[0, 1].
+
+    x0 (batch, ...); key: (2,), from which sample i takes fold_in(key, i), or (batch, 2): samples that share a key share
+    noise and times, so that their losses may be compared draw by draw. Draw k has its t in the k-th of `draws` equal
+    parts of [0, 1] (stratified), so the spread over the draws overstates the error of the mean. on_draw: told the
+    number of each draw when it is done. One evaluation of the velocity a draw.
+
+    Raises ValueError for draws below 1 and keys of another number than samples.
+    """
+    if draws < 1:
+        raise ValueError(f"draws {draws} must be at least 1")
+    keys = sample_keys(key, x0)
+    found = []
+    for index in range(draws):
+        place, noise = prng.split(prng.fold_in(keys, index)).unbind(-2)
+        t = (index + prng.uniform(place)) / draws
+        found.append(path.loss(velocity, x0, prng.normal(noise, tuple(x0.shape[1:])).to(x0), t.to(x0)))
+        if on_draw is not None:
+            on_draw(index)
+    return torch.stack(found)
+
+
+def sample_keys(key: Key | None, x: Tensor) -> Key:
+    """(batch, 2), a key for each sample of x, from one key (2,) or from (batch, 2); ValueError for anything else."""
+    if key is None:
+        raise ValueError("what is drawn is drawn from a key: give key=prng.key(seed)")
+    if key.ndim > 2 or (key.ndim == 2 and len(key) != len(x)):
+        raise ValueError(f"keys of shape {tuple(key.shape)} must be (2,) or ({len(x)}, 2), one for each sample")
+    return prng.fold_in(key, torch.arange(len(x), device=key.device)) if key.ndim == 1 else key
+
+
+def advantage(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much each of several conditions scores below the best, and the standard error of that, both (conditions,).
+
+    scores (draws, conditions), higher is better, the same draws for all: differences are taken draw by draw, in which
+    what the conditions have in common cancels. The error is NaN for a single draw, and 0 for the best.
+    """
+    best = scores[:, scores.mean(0).argmax()]
+    behind = best[:, None] - scores
+    if len(scores) == 1:
+        return behind[0], torch.where(behind[0] == 0, 0.0, torch.nan)
+    return behind.mean(0), behind.std(0) / math.sqrt(len(scores))
