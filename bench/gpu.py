@@ -248,7 +248,7 @@ def training(place: Place) -> Iterator[Row]:
     from diffusers.training_utils import EMAModel
 
     name, config = next(iter(place.models.items()))
-    config, batch = replace(config, depth=min(config.depth, 8)), 4
+    config, batch = replace(config, depth=min(config.depth, 6)), 4
     pair = peers.transformer(config, torch.float32, place.device)
     latents, context, pooled, _ = inputs(place, config, place.sides[0], batch)
     data = {"latents": latents.float(), "context": context.float(), "pooled": pooled.float()}
