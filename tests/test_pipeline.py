@@ -83,3 +83,15 @@ def test_nothing_is_changed_and_no_state_is_kept(model):
     pipeline.generate(*parts(model), "a blue star", prng.key(1), steps=3)
     assert torch.equal(first, pipeline.generate(*parts(model), "a red circle", prng.key(0), steps=2))
     assert tree.allclose(before, model.params, rtol=0, atol=0) and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_transform_of_the_block_is_applied_to_every_block_of_every_step_and_changes_nothing(model):
+    calls = []
+
+    def counted(block):
+        return lambda *arguments: calls.append(1) or block(*arguments)
+
+    plain = pipeline.generate(*parts(model), "a red circle", prng.key(0), steps=3)
+    found = pipeline.generate(*parts(model), "a red circle", prng.key(0), steps=3, block_transform=counted)
+    assert torch.equal(found, plain)
+    assert len(calls) == 3 * model.config.transformer.depth

@@ -47,6 +47,7 @@ def velocity(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
@@ -55,6 +56,7 @@ def velocity(
     """
     guiding = guidances.cfg(cfg) if guidance is None else guidance
     told = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
+    told["block_transform"] = block_transform
     return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
 
 
@@ -68,6 +70,7 @@ def velocities(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
 ) -> Callable[[Tensor, Tensor], Answers]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
 
@@ -77,7 +80,7 @@ def velocities(
     vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
     instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
     their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
-    sees zeros.
+    sees zeros. block_transform: as of `mmdit.apply`; `transform.compile` compiles one block, whatever their number.
     """
     for one in control:
         controls.check(one, config.transformer)
@@ -97,7 +100,7 @@ def velocities(
             rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
             arguments[name] = (*condition, pictures, seen, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
-        options = {"skip_layers": skip_layers, **dict(branch.options)}
+        options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
         evaluate = _network(weights, sizes, options, times, control, image_prompt)
         fields.append(guidances.together(evaluate, arguments))
 

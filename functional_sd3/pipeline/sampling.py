@@ -32,6 +32,7 @@ def sample(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
     times: Tensor | None = None,
     field: Callable[..., Velocity] | None = None,
     transform: Callable[[Velocity], Velocity] | None = None,
@@ -58,6 +59,7 @@ def sample(
         # An adaptive method tells the times that it will ask for to nobody.
         asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
         told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
+        told |= {} if block_transform is None else {"block_transform": block_transform}
         if remembers:
             needed = velocities(params, config, conditions, guiding.needs, asked, **told)
             guided = guidances.remembering(guiding, needed)

@@ -49,6 +49,7 @@ def generate(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
 ) -> Tensor:
     """Pictures of prompts: (batch, 3, height, width) in [0, 1], float32.
 
@@ -58,6 +59,7 @@ def generate(
     cfg is then not looked at. height, width: in pixels, by default the config's sample size. weighted,
     long_prompts: `(words:1.3)` weighs words, and CLIP reads on beyond its length (`conditioning`). control: ControlNets
     with their pictures, which `control_latents` encodes. image_prompt: an IP-Adapter with the features of an image.
+    block_transform: applied to the function that applies a block of the transformer, such as `transform.compile`.
     Raises ValueError for sizes that do not fit.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -78,6 +80,7 @@ def generate(
         skip_layers=skip_layers,
         control=control,
         image_prompt=image_prompt,
+        block_transform=block_transform,
     )
     return decode(params, config, latents)
 
