@@ -58,8 +58,9 @@ def integrate(
 
     velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`.
     times: (n + 1,), descending to generate, ascending to invert, in [0, 1]; or (n + 1, batch), a grid for each sample,
-    where shorter grids are padded by repeating their last time. For an adaptive method the ends matter; the times in
-    between are where the solution is wanted, and change nothing.
+    where shorter grids are padded by repeating their last time (`schedule.together`) and a `last` step is that of the
+    longest. For an adaptive method the ends matter; the times in between are where the solution is wanted, and change
+    nothing.
     save: None returns the last x (batch, ...); "all" the n + 1 states at `times`, (n + 1, batch, ...); indices into
     `times` those states only, stacked in the order given; a function the list of what it returned for each `StepInfo`.
     on_step: called with the `StepInfo` after each step; what it returns is ignored.

@@ -79,9 +79,8 @@ def from_config(
     """
     check_steps(steps)
     check_config(config)
-    count, s = config.train_timesteps, 1.0 if config.use_dynamic_shifting else config.shift
-    # By way of timesteps and back, as there: it decides the last bit.
-    levels = linear(steps, _lowest(count, s) * count, _level(1.0, s) * count) / count
+    s = 1.0 if config.use_dynamic_shifting else config.shift
+    levels = linear(steps, _lowest(config.train_timesteps, s), _level(1.0, s))
     return _from_levels(config, levels, mu, device)
 
 

@@ -10,11 +10,10 @@ Scalar = float | Tensor
 
 
 def linear(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
-    """Evenly spaced, in the operations of numpy's linspace, which the last bit depends on."""
+    """Evenly spaced."""
     device = next((end.device for end in (lowest, highest) if isinstance(end, Tensor)), None)
-    ramp = torch.arange(max(steps - 1, 1), dtype=torch.float64, device=device)
-    levels = ramp * ((lowest - highest) / max(steps - 1, 1)) + highest
-    return levels if steps == 1 else torch.cat([levels, (lowest + 0 * levels[:1])])
+    ramp = torch.arange(steps, dtype=torch.float64, device=device) / max(steps - 1, 1)
+    return highest + ramp * (lowest - highest)
 
 
 def karras(steps: int, lowest: Scalar, highest: Scalar = 1.0, rho: Scalar = 7.0) -> Tensor:

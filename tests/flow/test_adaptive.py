@@ -242,7 +242,7 @@ def test_hard_places_are_met_with_rejected_steps_and_short_ones():
     lengths = torch.tensor([(step.t_next - step.t).abs().item() for step in solution.dense])
     assert lengths.max() > 10 * lengths[lengths > 0].min()
     # The integral of tanh is log cosh, here 60 - log 2 and 20 - log 2 over 100.
-    torch.testing.assert_close(solution.x[-1], noise((1, 2)) - 0.4, rtol=0, atol=2e-5)
+    torch.testing.assert_close(solution.x[-1], noise((1, 2)) - 0.4, rtol=0, atol=1e-4)
 
 
 @METHODS
@@ -335,7 +335,7 @@ def test_forward_and_reverse_derivatives_agree_where_steps_are_rejected_and_outp
     x, tangent, times = 5 * noise((2, 3)), noise((2, 3), seed=1), torch.linspace(1, 0, 4, dtype=torch.float64)
 
     def result(x):
-        return ode.integrate(method, restless, x, times, save="all", rtol=1e-4, atol=1e-4)
+        return ode.integrate(method, restless, x, times, save="all", rtol=1e-3, atol=1e-3)
 
     value, forward = torch.func.jvp(result, (x,), (tangent,))
     _, pullback = torch.func.vjp(result, x)

@@ -294,7 +294,9 @@ def test_forward_and_reverse_derivatives_agree_and_vmap_equals_a_loop(method):
 
 @METHODS
 def test_a_whole_run_compiles_to_one_graph_with_the_values_and_gradients_of_eager(method):
-    weight, x, grid = noise((4, 4), torch.float32), noise((4, 4), torch.float32, 1), schedule.sigmas(4)
+    weight, x = noise((4, 4), torch.float32), noise((4, 4), torch.float32, 1)
+    # As many steps as it takes until the method remembers all that it can.
+    grid = schedule.sigmas(4 if method is ode.AB4 else 3)
 
     def objective(weight, x, times):
         return ode.integrate(method, lambda x, t: torch.tanh(x @ weight) * (1 + t), x, times).square().sum()
