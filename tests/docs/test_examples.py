@@ -1,0 +1,29 @@
+"""The example programs do what the docs say of them, here with fewer steps and prompts."""
+
+import importlib.util
+from pathlib import Path
+
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
+
+
+def program(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_learned_grid_ends_nearer_to_the_converged_run_than_the_shifted_one():
+    found = program("learn_grid").main(["--steps", "4", "--prompts", "2", "--iterations", "6", "--cfg", "1"])
+    assert 0 < found["learned"] < min(value for name, value in found.items() if name != "learned")
+
+
+def test_an_embedding_climbs_to_redder_pictures(tmp_path):
+    out = tmp_path / "pictures.png"
+    options = ["--steps", "4", "--iterations", "10", "--cfg", "1", "--others", "1", "--rate", "12", "--out", str(out)]
+    found = program("optimise_prompt").main(options)
+    assert found["after"] > found["before"] + 0.1
+    with Image.open(out) as pictures:
+        assert pictures.size[0] > 2 * 64 and pictures.size[1] > 2 * 64
