@@ -58,7 +58,7 @@ def advantages(model: Model, pairs: list[Pair], key: Key, **run) -> tuple[Tensor
     keys = prng.fold_in(key, torch.arange(len(pairs)))
     true, shuffled = (likelihood.estimate(field, x0, key=keys, **run) for field in _fields(model, pairs))
     gained = true.log_prior + true.volumes - shuffled.log_prior - shuffled.volumes
-    return gained.mean(0), gained.std(0) / len(gained) ** 0.5
+    return gained.mean(0), likelihood.standard_error(gained)
 
 
 def loss_advantages(model: Model, pairs: list[Pair], key: Key, draws: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def loss_advantages(model: Model, pairs: list[Pair], key: Key, draws: int) -> tu
     x0 = latents(model, [pair.scene for pair in pairs])
     keys = prng.fold_in(key, torch.arange(len(pairs)))
     true, shuffled = (likelihood.losses(field, x0, keys, draws=draws) for field in _fields(model, pairs))
-    return (shuffled - true).mean(0), (shuffled - true).std(0) / draws**0.5
+    return (shuffled - true).mean(0), likelihood.standard_error(shuffled - true)
 
 
 def main() -> None:

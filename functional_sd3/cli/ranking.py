@@ -58,8 +58,7 @@ def report(arguments: argparse.Namespace, prompts: list[str], scores: Tensor, di
         # Nothing was drawn.
         error, behind, behind_error = torch.zeros_like(means), means.max() - means, torch.zeros_like(means)
     else:
-        error = scores.std(0) / math.sqrt(len(scores)) if len(scores) > 1 else torch.full_like(means, math.nan)
-        behind, behind_error = likelihood.advantage(scores)
+        error, (behind, behind_error) = likelihood.standard_error(scores), likelihood.advantage(scores)
     bits = likelihood.bits_per_dimension(means, dimensions)
     rows, lines = [], []
     for index in means.argsort(descending=True, stable=True).tolist():

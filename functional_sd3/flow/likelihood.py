@@ -30,7 +30,7 @@ from functional_sd3.flow.divergence import (
     rademacher,
 )
 from functional_sd3.flow.inversion import Inversion, RoundTrip, corrected, coupled, invert, plain, round_trip, upwards
-from functional_sd3.flow.matching import advantage, losses, sample_keys
+from functional_sd3.flow.matching import advantage, losses, sample_keys, standard_error
 from functional_sd3.flow.times import at_hand
 
 
@@ -121,7 +121,8 @@ def estimate(
     end = ode.integrate(method, augmented, start, grid, **options)
     noise, volumes = end[:, :-rows].reshape(x0.shape), end[:, -rows:].T
     log_prior = log_normal(noise)
-    return Estimate(log_prior + volumes.mean(0), _standard_error(volumes, hutchinson), noise, log_prior, volumes)
+    error = standard_error(volumes) if hutchinson else torch.zeros_like(log_prior)
+    return Estimate(log_prior + volumes.mean(0), error, noise, log_prior, volumes)
 
 
 def log_normal(x: Tensor) -> Tensor:
@@ -137,14 +138,6 @@ def bits_per_dimension(log_likelihood: Tensor, dimensions: int, *, bin_width: fl
     of x0 (2 / 255 for bytes scaled to [-1, 1]), and the result a bound on the bits a lossless code needs.
     """
     return -log_likelihood / (dimensions * math.log(2)) - math.log2(bin_width)
-
-
-def _standard_error(volumes: Tensor, hutchinson: bool) -> Tensor:
-    if not hutchinson:
-        return torch.zeros_like(volumes[0])
-    if len(volumes) == 1:
-        return torch.full_like(volumes[0], torch.nan)
-    return volumes.std(0) / math.sqrt(len(volumes))
 
 
 def _to_the_prior(times: ode.Times, x: Tensor) -> Tensor:
@@ -176,4 +169,5 @@ __all__ = [
     "plain",
     "rademacher",
     "round_trip",
+    "standard_error",
 ]

@@ -64,6 +64,13 @@ def advantage(scores: Tensor) -> tuple[Tensor, Tensor]:
     """
     best = scores[:, scores.mean(0).argmax()]
     behind = best[:, None] - scores
-    if len(scores) == 1:
-        return behind[0], torch.where(behind[0] == 0, 0.0, torch.nan)
-    return behind.mean(0), behind.std(0) / math.sqrt(len(scores))
+    error = standard_error(behind)
+    return behind.mean(0), torch.where((behind == 0).all(0), 0.0, error)
+
+
+def standard_error(draws: Tensor) -> Tensor:
+    """Of the mean over the first dimension: the deviation / sqrt(draws); NaN for a single draw, of which nothing is
+    known."""
+    if len(draws) == 1:
+        return torch.full_like(draws[0], torch.nan)
+    return draws.std(0) / math.sqrt(len(draws))

@@ -23,11 +23,12 @@ COUPLING = 0.99
 
 
 def reversible(base: Method = MIDPOINT, coupling: float = COUPLING) -> tuple[Method, Method]:
-    """(there, back): a method of the order of `base` at twice its evaluations, and the method that undoes it.
+    """(there, back): a method of the order of `base` at twice its evaluations, and the one that undoes it.
 
-    The copy z is the memory, {"twin": (batch, ...)}: to be undone, a run must be taken up with the state it ended in,
-    not with its x alone: `ode.run(back, velocity, end, times.flip(0))`. Either may run in either direction of time.
-    coupling: lambda in (0, 1].
+    `there` is a method like any other, in either direction of time. The copy z is its memory, {"twin": (batch, ...)}:
+    to be undone, a run must be taken up with the state it ended in, not with its x alone,
+    `ode.run(back, velocity, end, times.flip(0))`. `back` is for that alone: what `there` damps it lets grow, by
+    1 / lambda a step. coupling: lambda in (0, 1].
 
     Under vmap, grad and compile as `base`. Raises ValueError for a coupling outside (0, 1] and a base that remembers.
     """

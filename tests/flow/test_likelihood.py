@@ -54,7 +54,7 @@ def data(shape=(3, 3), dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize(
     ("method", "steps"),
-    [(ode.RK4, 12), (ode.HEUN, 200), (ode.MIDPOINT, 200), (ode.AB4, 100), (ode.DPMPP_2M, 1500), (ode.DOPRI5, 1)],
+    [(ode.RK4, 12), (ode.HEUN, 200), (ode.MIDPOINT, 200), (ode.AB4, 100), (ode.DOPRI5, 1)],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_the_likelihood_under_a_gaussian_flow_is_the_gaussians(method, steps):
@@ -115,7 +115,7 @@ def test_the_exact_divergence_is_the_trace_of_the_jacobian(mode, chunk_size):
 @pytest.mark.parametrize("draw", [likelihood.rademacher, prng.normal], ids=["rademacher", "gaussian"])
 def test_the_mean_over_a_thousand_probes_is_the_divergence(mode, draw):
     x = data((4, SIZE))
-    times, told = torch.linspace(0, 1, 9), {"method": ode.RK4}
+    times, told = torch.linspace(0, 1, 4), {"method": ode.HEUN}
     exact = likelihood.estimate(bent_field, x, times=times, **told)
     found = likelihood.estimate(
         bent_field,
@@ -171,11 +171,11 @@ def test_a_samples_estimate_depends_on_its_own_key_alone(fresh):
 
 
 def test_fresh_probes_are_unbiased_and_average_out_over_the_steps():
-    x, told = data((2, 3)), {"probes": 400, "times": torch.linspace(0, 1, 21), "field": linear_field}
+    x, told = data((2, 3)), {"probes": 200, "times": torch.linspace(0, 1, 11), "field": linear_field}
     exact = likelihood.estimate(linear_field, x, method=ode.HEUN, times=told["times"])
     same, fresh = (hutchinson(x, prng.key(1), fresh=fresh, **told) for fresh in (False, True))
     assert ((fresh.log_likelihood - exact.log_likelihood).abs() <= 3 * fresh.standard_error).all()
-    assert (fresh.standard_error < 0.4 * same.standard_error).all()
+    assert (fresh.standard_error < 0.5 * same.standard_error).all()
     assert torch.equal(fresh.volumes, hutchinson(x, prng.key(1), fresh=True, **told).volumes)
 
 
@@ -264,11 +264,11 @@ def test_vmap_over_samples_and_over_grids_equals_the_batch(divergence):
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
 def test_a_likelihood_compiles_to_one_graph_with_its_gradient(divergence):
-    x, weight, grid, key = data((4, 3)), data((3, 3), seed=1), schedule.sigmas(3), prng.key(0)
+    x, weight, grid, key = data((4, 3)), data((3, 3), seed=1), schedule.sigmas(2), prng.key(0)
 
     def objective(x, weight, grid, key):
         field = lambda x, t: torch.tanh(x @ weight) * (1 + t)  # noqa: E731
-        told = {"method": ode.HEUN, "divergence": divergence, "probes": 2, "mode": "forward", "fresh": True}
+        told = {"method": ode.EULER, "divergence": divergence, "probes": 2, "mode": "forward", "fresh": True}
         return likelihood.log_likelihood(field, x, times=grid, key=key, **told).sum()
 
     torch._dynamo.reset()
@@ -341,9 +341,9 @@ def test_the_likelihood_under_a_transformer_is_the_same_by_both_divergences(netw
 
 def test_losses_share_noise_and_times_and_their_mean_is_the_training_loss():
     x = data((2, 3))
-    found = likelihood.losses(gaussian_free, x, prng.key(3), draws=4000)
+    found = likelihood.losses(gaussian_free, x, prng.key(3), draws=800)
     # v = 0: E |noise - x0|^2 / D = 1 + |x0|^2 / D.
-    error = found.std(0) / math.sqrt(4000)
+    error = found.std(0) / math.sqrt(800)
     assert ((found.mean(0) - 1 - x.square().mean(1)).abs() < 3 * error).all()
     same = likelihood.losses(gaussian_free, x[:1].expand(2, 3), prng.key(3).expand(2, 2), draws=5)
     assert torch.equal(same[:, 0], same[:, 1])
