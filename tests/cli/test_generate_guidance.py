@@ -87,6 +87,12 @@ def test_a_weaker_model_is_read_from_its_folder(files):
     assert torch.equal(found, expected(files, weak(files)))
 
 
+def test_what_names_no_option_goes_on_with_the_value_before_it():
+    asked = words.parse("prompt:text=a sign, x=1, on a wall,weight=2")
+    assert asked.options == {"text": "a sign, x=1, on a wall", "weight": 2.0}
+    assert words.parse("skip-layer:scale=2,layers=7,8,9").options == {"scale": 2.0, "layers": (7, 8, 9)}
+
+
 def test_every_name_is_tested():
     names = {text.partition(":")[0] for said in SAID for text in said}
     assert names | {"auto", "cfg"} == set(words.KINDS)
