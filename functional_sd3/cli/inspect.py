@@ -68,8 +68,8 @@ def _weights(path: Path, depth: int, values: bool) -> Iterator[str]:
     for part in found.parts:
         yield ""
         yield f"{part.component}: {_amount(tree.leaves(part.tree))}"
-        yield f"  {part.form}, in {part.where}" + (f", {part.scaled} tensors with scales" if part.scaled else "")
-        yield f"  {part.config}"
+        yield f"  {part.form}, in {part.where}" + "".join(f", {words}" for words in _stored(part))
+        yield from (f"  {line}" for line in str(part.config).splitlines())
         yield from _values(part.strangers, values)
         yield from _branch(part.tree, "  ", depth or 1000)
     for name, tables in found.tokenizers._asdict().items():
@@ -84,6 +84,12 @@ def _weights(path: Path, depth: int, values: bool) -> Iterator[str]:
     for file, said in found.metadata.items():
         yield from _metadata(f"metadata of {file}", said)
     yield from found.missing
+
+
+def _stored(part) -> Iterator[str]:
+    if part.scaled:
+        yield f"{part.scaled} tensors with scales"
+    yield from (f"{count} tensors in blocks of {kind}" for kind, count in part.blocks.items())
 
 
 def _header(path: Path, depth: int) -> Iterator[str]:

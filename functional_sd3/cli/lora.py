@@ -1,9 +1,7 @@
 """LoRAs: what is in one, merging them into a model, extracting one from a fine-tuned model."""
 
 import argparse
-import re
 import sys
-from collections import Counter
 
 HELP = "look into LoRAs, merge them into a model, extract one from a fine-tuned model"
 
@@ -38,13 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     from functional_sd3 import weights
     from functional_sd3.training import lora
-    from functional_sd3.weights import adapters
+    from functional_sd3.weights import adapters, lora_files
 
     layers = lora.layers(arguments.file)
-    kinds = Counter((_kind(layer.name), layer.rank, layer.alpha) for layer in layers)
     print(f"{arguments.file}: {len(layers)} layers, {sum(_size(layer) for layer in layers):,} numbers")
-    for (kind, rank, alpha), count in kinds.items():
-        print(f"  {kind}: {count} layers of rank {rank}, alpha {alpha:g}")
+    for line in lora_files.summary(layers):
+        print(f"  {line}")
     for layer in layers if arguments.all else ():
         print(f"  {layer.name}: {layer.inputs} -> {layer.outputs}, rank {layer.rank}, alpha {layer.alpha:g}")
     if arguments.params:
@@ -90,11 +87,6 @@ def _extract(arguments: argparse.Namespace) -> int:
         print(f"{whole.path}: changed by {whole.relative:.3g}, of which the LoRA holds {share:.1%}", file=sys.stderr)
     print(arguments.out)
     return 0
-
-
-def _kind(layer: str) -> str:
-    """The name of a layer without its numbers: "transformer.transformer_blocks.*.attn.to_q"."""
-    return re.sub(r"(?<=[._])\d+(?=[._])", "*", layer, count=1)
 
 
 def _size(layer) -> int:

@@ -3,6 +3,7 @@
     model = weights.load("stable-diffusion-3.5-medium", dtype=torch.bfloat16)
     model = weights.load(["sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "tokenizers"])
     weights.save("mine", model._replace(params=...))
+    weights.save("mine", config, params)
     weights.save("mine.safetensors", model, layout="single", dtype=torch.float16)
 """
 
@@ -150,7 +151,8 @@ def fetcher(path: str | os.PathLike | Sequence[str | os.PathLike], **options: An
 
 def save(
     path: str | os.PathLike,
-    model: Model,
+    model: Model | Config,
+    params: dict[str, Params] | None = None,
     *,
     layout: str = "diffusers",
     dtype: torch.dtype | None = None,
@@ -158,6 +160,7 @@ def save(
 ) -> None:
     """Write a model where `load` reads it again, and others read it too.
 
+    model: as `load` returns it; or a config, with the parameters of its components after it, and then no tokenizers.
     layout: "diffusers", a folder that `StableDiffusion3Pipeline` loads; "stability", Stability's names, as one file
     where `path` ends in .safetensors, else as a folder with a file for transformer and VAE and one for each encoder;
     "single", one file of everything under Stability's names; "native", our own names, in which nothing is copied on
@@ -169,6 +172,7 @@ def save(
     still loads as it was (`weights.atomic` says how). Raises WeightsError when the parameters do not fit the config or
     the system refuses, ValueError for an unknown layout.
     """
+    model = _given(model, params)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} must be one of {sorted(LAYOUTS)}")
     if shard_bytes is not None and shard_bytes < 1:
@@ -187,6 +191,15 @@ def save(
     atomic.replace_folder(
         path, lambda folder: write(folder, model, dtype=dtype, shard_bytes=shard_bytes), sources.OWNED[layout]
     )
+
+
+def _given(model: Model | Config, params: dict[str, Params] | None) -> Model:
+    if isinstance(model, Model) and params is None:
+        return model
+    if isinstance(model, Config) and isinstance(params, dict):
+        return Model(model, params)
+    given = type(model).__name__ + ("" if params is None else f" and {type(params).__name__}")
+    raise TypeError(f"save takes a weights.Model, or a weights.Config and the parameters by component, not {given}")
 
 
 def _paths(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:

@@ -24,7 +24,7 @@ from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout, renamed
 
-_OWNER = "SD3ControlNetModel"
+OWNER = "SD3ControlNetModel"
 # The first release that reads blocks of the image alone.
 _FORMAT = "0.32.0"
 _STEM = "diffusion_pytorch_model"
@@ -42,6 +42,15 @@ class ControlNet(NamedTuple):
     """What `controlnet.apply` takes first."""
 
     params: Params
+    config: controlnet.Config
+
+
+class Found(NamedTuple):
+    """A ControlNet that was found and is still to be read: its tensors by the names of `table`."""
+
+    where: str
+    places: dict[str, Mapped]
+    table: Layout
     config: controlnet.Config
 
 
@@ -101,24 +110,32 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
+    finite: bool = True,
 ) -> ControlNet:
     """The ControlNet in diffusers' folder, or in one file of diffusers' or Stability's names (its config is then read
     off the shapes: `infer`). dtype: of every parameter; None keeps each as stored. variant: of the folder's files.
+    finite: whether NaN and infinities are refused.
 
     Raises WeightsError naming everything that is wrong with the files. Nothing loads in part.
     """
+    where, places, table, config = find(path, variant=variant)
+    params = standalone.read(
+        where, places, table, controlnet.spec(config), dtype=dtype, device=device, finite=finite
+    )
+    return ControlNet(params, config)
+
+
+def find(path: str | os.PathLike, *, variant: str | None = None) -> Found:
+    """What `load` reads, before any of its values is. Raises WeightsError for what is no ControlNet of SD3."""
     path = Path(path)
     if path.is_dir():
-        return atomic.read_stable(
-            path, lambda folder: _load_folder(folder, dtype, device, variant), (_CONFIG, f"{_STEM}.safetensors")
-        )
+        return atomic.read_stable(path, lambda folder: _find_in(folder, variant), (_CONFIG, f"{_STEM}.safetensors"))
     places = standalone.open_file(path)
     config = infer(standalone.shapes(places), path)
     table = STABILITY if _STABILITYS_SIGN in places else DIFFUSERS
     if _KIND_TENSOR in places:
         config = controlnet.Config(**{**vars(config), "kind": _read_kind(places[_KIND_TENSOR])})
-    params = standalone.read(str(path), places, table, controlnet.spec(config), dtype=dtype, device=device)
-    return ControlNet(params, config)
+    return Found(str(path), places, table, config)
 
 
 def save(
@@ -140,7 +157,7 @@ def save(
         files.write_atomic(path, found, metadata={"format": "pt"}, dtype=dtype)
         return
     found = standalone.tensors(DIFFUSERS, spec, net.params)
-    values = {"_class_name": _OWNER, "_diffusers_version": _FORMAT, **configs.write(TABLE, net.config)}
+    values = {"_class_name": OWNER, "_diffusers_version": _FORMAT, **configs.write(TABLE, net.config)}
 
     def write(folder: Path) -> None:
         shards.write_weights(folder, _STEM, found, dtype=dtype, shard_bytes=None)
@@ -166,6 +183,11 @@ def infer(shapes: Mapping[str, tuple[int, ...]], path: Any = "the file") -> cont
     if problems:
         raise WeightsError(problems)
     stability = _STABILITYS_SIGN in shapes
+    if stability and shapes[_POOLED][1] == shapes["controlnet_blocks.0.weight"][0]:
+        raise WeightsError(
+            f"{path}: is a ControlNet of the kind that Stability's reference calls 2b, whose blocks all read the same "
+            "tokens and the transformer's pooled text: none was released, and it is not computed here"
+        )
     width, channels, patch_size, _ = shapes["pos_embed_input.proj.weight"]
     head_dim = (shapes.get(_QUERY_NORM) or (math.gcd(width, 64),))[0]
     own = None if stability else shapes.get("pos_embed.proj.weight")
@@ -188,15 +210,14 @@ def infer(shapes: Mapping[str, tuple[int, ...]], path: Any = "the file") -> cont
     )
 
 
-def _load_folder(folder: Path, dtype, device, variant: str | None) -> ControlNet:
+def _find_in(folder: Path, variant: str | None) -> Found:
     values = files.read_json(folder / _CONFIG)
-    if values.get("_class_name", _OWNER) != _OWNER:
+    if values.get("_class_name", OWNER) != OWNER:
         owner = values["_class_name"]
-        raise WeightsError(f"{folder / _CONFIG}: _class_name is {owner!r}, only {_OWNER!r} is supported")
+        raise WeightsError(f"{folder / _CONFIG}: _class_name is {owner!r}, only {OWNER!r} is supported")
     config = configs.read(TABLE, _with_positions(values, folder / _CONFIG), folder / _CONFIG)
     places = shards.open_weights(folder, _STEM, variant, single_first=False).tensors
-    params = standalone.read(str(folder), places, DIFFUSERS, controlnet.spec(config), dtype=dtype, device=device)
-    return ControlNet(params, config)
+    return Found(str(folder), places, DIFFUSERS, config)
 
 
 def _with_positions(values: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -1,6 +1,10 @@
-"""What lies at a path, without loading it: forms, configs, dtypes, metadata, and whether all values are finite."""
+"""What lies at a path, without loading it: forms, configs, dtypes, metadata, and whether all values are finite.
+
+Of models and of what goes with them: ControlNets, IP-Adapters, LoRAs, textual inversions.
+"""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,16 +13,20 @@ import torch
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
-from functional_sd3.weights import composing, files, finite, layout
+from functional_sd3.weights import companions, composing, files, finite, layout
+from functional_sd3.weights.companions import Companion
+from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.model import SPECS, Model, Tokenizers, missing
 from functional_sd3.weights.reading import Plan
 
 
 class Part(NamedTuple):
-    """One component. form: whose names its tensors have, and below which prefix; where: its file or folder.
+    """One component, or a companion of a model. form: whose names its tensors have, and below which prefix; where: its
+    file or folder; config: its sizes, or words about them.
 
-    tree: its leaves as meta tensors of the dtypes they are stored in; scaled: how many of its tensors have a scale
-    (scaled fp8); strangers: (name in the file, "NaN" or "an infinity").
+    tree: its leaves as meta tensors of the dtypes they are stored in, of a companion by their names in its file;
+    scaled: how many of its tensors have a scale (scaled fp8); blocks: kind of GGUF's blocks -> how many are stored in
+    it; strangers: (name in the file, "NaN" or "an infinity").
     """
 
     component: str
@@ -27,6 +35,7 @@ class Part(NamedTuple):
     config: Any
     tree: Tree
     scaled: int
+    blocks: dict[str, int]
     strangers: list[tuple[str, str]]
 
 
@@ -43,11 +52,15 @@ class Description(NamedTuple):
 def describe(
     path: str | os.PathLike | Sequence[str | os.PathLike], *, variant: str | None = None, values: bool = True
 ) -> Description:
-    """What `weights.load` would load. values: whether to look at every value for NaN and infinities.
+    """What `weights.load` would load, or one of its companions. values: whether to look at every value for NaN and
+    infinities.
 
     Raises WeightsError for what does not load, but for NaN and infinities.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if len(paths) == 1 and (found := companions.find(Path(paths[0]), variant)):
+        headers = {str(one.path): one.header.metadata for one in found.places.values() if one.header.metadata}
+        return Description([_companion(found, values)], Tokenizers(), None, headers, [])
     contents, plans = composing.plan([Path(one) for one in paths], tuple(SPECS), variant)
     parts = [_part(plans[name], values) for name in SPECS if name in plans]
     tokenizers = Tokenizers(**contents.tokenizers)
@@ -66,7 +79,34 @@ def _part(plan: Plan, values: bool) -> Part:
     strangers = [(name, what) for name in (plan.names.values() if values else ()) if (what := _stranger(plan, name))]
     tree = specs.map_params(lambda path, param: _leaf(plan, found[path].names, param), plan.spec)
     form = f"named as by {plan.form.owner}" + (f" below {plan.form.prefix}" if plan.form.prefix else "")
-    return Part(plan.component, form, plan.where, plan.config, tree, len(plan.scales), strangers)
+    kinds = Counter(plan.places[name].header.tensors[name].blocks for name in plan.names.values())
+    stored = {kind: count for kind, count in kinds.items() if kind}
+    return Part(plan.component, form, plan.where, plan.config, tree, len(plan.scales), stored, strangers)
+
+
+def _companion(found: Companion, values: bool) -> Part:
+    looked = [(name, _stranger_in(mapped, name)) for name, mapped in found.places.items()] if values else []
+    strangers = [(name, what) for name, what in looked if what]
+    leaves = {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        for name, mapped in found.places.items()
+        for entry in [mapped.header.tensors[name]]
+    }
+    return Part(found.kind, found.form, found.where, found.config, _nested(leaves), 0, {}, strangers)
+
+
+def _nested(leaves: Mapping[str, torch.Tensor]) -> Tree:
+    """The leaves by the parts of their names; by the whole, with other separators, where one name begins another."""
+    root: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *branches, last = name.split(".")
+        node: Any = root
+        for branch in branches:
+            node = node.setdefault(branch, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict) or last in node or "" in name.split("."):
+            return {f"tensor {each.replace('.', '/')}": leaf for each, leaf in leaves.items()}
+        node[last] = leaf
+    return root
 
 
 def _leaf(plan: Plan, names: Sequence[str], param: specs.Param) -> torch.Tensor:
@@ -79,10 +119,11 @@ def _leaf(plan: Plan, names: Sequence[str], param: specs.Param) -> torch.Tensor:
 
 
 def _stranger(plan: Plan, name: str) -> str | None:
-    for read in (name, plan.scales.get(name)):
-        if read:
-            what = finite.stranger(files.tensor(plan.places[read], read))
-            files.release(plan.places[read], read)
-            if what:
-                return what
-    return None
+    reads = [read for read in (name, plan.scales.get(name)) if read]
+    return next((what for read in reads if (what := _stranger_in(plan.places[read], read))), None)
+
+
+def _stranger_in(mapped: Mapped, name: str) -> str | None:
+    what = finite.stranger(files.tensor(mapped, name))
+    files.release(mapped, name)
+    return what

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.weights import finite
+from functional_sd3.weights import blocks, finite
 from functional_sd3.weights.atomic import replace_file
 from functional_sd3.weights.errors import WeightsError, reason
 from functional_sd3.weights.header import DTYPES, Header, parse, read
@@ -44,13 +44,13 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises WeightsError when the file cannot be opened, is truncated or too long, or its header is not valid: bad
     length, not JSON, a name twice, unknown dtype, bytes that overlap, leave gaps or do not fit the shape.
     """
-    with _open(path) as file:
+    with opened(path) as file:
         return read(path, file)
 
 
 def start(path: str | os.PathLike, count: int = 16) -> bytes:
     """The first bytes of a file, by which its kind is told."""
-    with _open(path) as file:
+    with opened(path) as file:
         try:
             return file.read(count)
         except OSError as error:
@@ -67,7 +67,7 @@ def open_mapped(path: str | os.PathLike) -> Mapped:
 
     A file that another program rewrites in place while it is mapped changes under us; `write_atomic` never does that.
     """
-    with _open(path) as file:
+    with opened(path) as file:
         header = read(path, file)
         size = os.fstat(file.fileno()).st_size
         try:
@@ -77,10 +77,14 @@ def open_mapped(path: str | os.PathLike) -> Mapped:
 
 
 def tensor(mapped: Mapped, name: str) -> Tensor:
-    """One tensor of a mapped file, sharing its memory (copied only where its place in the file is not aligned)."""
-    dtype, shape, start, end = mapped.header.tensors[name]
+    """One tensor of a mapped file, sharing its memory; copied where its place in the file is not aligned, or where its
+    bytes are blocks."""
+    dtype, shape, start, end, kind = mapped.header.tensors[name]
     if start == end:
         return torch.empty(shape, dtype=dtype)
+    if kind:
+        content = torch.frombuffer(mapped.buffer, dtype=torch.uint8, count=end - start, offset=start)
+        return blocks.decode(kind, content).reshape(shape)
     if start % dtype.itemsize:
         copied = bytearray(mapped.buffer[start:end])
         release(mapped, name)
@@ -88,12 +92,20 @@ def tensor(mapped: Mapped, name: str) -> Tensor:
     return torch.frombuffer(mapped.buffer, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
 
 
+def shares(mapped: Mapped, name: str, value: Tensor) -> bool:
+    """Whether a tensor is the very bytes of one of the file's, not a copy."""
+    entry = mapped.header.tensors[name]
+    if entry.blocks or entry.start == entry.end or entry.start % entry.dtype.itemsize:
+        return False
+    return value.untyped_storage().data_ptr() == tensor(mapped, name).untyped_storage().data_ptr()
+
+
 def stacked(mapped: Mapped, names: Sequence[str]) -> Tensor | None:
     """Tensors one below the other, sharing the file's memory; None unless they lie one after the other in it."""
     entries = [mapped.header.tensors[name] for name in names]
-    dtype, shape, start, _ = entries[0]
+    dtype, shape, start, *_ = entries[0]
     adjacent = all(before.end == after.start for before, after in pairwise(entries))
-    alike = all(entry.dtype == dtype and entry.shape[1:] == shape[1:] for entry in entries)
+    alike = all(entry.dtype == dtype and not entry.blocks and entry.shape[1:] == shape[1:] for entry in entries)
     if not (shape and adjacent and alike) or start % dtype.itemsize or start == entries[-1].end:
         return None
     rows = sum(entry.shape[0] for entry in entries)
@@ -175,7 +187,7 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises WeightsError when it cannot be opened, is no object, or has a name twice."""
-    with _open(path) as file:
+    with opened(path) as file:
         try:
             return parse(file.read())
         except OSError as error:
@@ -184,7 +196,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise WeightsError(f"{path}: not a valid JSON object: {error}") from error
 
 
-def _open(path: str | os.PathLike) -> BinaryIO:
+def opened(path: str | os.PathLike) -> BinaryIO:
+    """A regular file, open for reading. Raises WeightsError, naming it, for everything else."""
     try:
         # Asked before opening: a pipe in place of a file would wait for a writer for ever.
         kind = os.stat(path).st_mode

@@ -160,19 +160,25 @@ FORMS = (
 _IGNORED = re.compile(r"(.*\.)?(logit_scale|scaled_fp8)|model_ema\.(decay|num_updates)")
 _STRANGERS = (
     (r"(.*\.)?controlnet_blocks\.\d+\.", "a ControlNet, which weights.load_controlnet reads"),
-    (r".*(\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|_lora\.(up|down)\.)", "a LoRA"),
+    (r".*(\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|_lora\.(up|down)\.)", "a LoRA, which lora.load reads"),
+    (r".*\.(lokr|hada)_\w+$", "a LoKr or a LoHa, which are not read"),
     (r"(.*\.)?double_blocks\.\d+\.", "a Flux model"),
     (r"(.*\.)?(input|output)_blocks\.\d+\.", "a U-Net of Stable Diffusion 1, 2 or XL"),
-    (r"(image_proj|ip_adapter)\.", "an IP-Adapter"),
+    (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which weights.load_ip_adapter reads"),
+    (r"(clip_l|clip_g|t5xxl)$", "a textual inversion, which weights.load_inversion reads"),
 )
+
+
+def stranger(names: Collection[str]) -> str | None:
+    """What a file with these names is, if it is something else than components of a model."""
+    return next((what for pattern, what in _STRANGERS if any(re.match(pattern, name) for name in names)), None)
 
 
 def recognise(names: Collection[str]) -> dict[Form, list[str]]:
     """The forms in a file -> their names. Raises WeightsError for a file of none, of what is something else, or with
     names that belong to nothing."""
-    stranger = next((what for pattern, what in _STRANGERS if any(re.match(pattern, name) for name in names)), None)
-    if stranger:
-        raise WeightsError(f"is {stranger}, not a component of a model")
+    if what := stranger(names):
+        raise WeightsError(f"is {what}, not a component of a model")
     present = [form for form in FORMS if any(form.has(name) for name in names)]
     for prefix in {form.prefix for form in present}:
         signs = [next(name for name in names if form.has(name)) for form in present if form.prefix == prefix]

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from functional_sd3.weights import kinds
 from functional_sd3.weights.errors import WeightsError, reason
 
 DTYPES = {
@@ -32,15 +33,21 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _LONGEST_HEADER = 100_000_000
+_START = 32
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: `start` and `end` are places in the file."""
+    """One tensor of a file: `start` and `end` are places in the file.
+
+    blocks: the kind of blocks (`weights.blocks`) its bytes are, of which `dtype` is what they become; None where they
+    are the values themselves.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    blocks: str | None = None
 
 
 class Header(NamedTuple):
@@ -54,11 +61,15 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
     """The checked header of an open file. Raises WeightsError, naming `path`, when it is not valid in every respect."""
     try:
         size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(_START)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:9] != b"{" and (found := kinds.stranger(start)):
+            raise ValueError(found)
         if size < 8:
             raise ValueError(f"{size} bytes are too few for a safetensors file: truncated, or something else")
         if length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"header length {length} exceeds the file ({size} bytes): truncated, or something else")
+        file.seek(8)
         table = parse(file.read(length))
         return Header(_entries(table, 8 + length, size), _metadata(table))
     except OSError as error:

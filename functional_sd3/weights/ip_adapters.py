@@ -6,7 +6,6 @@
 
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from functional_sd3.core.types import Params
 from functional_sd3.transformer import ip_adapter
 from functional_sd3.weights import files, layout, standalone
 from functional_sd3.weights.errors import WeightsError
+from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout, renamed
 
 
@@ -69,29 +69,32 @@ INSTANTX = Layout(
         )
     ),
 )
-_CONVERT = (
-    "is a pickle, which may run code when it is opened; where you trust it, convert it: "
-    'python -c "import sys, torch; from safetensors.torch import save_file; '
-    "state = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
-    "save_file({f'{p}.{k}': v.clone() for p in state for k, v in state[p].items()}, sys.argv[2])\" IN OUT.safetensors"
-)
 _HEAD_DIM = 64
 
 
 def load(
-    path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    finite: bool = True,
 ) -> IPAdapter:
     """The IP-Adapter in a file; its config is read off the shapes. dtype: None keeps each parameter's as stored.
+    finite: whether NaN and infinities are refused.
 
     Raises WeightsError naming everything that is wrong with the file.
     """
     path = Path(path)
-    if path.is_file() and zipfile.is_zipfile(path):
-        raise WeightsError(f"{path}: {_CONVERT}")
     places = standalone.open_file(path)
-    config = infer(_proper(standalone.shapes(places)), path)
-    params = standalone.read(str(path), places, INSTANTX, ip_adapter.spec(config), dtype=dtype, device=device)
+    config = config_of(places, path)
+    spec = ip_adapter.spec(config)
+    params = standalone.read(str(path), places, INSTANTX, spec, dtype=dtype, device=device, finite=finite)
     return IPAdapter(params, config)
+
+
+def config_of(places: Mapping[str, Mapped], path: Any = "the file") -> ip_adapter.Config:
+    """The config of the IP-Adapter that these tensors are. Raises WeightsError as `infer` does."""
+    return infer(_proper(standalone.shapes(places)), path)
 
 
 def save(path: str | os.PathLike, adapter: IPAdapter, *, dtype: torch.dtype | None = None) -> None:

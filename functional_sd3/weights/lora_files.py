@@ -3,7 +3,9 @@
 import difflib
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.lora_keys import Target
 from functional_sd3.weights.model import Config
 
-_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 def load(
@@ -36,7 +38,7 @@ def load(
     out, unless that leaves nothing), shapes that do not fit, halves of pairs, values that are not finite, and what is
     no plain LoRA (DoRA, LoHa, LoKr, biases), always. Nothing loads in part.
     """
-    path = _file(Path(path))
+    path = find(Path(path))
     mapped = files.open_mapped(path)
     shapes = lora_keys.adaptable_shapes(config)
     found = _sorted_keys(path, list(mapped.header.tensors), lora_keys.targets(config), strict)
@@ -70,7 +72,7 @@ class Layer(NamedTuple):
 
 def layers(path: str | os.PathLike) -> list[Layer]:
     """What a file holds, whatever model it is for. Raises WeightsError when that is no LoRA."""
-    path = _file(Path(path))
+    path = find(Path(path))
     mapped = files.open_mapped(path)
     grouped: dict[str, dict[str, str]] = {}
     for key in mapped.header.tensors:
@@ -91,12 +93,21 @@ def layers(path: str | os.PathLike) -> list[Layer]:
     return found
 
 
-def _file(path: Path) -> Path:
+def summary(layers: Iterable[Layer]) -> list[str]:
+    """A line for every kind of layer: those of one name but for its number, of one rank and alpha."""
+    kinds = Counter(
+        (re.sub(r"(?<=[._])\d+(?=[._])", "*", layer.name, count=1), layer.rank, layer.alpha) for layer in layers
+    )
+    return [f"{name}: {count} layers of rank {rank}, alpha {alpha:g}" for (name, rank, alpha), count in kinds.items()]
+
+
+def find(path: Path) -> Path:
+    """The file of a LoRA: the path, or in a folder what diffusers or PEFT wrote there."""
     if not path.is_dir():
         return path
-    found = [path / name for name in _NAMES if (path / name).is_file()]
+    found = [path / name for name in NAMES if (path / name).is_file()]
     if not found:
-        raise WeightsError(f"{path}: is a folder without {' or '.join(_NAMES)}; name the file of the LoRA")
+        raise WeightsError(f"{path}: is a folder without {' or '.join(NAMES)}; name the file of the LoRA")
     return found[0]
 
 

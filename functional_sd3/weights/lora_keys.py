@@ -142,6 +142,8 @@ def _diffusers_spellings(component: str, name: str) -> list[str]:
     dotted = [prefix + each for each in names]
     flat = [KOHYA[component] + each.replace(".", "_") for each in names]
     if component != "transformer":
+        # As ComfyUI writes those that it extracts.
+        dotted += [stability.ENCODER_PREFIXES[component] + each for each in names]
         return [*dotted, *flat, *(prefix + _old_text_name(each) for each in names)]
     flat += [other + name.replace(".", "_") for other in _OTHER_PREFIXES]
     # Older files leave the position in `to_out` out; PEFT's own know no components.

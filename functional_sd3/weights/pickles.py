@@ -17,15 +17,10 @@ from functional_sd3.weights import files
 from functional_sd3.weights.errors import WeightsError, reason
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.header import Entry, Header
+from functional_sd3.weights.kinds import HOW_TO_CONVERT
 
 LARGEST = 64 * 2**20
 """Bytes: several times TAESD, far below any other component."""
-HOW_TO_CONVERT = (
-    "is a pickle, which may run code when it is opened; where you trust it, convert it: "
-    'python -c "import sys, torch; from safetensors.torch import save_file; '
-    "state = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); "
-    "save_file({k: v.clone() for k, v in state.get('state_dict', state).items()}, sys.argv[2])\" IN OUT.safetensors"
-)
 
 
 def open_pickle(path: Path) -> Mapped:

@@ -131,10 +131,10 @@ def read(
             stored_as = parts[0].dtype
             return source.transform.join([part.view(torch.int8) for part in parts]).view(stored_as).to(device)
         together = _stacked(plan, names) if source.transform is layout.FUSE else None
-        first = files.tensor(plan.places[names[0]], names[0])
-        value = source.transform.join([_part(plan, name, dtype) for name in names]) if together is None else together
-        value = value.to(device=device, dtype=dtype).contiguous()
-        if value.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if together is None:
+            together = source.transform.join([_part(plan, name, dtype, check_finite) for name in names])
+        value = together.to(device=device, dtype=dtype).contiguous()
+        if not files.shares(plan.places[names[0]], names[0], value):
             for name in names:
                 files.release(plan.places[name], name)
         return value
@@ -163,8 +163,12 @@ def _with_scales(path: str, params: Tree, scales: Mapping[str, Tensor]) -> Tree:
     return {**children, "scale": scales[path + "scale"]} if path + "scale" in scales else children
 
 
-def _part(plan: Plan, name: str, dtype: torch.dtype | None) -> Tensor:
+def _part(plan: Plan, name: str, dtype: torch.dtype | None, check_finite: bool) -> Tensor:
     value = files.tensor(plan.places[name], name)
+    if _entry(plan.places, name).blocks:
+        if check_finite and (what := finite.stranger(value)):
+            raise WeightsError(_not_finite(plan, name, what))
+        value = value.to(dtype=dtype)
     if name not in plan.scales:
         return value
     factor = files.tensor(plan.places[plan.scales[name]], plan.scales[name]).float()
@@ -183,8 +187,14 @@ def _stacked(plan: Plan, names: list[str]) -> Tensor | None:
 def _check_finite(plan: Plan, names: list[str]) -> None:
     for name in names:
         for read in (name, plan.scales.get(name)):
-            if read and (what := finite.stranger(files.tensor(plan.places[read], read))):
-                raise WeightsError(f"{plan.places[read].path}: {read} holds {what}; finite=False loads it all the same")
+            # Blocks are looked at when they have been decoded, once.
+            if read and not _entry(plan.places, read).blocks:
+                if what := finite.stranger(files.tensor(plan.places[read], read)):
+                    raise WeightsError(_not_finite(plan, read, what))
+
+
+def _not_finite(plan: Plan, name: str, what: str) -> str:
+    return f"{plan.places[name].path}: {name} holds {what}; finite=False loads it all the same"
 
 
 def _entry(places: Mapping[str, Mapped], name: str) -> Entry:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import atomic, diffusers, files, forms, notes, pickles, shards, taesd_keys
+from functional_sd3.weights import atomic, diffusers, files, forms, gguf, kinds, notes, pickles, shards, taesd_keys
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.errors import WeightsError, attempt, reason
 from functional_sd3.weights.files import Mapped
@@ -82,6 +82,8 @@ def _component(folder: Path, variant: str | None) -> Contents:
     name = next((_KINDS[claim] for claim in claims if isinstance(claim, str) and claim in _KINDS), None)
     if name is None:
         said = next((claim for claim in claims if claim), None)
+        if said == "SD3ControlNetModel":
+            raise WeightsError(f"{path.parent}: is a ControlNet, which weights.load_controlnet reads")
         raise WeightsError(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
     problems: list[str] = []
     component = diffusers.COMPONENTS["clip_l" if name == "clip" else name] if name != "taesd" else diffusers.TAESD
@@ -154,12 +156,11 @@ def _tokenizer(folder: Path, names: Collection[str]) -> dict[str, Any]:
 def _file(path: Path) -> Contents:
     start = files.start(path)
     if start[8:9] != b"{":
-        if start.startswith(b"PK\3\4"):
+        if start.startswith(kinds.ZIP):
             return _pickled(path)
-        if start.startswith(b"GGUF"):
-            raise WeightsError(f"{path}: is a GGUF file, whose quantised blocks are not read; give the original")
-        if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-            raise WeightsError(f"{path}: {pickles.HOW_TO_CONVERT}")
+        if start.startswith(kinds.GGUF):
+            mapped = gguf.open_gguf(path)
+            return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
         if start.lstrip().startswith(b"{"):
             return _contents(str(path), shards.open_indexed(path))
     mapped = files.open_mapped(path)
@@ -170,7 +171,7 @@ def _pickled(path: Path) -> Contents:
     mapped = pickles.open_pickle(path)
     tiny = [form for form in forms.FORMS if form.component == "taesd"]
     if not any(form.has(name) for form in tiny for name in mapped.header.tensors):
-        raise WeightsError(f"{path}: {pickles.HOW_TO_CONVERT}")
+        raise WeightsError(f"{path}: {kinds.HOW_TO_CONVERT}")
     return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
 
 

@@ -37,8 +37,10 @@ def read(
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
+    finite: bool = True,
 ) -> Params:
-    """The tree of a spec from tensors named as a layout says. dtype: None keeps each as stored.
+    """The tree of a spec from tensors named as a layout says. dtype: None keeps each as stored. finite: whether NaN and
+    infinities are refused.
 
     Raises WeightsError naming `where` and every tensor that is missing, unexpected, misshapen or not a float, or the
     first with a NaN or an infinity.
@@ -58,7 +60,7 @@ def read(
     if problems:
         raise WeightsError([f"{where}: {problem}" for problem in problems])
     plan = reading.Plan(where, None, where, None, spec, table, names, dict(places), {}, True)
-    return reading.read(plan, dtype=dtype, device=device, check_finite=True)
+    return reading.read(plan, dtype=dtype, device=device, check_finite=finite)
 
 
 def tensors(table: Layout, spec: Tree, params: Params) -> dict[str, Tensor]:

@@ -1,12 +1,16 @@
 """Weights from one form to another on the command line, and what inspect says of each form."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from functional_sd3 import cli, weights
-from functional_sd3.core import tree
-from functional_sd3.text import bpe, unigram
+from functional_sd3.core import prng, tree
+from functional_sd3.text import bpe, inversion, unigram
+from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.weights import Tokenizers
 from tests import models
 
@@ -97,6 +101,51 @@ def test_inspect_says_form_dtype_metadata_and_what_is_not_finite(file, capsys):
     assert "finite" not in capsys.readouterr().out
 
 
+def test_inspect_says_of_a_lora_its_layers_and_what_is_not_finite(tmp_path, capsys):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    layers = {f"transformer.transformer_blocks.{index}.attn.to_q": index for index in (0, 1)}
+    tensors = {f"{layer}.lora_A.weight": torch.zeros(4, 8) for layer in layers}
+    tensors |= {f"{layer}.lora_B.weight": torch.full((16, 4), 1.0 / index if index else math.inf)
+                for layer, index in layers.items()}  # fmt: skip
+    save_file(tensors, path, metadata={"ss_network_dim": "4"})
+    for place in (path, tmp_path):
+        assert run("inspect", place) == 0
+        text = capsys.readouterr().out
+        assert "LoRA: 4 tensors, 192 numbers" in text
+        assert "  transformer.transformer_blocks.*.attn.to_q: 2 layers of rank 4, alpha 4" in text
+        assert "  transformer.transformer_blocks.0.attn.to_q.lora_B.weight holds an infinity" in text
+        assert f"metadata of {path}: ss_network_dim: 4" in text
+
+
+def test_inspect_says_what_controlnets_ip_adapters_and_textual_inversions_are(tmp_path, capsys):
+    net = controlnet.Config(depth=2, heads=2, head_dim=16, context_width=32, pooled_width=24, position_size=8)
+    alone = replace(net, context_width=None, own_patches=False, position_size=None, zero_pooled=False, kind="depth")
+    for config, kind, path, owner in (
+        (net, "diffusers", tmp_path / "net", "diffusers"),
+        (alone, "stability", tmp_path / "net.safetensors", "Stability"),
+    ):
+        found = weights.controlnets.ControlNet(controlnet.init(prng.key(0), config), config)
+        weights.save_controlnet(path, found, layout=kind)
+        assert run("inspect", path) == 0
+        text = capsys.readouterr().out
+        assert "ControlNet: " in text and f"  named as by {owner}, in {path}\n  Config(depth=2, " in text
+        assert "  all values are finite" in text
+    sizes = ip_adapter.Config(
+        attentions=1, width=32, head_dim=16, image_width=8, hidden_width=16, depth=1, heads=1, resampler_head_dim=16,
+        tokens=2, mlp_width=8, time_frequencies=4,
+    )  # fmt: skip
+    adapter = weights.ip_adapters.IPAdapter(ip_adapter.init(prng.key(0), sizes), sizes)
+    weights.save_ip_adapter(tmp_path / "ip.safetensors", adapter)
+    assert run("inspect", tmp_path / "ip.safetensors") == 0
+    assert "IP-Adapter: " in (text := capsys.readouterr().out) and "tokens=2, mlp_width=8" in text
+    word = inversion.Word("<cat>", {"clip_l": torch.full((2, 8), torch.nan), "t5": torch.zeros(2, 16)})
+    weights.save_inversion(tmp_path / "cat.safetensors", word)
+    assert run("inspect", tmp_path / "cat.safetensors") == 0
+    text = capsys.readouterr().out
+    assert "textual inversion: 2 tensors" in text and "  vectors: clip_l 2 x 8, t5xxl 2 x 16" in text
+    assert "  clip_l holds NaN" in text
+
+
 def test_inspect_shows_the_header_of_what_is_no_component(tmp_path, capsys):
     path = tmp_path / "lora.safetensors"
     save_file({"transformer.x.lora_A.weight": torch.zeros(4, 8, dtype=torch.bfloat16)}, path, metadata={"rank": "4"})
@@ -107,7 +156,7 @@ def test_inspect_shows_the_header_of_what_is_no_component(tmp_path, capsys):
         "  transformer.x.lora_A.weight [4, 8] bfloat16",
         "metadata: rank: 4",
     ]
-    assert err == f"functional-sd3 inspect: {path}: is a LoRA, not a component of a model\n"
+    assert err == f"functional-sd3 inspect: {path}: holds no LoRA: transformer.x.lora_A.weight\n"
     torch.save({"x": torch.zeros(1)}, tmp_path / "model.ckpt")
     assert run("inspect", tmp_path / "model.ckpt") == 1
     assert "is a pickle, which may run code" in capsys.readouterr().err

@@ -1,9 +1,5 @@
-"""LoRAs against diffusers and PEFT: what they fuse we apply, what we write they load, in every spelling they convert.
+"""LoRAs against diffusers and PEFT: what they fuse we apply, what we write they load, in all their spellings."""
 
-PEFT is not among the project's test packages; without it, diffusers' own key converters and the formula remain.
-"""
-
-import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -20,7 +16,6 @@ from functional_sd3.weights.diffusers import COMPONENTS
 from tests.parity.test_weights_parity import config_of, random_model
 from tests.weights.test_lora_files import pair, write
 
-needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 CONFIG = replace(config_of("SD3.5-medium"), t5=None)
 MODEL = random_model(CONFIG)
 TARGETS = ("transformer.*", "clip_l.blocks.*", "clip_g.blocks.*")
@@ -57,7 +52,6 @@ def assert_same(pipe, params):
             torch.testing.assert_close(value, found, rtol=1e-5, atol=1e-5, msg=lambda said, key=key: f"{key}: {said}")
 
 
-@needs_peft
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("alpha", [2.0, 3.0])
 def test_what_we_write_diffusers_fuses_as_we_apply(folder, tmp_path, alpha):
@@ -73,7 +67,6 @@ def test_what_we_write_diffusers_fuses_as_we_apply(folder, tmp_path, alpha):
     assert_same(pipe, lora.apply(MODEL.params, one, 0.7))
 
 
-@needs_peft
 @pytest.mark.filterwarnings("ignore")
 def test_what_diffusers_writes_we_read_as_it_computes(folder, tmp_path):
     from diffusers.training_utils import _collate_lora_metadata

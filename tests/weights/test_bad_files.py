@@ -4,7 +4,10 @@ import errno
 import json
 import os
 import resource
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,8 +19,9 @@ from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.flow import schedule
 from functional_sd3.image import taesd, vae
+from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import Config, Model, WeightsError, atomic, finite, notes, sources
+from functional_sd3.weights import Config, Model, WeightsError, atomic, finite, kinds, notes, sources
 
 KEY = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
 
@@ -165,9 +169,50 @@ def test_a_pickle_that_runs_code_or_lies_about_its_tensors_is_never_believed(tmp
     assert "is a broken archive" in problems_of(path)[0]
 
 
-def test_gguf_files_are_refused_with_the_reason(tmp_path):
-    (tmp_path / "x").write_bytes(b"GGUF" + bytes(100))
-    assert "is a GGUF file, whose quantised blocks are not read" in problems_of(tmp_path / "x")[0]
+LOADERS = {
+    "LoRA": lambda path: lora.load(path, weights.Config()),
+    "layers of a LoRA": lora.layers,
+    "ControlNet": weights.load_controlnet,
+    "IP-Adapter": weights.load_ip_adapter,
+    "textual inversion": weights.load_inversion,
+    "CLIP": weights.load_clip,
+    "model": weights.load,
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_what_people_take_for_weights_is_named_as_what_it_is_whatever_was_to_be_loaded(tmp_path, name):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    (tmp_path / "page.safetensors").write_text("\n<!DOCTYPE html><html>Access to this model is restricted.</html>")
+    for file, said in {
+        "x.pt": "is a pickle, which may run code",
+        "old.pt": "is a pickle, which may run code",
+        "pointer.safetensors": "is a pointer of Git LFS to the weights, not the weights",
+        "page.safetensors": "is a web page, not weights",
+    }.items():
+        with pytest.raises(WeightsError) as caught:
+            LOADERS[name](tmp_path / file)
+        assert caught.value.problems[0].startswith(f"{tmp_path / file}: {said}")
+    if name != "model":
+        (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+        with pytest.raises(WeightsError, match="is a GGUF file: only components of a model are read from these"):
+            LOADERS[name](tmp_path / "x.gguf")
+
+
+def test_the_command_that_converts_pickles_converts_them(saved, tmp_path):
+    tensors = load_file(saved)
+    nested = {"image_proj": {"a": torch.ones(2)}, "b": torch.zeros(3)}
+    told = shlex.split(kinds.HOW_TO_CONVERT[kinds.HOW_TO_CONVERT.index("python -c") :])
+    for name, state in {"flat": tensors, "lightning": {"state_dict": tensors, "epoch": 3}, "nested": nested}.items():
+        pickled, converted = tmp_path / f"{name}.pt", tmp_path / f"{name}.safetensors"
+        torch.save(state, pickled)
+        subprocess.run([sys.executable, "-W", "ignore", *told[1:3], pickled, converted], check=True)
+        expected = {"image_proj.a": torch.ones(2), "b": torch.zeros(3)} if name == "nested" else tensors
+        found = load_file(converted)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_a_table_that_is_absent_and_larger_than_all_that_is_there_is_not_made_up(path):

@@ -9,7 +9,7 @@ import torch
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.transformer import controlnet
-from functional_sd3.weights import WeightsError, controlnets, files, load_controlnet, save_controlnet
+from functional_sd3.weights import WeightsError, controlnets, files, load, load_controlnet, save_controlnet
 
 JOINT = controlnet.Config(
     depth=3, heads=2, head_dim=16, context_width=12, pooled_width=10, position_size=9, extra_channels=1, qk_norm=True,
@@ -87,6 +87,31 @@ def test_the_released_config_is_read_off_the_shapes():
     assert controlnets.infer(layout.keys(controlnets.STABILITY, controlnet.spec(controlnet.SD35_LARGE))) == (
         controlnet.SD35_LARGE
     )
+
+
+def test_a_file_of_the_kind_whose_blocks_all_read_the_same_is_refused_by_name(tmp_path):
+    # Its pooled text comes out of the transformer's embedder, so it is as wide as the blocks.
+    net = random_net(dataclasses.replace(STABILITYS, pooled_width=64))
+    save_controlnet(tmp_path / "x.safetensors", net, layout="stability")
+    with pytest.raises(WeightsError, match="of the kind that Stability's reference calls 2b, .* is not computed here"):
+        load_controlnet(tmp_path / "x.safetensors")
+
+
+def test_a_controlnet_is_no_component_of_a_model_and_says_who_reads_it(tmp_path):
+    save_controlnet(tmp_path / "net", random_net(JOINT))
+    save_controlnet(tmp_path / "net.safetensors", random_net(STABILITYS), layout="stability")
+    for path in (tmp_path / "net", tmp_path / "net.safetensors"):
+        with pytest.raises(WeightsError, match=f"{path}: is a ControlNet, which weights.load_controlnet reads"):
+            load(path)
+
+
+def test_values_that_are_not_finite_are_named_unless_they_are_asked_for(tmp_path):
+    net = random_net(JOINT)
+    net.params["residuals"][0]["bias"][1] = torch.nan
+    save_controlnet(tmp_path, net)
+    with pytest.raises(WeightsError, match=r"controlnet_blocks.0.bias holds NaN; finite=False loads it all the same"):
+        load_controlnet(tmp_path)
+    assert load_controlnet(tmp_path, finite=False).params["residuals"][0]["bias"][1].isnan()
 
 
 def test_a_file_of_something_else_is_no_controlnet(tmp_path):

@@ -117,6 +117,20 @@ def test_without_a_note_the_tensors_alone_give_the_same_tree(make_model, same, t
             assert theirs == replace(ours, **unsaid)
 
 
+def test_a_config_and_its_parameters_are_saved_as_the_model_of_both(make_model, tmp_path):
+    model = make_model()
+    for kind in weights.LAYOUTS:
+        name = "x.safetensors" if kind != "diffusers" else "x"
+        weights.save(tmp_path / f"1{name}", model, layout=kind, dtype=torch.float16)
+        weights.save(tmp_path / f"2{name}", model.config, model.params, layout=kind, dtype=torch.float16)
+        first, second = (sorted(path for path in [one, *one.rglob("*")] if path.is_file())
+                         for one in (tmp_path / f"1{name}", tmp_path / f"2{name}"))  # fmt: skip
+        assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second] != []
+    for wrong in ((model.config,), (model, model.params), (model.params, model.config)):
+        with pytest.raises(TypeError, match="save takes a weights.Model, or a weights.Config and the parameters"):
+            weights.save(tmp_path / "y", *wrong)
+
+
 def test_stability_keeps_shift_before_scale_in_the_last_context_and_the_final_layer(make_model, tmp_path):
     model = make_model()
     weights.save(tmp_path / "x.safetensors", model, layout="stability")

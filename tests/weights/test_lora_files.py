@@ -129,6 +129,10 @@ TEXT_SPELLINGS = {
     "old diffusers": tuple(
         f"text_encoder_2.text_model.encoder.layers.1.self_attn.to_q_lora.{x}.weight" for x in ("down", "up")
     ),
+    "ComfyUI": tuple(
+        f"text_encoders.clip_g.transformer.text_model.encoder.layers.1.self_attn.q_proj.lora_{x}.weight"
+        for x in ("down", "up")
+    ),
     "kohya": tuple(f"lora_te2_text_model_encoder_layers_1_self_attn_q_proj.lora_{x}.weight" for x in ("down", "up")),
 }
 CASES = [("transformer.blocks.1.image.attention.qkv.weight", 16, keys) for keys in SPELLINGS.values()]

@@ -92,7 +92,8 @@ def test_apply_works_unchanged_and_computes_what_the_dequantised_weights_give(mo
         outputs(params, model.config) for params in (model.params, quantize.dequantize(stored), stored)
     )
     for name in found:
-        assert torch.equal(found[name], meant[name]), name
+        # To rounding: a weight without a scale may go through a fused kernel.
+        torch.testing.assert_close(found[name], meant[name], rtol=1e-4, atol=1e-5)
         error = float((found[name] - exact[name]).norm() / exact[name].norm())
         assert 1e-4 < error < (0.05 if dtype == torch.int8 else 0.2), (name, error)
 

@@ -1,0 +1,68 @@
+"""What goes with a model and is none: ControlNets, IP-Adapters, LoRAs and textual inversions, described unloaded."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from functional_sd3.weights import controlnets, files, forms, ip_adapters, lora_files, standalone
+from functional_sd3.weights.files import Mapped
+
+
+class Companion(NamedTuple):
+    """kind: what it is; form: in whose names; config: what is known of its sizes; places: its tensors, unread."""
+
+    kind: str
+    form: str
+    where: str
+    config: Any
+    places: dict[str, Mapped]
+
+
+def find(path: Path, variant: str | None = None) -> Companion | None:
+    """What lies at a path, told by the names inside; None where that is a model, or nothing that can be told.
+
+    Raises WeightsError for what is damaged.
+    """
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            claims = files.read_json(path / "config.json").get("_class_name")
+            return _controlnet(path, variant) if claims == controlnets.OWNER else None
+        names = () if (path / "model_index.json").exists() else lora_files.NAMES
+        return next((_lora(path / name, variant) for name in names if (path / name).is_file()), None)
+    if not path.is_file() or files.start(path)[8:9] != b"{":
+        return None
+    what = forms.stranger(files.read_header(path).tensors) or ""
+    told = next((kind for kind in _KINDS if what.partition(",")[0].endswith(" " + kind)), None)
+    return _KINDS[told](path, variant) if told else None
+
+
+def _controlnet(path: Path, variant: str | None) -> Companion:
+    where, places, table, config = controlnets.find(path, variant=variant)
+    owner = "Stability" if table is controlnets.STABILITY else "diffusers"
+    return Companion("ControlNet", f"named as by {owner}", where, config, places)
+
+
+def _ip_adapter(path: Path, variant: str | None) -> Companion:
+    places = standalone.open_file(path)
+    return Companion("IP-Adapter", "named as by InstantX", str(path), ip_adapters.config_of(places, path), places)
+
+
+def _lora(path: Path, variant: str | None) -> Companion:
+    found = lora_files.layers(path)
+    kinds = "\n".join(lora_files.summary(found))
+    return Companion("LoRA", f"of layers named as {found[0].name}", str(path), kinds, standalone.open_file(path))
+
+
+def _inversion(path: Path, variant: str | None) -> Companion:
+    places = standalone.open_file(path)
+    shapes = standalone.shapes(places).items()
+    sizes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes)
+    return Companion("textual inversion", "vectors by encoder", str(path), f"vectors: {sizes}", places)
+
+
+_KINDS: Mapping[str, Callable[[Path, str | None], Companion]] = {
+    "ControlNet": _controlnet,
+    "IP-Adapter": _ip_adapter,
+    "LoRA": _lora,
+    "textual inversion": _inversion,
+}

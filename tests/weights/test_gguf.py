@@ -1,0 +1,204 @@
+"""GGUF files, written by ggml's own Python package: the values that blocks mean, under the names of people's files."""
+
+import struct
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from functional_sd3 import weights
+from functional_sd3.core import tree
+from functional_sd3.text import t5
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights import Config, WeightsError, blocks, forms, layout
+from functional_sd3.weights import gguf as ours
+from tests.weights.conftest import CONFIG
+
+MODEL = Config(
+    transformer=replace(CONFIG.transformer, heads=4, head_dim=16, context_width=64, pooled_width=32),
+    t5=t5.Config(vocab=64, width=64, layers=2, heads=4, head_dim=16, mlp_width=96),
+)
+
+
+def theirs(model, name, form) -> dict[str, torch.Tensor]:
+    config = getattr(model.config, name)
+    return layout.to_theirs(form.layout(config), weights.SPECS[name](config), tree.flatten_paths(model.params[name]))
+
+
+def write(path, tensors, kind, arch="sd3", values=(), order=1) -> dict[str, torch.Tensor]:
+    """Matrices in blocks of `kind` where their rows allow, the rest in float32; what they then mean."""
+    writer = gguf.GGUFWriter(path, arch)
+    for name, value in values:
+        writer.add_array(name, value) if isinstance(value, list) else writer.add_string(name, value)
+    meant = {}
+    for name, value in list(tensors.items())[::order]:
+        array = value.numpy()
+        fits = array.ndim == 2 and array.shape[1] % 32 == 0
+        own = kind if fits or (array.ndim > 1 and kind == Kind.F16) else Kind.F32
+        stored = gguf.quants.quantize(array, own)
+        writer.add_tensor(name, stored, raw_dtype=own)
+        meant[name] = torch.from_numpy(gguf.quants.dequantize(stored, own).reshape(value.shape).copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+def joined(meant, name, form, config=MODEL):
+    """The tree that tensors under a form's names mean."""
+    own = getattr(config, name)
+    fetch = lambda source, _: source.transform.join([meant[each] for each in source.names])  # noqa: E731
+    return layout.to_ours(form.layout(own), weights.SPECS[name](own), fetch)
+
+
+def renamed_as_llama_cpp(tensors):
+    back = {there: here for here, there in ours._OF_T5.items()}
+    found = {}
+    for name, value in tensors.items():
+        for there in sorted(back, key=len, reverse=True):
+            name = name.replace(there, back[there])
+        found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("kind", blocks.BLOCKS)
+def test_blocks_mean_to_the_bit_what_ggml_says_they_mean(kind):
+    generator = np.random.default_rng(0)
+    size = blocks.BLOCKS[kind].size
+    rows = generator.integers(0, 256, (blocks._AT_ONCE + 3 if kind == "Q4_0" else 50, size), dtype=np.uint8)
+    # Factors that are numbers, wherever the kind has them.
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
+    count = 2 if kind in ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K") else 4
+    factors = generator.standard_normal((len(rows), 2)).astype(np.float16).view(np.uint8)
+    rows[:, at : at + count] = factors[:, :count]
+    expected = torch.from_numpy(gguf.quants.dequantize(rows, Kind[kind]).copy()).flatten()
+    assert torch.equal(blocks.decode(kind, torch.from_numpy(rows).flatten()), expected)
+    assert expected.unique().numel() > 100
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_1, Kind.Q5_0, Kind.Q4_1, Kind.Q4_0, Kind.F16, Kind.BF16])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_transformer_loads_as_the_values_its_blocks_mean(make_model, tmp_path, kind, prefix):
+    path = tmp_path / "sd3.5_medium.gguf"
+    form = forms.BARE["transformer"] if not prefix else forms.STABILITY["transformer"]
+    meant = write(path, theirs(make_model(MODEL), "transformer", form), kind)
+    found = weights.load(path, dtype=torch.float32)
+    # What shapes do not tell is as in the released models.
+    assert found.config.transformer == replace(MODEL.transformer, sample_size=128)
+    expected = joined(meant, "transformer", form)
+    assert tree.diff(found.params["transformer"], expected) == []
+    half = weights.load(path, dtype=torch.bfloat16)
+    assert tree.diff(half.params["transformer"], tree.cast(expected, torch.bfloat16)) == []
+    kept = weights.load(path).params["transformer"]["blocks"][0]["image"]["mlp"]["in"]["weight"].dtype
+    assert kept == {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.float32)
+    (part,) = weights.describe(path).parts
+    count = sum(value.ndim == 2 and value.shape[1] % 32 == 0 for value in meant.values())
+    assert part.blocks == ({kind.name: count} if kind.name in blocks.BLOCKS else {})
+
+
+@pytest.mark.parametrize("as_llama_cpp", [False, True])
+def test_a_t5_encoder_loads_under_transformers_and_under_llama_cpps_names(make_model, tmp_path, as_llama_cpp):
+    form = forms.DIFFUSERS["t5"]
+    tensors = theirs(make_model(MODEL), "t5", form)
+    given = renamed_as_llama_cpp(tensors) if as_llama_cpp else tensors
+    assert ("enc.blk.0.attn_rel_b.weight" in given) == as_llama_cpp
+    meant = write(tmp_path / "t5.gguf", given, Kind.Q8_0, arch="t5encoder")
+    found = weights.load(tmp_path / "t5.gguf")
+    assert found.config.t5 == MODEL.t5
+    expected = joined(dict(zip(tensors, meant.values(), strict=True)), "t5", form)
+    assert tree.diff(found.params["t5"], expected) == []
+
+
+def test_shapes_that_the_converter_flattened_are_those_its_note_says(make_model, tmp_path):
+    form = forms.BARE["transformer"]
+    tensors = theirs(make_model(MODEL), "transformer", form)
+    name, shape = "x_embedder.proj.weight", [64, 16, 2, 2]
+    note = [("comfy.gguf.orig_shape." + name, shape), ("general.author", "somebody")]
+    flat = {**tensors, name: tensors[name].reshape(64, 64)}
+    meant = write(tmp_path / "x.gguf", flat, Kind.Q8_0, values=note, order=-1)
+    found = weights.load(tmp_path / "x.gguf")
+    expected = joined({**meant, name: meant[name].reshape(shape)}, "transformer", form)
+    assert tree.diff(found.params["transformer"], expected) == []
+    assert weights.describe(tmp_path / "x.gguf").metadata[str(tmp_path / "x.gguf")]["general.author"] == "somebody"
+
+
+def test_a_gguf_file_goes_with_others_and_only_what_is_asked_for_is_read(make_model, same, tmp_path):
+    model = make_model(MODEL)
+    write(tmp_path / "x.gguf", theirs(model, "transformer", forms.BARE["transformer"]), Kind.Q4_0)
+    weights.save(tmp_path / "t5.safetensors", model._replace(params={"t5": model.params["t5"]}), layout="single")
+    both = weights.load([tmp_path / "x.gguf", tmp_path / "t5.safetensors"], dtype=torch.float32)
+    assert set(both.params) == {"transformer", "t5"}
+    weights.save(tmp_path / "back.safetensors", both, layout="stability")
+    assert same(weights.load(tmp_path / "back.safetensors").params, both.params)
+    assert list(weights.load(tmp_path / "t5.safetensors", only="t5").params) == ["t5"]
+
+
+@pytest.fixture(scope="module")
+def victim(make_model, tmp_path_factory):
+    config = Config(
+        transformer=mmdit.Config(depth=1, heads=1, head_dim=32, context_width=32, pooled_width=32, position_size=2)
+    )
+    path = tmp_path_factory.mktemp("victim") / "x.gguf"
+    model = make_model(config)
+    note = [("comfy.gguf.orig_shape.x", [1, 2]), ("tokens", ["a", "b"])]
+    write(path, theirs(model, "transformer", forms.BARE["transformer"]), Kind.Q8_0, values=note)
+    return path
+
+
+def problem_of(path, content) -> str:
+    path.write_bytes(content)
+    with pytest.raises(WeightsError) as caught:
+        weights.load(path)
+    return str(caught.value)
+
+
+def test_what_is_wrong_with_a_file_is_said(victim, tmp_path):
+    content, path = victim.read_bytes(), tmp_path / "x.gguf"
+    assert "is truncated" in problem_of(path, content[:20])
+    assert "goes beyond its end" in problem_of(path, content[:-40])
+    assert "its version 1 must be 2 or 3" in problem_of(path, content[:4] + struct.pack("<I", 1) + content[8:])
+    assert "its version 50331648" in problem_of(path, content[:4] + struct.pack(">I", 3) + content[8:])
+    assert "are more than it has" in problem_of(path, content[:8] + struct.pack("<QQ", 2**60, 0) + content[24:])
+    name = struct.pack("<Q", len("final_layer.linear.weight")) + b"final_layer.linear.weight"
+    at = content.index(name) + len(name) + 4 + 16
+    assert "of ggml's kind 19; known are F32, F16, BF16, Q4_0" in problem_of(
+        path, content[:at] + struct.pack("<I", 19) + content[at + 4 :]
+    )
+    place = content[:at + 4] + struct.pack("<Q", 0) + content[at + 12 :]
+    assert "overlaps" in problem_of(path, place)
+    wide = content[: at - 16] + struct.pack("<QQ", 2**40, 2**40) + content[at:]
+    assert "goes beyond its end" in problem_of(path, wide)
+
+
+def test_factors_that_are_not_numbers_are_named(victim, tmp_path):
+    content = bytearray(victim.read_bytes())
+    entry = ours.open_gguf(victim).header.tensors["joint_blocks.0.x_block.mlp.fc1.weight"]
+    content[entry.start : entry.start + 2] = b"\x00\x7e"
+    said = problem_of(tmp_path / "x.gguf", bytes(content))
+    assert "joint_blocks.0.x_block.mlp.fc1.weight holds NaN; finite=False loads it all the same" in said
+    assert weights.load(tmp_path / "x.gguf", finite=False).config.transformer
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_gguf_file_with_changed_bytes_is_a_weights_error_or_a_whole_model(victim, tmp_path_factory, data):
+    content, path = bytearray(victim.read_bytes()), tmp_path_factory.mktemp("mutated") / "x"
+    start = min(entry.start for entry in ours.open_gguf(victim).header.tensors.values())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, start - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    path.write_bytes(content)
+    try:
+        found = weights.load(path)
+    except WeightsError as error:
+        assert all(str(path) in problem for problem in error.problems)
+        return
+    assert weights.check(found) == []
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(found.params))
