@@ -217,3 +217,24 @@ def test_a_picture_beyond_the_table_of_positions_is_drawn_in_tiles_and_named_wit
     assert drawn.shape == (1, 3, 64, 400) and torch.isfinite(drawn).all()
     with pytest.raises(ValueError, match="width 400 is beyond the 192 pixels .* in tiles"):
         pipeline.generate(*parts(model), "a ring", prng.key(1), height=64, width=400)
+
+
+def test_a_prompt_that_is_alone_sees_a_plain_picture_where_it_has_no_share(model):
+    noise = pipeline.initial_noise(prng.key(3), model.config, 1)
+    shares = torch.zeros(2, 1, *noise.shape[-2:])
+    shares[0, ..., :4], shares[1, ..., 4:] = 1.0, 1.0
+    ground = torch.full_like(noise, 0.3)
+    seen = []
+
+    def field(params, config, conditions, cfg, times, **options):
+        return lambda x, t: seen.append(x) or torch.zeros_like(x)
+
+    alone = regions.Alone(ground, noise, 0.5)
+    velocity = regions.blended(shares, field, alone=alone)(model.params, model.config, [None, None])
+    x = torch.ones_like(noise)
+    for t in (0.75, 0.25):
+        velocity(x, torch.tensor(t))
+    whole, part, later_whole, later_part = seen
+    assert all(torch.equal(each, x) for each in (whole, later_whole, later_part))
+    assert torch.equal(part[..., 4:], x[..., 4:])
+    torch.testing.assert_close(part[..., :4], (0.25 * ground + 0.75 * noise)[..., :4])

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from functional_sd3.cli import report, written
+from functional_sd3.cli import written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,6 +126,7 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
 def fitted_image(path: str, session: "Session", size: tuple[int, int] | None) -> "Tensor":
     """The picture as (1, 3, height, width) in [0, 1], with a note where it is not of its own size."""
     from functional_sd3 import pipeline
+    from functional_sd3.cli import report
     from functional_sd3.image import pixels
 
     if size is not None:
