@@ -13,6 +13,7 @@ from bench import table, timing
 def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=2, help="threads of both sides")
     parser.addoption("--quick", action="store_true", help="one round a row: does everything still run?")
+    parser.addoption("--rounds", type=int, default=None, help="at most so many rounds a row")
     parser.addoption("--results", type=Path, default=None, help="Markdown file for the table")
 
 
@@ -26,7 +27,8 @@ def same_threads(request):
 
 @pytest.fixture
 def versus(benchmark, request):
-    return timing.Versus(benchmark, quick=request.config.getoption("--quick"))
+    most = 1 if request.config.getoption("--quick") else request.config.getoption("--rounds")
+    return timing.Versus(benchmark, most=most)
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

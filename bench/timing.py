@@ -17,9 +17,10 @@ class Versus:
     the same weather.
     """
 
-    def __init__(self, benchmark: Any, *, quick: bool = False) -> None:
+    def __init__(self, benchmark: Any, *, most: int | None = None) -> None:
+        """`most`: rounds a row is given at most."""
         self.benchmark = benchmark
-        self.quick = quick
+        self.most = most
 
     def __call__(
         self,
@@ -65,7 +66,7 @@ class Versus:
                 if bare is not None:
                     alone.append(timed(bare, repeat)[0] / repeat)
 
-            rounds = 1 if self.quick else rounds
+            rounds = min(rounds, self.most or rounds)
             self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=rounds)
         if alone:
             facts["least"] = alone
