@@ -94,7 +94,8 @@ def _head(arguments: argparse.Namespace, dimensions: int) -> str:
         what = f"loss, behind the best, prompt ({arguments.draws} draws; no likelihood)"
     else:
         how = "exact divergence" if arguments.exact else f"probes: {arguments.probes}"
-        run = f"{arguments.steps} steps of {arguments.method}"
+        adaptive = arguments.method in catalogue.ADAPTIVE
+        run = arguments.method if adaptive else f"{arguments.steps} steps of {arguments.method}"
         what = f"log-likelihood in nats, bits per dimension, nats behind the best, prompt ({run}, {how})"
     return f"{arguments.picture}, {dimensions:,} numbers of latents: {what}"
 

@@ -170,11 +170,11 @@ def test_a_grid_for_each_sample_and_steps_of_no_length(way):
 
 @pytest.mark.parametrize(
     "by",
-    [likelihood.corrected(iterations=5, tolerance=None, depth=2), likelihood.coupled(ode.EULER)],
+    [likelihood.corrected(iterations=3, tolerance=None, depth=1), likelihood.coupled(ode.EULER)],
     ids=["corrected", "coupled"],
 )
 def test_inverting_under_grad_vmap_and_compile(by):
-    grid = torch.linspace(0, 1, 3)
+    grid = torch.tensor([0.0, 0.6])
     x, weight = data((4, 3), torch.float32), data((3, 3), torch.float32, 1) * 0.5
 
     def noise(x, weight):
