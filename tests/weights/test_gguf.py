@@ -170,7 +170,7 @@ def test_what_is_wrong_with_a_file_is_said(victim, tmp_path):
     assert "of ggml's kind 19; known are F32, F16, BF16, Q4_0" in problem_of(
         path, content[:at] + struct.pack("<I", 19) + content[at + 4 :]
     )
-    place = content[:at + 4] + struct.pack("<Q", 0) + content[at + 12 :]
+    place = content[: at + 4] + struct.pack("<Q", 0) + content[at + 12 :]
     assert "overlaps" in problem_of(path, place)
     wide = content[: at - 16] + struct.pack("<QQ", 2**40, 2**40) + content[at:]
     assert "goes beyond its end" in problem_of(path, wide)
