@@ -100,6 +100,10 @@ class Source(NamedTuple):
     path: str
 
 
+Sources = dict[str, Source]
+"""Our paths -> where they come from."""
+
+
 def renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     """Rules (ours, theirs) that change nothing but the name."""
     return tuple(Rule(ours, (theirs,)) for ours, theirs in pairs)
@@ -116,22 +120,22 @@ def prefixed(layout: Layout, prefix: str) -> Layout:
     )
 
 
-def sources(layout: Layout, spec: Tree) -> dict[str, Source]:
+def sources(layout: Layout, spec: Tree) -> Sources:
     """Our paths -> their names and the transform. Raises ValueError when a leaf of the spec has no rule."""
     return sources_of(layout, specs.paths(spec))
 
 
-def sources_of(layout: Layout, paths: Iterable[str]) -> dict[str, Source]:
+def sources_of(layout: Layout, paths: Iterable[str]) -> Sources:
     """As `sources`, for some paths and without a spec."""
     compiled = [(re.compile(_regex(rule.ours)), rule) for rule in layout.rules]
     return {path: _source(compiled, path) for path in paths}
 
 
-def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:
-    """Their names -> shapes for a spec; costs no memory whatever the size."""
+def keys(layout: Layout, spec: Tree, known: Sources | None = None) -> dict[str, tuple[int, ...]]:
+    """Their names -> shapes for a spec; costs no memory whatever the size. known: its `sources`, where at hand."""
     wanted = specs.paths(spec)
     found: dict[str, tuple[int, ...]] = {}
-    for path, (names, transform, _) in sources(layout, spec).items():
+    for path, (names, transform, _) in (known or sources(layout, spec)).items():
         parts = transform.split(torch.empty(wanted[path].shape, device="meta"), len(names))
         found.update(zip(names, (tuple(part.shape) for part in parts), strict=True))
     return found
@@ -190,13 +194,16 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def check(
+    layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]], known: Sources | None = None
+) -> list[str]:
     """What stands between tensors of theirs (proper name -> shape) and the spec, one sentence each.
 
-    A leaf that is not learned (a table that the spec computes) or has a default may be missing.
+    A leaf that is not learned (a table that the spec computes) or has a default may be missing. known: as of `keys`.
     """
-    wanted = keys(layout, spec)
-    optional = _optional(layout, spec)
+    known = known or sources(layout, spec)
+    wanted = keys(layout, spec, known)
+    optional = _optional(layout, spec, known)
     unexpected = [name for name in shapes if name not in wanted]
     missing = [name for name in wanted if name not in shapes and name not in optional]
     problems = [f"{name} is missing (shape {list(wanted[name])})" for name in missing]
@@ -207,9 +214,11 @@ def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]]) -> 
     return problems
 
 
-def to_ours(layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], Tensor]) -> Params:
-    """The parameters of a spec, each leaf as `fetch(source, param)` returns it."""
-    found = sources(layout, spec)
+def to_ours(
+    layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], Tensor], known: Sources | None = None
+) -> Params:
+    """The parameters of a spec, each leaf as `fetch(source, param)` returns it. known: as of `keys`."""
+    found = known or sources(layout, spec)
     return specs.map_params(lambda path, param: fetch(found[path], param), spec)
 
 
@@ -240,8 +249,7 @@ def default(layout: Layout, path: str, param: specs.Param) -> Callable[[], Tenso
     return None
 
 
-def _optional(layout: Layout, spec: Tree) -> set[str]:
-    found = sources(layout, spec)
+def _optional(layout: Layout, spec: Tree, found: Sources) -> set[str]:
     absent = [path for path, param in specs.paths(spec).items() if default(layout, path, param)]
     return {name for path in absent for name in found[path].names}
 

@@ -19,7 +19,7 @@ from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.forms import Form
 from functional_sd3.weights.header import Entry
-from functional_sd3.weights.layout import Layout, Source
+from functional_sd3.weights.layout import Layout, Source, Sources
 from functional_sd3.weights.model import SPECS
 
 # ComfyUI's scaled fp8, old and new names: a factor that a weight is multiplied by, and what only its kernels use.
@@ -55,8 +55,8 @@ class Contents(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A component that was checked and is still to be read; `names`: the rules' names -> the files';
-    `told`: whether the config is what a file says, not what shapes do."""
+    """A component that was checked and is still to be read; `names`: the rules' names -> the files'; `told`: whether
+    the config is what a file says, not what shapes do; `sources`: those of the layout, where they are known."""
 
     component: str
     form: Form | None
@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     places: dict[str, Mapped]
     scales: dict[str, str]
     told: bool
+    sources: Sources | None = None
 
 
 def plan(piece: Piece) -> Plan:
@@ -82,9 +83,10 @@ def plan(piece: Piece) -> Plan:
         described = SPECS["clip_l" if piece.component == "clip" else piece.component](config)
         table = piece.form.layout(config)
         names = layout.canonical(table, places)
-        problems += layout.check(table, described, {proper: shapes[name] for proper, name in names.items()})
+        known = layout.sources(table, described)
+        problems += layout.check(table, described, {proper: shapes[name] for proper, name in names.items()}, known)
         if not problems:
-            problems += too_large_to_compute(table, described, names, shapes)
+            problems += too_large_to_compute(table, described, names, shapes, known)
     except WeightsError as error:
         raise WeightsError([where + problem for problem in (*problems, *error.problems)]) from None
     except (RuntimeError, OverflowError) as error:
@@ -97,7 +99,8 @@ def plan(piece: Piece) -> Plan:
     if problems:
         raise WeightsError([where + problem for problem in problems])
     told = piece.config is not None
-    return Plan(piece.component, piece.form, piece.where, config, described, table, names, piece.places, scales, told)
+    form, where = piece.form, piece.where
+    return Plan(piece.component, form, where, config, described, table, names, piece.places, scales, told, known)
 
 
 def read(
@@ -139,7 +142,7 @@ def read(
                 files.release(plan.places[name], name)
         return value
 
-    return _with_scales("", layout.to_ours(plan.layout, plan.spec, fetch), scales)
+    return _with_scales("", layout.to_ours(plan.layout, plan.spec, fetch, plan.sources), scales)
 
 
 def _stays(plan: Plan, source: Source, names: list[str]) -> bool:
@@ -240,10 +243,14 @@ def _wrong_format(name: str, mapped: Mapped) -> list[str]:
 
 
 def too_large_to_compute(
-    table: Layout, spec: Tree, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    table: Layout,
+    spec: Tree,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    known: Sources | None = None,
 ) -> list[str]:
     """Tables that a file lacks and that would be larger than all it holds: what is merely claimed takes no memory."""
-    wanted = layout.keys(table, spec)
+    wanted = layout.keys(table, spec, known)
     held = sum(map(math.prod, shapes.values()))
     absent = {name: shape for name, shape in wanted.items() if name not in names}
     return [
