@@ -97,24 +97,26 @@ def test_loading(versus, folder, finite):
 
 
 _PEAK = """
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv[3])
+# Not resource.getrusage, whose maximum is inherited from the process that starts this one.
+peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 if sys.argv[1] == "ours":
     from functional_sd3 import weights
     from functional_sd3.core import tree
     import torch
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     tensors = list(tree.leaves(weights.load(sys.argv[2]).params))
 else:
     import torch
     from diffusers import AutoencoderKL, SD3Transformer2DModel
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     kinds = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
     parts = [kind.from_pretrained(f"{sys.argv[2]}/{name}") for name, kind in kinds.items()]
     tensors = [parameter.detach() for part in parts for parameter in part.parameters()]
 sum(tensor.reshape(-1)[::1024].sum() for tensor in tensors)
 held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / held)
+print((peak() - before) / held)
 """
 
 
