@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -258,10 +259,89 @@ def test_places_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     assert problems_of(tmp_path / "folder") == (f"{tmp_path / 'folder'}: cannot be opened: permission denied",)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_a_folder_without_permission_is_named(tmp_path):
+@contextmanager
+def without_privileges(folder):
+    """Inside `folder`, as a user whom permissions bind: the superuser may read everything."""
+    if os.geteuid():
+        yield
+        return
+    folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read_or_written_is_named_and_stays(make_model, same, tmp_path, monkeypatch):
+    model = make_model()
+    for name, kind in (("model", "diffusers"), ("native", "native"), ("x.safetensors", "single")):
+        weights.save(tmp_path / name, model, layout=kind)
+        assert same(weights.load(tmp_path / name).params, model.params)
     (tmp_path / "folder").mkdir(mode=0)
-    assert problems_of(tmp_path / "folder") == (f"{tmp_path / 'folder'}: cannot be opened: permission denied",)
+    (tmp_path / "model" / "vae").chmod(0)
+    (tmp_path / "x.safetensors").chmod(0)
+    monkeypatch.chdir(tmp_path)
+    with without_privileges(tmp_path):
+        assert problems_of("folder") == ("folder: cannot be opened: permission denied",)
+        assert problems_of("x.safetensors") == ("x.safetensors: cannot be opened: permission denied",)
+        vae = problems_of("model")
+        assert vae and all(problem.startswith("model/vae") and "permission denied" in problem for problem in vae)
+        if not os.access(".", os.W_OK, effective_ids=True):
+            for name, kind in (("native", "native"), ("y.safetensors", "single"), ("z", "diffusers")):
+                with pytest.raises(WeightsError, match=f"{name}: cannot be written: permission denied"):
+                    weights.save(name, make_model(seed=1), layout=kind)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "model", "native", "x.safetensors"]
+    assert same(weights.load(tmp_path / "native").params, model.params)
+    for left in (tmp_path / "folder", tmp_path / "model" / "vae"):
+        left.chmod(0o755)
+
+
+@pytest.mark.parametrize("layout", ["single", "stability", "native", "diffusers"])
+def test_a_disk_that_takes_no_more_leaves_the_old_model_whole(make_model, same, tmp_path, layout):
+    old, new = make_model(seed=1), make_model(seed=2)
+    path = tmp_path / ("x.safetensors" if layout == "single" else "x")
+    weights.save(path, old, layout=layout)
+    before = sorted(tmp_path.rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(WeightsError, match=f"{path}: cannot be written: file too large"):
+            weights.save(path, new, layout=layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert same(weights.load(path).params, old.params)
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_named_wherever_they_are(make_model, tmp_path):
+    weights.save(tmp_path / "model", make_model())
+    place = tmp_path / "model" / "transformer"
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        kept = (place / name).read_bytes()
+        for target, said in ((place / name, "too many levels of symbolic links"), ("nowhere", "no such file")):
+            (place / name).unlink()
+            (place / name).symlink_to(target)
+            assert any(f"{place / name}: cannot be opened: {said}" in problem for problem in problems_of(place.parent))
+        (place / name).unlink()
+        (place / name).write_bytes(kept)
+    shutil.rmtree(place)
+    place.symlink_to(place)
+    assert any("too many levels of symbolic links" in problem for problem in problems_of(place.parent))
+
+
+def test_json_that_is_nested_for_ever_is_named(make_model, tmp_path):
+    weights.save(tmp_path / "model", make_model())
+    deep = b'{"a":' * 100_000
+    for name in ("model_index.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        kept = (tmp_path / "model" / name).read_bytes()
+        (tmp_path / "model" / name).write_bytes(deep)
+        assert any(str(tmp_path / "model" / name) in problem for problem in problems_of(tmp_path / "model"))
+        (tmp_path / "model" / name).write_bytes(kept)
+    (tmp_path / "x.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    assert str(tmp_path / "x.safetensors") in problems_of(tmp_path / "x.safetensors")[0]
+    (tmp_path / "x.safetensors.index.json").write_bytes(deep)
+    assert str(tmp_path / "x.safetensors.index.json") in problems_of(tmp_path / "x.safetensors.index.json")[0]
 
 
 def test_a_missing_shard_and_an_index_with_a_key_twice_are_named(make_model, tmp_path):
