@@ -15,8 +15,8 @@ from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params
 from functional_sd3.image import clip_pixels
 from functional_sd3.text import bpe, clip, clip_dual, clip_image
+from functional_sd3.weights import config_fields, diffusers_keys, files, layout, shards
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights import diffusers_keys, files, layout, shards
 from functional_sd3.weights.errors import WeightsError, attempt, reason
 from functional_sd3.weights.layout import Layout, Rule, Source, renamed
 from functional_sd3.weights.shards import WeightFiles
@@ -116,7 +116,7 @@ def _read_config(folder: Path) -> clip_dual.Config:
             problems.append(f"{path}: {name} must be an object")
             continue
         said = {**said, "projection_dim": projection}
-        parts.append(attempt(problems, configs.read, table, said, f"{path}: {name}"))
+        parts.append(attempt(problems, config_fields.read, table, said, f"{path}: {name}"))
     if problems:
         raise WeightsError(problems)
     return clip_dual.Config(*parts)

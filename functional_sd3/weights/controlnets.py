@@ -16,9 +16,9 @@ import torch
 
 from functional_sd3.core.types import Params
 from functional_sd3.transformer import controlnet
-from functional_sd3.weights import atomic, files, shards, standalone
+from functional_sd3.weights import atomic, config_fields, files, shards, standalone
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.diffusers_configs import Field, Fixed, Table
+from functional_sd3.weights.config_fields import Field, Fixed, Table, choice, flag, optional, whole
 from functional_sd3.weights.diffusers_keys import TRANSFORMER
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.files import Mapped
@@ -82,17 +82,16 @@ _OPTIONAL = {"pos_embed.proj.weight": 4, "pos_embed.pos_embed": 3, "context_embe
 
 _SHARED = {field.theirs: field for field in configs.TRANSFORMER.fields}
 _DIFFERENT = ("joint_attention_dim", "pos_embed_max_size", "out_channels")
-_optional, _flag, _whole = configs._optional, configs._flag, configs._whole
 TABLE = Table(
     controlnet.Config,
     (
         *(field for name, field in _SHARED.items() if name not in _DIFFERENT),
-        Field("joint_attention_dim", "context_width", _optional(_SHARED["joint_attention_dim"].read), 4096),
-        Field("pos_embed_max_size", "position_size", _optional(_SHARED["pos_embed_max_size"].read), _POSITIONS),
-        Field("extra_conditioning_channels", "extra_channels", _whole(0, 2**16), 0),
-        Field("use_pos_embed", "own_patches", _flag, True),
-        Field("force_zeros_for_pooled_projection", "zero_pooled", _flag, True),
-        Field(_KIND, "kind", _optional(configs._choice(*controlnet.KINDS)), None),
+        Field("joint_attention_dim", "context_width", optional(_SHARED["joint_attention_dim"].read), 4096),
+        Field("pos_embed_max_size", "position_size", optional(_SHARED["pos_embed_max_size"].read), _POSITIONS),
+        Field("extra_conditioning_channels", "extra_channels", whole(0, 2**16), 0),
+        Field("use_pos_embed", "own_patches", flag, True),
+        Field("force_zeros_for_pooled_projection", "zero_pooled", flag, True),
+        Field(_KIND, "kind", optional(choice(*controlnet.KINDS)), None),
     ),
     (
         Fixed("pos_embed_type", lambda config: None if config.position_size is None else "sincos", "sincos"),
@@ -100,7 +99,7 @@ TABLE = Table(
         Fixed("caption_projection_dim", lambda config: config.width, checked=False),
         Fixed("out_channels", lambda config: config.in_channels, checked=False),
     ),
-    unsound=configs._unsound_transformer,
+    unsound=configs.unsound_transformer,
 )
 
 
@@ -157,7 +156,7 @@ def save(
         files.write_atomic(path, found, metadata={"format": "pt"}, dtype=dtype)
         return
     found = standalone.tensors(DIFFUSERS, spec, net.params)
-    values = {"_class_name": OWNER, "_diffusers_version": _FORMAT, **configs.write(TABLE, net.config)}
+    values = {"_class_name": OWNER, "_diffusers_version": _FORMAT, **config_fields.write(TABLE, net.config)}
 
     def write(folder: Path) -> None:
         shards.write_weights(folder, _STEM, found, dtype=dtype, shard_bytes=None)
@@ -215,7 +214,7 @@ def _find_in(folder: Path, variant: str | None) -> Found:
     if values.get("_class_name", OWNER) != OWNER:
         owner = values["_class_name"]
         raise WeightsError(f"{folder / _CONFIG}: _class_name is {owner!r}, only {OWNER!r} is supported")
-    config = configs.read(TABLE, _with_positions(values, folder / _CONFIG), folder / _CONFIG)
+    config = config_fields.read(TABLE, _with_positions(values, folder / _CONFIG), folder / _CONFIG)
     places = shards.open_weights(folder, _STEM, variant, single_first=False).tensors
     return Found(str(folder), places, DIFFUSERS, config)
 

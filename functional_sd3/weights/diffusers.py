@@ -15,8 +15,8 @@ import torch
 
 from functional_sd3.core import tree
 from functional_sd3.text import bpe, unigram
+from functional_sd3.weights import config_fields, files, forms, layout, shards
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights import files, forms, layout, shards
 from functional_sd3.weights.errors import WeightsError, attempt, reason
 from functional_sd3.weights.forms import Form
 from functional_sd3.weights.layout import Layout
@@ -121,7 +121,7 @@ def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes:
     place, owner = _SCHEDULER
     index[place] = [None, None] if model.config.schedule is None else ["diffusers", owner]
     if model.config.schedule is not None:
-        values = configs.write(configs.SCHEDULE, model.config.schedule)
+        values = config_fields.write(configs.SCHEDULE, model.config.schedule)
         _write_json(folder / place / "scheduler_config.json", {**_signature(owner), **values})
     _write_json(folder / INDEX, index)
 
@@ -168,11 +168,11 @@ def _named(folder: Path, index: Mapping[str, Any], name: str, owners: Collection
     return True
 
 
-def _read_config(table: configs.Table, path: Path, owner: str) -> Any:
+def _read_config(table: config_fields.Table, path: Path, owner: str) -> Any:
     values = files.read_json(path)
     if values.get("_class_name", owner) != owner:
         raise WeightsError(f"{path}: _class_name is {values['_class_name']!r}, only {owner!r} is supported")
-    return configs.read(table, values, path)
+    return config_fields.read(table, values, path)
 
 
 def _read_schedule(folder: Path, index: Mapping[str, Any]) -> Any:
@@ -209,7 +209,7 @@ def _write_component(
     shards.write_weights(folder, component.stem, tensors, dtype=dtype, shard_bytes=shard_bytes)
     stored = str(dtype or next(iter(leaves.values())).dtype).removeprefix("torch.")
     said = {"torch_dtype": stored} if component.library == "transformers" else _signature(component.owner)
-    _write_json(folder / "config.json", {**said, **configs.write(configs.TABLES[name], config)})
+    _write_json(folder / "config.json", {**said, **config_fields.write(configs.TABLES[name], config)})
 
 
 def _signature(owner: str) -> dict[str, str]:

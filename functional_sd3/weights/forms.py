@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from functional_sd3.weights import config_fields, diffusers_keys, infer, layout, native, stability, taesd_keys
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights import diffusers_keys, infer, layout, native, stability, taesd_keys
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.layout import Layout
 from functional_sd3.weights.model import Config
@@ -235,7 +235,7 @@ def config_of(form: Form, shapes: Shapes) -> Any:
 
 def _checked(component: str, config: Any) -> Any:
     table = configs.TABLES[component]
-    return configs.read(table, configs.write(table, config), "the shapes")
+    return config_fields.read(table, config_fields.write(table, config), "the shapes")
 
 
 def clip_named(config: Any) -> str:

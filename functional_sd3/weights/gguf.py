@@ -28,6 +28,7 @@ _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloa
 _SMALL = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
 _BLOCKS = {**_SMALL, 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 _MOST_DIMENSIONS = 8
+_LONGEST_HEADER = 2**27
 _ALIGNMENT = "general.alignment"
 # ComfyUI's converter flattens what ggml has no place for, and notes the shape it had.
 _SHAPE = "comfy.gguf.orig_shape."
@@ -57,7 +58,7 @@ def open_gguf(path: Path) -> Mapped:
     """
     size, buffer = _map(path)
     try:
-        described = _read(_Reader(buffer, size))
+        described = _read(_Reader(buffer, min(size, _LONGEST_HEADER)))
         entries = {name: _entry(name, one, size) for name, one in described.tensors.items()}
         _check_apart(entries)
     except (ValueError, struct.error) as error:

@@ -34,6 +34,7 @@ DTYPES = {
 }
 _LONGEST_HEADER = 100_000_000
 _START = 32
+_MOST_DIMENSIONS = 64
 
 
 class Entry(NamedTuple):
@@ -122,6 +123,9 @@ def _entry(name: str, value: Any, offset: int) -> Entry:
     code, shape, places = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise ValueError(f"{name} has dtype {code!r}; known are {', '.join(DTYPES)}")
+    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:
+        # Their product alone could take hours.
+        raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
     if not _sizes(shape) or not _sizes(places) or len(places) != 2:
         raise ValueError(f"{name} has shape {shape!r} and data_offsets {places!r}: both must be lists of sizes")
     start, end = places

@@ -81,9 +81,10 @@ def layers(path: str | os.PathLike) -> list[Layer]:
             grouped.setdefault(layer, {})[role] = key
     alphas, found, problems = lora_metadata.read(path, mapped.header.metadata), [], []
     for layer, keys in grouped.items():
-        if "down" in keys and "up" in keys:
-            down, up = (mapped.header.tensors[keys[role]].shape for role in ("down", "up"))
-            if "alpha" in keys:
+        shapes = {role: mapped.header.tensors[key].shape for role, key in keys.items()}
+        if all(len(shapes.get(role, ())) > 1 for role in ("down", "up")):
+            down, up = shapes["down"], shapes["up"]
+            if math.prod(shapes.get("alpha", (0,))) == 1:
                 alpha = float(files.tensor(mapped, keys["alpha"]))
             else:
                 alpha = lora_metadata.alpha(alphas, layer, down[0], path, problems)
@@ -148,7 +149,7 @@ def _adapter(
     values = {}
     for role, key in keys.items():
         value = files.tensor(mapped, key)
-        if not value.is_floating_point():
+        if not value.is_floating_point() and role != "alpha":
             problems.append(f"{path}: {key} has dtype {value.dtype}, not a float")
         elif what := finite.stranger(value):
             problems.append(f"{path}: {key} holds {what}, so it is not finite")

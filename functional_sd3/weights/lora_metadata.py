@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from functional_sd3.weights import adapters, files
 from functional_sd3.weights.adapters import Adapter
@@ -18,8 +18,20 @@ from functional_sd3.weights.errors import WeightsError
 
 _KEY = "lora_adapter_metadata"
 _PEFT = "base_model.model."
+_LARGEST_NUMBER = 1e30
+# A pattern is a stranger's regular expression, and some take for ever: these bounds, far above what files have, keep
+# the work of each small.
+_MOST_EXPRESSIONS, _LONGEST, _MOST_REPEATS, _MOST_CHOICES = 64, 300, 2, 8
 
 Values = Mapping[str, Any]
+
+
+class Patterns(NamedTuple):
+    """Values by the ends of names that they are for, in order: plain ends and whole names, and regular expressions."""
+
+    ends: dict[str, tuple[int, Any]]
+    wholes: dict[str, tuple[int, Any]]
+    expressions: list[tuple[int, re.Pattern, Any]]
 
 
 def read(path: Path, metadata: Mapping[str, str]) -> Values:
@@ -31,6 +43,7 @@ def read(path: Path, metadata: Mapping[str, str]) -> Values:
         values = {_PEFT + name: value for name, value in files.read_json(beside).items()}
     else:
         return {}
+    patterns = {}
     for name, value in values.items():
         kind = name.rpartition(".")[2]
         if kind == "use_dora" and value:
@@ -40,7 +53,8 @@ def read(path: Path, metadata: Mapping[str, str]) -> Values:
         if kind in ("rank_pattern", "alpha_pattern") and value is not None:
             if not isinstance(value, dict) or not all(map(_number, value.values())):
                 raise WeightsError(f"{path}: {name} must map names to positive numbers")
-    return values
+            patterns[name] = _patterns(f"{path}: {name}", value)
+    return {**values, **patterns}
 
 
 def alpha(values: Values, layer: str, rank: int, path: Path, problems: list[str]) -> float:
@@ -82,14 +96,40 @@ def _component(layer: str, values: Values) -> tuple[str, str]:
     return prefix + ".", name
 
 
-def _match(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error:
+def _patterns(where: str, given: Mapping[str, Any]) -> Patterns:
+    """As PEFT means them: regular expressions of the end of a name, from a dot on, or of all of it after a ^."""
+    found = Patterns({}, {}, [])
+    for index, (pattern, value) in enumerate(given.items()):
+        plain = pattern.removeprefix("^").replace(r"\.", ".")
+        if re.fullmatch(r"[\w.-]*", plain):
+            (found.ends if plain == pattern.replace(r"\.", ".") else found.wholes)[plain] = (index, value)
             continue
-    return default
+        if _may_take_for_ever(pattern):
+            raise WeightsError(f"{where} has {pattern[:80]!r}, an expression that may take for ever to match")
+        try:
+            found.expressions.append((index, re.compile(rf"(.*\.)?({pattern})$"), value))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise WeightsError(f"{where} has {pattern[:80]!r}, which is no regular expression: {error}") from None
+    if len(found.expressions) > _MOST_EXPRESSIONS:
+        raise WeightsError(f"{where} has {len(found.expressions)} regular expressions, more than {_MOST_EXPRESSIONS}")
+    return found
+
+
+def _may_take_for_ever(pattern: str) -> bool:
+    repeats, choices = len(re.findall(r"[*+?{]", pattern)), pattern.count("|")
+    nested = re.search(r"\)[*+{]", pattern) is not None
+    return nested or len(pattern) > _LONGEST or repeats > _MOST_REPEATS or choices > _MOST_CHOICES
+
+
+def _match(patterns: Patterns | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that fits; no layer has a name longer than an expression may be."""
+    if not patterns or len(name) > _LONGEST:
+        return default
+    ends = [name, *(name[place + 1 :] for place, letter in enumerate(name) if letter == ".")]
+    fits = [patterns.ends[end] for end in ends if end in patterns.ends]
+    fits += [patterns.wholes[name]] if name in patterns.wholes else []
+    fits += [(index, value) for index, pattern, value in patterns.expressions if pattern.match(name)]
+    return min(fits)[1] if fits else default
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:
@@ -103,7 +143,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST_NUMBER
 
 
 def _plain(value: float) -> int | float:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from functional_sd3.weights import config_fields, header
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights import header
 from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.model import SPECS, Config
 
@@ -18,7 +18,7 @@ KEY = "functional_sd3"
 def write(config: Config, components: Collection[str]) -> dict[str, str]:
     """The metadata of a file that holds these components."""
     said = {name: getattr(config, name) for name in (*components, "schedule")}
-    values = {name: configs.write(configs.TABLES[name], part) for name, part in said.items() if part is not None}
+    values = {name: config_fields.write(configs.TABLES[name], part) for name, part in said.items() if part is not None}
     return {"format": "pt", KEY: json.dumps(values, sort_keys=True)}
 
 
@@ -34,4 +34,4 @@ def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{where}: its metadata {KEY} cannot be read: {error}") from error
     known = [name for name in (*SPECS, "schedule") if name in values]
-    return {name: configs.read(configs.TABLES[name], values[name], f"{where}: metadata {name}") for name in known}
+    return {name: config_fields.read(configs.TABLES[name], values[name], f"{where}: metadata {name}") for name in known}

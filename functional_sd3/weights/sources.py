@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import atomic, diffusers, files, forms, gguf, kinds, notes, pickles, shards, taesd_keys
+from functional_sd3.weights import (
+    atomic,
+    config_fields,
+    diffusers,
+    files,
+    forms,
+    gguf,
+    kinds,
+    notes,
+    pickles,
+    shards,
+    taesd_keys,
+)
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.errors import WeightsError, attempt, reason
 from functional_sd3.weights.files import Mapped
@@ -87,7 +99,7 @@ def _component(folder: Path, variant: str | None) -> Contents:
         raise WeightsError(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
     problems: list[str] = []
     component = diffusers.COMPONENTS["clip_l" if name == "clip" else name] if name != "taesd" else diffusers.TAESD
-    config = attempt(problems, configs.read, configs.TABLES[name], values, path)
+    config = attempt(problems, config_fields.read, configs.TABLES[name], values, path)
     weights = attempt(
         problems, shards.open_weights, folder, component.stem, variant, component.library == "transformers"
     )

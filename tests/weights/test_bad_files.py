@@ -330,6 +330,12 @@ def test_links_that_lead_nowhere_or_in_circles_are_named_wherever_they_are(make_
     assert any("too many levels of symbolic links" in problem for problem in problems_of(place.parent))
 
 
+def test_a_shape_of_more_dimensions_than_there_are_is_named_before_it_is_multiplied(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**62] * 200_000, "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert problems_of(tmp_path / "x") == (f"{tmp_path / 'x'}: a has 200000 dimensions, more than 64",)
+
+
 def test_json_that_is_nested_for_ever_is_named(make_model, tmp_path):
     weights.save(tmp_path / "model", make_model())
     deep = b'{"a":' * 100_000

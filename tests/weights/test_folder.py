@@ -17,7 +17,16 @@ from functional_sd3.image import vae
 from functional_sd3.text import bpe
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.embeddings import position_table
-from functional_sd3.weights import Config, Model, Tokenizers, WeightsError, diffusers_configs, files, shards
+from functional_sd3.weights import (
+    Config,
+    Model,
+    Tokenizers,
+    WeightsError,
+    config_fields,
+    diffusers_configs,
+    files,
+    shards,
+)
 from tests.weights.strategies import DTYPES, configs
 
 
@@ -164,8 +173,8 @@ def test_fields_that_say_nothing_and_fields_of_transformers_are_let_by(folder, s
 
 def test_what_a_config_leaves_out_is_what_its_class_assumes():
     table = diffusers_configs.SCHEDULE
-    assert diffusers_configs.read(table, {}, None) == schedule.Config(shift=1.0)
-    assert diffusers_configs.read(table, diffusers_configs.write(table, schedule.Config()), None) == schedule.Config()
+    assert config_fields.read(table, {}, None) == schedule.Config(shift=1.0)
+    assert config_fields.read(table, config_fields.write(table, schedule.Config()), None) == schedule.Config()
 
 
 def rewrite(path, change):

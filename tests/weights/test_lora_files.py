@@ -191,8 +191,40 @@ def test_alpha_comes_from_the_tensor_then_the_metadata_then_the_rank(tmp_path):
     said["transformer.use_rslora"] = True
     loaded = lora.load(write(file, keys, lora_adapter_metadata=json.dumps(said)), CONFIG)
     assert alpha_of(loaded) / 2 == pytest.approx(6 / 2**0.5)
-    keys[LAYER + ".alpha"] = torch.tensor(9.0)
+    keys[LAYER + ".alpha"] = torch.tensor(9)
     assert alpha_of(lora.load(write(file, keys, lora_adapter_metadata=json.dumps(said)), CONFIG)) == 9
+
+
+@pytest.mark.parametrize("pattern", [
+    "attn.to_q", "^transformer_blocks.1.attn.to_q", r"^transformer_blocks\.1\.attn\.to_q", "to_q", r"1\.attn\.to_q",
+    r"transformer_blocks\.\d+\.attn\.to_q", ".*attn.*", "attn.to_(q|k)", "to_[qk]", "o_q", "^attn.to_q",
+    "transformer_blocks.1", "attn", "to_q$", "^.*to_q",
+])  # fmt: skip
+def test_patterns_of_metadata_fit_the_layers_that_peft_says_they_fit(tmp_path, pattern):
+    from peft.utils.other import get_pattern_key
+
+    said = {"transformer.lora_alpha": 6, "transformer.alpha_pattern": {pattern: 5, "to_q": 4}}
+    keys = dict(zip(SPELLINGS["PEFT"], pair(), strict=True))
+    file = write(tmp_path / "lora.safetensors", keys, lora_adapter_metadata=json.dumps(said))
+    fits = get_pattern_key([pattern, "to_q"], "transformer_blocks.1.attn.to_q")
+    assert alpha_of(lora.load(file, CONFIG)) == {pattern: 5, "to_q": 4}[fits]
+
+
+@pytest.mark.parametrize("pattern, said", [
+    ("(a+)+" + "x", "may take for ever"), (".*.*.*x", "may take for ever"), ("(a|a)" * 30, "may take for ever"),
+    ("a" * 400 + "*", "may take for ever"), ("to_(q", "is no regular expression"), ("[a-z]{99999999999}", "no regular"),
+])  # fmt: skip
+def test_patterns_that_would_match_for_ever_or_not_at_all_are_named(tmp_path, pattern, said):
+    # With the first of them "a" * 40 would take centuries.
+    keys = {f"transformer.{'a' * 40}.lora_{side}.weight": value for side, value in zip("AB", pair(), strict=True)}
+    metadata = json.dumps({"transformer.alpha_pattern": {pattern: 5}})
+    file = write(tmp_path / "lora.safetensors", keys, lora_adapter_metadata=metadata)
+    for read in (lora.layers, lambda path: lora.load(path, CONFIG)):
+        with pytest.raises(WeightsError, match=f"transformer.alpha_pattern has .*{said}|adapts a layer"):
+            read(file)
+    many = {"transformer.rank_pattern": {f"{index}[ab]": 5 for index in range(65)}}
+    with pytest.raises(WeightsError, match="has 65 regular expressions, more than 64"):
+        lora.layers(write(file, keys, lora_adapter_metadata=json.dumps(many)))
 
 
 def test_a_folder_of_pefts_own_is_read_with_its_config(tmp_path):
@@ -281,6 +313,7 @@ def test_tensors_that_are_wrong_are_named(tmp_path, change, named, said):
     ("{", "is not JSON"),
     ("[]", "must be an object"),
     ('{"transformer.r": "x"}', "transformer.r is 'x', not a positive number"),
+    ('{"transformer.lora_alpha": 1' + "0" * 400 + "}", "transformer.lora_alpha is 10"),
     ('{"transformer.alpha_pattern": {"a": -1}}', "must map names to positive numbers"),
     ('{"transformer.r": 7}', "has rank 2, its metadata says 7"),
 ])  # fmt: skip
@@ -333,5 +366,8 @@ def test_the_layers_of_a_file_are_listed_whatever_model_it_is_for(tmp_path):
     down, up = pair(16, 48)
     tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(0.5)}
     assert lora.layers(write(tmp_path / "flux.safetensors", tensors)) == [lora.Layer(name, 2, 16, 48, 0.5)]
-    with pytest.raises(WeightsError, match="holds no LoRA"):
-        lora.layers(write(tmp_path / "flux.safetensors", {"weight": down}))
+    for tensors in ({"weight": down}, {DOWN: down[0, 0], UP: up}, {DOWN: down, UP: up[0]}):
+        with pytest.raises(WeightsError, match="holds no LoRA"):
+            lora.layers(write(tmp_path / "flux.safetensors", tensors))
+    strange = {DOWN: down, UP: up, LAYER + ".alpha": torch.ones(3)}
+    assert lora.layers(write(tmp_path / "flux.safetensors", strange)) == [lora.Layer(LAYER, 2, 16, 48, 2.0)]
