@@ -58,13 +58,9 @@ def joined(meant, name, form, config=MODEL):
 
 
 def renamed_as_llama_cpp(tensors):
-    back = {there: here for here, there in ours._OF_T5.items()}
-    found = {}
-    for name, value in tensors.items():
-        for there in sorted(back, key=len, reverse=True):
-            name = name.replace(there, back[there])
-        found[name] = value
-    return found
+    """By the map that llama.cpp converts T5 with."""
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, MODEL.t5.layers)
+    return {known.get_name(name, try_suffixes=(".weight",)): value for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize("kind", blocks.BLOCKS)
