@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.image import taesd
+from functional_sd3.transformer import mmdit
 from functional_sd3.weights import layout
 from functional_sd3.weights.diffusers import COMPONENTS, TAESD
 from tests.parity.test_weights_parity import BASE, TRANSFORMERS, config_of, random_model, state_of, write_with_diffusers
+from tests.weights.test_gguf import write as write_gguf
 
 
 def close(ours, theirs):
@@ -202,3 +204,43 @@ def test_files_of_narrow_floats_load_as_they_are_or_as_asked(tmp_path, dtype):
     assert found["embedding"]["weight"].dtype == dtype
     wide = weights.load(tmp_path / "x.safetensors", dtype=torch.bfloat16).params["t5"]
     assert torch.equal(wide["embedding"]["weight"], stored["shared.weight"].to(torch.bfloat16))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0"])
+def test_a_gguf_file_computes_what_diffusers_computes_of_it_but_for_its_rounding_to_half(tmp_path, kind):
+    import gguf
+    from diffusers import GGUFQuantizationConfig, SD3Transformer2DModel
+
+    sizes = {"heads": 4, "head_dim": 16, "context_width": 64, "pooled_width": 32, "sample_size": 128}
+    config = replace(BASE.transformer, **sizes, qk_norm=True, dual_attention_layers=(0,))
+    model = random_model(weights.Config(transformer=config))
+    weights.save(tmp_path / "folder", model)
+    weights.save(tmp_path / "x.safetensors", model, layout="stability")
+    tensors = {
+        name.removeprefix("model.diffusion_model."): value
+        for name, value in load_file(tmp_path / "x.safetensors").items()
+    }
+    write_gguf(tmp_path / "x.gguf", tensors, gguf.GGMLQuantizationType[kind])
+    theirs = SD3Transformer2DModel.from_single_file(
+        str(tmp_path / "x.gguf"),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        config=str(tmp_path / "folder"),
+        subfolder="transformer",
+        torch_dtype=torch.float32,
+        local_files_only=True,
+    )
+    ours = weights.load(tmp_path / "x.gguf", dtype=torch.float32)
+    assert ours.config.transformer == config
+    generator = torch.Generator().manual_seed(0)
+    latents, context, pooled = (
+        torch.randn(shape, generator=generator) for shape in ((2, 16, 8, 8), (2, 5, 64), (2, 32))
+    )
+    t = torch.tensor([0.3, 0.9])
+    expected = theirs(latents, context, pooled, 1000 * t).sample
+    # Their factor times their whole number is a float16, whatever they are told to compute in.
+    half = tree.map(lambda leaf: leaf.half().float() if leaf.ndim == 2 else leaf, ours.params["transformer"])
+    close(mmdit.apply(half, config, latents, t, context, pooled), expected)
+    exact = mmdit.apply(ours.params["transformer"], config, latents, t, context, pooled)
+    assert 1e-5 < (exact - expected).norm() / expected.norm() < 2e-3
