@@ -9,7 +9,7 @@ from functional_sd3.cli import controls, inputs, options, written
 from functional_sd3.cli.timing import Timer, progress
 
 HELP = "draw a picture as another prompt tells it"
-_RECORDED = ("seed", "size", "eta", "window", "source_cfg", "direct", "strength")
+_RECORDED = ("seed", "size", "eta", "window", "source_cfg", "exact", "direct", "strength")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--window", metavar="START-END", help="when it is drawn so, as fractions of the run (default 0-0.25)"
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="solve each step back to noise for where it started, at several evaluations a step",
     )
     parser.add_argument(
         "--direct",
@@ -88,15 +93,20 @@ def _told(arguments: argparse.Namespace) -> dict:
         value = getattr(arguments, name)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"--{name} {value} must be between 0 and 1")
-    if arguments.direct and (arguments.eta is not None or arguments.window):
-        raise ValueError("--eta and --window draw the way back from noise to the picture, which --direct does not go")
+    if arguments.direct and (arguments.eta is not None or arguments.window or arguments.exact):
+        raise ValueError("--eta, --window and --exact are of the way to noise and back, which --direct does not go")
     if not arguments.direct and arguments.strength is not None:
         raise ValueError("--strength needs --direct: without it the picture goes all the way to noise")
     if arguments.direct:
         usual = {"strength": 0.66, "source_cfg": 2.0}
         return {name: value if (value := getattr(arguments, name)) is not None else usual[name] for name in usual}
     told = {"eta": 0.9 if arguments.eta is None else arguments.eta, "window": _window(arguments.window or "0-0.25")}
-    return {**told, "source_cfg": 1.0 if arguments.source_cfg is None else arguments.source_cfg}
+    told["source_cfg"] = 1.0 if arguments.source_cfg is None else arguments.source_cfg
+    if arguments.exact:
+        from functional_sd3.flow import fixed_point
+
+        told["inversion"] = fixed_point.inverse
+    return told
 
 
 def _window(text: str) -> tuple[float, float]:
@@ -111,6 +121,5 @@ def _window(text: str) -> tuple[float, float]:
 
 
 def _settings(arguments: argparse.Namespace) -> written.Settings:
-    own = {name: value for name in _RECORDED if (value := getattr(arguments, name)) not in (None, False)}
     first = {"subcommand": "edit", "picture": arguments.picture, "from": arguments.source, "to": arguments.target}
-    return {**first, **own, **options.settings(arguments)}
+    return {**first, **written.given(arguments, _RECORDED), **options.settings(arguments)}

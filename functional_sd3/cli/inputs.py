@@ -60,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings(arguments: argparse.Namespace) -> written.Settings:
     """What a picture keeps of what it began from."""
-    return {name: value for name in _RECORDED if (value := getattr(arguments, name)) not in (None, False)}
+    return written.given(arguments, _RECORDED)
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options that make no sense, before anything is loaded."""
-    alone = [f"--{name}" for name in _RECORDED if name != "image" and getattr(arguments, name) not in (None, False)]
+    alone = [f"--{name}" for name in written.given(arguments, _RECORDED) if name != "image"]
     if arguments.image is None and alone:
         raise ValueError(f"{' and '.join(alone)} needs --image: the picture to begin from")
     if arguments.strength is not None and not 0 <= arguments.strength <= 1:

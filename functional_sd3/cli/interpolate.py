@@ -123,7 +123,7 @@ def _check(arguments: argparse.Namespace) -> list[int]:
 def _write(out: Path, single: bool, images, arguments: argparse.Namespace) -> list[Path]:
     from functional_sd3.image import pixels
 
-    own = {name: value for name in _RECORDED if (value := getattr(arguments, name)) not in (None, False)}
+    own = written.given(arguments, _RECORDED)
     size = {"size": "x".join(map(str, images.shape[:1:-1]))}
     settings = {"subcommand": "interpolate", "prompts": arguments.prompts, **own, **size, **options.settings(arguments)}
     if single:

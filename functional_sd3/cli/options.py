@@ -61,9 +61,7 @@ def add_size(parser: argparse.ArgumentParser, default: str = "the model's own") 
 
 def settings(arguments: argparse.Namespace) -> written.Settings:
     """What a picture keeps of these options; another option is recorded by its name in `_RECORDED`."""
-    found = {name: getattr(arguments, name) for name in _RECORDED}
-    given = {name: value for name, value in found.items() if value is not False and value not in (None, "", [])}
-    return {**given, **guidance.settings(arguments), **controls.settings(arguments)}
+    return {**written.given(arguments, _RECORDED), **guidance.settings(arguments), **controls.settings(arguments)}
 
 
 def check_counts(arguments: argparse.Namespace, *names: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from functional_sd3.pipeline import Conditions
 
 _BOX = re.compile(r"(\d+),(\d+),(\d+)[xX](\d+)")
-_FORM = "LEFT,TOP,WIDTHxHEIGHT=PROMPT or MASK.png=PROMPT, with @WEIGHT before the = if it is not 1"
+_FORM = "LEFT,TOP,WIDTHxHEIGHT=PROMPT or MASK.png=PROMPT, with @WEIGHT before the = if it is not 0.5"
 
 
 class Asked(NamedTuple):
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="BOX[@WEIGHT]=PROMPT",
         help="a prompt for a part of the picture: LEFT,TOP,WIDTHxHEIGHT=PROMPT in pixels, or MASK.png=PROMPT, where "
-        "the mask is white. May be repeated",
+        "the mask is white. Its weight against PROMPT is 0.5, where PROMPT tells the whole. May be repeated",
     )
     parser.add_argument(
         "--tile",
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings(arguments: argparse.Namespace) -> written.Settings:
     """What a picture keeps of its regions and tiles."""
-    return {name: value for name in ("region", "tile") if (value := getattr(arguments, name))}
+    return written.given(arguments, ("region", "tile"))
 
 
 def check(arguments: argparse.Namespace) -> tuple[int, int] | None:
@@ -69,7 +69,7 @@ def parse(text: str) -> Asked:
     place, _, weight = place.partition("@")
     box = _BOX.fullmatch(place.strip())
     try:
-        number = float(weight or 1)
+        number = float(weight or 0.5)
     except ValueError:
         raise ValueError(f"--region {text!r}: its weight {weight!r} must be a number") from None
     if not equals or not place or not number > 0:

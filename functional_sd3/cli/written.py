@@ -39,6 +39,12 @@ class Job(NamedTuple):
         return {"seed": self.seed, **moved}
 
 
+def given(arguments: Any, names: Sequence[str]) -> Settings:
+    """Those options that were given: neither absent nor empty, but 0 where that was said."""
+    found = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in found.items() if value is not False and value not in (None, "", [])}
+
+
 def command(settings: Settings) -> str:
     """The command line that makes a picture with these settings again."""
     options = []

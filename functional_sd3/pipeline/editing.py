@@ -12,7 +12,8 @@ from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params, Velocity
-from functional_sd3.flow import path, schedule
+from functional_sd3.flow import ode, path, schedule
+from functional_sd3.flow.method import Method
 from functional_sd3.flow.path import broadcast
 from functional_sd3.pipeline.fields import Conditions, velocity
 from functional_sd3.pipeline.image_to_image import divided, paired
@@ -45,7 +46,7 @@ def edit(
     `source_cfg`, is followed from data to noise. The flow of the target, guided by `cfg`, leads back. It is drawn to
     the pictures by `eta` in [0, 1] (`drawn_to`; () or (batch,)) during the steps of `window`, fractions of the run as
     of a ControlNet: 0 is the target's flow alone, 1 up to the end gives the pictures back. options: of `generate`, for
-    both runs but for `guidance`, which is the target's.
+    both runs but for `guidance`, which is the target's, and `inversion` of `inverted`.
 
     Raises ValueError for an eta or window outside [0, 1], and as `image_to_image`.
     """
@@ -70,12 +71,14 @@ def edited(
     source_cfg: float | Tensor = 1.0,
     cfg: float | Tensor = 5.0,
     steps: int = 28,
+    inversion: Callable[[Method], Method] | None = None,
     **options: Any,
 ) -> Tensor:
     """The latents of `edit`, from latents and the conditions (source, target); options as of `sample`."""
     draw = drawn_to(latents, eta, *spanned(sigmas(config, latents, steps), *window))
     source, target = conditions
-    noise = inverted(params, config, source, latents, steps=steps, cfg=source_cfg, **_without_guidance(options))
+    back = {"steps": steps, "cfg": source_cfg, "inversion": inversion, **_without_guidance(options)}
+    noise = inverted(params, config, source, latents, **back)
     return sample(params, config, target, noise, steps=steps, cfg=cfg, transform=draw, **options)
 
 
@@ -87,11 +90,18 @@ def inverted(
     *,
     steps: int = 28,
     cfg: float | Tensor = 1.0,
+    method: Method | ode.Adaptive = ode.EULER,
+    inversion: Callable[[Method], Method] | None = None,
     **options: Any,
 ) -> Tensor:
-    """The noise that the flow of the conditions comes from to the latents; options as of `sample`."""
+    """The noise that the flow of the conditions comes from to the latents; options as of `sample`.
+
+    inversion: how a method's steps are undone, `fixed_point.inverse` for instance, several evaluations a step: then
+    `sample` leads from the noise to the latents again. By default the flow is followed back with the method itself.
+    """
     times = sigmas(config, latents, steps).flip(0)
-    return sample(params, config, conditions, latents, cfg=cfg, times=times, **options)
+    undone = method if inversion is None else inversion(method)
+    return sample(params, config, conditions, latents, cfg=cfg, times=times, method=undone, **options)
 
 
 def drawn_to(

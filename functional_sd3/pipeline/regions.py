@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Key, Params, Velocity
-from functional_sd3.flow import path
-from functional_sd3.flow.path import broadcast
 from functional_sd3.image import vae
 from functional_sd3.pipeline import masks as mask_rules
-from functional_sd3.pipeline.editing import spanned
 from functional_sd3.pipeline.fields import Conditions, velocity
 from functional_sd3.pipeline.image_to_image import divided
-from functional_sd3.pipeline.latents import decode, encode_images, initial_noise
-from functional_sd3.pipeline.sampling import sample, sigmas
+from functional_sd3.pipeline.latents import decode, initial_noise
+from functional_sd3.pipeline.sampling import sample
 from functional_sd3.pipeline.text_to_image import encode
 from functional_sd3.transformer.control import Control
 from functional_sd3.weights.model import Config, Tokenizers
@@ -32,23 +29,12 @@ Window = tuple[slice, slice]
 """Rows and columns."""
 
 
-class Alone(NamedTuple):
-    """What stands outside a region while its prompt is shown nothing but it: a plain picture on its way from noise."""
-
-    ground: Tensor
-    """Latents of the plain picture, (1, channels, height, width)."""
-    noise: Tensor
-    """(batch, channels, height, width), that of the run."""
-    until: Tensor | float
-    """The time at which it ends; a run starts at 1."""
-
-
 class Region(NamedTuple):
     """A prompt and where it holds: mask (1, 1, height, width) in [0, 1], of any size and the picture's proportions."""
 
     prompt: str
     mask: Tensor
-    weight: float | Tensor = 1.0
+    weight: float | Tensor = 0.5
 
 
 def regional(
@@ -62,17 +48,16 @@ def regional(
     height: int | None = None,
     width: int | None = None,
     noise: Tensor | None = None,
-    alone: float = 0.2,
     field: Field = velocity,
     **options: Any,
 ) -> Tensor:
     """Pictures of prompts with prompts of their own in regions: (batch, 3, height, width) in [0, 1], float32.
 
     Where the regions' masks times their weights add up to less than 1, the rest is the picture's own prompt's; where
-    they add up to more, they share (`shares`). alone: in this first part of the steps, which decides where things are,
-    a region's prompt sees its region on a plain ground and nothing else (section 4.2 of the paper), so that what it
-    asks for is put there and not elsewhere; 0 for never. field: what makes the velocity of one prompt, such as
-    `tiles(8)`. The rest as of `generate`; every region is evaluated at every step.
+    they add up to more, they share (`shares`). A region's prompt does not know of the others, and what it asks for is
+    lost where the noise calls for it elsewhere; so let the picture's own prompt tell the whole, and keep it a share
+    everywhere, which weights of 0.5 do. field: what makes the velocity of one prompt, such as `tiles(8)`. The rest as
+    of `generate`; every region is evaluated at every step.
     """
     words, run = divided(options)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -84,9 +69,7 @@ def regional(
         encode(params, config, tokenizers, texts, **words)
         for texts in (prompts, *([region.prompt] * len(prompts) for region in regions))
     ]
-    ground = plain_latents(params, config, noise)
-    bounds = spanned(sigmas(config, noise, run.get("steps", 28)), 0.0, alone)
-    blend = blended(shares(regions, config, noise), field, alone=Alone(ground, noise, bounds[1]))
+    blend = blended(shares(regions, config, noise), field)
     return decode(params, config, sample(params, config, told, noise, field=blend, **run))
 
 
@@ -103,17 +86,8 @@ def shares(regions: Sequence[Region], config: Config, latents: Tensor) -> Tensor
     return torch.cat([(1 - total).clamp_min(0), asked]) / total.clamp_min(1)
 
 
-def plain_latents(params: Params, config: Config, latents: Tensor) -> Tensor:
-    """Of a grey picture of the size of these, (1, channels, height, width)."""
-    height, width = (side * vae.factor(config.vae) for side in latents.shape[-2:])
-    return encode_images(params, config, torch.full((1, 3, height, width), 0.5, device=latents.device))
-
-
-def blended(shares: Tensor, field: Field = velocity, *, alone: Alone | None = None) -> Field:
-    """The field of several conditions: sum_i shares_i v_i; shares (conditions, 1, height, width).
-
-    alone: until its time all but the first of the conditions see where they have no share as `Alone` says.
-    """
+def blended(shares: Tensor, field: Field = velocity) -> Field:
+    """The field of several conditions: sum_i shares_i v_i; shares (conditions, 1, height, width)."""
 
     def make(
         params: Params,
@@ -125,15 +99,9 @@ def blended(shares: Tensor, field: Field = velocity, *, alone: Alone | None = No
     ) -> Velocity:
         fields = [field(params, config, each, cfg, times, **options) for each in conditions]
 
-        def seen(index: int, x: Tensor, t: Tensor) -> Tensor:
-            if alone is None or index == 0:
-                return x
-            whole = (shares[index] > 0) | (broadcast(t, x) <= alone.until)
-            return torch.where(whole, x, path.interpolate(alone.ground, alone.noise, t))
-
         def mean(x: Tensor, t: Tensor) -> Tensor:
-            answers = [each(seen(index, x, t), t).to(x.dtype) for index, each in enumerate(fields)]
-            return (torch.stack(answers) * shares[:, None]).sum(0)
+            answers = torch.stack([each(x, t).to(x.dtype) for each in fields])
+            return (answers * shares[:, None]).sum(0)
 
         return mean
 

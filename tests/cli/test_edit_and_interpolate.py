@@ -77,7 +77,12 @@ def test_edit_is_the_pipelines(files):
 
 
 @pytest.mark.parametrize(
-    "words", [("--window", "0.5-1", "--eta", "0.25", "--method", "heun"), ("--direct", "--seed", "4", "--cfg", "3")]
+    "words",
+    [
+        ("--window", "0.5-1", "--eta", "0.25", "--method", "heun"),
+        ("--exact", "--eta", "0"),
+        ("--direct", "--seed", "4", "--cfg", "3"),
+    ],
 )
 def test_inspect_prints_the_command_that_edits_again(files, capsys, words):
     first = edit(files, *words)

@@ -62,6 +62,8 @@ def test_a_picture_is_begun_from_another_as_the_pipeline_does(files, capsys):
     "words",
     [
         ("--image", "{}/in.png", "--strength", "0.75", "--count", "2"),
+        ("--image", "{}/in.png", "--strength", "0", "--cfg", "0"),
+        ("--image", "{}/in.png", "--mask", "{}/mask.png", "--soften", "0"),
         ("--image", "{}/in.png", "--mask", "{}/half.png", "--soften", "2.5", "--restore", "--offload"),
         ("--image", "{}/wide.png", "--outpaint", "right=16,top=32", "--overlap", "8"),
         ("--image", "{}/large.png", "--size", "96x64", "--method", "heun"),
