@@ -102,7 +102,7 @@ def _patterns(where: str, given: Mapping[str, Any]) -> Patterns:
     for index, (pattern, value) in enumerate(given.items()):
         plain = pattern.removeprefix("^").replace(r"\.", ".")
         if re.fullmatch(r"[\w.-]*", plain):
-            (found.ends if plain == pattern.replace(r"\.", ".") else found.wholes)[plain] = (index, value)
+            (found.ends if plain == pattern.replace(r"\.", ".") else found.wholes).setdefault(plain, (index, value))
             continue
         if _may_take_for_ever(pattern):
             raise WeightsError(f"{where} has {pattern[:80]!r}, an expression that may take for ever to match")

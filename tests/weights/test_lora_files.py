@@ -188,6 +188,9 @@ def test_alpha_comes_from_the_tensor_then_the_metadata_then_the_rank(tmp_path):
     assert alpha_of(lora.load(write(file, keys, lora_adapter_metadata=json.dumps(said)), CONFIG)) == 5
     said["transformer.alpha_pattern"] = {"attn.to_k": 5, "^to_q": 7}
     assert alpha_of(lora.load(write(file, keys, lora_adapter_metadata=json.dumps(said)), CONFIG)) == 6
+    # Two spellings of one pattern: the first counts.
+    said["transformer.alpha_pattern"] = {r"attn\.to_q": 6, "attn.to_q": 3}
+    assert alpha_of(lora.load(write(file, keys, lora_adapter_metadata=json.dumps(said)), CONFIG)) == 6
     said["transformer.use_rslora"] = True
     loaded = lora.load(write(file, keys, lora_adapter_metadata=json.dumps(said)), CONFIG)
     assert alpha_of(loaded) / 2 == pytest.approx(6 / 2**0.5)
