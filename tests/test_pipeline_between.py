@@ -149,6 +149,19 @@ def test_edits_that_change_nothing_give_the_picture_back(model, images):
     assert errors[1] < 0.2 * errors[0] and errors[1] < 0.01
 
 
+def test_an_edit_is_its_two_runs_written_out(model, images):
+    source, target = (pipeline.encode(*parts(model), [text] * 2) for text in ("a ring", "a star"))
+    latents, grid = pipeline.encode_images(model.params, model.config, images), schedule.sigmas(4)
+    there = pipeline.velocity(model.params, model.config, source, 1.5)
+    back = pipeline.velocity(model.params, model.config, target, 3.0)
+    drawn = lambda x, t: back(x, t) + (0.6 * ((x - latents) / t - back(x, t)) if t > grid[2] else 0)  # noqa: E731
+    noise = ode.integrate(ode.EULER, there, latents, grid.flip(0))
+    expected = ode.integrate(ode.EULER, drawn, noise, grid)
+    told = {"eta": 0.6, "window": (0.0, 0.5), "source_cfg": 1.5, "cfg": 3.0, "steps": 4}
+    ours = pipeline.edited(model.params, model.config, (source, target), latents, **told)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_flow_edit_is_its_sum_written_out(model, images):
     """Kulikov et al. 2024, algorithm 1, step by step."""
     conditions = tuple(pipeline.encode(*parts(model), [text] * 2) for text in ("a ring", "a star"))

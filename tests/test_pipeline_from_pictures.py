@@ -154,8 +154,13 @@ def test_a_mask_of_all_is_generate_and_a_mask_of_nothing_the_picture(model, imag
 
 
 def test_a_guidance_with_a_memory_paints_behind_a_mask_too(model, images, right_half):
-    told = {"steps": 3, "restore": True, "guidance": guidance.apg(3.0)}
-    drawn = pipeline.inpaint(*parts(model), PROMPTS, images, right_half, prng.key(1), **told)
+    latents = pipeline.encode_images(model.params, model.config, images)
+    noise, told = prng.normal(prng.key(7), latents.shape), {"steps": 3, "guidance": guidance.apg(3.0)}
+    hold = pipeline.holding(latents, noise, pipeline.release_times(right_half[..., ::8, ::8], schedule.sigmas(3)))
+    conditions = pipeline.encode(*parts(model), PROMPTS)
+    end = pipeline.sample(model.params, model.config, conditions, noise, transform=hold, **told)
+    torch.testing.assert_close(end[..., :4], latents[..., :4], atol=1e-5, rtol=1e-5)
+    drawn = pipeline.inpaint(*parts(model), PROMPTS, images, right_half, prng.key(1), restore=True, **told)
     assert torch.equal(drawn[..., :32], images[..., :32])
     plain = pipeline.inpaint(*parts(model), PROMPTS, images, right_half, prng.key(1), steps=3, restore=True, cfg=3.0)
     assert not torch.allclose(drawn, plain, atol=1e-3)
