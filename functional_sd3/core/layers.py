@@ -73,6 +73,7 @@ def _fuses(params: Params, x: Tensor) -> bool:
         and x.ndim > 1
         and all(plain(leaf) and leaf.dtype == x.dtype for leaf in (x, *params.values()))
         and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         # Not promised by PyTorch: where it is gone, the same is computed in two steps.
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

@@ -40,6 +40,28 @@ def test_a_hidden_layer_has_its_derivatives_and_leaves_its_input_alone():
     torch.testing.assert_close(leaves["weight"].grad, expected["weight"])
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_a_hidden_layer_is_fused_where_one_dnn_is_enabled_and_never_else():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    params, x = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}, drawn(5, 16)
+    with Watch():
+        layers.linear_gelu_tanh(params, x)
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert ("_linear_pointwise" in names) == there
+    names.clear()
+    with torch.backends.mkldnn.flags(enabled=False), Watch():
+        layers.linear_gelu_tanh(params, x)
+    assert "_linear_pointwise" not in names and "addmm" in names
+
+
 @pytest.mark.parametrize("extra", ["low_rank", "scale"])
 def test_a_hidden_layer_with_something_beside_its_weight_is_not_computed_without_it(extra):
     params = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}

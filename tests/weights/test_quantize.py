@@ -86,14 +86,16 @@ def test_only_weights_inside_blocks_are_stored_otherwise_and_nothing_is_written_
 
 
 @each_format
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_apply_works_unchanged_and_computes_what_the_dequantised_weights_give(model, dtype):
     stored = quantize.quantize(model.params, dtype)
-    exact, meant, found = (
-        outputs(params, model.config) for params in (model.params, quantize.dequantize(stored), stored)
-    )
+    # Without oneDNN, whose fused layers take weights without a scale alone and round in another order.
+    with torch.backends.mkldnn.flags(enabled=False):
+        exact, meant, found = (
+            outputs(params, model.config) for params in (model.params, quantize.dequantize(stored), stored)
+        )
     for name in found:
-        # To rounding: a weight without a scale may go through a fused kernel.
-        torch.testing.assert_close(found[name], meant[name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[name], meant[name]), name
         error = float((found[name] - exact[name]).norm() / exact[name].norm())
         assert 1e-4 < error < (0.05 if dtype == torch.int8 else 0.2), (name, error)
 
