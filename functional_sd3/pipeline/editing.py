@@ -51,11 +51,7 @@ def edit(
     Raises ValueError for an eta or window outside [0, 1], and as `image_to_image`.
     """
     words, run = divided(options)
-    source, images = paired(source, images)
-    target, images = paired(target, images)
-    source, images = paired(source, images)
-    latents = encode_images(params, config, images, key=posterior_key)
-    told = tuple(encode(params, config, tokenizers, texts, **words) for texts in (source, target))
+    latents, told = _read(params, config, tokenizers, source, target, images, posterior_key, words)
     scales = {"source_cfg": source_cfg, "cfg": cfg}
     return decode(params, config, edited(params, config, told, latents, eta=eta, window=window, **scales, **run))
 
@@ -164,11 +160,7 @@ def flow_edit(
     prompts and scales nothing moves. options: of `generate`; `guidance` is the target's.
     """
     words, run = divided(options)
-    source, images = paired(source, images)
-    target, images = paired(target, images)
-    source, images = paired(source, images)
-    latents = encode_images(params, config, images, key=posterior_key)
-    told = tuple(encode(params, config, tokenizers, texts, **words) for texts in (source, target))
+    latents, told = _read(params, config, tokenizers, source, target, images, posterior_key, words)
     run |= {"strength": strength, "source_cfg": source_cfg, "cfg": cfg, "averages": averages, "steps": steps}
     return decode(params, config, flow_edited(params, config, told, latents, key, **run))
 
@@ -228,3 +220,23 @@ def difference(
 
 def _without_guidance(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "guidance"}
+
+
+def _read(
+    params: Params,
+    config: Config,
+    tokenizers: Tokenizers,
+    source: str | Sequence[str],
+    target: str | Sequence[str],
+    images: Tensor,
+    posterior_key: Key | None,
+    words: dict[str, Any],
+) -> tuple[Tensor, tuple[Conditions, Conditions]]:
+    """Latents of the pictures, and the conditions (source, target), as many of each."""
+    # The source twice: the target may have brought more pictures.
+    source, images = paired(source, images)
+    target, images = paired(target, images)
+    source, images = paired(source, images)
+    latents = encode_images(params, config, images, key=posterior_key)
+    source, target = (encode(params, config, tokenizers, texts, **words) for texts in (source, target))
+    return latents, (source, target)
