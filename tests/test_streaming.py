@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,35 +42,63 @@ def test_the_picture_is_that_of_the_whole_model(model, folder, options):
     assert torch.equal(streamed, whole)
 
 
-def test_each_component_is_asked_for_once_and_alone(model):
-    import weakref
+class Turns:
+    """A function from names to components, which fails when one is still there as the next is asked for."""
 
-    asked, alive = [], []
+    def __init__(self, params):
+        self.params, self.asked, self.alive = params, [], []
 
-    def fetch(name):
-        assert not [part for part in alive if part() is not None], f"something is still there when {name} is asked for"
-        params = tree.map(torch.clone, model.params[name])
-        alive.append(weakref.ref(tree.leaves(params)[0]))
-        asked.append(name)
+    def __call__(self, name):
+        assert not [part for part in self.alive if part() is not None], f"something is there when {name} is asked for"
+        params = tree.map(torch.clone, self.params[name])
+        self.alive.append(weakref.ref(tree.leaves(params)[0]))
+        self.asked.append(name)
         return params
 
+
+def test_each_encoder_is_asked_for_once_and_alone(model):
+    fetch = Turns(model.params)
     with torch.no_grad():
         found = conditioning.apply_from(fetch, model.config, model.tokenizers, PROMPTS, t5_length=9)
-    assert asked == ["clip_l", "clip_g", "t5"]
+    assert fetch.asked == ["clip_l", "clip_g", "t5"]
     whole = conditioning.apply(*parts(model), PROMPTS, t5_length=9)
     assert all(torch.equal(*pair) for pair in zip(found, whole, strict=True))
 
 
-@pytest.mark.parametrize("absent", ["clip_l", "clip_g", "t5"])
-def test_absent_encoders_stay_absent(model, absent, tmp_path):
-    from dataclasses import replace
+def test_generate_takes_each_component_for_its_turn(model):
+    fetch = Turns(model.params)
+    _, config, tokenizers = parts(model)
+    with torch.no_grad():
+        drawn = pipeline.generate(fetch, config, tokenizers, PROMPTS, prng.key(3), steps=2, offload=True)
+    assert fetch.asked == ["clip_l", "clip_g", "t5", "transformer", "vae"]
+    assert torch.equal(drawn, pipeline.generate(*parts(model), PROMPTS, prng.key(3), steps=2))
+    with pytest.raises(ValueError, match="give offload=True, or their tree"):
+        pipeline.generate(fetch, config, tokenizers, PROMPTS, prng.key(3), steps=2)
 
-    params = {name: part for name, part in model.params.items() if name != absent}
-    config = replace(model.config, **{absent: None})
-    tokenizers = model.tokenizers._replace(**{absent: None})
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_tree_is_moved_to_the_device_and_stays_where_it_was(model, offload):
+    _, config, tokenizers = parts(model)
+    options = {"steps": 1, "offload": offload, "noise": torch.zeros(2, 16, 8, 8, device="meta")}
+    drawn = pipeline.generate(model.params, config, tokenizers, PROMPTS, prng.key(3), device="meta", **options)
+    assert drawn.device.type == "meta"
+    assert all(leaf.device.type == "cpu" for leaf in tree.leaves(model.params))
+
+
+@pytest.mark.parametrize("absent", [("clip_l",), ("clip_g",), ("t5",), ("clip_l", "clip_g", "t5")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_absent_encoders_stay_absent(model, absent, dtype, tmp_path):
+    params = {name: tree.cast(part, dtype) for name, part in model.params.items() if name not in absent}
+    config = replace(model.config, **dict.fromkeys(absent))
+    tokenizers = model.tokenizers._replace(**dict.fromkeys(absent))
+    for told in ((config, tokenizers), (model.config, model.tokenizers)):
+        whole, turns = (
+            pipeline.generate(params, *told, PROMPTS, prng.key(3), steps=1, offload=offload) for offload in (False, True)
+        )
+        assert torch.equal(turns, whole)
     weights.save(tmp_path / "model", Model(config, params, tokenizers))
-    streamed = pipeline.generate_from(tmp_path / "model", PROMPTS, prng.key(3), steps=1)
-    assert torch.equal(streamed, pipeline.generate(params, config, tokenizers, PROMPTS, prng.key(3), steps=1))
+    whole = pipeline.generate(params, config, tokenizers, PROMPTS, prng.key(3), steps=1)
+    assert torch.equal(pipeline.generate_from(tmp_path / "model", PROMPTS, prng.key(3), steps=1), whole)
 
 
 def test_more_texts_than_are_read_at_once_are_all_read(model):

@@ -51,6 +51,9 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int = 28, cfg: float = 5.
         parser.add_argument(
             f"--{name}", type=float, metavar="TOL", help="of bosh3, dopri5 and tsit5, which choose their own steps"
         )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer's blocks first: for large pictures and many"
+    )
     guidance.add_arguments(parser)
     controls.add_arguments(parser)
 

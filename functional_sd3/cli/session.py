@@ -10,7 +10,7 @@ import torch
 from functional_sd3 import pipeline, weights
 from functional_sd3.cli import guidance, runtime
 from functional_sd3.cli.timing import Timer
-from functional_sd3.core import prng
+from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.image import vae
@@ -39,6 +39,8 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
     runtime.method(arguments.method, prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
     for text in arguments.guidance:
         guidance.parse(text)
+    if arguments.compile:
+        transform.check_compiler()
     source = arguments.params or shipped.folder()
     dtype = runtime.dtype(arguments.dtype, device)
     told = {"dtype": dtype, "device": device, "quantized": True}
@@ -76,7 +78,8 @@ def sampling(session: Session, arguments: argparse.Namespace, keys: Key) -> dict
     """The options of `pipeline.sample`; keys (batch, 2): those that the noise is drawn from."""
     # A method's own noise has keys of its own: the draw of the starting noise never counts so far.
     method = runtime.method(arguments.method, prng.fold_in(keys, _STEPS), rtol=arguments.rtol, atol=arguments.atol)
-    return {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": method}
+    told = {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": method}
+    return told | ({"block_transform": transform.compile} if arguments.compile else {})
 
 
 def note_truncated(session: Session, texts: Sequence[str], arguments: argparse.Namespace) -> None:

@@ -104,12 +104,18 @@ def compile(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # no
     Compile outside and transform inside: `compile(torch.func.grad_and_value(loss))`; a transform of a compiled function
     runs eagerly. Raises RuntimeError where the default backend would find no C++ compiler; see `compiler_available`.
     """
-    if options.get("backend", "inductor") == "inductor" and not compiler_available():
+    if options.get("backend", "inductor") == "inductor":
+        check_compiler()
+    return torch.compile(fn, **{"fullgraph": True, **options})
+
+
+def check_compiler() -> None:
+    """RuntimeError where `compile` would find no C++ compiler, or not Python's headers."""
+    if not compiler_available():
         raise RuntimeError(
             f"compiling needs the C++ compiler {_compiler()} and Python's headers ({_python_header()}); "
             "install them (Debian: g++ python3-dev), name another compiler in CXX, or run without compiling"
         )
-    return torch.compile(fn, **{"fullgraph": True, **options})
 
 
 def compiler_available() -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import weights
+from functional_sd3.core import tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
@@ -19,7 +20,7 @@ from functional_sd3.flow.method import Method, StepInfo
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import Conditions, sample
 from functional_sd3.text import conditioning
-from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.text.conditioning import Conditioning, Ids
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config, Tokenizers
@@ -28,7 +29,7 @@ T5_LENGTH = 256
 
 
 def generate(
-    params: Params,
+    params: Params | Callable[[str], Params],
     config: Config,
     tokenizers: Tokenizers,
     prompts: str | Sequence[str],
@@ -50,6 +51,8 @@ def generate(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    offload: bool = False,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Pictures of prompts: (batch, 3, height, width) in [0, 1], float32.
 
@@ -60,15 +63,29 @@ def generate(
     long_prompts: `(words:1.3)` weighs words, and CLIP reads on beyond its length (`conditioning`). control: ControlNets
     with their pictures, which `control_latents` encodes. image_prompt: an IP-Adapter with the features of an image.
     block_transform: applied to the function that applies a block of the transformer, such as `transform.compile`.
-    Raises ValueError for sizes that do not fit.
+
+    offload: one component at a time: each text encoder, the transformer, the VAE, taken when it is its turn and dropped
+    before the next, so that the peak is that of the largest. `params` may then also be a function from a component's
+    name to its parameters, asked once for each, such as `weights.fetcher(path)`. device: where to compute, by default
+    where the parameters are; a tree's components are moved there, with `offload` each for its turn only. With gradients
+    a graph holds on to them, so `torch.no_grad()` belongs around an offloaded run.
+    Raises ValueError for sizes that do not fit, and for a function of components without `offload`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if noise is None:
-        noise = initial_noise(key, config, len(prompts), height, width, device=_device(params))
-    told = {"t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
-    conditions = encode(params, config, tokenizers, prompts, negative=negative, **told)
+        noise = initial_noise(key, config, len(prompts), height, width, device=device or _device(params))
+    told = {"negative": negative, "t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
+    if offload:
+        fetch, told["names"] = _by_turns(params, device)
+        conditions = encode_from(fetch, config, tokenizers, prompts, **told)
+    elif callable(params):
+        raise ValueError("a function of components is asked for one after another: give offload=True, or their tree")
+    else:
+        params = params if device is None else tree.to(params, device)
+        fetch = params.__getitem__
+        conditions = encode(params, config, tokenizers, prompts, **told)
     latents = sample(
-        params,
+        {"transformer": fetch("transformer")},
         config,
         conditions,
         noise,
@@ -82,7 +99,7 @@ def generate(
         image_prompt=image_prompt,
         block_transform=block_transform,
     )
-    return decode(params, config, latents)
+    return decode({"vae": fetch("vae")}, config, latents)
 
 
 def generate_from(
@@ -94,31 +111,19 @@ def generate_from(
     device: torch.device | str = "cpu",
     variant: str | None = None,
     quantized: bool = False,
-    negative: str | Sequence[str] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    noise: Tensor | None = None,
-    t5_length: int | None = None,
-    weighted: bool = False,
-    long_prompts: bool = False,
-    **sampling: Any,
+    **options: Any,
 ) -> Tensor:
-    """`generate` of the model at a path, with one component in memory at a time: encoders, transformer, VAE.
+    """`generate` of the model at a path, with one component in memory at a time: `offload`, without gradients.
 
     path, dtype, device, variant, quantized: as of `weights.load`, which is asked for each component when it is its
-    turn; what it gave is dropped before the next, so the peak is that of the largest. The rest as of `generate`,
-    without gradients.
+    turn. The rest as of `generate`.
     """
     outline = weights.outline(path, variant=variant)
-    config, prompts = outline.config, [prompts] if isinstance(prompts, str) else list(prompts)
     fetch = weights.fetcher(path, dtype=dtype, device=device, variant=variant, quantized=quantized)
     with torch.no_grad():
-        if noise is None:
-            noise = initial_noise(key, config, len(prompts), height, width, device=device)
-        told = {"t5_length": t5_length, "weighted": weighted, "long_prompts": long_prompts}
-        conditions = encode_from(fetch, config, outline.tokenizers, prompts, negative=negative, **told)
-        latents = sample({"transformer": fetch("transformer")}, config, conditions, noise, **sampling)
-        return decode({"vae": fetch("vae")}, config, latents)
+        return generate(
+            fetch, outline.config, outline.tokenizers, prompts, key, device=device, offload=True, **options
+        )
 
 
 def encode(
@@ -168,5 +173,13 @@ def _halves(both: Conditioning) -> Conditions:
     return Conditions(*(Conditioning(*parts) for parts in zip(*(part.chunk(2) for part in both), strict=True)))
 
 
-def _device(params: Params) -> torch.device:
-    return params["transformer"]["patch"]["weight"].device
+def _by_turns(params: Params | Callable[[str], Params], device: torch.device | str | None):
+    """A function that gives a component for its turn, and the encoders that there are, None where the config says."""
+    if callable(params):
+        return (params if device is None else lambda name: tree.to(params(name), device)), None
+    there = [name for name in Ids._fields if name in params]
+    return (lambda name: params[name] if device is None else tree.to(params[name], device)), there
+
+
+def _device(params: Params | Callable[[str], Params]) -> torch.device:
+    return torch.device("cpu") if callable(params) else params["transformer"]["patch"]["weight"].device

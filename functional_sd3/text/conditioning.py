@@ -65,16 +65,17 @@ def apply_from(
     tokenizers: Tokenizers,
     prompts: str | Sequence[str],
     *,
+    names: Sequence[str] | None = None,
     clip_skip: int = 0,
     implementation: Implementation = "sdpa",
     **told: Any,
 ) -> Conditioning:
     """As `apply`, whose other options these are, with one encoder in memory at a time.
 
-    `fetch` gives the parameters of "clip_l", "clip_g" and "t5". It is asked once for each that the config has, when
-    what it gave before has been dropped.
+    `fetch` gives the parameters of "clip_l", "clip_g" and "t5". It is asked once for each of `names`, by default for
+    those that the config has, when what it gave before has been dropped.
     """
-    there = [name for name in Ids._fields if getattr(config, name) is not None]
+    there = [name for name in Ids._fields if (getattr(config, name) is not None if names is None else name in names)]
     _check_readable(there, tokenizers)
     ids, emphasis = read(config, tokenizers, prompts, **told)
     options = {"clip_skip": clip_skip, "implementation": implementation}

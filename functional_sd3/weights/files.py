@@ -97,7 +97,7 @@ def shares(mapped: Mapped, name: str, value: Tensor) -> bool:
     entry = mapped.header.tensors[name]
     if entry.blocks or entry.start == entry.end or entry.start % entry.dtype.itemsize:
         return False
-    return value.untyped_storage().data_ptr() == tensor(mapped, name).untyped_storage().data_ptr()
+    return value.data_ptr() == torch.frombuffer(mapped.buffer, dtype=torch.uint8, count=1).data_ptr() + entry.start
 
 
 def stacked(mapped: Mapped, names: Sequence[str]) -> Tensor | None:

@@ -93,11 +93,13 @@ class Layout(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where one leaf of ours comes from."""
+    """Where one leaf of ours comes from; of a spec's leaf also what the spec says of it, and the shapes of theirs."""
 
     names: tuple[str, ...]
     transform: Transform
     path: str
+    param: specs.Param | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 Sources = dict[str, Source]
@@ -122,7 +124,8 @@ def prefixed(layout: Layout, prefix: str) -> Layout:
 
 def sources(layout: Layout, spec: Tree) -> Sources:
     """Our paths -> their names and the transform. Raises ValueError when a leaf of the spec has no rule."""
-    return sources_of(layout, specs.paths(spec))
+    params = specs.paths(spec)
+    return {path: _described(source, params[path]) for path, source in sources_of(layout, params).items()}
 
 
 def sources_of(layout: Layout, paths: Iterable[str]) -> Sources:
@@ -131,14 +134,16 @@ def sources_of(layout: Layout, paths: Iterable[str]) -> Sources:
     return {path: _source(compiled, path) for path in paths}
 
 
-def keys(layout: Layout, spec: Tree, known: Sources | None = None) -> dict[str, tuple[int, ...]]:
-    """Their names -> shapes for a spec; costs no memory whatever the size. known: its `sources`, where at hand."""
-    wanted = specs.paths(spec)
-    found: dict[str, tuple[int, ...]] = {}
-    for path, (names, transform, _) in (known or sources(layout, spec)).items():
-        parts = transform.split(torch.empty(wanted[path].shape, device="meta"), len(names))
-        found.update(zip(names, (tuple(part.shape) for part in parts), strict=True))
-    return found
+def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:
+    """Their names -> shapes for a spec; costs no memory whatever the size."""
+    return shapes_of(sources(layout, spec))
+
+
+def shapes_of(known: Sources) -> dict[str, tuple[int, ...]]:
+    """Their names -> shapes, of the sources of a spec."""
+    return {
+        name: shape for source in known.values() for name, shape in zip(source.names, source.shapes, strict=True)
+    }
 
 
 def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -199,13 +204,15 @@ def check(
 ) -> list[str]:
     """What stands between tensors of theirs (proper name -> shape) and the spec, one sentence each.
 
-    A leaf that is not learned (a table that the spec computes) or has a default may be missing. known: as of `keys`.
+    A leaf that is not learned (a table that the spec computes) or has a default may be missing. known: the spec's
+    `sources`, where at hand.
     """
     known = known or sources(layout, spec)
-    wanted = keys(layout, spec, known)
-    optional = _optional(layout, spec, known)
+    wanted = shapes_of(known)
     unexpected = [name for name in shapes if name not in wanted]
-    missing = [name for name in wanted if name not in shapes and name not in optional]
+    absent = [source for source in known.values() if any(name not in shapes for name in source.names)]
+    needed = [source for source in absent if not default(layout, source.path, source.param)]
+    missing = [name for source in needed for name in source.names if name not in shapes]
     problems = [f"{name} is missing (shape {list(wanted[name])})" for name in missing]
     problems += [f"{name} is unexpected{_closest(name, missing)}" for name in unexpected]
     for name, shape in wanted.items():
@@ -217,7 +224,7 @@ def check(
 def to_ours(
     layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], Tensor], known: Sources | None = None
 ) -> Params:
-    """The parameters of a spec, each leaf as `fetch(source, param)` returns it. known: as of `keys`."""
+    """The parameters of a spec, each leaf as `fetch(source, param)` returns it. known: as of `check`."""
     found = known or sources(layout, spec)
     return specs.map_params(lambda path, param: fetch(found[path], param), spec)
 
@@ -225,8 +232,8 @@ def to_ours(
 def to_theirs(layout: Layout, spec: Tree, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors, mostly views, from ours (path -> tensor)."""
     found: dict[str, Tensor] = {}
-    for path, (names, transform, _) in sources(layout, spec).items():
-        found.update(zip(names, transform.split(leaves[path], len(names)), strict=True))
+    for path, source in sources(layout, spec).items():
+        found.update(zip(source.names, source.transform.split(leaves[path], len(source.names)), strict=True))
     for proper, second in layout.copies:
         found[second] = found[proper]
     return found
@@ -239,6 +246,13 @@ def _source(compiled: list[tuple[re.Pattern, Rule]], path: str) -> Source:
     raise ValueError(f"no rule of the layout says where {path} comes from")
 
 
+def _described(source: Source, param: specs.Param) -> Source:
+    if source.transform is IDENTITY:
+        return source._replace(param=param, shapes=(param.shape,))
+    parts = source.transform.split(torch.empty(param.shape, device="meta"), len(source.names))
+    return source._replace(param=param, shapes=tuple(tuple(part.shape) for part in parts))
+
+
 def default(layout: Layout, path: str, param: specs.Param) -> Callable[[], Tensor] | None:
     """How to make a leaf that a file lacks, None where it must be there."""
     if not param.trainable:
@@ -247,11 +261,6 @@ def default(layout: Layout, path: str, param: specs.Param) -> Callable[[], Tenso
         if re.fullmatch(_regex(pattern), path) and fits(param.shape):
             return lambda: make(param.shape)
     return None
-
-
-def _optional(layout: Layout, spec: Tree, found: Sources) -> set[str]:
-    absent = [path for path, param in specs.paths(spec).items() if default(layout, path, param)]
-    return {name for path in absent for name in found[path].names}
 
 
 def _regex(pattern: str) -> str:

@@ -86,7 +86,7 @@ def plan(piece: Piece) -> Plan:
         known = layout.sources(table, described)
         problems += layout.check(table, described, {proper: shapes[name] for proper, name in names.items()}, known)
         if not problems:
-            problems += too_large_to_compute(table, described, names, shapes, known)
+            problems += too_large_to_compute(names, shapes, known)
     except WeightsError as error:
         raise WeightsError([where + problem for problem in (*problems, *error.problems)]) from None
     except (RuntimeError, OverflowError) as error:
@@ -243,16 +243,11 @@ def _wrong_format(name: str, mapped: Mapped) -> list[str]:
 
 
 def too_large_to_compute(
-    table: Layout,
-    spec: Tree,
-    names: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    known: Sources | None = None,
+    names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], known: Sources
 ) -> list[str]:
     """Tables that a file lacks and that would be larger than all it holds: what is merely claimed takes no memory."""
-    wanted = layout.keys(table, spec, known)
     held = sum(map(math.prod, shapes.values()))
-    absent = {name: shape for name, shape in wanted.items() if name not in names}
+    absent = {name: shape for name, shape in layout.shapes_of(known).items() if name not in names}
     return [
         f"{name} is missing, and {list(s)} is too large to make up" for name, s in absent.items() if math.prod(s) > held
     ]

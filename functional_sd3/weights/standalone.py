@@ -48,8 +48,9 @@ def read(
     names = layout.canonical(table, places)
     entries = {proper: places[name].header.tensors[name] for proper, name in names.items()}
     try:
-        problems = layout.check(table, spec, {name: entry.shape for name, entry in entries.items()})
-        problems = problems or reading.too_large_to_compute(table, spec, names, shapes(places))
+        known = layout.sources(table, spec)
+        problems = layout.check(table, spec, {name: entry.shape for name, entry in entries.items()}, known)
+        problems = problems or reading.too_large_to_compute(names, shapes(places), known)
     except (RuntimeError, OverflowError) as error:
         raise WeightsError(f"{where}: its config describes tensors too large to exist: {error}") from error
     problems += [
@@ -59,7 +60,7 @@ def read(
     ]
     if problems:
         raise WeightsError([f"{where}: {problem}" for problem in problems])
-    plan = reading.Plan(where, None, where, None, spec, table, names, dict(places), {}, True)
+    plan = reading.Plan(where, None, where, None, spec, table, names, dict(places), {}, True, known)
     return reading.read(plan, dtype=dtype, device=device, check_finite=finite)
 
 

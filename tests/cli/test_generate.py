@@ -8,6 +8,8 @@ from PIL import Image
 
 from functional_sd3 import cli, weights
 from functional_sd3.cli import written
+from functional_sd3.core import transform
+from functional_sd3.transformer import joint_block
 from tests import models
 
 PROMPT = "a large red circle on a white background"
@@ -67,6 +69,26 @@ def test_earlier_pictures_are_never_overwritten(folder, tmp_path, capsys):
     for _ in range(2):
         assert run("generate", PROMPT, "--params", folder, "--steps", 1, "--out", tmp_path / "out") == 0
     assert len(set(capsys.readouterr().out.split())) == 2
+
+
+def test_blocks_are_compiled_where_that_is_asked_for(folder, tmp_path, monkeypatch, capsys):
+    compiled = []
+
+    def mark(apply):
+        compiled.append(apply)
+        return apply
+
+    monkeypatch.setattr(transform, "compile", mark)
+    common = ("generate", PROMPT, "--params", folder, "--steps", 1)
+    assert run(*common, "--out", tmp_path / "plain.png") == 0 and not compiled
+    assert run(*common, "--compile", "--out", tmp_path / "compiled.png") == 0
+    assert set(compiled) == {joint_block.apply}
+    assert torch.equal(pixels_of(tmp_path / "plain.png"), pixels_of(tmp_path / "compiled.png"))
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    capsys.readouterr()
+    assert run(*common, "--compile", "--out", tmp_path / "never.png") == 1
+    assert "compiling needs the C++ compiler no-such-compiler" in capsys.readouterr().err
 
 
 def test_prompts_come_from_a_file_and_sizes_from_the_command_line(folder, tmp_path, capsys):
