@@ -1,0 +1,155 @@
+"""What `params/tiny` learns, stage by stage: the autoencoder, a pool of latents, and the transformer on that.
+
+Hidden matrices learn by Muon, which at this size needs several times fewer steps than AdamW.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Key, Params
+from functional_sd3.image import pixels, vae
+from functional_sd3.text import clip, conditioning, t5
+from functional_sd3.training import loop, losses, muon, optim, shapes, step
+from functional_sd3.training.tiny_model import LENGTH
+from functional_sd3.transformer import mmdit
+from functional_sd3.weights.model import SPECS, Config, Tokenizers
+
+POOL = 131072
+"""Pictures that are encoded once and drawn from."""
+VAE_BATCH = 32
+FLOW_BATCH = 64
+DROPOUT = 0.1
+ADAMW_ONLY = (
+    "embedding",
+    "relative_bias",
+    "position",
+    "modulation",
+    "time",
+    "pooled",
+    "patch",
+    "final",
+    "conv_in",
+    "conv_out",
+)
+"""Names of tables, inputs and outputs, which are not hidden matrices."""
+
+
+class Stage(NamedTuple):
+    """What the loop runs: `train_step(state, batch)` on `batch(step)` from `state`."""
+
+    state: step.TrainState
+    train_step: Callable
+    batch: Callable[[int], dict]
+
+
+def vae_stage(key: Key, config: Config, steps: int) -> Stage:
+    """The autoencoder, on pictures drawn anew for every step."""
+    params_key, run_key, data_key = (prng.fold_in(key, place) for place in (1, 2, 3))
+    params = tree.map_with_path(_precise, vae.init(params_key, config.vae))
+    rate = optim.trapezoid(3e-3, min(30, steps // 4), steps, int(0.6 * steps))
+    optimizer = _optimizer(rate, rate, b2=0.99)
+    train_step = step.make_train_step(
+        losses.vae_loss(config.vae, divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
+    )
+
+    def batch(index: int) -> dict[str, Tensor]:
+        pictures, _ = shapes.pictures(prng.fold_in(data_key, index), VAE_BATCH)
+        return {"images": pixels.to_signed(pixels.from_bytes(pictures))}
+
+    return Stage(step.init(run_key, params, optimizer), train_step, batch)
+
+
+def pool(key: Key, params: Params, config: Config, tables: Tokenizers, count: int) -> dict:
+    """`count` pictures as latents, not normalised, with the ids of their captions: what `flow_stage` draws from."""
+    latents, captions = [], []
+    with torch.no_grad():
+        for index in range(0, count, 256):
+            pictures, texts = shapes.pictures(prng.fold_in(key, index), min(256, count - index))
+            images = pixels.to_signed(pixels.from_bytes(pictures))
+            latents.append(vae.encode(params, config.vae, images).mean)
+            captions += texts
+    ids = conditioning.tokenize(config, tables, captions, t5_length=LENGTH)
+    return {"latents": torch.cat(latents), "ids": ids}
+
+
+def measured(config: Config, latents: Tensor) -> Config:
+    """The config whose scaling and shift give these latents mean 0 and variance 1."""
+    scaling, shift = round(float(1.0 / latents.std()), 4), round(float(latents.mean()), 4)
+    return replace(config, vae=replace(config.vae, scaling=scaling, shift=shift))
+
+
+def flow_stage(
+    key: Key,
+    config: Config,
+    tables: Tokenizers,
+    data: dict,
+    steps: int,
+    *,
+    peak: float = 2e-3,
+    start: Params | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+) -> Stage:
+    """The transformer and the text encoders together, from fresh parameters; or the transformer alone, from `start`.
+
+    `dtype` is that of the computation, beside float32 parameters: bfloat16 where the machine multiplies it fast.
+    """
+    params_key, run_key, data_key = prng.split(key, 3)
+    makers = {"clip_l": clip.init, "clip_g": clip.init, "t5": t5.init, "transformer": mmdit.init}
+    keys = prng.split(params_key, len(makers))
+    if start is None:
+        parts = zip(keys, makers.items(), strict=True)
+        params = {name: make(own, getattr(config, name)) for own, (name, make) in parts}
+    else:
+        params = {name: start[name] for name in makers}
+    rate = optim.trapezoid(peak, min(100, steps // 4), steps, int(0.4 * steps))
+    optimizer = _optimizer(rate, lambda count: 0.5 * rate(count), dtype=dtype)
+    specs = {name: SPECS[name](getattr(config, name)) for name in params}
+    learned = step.trainable(specs, "*" if start is None else "transformer.*")
+    empty = {"ids": conditioning.tokenize(config, tables, [""], t5_length=LENGTH)}
+    train_step = step.make_train_step(
+        losses.flow_loss(config, dropout=DROPOUT, empty=empty, dtype=dtype),
+        optimizer,
+        trainable=learned,
+        ema_decay=0.999,
+        # As one graph with its gradient, bfloat16 does not get through inductor's C++ (PyTorch 2.13).
+        gradient="autograd",
+        compile=compile,
+        donate=True,
+        rate=rate,
+    )
+    latents = vae.normalize(config.vae, data["latents"])
+    order = loop.order(data_key, FLOW_BATCH, len(latents))
+
+    def batch(index: int) -> dict:
+        rows = order(index)
+        return {"latents": latents[rows], "ids": tree.map(lambda ids: ids[rows], data["ids"])}
+
+    return Stage(step.init(run_key, params, optimizer, trainable=learned), train_step, batch)
+
+
+def _precise(path: str, leaf: Tensor) -> Tensor:
+    """A posterior that starts narrow: learning to be precise from a variance of 1 takes most of a short run."""
+    if path == "encoder.conv_out.bias":
+        mean, logvar = leaf.chunk(2)
+        return torch.cat([mean, logvar - 4.0])
+    if path == "encoder.conv_out.weight":
+        mean, logvar = leaf.chunk(2)
+        return torch.cat([4.0 * mean, logvar])
+    return leaf
+
+
+def _optimizer(
+    matrices: optim.Schedule, others: optim.Schedule, *, b2: float = 0.99, dtype: torch.dtype | None = None
+) -> optim.Optimizer:
+    def label(path: str, leaf: Tensor) -> str:
+        hidden = leaf.ndim >= 2 and not any(name in part for part in path.split(".") for name in ADAMW_ONLY)
+        return "muon" if hidden else "adamw"
+
+    rules = {"muon": muon.muon(matrices, dtype=dtype), "adamw": optim.adamw(others, b2=b2, decay=0.0)}
+    return optim.chain(optim.clip_by_global_norm(1.0), optim.partitioned(rules, label))
