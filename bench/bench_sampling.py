@@ -13,6 +13,17 @@ from functional_sd3.transformer import mmdit
 from tests import models
 
 PROMPTS = ["a large red circle on a white background"]
+STEPS = 28
+
+
+def all_products(model, theirs, noise):
+    """The products of every step of diffusers' module, which are those of one step as often."""
+    conditions = pipeline.encode(*models.parts(model), PROMPTS)
+    context, pooled = (torch.cat(both) for both in zip(*conditions, strict=True))
+    t = torch.full((2,), 500.0)
+    with torch.no_grad():
+        step = timing.products(lambda: theirs.transformer(noise.repeat(2, 1, 1, 1), context, pooled, t))
+    return lambda: [step() for _ in range(STEPS)]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,7 @@ def test_pipeline(versus, pair):
     noise = prng.normal(prng.key(7), (1, 16, 32, 32))
     versus(
         "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels",
-        lambda: pipeline.generate(*models.parts(model), PROMPTS, prng.key(0), noise=noise, steps=28, cfg=5.0),
+        lambda: pipeline.generate(*models.parts(model), PROMPTS, prng.key(0), noise=noise, steps=STEPS, cfg=5.0),
         lambda: (
             theirs(
                 PROMPTS,
@@ -45,15 +56,16 @@ def test_pipeline(versus, pair):
                 height=256,
                 width=256,
                 max_sequence_length=24,
-                num_inference_steps=28,
+                num_inference_steps=STEPS,
                 guidance_scale=5.0,
                 output_type="pt",
             ).images
         ),
         peer="diffusers' pipeline",
         tolerance=1e-3,
-        rounds=5,
+        rounds=7,
         memory=True,
+        least=all_products(model, theirs, noise),
     )
 
 
@@ -61,9 +73,8 @@ def test_eager_loop(versus, pair):
     model, theirs = pair
     noise = prng.normal(prng.key(7), (1, 16, 32, 32))
     conditions = pipeline.encode(*models.parts(model), PROMPTS)
-    times = pipeline.sigmas(model.config, noise, 28)
-    context = torch.cat([conditions.positive.context, conditions.negative.context])
-    pooled = torch.cat([conditions.positive.pooled, conditions.negative.pooled])
+    times = pipeline.sigmas(model.config, noise, STEPS)
+    context, pooled = (torch.cat(both) for both in zip(*conditions, strict=True))
 
     def loop():
         x = noise
@@ -75,12 +86,13 @@ def test_eager_loop(versus, pair):
 
     versus(
         "28 steps with guidance, the latents alone",
-        lambda: pipeline.sample(model.params, model.config, conditions, noise, steps=28, cfg=5.0),
+        lambda: pipeline.sample(model.params, model.config, conditions, noise, steps=STEPS, cfg=5.0),
         loop,
         peer="eager loop as Stability's, diffusers' module",
         tolerance=1e-3,
-        rounds=5,
+        rounds=7,
         memory=True,
+        least=all_products(model, theirs, noise),
     )
 
 

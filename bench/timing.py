@@ -34,12 +34,13 @@ class Versus:
         repeat: int = 1,
         memory: bool = False,
         grad: bool = False,
-        least: bool = False,
+        least: bool | Callable[[], Any] = False,
         **facts: Any,
     ) -> None:
         """Times `rounds` rounds of `repeat` calls each. `tolerance`: the largest relative difference of the outputs, a
         tensor each; None where there is nothing to compare. `memory` measures both sides' peak of allocated bytes.
-        `least` times the other side's products alone as well: what no way of writing the same can go below.
+        `least` times the other side's products alone as well, or those given: what no way of writing the same can go
+        below.
         Raises ValueError when the outputs differ by more.
         """
         with torch.set_grad_enabled(grad):
@@ -58,7 +59,7 @@ class Versus:
                 facts["peak_bytes"] = allocated_peak(ours)
                 facts["theirs_peak_bytes"] = allocated_peak(theirs) if theirs else None
             samples: list[float] = []
-            bare, alone = (products(theirs) if least and theirs else None), []
+            bare, alone = products(theirs) if least is True and theirs else least or None, []
 
             def other_side() -> None:
                 if theirs is not None:
@@ -86,7 +87,9 @@ def timed(run: Callable[[], Any], repeat: int = 1) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention_for_cpu"}
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", _ATTENTION}
+_PRODUCTS |= {"convolution_backward", f"{_ATTENTION}_backward"}
 
 
 class _Recorder(TorchDispatchMode):
@@ -103,10 +106,12 @@ class _Recorder(TorchDispatchMode):
 
 
 def products(run: Callable[[], Any]) -> Callable[[], None]:
-    """The matrix products, convolutions and attentions of a run, one after the other on the same numbers."""
+    """The matrix products, convolutions and attentions of a run, one after the other on the same numbers; of a run that
+    differentiates also those of its backward pass."""
     with _Recorder() as recorder:
         run()
 
+    @torch.no_grad()
     def again() -> None:
         for call in recorder.calls:
             call()
