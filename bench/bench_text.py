@@ -1,5 +1,7 @@
 """Tokenizers and text encoders."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench import peers
@@ -44,11 +46,16 @@ def test_t5_tokenizer(versus, captions):
     )
 
 
-def test_clip(versus):
-    pair = peers.clip_encoder()
-    ids = prng.randint(prng.key(0), (2, 77), 0, pair.config.vocab)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("CLIP-L forward, true size", clip.CLIP_L), ("CLIP-G forward, 6 layers", replace(clip.CLIP_G, layers=6))],
+    ids=["L", "G"],
+)
+def test_clip(versus, name, config):
+    pair = peers.clip_encoder(config)
+    ids = prng.randint(prng.key(0), (2, 77), 0, config.vocab)
     versus(
-        "CLIP-L forward, true size, 77 tokens, batch 2",
+        f"{name}, 77 tokens, batch 2",
         lambda: clip.apply(pair.params, pair.config, ids).last,
         lambda: pair.module(ids).last_hidden_state,
         peer="transformers",

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_size(parser, "that of the picture")
     options.add_words(parser)
     options.add_model(parser)
-    parser.set_defaults(guidance=[])
+    parser.set_defaults(guidance=[], compile=False)
 
 
 def run(arguments: argparse.Namespace) -> int:

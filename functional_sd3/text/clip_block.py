@@ -1,7 +1,5 @@
 """The pre-norm transformer block that both towers of CLIP are made of: causal for texts, not for images."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from functional_sd3.core import attention, layers
@@ -9,7 +7,7 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": layers.quick_gelu_over, "gelu": layers.gelu}
+ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def check(width: int, heads: int, activation: str) -> None:
@@ -54,5 +52,5 @@ def apply(
     query, key, value = (attention.split_heads(part, heads) for part in qkv)
     attended = attention.attention(query, key, value, causal=causal, implementation=implementation)
     x = x + layers.linear(params["attention"]["out"], attention.merge_heads(attended))
-    hidden = layers.linear(params["mlp"]["in"], layers.layer_norm(params["norm2"], x, eps))
-    return x + layers.linear(params["mlp"]["out"], ACTIVATIONS[activation](hidden))
+    hidden = layers.linear_activation(params["mlp"]["in"], layers.layer_norm(params["norm2"], x, eps), activation)
+    return x + layers.linear(params["mlp"]["out"], hidden)

@@ -186,7 +186,7 @@ def _add_attended(params: Params, x: Tensor, gate: Tensor, attended: Tensor) -> 
 
 
 def _mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    hidden = layers.linear_gelu_tanh(params["in"], modulate(norm(x), shift, scale))
+    hidden = layers.linear_activation(params["in"], modulate(norm(x), shift, scale), "gelu_tanh")
     return torch.addcmul(x, gate, layers.linear(params["out"], hidden))
 
 

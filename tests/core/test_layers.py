@@ -6,6 +6,12 @@ import torch.nn.functional as F
 
 from functional_sd3.core import layers, prng
 
+MEANT = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
 
 def drawn(*shape, seed=0):
     return prng.normal(prng.key(seed), shape)
@@ -13,23 +19,25 @@ def drawn(*shape, seed=0):
 
 @pytest.mark.parametrize("shape", [(5, 16), (2, 7, 16), (2, 3, 4, 16), (0, 16), (16,)], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_a_fused_hidden_layer_is_the_product_and_then_its_gelu(shape, bias):
+@pytest.mark.parametrize("activation", MEANT)
+def test_a_fused_hidden_layer_is_the_product_and_then_its_activation(shape, bias, activation):
     params = {"weight": drawn(24, 16, seed=1)} | ({"bias": drawn(24, seed=2)} if bias else {})
     x = drawn(*shape)
-    expected = F.gelu(F.linear(x, params["weight"], params.get("bias")), approximate="tanh")
-    torch.testing.assert_close(layers.linear_gelu_tanh(params, x), expected, rtol=2e-5, atol=2e-6)
+    expected = MEANT[activation](F.linear(x, params["weight"], params.get("bias")))
+    torch.testing.assert_close(layers.linear_activation(params, x, activation), expected, rtol=2e-5, atol=2e-6)
 
 
-def test_a_hidden_layer_has_its_derivatives_and_leaves_its_input_alone():
+@pytest.mark.parametrize("activation", MEANT)
+def test_a_hidden_layer_has_its_derivatives_and_leaves_its_input_alone(activation):
     params = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}
     x = drawn(5, 16)
     before = x.clone()
 
     def total(params):
-        return layers.linear_gelu_tanh(params, x).square().sum()
+        return layers.linear_activation(params, x, activation).square().sum()
 
     def plainly(params):
-        return F.gelu(F.linear(x, params["weight"], params["bias"]), approximate="tanh").square().sum()
+        return MEANT[activation](F.linear(x, params["weight"], params["bias"])).square().sum()
 
     found, expected = torch.func.grad(total)(params), torch.func.grad(plainly)(params)
     for name in params:
@@ -40,8 +48,7 @@ def test_a_hidden_layer_has_its_derivatives_and_leaves_its_input_alone():
     torch.testing.assert_close(leaves["weight"].grad, expected["weight"])
 
 
-@pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_a_hidden_layer_is_fused_where_one_dnn_is_enabled_and_never_else():
+def operations(run) -> list[str]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     names = []
@@ -51,15 +58,41 @@ def test_a_hidden_layer_is_fused_where_one_dnn_is_enabled_and_never_else():
             names.append(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    params, x = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}, drawn(5, 16)
     with Watch():
-        layers.linear_gelu_tanh(params, x)
+        run()
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize(
+    ("run", "rows", "alone"),
+    [
+        (lambda params, x: layers.linear_activation(params, x, "gelu_tanh"), 5, True),
+        (layers.linear, 5, False),
+        (layers.linear, 15, False),
+        (layers.linear, 16, True),
+        (layers.linear, 512, True),
+        (layers.linear, 513, False),
+    ],
+)
+def test_one_dnn_computes_a_layer_where_it_is_enabled_and_faster_and_never_else(run, rows, alone):
+    params, x = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}, drawn(1, rows, 16)
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    assert ("_linear_pointwise" in names) == there
-    names.clear()
-    with torch.backends.mkldnn.flags(enabled=False), Watch():
-        layers.linear_gelu_tanh(params, x)
+    assert ("_linear_pointwise" in operations(lambda: run(params, x))) == (there and alone)
+    with torch.backends.mkldnn.flags(enabled=False):
+        names = operations(lambda: run(params, x))
     assert "_linear_pointwise" not in names and "addmm" in names
+    watched = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    assert "_linear_pointwise" not in operations(lambda: run(watched, x))
+
+
+@pytest.mark.parametrize("rows", [16, 200])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_layer_is_the_same_by_one_dnn(rows, bias):
+    params = {"weight": drawn(24, 16, seed=1)} | ({"bias": drawn(24, seed=2)} if bias else {})
+    x = drawn(2, rows // 2, 16)
+    expected = F.linear(x, params["weight"], params.get("bias"))
+    torch.testing.assert_close(layers.linear(params, x), expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("extra", ["low_rank", "scale"])
@@ -69,12 +102,16 @@ def test_a_hidden_layer_with_something_beside_its_weight_is_not_computed_without
     params |= {extra: beside[extra]}
     x = drawn(3, 5, 16)
     expected = F.gelu(layers.linear(params, x), approximate="tanh")
-    torch.testing.assert_close(layers.linear_gelu_tanh(params, x), expected)
+    torch.testing.assert_close(layers.linear_activation(params, x, "gelu_tanh"), expected)
 
 
-def test_quick_gelu_in_place_is_quick_gelu():
+@pytest.mark.parametrize("activation", MEANT)
+def test_an_activation_in_place_is_the_activation(activation):
     x = drawn(7, 11)
-    torch.testing.assert_close(layers.quick_gelu_over(x.clone()), layers.quick_gelu(x))
+    fresh = x.clone()
+    found = layers.ACTIVATIONS[activation].over(fresh)
+    torch.testing.assert_close(found, MEANT[activation](x))
+    assert found.data_ptr() == fresh.data_ptr()
 
 
 def test_the_outputs_of_a_layer_in_parts_are_its_outputs():
