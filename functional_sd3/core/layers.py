@@ -141,8 +141,11 @@ def patches_linear(params: Params) -> Params:
 
 
 def plain(x: Tensor) -> bool:
-    """Whether x is neither differentiated nor mapped nor traced: if nobody else holds it, it may be overwritten."""
-    return not (torch.compiler.is_compiling() or x.requires_grad or torch.func.debug_unwrap(x) is not x)
+    """Whether x is neither differentiated nor mapped nor traced, nor of a kind with rules of its own (a DTensor): if
+    nobody else holds it, it may be overwritten."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not x.requires_grad and torch.func.debug_unwrap(x) is x
 
 
 def embedding_spec(entries: int, width: int, *, scale: float = 0.02) -> Tree:

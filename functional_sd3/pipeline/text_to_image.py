@@ -67,8 +67,9 @@ def generate(
     offload: one component at a time: each text encoder, the transformer, the VAE, taken when it is its turn and dropped
     before the next, so that the peak is that of the largest. `params` may then also be a function from a component's
     name to its parameters, asked once for each, such as `weights.fetcher(path)`. device: where to compute, by default
-    where the parameters are; a tree's components are moved there, with `offload` each for its turn only. With gradients
-    a graph holds on to them, so `torch.no_grad()` belongs around an offloaded run.
+    where the parameters are; a tree's components are moved there, with `offload` each for its turn only, and what
+    `control` and `image_prompt` hold is the caller's to place. With gradients a graph holds on to the components, so
+    `torch.no_grad()` belongs around an offloaded run.
     Raises ValueError for sizes that do not fit, and for a function of components without `offload`.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

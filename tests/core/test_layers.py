@@ -84,6 +84,9 @@ def test_one_dnn_computes_a_layer_where_it_is_enabled_and_faster_and_never_else(
     assert "_linear_pointwise" not in names and "addmm" in names
     watched = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
     assert "_linear_pointwise" not in operations(lambda: run(watched, x))
+    # Tensors with rules of their own have none for this.
+    special = {name: leaf.as_subclass(type("Special", (torch.Tensor,), {})) for name, leaf in params.items()}
+    assert "_linear_pointwise" not in operations(lambda: run(special, x))
 
 
 @pytest.mark.parametrize("rows", [16, 200])
