@@ -85,7 +85,7 @@ def generate(
         params = params if device is None else tree.to(params, device)
         fetch = params.__getitem__
         conditions = encode(params, config, tokenizers, prompts, **told)
-    latents = sample(
+    latents = _drawn(
         {"transformer": fetch("transformer")},
         config,
         conditions,
@@ -174,12 +174,19 @@ def _halves(both: Conditioning) -> Conditions:
     return Conditions(*(Conditioning(*parts) for parts in zip(*(part.chunk(2) for part in both), strict=True)))
 
 
+def _drawn(params: Params, config: Config, conditions: Conditions, noise: Tensor, **options: Any) -> Tensor:
+    # Only the parameters say where a function of components puts them, and without encoders nothing else knows.
+    place = _device(params)
+    conditions = tree.map(lambda part: part.to(place), conditions)
+    return sample(params, config, conditions, noise.to(place), **options)
+
+
 def _by_turns(params: Params | Callable[[str], Params], device: torch.device | str | None):
     """A function that gives a component for its turn, and the encoders that there are, None where the config says."""
-    if callable(params):
-        return (params if device is None else lambda name: tree.to(params(name), device)), None
-    there = [name for name in Ids._fields if name in params]
-    return (lambda name: params[name] if device is None else tree.to(params[name], device)), there
+    take, there = params, None
+    if not callable(params):
+        take, there = params.__getitem__, [name for name in Ids._fields if name in params]
+    return (take if device is None else lambda name: tree.to(take(name), device)), there
 
 
 def _device(params: Params | Callable[[str], Params]) -> torch.device:
