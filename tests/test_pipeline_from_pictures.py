@@ -241,6 +241,7 @@ def test_controls_are_heard_where_pictures_come_from_pictures(model, images, rig
         (lambda p, x, m: pipeline.inpaint(*p, "a", x, m, prng.key(0), soften=-1.0), "a blur of -1.0 pixels"),
         (lambda p, x, m: pipeline.outpaint(*p, "a", x, prng.key(0), left=-16), "must be at least 0 pixels"),
         (lambda p, x, m: pipeline.outpaint(*p, "a", x, prng.key(0), left=16, overlap=32), "leaves nothing of"),
+        (lambda p, x, m: pipeline.image_to_image(*p, "a", x, prng.key(0), offload=True), "offload: only .generate."),
         (lambda p, x, m: pipeline.edit(*p, "a", "b", x, eta=2.0), "eta 2.0 must be between"),
         (lambda p, x, m: pipeline.edit(*p, "a", "b", x, window=(0.5, 0.2)), "window 0.5 to 0.2 must be"),
         (lambda p, x, m: pipeline.flow_edit(*p, "a", "b", x, prng.key(0), averages=0), "averages 0"),

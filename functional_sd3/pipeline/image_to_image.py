@@ -69,7 +69,9 @@ def begin(config: Config, latents: Tensor, noise: Tensor, steps: int, strength: 
 
 
 def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of `encode`, and the rest, which are those of `sample`."""
+    """The options of `encode`, and the rest, which are those of `sample`. Raises ValueError for `generate`'s alone."""
+    if alone := sorted({"offload", "device"} & options.keys()):
+        raise ValueError(f"{' and '.join(alone)}: only `generate` takes components by turns or moves them")
     words = {name: value for name, value in options.items() if name in _WORDS}
     return words, {name: value for name, value in options.items() if name not in _WORDS}
 
