@@ -13,7 +13,7 @@ import torch
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
-from functional_sd3.weights import companions, composing, files, finite, layout
+from functional_sd3.weights import companions, composing, files, finite
 from functional_sd3.weights.companions import Companion
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.model import SPECS, Model, Tokenizers, missing
@@ -75,9 +75,8 @@ def describe(
 
 
 def _part(plan: Plan, values: bool) -> Part:
-    found = layout.sources(plan.layout, plan.spec)
     strangers = [(name, what) for name in (plan.names.values() if values else ()) if (what := _stranger(plan, name))]
-    tree = specs.map_params(lambda path, param: _leaf(plan, found[path].names, param), plan.spec)
+    tree = specs.map_params(lambda path, param: _leaf(plan, plan.sources[path].names, param), plan.spec)
     form = f"named as by {plan.form.owner}" + (f" below {plan.form.prefix}" if plan.form.prefix else "")
     kinds = Counter(plan.places[name].header.tensors[name].blocks for name in plan.names.values())
     stored = {kind: count for kind, count in kinds.items() if kind}

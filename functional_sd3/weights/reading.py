@@ -56,7 +56,7 @@ class Contents(NamedTuple):
 
 class Plan(NamedTuple):
     """A component that was checked and is still to be read; `names`: the rules' names -> the files'; `told`: whether
-    the config is what a file says, not what shapes do; `sources`: those of the layout, where they are known."""
+    the config is what a file says, not what shapes do; `sources`: the layout's, of the spec."""
 
     component: str
     form: Form | None
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     places: dict[str, Mapped]
     scales: dict[str, str]
     told: bool
-    sources: Sources | None = None
+    sources: Sources
 
 
 def plan(piece: Piece) -> Plan:
