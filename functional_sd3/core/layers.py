@@ -63,12 +63,13 @@ def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:
     computes it while the product is in the cache, where nothing is differentiated, mapped or traced.
     """
     chosen = ACTIVATIONS[activation]
-    return _one_dnn(params, x, chosen) if _has_one_dnn(params, x) else chosen.over(linear(params, x))
+    if _has_one_dnn(params, x):
+        return _one_dnn(params, x, chosen.fused, chosen.algorithm, chosen.scale)
+    return chosen.over(linear(params, x))
 
 
-def _one_dnn(params: Params, x: Tensor, activation: "Activation | None" = None) -> Tensor:
+def _one_dnn(params: Params, x: Tensor, fused: str = "none", algorithm: str = "", scale: float = 1.0) -> Tensor:
     rows, bias = x.flatten(0, -2), params.get("bias")
-    fused, algorithm, scale = activation[1:] if activation else ("none", "", 1.0)
     if scale != 1:
         rows, bias = rows * scale, None if bias is None else bias * scale
     y = torch.ops.mkldnn._linear_pointwise(rows, params["weight"], bias, fused, [], algorithm)
