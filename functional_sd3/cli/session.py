@@ -79,7 +79,7 @@ def sampling(session: Session, arguments: argparse.Namespace, keys: Key) -> dict
     # A method's own noise has keys of its own: the draw of the starting noise never counts so far.
     method = runtime.method(arguments.method, prng.fold_in(keys, _STEPS), rtol=arguments.rtol, atol=arguments.atol)
     told = {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": method}
-    return told | ({"block_transform": transform.compile} if arguments.compile else {})
+    return {**told, "block_transform": transform.compile if arguments.compile else None}
 
 
 def note_truncated(session: Session, texts: Sequence[str], arguments: argparse.Namespace) -> None:
