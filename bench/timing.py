@@ -59,7 +59,8 @@ class Versus:
                 facts["peak_bytes"] = allocated_peak(ours)
                 facts["theirs_peak_bytes"] = allocated_peak(theirs) if theirs else None
             samples: list[float] = []
-            bare, alone = products(theirs) if least is True and theirs else least or None, []
+            bare: Callable[[], Any] | None = (products(theirs) if theirs else None) if least is True else least or None
+            alone: list[float] = []
 
             def other_side() -> None:
                 if theirs is not None:
