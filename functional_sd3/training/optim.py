@@ -25,17 +25,26 @@ from functional_sd3.training.schedules import (  # noqa: F401
 )
 
 
+class Gradients(NamedTuple):
+    """Gradients that nobody has multiplied yet: `scale` (None: 1) times `tree` is meant, whose norm is `norm` (None:
+    not known)."""
+
+    tree: Tree
+    scale: Tensor | None = None
+    norm: Tensor | None = None
+
+
 class Optimizer(NamedTuple):
-    """`donate(grads, state, params) -> (params, state)`: the whole step in place, where the rule has its own kernel;
-    `update_over`: as `update`, in the memory of the gradients, where the rule can.
+    """`donate(gradients, state, params) -> (params, state)`: the whole step in place, where the rule has its own
+    kernel; `factor(norm)`: the number that a rule which does no more than that multiplies all gradients by.
 
     Call the function `donate` below, which checks what may be overwritten, rather than these members.
     """
 
     init: Callable[[Params], Tree]
     update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
-    donate: Callable[[Tree, Tree, Params], tuple[Params, Tree]] | None = None
-    update_over: Callable[[Tree, Tree, Params], tuple[Tree, Tree]] | None = None
+    donate: Callable[[Gradients, Tree, Params], tuple[Params, Tree]] | None = None
+    factor: Callable[[Tensor], Tensor] | None = None
 
 
 class CountState(NamedTuple):
@@ -62,12 +71,16 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             states.append(own)
         return grads, tuple(states)
 
-    def donate(grads: Tree, state: tuple, params: Params) -> tuple[Params, tuple]:
+    def donate(gradients: Gradients, state: tuple, params: Params) -> tuple[Params, tuple]:
         states = []
         for optimizer, own in zip(optimizers[:-1], state, strict=False):
-            grads, own = (optimizer.update_over or optimizer.update)(grads, own, params)
+            if optimizer.factor:
+                gradients = _times(gradients, optimizer.factor)
+            else:
+                grads, own = optimizer.update(_meant(gradients), own, params)
+                gradients = Gradients(grads)
             states.append(own)
-        params, last = optimizers[-1].donate(grads, state[-1], params)
+        params, last = optimizers[-1].donate(gradients, state[-1], params)
         return params, (*states, last)
 
     whole = donate if optimizers and optimizers[-1].donate else None
@@ -79,22 +92,34 @@ def clip_by_global_norm(limit: float) -> Optimizer:
     if not limit > 0:
         raise ValueError(f"the norm to clip to is {limit}; it must be positive (leave the clipping out to have none)")
 
-    def factor(grads: Tree) -> Tensor:
-        norm = global_norm(grads)
+    def factor(norm: Tensor) -> Tensor:
         # A NaN norm must not be hidden by the minimum: the loop stops at it.
         return torch.where(norm > limit, limit / norm, torch.where(norm.isnan(), norm, 1.0))
 
     def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
-        return _like(grads, torch._foreach_mul(_leaves(grads), factor(grads))), state
+        return _like(grads, torch._foreach_mul(_leaves(grads), factor(global_norm(grads)))), state
 
-    def update_over(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
-        # Equal gradients may be one tensor, which must not be multiplied twice.
-        if sharing(grads):
-            return update(grads, state, params)
-        torch._foreach_mul_(_leaves(grads), factor(grads))
-        return grads, state
+    return Optimizer(lambda params: (), update, factor=factor)
 
-    return Optimizer(lambda params: (), update, update_over=update_over)
+
+def _times(gradients: Gradients, factor: Callable[[Tensor], Tensor]) -> Gradients:
+    norm = global_norm(_meant(gradients)) if gradients.norm is None else gradients.norm
+    scale = factor(norm)
+    return Gradients(gradients.tree, scale if gradients.scale is None else gradients.scale * scale, norm * scale)
+
+
+def _divisor(gradients: Gradients) -> Tensor | None:
+    """What a fused kernel may divide gradients by on its way. It writes the quotients to memory, which must then be the
+    gradients' alone."""
+    if gradients.scale is None or gradients.scale.device.type not in ("cpu", "cuda") or sharing(gradients.tree):
+        return None
+    return 1 / gradients.scale
+
+
+def _meant(gradients: Gradients) -> Tree:
+    if gradients.scale is None:
+        return gradients.tree
+    return _like(gradients.tree, torch._foreach_mul(_leaves(gradients.tree), gradients.scale))
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
@@ -161,21 +186,23 @@ def adamw(
     pure = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(decay, mask), scale_by_learning_rate(rate))
     schedule = as_schedule(rate)
 
-    def donate(grads: Tree, state: tuple, params: Params) -> tuple[Params, tuple]:
+    def donate(gradients: Gradients, state: tuple, params: Params) -> tuple[Params, tuple]:
         adam, rest, counted = state
+        divisor = _divisor(gradients)
+        grads = gradients.tree if divisor is not None else _meant(gradients)
         weights, flat, mean, square = map(tree.flatten_paths, (params, grads, adam.mean, adam.square))
+        count = (adam.count + 1).float()
         chosen = tree.select(params, mask) if decay else {}
         for paths, amount in ((list(chosen), decay), ([path for path in weights if path not in chosen], 0.0)):
             if paths:
-                # The kernel reads the number of this step, one tensor a leaf, and is told everything else.
-                counts = [(adam.count + 1).float() for _ in paths]
                 check_layout(paths, weights, mean, square)
                 owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
                 # It walks through memory and not through indices, so all four must be laid out alike.
                 lists = [owned[0], [laid_out(flat[path], weights[path]) for path in paths], *owned[1:]]
+                # It only reads the number of this step, of which it wants one a leaf.
                 torch._fused_adamw_(
-                    *lists, [], counts, lr=schedule(counted.count), beta1=b1, beta2=b2, weight_decay=amount, eps=eps,
-                    amsgrad=False, maximize=False,
+                    *lists, [], [count] * len(paths), lr=schedule(counted.count), beta1=b1, beta2=b2,
+                    weight_decay=amount, eps=eps, amsgrad=False, maximize=False, grad_scale=divisor,
                 )  # fmt: skip
         return params, (adam._replace(count=adam.count + 1), rest, CountState(counted.count + 1))
 
@@ -238,16 +265,26 @@ def global_norm(updates: Tree) -> Tensor:
     return torch.stack(torch._foreach_norm(leaves, 2, dtype=torch.float32)).norm() if leaves else torch.zeros(())
 
 
-def donate(optimizer: Optimizer, grads: Tree, state: Tree, params: Params) -> tuple[Params, Tree]:
+def donate(
+    optimizer: Optimizer,
+    grads: Tree,
+    state: Tree,
+    params: Params,
+    *,
+    norm: Tensor | None = None,
+    checked: bool = False,
+) -> tuple[Params, Tree]:
     """One step that overwrites `params` and `state`; the returned trees share their memory. `grads` are spent too.
 
-    Raises ValueError when two of those leaves share memory, or one still takes part in a graph: the result would be
-    wrong without any other sign.
+    norm: `global_norm(grads)`, where it is known already. Raises ValueError when two of those leaves share memory, or
+    one still takes part in a graph: the result would be wrong without any other sign; `checked`: the caller has made
+    sure of that with `check_donated`.
     """
-    check_donated({"params": params, "state": state})
+    if not checked:
+        check_donated({"params": params, "state": state})
     with torch.no_grad():
         if optimizer.donate:
-            return optimizer.donate(grads, state, params)
+            return optimizer.donate(Gradients(grads, norm=norm), state, params)
         updates, state = optimizer.update(grads, state, params)
         torch._foreach_add_(_leaves(params), _leaves(updates))
         return params, state

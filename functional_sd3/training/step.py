@@ -81,10 +81,11 @@ def make_train_step(
         learned, fixed = tree.partition(state.params, trainable)
         grads, (value, reported) = differentiate(learned, fixed, batch, keys)
         with torch.no_grad():
-            metrics = {"loss": value, "grad_norm": optim.global_norm(grads), **reported}
+            norm = optim.global_norm(grads)
+            metrics = {"loss": value, "grad_norm": norm, **reported}
             if rate is not None:
                 metrics["rate"] = rate(state.step)
-            return _advance(optimizer, grads, state, learned, fixed, ema_decay, donate), metrics
+            return _advance(optimizer, grads, norm, state, learned, fixed, ema_decay, donate), metrics
 
     return train_step
 
@@ -92,6 +93,7 @@ def make_train_step(
 def _advance(
     optimizer: optim.Optimizer,
     grads: Params,
+    norm: Tensor,
     state: TrainState,
     learned: Params,
     fixed: Params,
@@ -104,7 +106,7 @@ def _advance(
         ema = optim.ema_update(state.ema, params, ema_decay, state.step)
         return TrainState(params, optimizer_state, ema, state.step + 1, state.key)
     optim.check_donated({"params": learned, "ema": state.ema, "optimizer": state.optimizer})
-    learned, optimizer_state = optim.donate(optimizer, grads, state.optimizer, learned)
+    learned, optimizer_state = optim.donate(optimizer, grads, state.optimizer, learned, norm=norm, checked=True)
     params = tree.combine(learned, fixed)
     ema = optim.ema_update(state.ema, params, ema_decay, state.step, donate=True)
     advanced = TrainState(params, optimizer_state, ema, state.step + 1, state.key)

@@ -197,6 +197,39 @@ def test_a_donated_step_clips_equal_gradients_that_are_one_tensor_once():
         assert tree.allclose(moved, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["norm unknown", "norm known"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        (optim.clip_by_global_norm(0.5),),
+        (optim.clip_by_global_norm(0.5), optim.clip_by_global_norm(0.2)),
+        (optim.clip_by_global_norm(0.5), optim.add_decayed_weights(0.3)),
+        (optim.add_decayed_weights(0.3), optim.clip_by_global_norm(0.5)),
+        (optim.chain(optim.clip_by_global_norm(0.5), optim.add_decayed_weights(0.3)), optim.clip_by_global_norm(0.1)),
+    ],
+    ids=["clip", "clip, clip", "clip, decay", "decay, clip", "chain, clip"],
+)
+def test_what_stands_before_a_kernel_means_the_same_when_donated(before, known):
+    # eps is large, so that the direction depends on the size of the gradient.
+    optimizer = optim.chain(*before, optim.adamw(0.1, eps=1.0))
+    pure, pure_state = params(), optimizer.init(params())
+    own, state = params(), optimizer.init(params())
+    for step in range(3):
+        updates, pure_state = optimizer.update(grads(step), pure_state, pure)
+        pure = optim.apply_updates(pure, updates)
+        norm = optim.global_norm(grads(step)) if known else None
+        own, state = optim.donate(optimizer, grads(step), state, own, norm=norm)
+    assert tree.allclose(own, pure, rtol=1e-5, atol=1e-6)
+
+
+def test_a_donated_step_of_a_norm_that_is_no_number_is_none_either():
+    poor = grads(0)
+    poor["a"]["bias"] = torch.full((5,), float("nan"))
+    optimizer = optim.chain(optim.clip_by_global_norm(0.5), optim.adamw(0.1))
+    moved, _ = optim.donate(optimizer, poor, optimizer.init(params()), params())
+    assert torch.isnan(moved["a"]["weight"]).all()
+
+
 def values(schedule, steps):
     return [float(schedule(torch.tensor(step))) for step in range(steps)]
 
