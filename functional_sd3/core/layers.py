@@ -5,7 +5,8 @@ Norm statistics are float32 where the input's dtype is narrower.
 Beside its weight a linear or convolution layer may hold
 - "scale" (outputs,): the weight is then stored in int8 or float8, and scale times the weight is what is meant;
 - "low_rank", {"down": (rank, inputs, ...), "up": (outputs, rank)}: a LoRA, whose product is added to what the layer
-  computes without being added to the weight.
+  computes without being added to the weight;
+- "packed", a `cpu.Packed`: the weight once more, as it is read fastest during one run.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,18 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sd3.core import spec, winograd
+from functional_sd3.core import cpu, derivatives, spec, winograd
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.core.watching import by_autograd, plain
 
 NAIVE_SUM = 1 << 16
 """Numbers of a group beyond which PyTorch's group norm of channels_last pictures, which adds them one after another on
 a CPU, is wrong in the sixth decimal."""
 NUMBERS_AT_ONCE = 1 << 17
 """Numbers summed together: what stays in a core's cache."""
-ONE_DNN_ROWS = range(16, 513)
-"""Rows of a matrix whose product oneDNN computes faster than PyTorch's BLAS: a fifth faster for 77 to 256 rows of 1,024
-to 6,144 numbers, a twentieth for 512 (two cores with AVX-512, PyTorch 2.13)."""
 
 
 def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes=("out", "in")) -> Tree:
@@ -41,15 +40,18 @@ def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes
 def linear(params: Params, x: Tensor) -> Tensor:
     """x (..., inputs) -> (..., outputs)."""
     # In this order: rows that are looked at while tracing would become a condition of the graph.
-    if _has_one_dnn(params, x) and x.shape[:-1].numel() in ONE_DNN_ROWS:
-        return _one_dnn(params, x)
+    if cpu.has_packed_linear(params, x):
+        return cpu.packed_linear(params, x)
+    if cpu.has_linear(params, x) and x.shape[:-1].numel() in cpu.ONE_DNN_ROWS:
+        return cpu.linear(params, x)
     weight, bias = meant_weight(params, x.dtype), params.get("bias")
     if bias is None or x.ndim < 3:
         y = F.linear(x, weight, bias)
     else:
         # As a matrix: with the bias, three dimensions specialise shapes under compile(grad) and recompile at every
         # resolution, and a separate addition of the bias costs eager code another pass over the result.
-        y = F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        product = derivatives.linear if _by_hand(x, weight, bias) else F.linear
+        y = product(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     if "low_rank" not in params:
         return y
     down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
@@ -63,32 +65,23 @@ def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:
     computes it while the product is in the cache, where nothing is differentiated, mapped or traced.
     """
     chosen = ACTIVATIONS[activation]
-    if _has_one_dnn(params, x):
-        return _one_dnn(params, x, chosen.fused, chosen.algorithm, chosen.scale)
+    if cpu.has_linear(params, x):
+        return cpu.linear(params, x, chosen.fused, chosen.algorithm, chosen.scale)
     return chosen.over(linear(params, x))
 
 
-def _one_dnn(params: Params, x: Tensor, fused: str = "none", algorithm: str = "", scale: float = 1.0) -> Tensor:
-    rows, bias = x.flatten(0, -2), params.get("bias")
-    if scale != 1:
-        rows, bias = rows * scale, None if bias is None else bias * scale
-    y = torch.ops.mkldnn._linear_pointwise(rows, params["weight"], bias, fused, [], algorithm)
-    return (y if scale == 1 else y.mul_(1 / scale)).unflatten(0, x.shape[:-1])
+def mlp(params: Params, x: Tensor, activation: str) -> Tensor:
+    """The linear layers "in" and "out" with one of `ACTIVATIONS` between them: x (..., inputs) -> (..., outputs)."""
+    both = [params["in"], params["out"]]
+    if activation == "gelu_tanh" and all(layer.keys() == {"weight", "bias"} for layer in both):
+        leaves = [layer[name] for layer in both for name in ("weight", "bias")]
+        if _by_hand(x, *leaves):
+            return derivatives.mlp(x.flatten(0, -2), *leaves).unflatten(0, x.shape[:-1])
+    return linear(params["out"], linear_activation(params["in"], x, activation))
 
 
-def _has_one_dnn(params: Params, x: Tensor) -> bool:
-    """Whether oneDNN has a linear layer for this: float32 on a CPU, the weight as it is, nothing that watches."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and params.keys() <= {"weight", "bias"}
-        and x.ndim > 1
-        and all(plain(leaf) and leaf.dtype == x.dtype for leaf in (x, *params.values()))
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        # Not promised by PyTorch: where it is gone, the same is computed in two steps.
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+def _by_hand(*tensors: Tensor) -> bool:
+    return tensors[0].device.type == "cpu" and by_autograd(*tensors)
 
 
 def meant_weight(params: Params, dtype: torch.dtype) -> Tensor:
@@ -101,7 +94,7 @@ def meant_weight(params: Params, dtype: torch.dtype) -> Tensor:
 
 def split_outputs(params: Params, sizes: Sequence[int]) -> list[Params]:
     """A linear layer as several, of `sizes` outputs each: views, whose gradients are joined in one copy."""
-    parts = {name: leaf.split(sizes) for name, leaf in params.items() if name != "low_rank"}
+    parts = {name: leaf.split(sizes) for name, leaf in params.items() if name not in ("low_rank", "packed")}
     layers = [dict(zip(parts, leaves, strict=True)) for leaves in zip(*parts.values(), strict=True)]
     if "low_rank" in params:
         down, ups = params["low_rank"]["down"], params["low_rank"]["up"].split(sizes)
@@ -141,14 +134,6 @@ def patches_linear(params: Params) -> Params:
     return flat
 
 
-def plain(x: Tensor) -> bool:
-    """Whether x is neither differentiated nor mapped nor traced, nor of a kind with rules of its own (a DTensor): if
-    nobody else holds it, it may be overwritten."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return False
-    return not x.requires_grad and torch.func.debug_unwrap(x) is x
-
-
 def embedding_spec(entries: int, width: int, *, scale: float = 0.02) -> Tree:
     """Table (entries, width)."""
     return {"weight": Param((entries, width), spec.normal(scale), ("vocab", "width"))}
@@ -174,10 +159,8 @@ def layer_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019); statistics in float32 at least."""
-    # By hand: inductor fuses it, and unlike the fused kernel it has every derivative and a batching rule.
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * params["weight"]
+    norm = derivatives.rms_norm if by_autograd(x, params["weight"]) else derivatives.rms_norm_formula
+    return norm(x, params["weight"], eps)
 
 
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
@@ -206,6 +189,11 @@ def _group_norm_by_parts(params: Params, x: Tensor, groups: int, eps: float) -> 
     shift = params["bias"].view(groups, each) - (mean + pivot[..., 0]).float()[..., None] * scale
     shape = batch, 1, 1, channels
     return torch.addcmul(shift.view(shape), pixels, scale.view(shape)).permute(0, 3, 1, 2)
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b, broadcast."""
+    return (derivatives.add_product if by_autograd(x, a, b) else torch.addcmul)(x, a, b)
 
 
 def silu_over(fresh: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ dots, "blocks.3.attention.qkv.weight"; order is always that of insertion. Nothin
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -182,17 +182,24 @@ def _first_mismatch(path: str, tree: Tree, rest: Sequence[Tree]) -> str | None:
     return next(filter(None, found), None)
 
 
-def _walk(path: str, tree: Tree) -> Iterator[tuple[str, Any]]:
+def _walk(path: str, tree: Tree) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    _collect(path, tree, found)
+    return found
+
+
+def _collect(path: str, tree: Tree, found: list[tuple[str, Any]]) -> None:
+    # Into one list: generators of generators pass every leaf up through every level.
     if isinstance(tree, dict):
         for name, child in tree.items():
             if not isinstance(name, str) or not name or "." in name:
                 raise ValueError(f"name {name!r} in {path or 'the root'} must be a non-empty string without dots")
-            yield from _walk(_join(path, name), child)
+            _collect(_join(path, name), child, found)
     elif isinstance(tree, (list, tuple)):
         for name, child in zip(_names(tree), tree, strict=True):
-            yield from _walk(_join(path, name), child)
+            _collect(_join(path, name), child, found)
     else:
-        yield path, tree
+        found.append((path, tree))
 
 
 class _Branch(dict):

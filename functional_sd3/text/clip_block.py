@@ -52,5 +52,4 @@ def apply(
     query, key, value = (attention.split_heads(part, heads) for part in qkv)
     attended = attention.attention(query, key, value, causal=causal, implementation=implementation)
     x = x + layers.linear(params["attention"]["out"], attention.merge_heads(attended))
-    hidden = layers.linear_activation(params["mlp"]["in"], layers.layer_norm(params["norm2"], x, eps), activation)
-    return x + layers.linear(params["mlp"]["out"], hidden)
+    return x + layers.mlp(params["mlp"], layers.layer_norm(params["norm2"], x, eps), activation)

@@ -9,17 +9,22 @@ from functional_sd3.core.types import Tree
 
 def check_donated(trees: Tree) -> None:
     """Raises ValueError, naming the paths, unless every leaf has memory of its own and no graph."""
-    for path, leaf in tree.flatten_paths(trees).items():
+    flat = tree.flatten_paths(trees)
+    for path, leaf in flat.items():
         if leaf.requires_grad:
             raise ValueError(f"{path} requires grad, so a graph may still read it; donate detached leaves")
-    if pair := sharing(trees):
+    if pair := _overlapping(flat):
         raise ValueError(f"{pair[0]} and {pair[1]} share memory; clone one of them before donating")
 
 
 def sharing(trees: Tree) -> tuple[str, str] | None:
     """The paths of two leaves that lie over one another in memory, None where each has its own."""
+    return _overlapping(tree.flatten_paths(trees))
+
+
+def _overlapping(flat: dict[str, Tensor]) -> tuple[str, str] | None:
     spans = []
-    for path, leaf in tree.flatten_paths(trees).items():
+    for path, leaf in flat.items():
         if leaf.numel():
             extent = 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
             spans.append((leaf.data_ptr(), leaf.data_ptr() + extent * leaf.element_size(), path))

@@ -169,7 +169,7 @@ def _resample_block(params, heads, image, tokens, time, implementation) -> Tenso
     attended = attention(query, key, value, implementation=implementation)
     tokens = tokens + layers.linear(params["out"], merge_heads(attended))
     hidden = modulate(layers.layer_norm(params["mlp_norm"], tokens, _EPS), mlp_shift, mlp_scale)
-    return tokens + layers.linear(params["mlp"]["out"], layers.linear_activation(params["mlp"]["in"], hidden, "gelu"))
+    return tokens + layers.mlp(params["mlp"], hidden, "gelu")
 
 
 def _attended(params: Params, config: Config, tokens: Tensor, time: Tensor, scale: float | Tensor) -> Tree:

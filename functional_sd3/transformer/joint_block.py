@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from functional_sd3.core import layers
+from functional_sd3.core import cpu, layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, Stream, attention, joint_attention, merge_heads, split_heads
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.core.watching import by_autograd
 
 MLP_RATIO = 4
 EPS = 1e-6
@@ -47,6 +47,22 @@ def image_spec(width: int, head_dim: int) -> Tree:
             "mlp": _mlp_spec(width),
         }
     }
+
+
+def packed(params: Params, image_rows: int, context_rows: int) -> Params:
+    """One block whose weights are also packed, for so many tokens of each stream in a batch (`cpu.packed`)."""
+    return {name: _packed(params[name], rows) for name, rows in (("image", image_rows), ("context", context_rows))}
+
+
+def _packed(stream: Params, rows: int) -> Params:
+    # The modulation has rows of its own, the hidden layer is better computed with its activation inside, and where
+    # nothing comes out only a part of the projection is used.
+    parts = {name: stream[name] for name in ("attention", "attention2", "mlp") if "out" in stream.get(name, {})}
+    chosen = {
+        part: {name: cpu.packed(layer, rows) if name in ("qkv", "out") else layer for name, layer in params.items()}
+        for part, params in parts.items()
+    }
+    return {**stream, **chosen}
 
 
 def apply(
@@ -138,7 +154,7 @@ def norm(x: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+    return layers.add_product(shift, x, 1 + scale)
 
 
 def linear_spec(inputs: int, outputs: int) -> Tree:
@@ -157,9 +173,9 @@ def _project(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Str
     if not asks:
         _, told = layers.split_outputs(params["qkv"], (width, 2 * width))
         return Stream(None, *_split_heads(layers.linear(told, x), 2, heads))
-    if x.requires_grad:
+    if x.requires_grad and not by_autograd(x):
         # A backward pass needs queries and keys again, for their norms, but not the values, which would stay in memory
-        # as a part of the same tensor.
+        # as a part of the same tensor. Where the norms' is written by hand the time of a second product is saved.
         normed, value = layers.split_outputs(params["qkv"], (2 * width, width))
         return Stream(*_split_heads(layers.linear(normed, x), 2, heads), split_heads(layers.linear(value, x), heads))
     return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
@@ -173,8 +189,8 @@ def _stream(params: Params, projected: Stream) -> Stream:
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
-    pattern = "batch tokens (part heads width) -> part batch heads tokens width"
-    return rearrange(x, pattern, part=parts, heads=heads).unbind()
+    # One after the other, not as an axis of parts: backwards that would be two copies instead of one.
+    return [split_heads(part, heads) for part in x.chunk(parts, dim=-1)]
 
 
 def _head_norm(params: Params, name: str, x: Tensor) -> Tensor:
@@ -182,12 +198,11 @@ def _head_norm(params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def _add_attended(params: Params, x: Tensor, gate: Tensor, attended: Tensor) -> Tensor:
-    return torch.addcmul(x, gate, layers.linear(params["out"], merge_heads(attended)))
+    return layers.add_product(x, gate, layers.linear(params["out"], merge_heads(attended)))
 
 
 def _mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    hidden = layers.linear_activation(params["in"], modulate(norm(x), shift, scale), "gelu_tanh")
-    return torch.addcmul(x, gate, layers.linear(params["out"], hidden))
+    return layers.add_product(x, gate, layers.mlp(params, modulate(norm(x), shift, scale), "gelu_tanh"))
 
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:

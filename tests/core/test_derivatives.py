@@ -1,0 +1,189 @@
+"""Backward passes by hand: equal to autograd's of the formula, differentiable again, and for eager autograd alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from functional_sd3.core import cpu, derivatives, layers, prng, transform, tree
+
+EPS = 1e-6
+
+
+def drawn(*shape, seed, dtype=torch.float64):
+    return prng.normal(prng.key(seed), shape, dtype=dtype)
+
+
+def norm(x, weight):
+    return derivatives.rms_norm(x, weight, EPS)
+
+
+def norm_formula(x, weight):
+    return derivatives.rms_norm_formula(x, weight, EPS)
+
+
+def mlp_formula(x, weight, bias, out_weight, out_bias):
+    return F.linear(F.gelu(F.linear(x, weight, bias), approximate="tanh"), out_weight, out_bias)
+
+
+# Name: (by hand, the formula, shapes of the inputs).
+FUNCTIONS = {
+    "linear": (derivatives.linear, F.linear, [(5, 3), (4, 3), (4,)]),
+    "mlp": (derivatives.mlp, mlp_formula, [(5, 3), (4, 3), (4,), (2, 4), (2,)]),
+    "rms_norm": (norm, norm_formula, [(2, 3, 4), (4,)]),
+    "gate": (derivatives.add_product, torch.addcmul, [(2, 3, 4), (2, 1, 4), (2, 3, 4)]),
+    "modulate": (derivatives.add_product, torch.addcmul, [(2, 1, 4), (2, 3, 4), (2, 1, 4)]),
+    "gate of one for all": (derivatives.add_product, torch.addcmul, [(2, 3, 4), (1, 1, 4), (2, 3, 4)]),
+}
+
+
+def inputs_of(name, dtype=torch.float64):
+    return [drawn(*shape, seed=index, dtype=dtype) for index, shape in enumerate(FUNCTIONS[name][2])]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_first_and_second_derivatives_are_right(name):
+    by_hand, _, _ = FUNCTIONS[name]
+    inputs = [leaf.requires_grad_() for leaf in inputs_of(name)]
+    assert torch.autograd.gradcheck(by_hand, inputs)
+    assert torch.autograd.gradgradcheck(by_hand, inputs)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_whatever_is_differentiated_alone_is_as_the_formula_says(name):
+    by_hand, formula, shapes = FUNCTIONS[name]
+    for chosen in range(1, 2 ** len(shapes)):
+        found = []
+        for fn in (by_hand, formula):
+            inputs = [leaf.requires_grad_(bool(chosen >> index & 1)) for index, leaf in enumerate(inputs_of(name))]
+            value = fn(*inputs)
+            gradient = drawn(*value.shape, seed=9)
+            needed = [leaf for leaf in inputs if leaf.requires_grad]
+            found.append([value, *torch.autograd.grad(value, needed, gradient)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_backward_pass_can_be_run_twice(name):
+    by_hand, _, _ = FUNCTIONS[name]
+    inputs = [leaf.requires_grad_() for leaf in inputs_of(name)]
+    value = by_hand(*inputs)
+    gradient = drawn(*value.shape, seed=9)
+    kept = gradient.clone()
+    first = torch.autograd.grad(value, inputs, gradient, retain_graph=True)
+    second = torch.autograd.grad(value, inputs, gradient)
+    assert all(map(torch.equal, first, second)) and torch.equal(gradient, kept)
+
+
+# What layers ask for: (of the parameters and x, the function that is then called).
+LAYER = {"weight": drawn(4, 6, seed=1, dtype=torch.float32), "bias": drawn(4, seed=2, dtype=torch.float32)}
+OUT = {"weight": drawn(6, 4, seed=3, dtype=torch.float32), "bias": drawn(6, seed=4, dtype=torch.float32)}
+USED = {
+    "linear": (layers.linear, LAYER),
+    "mlp": (lambda params, x: layers.mlp(params, x, "gelu_tanh"), {"in": LAYER, "out": OUT}),
+    "rms_norm": (lambda params, x: layers.rms_norm(params, x, EPS), {"weight": drawn(6, seed=5, dtype=torch.float32)}),
+    "add_product": (
+        lambda params, x: layers.add_product(x, params["gate"], x),
+        {"gate": drawn(2, 1, 6, seed=6, dtype=torch.float32)},
+    ),
+}
+X = drawn(2, 5, 6, seed=7, dtype=torch.float32)
+
+
+class Special(torch.Tensor):
+    pass
+
+
+def learned(params):
+    return tree.map(lambda leaf: leaf.requires_grad_(), params)
+
+
+def dual(call, params, x):
+    params = learned(params)
+    with forward_ad.dual_level():
+        return call(params, forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def second_order(call, params, x):
+    return torch.func.grad(lambda x: torch.func.grad(lambda x: call(params, x).square().sum())(x).square().sum())(x)
+
+
+def autocast(call, params, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return call(learned(params), x).float().sum().backward()
+
+
+WATCHERS = {
+    "nothing": lambda call, params, x: call(params, x),
+    "torch.func.grad": lambda call, params, x: torch.func.grad(lambda x: call(params, x).square().sum())(x),
+    "torch.func.grad twice": second_order,
+    "vmap": lambda call, params, x: torch.func.vmap(lambda x: call(params, x[None]))(x),
+    "torch.func.jvp": lambda call, params, x: torch.func.jvp(lambda x: call(params, x), (x,), (x,)),
+    "forward_ad": dual,
+    "autocast": autocast,
+    "no_grad": lambda call, params, x: torch.no_grad()(call)(learned(params), x),
+    "a tensor subclass": lambda call, params, x: call(params, x.as_subclass(Special).requires_grad_()),
+    "bfloat16": lambda call, params, x: call(tree.cast(params, torch.bfloat16), x.bfloat16().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@pytest.mark.parametrize("name", USED)
+def test_others_than_eager_autograd_are_given_the_formula(name, watcher, monkeypatch):
+    call, params = USED[name]
+    params, called = tree.map(torch.clone, params), []
+    meant = getattr(derivatives, name)
+    monkeypatch.setattr(derivatives, name, lambda *inputs: called.append(name) or meant(*inputs))
+    WATCHERS[watcher](call, params, X.clone())
+    assert not called
+    call(params, X.clone().requires_grad_())
+    assert called
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_layer_learns_as_it_does_under_torch_func(name):
+    call, params = USED[name]
+    target = drawn(1, seed=8, dtype=torch.float32)
+
+    def loss(params, x):
+        return (call(params, x) - target).square().mean()
+
+    found, value = transform.value_and_grad(loss, argnums=(0, 1))(params, X)
+    expected, other = torch.func.grad_and_value(loss, argnums=(0, 1))(params, X)
+    assert tree.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(value, other)
+    rematerialised, _ = transform.value_and_grad(transform.remat(loss), argnums=(0, 1))(params, X)
+    assert tree.allclose(rematerialised, found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", ["low_rank", "scale"])
+def test_an_mlp_with_something_beside_its_weights_is_not_computed_without_it(extra):
+    beside = {"low_rank": {"down": drawn(2, 6, seed=3), "up": drawn(4, 2, seed=4)}, "scale": drawn(4, seed=5).abs()}
+    first = {name: leaf.double() for name, leaf in LAYER.items()} | {extra: beside[extra]}
+    params, x = {"in": first, "out": tree.cast(OUT, torch.float64)}, X.double().requires_grad_()
+    expected = layers.linear(params["out"], F.gelu(layers.linear(first, x), approximate="tanh"))
+    torch.testing.assert_close(layers.mlp(params, x, "gelu_tanh"), expected)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_an_mlp_is_its_layers_whatever_stands_between(activation):
+    x = X.clone().requires_grad_()
+    expected = layers.linear(OUT, layers.ACTIVATIONS[activation].over(layers.linear(LAYER, x)))
+    torch.testing.assert_close(layers.mlp({"in": LAYER, "out": OUT}, x, activation), expected)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("shape", [(1 << 16, 1), (300, 250), (3, 257, 96), (2, 5, 6554)])
+def test_one_dnn_has_the_same_gelu(shape):
+    x = 4 * drawn(*shape, seed=1, dtype=torch.float32)
+    # Where the tail of the normal distribution is below float32's smallest number, and beyond.
+    x.view(-1)[:5] = torch.tensor([-30.0, 30.0, 0.0, -1e20, 1e20])
+    if not cpu.has_gelu_tanh(x):
+        pytest.skip("this PyTorch has no oneDNN")
+    found, expected = cpu.gelu_tanh(x), F.gelu(x.double(), approximate="tanh").float()
+    assert found.shape == x.shape and found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not cpu.has_gelu_tanh(x)
+    assert not cpu.has_gelu_tanh(x.double()) and not cpu.has_gelu_tanh(x.view(-1)[:100].view(1, 100))
