@@ -48,6 +48,7 @@ def velocity(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
@@ -55,8 +56,8 @@ def velocity(
     step to step: `sample` takes any. The rest as in `velocities`.
     """
     guiding = guidances.cfg(cfg) if guidance is None else guidance
-    told = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
-    told["block_transform"] = block_transform
+    told: dict[str, Any] = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
+    told |= {"block_transform": block_transform, "size": size}
     return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
 
 
@@ -71,6 +72,7 @@ def velocities(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Callable[[Tensor, Tensor], Answers]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
 
@@ -81,6 +83,8 @@ def velocities(
     instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
     their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
     sees zeros. block_transform: as of `mmdit.apply`; `transform.compile` compiles one block, whatever their number.
+    size: (height, width) of every x; with `times` of many steps a small network's weights are then packed for them once
+    (`mmdit.packed`), which holds them in memory a second time.
     """
     for one in control:
         controls.check(one, config.transformer)
@@ -100,6 +104,8 @@ def velocities(
             rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
             arguments[name] = (*condition, pictures, seen, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
+        if times is not None and size is not None and block_transform is None:
+            weights = _packed(weights, sizes, len(arguments) * batch, size, conditions, len(times))
         options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
         evaluate = _network(weights, sizes, options, times, control, image_prompt)
         fields.append(guidances.together(evaluate, arguments))
@@ -108,6 +114,22 @@ def velocities(
         return {name: answer for field in fields for name, answer in field(x, t).items()}
 
     return answers
+
+
+PACKED_STEPS = 8
+"""Evaluations from which on packing weights gains more time than it takes."""
+PACKED_BYTES = 1 << 30
+"""What the blocks of a network may weigh to be held twice: large ones gain little, since their products have many rows,
+and need the memory."""
+
+
+def _packed(
+    weights: Params, sizes: mmdit.Config, batch: int, size: tuple[int, int], conditions: Conditions, steps: int
+) -> Params:
+    weight = sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(weights["blocks"]))
+    if steps < PACKED_STEPS or weight > PACKED_BYTES:
+        return weights
+    return mmdit.packed(weights, sizes, batch, size, conditions.positive.context.shape[1])
 
 
 def _network(

@@ -60,6 +60,7 @@ def sample(
         asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
         told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
         told |= {} if block_transform is None else {"block_transform": block_transform}
+        told |= {"size": tuple(noise.shape[-2:])} if field is None else {}
         if remembers:
             needed = velocities(params, config, conditions, guiding.needs, asked, **told)
             guided = guidances.remembering(guiding, needed)
