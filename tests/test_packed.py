@@ -122,8 +122,17 @@ def test_weights_are_packed_where_that_pays(model, monkeypatch):
     assert not sampled(model, steps=fields.PACKED_STEPS - 1)[1]
     assert not sampled(model, block_transform=transform.remat)[1]
     assert not sampled(model, method=ode.DOPRI5)[1]
+    assert not sampled(model, pack=False)[1]
     weight = sum(leaf.numel() * 4 for leaf in tree.leaves(model.params["transformer"]["blocks"]))
     monkeypatch.setattr(fields, "PACKED_BYTES", weight - 1)
     assert not sampled(model)[1]
     monkeypatch.setattr(fields, "PACKED_BYTES", weight)
     assert sampled(model)[1]
+
+
+@needs_mkl
+@pytest.mark.parametrize("offload", [False, True])
+def test_who_offloads_wants_the_memory(model, offload):
+    with operations() as counts:
+        pipeline.generate(*models.parts(model), "a red circle", prng.key(0), steps=8, offload=offload)
+    assert ("_mkl_reorder_linear_weight" in counts) != offload

@@ -118,7 +118,7 @@ def velocities(
 
 PACKED_STEPS = 8
 """Evaluations from which on packing weights gains more time than it takes."""
-PACKED_BYTES = 1 << 30
+PACKED_BYTES = 1 << 29
 """What the blocks of a network may weigh to be held twice: large ones gain little, since their products have many rows,
 and need the memory."""
 

@@ -36,6 +36,7 @@ def sample(
     times: Tensor | None = None,
     field: Callable[..., Velocity] | None = None,
     transform: Callable[[Velocity], Velocity] | None = None,
+    pack: bool = True,
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
@@ -43,8 +44,9 @@ def sample(
     and have a memory. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
     first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
     velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
-    what becomes of the guided velocity (a picture held where a mask says, for instance). Raises ValueError for a field
-    with a guidance that has a memory.
+    what becomes of the guided velocity (a picture held where a mask says, for instance). pack: whether a small
+    network's weights may be held a second time, packed for a run of many steps on a CPU (`mmdit.packed`). Raises
+    ValueError for a field with a guidance that has a memory.
     """
     times = sigmas(config, noise, steps) if times is None else times
     steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_memory
@@ -60,7 +62,7 @@ def sample(
         asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
         told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
         told |= {} if block_transform is None else {"block_transform": block_transform}
-        told |= {"size": tuple(noise.shape[-2:])} if field is None else {}
+        told |= {"size": tuple(noise.shape[-2:])} if field is None and pack else {}
         if remembers:
             needed = velocities(params, config, conditions, guiding.needs, asked, **told)
             guided = guidances.remembering(guiding, needed)

@@ -99,6 +99,8 @@ def generate(
         control=control,
         image_prompt=image_prompt,
         block_transform=block_transform,
+        # Who keeps one component at a time wants the memory, not the time.
+        pack=not offload,
     )
     return decode({"vae": fetch("vae")}, config, latents)
 
