@@ -127,7 +127,9 @@ def test_weights_are_packed_where_that_pays(model, monkeypatch):
     monkeypatch.setattr(fields, "PACKED_BYTES", weight - 1)
     assert not sampled(model)[1]
     monkeypatch.setattr(fields, "PACKED_BYTES", weight)
-    assert sampled(model)[1]
+    assert sampled(model)[1] == 3 * 3 + 2 * 3 + 2
+    # A second network, or the same for batches of another size, has no room beside it.
+    assert sampled(model, guidance=guidance.skip_layer(guidance.cfg(3.0), (1,), 2.0, 0.0, 1.0))[1] == 3 * 3 + 2 * 3 + 2
 
 
 @needs_mkl

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functional_sd3.core import cpu
+from functional_sd3.core.watching import is_ordinary
 
 Found = tuple[Tensor | None, ...]
 
@@ -54,7 +55,7 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Found:
         x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _is_watched(gradient):
             return _again(F.linear, ctx, (x, weight, bias), gradient)
         to_x, *to_layer = ctx.needs_input_grad
         return (gradient.mm(weight) if to_x else None, *_to_layer(x, gradient, *to_layer))
@@ -71,7 +72,7 @@ class _Mlp(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Found:
         *inputs, before, hidden = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _is_watched(gradient):
             return _again(_mlp_formula, ctx, inputs, gradient)
         x, weight, _, out_weight, _ = inputs
         to_x, to_weight, to_bias, *to_out = ctx.needs_input_grad
@@ -128,7 +129,7 @@ class _RmsNorm(Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Found:
         x, weight, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _is_watched(gradient):
             formula = lambda *inputs: rms_norm_formula(*inputs, ctx.eps)  # noqa: E731
             return (*_again(formula, ctx, (x, weight), gradient), None)
         normed = x * inverse
@@ -142,8 +143,17 @@ class _RmsNorm(Function):
         return to_x, to_weight, None
 
 
+def _is_watched(gradient: Tensor) -> bool:
+    """Whether a backward pass is differentiated or mapped itself."""
+    return torch.is_grad_enabled() or not is_ordinary(gradient)
+
+
 def _again(formula: Callable[..., Tensor], ctx: Any, inputs: Sequence[Tensor], gradient: Tensor) -> Found:
-    """The backward pass that autograd makes of the formula, which can be differentiated."""
-    needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-    found = iter(torch.autograd.grad(formula(*inputs), needed, gradient, create_graph=True))
-    return tuple(next(found) if needs else None for _, needs in zip(inputs, ctx.needs_input_grad, strict=False))
+    """The backward pass that autograd makes of the formula, which can be differentiated and mapped."""
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views: the gradient of each input itself, not through what the others were computed from.
+        own = [x.view_as(x) if differentiated else x.detach().requires_grad_() for x in inputs]
+        needed = [x for x, needs in zip(own, ctx.needs_input_grad, strict=False) if needs]
+        found = iter(torch.autograd.grad(formula(*own), needed, gradient, create_graph=differentiated))
+    return tuple(next(found) if needs else None for _, needs in zip(own, ctx.needs_input_grad, strict=False))

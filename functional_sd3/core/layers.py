@@ -50,7 +50,7 @@ def linear(params: Params, x: Tensor) -> Tensor:
     else:
         # As a matrix: with the bias, three dimensions specialise shapes under compile(grad) and recompile at every
         # resolution, and a separate addition of the bias costs eager code another pass over the result.
-        product = derivatives.linear if _by_hand(x, weight, bias) else F.linear
+        product = derivatives.linear if by_autograd(x, weight, bias) else F.linear
         y = product(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     if "low_rank" not in params:
         return y
@@ -75,13 +75,9 @@ def mlp(params: Params, x: Tensor, activation: str) -> Tensor:
     both = [params["in"], params["out"]]
     if activation == "gelu_tanh" and all(layer.keys() == {"weight", "bias"} for layer in both):
         leaves = [layer[name] for layer in both for name in ("weight", "bias")]
-        if _by_hand(x, *leaves):
+        if by_autograd(x, *leaves):
             return derivatives.mlp(x.flatten(0, -2), *leaves).unflatten(0, x.shape[:-1])
     return linear(params["out"], linear_activation(params["in"], x, activation))
-
-
-def _by_hand(*tensors: Tensor) -> bool:
-    return tensors[0].device.type == "cpu" and by_autograd(*tensors)
 
 
 def meant_weight(params: Params, dtype: torch.dtype) -> Tensor:

@@ -12,15 +12,24 @@ def plain(x: Tensor) -> bool:
 
 
 def by_autograd(*tensors: Tensor) -> bool:
-    """Whether reverse-mode autograd, and nothing else, watches these: tensors of float32 or float64."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _autocasts(tensors[0].device.type):
+    """Whether eager reverse-mode autograd, and nothing else, watches all of these: tensors on a CPU of one dtype,
+    float32 or float64, the first with rows."""
+    first = tensors[0]
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or first.ndim < 2 or first.device.type != "cpu":
         return False
-    return any(x.requires_grad for x in tensors) and all(map(_known_to_autograd_alone, tensors))
+    if first.dtype not in (torch.float32, torch.float64) or any(x.dtype != first.dtype for x in tensors):
+        return False
+    # Inside a transform of torch.func even what it does not wrap may not go through a function of one's own.
+    if torch._C._functorch.peek_interpreter_stack() is not None or _autocasts("cpu"):
+        return False
+    # Of what is frozen nothing need be kept for a backward pass, and autograd knows best what.
+    return all(x.requires_grad and is_ordinary(x) for x in tensors)
 
 
-def _known_to_autograd_alone(x: Tensor) -> bool:
-    known = x.dtype in (torch.float32, torch.float64) and _ordinary(x)
-    return known and forward_ad.unpack_dual(x).tangent is None
+def is_ordinary(x: Tensor) -> bool:
+    """Whether x is a tensor, neither mapped nor the value of a dual number."""
+    mapped = torch._C._functorch.is_legacy_batchedtensor(x)  # as autograd.grad's is_grads_batched maps
+    return _ordinary(x) and not mapped and forward_ad.unpack_dual(x).tangent is None
 
 
 def _autocasts(device: str) -> bool:

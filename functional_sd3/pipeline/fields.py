@@ -92,6 +92,7 @@ def velocities(
     pictures, shown = controls.rows(control, batch), ip_adapter.rows(image_prompt, batch)
     unseen = {**shown, "features": torch.zeros_like(shown["features"])} if shown else {}
     tables: list[tuple[Branch, Tree]] = []
+    room = PACKED_BYTES
     fields = []
     for group in _groups(needs):
         branch = next(iter(group.values()))
@@ -104,8 +105,11 @@ def velocities(
             rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
             arguments[name] = (*condition, pictures, seen, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
-        if times is not None and size is not None and block_transform is None:
-            weights = _packed(weights, sizes, len(arguments) * batch, size, conditions, len(times))
+        if times is not None and size is not None and block_transform is None and len(times) >= PACKED_STEPS:
+            weight = sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(weights["blocks"]))
+            if weight <= room:
+                tokens = conditions.positive.context.shape[1]
+                weights, room = mmdit.packed(weights, sizes, len(arguments) * batch, size, tokens), room - weight
         options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
         evaluate = _network(weights, sizes, options, times, control, image_prompt)
         fields.append(guidances.together(evaluate, arguments))
@@ -119,17 +123,8 @@ def velocities(
 PACKED_STEPS = 8
 """Evaluations from which on packing weights gains more time than it takes."""
 PACKED_BYTES = 1 << 29
-"""What the blocks of a network may weigh to be held twice: large ones gain little, since their products have many rows,
-and need the memory."""
-
-
-def _packed(
-    weights: Params, sizes: mmdit.Config, batch: int, size: tuple[int, int], conditions: Conditions, steps: int
-) -> Params:
-    weight = sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(weights["blocks"]))
-    if steps < PACKED_STEPS or weight > PACKED_BYTES:
-        return weights
-    return mmdit.packed(weights, sizes, batch, size, conditions.positive.context.shape[1])
+"""What the blocks that are packed at one time may weigh: large networks gain little, since their products have many
+rows, and need the memory."""
 
 
 def _network(

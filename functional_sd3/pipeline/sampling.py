@@ -57,6 +57,8 @@ def sample(
     state = ode.start(runner, noise, times[0])
     # What is silent costs nothing: the run is cut where a ControlNet or a part of the guidance starts or ends.
     for first, stop, speaking, guiding in _segments(control, guidance, steps):
+        # What the last part packed goes before the next part packs.
+        guided = needed = None
         grid, ends = times[first : stop + 1], stop == steps
         # An adaptive method tells the times that it will ask for to nobody.
         asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)

@@ -173,9 +173,9 @@ def _project(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Str
     if not asks:
         _, told = layers.split_outputs(params["qkv"], (width, 2 * width))
         return Stream(None, *_split_heads(layers.linear(told, x), 2, heads))
-    if x.requires_grad and not by_autograd(x):
+    if x.requires_grad and not by_autograd(x, params["qkv"]["weight"]):
         # A backward pass needs queries and keys again, for their norms, but not the values, which would stay in memory
-        # as a part of the same tensor. Where the norms' is written by hand the time of a second product is saved.
+        # as a part of the same tensor. By hand it keeps less else, and one product is faster than two.
         normed, value = layers.split_outputs(params["qkv"], (2 * width, width))
         return Stream(*_split_heads(layers.linear(normed, x), 2, heads), split_heads(layers.linear(value, x), heads))
     return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))

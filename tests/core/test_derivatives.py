@@ -137,8 +137,64 @@ def test_others_than_eager_autograd_are_given_the_formula(name, watcher, monkeyp
     monkeypatch.setattr(derivatives, name, lambda *inputs: called.append(name) or meant(*inputs))
     WATCHERS[watcher](call, params, X.clone())
     assert not called
-    call(params, X.clone().requires_grad_())
+    call(learned(params), X.clone().requires_grad_())
     assert called
+    # What is frozen keeps nothing for a backward pass.
+    called.clear()
+    call(tree.map(torch.clone, USED[name][1]), X.clone().requires_grad_())
+    call(params, X.clone())
+    assert not called
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_graph_of_its_own_changes_no_gradient_where_weights_are_used_twice(name):
+    call, params = USED[name]
+    params, x = learned(tree.cast(params, torch.float64)), X.double().requires_grad_()
+    leaves = [*tree.leaves(params), x]
+    once = call(params, x)
+    once = once if once.shape == x.shape else once @ drawn(once.shape[-1], x.shape[-1], seed=3)
+    twice = call(params, once).square().sum()
+    plain = torch.autograd.grad(twice, leaves, retain_graph=True)
+    graph = torch.autograd.grad(twice, leaves, create_graph=True)
+    for one, other in zip(plain, graph, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", USED)
+def test_inside_a_transform_layers_that_it_does_not_see_learn_too(name):
+    call, params = USED[name]
+    params, x = learned(tree.map(torch.clone, params)), X.clone().requires_grad_()
+    expected = call(params, x)
+    mapped = torch.func.vmap(lambda factor: factor * call(params, x))(torch.ones(2))
+    torch.testing.assert_close(mapped[1], expected)
+    _, tangent = torch.func.jvp(lambda factor: factor * call(params, x), (torch.ones(()),), (torch.ones(()),))
+    torch.testing.assert_close(tangent, expected)
+
+
+@pytest.mark.parametrize("name", USED)
+def test_a_backward_pass_may_be_mapped(name):
+    call, params = USED[name]
+    params, x = learned(tree.map(torch.clone, params)), X.clone().requires_grad_()
+    value = call(params, x)
+    leaves, gradients = [*tree.leaves(params), x], drawn(3, *value.shape, seed=9, dtype=torch.float32)
+    found = torch.autograd.grad(value, leaves, gradients, is_grads_batched=True, retain_graph=True)
+    for index, gradient in enumerate(gradients):
+        for one, other in zip(found, torch.autograd.grad(value, leaves, gradient, retain_graph=True), strict=True):
+            torch.testing.assert_close(one[index], other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "mlp"])
+def test_one_row_alone_learns(name):
+    call, params = USED[name]
+    params, x = learned(tree.map(torch.clone, params)), X[0, 0].clone().requires_grad_()
+    call(params, x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_a_norm_of_another_dtype_than_its_input_learns():
+    weight, x = torch.ones(6, requires_grad=True), X.double().requires_grad_()
+    layers.rms_norm({"weight": weight}, x, EPS).sum().backward()
+    assert weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", USED)
