@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Tree
+from functional_sd3.core.watching import in_transform
 
 # True while `value_and_grad` runs its function: a gradient taken in there has to stay differentiable.
 _differentiating: ContextVar[bool] = ContextVar("differentiating", default=False)
@@ -38,7 +39,7 @@ def value_and_grad(
 
     @functools.wraps(fn)
     def differentiated(*args, **kwargs):
-        if torch.compiler.is_compiling() or _in_transform() or _is_differentiated((args, kwargs)):
+        if torch.compiler.is_compiling() or in_transform() or _is_differentiated((args, kwargs)):
             return traced(*args, **kwargs)
         numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         chosen = [tree.map_with_path(_detach, args[number]) for number in numbers]
@@ -69,7 +70,7 @@ def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def rematerialised(*args, **kwargs):
-        if _in_transform() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        if in_transform() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
             return fn(*args, **kwargs)
         return checkpoint(functools.partial(fn, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -130,10 +131,6 @@ def _compiler() -> str:
 
 def _python_header() -> Path:
     return Path(sysconfig.get_path("include")) / "Python.h"
-
-
-def _in_transform() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_differentiated(arguments: Tree) -> bool:

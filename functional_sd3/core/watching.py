@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 def plain(x: Tensor) -> bool:
     """Whether x is neither differentiated nor mapped nor traced, nor of a kind with rules of its own (a DTensor): if
     nobody else holds it, it may be overwritten."""
-    return not torch.compiler.is_compiling() and not x.requires_grad and _ordinary(x)
+    return not torch.compiler.is_compiling() and not x.requires_grad and is_ordinary(x)
 
 
 def by_autograd(*tensors: Tensor) -> bool:
@@ -20,21 +20,20 @@ def by_autograd(*tensors: Tensor) -> bool:
     if first.dtype not in (torch.float32, torch.float64) or any(x.dtype != first.dtype for x in tensors):
         return False
     # Inside a transform of torch.func even what it does not wrap may not go through a function of one's own.
-    if torch._C._functorch.peek_interpreter_stack() is not None or _autocasts("cpu"):
+    if in_transform() or torch.is_autocast_enabled("cpu"):
         return False
     # Of what is frozen nothing need be kept for a backward pass, and autograd knows best what.
     return all(x.requires_grad and is_ordinary(x) for x in tensors)
 
 
 def is_ordinary(x: Tensor) -> bool:
-    """Whether x is a tensor, neither mapped nor the value of a dual number."""
+    """Whether x is a tensor or a parameter, neither mapped nor the value of a dual number."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.func.debug_unwrap(x) is not x:
+        return False
     mapped = torch._C._functorch.is_legacy_batchedtensor(x)  # as autograd.grad's is_grads_batched maps
-    return _ordinary(x) and not mapped and forward_ad.unpack_dual(x).tangent is None
+    return not mapped and forward_ad.unpack_dual(x).tangent is None
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _ordinary(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and torch.func.debug_unwrap(x) is x
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

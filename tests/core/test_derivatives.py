@@ -197,6 +197,26 @@ def test_a_norm_of_another_dtype_than_its_input_learns():
     assert weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float64
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize(
+    "call",
+    [
+        layers.linear,
+        lambda params, x: layers.linear(cpu.packed(params, 20), x),
+        *(lambda params, x, name=name: layers.linear_activation(params, x, name) for name in layers.ACTIVATIONS),
+    ],
+    ids=["linear", "packed", *layers.ACTIVATIONS],
+)
+def test_no_layer_loses_the_tangent_of_a_dual_number(call, rows):
+    # What is faster on a CPU has no forward-mode derivative, and would say nothing of it.
+    x, tangent = (drawn(rows, 6, seed=seed, dtype=torch.float32) for seed in (7, 8))
+    _, expected = torch.func.jvp(lambda x: call(LAYER, x), (x,), (tangent,))
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(call(LAYER, forward_ad.make_dual(x, tangent))).tangent
+        assert found is not None
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", USED)
 def test_a_layer_learns_as_it_does_under_torch_func(name):
     call, params = USED[name]
