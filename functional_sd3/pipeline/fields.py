@@ -17,6 +17,12 @@ from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config
 
+PACKED_STEPS = 8
+"""Evaluations from which on packing weights gains more time than it takes."""
+PACKED_BYTES = 1 << 29
+"""What the blocks that are packed at one time may weigh: large networks gain little, since their products have many
+rows, and need the memory."""
+
 
 class Conditions(NamedTuple):
     """What the transformer is told, and what it is guided away from."""
@@ -106,7 +112,7 @@ def velocities(
             arguments[name] = (*condition, pictures, seen, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
         if times is not None and size is not None and block_transform is None and len(times) >= PACKED_STEPS:
-            weight = sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(weights["blocks"]))
+            weight = tree.nbytes(weights["blocks"])
             if weight <= room:
                 tokens = conditions.positive.context.shape[1]
                 weights, room = mmdit.packed(weights, sizes, len(arguments) * batch, size, tokens), room - weight
@@ -118,13 +124,6 @@ def velocities(
         return {name: answer for field in fields for name, answer in field(x, t).items()}
 
     return answers
-
-
-PACKED_STEPS = 8
-"""Evaluations from which on packing weights gains more time than it takes."""
-PACKED_BYTES = 1 << 29
-"""What the blocks that are packed at one time may weigh: large networks gain little, since their products have many
-rows, and need the memory."""
 
 
 def _network(
