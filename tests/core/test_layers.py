@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from functional_sd3.core import layers, prng
+from tests.operations import counted
 
 MEANT = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -52,19 +53,8 @@ class Special(torch.Tensor):
     pass
 
 
-def operations(run) -> list[str]:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    names = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
-        run()
-    return names
+def operations(run):
+    return counted(run)[1]
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
