@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Params
-from functional_sd3.core.watching import plain
+from functional_sd3.core.watching import unwatched
 
 ONE_DNN_ROWS = range(16, 513)
 """Rows of a matrix whose product oneDNN computes faster than PyTorch's BLAS: a fifth faster for 77 to 256 rows of 1,024
@@ -20,10 +20,9 @@ to 6,144 numbers, a twentieth for 512 (two cores with AVX-512, PyTorch 2.13)."""
 def has_linear(params: Params, x: Tensor) -> bool:
     """Whether `linear` computes this layer: float32 on a CPU, the weight as it is, nothing that watches."""
     return (
-        _float32_here(x)
-        and params.keys() <= {"weight", "bias", "packed"}
+        params.keys() <= {"weight", "bias", "packed"}
         and x.ndim > 1
-        and all(plain(leaf) and leaf.dtype == x.dtype for leaf in (x, *_leaves(params)))
+        and unwatched(x, *_leaves(params))
         and _one_dnn("_linear_pointwise")
     )
 
@@ -52,7 +51,7 @@ def packed(params: Params, rows: int) -> Params:
     as long as a tenth of a product of 512 rows. It writes as many bytes as the weight has, of 6 to 18 MB more that MKL
     asks for, and is of no use but here: not to be saved, moved or learned from.
     """
-    fits = params.keys() <= {"weight", "bias"} and all(plain(leaf) and _float32_here(leaf) for leaf in _leaves(params))
+    fits = params.keys() <= {"weight", "bias"} and unwatched(*_leaves(params))
     if not (fits and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")):
         return params
     weight = torch.ops.mkl._mkl_reorder_linear_weight(params["weight"].contiguous(), rows)
@@ -63,7 +62,7 @@ def has_packed_linear(params: Params, x: Tensor) -> bool:
     """Whether `packed_linear` computes this: a packed layer, and rows as many as it is packed for that nothing
     watches."""
     packed = params.get("packed")
-    return packed is not None and plain(x) and _float32_here(x) and x.shape[:-1].numel() == packed.rows
+    return packed is not None and unwatched(x) and x.shape[:-1].numel() == packed.rows
 
 
 def packed_linear(params: Params, x: Tensor) -> Tensor:
@@ -75,7 +74,8 @@ def packed_linear(params: Params, x: Tensor) -> Tensor:
 
 def has_gelu_tanh(x: Tensor) -> bool:
     """Whether `gelu_tanh` computes this: float32 on a CPU, of many numbers."""
-    return _float32_here(x) and x.ndim > 1 and x.numel() >= 1 << 16 and _one_dnn("_convolution_pointwise")
+    here = x.device.type == "cpu" and x.dtype == torch.float32
+    return here and x.ndim > 1 and x.numel() >= 1 << 16 and _one_dnn("_convolution_pointwise")
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -92,10 +92,6 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def _leaves(params: Params) -> list[Tensor]:
     return [leaf for name, leaf in params.items() if name != "packed"]
-
-
-def _float32_here(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _one_dnn(name: str) -> bool:

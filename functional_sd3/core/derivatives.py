@@ -4,7 +4,7 @@ For eager autograd alone (`watching.by_autograd`): transforms of torch.func, for
 given the formulas, and so is a backward pass that is differentiated itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,20 @@ def rms_norm_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
+
+
+def joined_heads(
+    projected: Sequence[Tensor], weights: Sequence[Tensor], heads: int, width: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of several streams in one tensor each, as joint attention reads them, (batch, heads, all
+    tokens, head_dim); only those who ask are among the queries.
+
+    projected: a stream's queries, keys and values side by side (batch, tokens, 3 * width), or its keys and values
+    alone, (batch, tokens, 2 * width). weights: of the RMS norms of queries and keys (of the keys alone where there are
+    no queries), stream by stream, each (head_dim,); or none. What is normed and turned is written where it is read, and
+    backwards into the gradient of `projected`, which saves the passes that put them side by side.
+    """
+    return _JoinedHeads.apply(heads, width, eps, len(projected), *projected, *weights)
 
 
 class _Linear(Function):
@@ -120,11 +134,10 @@ class _AddProduct(Function):
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, inverse = normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.eps = eps
-        return (x * inverse).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Found:
@@ -132,15 +145,101 @@ class _RmsNorm(Function):
         if _is_watched(gradient):
             formula = lambda *inputs: rms_norm_formula(*inputs, ctx.eps)  # noqa: E731
             return (*_again(formula, ctx, (x, weight), gradient), None)
-        normed = x * inverse
-        product = gradient * normed
-        to_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, to_weight, None
-        # inverse (weight gradient - normed mean(weight gradient normed))
-        mean = (product @ weight[:, None]).div_(-x.shape[-1])
-        to_x = torch.mul(gradient, weight, out=product).addcmul_(normed, mean).mul_(inverse)
-        return to_x, to_weight, None
+        return (*_norm_gradients(x, weight, inverse, gradient), None)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of what nobody watches, in `out` where it is given; and 1 / rms."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(x, inverse, out=out).mul_(weight), inverse
+
+
+def _norm_gradients(
+    x: Tensor, weight: Tensor, inverse: Tensor, gradient: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of x, in `out` where it is given, and of the weight."""
+    normed = x * inverse
+    product = gradient * normed
+    to_weight = product.flatten(0, -2).sum(0)
+    # inverse (weight gradient - normed mean(weight gradient normed))
+    mean = (product @ weight[:, None]).div_(-x.shape[-1])
+    torch.mul(gradient, weight, out=product).addcmul_(normed, mean)
+    return torch.mul(product, inverse, out=product if out is None else out), to_weight
+
+
+class _JoinedHeads(Function):
+    @staticmethod
+    def forward(ctx: Any, heads: int, width: int, eps: float, streams: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        heads_of_all, inverses = joined(inputs[:streams], inputs[streams:], heads, width, eps)
+        ctx.save_for_backward(*inputs, *inverses)
+        ctx.settings = streams, heads, width, eps
+        return heads_of_all
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Found:
+        streams, heads, width, eps = ctx.settings
+        saved, count = ctx.saved_tensors, len(ctx.needs_input_grad) - _SETTINGS  # read once, as checkpoints ask for
+        inputs, inverses = saved[:count], iter(saved[count:])
+        projected, weights = inputs[:streams], inputs[streams:]
+        if any(map(_is_watched, gradients)):
+            formula = lambda *given: joined_heads_formula(given[:streams], given[streams:], heads, width, eps)  # noqa: E731
+            return *[None] * _SETTINGS, *_again(formula, ctx, inputs, gradients, _SETTINGS)
+        to_projected, to_weights = [torch.empty_like(x) for x in projected], []
+        read, written = (_places(tensors, gradients, weights) for tensors in (projected, to_projected))
+        for (part, gradient, weight), (place, _, _) in zip(read, written, strict=True):
+            if weight is None:
+                place.copy_(gradient)
+            else:
+                to_weights.append(_norm_gradients(part, weight, next(inverses), gradient, out=place)[1])
+        return *[None] * _SETTINGS, *to_projected, *to_weights
+
+
+_SETTINGS = 4
+
+
+def joined(
+    projected: Sequence[Tensor], weights: Sequence[Tensor], heads: int, width: int, eps: float
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """`joined_heads` of what nobody watches; and 1 / rms of what is normed."""
+    tokens, inverses = [x.shape[1] for x in projected], []
+    asking = [x.shape[1] for x in projected if x.shape[-1] == 3 * width]
+    like, batch = projected[0], len(projected[0])
+    found = [like.new_empty(batch, heads, sum(counts), width // heads) for counts in (asking, tokens, tokens)]
+    for part, place, weight in _places(projected, found, weights):
+        if weight is None:
+            place.copy_(part)
+        else:
+            inverses.append(normed(part, weight, eps, place)[1])
+    return tuple(found), inverses
+
+
+def _places(
+    projected: Sequence[Tensor], joined: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Of all streams the queries, keys and values, where they stand in the joined tensors, both (batch, tokens, heads,
+    head_dim), and what norms them."""
+    starts, remaining = [0, 0, 0], iter(weights)
+    for x in projected:
+        parts = x.unflatten(-1, (-1, joined[0].shape[1], joined[0].shape[-1])).unbind(2)
+        for index, part in enumerate(parts, start=3 - len(parts)):
+            place = joined[index].narrow(2, starts[index], x.shape[1]).transpose(1, 2)
+            starts[index] += x.shape[1]
+            yield part, place, next(remaining, None) if index < 2 else None
+
+
+def joined_heads_formula(
+    projected: Sequence[Tensor], weights: Sequence[Tensor], heads: int, width: int, eps: float
+) -> tuple[Tensor, ...]:
+    """The same for whatever looks into it."""
+    joined: list[list[Tensor]] = [[], [], []]
+    remaining = iter(weights)
+    for x in projected:
+        parts = x.unflatten(-1, (-1, heads, width // heads)).transpose(1, 3).unbind(2)
+        for index, part in enumerate(parts, start=3 - len(parts)):
+            weight = next(remaining, None) if index < 2 else None
+            joined[index].append(part if weight is None else rms_norm_formula(part, weight, eps))
+    return tuple(torch.cat(parts, dim=2) for parts in joined)
 
 
 def _is_watched(gradient: Tensor) -> bool:
@@ -148,12 +247,16 @@ def _is_watched(gradient: Tensor) -> bool:
     return torch.is_grad_enabled() or not is_ordinary(gradient)
 
 
-def _again(formula: Callable[..., Tensor], ctx: Any, inputs: Sequence[Tensor], gradient: Tensor) -> Found:
-    """The backward pass that autograd makes of the formula, which can be differentiated and mapped."""
+def _again(
+    formula: Callable[..., Any], ctx: Any, inputs: Sequence[Tensor], gradient: Tensor | Sequence[Tensor], first: int = 0
+) -> Found:
+    """The backward pass that autograd makes of the formula, which can be differentiated and mapped; `first`: where the
+    inputs stand in what the function was given."""
     differentiated = torch.is_grad_enabled()
+    needs = ctx.needs_input_grad[first : first + len(inputs)]
     with torch.enable_grad():
         # Views: the gradient of each input itself, not through what the others were computed from.
         own = [x.view_as(x) if differentiated else x.detach().requires_grad_() for x in inputs]
-        needed = [x for x, needs in zip(own, ctx.needs_input_grad, strict=False) if needs]
+        needed = [x for x, need in zip(own, needs, strict=True) if need]
         found = iter(torch.autograd.grad(formula(*own), needed, gradient, create_graph=differentiated))
-    return tuple(next(found) if needs else None for _, needs in zip(own, ctx.needs_input_grad, strict=False))
+    return tuple(next(found) if need else None for need in needs)

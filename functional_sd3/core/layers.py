@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sd3.core import cpu, derivatives, spec, winograd
+from functional_sd3.core import cpu, cuda, derivatives, spec, tree, winograd
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.core.watching import by_autograd, plain
+from functional_sd3.core.watching import by_autograd, plain, unwatched
 
 NAIVE_SUM = 1 << 16
 """Numbers of a group beyond which PyTorch's group norm of channels_last pictures, which adds them one after another on
@@ -67,6 +67,8 @@ def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:
     chosen = ACTIVATIONS[activation]
     if cpu.has_linear(params, x):
         return cpu.linear(params, x, chosen.fused, chosen.algorithm, chosen.scale)
+    if activation == "gelu_tanh" and cuda.has_linear_gelu_tanh(params, x):
+        return cuda.linear_gelu_tanh(params, x)
     return chosen.over(linear(params, x))
 
 
@@ -96,6 +98,19 @@ def split_outputs(params: Params, sizes: Sequence[int]) -> list[Params]:
         down, ups = params["low_rank"]["down"], params["low_rank"]["up"].split(sizes)
         layers = [{**layer, "low_rank": {"down": down, "up": up}} for layer, up in zip(layers, ups, strict=True)]
     return layers
+
+
+def cast(params: Params, dtype: torch.dtype) -> Params:
+    """`tree.cast` of a whole model, which a GPU does in a few kernels instead of one a leaf."""
+
+    def changes(leaf: Tensor) -> bool:
+        return leaf.is_floating_point() and leaf.dtype != dtype
+
+    leaves = [leaf for leaf in tree.leaves(params) if changes(leaf)]
+    if not cuda.has_cast(leaves):
+        return tree.cast(params, dtype)
+    found = iter(cuda.cast(leaves, dtype))
+    return tree.map(lambda leaf: next(found) if changes(leaf) else leaf, params)
 
 
 def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
@@ -155,13 +170,18 @@ def layer_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019); statistics in float32 at least."""
-    norm = derivatives.rms_norm if by_autograd(x, params["weight"]) else derivatives.rms_norm_formula
-    return norm(x, params["weight"], eps)
+    weight = params["weight"]
+    if cuda.has_rms_norm(x, weight):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if unwatched(x, weight):
+        return derivatives.normed(x, weight, eps)[0]
+    norm = derivatives.rms_norm if by_autograd(x, weight) else derivatives.rms_norm_formula
+    return norm(x, weight, eps)
 
 
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """x (batch, channels, ...); `groups` must divide channels."""
-    if plain(x) and x.device.type == "cpu" and x.dtype == torch.float32 and x[0].numel() >= NAIVE_SUM * groups:
+    if unwatched(x) and x[0].numel() >= NAIVE_SUM * groups:
         if x.ndim == 4 and x.shape[1] % groups == 0 and x.is_contiguous(memory_format=torch.channels_last):
             return _group_norm_by_parts(params, x, groups, eps)
     return F.group_norm(x, groups, params["weight"], params["bias"], eps)
@@ -189,7 +209,8 @@ def _group_norm_by_parts(params: Params, x: Tensor, groups: int, eps: float) -> 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x + a b, broadcast."""
-    return (derivatives.add_product if by_autograd(x, a, b) else torch.addcmul)(x, a, b)
+    by_hand = by_autograd(x, a, b, devices=("cpu", "cuda"))
+    return (derivatives.add_product if by_hand else torch.addcmul)(x, a, b)
 
 
 def silu_over(fresh: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from functional_sd3.core import cuda
 from functional_sd3.core.types import Key
 
 Shape = int | Sequence[int]
@@ -70,8 +71,7 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
 
 def split(key: Key, n: Shape = 2) -> Key:
     """`n` independent keys, (..., n, 2); a tuple gives (..., *n, 2)."""
-    first, second = _draw(key, _shape(n))
-    return torch.stack((first, second), dim=-1)
+    return _key(*_draw(key, _shape(n)))
 
 
 def fold_in(key: Key, data: int | Tensor) -> Key:
@@ -86,14 +86,13 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
         data = data.to(key.device, torch.int64)
     elif not -(2**31) <= data < 2**32:
         raise ValueError(f"data {data} does not fit in 32 bits; fold in its high and low words one after the other")
-    first, second = _threefry(key[..., 0], key[..., 1], 0, data & _WORD)
-    return torch.stack((first, second), dim=-1)
+    data = data if isinstance(data, Tensor) else torch.tensor(data, device=key.device)
+    return _key(*_threefry(*key.to(torch.int32).unbind(-1), data.to(torch.int32)))
 
 
 def bits(key: Key, shape: Shape = ()) -> Tensor:
     """32 random bits an element: int64 (..., *shape) in [0, 2**32)."""
-    first, second = _draw(key, _shape(shape))
-    return first.bitwise_xor_(second)
+    return _unsigned(_bits(key, _shape(shape)))
 
 
 def uniform(
@@ -113,10 +112,10 @@ def uniform(
     shape = _shape(shape)
     key = key if device is None else key.to(device)
     if dtype == torch.float64:
-        first, second = _draw(key, shape)
+        first, second = map(_unsigned, _draw(key, shape))
         draw = (first << 20 | second >> 12).to(torch.float64).mul_(2.0**-52)
     else:
-        draw = bits(key, shape).bitwise_right_shift_(9).to(torch.float32).mul_(2.0**-23)
+        draw = _shift_right(_bits(key, shape), 9).to(torch.float32).mul_(2.0**-23)
     if isinstance(minval, Tensor) or isinstance(maxval, Tensor) or (minval, maxval) != (0.0, 1.0):
         low, high = (torch.as_tensor(bound, dtype=draw.dtype, device=draw.device) for bound in (minval, maxval))
         draw = _scale(draw, high - low, low)
@@ -141,8 +140,13 @@ def normal(
     if dtype == torch.float64:
         draw = uniform(key, shape, dtype, device).mul_(2.0).add_(-1.0 + 2.0**-53)
         return draw.erfinv_().mul_(math.sqrt(2.0))
-    draw = uniform(key, shape, torch.float32, device).mul_(2.0).add_(-1.0 + 2.0**-24)
-    return _erfinv(draw).mul_(math.sqrt(2.0)).to(dtype)
+    draw = uniform(key, shape, torch.float32, device)
+    return (cuda.kernel(_NORMAL) if cuda.has_kernels(draw) else _gaussian)(draw).to(dtype)
+
+
+def _gaussian(fresh: Tensor) -> Tensor:
+    """Of uniform numbers in [0, 1), in their memory."""
+    return _erfinv(fresh.mul_(2.0).add_(-1.0 + 2.0**-24)).mul_(math.sqrt(2.0))
 
 
 def _erfinv(x: Tensor) -> Tensor:
@@ -222,41 +226,98 @@ def _check(key: Key) -> None:
         raise ValueError(f"key is {given}; a key is an int64 tensor (..., 2), made by prng.key(seed)")
 
 
+# Words are int32 from here on: half the memory of int64, and sums that overflow as the cipher's do.
+
+
+def _key(first: Tensor, second: Tensor) -> Key:
+    return _unsigned(torch.stack((first, second), dim=-1))
+
+
+def _unsigned(words: Tensor) -> Tensor:
+    """Words as numbers in [0, 2**32)."""
+    return words.to(torch.int64).bitwise_and_(_WORD)
+
+
+def _shift_right(words: Tensor, places: int) -> Tensor:
+    """In place, zeros coming in from above."""
+    words >>= places
+    words &= (1 << (32 - places)) - 1
+    return words
+
+
+def _bits(key: Key, shape: tuple[int, ...]) -> Tensor:
+    first, second = _draw(key, shape)
+    return first.bitwise_xor_(second)
+
+
 def _draw(key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The two words of the cipher of the counters 0, 1, 2, ...: each (..., *shape)."""
     _check(key)
     batch, size = key.shape[:-1], math.prod(shape)
-    counter = torch.arange(size, device=key.device)
-    high, low = (0, counter) if size <= 2**32 else (counter >> 32, counter & _WORD)
-    first, second = _threefry(key[..., 0, None], key[..., 1, None], high, low)
+    if size <= 2**31:
+        high, low = None, torch.arange(size, device=key.device, dtype=torch.int32)
+    else:
+        counter = torch.arange(size, device=key.device)
+        high, low = (counter >> 32).to(torch.int32), counter.to(torch.int32)
+    words = key.to(torch.int32)
+    first, second = _threefry(words[..., 0, None], words[..., 1, None], low, high)
     return first.reshape((*batch, *shape)), second.reshape((*batch, *shape))
 
 
-def _threefry(key0: Tensor, key1: Tensor, first: Tensor | int, second: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32 with 20 rounds; all words int64 in [0, 2**32)."""
+def _threefry(key0: Tensor, key1: Tensor, low: Tensor, high: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32 with 20 rounds of the counter high * 2**32 + low (`high` None: 0); all words int32."""
+    if high is None and cuda.has_kernels(key0, low):
+        return cuda.kernel(_THREEFRY, outputs=2)(key0, key1, low)
     schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
-    first, second = key0 + first, (key1 + second) & _WORD
-    # Both words get the full shape (and vmap's batch) here, so that the arithmetic can be in place on tensors of our
-    # own. `first` is only ever added to: its carries may pile up above bit 32 until the end.
-    first = first + torch.zeros_like(second)
+    second = key1 + low
+    # Both words get the full shape (and vmap's batch) here: what is in place below is so on tensors of our own.
+    first = key0 + (torch.zeros_like(second) if high is None else high)
     for group in range(5):
-        for index, rotation in enumerate(_ROTATIONS[group % 2]):
-            if index % 2 == 0 and torch.compiler.is_compiling():
+        for rotation in _ROTATIONS[group % 2]:
+            if torch.compiler.is_compiling():
                 first, second = _materialize(first), _materialize(second)
             first += second
-            # The word twice over, shifted: its low half is the rotated word.
-            second *= 2**32 + 1
-            second >>= 32 - rotation
+            above = second << rotation
+            second = _shift_right(second, 32 - rotation)
+            second |= above
             second ^= first
-            second &= _WORD
         first += schedule[(group + 1) % 3]
         second += schedule[(group + 2) % 3] + (group + 1)
-        second &= _WORD
-    first &= _WORD
     return first, second
 
 
 def _materialize(x: Tensor) -> Tensor:
-    # Each round uses both words twice, and inductor would write out the expression again for each use: 2**20 times in
-    # all. A strided view makes it name the value; the kernel stays one.
+    # Each round uses both words more than once, and inductor would write out the expression again for each use: over
+    # 2**20 times in all. A strided view makes it name the value; the kernel stays one.
     return x.as_strided(x.shape, x.stride()).clone()
+
+
+def _threefry_source() -> str:
+    """`_threefry` of the counters `low` in C++."""
+    lines = []
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            rotated = f"(y << {rotation}) | (y >> {32 - rotation})"
+            lines.append(f"x += y; y = ({rotated}) ^ x;")
+        lines.append(f"x += k{(group + 1) % 3}; y += k{(group + 2) % 3} + {group + 1}u;")
+    return f"""template <typename T> void threefry(T key0, T key1, T low, T& out0, T& out1) {{
+    unsigned int k0 = key0, k1 = key1, k2 = k0 ^ k1 ^ {_PARITY}u, x = k0, y = k1 + (unsigned int)low;
+    {" ".join(lines)}
+    out0 = x; out1 = y; }}"""
+
+
+def _normal_source() -> str:
+    """The Gaussian of a uniform number in [0, 1) in C++, every product and sum rounded, as tensors compute it."""
+    steps = " ".join(
+        f"centre = __fadd_rn(__fmul_rn(centre, near), {a!r}f); tails = __fadd_rn(__fmul_rn(tails, far), {b!r}f);"
+        for a, b in zip(_ERFINV_CENTRE[1:], _ERFINV_TAILS[1:], strict=True)
+    )
+    return f"""template <typename T> void normal(T draw, T& out) {{
+    float x = __fadd_rn(__fmul_rn(draw, 2.0f), {-1.0 + 2.0**-24!r}f);
+    float w = -log1pf(__fmul_rn(-x, x)), near = __fadd_rn(w, -2.5f), far = __fadd_rn(sqrtf(w), -3.0f);
+    float centre = {_ERFINV_CENTRE[0]!r}f, tails = {_ERFINV_TAILS[0]!r}f;
+    {steps}
+    out = __fmul_rn(__fmul_rn(w < 5.0f ? centre : tails, x), {math.sqrt(2.0)!r}f); }}"""
+
+
+_THREEFRY, _NORMAL = _threefry_source(), _normal_source()

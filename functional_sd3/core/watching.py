@@ -1,5 +1,7 @@
 """Who watches a tensor: what may be overwritten, and what may be differentiated by hand."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -11,19 +13,25 @@ def plain(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not x.requires_grad and is_ordinary(x)
 
 
-def by_autograd(*tensors: Tensor) -> bool:
-    """Whether eager reverse-mode autograd, and nothing else, watches all of these: tensors on a CPU of one dtype,
-    float32 or float64, the first with rows."""
-    first = tensors[0]
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or first.ndim < 2 or first.device.type != "cpu":
+def by_autograd(*tensors: Tensor, devices: Sequence[str] = ("cpu",)) -> bool:
+    """Whether eager reverse-mode autograd, and nothing else, watches all of these: tensors on one of `devices`, of one
+    dtype (on a CPU float32 or float64), the first with rows."""
+    first, device = tensors[0], tensors[0].device.type
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or first.ndim < 2 or device not in devices:
         return False
-    if first.dtype not in (torch.float32, torch.float64) or any(x.dtype != first.dtype for x in tensors):
+    narrow = device == "cpu" and first.dtype not in (torch.float32, torch.float64)
+    if narrow or any(x.dtype != first.dtype or x.device.type != device for x in tensors):
         return False
     # Inside a transform of torch.func even what it does not wrap may not go through a function of one's own.
-    if in_transform() or torch.is_autocast_enabled("cpu"):
+    if in_transform() or torch.is_autocast_enabled(device):
         return False
     # Of what is frozen nothing need be kept for a backward pass, and autograd knows best what.
     return all(x.requires_grad and is_ordinary(x) for x in tensors)
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether nothing watches any of these: tensors on a CPU, float32."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 and plain(x) for x in tensors)
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sd3.core import prng, tree
+from functional_sd3.core import layers, prng, tree
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path, schedule
 from functional_sd3.image import vae
@@ -47,7 +47,7 @@ def flow_loss(
         raise ValueError(f"dropout {dropout} needs `empty`, the ids (or context and pooled) of the empty prompt")
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
-        params = params if dtype is None else tree.cast(params, dtype)
+        params = params if dtype is None else layers.cast(params, dtype)
         batch = batch if dtype is None else tree.cast(batch, dtype)
         latents, text = batch["latents"], {name: part for name, part in batch.items() if name != "latents"}
         time_key, noise_key, drop_key = prng.split(keys, 3).unbind(-2)
@@ -94,7 +94,7 @@ def vae_loss(
     """
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
-        params = params if dtype is None else tree.cast(params, dtype)
+        params = params if dtype is None else layers.cast(params, dtype)
         images = batch["images"]
         mean, logvar = vae.encode(params, config, images if dtype is None else images.to(dtype))
         latents = mean + torch.exp(0.5 * logvar) * prng.normal(keys, tuple(mean.shape[1:]), dtype=mean.dtype)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core import cpu, layers
+from functional_sd3.core import cpu, derivatives, layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, Stream, attention, joint_attention, merge_heads, split_heads
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.core.watching import by_autograd
+from functional_sd3.core.watching import by_autograd, unwatched
 
 MLP_RATIO = 4
 EPS = 1e-6
@@ -113,9 +113,13 @@ def _attend(params, heads, image, context, image_parts, context_parts, implement
     # The last block's two parts are the other way round: its modulation is kept as diffusers stores it.
     context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
     normed = norm(image)
-    projected = _project(own, heads, modulate(normed, shift, scale))
-    told = _project(other, heads, modulate(norm(context), context_shift, context_scale), asks=not last)
-    attended, context_attended = attend([_stream(own, projected), _stream(other, told)], implementation=implementation)
+    asking, told = modulate(normed, shift, scale), modulate(norm(context), context_shift, context_scale)
+    if attend is joint_attention and "attention" not in image_prompt and _joins(own, other, asking, told):
+        attended, context_attended = _attend_joined(own, other, heads, asking, told, last, implementation)
+    else:
+        projected, known = _project(own, heads, asking), _project(other, heads, told, asks=not last)
+        streams = [_stream(own, projected), _stream(other, known)]
+        attended, context_attended = attend(streams, implementation=implementation)
     if "attention" in image_prompt:
         attended = attended + _attend_prompt(projected, image_prompt["attention"], implementation)
     image = _add_attended(own, image, gate, attended)
@@ -129,6 +133,35 @@ def _attend(params, heads, image, context, image_parts, context_parts, implement
             attended = attended + _attend_prompt(projected, image_prompt["attention2"], implementation)
         image = _add_attended(again, image, gate, attended)
     return image, context
+
+
+def _joins(own: Params, other: Params, image: Tensor, context: Tensor) -> bool:
+    """Whether `_attend_joined` computes this: on a CPU, watched by eager autograd in every part, or by nothing."""
+    watched = [image, context, *_head_norms(own, other)]
+    if by_autograd(*watched, own["qkv"]["weight"], other["qkv"]["weight"]):
+        return True
+    leaves = [leaf for params in (own, other) for leaf in tree.leaves(params["qkv"])]
+    return unwatched(*watched) and not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _attend_joined(
+    own: Params, other: Params, heads: int, image: Tensor, context: Tensor, last: bool, implementation: Implementation
+) -> list[Tensor | None]:
+    """`joint_attention` of both streams, whose queries, keys and values are normed into the tensors it reads."""
+    width, tokens = image.shape[-1], image.shape[1]
+    told = layers.split_outputs(other["qkv"], (width, 2 * width))[1] if last else other["qkv"]
+    projected = layers.linear(own["qkv"], image), layers.linear(told, context)
+    given = projected, _head_norms(own, other, last), heads, width, EPS
+    joined = derivatives.joined(*given)[0] if unwatched(*projected) else derivatives.joined_heads(*given)
+    attended = attention(*joined, implementation=implementation)
+    return [attended, None] if last else attended.split([tokens, context.shape[1]], dim=2)
+
+
+def _head_norms(own: Params, other: Params, last: bool = False) -> list[Tensor]:
+    names = [(own, "query_norm"), (own, "key_norm"), (other, "query_norm"), (other, "key_norm")]
+    if last:
+        del names[2]
+    return [params[name]["weight"] for params, name in names if name in params]
 
 
 def _attend_prompt(projected: Stream, prompt: Tree, implementation: Implementation) -> Tensor:

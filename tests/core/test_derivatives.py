@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from functional_sd3.core import cpu, derivatives, layers, prng, transform, tree
+from functional_sd3.core import spec as specs
+from functional_sd3.transformer import joint_block
 
 EPS = 1e-6
 
@@ -26,11 +28,22 @@ def mlp_formula(x, weight, bias, out_weight, out_bias):
     return F.linear(F.gelu(F.linear(x, weight, bias), approximate="tanh"), out_weight, out_bias)
 
 
+def both_streams(*given):
+    return torch.cat(derivatives.joined_heads(given[:2], given[2:], 2, 4, EPS), dim=2)
+
+
+def both_streams_formula(*given):
+    return torch.cat(derivatives.joined_heads_formula(given[:2], given[2:], 2, 4, EPS), dim=2)
+
+
 # Name: (by hand, the formula, shapes of the inputs).
 FUNCTIONS = {
     "linear": (derivatives.linear, F.linear, [(5, 3), (4, 3), (4,)]),
     "mlp": (derivatives.mlp, mlp_formula, [(5, 3), (4, 3), (4,), (2, 4), (2,)]),
     "rms_norm": (norm, norm_formula, [(2, 3, 4), (4,)]),
+    "joined heads": (both_streams, both_streams_formula, [(2, 3, 12), (2, 2, 12), (2,), (2,), (2,), (2,)]),
+    "joined heads, one of whom asks": (both_streams, both_streams_formula, [(2, 3, 12), (2, 1, 8), (2,), (2,), (2,)]),
+    "joined heads without norms": (both_streams, both_streams_formula, [(2, 3, 12), (2, 2, 12)]),
     "gate": (derivatives.add_product, torch.addcmul, [(2, 3, 4), (2, 1, 4), (2, 3, 4)]),
     "modulate": (derivatives.add_product, torch.addcmul, [(2, 1, 4), (2, 3, 4), (2, 1, 4)]),
     "gate of one for all": (derivatives.add_product, torch.addcmul, [(2, 3, 4), (1, 1, 4), (2, 3, 4)]),
@@ -88,6 +101,20 @@ USED = {
         {"gate": drawn(2, 1, 6, seed=6, dtype=torch.float32)},
     ),
 }
+
+
+def block(params, x):
+    """A joint block of x and its first tokens, modulated by itself."""
+    modulation = {"image": x[:, 0].repeat(1, 6), "context": x[:, 1].repeat(1, 6)}
+    return torch.cat(joint_block.apply(params, 2, x, x[:, :2], modulation, "math"), dim=1)
+
+
+SPEC = joint_block.spec(6, 3, qk_norm=True, dual=False, last=False)
+BLOCK = specs.map_params(
+    lambda path, param: 0.3 * drawn(*param.shape, seed=len(path), dtype=torch.float32),
+    {stream: {name: part for name, part in parts.items() if name != "modulation"} for stream, parts in SPEC.items()},
+)
+USED["joined_heads"] = block, BLOCK
 X = drawn(2, 5, 6, seed=7, dtype=torch.float32)
 
 

@@ -1,12 +1,13 @@
 """The MMDiT by itself: sizes, what it starts as, what its options mean, and what it refuses."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from functional_sd3.core import prng, transform, tree
+from functional_sd3.core import attention, prng, transform, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.transformer import embeddings, joint_block, mmdit
 
@@ -134,15 +135,15 @@ def test_residuals_are_spread_over_the_blocks_and_the_last_block_gets_none(param
     assert not close(two, mmdit.apply(params, CONFIG, *inputs))
 
 
-def test_only_the_last_blocks_context_asks_nothing(params, inputs, monkeypatch):
-    attend, silent = joint_block.joint_attention, []
+def test_only_the_last_blocks_context_asks_nothing(params, inputs):
+    silent = []
 
     def recorded(streams, **options):
         silent.append([stream.query is None for stream in streams])
-        return attend(streams, **options)
+        return attention.joint_attention(streams, **options)
 
-    monkeypatch.setattr(joint_block, "joint_attention", recorded)
-    mmdit.apply(params, CONFIG, *inputs)
+    recording = mmdit.apply(params, CONFIG, *inputs, block_transform=lambda block: partial(block, attend=recorded))
+    assert close(recording, mmdit.apply(params, CONFIG, *inputs))
     dual, joint, last = [[False, False], [False]], [[False, False]], [[False, True]]
     assert silent == dual * 2 + joint + last
 
