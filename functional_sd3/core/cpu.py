@@ -36,6 +36,13 @@ def linear(params: Params, x: Tensor, fused: str = "none", algorithm: str = "", 
     return (y if scale == 1 else y.mul_(1 / scale)).unflatten(0, x.shape[:-1])
 
 
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear layer by BLAS, of rows that nobody watches: PyTorch's copies the bias to every row first and has the
+    product added to it, which takes 3 to 8 % longer at 384 inputs."""
+    y = rows.mm(weight.t())
+    return y if bias is None else y.add_(bias)
+
+
 @dataclass(frozen=True)
 class Packed:
     """A linear layer's weight in the order in which MKL multiplies so many `rows` by it; nothing else can read it."""

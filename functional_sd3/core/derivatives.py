@@ -64,7 +64,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        return F.linear(x, weight, bias)
+        return cpu.product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Found:
@@ -78,10 +78,10 @@ class _Linear(Function):
 class _Mlp(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, out_weight: Tensor, out_bias: Tensor) -> Tensor:
-        before = F.linear(x, weight, bias)
+        before = cpu.product(x, weight, bias)
         hidden = cpu.gelu_tanh(before) if cpu.has_gelu_tanh(before) else F.gelu(before, approximate="tanh")
         ctx.save_for_backward(x, weight, bias, out_weight, out_bias, before, hidden)
-        return F.linear(hidden, out_weight, out_bias)
+        return cpu.product(hidden, out_weight, out_bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Found:
@@ -123,12 +123,18 @@ class _AddProduct(Function):
     def backward(ctx: Any, gradient: Tensor) -> Found:
         # PyTorch's also multiplies by addcmul's `value`, in two passes more.
         a, b = ctx.saved_tensors
-        to_x, to_a, to_b = ctx.needs_input_grad
-        return (
-            gradient.sum_to_size(ctx.shape) if to_x else None,
-            (gradient * b).sum_to_size(a.shape) if to_a else None,
-            (gradient * a).sum_to_size(b.shape) if to_b else None,
-        )
+        to_x, *needed = ctx.needs_input_grad
+        found_x = gradient.sum_to_size(ctx.shape) if to_x else None
+        small, large = (a, b) if a.numel() < b.numel() else (b, a)
+        if _is_watched(gradient) or not all(needed) or small.shape == gradient.shape:
+            pairs = zip(needed, (a, b), (b, a), strict=True)
+            found = ((gradient * factor).sum_to_size(own.shape) if need else None for need, own, factor in pairs)
+            return found_x, *found
+        # A product of which only the sum is wanted is in the cache, as fresh memory is not.
+        product = gradient * large
+        to_small = product.sum_to_size(small.shape)
+        to_large = torch.mul(gradient, small, out=product).sum_to_size(large.shape)
+        return found_x, *((to_small, to_large) if small is a else (to_large, to_small))
 
 
 class _RmsNorm(Function):
@@ -159,12 +165,13 @@ def _norm_gradients(
     x: Tensor, weight: Tensor, inverse: Tensor, gradient: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Of x, in `out` where it is given, and of the weight."""
-    normed = x * inverse
-    product = gradient * normed
-    to_weight = product.flatten(0, -2).sum(0)
-    # inverse (weight gradient - normed mean(weight gradient normed))
-    mean = (product @ weight[:, None]).div_(-x.shape[-1])
-    torch.mul(gradient, weight, out=product).addcmul_(normed, mean)
+    # As rows, whatever the order of the inputs, for sums that are products with a vector.
+    product = torch.mul(x, gradient, out=x.new_empty(x.shape))
+    rows = product.flatten(0, -2)
+    to_weight = rows.t().mv(inverse.flatten())
+    # inverse (weight gradient - x inverse^2 mean(weight gradient x))
+    mean = rows.mv(weight).view(inverse.shape).mul_(inverse.square()).div_(-x.shape[-1])
+    torch.mul(gradient, weight, out=product).addcmul_(x, mean)
     return torch.mul(product, inverse, out=product if out is None else out), to_weight
 
 

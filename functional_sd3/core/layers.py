@@ -42,8 +42,10 @@ def linear(params: Params, x: Tensor) -> Tensor:
     # In this order: rows that are looked at while tracing would become a condition of the graph.
     if cpu.has_packed_linear(params, x):
         return cpu.packed_linear(params, x)
-    if cpu.has_linear(params, x) and x.shape[:-1].numel() in cpu.ONE_DNN_ROWS:
-        return cpu.linear(params, x)
+    if cpu.has_linear(params, x):
+        if x.shape[:-1].numel() in cpu.ONE_DNN_ROWS:
+            return cpu.linear(params, x)
+        return cpu.product(x.flatten(0, -2), params["weight"], params.get("bias")).unflatten(0, x.shape[:-1])
     weight, bias = meant_weight(params, x.dtype), params.get("bias")
     if bias is None or x.ndim < 3:
         y = F.linear(x, weight, bias)
