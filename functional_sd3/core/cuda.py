@@ -1,5 +1,5 @@
-"""What PyTorch has for GPUs beside its own layers: kernels made of a line of C++ (`torch.cuda.jiterator`), products
-with GELU inside, one launch for the dtypes of many leaves.
+"""What PyTorch has for Nvidia's GPUs beside its own layers: kernels made of a line of C++ (`torch.cuda.jiterator`),
+products with GELU inside, one launch for the dtypes of many leaves.
 
 Eager code on a GPU often waits for the processor that launches its kernels: what is one kernel here is up to 125 there.
 None of it is promised by PyTorch: where it is gone, the same is computed in more steps.
@@ -19,28 +19,34 @@ from functional_sd3.core.watching import in_transform, is_ordinary, plain
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether `kernel` computes on these: tensors on a GPU that nothing watches."""
-    here = all(x.device.type == "cuda" and plain(x) for x in tensors)
-    return here and hasattr(torch.cuda.jiterator, "_create_multi_output_jit_fn")
+    return all(_here(x) and plain(x) for x in tensors) and hasattr(torch.cuda.jiterator, "_create_multi_output_jit_fn")
 
 
 @functools.cache
 def kernel(code: str, outputs: int = 1) -> Callable[..., Any]:
     """The elementwise function of a C++ template over one type, `void name(T in, ..., T& out, ...)`, tensors broadcast;
     a tensor, or a tuple of several."""
-    return torch.cuda.jiterator._create_multi_output_jit_fn(code, num_outputs=outputs)
+    run = torch.cuda.jiterator._create_multi_output_jit_fn(code, num_outputs=outputs)
+
+    def on_their_device(*tensors: Tensor) -> Any:
+        with torch.cuda.device(tensors[0].device):
+            return run(*tensors)
+
+    return on_their_device
 
 
 def has_rms_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's `rms_norm` is one kernel for this, and one more backwards: eager, one dtype, on a GPU."""
-    if x.device.type != "cuda" or x.dtype != weight.dtype or torch.compiler.is_compiling() or in_transform():
+    """Whether PyTorch's `rms_norm` is one kernel for this, and a few backwards: eager, one dtype, on a GPU."""
+    if not _here(x) or x.dtype != weight.dtype or torch.compiler.is_compiling() or in_transform():
         return False
-    return is_ordinary(x) and is_ordinary(weight) and hasattr(torch.ops.aten, "_fused_rms_norm")
+    eager = not torch.is_autocast_enabled("cuda") and is_ordinary(x) and is_ordinary(weight)
+    return eager and hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 def has_linear_gelu_tanh(params: Params, x: Tensor) -> bool:
     """Whether `linear_gelu_tanh` computes this layer: the weight as it is, nothing that watches."""
     return (
-        x.device.type == "cuda"
+        _here(x)
         and params.keys() == {"weight", "bias"}
         and all(plain(leaf) and leaf.dtype == x.dtype for leaf in (x, *params.values()))
         and not torch.is_autocast_enabled("cuda")
@@ -54,6 +60,13 @@ def linear_gelu_tanh(params: Params, x: Tensor) -> Tensor:
     return y.unflatten(0, x.shape[:-1])
 
 
+def has_cast(leaves: Sequence[Tensor]) -> bool:
+    """Whether `cast` computes this: tensors on a GPU that eager autograd watches, or nothing."""
+    if torch.compiler.is_compiling() or in_transform():
+        return False
+    return all(_here(leaf) and is_ordinary(leaf) for leaf in leaves)
+
+
 def cast(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each leaf in `dtype`, in a few kernels for all of them, and so backwards."""
     learned = [leaf for leaf in leaves if leaf.requires_grad and torch.is_grad_enabled()]
@@ -62,13 +75,6 @@ def cast(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     found = iter(_Cast.apply(dtype, *learned))
     frozen = iter(_copies([leaf for leaf in leaves if not leaf.requires_grad], [dtype] * (len(leaves) - len(learned))))
     return [next(found if leaf.requires_grad else frozen) for leaf in leaves]
-
-
-def has_cast(leaves: Sequence[Tensor]) -> bool:
-    """Whether `cast` computes this: tensors on a GPU that eager autograd watches, or nothing."""
-    if torch.compiler.is_compiling() or in_transform():
-        return False
-    return all(leaf.device.type == "cuda" and is_ordinary(leaf) for leaf in leaves)
 
 
 class _Cast(Function):
@@ -94,3 +100,8 @@ def _copies(leaves: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Ten
     if copies:
         torch._foreach_copy_(copies, list(leaves))
     return copies
+
+
+def _here(x: Tensor) -> bool:
+    # A device of AMD's is called "cuda" too; nobody has seen these there.
+    return x.device.type == "cuda" and torch.version.hip is None
