@@ -77,6 +77,22 @@ def cast(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [next(found if leaf.requires_grad else frozen) for leaf in leaves]
 
 
+def has_lerp(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> bool:
+    """Whether `lerp_` computes this: float32 on a GPU, in order in memory, which the kernel walks through."""
+    return all(
+        _here(leaf) and leaf.dtype == torch.float32 and leaf.is_contiguous() and is_ordinary(leaf)
+        for leaf in (*starts, *ends)
+    )
+
+
+def lerp_(starts: Sequence[Tensor], ends: Sequence[Tensor], weight: Tensor) -> None:
+    """starts += weight (ends - starts), in a few kernels: a step of gradient descent along -ends with decay 1."""
+    torch._fused_sgd_(
+        list(starts), list(ends), [], weight_decay=1.0, momentum=0.0, lr=weight, dampening=0.0, nesterov=False,
+        maximize=True, is_first_step=False,
+    )  # fmt: skip
+
+
 class _Cast(Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *leaves: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ dots, "blocks.3.attention.qkv.weight"; order is always that of insertion. Nothin
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -37,7 +37,9 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """Every leaf, in order."""
-    return [leaf for _, leaf in _walk("", tree)]
+    found: list[Any] = []
+    _gather(tree, found)
+    return found
 
 
 def flatten_paths(tree: Tree) -> dict[str, Any]:
@@ -83,11 +85,7 @@ def partition(tree: Tree, chooser: Chooser) -> tuple[Tree, Tree]:
     An empty dict has no leaves for `map`, `flatten_paths` and `torch.func`, so that either half can be differentiated
     or optimised alone, while list positions and the order of names survive for `combine`.
     """
-    is_chosen = _predicate(chooser)
-    flags = map_with_path(lambda path, leaf: bool(is_chosen(path, leaf)), tree)
-    chosen = map(lambda leaf, flag: leaf if flag else {}, tree, flags)
-    rest = map(lambda leaf, flag: {} if flag else leaf, tree, flags)
-    return chosen, rest
+    return _partition("", tree, _predicate(chooser))
 
 
 def combine(first: Tree, second: Tree) -> Tree:
@@ -190,16 +188,47 @@ def _walk(path: str, tree: Tree) -> list[tuple[str, Any]]:
 
 def _collect(path: str, tree: Tree, found: list[tuple[str, Any]]) -> None:
     # Into one list: generators of generators pass every leaf up through every level.
-    if isinstance(tree, dict):
-        for name, child in tree.items():
-            if not isinstance(name, str) or not name or "." in name:
-                raise ValueError(f"name {name!r} in {path or 'the root'} must be a non-empty string without dots")
-            _collect(_join(path, name), child, found)
-    elif isinstance(tree, (list, tuple)):
-        for name, child in zip(_names(tree), tree, strict=True):
-            _collect(_join(path, name), child, found)
-    else:
+    if not isinstance(tree, _NODES):
         found.append((path, tree))
+        return
+    prefix = f"{path}." if path else ""
+    for name, child in _children(path, tree):
+        if isinstance(child, _NODES):
+            _collect(prefix + name, child, found)
+        else:
+            found.append((prefix + name, child))
+
+
+def _gather(tree: Tree, found: list[Any]) -> None:
+    if not isinstance(tree, _NODES):
+        found.append(tree)
+        return
+    for child in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(child, _NODES):
+            _gather(child, found)
+        else:
+            found.append(child)
+
+
+def _children(path: str, tree: Tree) -> Iterable[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        return zip(_names(tree), tree, strict=True)
+    for name in tree:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"name {name!r} in {path or 'the root'} must be a non-empty string without dots")
+    return tree.items()
+
+
+def _partition(path: str, tree: Tree, is_chosen: Callable[[str, Any], bool]) -> tuple[Tree, Tree]:
+    if not isinstance(tree, _NODES):
+        return (tree, {}) if is_chosen(path, tree) else ({}, tree)
+    halves = [(name, *_partition(_join(path, name), child, is_chosen)) for name, child in _children(path, tree)]
+    if isinstance(tree, dict):
+        return {name: chosen for name, chosen, _ in halves}, {name: rest for name, _, rest in halves}
+    return _like(tree, [chosen for _, chosen, _ in halves]), _like(tree, [rest for _, _, rest in halves])
+
+
+_NODES = dict, list, tuple
 
 
 class _Branch(dict):

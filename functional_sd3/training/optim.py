@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
+from functional_sd3.core import cuda, tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.training.donation import check_donated, check_layout, laid_out, poison, sharing  # noqa: F401
 from functional_sd3.training.schedules import (  # noqa: F401
@@ -97,7 +97,7 @@ def clip_by_global_norm(limit: float) -> Optimizer:
         return torch.where(norm > limit, limit / norm, torch.where(norm.isnan(), norm, 1.0))
 
     def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
-        return _like(grads, torch._foreach_mul(_leaves(grads), factor(global_norm(grads)))), state
+        return _like(grads, torch._foreach_mul(tree.leaves(grads), factor(global_norm(grads)))), state
 
     return Optimizer(lambda params: (), update, factor=factor)
 
@@ -119,17 +119,17 @@ def _divisor(gradients: Gradients) -> Tensor | None:
 def _meant(gradients: Gradients) -> Tree:
     if gradients.scale is None:
         return gradients.tree
-    return _like(gradients.tree, torch._foreach_mul(_leaves(gradients.tree), gradients.scale))
+    return _like(gradients.tree, torch._foreach_mul(tree.leaves(gradients.tree), gradients.scale))
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
     """mean / (1 - b1^n) / (sqrt(square / (1 - b2^n)) + eps) (Kingma and Ba 2015, algorithm 1)."""
 
     def update(grads: Tree, state: AdamState, params: Params) -> tuple[Tree, AdamState]:
-        count, gradients = state.count + 1, _leaves(grads)
-        mean = torch._foreach_mul(_leaves(state.mean), b1)
+        count, gradients = state.count + 1, tree.leaves(grads)
+        mean = torch._foreach_mul(tree.leaves(state.mean), b1)
         torch._foreach_add_(mean, gradients, alpha=1 - b1)
-        square = torch._foreach_mul(_leaves(state.square), b2)
+        square = torch._foreach_mul(tree.leaves(state.square), b2)
         torch._foreach_addcmul_(square, gradients, gradients, value=1 - b2)
         scale = torch._foreach_sqrt(square)
         torch._foreach_div_(scale, _bias(b2, count).sqrt())
@@ -159,7 +159,7 @@ def scale_by_schedule(schedule: Schedule) -> Optimizer:
     """updates * schedule(steps done before this one)."""
 
     def update(grads: Tree, state: CountState, params: Params) -> tuple[Tree, CountState]:
-        return _like(grads, torch._foreach_mul(_leaves(grads), schedule(state.count))), CountState(state.count + 1)
+        return _like(grads, torch._foreach_mul(tree.leaves(grads), schedule(state.count))), CountState(state.count + 1)
 
     return Optimizer(lambda params: CountState(_zero(params)), update)
 
@@ -255,13 +255,13 @@ def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
 
 def apply_updates(params: Params, updates: Tree) -> Params:
     """params + updates, in the parameters' dtypes."""
-    added = torch._foreach_add(_leaves(params), _leaves(updates))
-    return _like(params, [new.to(old.dtype) for new, old in zip(added, _leaves(params), strict=True)])
+    added = torch._foreach_add(tree.leaves(params), tree.leaves(updates))
+    return _like(params, [new.to(old.dtype) for new, old in zip(added, tree.leaves(params), strict=True)])
 
 
 def global_norm(updates: Tree) -> Tensor:
     """sqrt of the sum of squares of all leaves, float32 ()."""
-    leaves = _leaves(updates)
+    leaves = tree.leaves(updates)
     return torch.stack(torch._foreach_norm(leaves, 2, dtype=torch.float32)).norm() if leaves else torch.zeros(())
 
 
@@ -286,7 +286,7 @@ def donate(
         if optimizer.donate:
             return optimizer.donate(Gradients(grads, norm=norm), state, params)
         updates, state = optimizer.update(grads, state, params)
-        torch._foreach_add_(_leaves(params), _leaves(updates))
+        torch._foreach_add_(tree.leaves(params), tree.leaves(updates))
         return params, state
 
 
@@ -297,9 +297,12 @@ def ema_decay(decay: float, step: Tensor) -> Tensor:
 
 def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False) -> Params:
     """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`."""
-    means, weight = _leaves(ema), 1 - ema_decay(decay, step)
+    means, ends, weight = tree.leaves(ema), tree.leaves(params), 1 - ema_decay(decay, step)
+    if donate and cuda.has_lerp(means, ends):
+        cuda.lerp_(means, ends, weight)
+        return ema
     # One pass over both trees, without a tree of differences.
-    arguments = means, _leaves(params), [weight.to(mean.dtype) for mean in means]
+    arguments = means, ends, [weight.to(mean.dtype) for mean in means]
     if donate:
         torch._foreach_lerp_(*arguments)
         return ema
@@ -312,28 +315,13 @@ def _bias(beta: float, count: Tensor) -> Tensor:
 
 
 def _zero(params: Params) -> Tensor:
-    leaves = _leaves(params)
+    leaves = tree.leaves(params)
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else "cpu")
 
 
 def zeros_like(params: Params) -> Tree:
     """Float32 zeros of the parameters' shapes."""
     return tree.map(lambda leaf: torch.zeros_like(leaf, dtype=torch.float32), params)
-
-
-def _leaves(nested: Tree) -> list[Any]:
-    return list(_iterate(nested))
-
-
-def _iterate(nested: Tree):
-    if isinstance(nested, dict):
-        for child in nested.values():
-            yield from _iterate(child)
-    elif isinstance(nested, (list, tuple)):
-        for child in nested:
-            yield from _iterate(child)
-    else:
-        yield nested
 
 
 def _like(nested: Tree, leaves: list[Any]) -> Tree:

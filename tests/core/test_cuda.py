@@ -103,6 +103,18 @@ def test_pytorchs_norm_is_the_formula(device):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (found, expected)))
 
 
+def test_an_average_moves_as_by_lerp(device):
+    starts, ends = ([drawn(device, 3, 5, seed=seed), drawn(device, 7, seed=seed + 1)] for seed in (1, 3))
+    weight, kept = torch.tensor(0.25, device=device), [end.clone() for end in ends]
+    expected = [torch.lerp(start, end, weight) for start, end in zip(starts, ends, strict=True)]
+    cuda.lerp_(starts, ends, weight)
+    assert all(map(torch.equal, ends, kept))
+    for start, found in zip(starts, expected, strict=True):
+        torch.testing.assert_close(start, found, rtol=1e-6, atol=1e-7)
+    assert cuda.has_lerp(starts, ends) == (device == "cuda")
+    assert not cuda.has_lerp(starts, [end.t() for end in ends]) and not cuda.has_lerp([starts[0].double()], ends[:1])
+
+
 @on_a_gpu
 def test_a_gpu_draws_the_bits_that_a_cpu_draws_and_nearly_its_gaussians():
     key = prng.key(7)
