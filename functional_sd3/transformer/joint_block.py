@@ -113,15 +113,16 @@ def _attend(params, heads, image, context, image_parts, context_parts, implement
     # The last block's two parts are the other way round: its modulation is kept as diffusers stores it.
     context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
     normed = norm(image)
-    asking, told = modulate(normed, shift, scale), modulate(norm(context), context_shift, context_scale)
-    if attend is joint_attention and "attention" not in image_prompt and _joins(own, other, asking, told):
-        attended, context_attended = _attend_joined(own, other, heads, asking, told, last, implementation)
-    else:
-        projected, known = _project(own, heads, asking), _project(other, heads, told, asks=not last)
-        streams = [_stream(own, projected), _stream(other, known)]
-        attended, context_attended = attend(streams, implementation=implementation)
-    if "attention" in image_prompt:
-        attended = attended + _attend_prompt(projected, image_prompt["attention"], implementation)
+    attended, context_attended = _attend_both(
+        own,
+        other,
+        heads,
+        modulate(normed, shift, scale),
+        modulate(norm(context), context_shift, context_scale),
+        implementation,
+        image_prompt,
+        attend,
+    )
     image = _add_attended(own, image, gate, attended)
     if not last:
         context = _add_attended(other, context, context_parts[2], context_attended)
@@ -135,33 +136,46 @@ def _attend(params, heads, image, context, image_parts, context_parts, implement
     return image, context
 
 
-def _joins(own: Params, other: Params, image: Tensor, context: Tensor) -> bool:
-    """Whether `_attend_joined` computes this: on a CPU, watched by eager autograd in every part, or by nothing."""
-    watched = [image, context, *_head_norms(own, other)]
-    if by_autograd(*watched, own["qkv"]["weight"], other["qkv"]["weight"]):
+def _attend_both(own, other, heads, image, context, implementation, image_prompt, attend) -> Sequence[Tensor | None]:
+    """What both streams, modulated, learn of each other and themselves; None for a context that asks nothing."""
+    asks, norms = "out" in other, _head_norms(own, other)
+    if attend is not joint_attention or "attention" in image_prompt or not _joins(own, other, norms, image, context):
+        projected, told = _project(own, heads, image), _project(other, heads, context, asks=asks)
+        del image, context  # here and below: what is held through the attention is the most that a block needs
+        attended, answer = attend([_stream(own, projected), _stream(other, told)], implementation=implementation)
+        if "attention" in image_prompt:
+            attended = attended + _attend_prompt(projected, image_prompt["attention"], implementation)
+        return attended, answer
+    width, tokens = image.shape[-1], [image.shape[1], context.shape[1]]
+    told = other["qkv"] if asks else layers.split_outputs(other["qkv"], (width, 2 * width))[1]
+    projected = layers.linear(own["qkv"], image), layers.linear(told, context)
+    given = norms if asks else norms[:2] + norms[3:], heads, width, EPS
+    del image, context
+    if unwatched(*projected):
+        joined, _ = derivatives.joined(projected, *given)
+    else:
+        joined = derivatives.joined_heads(projected, *given)
+    del projected
+    attended = attention(*joined, implementation=implementation)
+    return attended.split(tokens, dim=2) if asks else (attended, None)
+
+
+def _head_norms(*attentions: Params) -> list[Tensor]:
+    """The weights of the norms of queries and keys, attention by attention."""
+    names = "query_norm", "key_norm"
+    return [params[name]["weight"] for params in attentions for name in names if name in params]
+
+
+def _joins(own: Params, other: Params, norms: Sequence[Tensor], image: Tensor, context: Tensor) -> bool:
+    """Whether both streams may be normed into one tensor: on a CPU, where eager autograd watches every part, or nothing
+    watches any; with all norms or none."""
+    if len(norms) not in (0, 4):
+        return False
+    if by_autograd(image, context, *norms, own["qkv"]["weight"], other["qkv"]["weight"]):
         return True
     leaves = [leaf for params in (own, other) for leaf in tree.leaves(params["qkv"])]
-    return unwatched(*watched) and not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-
-
-def _attend_joined(
-    own: Params, other: Params, heads: int, image: Tensor, context: Tensor, last: bool, implementation: Implementation
-) -> list[Tensor | None]:
-    """`joint_attention` of both streams, whose queries, keys and values are normed into the tensors it reads."""
-    width, tokens = image.shape[-1], image.shape[1]
-    told = layers.split_outputs(other["qkv"], (width, 2 * width))[1] if last else other["qkv"]
-    projected = layers.linear(own["qkv"], image), layers.linear(told, context)
-    given = projected, _head_norms(own, other, last), heads, width, EPS
-    joined = derivatives.joined(*given)[0] if unwatched(*projected) else derivatives.joined_heads(*given)
-    attended = attention(*joined, implementation=implementation)
-    return [attended, None] if last else attended.split([tokens, context.shape[1]], dim=2)
-
-
-def _head_norms(own: Params, other: Params, last: bool = False) -> list[Tensor]:
-    names = [(own, "query_norm"), (own, "key_norm"), (other, "query_norm"), (other, "key_norm")]
-    if last:
-        del names[2]
-    return [params[name]["weight"] for params, name in names if name in params]
+    learned = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+    return unwatched(image, context, *norms) and not learned
 
 
 def _attend_prompt(projected: Stream, prompt: Tree, implementation: Implementation) -> Tensor:

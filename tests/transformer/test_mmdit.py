@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.timing import allocated_peak
 from functional_sd3.core import attention, prng, transform, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.transformer import embeddings, joint_block, mmdit
@@ -146,6 +147,20 @@ def test_only_the_last_blocks_context_asks_nothing(params, inputs):
     assert close(recording, mmdit.apply(params, CONFIG, *inputs))
     dual, joint, last = [[False, False], [False]], [[False, False]], [[False, True]]
     assert silent == dual * 2 + joint + last
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_forward_holds_no_more_than_it_goes_on_with(joins, monkeypatch):
+    # In pictures of the width of a block: what attention has read is let go of before the second attention.
+    if not joins:
+        monkeypatch.setattr(joint_block, "_joins", lambda *_: False)
+    config = mmdit.Config(**{**vars(CONFIG), "heads": 4, "head_dim": 16, "position_size": 32, "sample_size": 32})
+    params = mmdit.init(prng.key(0), config)
+    latents, t, context, pooled = random_inputs(height=64, width=64)
+    run = partial(mmdit.apply, params, config, latents, t, context, pooled)
+    run()
+    image = latents.shape[0] * 32 * 32 * config.width * 4
+    assert allocated_peak(run) < 14.5 * image
 
 
 def test_the_second_attention_sees_the_image_alone(params):
