@@ -148,9 +148,11 @@ def forward(place: Place) -> Iterator[Row]:
             latents, context, pooled, t = inputs(place, config, side)
             ours = partial(mmdit.apply, pair.params, config, latents, t, context, pooled)
             theirs = partial(_peer, pair.module, latents, context, pooled, 1000 * t)
+            # Of the other side, whose layers are all of a kind that the counter knows.
             with FlopCounterMode(display=False) as counter:
-                difference = timing.relative_difference(ours(), theirs())
-            operations = counter.get_total_flops() / 2
+                reference = theirs()
+            operations = counter.get_total_flops()
+            difference = timing.relative_difference(ours(), reference)
             by_block = partial(ours, block_transform=lambda _: block)
             for way, run in (("eager", ours), ("compiled blocks", by_block)):
                 if way == "compiled blocks":

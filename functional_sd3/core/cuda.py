@@ -18,8 +18,10 @@ from functional_sd3.core.watching import in_transform, is_ordinary, plain
 
 
 def has_kernels(*tensors: Tensor) -> bool:
-    """Whether `kernel` computes on these: tensors on a GPU that nothing watches."""
-    return all(_here(x) and plain(x) for x in tensors) and hasattr(torch.cuda.jiterator, "_create_multi_output_jit_fn")
+    """Whether `kernel` computes on these: tensors on a GPU that nothing watches, nor what is dispatched."""
+    if not all(_here(x) and plain(x) for x in tensors) or torch._C._len_torch_dispatch_stack():
+        return False
+    return hasattr(torch.cuda.jiterator, "_create_multi_output_jit_fn")
 
 
 @functools.cache
@@ -47,6 +49,7 @@ def has_linear_gelu_tanh(params: Params, x: Tensor) -> bool:
     """Whether `linear_gelu_tanh` computes this layer: the weight as it is, nothing that watches."""
     return (
         _here(x)
+        and x.ndim > 1
         and params.keys() == {"weight", "bias"}
         and all(plain(leaf) and leaf.dtype == x.dtype for leaf in (x, *params.values()))
         and not torch.is_autocast_enabled("cuda")
@@ -61,14 +64,14 @@ def linear_gelu_tanh(params: Params, x: Tensor) -> Tensor:
 
 
 def has_cast(leaves: Sequence[Tensor]) -> bool:
-    """Whether `cast` computes this: tensors on a GPU that eager autograd watches, or nothing."""
+    """Whether `cast` computes this: tensors on a GPU, watched at most by eager autograd."""
     if torch.compiler.is_compiling() or in_transform():
         return False
     return all(_here(leaf) and is_ordinary(leaf) for leaf in leaves)
 
 
 def cast(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Each leaf in `dtype`, in a few kernels for all of them, and so backwards."""
+    """Each leaf in `dtype`, in a few kernels for all of them, and so backwards, once all their gradients are there."""
     learned = [leaf for leaf in leaves if leaf.requires_grad and torch.is_grad_enabled()]
     if not learned:
         return _copies(leaves, [dtype] * len(leaves))
@@ -77,12 +80,14 @@ def cast(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [next(found if leaf.requires_grad else frozen) for leaf in leaves]
 
 
-def has_lerp(starts: Sequence[Tensor], ends: Sequence[Tensor]) -> bool:
-    """Whether `lerp_` computes this: float32 on a GPU, in order in memory, which the kernel walks through."""
-    return all(
-        _here(leaf) and leaf.dtype == torch.float32 and leaf.is_contiguous() and is_ordinary(leaf)
-        for leaf in (*starts, *ends)
-    )
+def has_lerp(starts: Sequence[Tensor], ends: Sequence[Tensor], weight: Tensor) -> bool:
+    """Whether `lerp_` computes this: float32 on one GPU that nothing watches, in order in memory, through which the
+    kernel walks."""
+    shapes = [start.shape for start in starts] == [end.shape for end in ends]
+    return shapes and all(
+        _here(leaf) and leaf.device == weight.device and leaf.dtype == torch.float32 and leaf.is_contiguous()
+        and plain(leaf) for leaf in (weight, *starts, *ends)
+    )  # fmt: skip
 
 
 def lerp_(starts: Sequence[Tensor], ends: Sequence[Tensor], weight: Tensor) -> None:

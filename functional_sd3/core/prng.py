@@ -84,6 +84,8 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
         if data.is_floating_point() or data.is_complex():
             raise ValueError(f"data has dtype {data.dtype}; fold_in takes integers")
         data = data.to(key.device, torch.int64)
+    elif not hasattr(data, "__index__"):
+        raise ValueError(f"data {data!r} is not an integer")
     elif not -(2**31) <= data < 2**32:
         raise ValueError(f"data {data} does not fit in 32 bits; fold in its high and low words one after the other")
     data = data if isinstance(data, Tensor) else torch.tensor(data, device=key.device)
@@ -239,10 +241,8 @@ def _unsigned(words: Tensor) -> Tensor:
 
 
 def _shift_right(words: Tensor, places: int) -> Tensor:
-    """In place, zeros coming in from above."""
-    words >>= places
-    words &= (1 << (32 - places)) - 1
-    return words
+    """In the memory of `words`, zeros coming in from above."""
+    return words.bitwise_right_shift_(places).bitwise_and_((1 << (32 - places)) - 1)
 
 
 def _bits(key: Key, shape: tuple[int, ...]) -> Tensor:

@@ -30,8 +30,9 @@ def by_autograd(*tensors: Tensor, devices: Sequence[str] = ("cpu",)) -> bool:
 
 
 def unwatched(*tensors: Tensor) -> bool:
-    """Whether nothing watches any of these: tensors on a CPU, float32."""
-    return all(x.device.type == "cpu" and x.dtype == torch.float32 and plain(x) for x in tensors)
+    """Whether nothing watches any of these, autocast neither: tensors on a CPU, float32."""
+    here = all(x.device.type == "cpu" and x.dtype == torch.float32 and plain(x) for x in tensors)
+    return here and not torch.is_autocast_enabled("cpu")
 
 
 def is_ordinary(x: Tensor) -> bool:

@@ -25,7 +25,8 @@ def sharing(trees: Tree) -> tuple[str, str] | None:
 def _overlapping(flat: dict[str, Tensor]) -> tuple[str, str] | None:
     spans = []
     for path, leaf in flat.items():
-        if extent := leaf.numel():
+        if leaf.numel():
+            extent = leaf.numel()
             if not leaf.is_contiguous():
                 extent = 1 + sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True))
             spans.append((leaf.data_ptr(), leaf.data_ptr() + extent * leaf.element_size(), path))

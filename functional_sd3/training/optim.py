@@ -298,7 +298,7 @@ def ema_decay(decay: float, step: Tensor) -> Tensor:
 def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False) -> Params:
     """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`."""
     means, ends, weight = tree.leaves(ema), tree.leaves(params), 1 - ema_decay(decay, step)
-    if donate and cuda.has_lerp(means, ends):
+    if donate and cuda.has_lerp(means, ends, weight):
         cuda.lerp_(means, ends, weight)
         return ema
     # One pass over both trees, without a tree of differences.

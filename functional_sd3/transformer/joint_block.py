@@ -149,13 +149,15 @@ def _attend_both(own, other, heads, image, context, implementation, image_prompt
     width, tokens = image.shape[-1], [image.shape[1], context.shape[1]]
     told = other["qkv"] if asks else layers.split_outputs(other["qkv"], (width, 2 * width))[1]
     projected = layers.linear(own["qkv"], image), layers.linear(told, context)
-    given = norms if asks else norms[:2] + norms[3:], heads, width, EPS
-    del image, context
-    if unwatched(*projected):
-        joined, _ = derivatives.joined(projected, *given)
-    else:
-        joined = derivatives.joined_heads(projected, *given)
-    del projected
+    norms = norms if asks else norms[:2] + norms[3:]
+    given = projected, norms, heads, width, EPS
+    if unwatched(*projected, *norms):
+        joined, _ = derivatives.joined(*given)
+    elif by_autograd(*projected, *norms):
+        joined = derivatives.joined_heads(*given)
+    else:  # the layers are watched in another way, mapped for one
+        joined = derivatives.joined_heads_formula(*given)
+    del image, context, projected, given
     attended = attention(*joined, implementation=implementation)
     return attended.split(tokens, dim=2) if asks else (attended, None)
 
@@ -168,8 +170,8 @@ def _head_norms(*attentions: Params) -> list[Tensor]:
 
 def _joins(own: Params, other: Params, norms: Sequence[Tensor], image: Tensor, context: Tensor) -> bool:
     """Whether both streams may be normed into one tensor: on a CPU, where eager autograd watches every part, or nothing
-    watches any; with all norms or none."""
-    if len(norms) not in (0, 4):
+    watches them (the layers apart); with all norms or none."""
+    if len(norms) not in (0, 4) or len(image) != len(context):
         return False
     if by_autograd(image, context, *norms, own["qkv"]["weight"], other["qkv"]["weight"]):
         return True

@@ -111,8 +111,11 @@ def test_an_average_moves_as_by_lerp(device):
     assert all(map(torch.equal, ends, kept))
     for start, found in zip(starts, expected, strict=True):
         torch.testing.assert_close(start, found, rtol=1e-6, atol=1e-7)
-    assert cuda.has_lerp(starts, ends) == (device == "cuda")
-    assert not cuda.has_lerp(starts, [end.t() for end in ends]) and not cuda.has_lerp([starts[0].double()], ends[:1])
+    assert cuda.has_lerp(starts, ends, weight) == (device == "cuda")
+    for others in ([end.t() for end in ends], ends[:1], [end.double() for end in ends], [ends[1], ends[0]]):
+        assert not cuda.has_lerp(starts, others, weight)
+    assert not cuda.has_lerp(starts, ends, weight.cpu().double())
+    assert not cuda.has_lerp([start.requires_grad_() for start in starts], ends, weight)
 
 
 @on_a_gpu

@@ -290,3 +290,53 @@ def test_one_dnn_has_the_same_gelu(shape):
     with torch.backends.mkldnn.flags(enabled=False):
         assert not cpu.has_gelu_tanh(x)
     assert not cpu.has_gelu_tanh(x.double()) and not cpu.has_gelu_tanh(x.view(-1)[:100].view(1, 100))
+
+
+def of_projections(how):
+    """A block of watched projections alone, and what it is without anybody watching."""
+    weight = BLOCK["context"]["attention"]["qkv"]["weight"]
+    weights = torch.stack([weight, 2 * weight])
+
+    def run(weight):
+        qkv = {**BLOCK["context"]["attention"]["qkv"], "weight": weight}
+        attention = {**BLOCK["context"]["attention"], "qkv": qkv}
+        return block({**BLOCK, "context": {**BLOCK["context"], "attention": attention}}, X)
+
+    if how == "vmap":
+        return torch.func.vmap(run)(weights), torch.stack([run(weight) for weight in weights])
+    _, expected = torch.func.jvp(run, (weight,), (weights[1],))
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(run(forward_ad.make_dual(weight, weights[1]))).tangent, expected
+
+
+@pytest.mark.parametrize("how", ["vmap", "forward_ad"])
+def test_projections_alone_may_be_mapped_and_have_tangents(how):
+    torch.testing.assert_close(*of_projections(how), rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_norms_are_those_of_the_formula(monkeypatch):
+    for name in ("joined", "normed"):
+        monkeypatch.setattr(derivatives, name, None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = block(BLOCK, X)
+    monkeypatch.undo()
+    assert (found - block(BLOCK, X)).norm() < 0.02 * found.norm()
+
+
+def test_streams_of_different_batches_are_an_error():
+    with pytest.raises(RuntimeError, match="[Ss]ize"):
+        modulation = {"image": X[:, 0].repeat(1, 6), "context": X[:1, 0].repeat(1, 6)}
+        joint_block.apply(BLOCK, 2, X, X[:1], modulation, "math")
+
+
+@pytest.mark.parametrize("rows", [1, 1500, 100_000])
+def test_sums_over_many_rows_keep_their_digits(rows):
+    x, weight = drawn(rows, 2, seed=1).abs() + 1, torch.ones(2, dtype=torch.float64)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        inputs = [weight.to(dtype).requires_grad_(), torch.zeros(2, dtype=dtype, requires_grad=True)]
+        wide = x.to(dtype).requires_grad_()
+        normed = derivatives.rms_norm(wide, inputs[0], EPS)
+        shifted = derivatives.linear(wide, torch.eye(2, dtype=dtype).requires_grad_(), inputs[1])
+        gradients.append(torch.cat(torch.autograd.grad((normed + shifted).sum(), inputs)))
+    torch.testing.assert_close(gradients[1].double(), gradients[0], rtol=1e-6, atol=0)

@@ -224,6 +224,12 @@ def test_moments_are_those_of_the_distributions(key):
     assert ((seen - within).abs() < 4 * (within * (1 - within) / n).sqrt()).all()
 
 
+@pytest.mark.parametrize("data", [1.5, 2.0, "3"])
+def test_only_integers_are_folded_in(key, data):
+    with pytest.raises(ValueError, match="is not an integer"):
+        prng.fold_in(key, data)
+
+
 def test_half_precision_draws_are_the_float32_draws_rounded(key):
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(prng.normal(key, 100, dtype), prng.normal(key, 100).to(dtype))
