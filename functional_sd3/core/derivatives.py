@@ -122,7 +122,7 @@ def _sum_of_rows(rows: Tensor, factors: Tensor) -> Tensor:
     return total
 
 
-_BLOCK = 1024
+_BLOCK = 4096
 
 
 class _AddProduct(Function):

@@ -329,7 +329,7 @@ def test_streams_of_different_batches_are_an_error():
         joint_block.apply(BLOCK, 2, X, X[:1], modulation, "math")
 
 
-@pytest.mark.parametrize("rows", [1, 1500, 100_000])
+@pytest.mark.parametrize("rows", [1, 5000, 100_000])
 def test_sums_over_many_rows_keep_their_digits(rows):
     x, weight = drawn(rows, 2, seed=1).abs() + 1, torch.ones(2, dtype=torch.float64)
     gradients = []
