@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from functional_sd3.core import cuda, layers, prng, tree
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+NVIDIA = torch.cuda.is_available() and torch.version.hip is None
+DEVICES = ["cpu", *(["cuda"] if NVIDIA else [])]
+on_a_gpu = pytest.mark.skipif(not NVIDIA, reason="needs a GPU of Nvidia's")
 
 
 @pytest.fixture(params=DEVICES)
