@@ -191,10 +191,10 @@ def _norm_gradients(
 class _JoinedHeads(Function):
     @staticmethod
     def forward(ctx: Any, heads: int, width: int, eps: float, streams: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-        heads_of_all, inverses = joined(inputs[:streams], inputs[streams:], heads, width, eps)
+        found, inverses = joined(inputs[:streams], inputs[streams:], heads, width, eps)
         ctx.save_for_backward(*inputs, *inverses)
         ctx.settings = streams, heads, width, eps
-        return heads_of_all
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Found:
@@ -248,12 +248,12 @@ def _norms(projected: Sequence[Tensor], weights: Sequence[Tensor], width: int) -
     return norms
 
 
-def _places(joined: Sequence[Tensor], projected: Sequence[Tensor], width: int) -> list[Tensor]:
-    """Where each of `_parts` stands in the joined tensors."""
+def _places(whole: Sequence[Tensor], projected: Sequence[Tensor], width: int) -> list[Tensor]:
+    """Where each of `_parts` stands in the queries, keys and values of all streams, or in their gradients."""
     starts, places = [0, 0, 0], []
     for x in projected:
         for index in range(3 - x.shape[-1] // width, 3):
-            places.append(joined[index].narrow(2, starts[index], x.shape[1]).transpose(1, 2))
+            places.append(whole[index].narrow(2, starts[index], x.shape[1]).transpose(1, 2))
             starts[index] += x.shape[1]
     return places
 
