@@ -114,6 +114,15 @@ def test_a_poisoned_tree_lives_on_under_its_new_handles_only():
         old["a"]["weight"] @ torch.ones(7)
 
 
+@pytest.mark.parametrize("count", [1 << 22, (1 << 22) + 1, 100], ids=["in rows", "no rows", "small"])
+def test_the_norm_of_many_numbers_keeps_its_digits(count):
+    leaves = {"one": prng.normal(prng.key(0), (count,)), "turned": prng.normal(prng.key(1), (300, 200)).t()}
+    exact = torch.cat([leaf.flatten() for leaf in leaves.values()]).double().norm()
+    # What is not cut into rows is summed by PyTorch: sixteen sums of a quarter of a million squares each.
+    assert float(optim.global_norm(leaves)) == pytest.approx(float(exact), rel=3e-7 if count % 2 == 0 else 1e-4)
+    assert float(optim.global_norm({})) == 0
+
+
 def test_clipping_scales_to_the_limit_and_leaves_smaller_gradients_alone():
     norm = float(optim.global_norm(grads(0)))
     assert norm == pytest.approx(float(torch.cat([leaf.flatten() for leaf in tree.leaves(grads(0))]).norm()), rel=1e-6)
