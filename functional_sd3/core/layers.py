@@ -139,6 +139,28 @@ def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> T
     return y + F.conv2d(F.conv2d(x, down, stride=stride, padding=padding), up[:, :, None, None])
 
 
+def conv2d_over(params: Params, fresh: Tensor, plus: Tensor | None = None) -> Tensor:
+    """The 3x3 convolution with padding 1 of a picture that nobody else holds, in whose memory the result then is where
+    it may; and `plus` added."""
+    outputs, inputs = params["weight"].shape[:2]
+    if outputs == inputs and _by_winograd(params, fresh) and (plus is None or plain(plus)):
+        return winograd.convolve(meant_weight(params, fresh.dtype), params["bias"], fresh, plus=plus, over=True)
+    found = conv2d(params, fresh, padding=1)
+    return found if plus is None else add_over(found, plus)
+
+
+def conv2d_doubled(params: Params, x: Tensor) -> Tensor:
+    """The 3x3 convolution with padding 1 of x with every pixel twice a side."""
+    if _by_winograd(params, x, scale=2):
+        return winograd.convolve(meant_weight(params, x.dtype), params["bias"], x, scale=2)
+    return conv2d(params, F.interpolate(x, scale_factor=2.0, mode="nearest"), padding=1)
+
+
+def _by_winograd(params: Params, x: Tensor, scale: int = 1) -> bool:
+    watched = "low_rank" in params or not all(map(plain, (x, *params.values())))
+    return not watched and winograd.pays(params["weight"], x, scale=scale)
+
+
 def patches_linear(params: Params) -> Params:
     """A convolution whose stride is its kernel as the linear layer it is on patches (channels, height, width)."""
     flat = {**params, "weight": params["weight"].flatten(1)}
@@ -183,30 +205,51 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """x (batch, channels, ...); `groups` must divide channels."""
-    if unwatched(x) and x[0].numel() >= NAIVE_SUM * groups:
-        if x.ndim == 4 and x.shape[1] % groups == 0 and x.is_contiguous(memory_format=torch.channels_last):
-            return _group_norm_by_parts(params, x, groups, eps)
+    if _in_parts(x, groups):
+        return _group_norm_in_parts(params, x, groups, eps, torch.empty_like(x))
     return F.group_norm(x, groups, params["weight"], params["bias"], eps)
 
 
-def _group_norm_by_parts(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
-    """Parts of a picture are summed while they are in the cache, about a mean that is nearly theirs."""
+def group_norm_silu(params: Params, x: Tensor, groups: int, eps: float, *, fresh: bool = False) -> Tensor:
+    """SiLU of the group norm; `fresh`: nobody else holds x, whose memory may then be the result's."""
+    if _in_parts(x, groups):
+        return _group_norm_in_parts(params, x, groups, eps, x if fresh else torch.empty_like(x), silu=True)
+    return silu_over(group_norm(params, x, groups, eps))
+
+
+def _in_parts(x: Tensor, groups: int) -> bool:
+    if not unwatched(x) or x[0].numel() < NAIVE_SUM * groups:
+        return False
+    return x.ndim == 4 and x.shape[1] % groups == 0 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _group_norm_in_parts(
+    params: Params, x: Tensor, groups: int, eps: float, into: Tensor, silu: bool = False
+) -> Tensor:
+    """Parts of a picture are summed while they are in the cache, about a mean that is nearly theirs; and so normed."""
     batch, channels, height, width = x.shape
     each = channels // groups
-    pixels = x.permute(0, 2, 3, 1)
-    parts = pixels.reshape(batch, height * width, channels).split(max(1, NUMBERS_AT_ONCE // channels), dim=1)
-    pivot = parts[0].mean(1).view(batch, groups, each).mean(-1, keepdim=True)
+
+    def parts(x: Tensor) -> Sequence[Tensor]:
+        pixels = x.permute(0, 2, 3, 1).view(batch, height * width, channels)
+        return pixels.split(max(1, NUMBERS_AT_ONCE // channels), dim=1)
+
+    pivot = parts(x)[0].mean(1).view(batch, groups, each).mean(-1, keepdim=True)
     flat = pivot.expand(batch, groups, each).reshape(batch, 1, channels)
     sums = torch.zeros(2, batch, channels, dtype=torch.float64)
-    for part in parts:
+    for part in parts(x):
         centred = part - flat
         sums += torch.stack([centred.sum(1), centred.square_().sum(1)])
     mean, square = sums.view(2, batch, groups, each).sum(-1) / (height * width * each)
     inverse = torch.rsqrt(square - mean.square() + eps).float()
     scale = params["weight"].view(groups, each) * inverse[..., None]
     shift = params["bias"].view(groups, each) - (mean + pivot[..., 0]).float()[..., None] * scale
-    shape = batch, 1, 1, channels
-    return torch.addcmul(shift.view(shape), pixels, scale.view(shape)).permute(0, 3, 1, 2)
+    scale, shift = scale.view(batch, 1, channels), shift.view(batch, 1, channels)
+    for part, place in zip(parts(x), parts(into), strict=True):
+        torch.addcmul(shift, part, scale, out=place)
+        if silu:
+            F.silu(place, inplace=True)
+    return into
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -16,8 +16,12 @@ from torch import Tensor
 TILE, KERNEL = 4, 3
 WINDOW = TILE + KERNEL - 1
 POINTS = [Fraction(point) for point in ("0", "5/8", "-5/8", "3/2", "-3/2")]
-ROWS_AT_ONCE, SMALL_KERNEL = 4, 1 << 20
-"""Rows of tiles that go through a product together, and the numbers of a kernel that is read as fast for each row."""
+ROWS_AT_ONCE, TILES_AT_ONCE, SMALL_KERNEL = 4, 64, 1 << 20
+"""Rows of tiles that go through a product together, or more until there are so many tiles; and the numbers of a kernel
+that is read as fast for each row."""
+KEPT = 1 << 22
+"""Numbers of a tensor up to which the C library gives memory that was used before. More than 32 MB are fresh pages each
+time, on which mapping a kernel takes four times as long."""
 
 Matrix = list[list[float]]
 
@@ -58,60 +62,106 @@ def _power(numbers: list[Fraction]) -> Fraction:
 _WINDOW, _KERNEL, _OUTPUT = _maps(POINTS)
 
 
-def pays(weight: Tensor, x: Tensor, stride: int, padding: int) -> bool:
+def pays(weight: Tensor, x: Tensor, stride: int = 1, padding: int = 1, scale: int = 1) -> bool:
     """Whether `convolve` fits this convolution and is the faster way: large float32 pictures on a CPU, nothing else.
 
     A GPU's library chooses for itself, and half precision would lose what the transforms' large constants need.
     """
     if weight.shape[2:] != (3, 3) or stride != 1 or padding != 1 or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    height, width = x.shape[-2:]
-    wide = min(weight.shape[:2]) >= 64 and height * width >= 2048 and not (height % TILE or width % TILE)
+    height, width = (scale * side for side in x.shape[-2:])
+    wide = min(weight.shape[:2]) >= 64 and height * width >= 1024 and not (height % TILE or width % TILE)
     return wide and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def convolve(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """x (batch, inputs, height, width) in channels_last, sides multiples of 4 -> (batch, outputs, height, width).
+def convolve(
+    weight: Tensor, bias: Tensor, x: Tensor, *, scale: int = 1, plus: Tensor | None = None, over: bool = False
+) -> Tensor:
+    """x (batch, inputs, height, width) in channels_last -> (batch, outputs, scale * height, scale * width), multiples
+    of 4.
 
-    The same as `F.conv2d(x, weight, bias, padding=1)`. It writes into tensors of its own, so it is not for tensors that
-    are differentiated or mapped.
+    The same as `F.conv2d(x, weight, bias, padding=1)`, of x enlarged with every pixel `scale` times a side, and `plus`
+    added. `over`: into the memory of x, whose shape and `scale` 1 the result must have; else into tensors of its own,
+    so it is not for tensors that are differentiated or mapped.
     """
     outputs, inputs = weight.shape[:2]
-    batch, (rows, columns) = x.shape[0], (side // TILE for side in x.shape[-2:])
+    batch, (rows, columns) = x.shape[0], (scale * side // TILE for side in x.shape[-2:])
     into, kernel_map, back = (torch.tensor(matrix, device=x.device) for matrix in (_WINDOW, _KERNEL, _OUTPUT))
-    # Across before down, as the windows are mapped below.
-    kernel = torch.kron(kernel_map, kernel_map) @ weight.permute(3, 2, 1, 0).reshape(KERNEL**2, -1)
-    kernel = kernel.view(WINDOW**2, inputs, outputs)
-    step = min(rows, 1 if kernel.numel() <= SMALL_KERNEL else ROWS_AT_ONCE)
+    kernels = _map_kernel(kernel_map, weight)
+    many = max(ROWS_AT_ONCE, TILES_AT_ONCE // columns)
+    step = min(rows, 1 if WINDOW**2 * inputs * outputs <= SMALL_KERNEL else many)
     # The same memory for every part: fresh pages cost more than the arithmetic on them.
-    strip = x.new_zeros(WINDOW, x.shape[-1] + 2, inputs)
+    strip = x.new_zeros(WINDOW, scale * x.shape[-1] + 2, inputs)
     mapped = torch.empty_like(strip)
     count = step * columns
     first, second = x.new_empty(2, WINDOW**2 * count * max(inputs, outputs))
     windows, mixed = (memory[: WINDOW**2 * count * inputs] for memory in (first, second))
     products, halves = first[: WINDOW**2 * count * outputs], second[: TILE * WINDOW * count * outputs]
     tiles = x.new_empty(TILE, TILE, step, columns, outputs)
-    found = x.new_empty(batch, rows, TILE, columns, TILE, outputs)
-    for picture, image in zip(found, x.permute(0, 2, 3, 1), strict=True):
+    pictures = x.permute(0, 2, 3, 1)
+    found = pictures if over else x.new_empty(batch, rows * TILE, columns * TILE, outputs)
+    added = None if plus is None else _in_tiles(plus.permute(0, 2, 3, 1))
+    for index, (image, picture) in enumerate(zip(pictures, _in_tiles(found), strict=True)):
+        done = None
         for start in range(0, rows, step):
             start = min(start, rows - step)
             for row in range(step):
-                _cut(image, (start + row) * TILE - 1, strip)
+                _cut(image, (start + row) * TILE - 1, strip, scale)
                 torch.mm(into, strip.view(WINDOW, -1), out=mapped.view(WINDOW, -1))
                 windows.view(WINDOW, WINDOW, step, columns, inputs)[:, :, row] = _windows(mapped, columns)
+            # Only here, since these windows have read the last rows of what may be overwritten.
+            _put(tiles, picture, done, None if added is None else added[index])
             torch.mm(into, windows.view(WINDOW, -1), out=mixed.view(WINDOW, -1))
-            torch.bmm(mixed.view(WINDOW**2, -1, inputs), kernel, out=products.view(WINDOW**2, -1, outputs))
+            place = 0
+            for kernel in kernels:
+                part = slice(place, place := place + len(kernel))
+                torch.bmm(
+                    mixed.view(WINDOW**2, -1, inputs)[part], kernel, out=products.view(WINDOW**2, -1, outputs)[part]
+                )
             torch.mm(back, products.view(WINDOW, -1), out=halves.view(TILE, -1))
             torch.bmm(back.expand(TILE, -1, -1), halves.view(TILE, WINDOW, -1), out=tiles.view(TILE, TILE, -1))
             tiles += bias
-            picture[start : start + step] = tiles.permute(2, 1, 3, 0, 4)
-    return found.view(batch, *x.shape[-2:], outputs).permute(0, 3, 1, 2)
+            done = slice(start, start + step)
+        _put(tiles, picture, done, None if added is None else added[index])
+    return found.permute(0, 3, 1, 2)
 
 
-def _cut(image: Tensor, top: int, strip: Tensor) -> None:
-    """Rows `top` to `top` + 6 of image (height, width, channels) into a strip whose first and last columns are zero."""
-    above, below = max(0, -top), max(0, top + WINDOW - image.shape[0])
-    strip[above : WINDOW - below, 1:-1] = image[top + above : top + WINDOW - below]
+def _map_kernel(kernel_map: Tensor, weight: Tensor) -> list[Tensor]:
+    """(36, inputs, outputs) in parts, all of them one after the other."""
+    outputs, inputs = weight.shape[:2]
+    # Across before down, as the windows are mapped.
+    flat = weight.permute(3, 2, 1, 0).reshape(KERNEL**2, -1)
+    parts = torch.kron(kernel_map, kernel_map).chunk(math.ceil(WINDOW**2 * flat.shape[1] / KEPT))
+    return [(part @ flat).view(-1, inputs, outputs) for part in parts]
+
+
+def _in_tiles(pictures: Tensor) -> Tensor:
+    """(batch, height, width, channels) as a view (batch, rows, columns, 4 down, 4 across, channels)."""
+    return pictures.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).transpose(2, 3)
+
+
+def _put(tiles: Tensor, picture: Tensor, rows: slice | None, added: Tensor | None) -> None:
+    """Tiles (across, down, rows, columns, channels) into these rows of a picture, which are None for none."""
+    if rows is None:
+        return
+    turned = tiles.permute(2, 3, 1, 0, 4)
+    if added is None:
+        picture[rows] = turned
+    else:
+        torch.add(turned, added[rows], out=picture[rows])
+
+
+def _cut(image: Tensor, top: int, strip: Tensor, scale: int) -> None:
+    """Rows `top` to `top` + 6 of image (height, width, channels), enlarged, into a strip whose first and last columns
+    are zero."""
+    above, below = max(0, -top), max(0, top + WINDOW - scale * image.shape[0])
+    inside, first, last = strip[above : WINDOW - below, 1:-1], top + above, top + WINDOW - below
+    if scale == 1:
+        inside.copy_(image[first:last])
+    else:
+        # Every row by itself: one of the picture is several of the strip.
+        for row, place in zip(inside, range(first, last), strict=True):
+            row.unflatten(0, (-1, scale)).copy_(image[place // scale].unsqueeze(1))
     if above:
         strip[:above] = 0
     if below:

@@ -76,7 +76,7 @@ def encode(params: Params, config: Config, images: Tensor, *, implementation: Im
             # One pixel at the right and bottom only, as the released weights were trained.
             x = layers.conv2d(level["resample"], F.pad(x, (0, 1, 0, 1)), stride=2)
     x = _middle(params["middle"], config, x, implementation)
-    x = layers.silu_over(layers.group_norm(params["norm_out"], x, config.groups, config.eps))
+    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, fresh=True)
     mean, logvar = layers.conv2d(params["conv_out"], x, padding=1).contiguous().chunk(2, dim=1)
     return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
@@ -97,8 +97,8 @@ def decode(params: Params, config: Config, latents: Tensor, *, implementation: I
         for block in level["blocks"]:
             x = _resnet(block, config, x)
         if "resample" in level:
-            x = layers.conv2d(level["resample"], F.interpolate(x, scale_factor=2.0, mode="nearest"), padding=1)
-    x = layers.silu_over(layers.group_norm(params["norm_out"], x, config.groups, config.eps))
+            x = layers.conv2d_doubled(level["resample"], x)
+    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, fresh=True)
     return layers.conv2d(params["conv_out"], x, padding=1).contiguous()
 
 
@@ -161,11 +161,10 @@ def _check_images(config: Config, images: Tensor) -> None:
 
 
 def _resnet(params: Params, config: Config, x: Tensor) -> Tensor:
-    h = layers.silu_over(layers.group_norm(params["norm1"], x, config.groups, config.eps))
-    h = layers.conv2d(params["conv1"], h, padding=1)
-    h = layers.silu_over(layers.group_norm(params["norm2"], h, config.groups, config.eps))
-    h = layers.conv2d(params["conv2"], h, padding=1)
-    return layers.add_over(h, layers.conv2d(params["shortcut"], x) if "shortcut" in params else x)
+    h = layers.group_norm_silu(params["norm1"], x, config.groups, config.eps)
+    h = layers.conv2d_over(params["conv1"], h)
+    h = layers.group_norm_silu(params["norm2"], h, config.groups, config.eps, fresh=True)
+    return layers.conv2d_over(params["conv2"], h, layers.conv2d(params["shortcut"], x) if "shortcut" in params else x)
 
 
 def _middle(params: Params, config: Config, x: Tensor, implementation: Implementation) -> Tensor:

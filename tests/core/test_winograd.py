@@ -25,16 +25,27 @@ def drawn(seed, batch, inputs, outputs, height, width):
     st.integers(1, 9),
     st.integers(1, 9),
     st.sampled_from([1, 2, 3, 100]),
+    st.sampled_from([1, 40]),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.booleans(),
 )
-def test_it_equals_the_direct_sum(seed, batch, inputs, outputs, rows, columns, at_once):
-    weight, bias, x = drawn(seed, batch, inputs, outputs, 4 * rows, 4 * columns)
+def test_it_equals_the_direct_sum(seed, batch, inputs, outputs, rows, columns, at_once, tiles, scale, more, over):
+    outputs, scale = (inputs, 1) if over else (outputs, scale)
+    weight, bias, x = drawn(seed, batch, inputs, outputs, 4 // scale * rows, 4 // scale * columns)
+    plus = prng.normal(prng.key(seed + 1), (batch, outputs, 4 * rows, 4 * columns)) if more else None
+    expected = F.conv2d(F.interpolate(x, scale_factor=scale).double(), weight.double(), bias.double(), padding=1)
+    expected += 0 if plus is None else plus
+    before = x.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "SMALL_KERNEL", 0)
         patch.setattr(winograd, "ROWS_AT_ONCE", at_once)
-        found = winograd.convolve(weight, bias, x)
-    expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        patch.setattr(winograd, "TILES_AT_ONCE", tiles)
+        patch.setattr(winograd, "KEPT", 7 * inputs * outputs)  # a kernel in several parts
+        found = winograd.convolve(weight, bias, x, scale=scale, plus=plus, over=over)
     assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
     assert (found - expected).norm() <= 5e-6 * expected.norm()
+    assert found.data_ptr() == x.data_ptr() if over else torch.equal(x, before)
 
 
 def test_large_convolutions_take_it_and_are_the_same_to_five_millionths(monkeypatch):
@@ -54,7 +65,7 @@ def test_large_convolutions_take_it_and_are_the_same_to_five_millionths(monkeypa
         {"dtype": torch.bfloat16},
         {"memory_format": torch.contiguous_format},
         {"height": 46},
-        {"height": 8},
+        {"height": 12},
         {"outputs": 3},
         {"stride": 2},
         {"padding": 0},
@@ -81,6 +92,46 @@ def test_what_is_differentiated_mapped_or_compiled_does_not():
     torch.testing.assert_close(mapped, F.conv2d(x, weight, bias, padding=1))
     grads = torch.func.grad(lambda params: layers.conv2d(params, x.detach(), padding=1).square().sum())(params)
     assert grads["weight"].shape == weight.shape
+
+
+@pytest.mark.parametrize("side", [36, 30], ids=["winograd", "direct"])
+@pytest.mark.parametrize("form", ["float", "low rank", "int8"])
+def test_convolutions_over_and_doubled_are_what_they_stand_for(side, form):
+    weight, bias, x = drawn(0, 2, 64, 64, side, side)
+    params = {"weight": weight, "bias": bias}
+    if form == "int8":
+        params = {"weight": (100 * weight).to(torch.int8), "scale": torch.full((64,), 0.01), "bias": bias}
+    if form == "low rank":
+        params["low_rank"] = {"down": weight[:4], "up": weight[:, :4, 0, 0]}
+    plus = prng.normal(prng.key(1), x.shape)
+    plain, twice = layers.conv2d(params, x, padding=1), F.interpolate(x, scale_factor=2.0)
+    before, doubled = x.clone(), layers.conv2d_doubled(params, x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(doubled, layers.conv2d(params, twice, padding=1), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(layers.conv2d_over(params, x.clone()), plain, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(layers.conv2d_over(params, x, plus), plain + plus, rtol=1e-4, atol=2e-5)
+    if form == "low rank" or side == 30:
+        assert torch.equal(x, before)
+    watched = before.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layers.conv2d_over(params, watched, plus).sum(), watched)
+    expected = torch.autograd.grad((layers.conv2d(params, watched, padding=1) + plus).sum(), watched)[0]
+    torch.testing.assert_close(gradient, expected)
+    assert torch.equal(watched, before)
+
+
+@pytest.mark.parametrize("side", [128, 4], ids=["in parts", "whole"])
+def test_group_norm_with_silu_is_both_and_overwrites_only_what_is_given_up(side):
+    params = {"weight": prng.normal(prng.key(0), (32,)), "bias": prng.normal(prng.key(1), (32,))}
+    x = prng.normal(prng.key(2), (2, 32, side, side + 16)).contiguous(memory_format=torch.channels_last)
+    before, expected = x.clone(), F.silu(layers.group_norm(params, x, 8, 1e-6))
+    found = layers.group_norm_silu(params, x, 8, 1e-6)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(layers.group_norm_silu(params, x, 8, 1e-6, fresh=True), expected)
+    # Watched: the same, with a gradient, and nothing overwritten.
+    watched = before.clone().requires_grad_()
+    torch.testing.assert_close(layers.group_norm_silu(params, watched, 8, 1e-6, fresh=True), expected)
+    assert torch.equal(watched, before)
 
 
 def test_group_norm_of_large_channels_last_pictures_is_as_accurate_as_of_others():
