@@ -9,6 +9,7 @@ Beside its weight a linear or convolution layer may hold
 - "packed", a `cpu.Packed`: the weight once more, as it is read fastest during one run.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -280,7 +281,12 @@ def gelu(x: Tensor) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU's tanh form: T5 and the MMDiT."""
-    return F.gelu(x, approximate="tanh")
+    if not torch.compiler.is_compiling() or x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh y) / 2 is sigmoid 2y, which inductor computes in half the time of its tanh.
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cubic = wide * (1 + 0.044715 * wide.square())
+    return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * cubic)).to(x.dtype)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ def read(
                 files.release(plan.places[name], name)
         return value
 
-    return _with_scales("", layout.to_ours(plan.layout, plan.spec, fetch, plan.sources), scales)
+    params = layout.to_ours(plan.layout, plan.spec, fetch, plan.sources)
+    return _with_scales("", params, scales) if scales else params
 
 
 def _stays(plan: Plan, source: Source, names: list[str]) -> bool:

@@ -117,3 +117,21 @@ def test_the_outputs_of_a_layer_in_parts_are_its_outputs():
     x = drawn(3, 16)
     parts = [layers.linear(part, x) for part in layers.split_outputs(params, (5, 4, 15))]
     torch.testing.assert_close(torch.cat(parts, -1), layers.linear(params, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_gelu_is_the_eager_one_at_every_size_of_number(dtype):
+    # What the compiler is given is another formula; an eager backend runs it as it stands.
+    def both(gelu):
+        x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e12, -90.0, 90.0, 1e12])]).to(dtype)
+        y = gelu(x.requires_grad_())
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    (found, slope), (expected, expected_slope) = (
+        both(torch.compile(layers.gelu_tanh, backend="eager")),
+        both(layers.gelu_tanh),
+    )
+    # 1 + tanh has lost these digits below -5.
+    close = {"rtol": 2e-6, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(slope, expected_slope, **close)
