@@ -130,7 +130,7 @@ def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
 def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
     """x (batch, inputs, height, width) -> (batch, outputs, ...)."""
     weight, bias = meant_weight(params, x.dtype), params["bias"]
-    if plain(x) and plain(weight) and winograd.pays(weight, x, stride, padding):
+    if all(map(plain, (x, weight, bias))) and winograd.pays(weight, x, stride, padding):
         y = winograd.convolve(weight, bias, x)
     else:
         y = F.conv2d(x, weight, bias, stride=stride, padding=padding)
@@ -206,20 +206,20 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """x (batch, channels, ...); `groups` must divide channels."""
-    if _in_parts(x, groups):
+    if _in_parts(params, x, groups):
         return _group_norm_in_parts(params, x, groups, eps, torch.empty_like(x))
     return F.group_norm(x, groups, params["weight"], params["bias"], eps)
 
 
 def group_norm_silu(params: Params, x: Tensor, groups: int, eps: float, *, fresh: bool = False) -> Tensor:
     """SiLU of the group norm; `fresh`: nobody else holds x, whose memory may then be the result's."""
-    if _in_parts(x, groups):
+    if _in_parts(params, x, groups):
         return _group_norm_in_parts(params, x, groups, eps, x if fresh else torch.empty_like(x), silu=True)
     return silu_over(group_norm(params, x, groups, eps))
 
 
-def _in_parts(x: Tensor, groups: int) -> bool:
-    if not unwatched(x) or x[0].numel() < NAIVE_SUM * groups:
+def _in_parts(params: Params, x: Tensor, groups: int) -> bool:
+    if not unwatched(x, *params.values()) or x[0].numel() < NAIVE_SUM * groups:
         return False
     return x.ndim == 4 and x.shape[1] % groups == 0 and x.is_contiguous(memory_format=torch.channels_last)
 

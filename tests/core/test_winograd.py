@@ -141,3 +141,23 @@ def test_group_norm_of_large_channels_last_pictures_is_as_accurate_as_of_others(
     found = layers.group_norm(params, x.contiguous(memory_format=torch.channels_last), 8, 1e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert (found - exact).norm() <= 2e-7 * exact.norm()
+
+
+def test_parameters_alone_can_be_learned_of_large_pictures():
+    weight, bias, x = drawn(0, 1, 64, 64, 96, 96)
+    conv, norm = {"weight": weight, "bias": bias}, {"weight": torch.ones(64), "bias": torch.zeros(64)}
+    pictures = x.clone()
+    for params, apply in (
+        (conv, lambda params: layers.conv2d(params, x, padding=1)),
+        (conv, lambda params: layers.conv2d_over(params, x)),
+        (conv, lambda params: layers.conv2d_doubled(params, x)),
+        (norm, lambda params: layers.group_norm(params, x, 8, 1e-6)),
+        (norm, lambda params: layers.group_norm_silu(params, x, 8, 1e-6, fresh=True)),
+    ):
+        for name in params:
+            own = params[name].clone().requires_grad_()
+            learned = params | {name: own}
+            (gradient,) = torch.autograd.grad(apply(learned).square().mean(), own)
+            total = lambda leaf, name=name, params=params, apply=apply: apply(params | {name: leaf}).square().mean()  # noqa: E731
+            torch.testing.assert_close(torch.func.grad(total)(params[name]), gradient)
+            assert gradient.norm() > 0 and torch.equal(x, pictures)
