@@ -283,7 +283,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """GELU's tanh form: T5 and the MMDiT."""
     if not torch.compiler.is_compiling() or x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
-    # (1 + tanh y) / 2 is sigmoid 2y, which inductor computes in half the time of its tanh.
+    # (1 + tanh y) / 2 is sigmoid 2y, with which inductor takes 9.3 ms of 4 million numbers, with tanh 11.9.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     cubic = wide * (1 + 0.044715 * wide.square())
     return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * cubic)).to(x.dtype)
