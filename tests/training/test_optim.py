@@ -118,7 +118,7 @@ def test_a_poisoned_tree_lives_on_under_its_new_handles_only():
 def test_the_norm_of_many_numbers_keeps_its_digits(count):
     leaves = {"one": prng.normal(prng.key(0), (count,)), "turned": prng.normal(prng.key(1), (300, 200)).t()}
     exact = torch.cat([leaf.flatten() for leaf in leaves.values()]).double().norm()
-    # What is not cut into rows is summed by PyTorch: sixteen sums of a quarter of a million squares each.
+    # What is not cut into rows is summed by PyTorch, which loses digits of so many.
     assert float(optim.global_norm(leaves)) == pytest.approx(float(exact), rel=3e-7 if count % 2 == 0 else 1e-4)
     assert float(optim.global_norm({})) == 0
 
