@@ -136,9 +136,4 @@ def _entry(name: str, value: Any, offset: int) -> Entry:
 
 
 def _sizes(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    for size in value:  # not all(): a generator for every tensor is a tenth of what a header takes
-        if type(size) is not int or not 0 <= size < 2**63:
-            return False
-    return True
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
