@@ -130,7 +130,7 @@ def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
 def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
     """x (batch, inputs, height, width) -> (batch, outputs, ...)."""
     weight, bias = meant_weight(params, x.dtype), params["bias"]
-    if all(map(plain, (x, weight, bias))) and winograd.pays(weight, x, stride, padding):
+    if _by_winograd(params, x, stride, padding):
         y = winograd.convolve(weight, bias, x)
     else:
         y = F.conv2d(x, weight, bias, stride=stride, padding=padding)
@@ -144,7 +144,8 @@ def conv2d_over(params: Params, fresh: Tensor, plus: Tensor | None = None) -> Te
     """The 3x3 convolution with padding 1 of a picture that nobody else holds, in whose memory the result then is where
     it may; and `plus` added."""
     outputs, inputs = params["weight"].shape[:2]
-    if outputs == inputs and _by_winograd(params, fresh) and (plus is None or plain(plus)):
+    alone = "low_rank" not in params and (plus is None or plain(plus))
+    if outputs == inputs and alone and _by_winograd(params, fresh):
         return winograd.convolve(meant_weight(params, fresh.dtype), params["bias"], fresh, plus=plus, over=True)
     found = conv2d(params, fresh, padding=1)
     return found if plus is None else add_over(found, plus)
@@ -152,14 +153,14 @@ def conv2d_over(params: Params, fresh: Tensor, plus: Tensor | None = None) -> Te
 
 def conv2d_doubled(params: Params, x: Tensor) -> Tensor:
     """The 3x3 convolution with padding 1 of x with every pixel twice a side."""
-    if _by_winograd(params, x, scale=2):
+    if "low_rank" not in params and _by_winograd(params, x, scale=2):
         return winograd.convolve(meant_weight(params, x.dtype), params["bias"], x, scale=2)
     return conv2d(params, F.interpolate(x, scale_factor=2.0, mode="nearest"), padding=1)
 
 
-def _by_winograd(params: Params, x: Tensor, scale: int = 1) -> bool:
-    watched = "low_rank" in params or not all(map(plain, (x, *params.values())))
-    return not watched and winograd.pays(params["weight"], x, scale=scale)
+def _by_winograd(params: Params, x: Tensor, stride: int = 1, padding: int = 1, scale: int = 1) -> bool:
+    own = [leaf for name, leaf in params.items() if name != "low_rank"]
+    return all(map(plain, (x, *own))) and winograd.pays(params["weight"], x, stride, padding, scale)
 
 
 def patches_linear(params: Params) -> Params:
@@ -211,10 +212,10 @@ def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     return F.group_norm(x, groups, params["weight"], params["bias"], eps)
 
 
-def group_norm_silu(params: Params, x: Tensor, groups: int, eps: float, *, fresh: bool = False) -> Tensor:
-    """SiLU of the group norm; `fresh`: nobody else holds x, whose memory may then be the result's."""
+def group_norm_silu(params: Params, x: Tensor, groups: int, eps: float, *, over: bool = False) -> Tensor:
+    """SiLU of the group norm; `over`: nobody else holds x, whose memory may then be the result's."""
     if _in_parts(params, x, groups):
-        return _group_norm_in_parts(params, x, groups, eps, x if fresh else torch.empty_like(x), silu=True)
+        return _group_norm_in_parts(params, x, groups, eps, x if over else torch.empty_like(x), silu=True)
     return silu_over(group_norm(params, x, groups, eps))
 
 
@@ -235,10 +236,11 @@ def _group_norm_in_parts(
         pixels = x.permute(0, 2, 3, 1).view(batch, height * width, channels)
         return pixels.split(max(1, NUMBERS_AT_ONCE // channels), dim=1)
 
-    pivot = parts(x)[0].mean(1).view(batch, groups, each).mean(-1, keepdim=True)
+    given = parts(x)
+    pivot = given[0].mean(1).view(batch, groups, each).mean(-1, keepdim=True)
     flat = pivot.expand(batch, groups, each).reshape(batch, 1, channels)
     sums = torch.zeros(2, batch, channels, dtype=torch.float64)
-    for part in parts(x):
+    for part in given:
         centred = part - flat
         sums += torch.stack([centred.sum(1), centred.square_().sum(1)])
     mean, square = sums.view(2, batch, groups, each).sum(-1) / (height * width * each)
@@ -246,7 +248,7 @@ def _group_norm_in_parts(
     scale = params["weight"].view(groups, each) * inverse[..., None]
     shift = params["bias"].view(groups, each) - (mean + pivot[..., 0]).float()[..., None] * scale
     scale, shift = scale.view(batch, 1, channels), shift.view(batch, 1, channels)
-    for part, place in zip(parts(x), parts(into), strict=True):
+    for part, place in zip(given, parts(into), strict=True):
         torch.addcmul(shift, part, scale, out=place)
         if silu:
             F.silu(place, inplace=True)

@@ -20,8 +20,8 @@ ROWS_AT_ONCE, TILES_AT_ONCE, SMALL_KERNEL = 4, 64, 1 << 20
 """Rows of tiles that go through a product together, or more until there are so many tiles; and the numbers of a kernel
 that is read as fast for each row."""
 KEPT = 1 << 22
-"""Numbers of a tensor up to which the C library gives memory that was used before. More than 32 MB are fresh pages each
-time, on which mapping a kernel takes four times as long."""
+"""Numbers of a mapped kernel in one tensor, well below the 32 MB from which on the C library asks for fresh pages each
+time, on which mapping takes nearly four times as long."""
 
 Matrix = list[list[float]]
 
@@ -81,8 +81,8 @@ def convolve(
     of 4.
 
     The same as `F.conv2d(x, weight, bias, padding=1)`, of x enlarged with every pixel `scale` times a side, and `plus`
-    added. `over`: into the memory of x, whose shape and `scale` 1 the result must have; else into tensors of its own,
-    so it is not for tensors that are differentiated or mapped.
+    added. `over`: into the memory of x, which must be of the result's shape. It writes into tensors of its own or into
+    x, so it is not for tensors that are differentiated or mapped.
     """
     outputs, inputs = weight.shape[:2]
     batch, (rows, columns) = x.shape[0], (scale * side // TILE for side in x.shape[-2:])
@@ -97,11 +97,16 @@ def convolve(
     first, second = x.new_empty(2, WINDOW**2 * count * max(inputs, outputs))
     windows, mixed = (memory[: WINDOW**2 * count * inputs] for memory in (first, second))
     products, halves = first[: WINDOW**2 * count * outputs], second[: TILE * WINDOW * count * outputs]
+    sizes = [len(kernel) for kernel in kernels]
+    pairs = zip(
+        mixed.view(WINDOW**2, -1, inputs).split(sizes), products.view(WINDOW**2, -1, outputs).split(sizes), strict=True
+    )
+    steps = [(kernel, *pair) for kernel, pair in zip(kernels, pairs, strict=True)]
     tiles = x.new_empty(TILE, TILE, step, columns, outputs)
     pictures = x.permute(0, 2, 3, 1)
     found = pictures if over else x.new_empty(batch, rows * TILE, columns * TILE, outputs)
-    added = None if plus is None else _in_tiles(plus.permute(0, 2, 3, 1))
-    for index, (image, picture) in enumerate(zip(pictures, _in_tiles(found), strict=True)):
+    added = [None] * batch if plus is None else _in_tiles(plus.permute(0, 2, 3, 1))
+    for image, picture, more in zip(pictures, _in_tiles(found), added, strict=True):
         done = None
         for start in range(0, rows, step):
             start = min(start, rows - step)
@@ -110,19 +115,15 @@ def convolve(
                 torch.mm(into, strip.view(WINDOW, -1), out=mapped.view(WINDOW, -1))
                 windows.view(WINDOW, WINDOW, step, columns, inputs)[:, :, row] = _windows(mapped, columns)
             # Only here, since these windows have read the last rows of what may be overwritten.
-            _put(tiles, picture, done, None if added is None else added[index])
+            _put(tiles, picture, done, more)
             torch.mm(into, windows.view(WINDOW, -1), out=mixed.view(WINDOW, -1))
-            place = 0
-            for kernel in kernels:
-                part = slice(place, place := place + len(kernel))
-                torch.bmm(
-                    mixed.view(WINDOW**2, -1, inputs)[part], kernel, out=products.view(WINDOW**2, -1, outputs)[part]
-                )
+            for kernel, part, product in steps:
+                torch.bmm(part, kernel, out=product)
             torch.mm(back, products.view(WINDOW, -1), out=halves.view(TILE, -1))
             torch.bmm(back.expand(TILE, -1, -1), halves.view(TILE, WINDOW, -1), out=tiles.view(TILE, TILE, -1))
             tiles += bias
             done = slice(start, start + step)
-        _put(tiles, picture, done, None if added is None else added[index])
+        _put(tiles, picture, done, more)
     return found.permute(0, 3, 1, 2)
 
 

@@ -76,7 +76,7 @@ def encode(params: Params, config: Config, images: Tensor, *, implementation: Im
             # One pixel at the right and bottom only, as the released weights were trained.
             x = layers.conv2d(level["resample"], F.pad(x, (0, 1, 0, 1)), stride=2)
     x = _middle(params["middle"], config, x, implementation)
-    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, fresh=True)
+    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, over=True)
     mean, logvar = layers.conv2d(params["conv_out"], x, padding=1).contiguous().chunk(2, dim=1)
     return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
@@ -98,7 +98,7 @@ def decode(params: Params, config: Config, latents: Tensor, *, implementation: I
             x = _resnet(block, config, x)
         if "resample" in level:
             x = layers.conv2d_doubled(level["resample"], x)
-    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, fresh=True)
+    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, over=True)
     return layers.conv2d(params["conv_out"], x, padding=1).contiguous()
 
 
@@ -163,7 +163,7 @@ def _check_images(config: Config, images: Tensor) -> None:
 def _resnet(params: Params, config: Config, x: Tensor) -> Tensor:
     h = layers.group_norm_silu(params["norm1"], x, config.groups, config.eps)
     h = layers.conv2d_over(params["conv1"], h)
-    h = layers.group_norm_silu(params["norm2"], h, config.groups, config.eps, fresh=True)
+    h = layers.group_norm_silu(params["norm2"], h, config.groups, config.eps, over=True)
     return layers.conv2d_over(params["conv2"], h, layers.conv2d(params["shortcut"], x) if "shortcut" in params else x)
 
 

@@ -127,10 +127,10 @@ def test_group_norm_with_silu_is_both_and_overwrites_only_what_is_given_up(side)
     found = layers.group_norm_silu(params, x, 8, 1e-6)
     torch.testing.assert_close(found, expected)
     assert torch.equal(x, before)
-    torch.testing.assert_close(layers.group_norm_silu(params, x, 8, 1e-6, fresh=True), expected)
+    torch.testing.assert_close(layers.group_norm_silu(params, x, 8, 1e-6, over=True), expected)
     # Watched: the same, with a gradient, and nothing overwritten.
     watched = before.clone().requires_grad_()
-    torch.testing.assert_close(layers.group_norm_silu(params, watched, 8, 1e-6, fresh=True), expected)
+    torch.testing.assert_close(layers.group_norm_silu(params, watched, 8, 1e-6, over=True), expected)
     assert torch.equal(watched, before)
 
 
@@ -152,7 +152,7 @@ def test_parameters_alone_can_be_learned_of_large_pictures():
         (conv, lambda params: layers.conv2d_over(params, x)),
         (conv, lambda params: layers.conv2d_doubled(params, x)),
         (norm, lambda params: layers.group_norm(params, x, 8, 1e-6)),
-        (norm, lambda params: layers.group_norm_silu(params, x, 8, 1e-6, fresh=True)),
+        (norm, lambda params: layers.group_norm_silu(params, x, 8, 1e-6, over=True)),
     ):
         for name in params:
             own = params[name].clone().requires_grad_()
