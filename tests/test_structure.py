@@ -8,15 +8,16 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "functional_sd3"
 ALLOWED = {
     "core": set(),
-    "text": {"core"},
-    "image": {"core"},
+    "formats": {"core"},
+    "text": {"core", "formats"},
+    "image": {"core", "formats"},
     "transformer": {"core"},
     "flow": {"core"},
-    "weights": {"core", "text", "image", "transformer", "flow", "metrics"},
-    "training": {"core", "text", "image", "transformer", "flow", "weights", "pipeline", "metrics"},
-    "metrics": {"core", "text", "image", "training"},
-    "pipeline": {"core", "text", "image", "transformer", "flow", "weights"},
-    "cli": {"core", "text", "image", "transformer", "flow", "weights", "training", "metrics", "pipeline"},
+    "weights": {"core", "formats", "text", "image", "transformer", "flow", "metrics"},
+    "training": {"core", "formats", "text", "image", "transformer", "flow", "weights", "pipeline", "metrics"},
+    "metrics": {"core", "formats", "text", "image", "training"},
+    "pipeline": {"core", "formats", "text", "image", "transformer", "flow", "weights"},
+    "cli": {"core", "formats", "text", "image", "transformer", "flow", "weights", "training", "metrics", "pipeline"},
 }
 """Room -> the rooms it may import. Training draws samples while it runs, hence the pipeline; weights read files for the
 network and the statistics of the metrics, of which they know spec and record."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from functional_sd3.core.types import Params
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import (
     atomic,
     composing,
@@ -32,7 +33,6 @@ from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
 from functional_sd3.weights.describing import describe
-from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.features import load_features, save_features
 from functional_sd3.weights.forms import infer_config
 from functional_sd3.weights.inception import UnknownWeights, load_inception

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from functional_sd3.weights.errors import WeightsError, reason
+from functional_sd3.formats.errors import WeightsError, reason
 
 Result = TypeVar("Result")
 _ATTEMPTS = 5

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params
+from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.image import clip_pixels
 from functional_sd3.text import bpe, clip, clip_dual, clip_image
 from functional_sd3.weights import config_fields, diffusers_keys, files, layout, shards
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.errors import WeightsError, attempt, reason
 from functional_sd3.weights.layout import Layout, Rule, Source, renamed
 from functional_sd3.weights.shards import WeightFiles
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from functional_sd3.flow import schedule
+from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.weights import forms, reading, sources, taesd_keys
-from functional_sd3.weights.errors import WeightsError, attempt
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
 from functional_sd3.weights.reading import Contents, Piece, Plan
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from functional_sd3.weights.errors import WeightsError
+from functional_sd3.formats.errors import WeightsError
 
 # Far above any network there is, and low enough that a hostile file cannot make us build a spec for ever.
 MOST_LAYERS = 1024

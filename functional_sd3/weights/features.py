@@ -4,9 +4,9 @@ import os
 
 import torch
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.metrics.collect import Features
 from functional_sd3.weights import npz
-from functional_sd3.weights.errors import WeightsError
 
 _KINDS = {"preprocessing": str, "weights": str, "tap": int}
 

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.weights import blocks, finite
 from functional_sd3.weights.atomic import replace_file
-from functional_sd3.weights.errors import WeightsError, reason
 from functional_sd3.weights.header import DTYPES, Header, parse, read
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import config_fields, diffusers_keys, infer, layout, native, stability, taesd_keys
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.layout import Layout
 from functional_sd3.weights.model import Config
 

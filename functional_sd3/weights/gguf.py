@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.weights import files, kinds
 from functional_sd3.weights.blocks import BLOCKS
-from functional_sd3.weights.errors import WeightsError, reason
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.header import Entry, Header
 

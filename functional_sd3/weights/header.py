@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.weights import kinds
-from functional_sd3.weights.errors import WeightsError, reason
 
 DTYPES = {
     "F64": torch.float64,

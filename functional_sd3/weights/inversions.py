@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.text.inversion import Word
 from functional_sd3.weights import files
-from functional_sd3.weights.errors import WeightsError
 
 _NAMES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}
 _THEIRS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}

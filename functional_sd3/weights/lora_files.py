@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import adapters, files, finite, lora_keys, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
-from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.lora_keys import Target
 from functional_sd3.weights.model import Config
 

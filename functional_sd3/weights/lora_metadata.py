@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import adapters, files
 from functional_sd3.weights.adapters import Adapter
-from functional_sd3.weights.errors import WeightsError
 
 _KEY = "lora_adapter_metadata"
 _PEFT = "base_model.model."

@@ -7,9 +7,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import config_fields, header
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.model import SPECS, Config
 
 KEY = "functional_sd3"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.weights.atomic import replace_file
-from functional_sd3.weights.errors import WeightsError, reason
 
 
 def read(path: str | os.PathLike, what: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.weights import files
-from functional_sd3.weights.errors import WeightsError, reason
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.header import Entry, Header
 from functional_sd3.weights.kinds import HOW_TO_CONVERT

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import files, finite, forms, layout
-from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.forms import Form
 from functional_sd3.weights.header import Entry

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.weights import files
-from functional_sd3.weights.errors import WeightsError, attempt, reason
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.header import Entry
 

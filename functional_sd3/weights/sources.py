@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.text import bpe, unigram
 from functional_sd3.weights import (
     atomic,
@@ -24,7 +25,6 @@ from functional_sd3.weights import (
     taesd_keys,
 )
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.errors import WeightsError, attempt, reason
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.header import Header
 from functional_sd3.weights.reading import Contents, Piece

@@ -12,8 +12,8 @@ from torch import Tensor
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import files, layout, reading
-from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.metrics.fid import Record
 from functional_sd3.metrics.frechet import Statistics
 from functional_sd3.weights import npz
-from functional_sd3.weights.errors import WeightsError
 
 
 def save_statistics(path: str | os.PathLike, record: Record) -> None:

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import taesd
-from functional_sd3.weights.errors import WeightsError
 from functional_sd3.weights.layout import Layout, renamed
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from functional_sd3.formats.printable import escape
+
 Result = TypeVar("Result")
 _MOST_SHOWN = 50
 
@@ -12,8 +14,8 @@ class WeightsError(ValueError):
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         problems = (problems,) if isinstance(problems, str) else problems
-        # Names in hostile files need not be printable.
-        self.problems = tuple(problem.encode(errors="backslashreplace").decode() for problem in problems)
+        # Names in hostile files may hold what a terminal acts on.
+        self.problems = tuple(escape(problem) for problem in problems)
         shown = self.problems[:_MOST_SHOWN]
         more = len(self.problems) - len(shown)
         title = f"{len(self.problems)} problems:\n  " if len(self.problems) > 1 else ""
