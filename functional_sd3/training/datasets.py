@@ -6,6 +6,7 @@ set into what the transformer is trained on.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.formats.printable import shorten
 from functional_sd3.image import pictures, pixels, vae
 from functional_sd3.image.pictures import SUFFIXES, Skipped
 from functional_sd3.text import conditioning
@@ -55,8 +57,7 @@ def image_folder(folder: str | os.PathLike, *, template: str = "a photo of a {}"
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of pictures" if folder.exists() else f"{folder} does not exist")
-    if "{}" not in template:
-        raise ValueError(f"template {template!r} must contain {{}}, where the name of the class goes")
+    _check_template(template)
     if (folder / METADATA).is_file():
         samples, skipped = list(_described(folder / METADATA)), []
     else:
@@ -161,7 +162,21 @@ def _caption(path: Path, folder: Path, template: str) -> str:
         return " ".join(beside.read_text(encoding="utf-8").split())
     if path.parent == folder:
         return ""
-    return template.format(path.parent.name.replace("_", " ").replace("-", " ").strip())
+    # Not str.format, whose fields reach into objects.
+    return template.replace("{}", path.parent.name.replace("_", " ").replace("-", " ").strip())
+
+
+def _check_template(template: str) -> None:
+    """Raises ValueError unless `{}` occurs and no other brace does."""
+    if "{}" not in template:
+        raise ValueError(f"template {shorten(repr(template))} must contain {{}}, where the name of the class goes")
+    rest = template.replace("{}", "")
+    other = re.search(r"\{[^{}]*\}?|\}", rest)
+    if other:
+        raise ValueError(
+            f"template {shorten(repr(template))} holds {shorten(repr(other[0]), 40)}; {{}}, for the name of the class, "
+            "is all that is filled in, and other braces mean nothing"
+        )
 
 
 def square(picture: "Image", size: int) -> "Image":

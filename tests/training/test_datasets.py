@@ -92,6 +92,31 @@ def test_a_template_without_a_place_for_the_class_is_refused(tmp_path):
         datasets.image_folder(tmp_path, template="a photo")
 
 
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{} in {place}", "{place}"),
+        ("{0.__class__} {}", "{0.__class__}"),
+        ("{", "must contain {}"),
+        ("{} {", "'{'"),
+        ("}{}", "'}'"),
+        ("{!r}", "must contain {}"),
+        ("{:>9999999999} {}", "{:>9999999999}"),
+        ("a \x1b[31m", "must contain {}"),
+    ],
+)
+def test_a_template_with_other_fields_is_refused_by_name(tmp_path, template, named):
+    with pytest.raises(ValueError) as caught:
+        datasets.image_folder(tmp_path, template=template)
+    assert named in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_a_class_with_braces_in_its_name_is_put_into_every_place_of_the_template(tmp_path):
+    plain(tmp_path / "{0.__class__}" / "1.png")
+    index = datasets.image_folder(tmp_path, template="a {}, yes, a {}")
+    assert [sample.caption for sample in index.samples] == ["a {0.  class  }, yes, a {0.  class  }"]
+
+
 def one(path, size=8):
     return datasets.load(datasets.image_folder(path.parent), 0, size)
 
