@@ -47,7 +47,8 @@ def test_ssim_equals_scikit_image():
     rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(20.0), indexing="ij")
     x = (0.5 + 0.5 * torch.sin(rows / 3 + columns / 5))[None, None].double()
     y = 0.5 + 0.4 * torch.sin(rows / 3 + columns / 5 + 0.3) + 0.05 * torch.cos(7 * rows * columns)
-    assert float(similarity.ssim(x, y[None, None].double())) == pytest.approx(0.8034196248826075, rel=1e-9)
+    # The inputs are float32 sines, which round differently on another CPU.
+    assert float(similarity.ssim(x, y[None, None].double())) == pytest.approx(0.8034196248826075, rel=1e-6)
 
 
 def test_ssim_of_one_colour_is_its_luminance_term_and_of_equal_images_1():
