@@ -2,6 +2,7 @@
 
 import argparse
 
+from functional_sd3.cli import lora_options
 from functional_sd3.metrics import inception, preprocess
 
 HELP = "measure pictures and models: fid, kid, cmmd, clip, prompts, vae"
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     prompts = _metric(metrics, "prompts", "share of captions of the shapes world that a model draws right")
     _model(prompts)
+    lora_options.add_arguments(prompts)
     prompts.add_argument("--count", type=int, default=200, help="held-out captions of each kind (default 200)")
     prompts.add_argument("--things", type=int, choices=(1, 2), help="only captions of one thing, or of two")
     prompts.add_argument("--seed", type=int, default=0)

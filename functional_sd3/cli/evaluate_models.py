@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import weights
-from functional_sd3.cli import report, runtime
+from functional_sd3.cli import lora_options, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.image import pictures, pixels, vae
@@ -73,8 +73,13 @@ def run_clip(arguments: argparse.Namespace) -> Report:
 
 def run_prompts(arguments: argparse.Namespace) -> Report:
     method = runtime.method(arguments.method)
+    for text in arguments.lora:
+        lora_options.parse(text)
     model, source = _model(arguments)
     runtime.require(model, ("transformer", "vae"), source)
+    loras = lora_options.load(arguments.lora, model.config, runtime.device(arguments.device))
+    fetch = lora_options.added_to(model.params.__getitem__, loras)
+    model = model._replace(params={name: fetch(name) for name in model.params})
     rows = []
     kinds = (arguments.things,) if arguments.things else (1, 2)
     counts = [min(arguments.count, len(shapes.held_out_captions(things))) for things in kinds]
@@ -102,7 +107,8 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
         shares = " | ".join(f"{100 * row[name]:.1f} %" for name in _RESPECTS)
         text.append(f"| {row['things']} | {row['captions']} | {shares} |")
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "method", "dtype")}
-    return Report(tuple(text), {"metric": "prompts", "params": source, **settings, "rows": rows})
+    source = {"params": source, "lora": arguments.lora}
+    return Report(tuple(text), {"metric": "prompts", **source, **settings, "rows": rows})
 
 
 def run_vae(arguments: argparse.Namespace) -> Report:

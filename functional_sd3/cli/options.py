@@ -5,10 +5,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from functional_sd3.cli import controls, guidance, written
+from functional_sd3.cli import controls, guidance, lora_options, written
 
 BATCH = 16
-_RECORDED = ("negative", "steps", "cfg", "method", "rtol", "atol", "dtype", "params", "embedding", "weighted", "long")
+_RECORDED = (
+    "negative", "steps", "cfg", "method", "rtol", "atol", "dtype", "params", "embedding", "weighted", "long", "lora",
+)  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +21,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a folder or file of weights of any form; given several times, they are put together (default: the "
         "shipped tiny model)",
     )
+    lora_options.add_arguments(parser)
     parser.add_argument(
         "--offload",
         action="store_true",

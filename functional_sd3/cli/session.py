@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import guidance, runtime
+from functional_sd3.cli import guidance, lora_options, runtime
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Params
@@ -39,6 +39,8 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
     runtime.method(arguments.method, prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
     for text in arguments.guidance:
         guidance.parse(text)
+    for text in arguments.lora:
+        lora_options.parse(text)
     if arguments.compile:
         transform.check_compiler()
     source = arguments.params or shipped.folder()
@@ -52,6 +54,7 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
         model = runtime.with_words(weights.load(source, **told), arguments.embedding)
         fetch = model.params.__getitem__
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    fetch = lora_options.added_to(fetch, lora_options.load(arguments.lora, model.config, device))
     opened = Session(model.config, model.tokenizers, fetch, device, dtype, timer)
     return opened._replace(guidance=guidance.prepare(arguments, opened))
 

@@ -1,0 +1,77 @@
+"""`--lora FILE[=SCALE]` of the commands that draw: LoRAs added lazily to the parameters as they are read."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from functional_sd3.formats.printable import shorten
+
+if TYPE_CHECKING:
+    import torch
+
+    from functional_sd3.core.types import Params
+    from functional_sd3.weights.adapters import Lora
+    from functional_sd3.weights.model import Config
+
+
+class LoraSpec(NamedTuple):
+    """A file, or a folder that holds one, and its scale."""
+
+    path: Path
+    scale: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="a LoRA and its strength (default 1); given several times, they add up",
+    )
+
+
+def parse(text: str) -> LoraSpec:
+    """The file and scale of one `FILE[=SCALE]`; a file whose whole name is there counts before a scale.
+
+    Raises ValueError for a file that does not exist and for a scale that is no finite number.
+    """
+    if Path(text).exists():
+        return LoraSpec(Path(text), 1.0)
+    name, equals, word = text.rpartition("=")
+    if not equals:
+        raise ValueError(f"--lora {shorten(text, 300)}: no such file")
+    if not Path(name).exists():
+        raise ValueError(f"--lora {shorten(text, 300)}: there is no file {shorten(name, 300)}")
+    try:
+        scale = float(word)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ValueError(f"--lora {shorten(text, 300)}: the scale {shorten(word)!r} must be a number, such as 0.8")
+    return LoraSpec(Path(name), scale)
+
+
+def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "list[tuple[Lora, float]]":
+    """The LoRAs of these options with their scales; those of scale 0 are checked, then left out."""
+    from functional_sd3.training import lora
+
+    loaded = [(lora.load(spec.path, config, device=device), spec.scale) for spec in map(parse, texts)]
+    return [(one, scale) for one, scale in loaded if scale != 0]
+
+
+def added_to(fetch: "Callable[[str], Params]", loras: "Sequence[tuple[Lora, float]]") -> "Callable[[str], Params]":
+    """A component's name -> its parameters as `fetch` reads them, with the LoRAs' parts for that component added."""
+    from functional_sd3.training import lora
+
+    def fetch_with_loras(name: str) -> "Params":
+        params = fetch(name)
+        parts = [({name: one[name]}, scale) for one, scale in loras if name in one]
+        if not parts:
+            return params
+        trees, scales = zip(*parts, strict=True)
+        return lora.apply({name: params}, trees, scales, lazy=True)[name]
+
+    return fetch_with_loras if loras else fetch
