@@ -37,8 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
+    from functional_sd3.formats import notes
+
     try:
-        return parsed.run(parsed)
+        with notes.printed():
+            return parsed.run(parsed)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.image import vae
+from functional_sd3.text.completeness import check_encoders
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Config, Tokenizers
 
@@ -54,6 +55,8 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
         model = runtime.with_words(weights.load(source, **told), arguments.embedding)
         fetch = model.params.__getitem__
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    # Before images are read and the first prompt is encoded, which checks it again.
+    check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     fetch = lora_options.added_to(fetch, lora_options.load(arguments.lora, model.config, device))
     opened = Session(model.config, model.tokenizers, fetch, device, dtype, timer)
     return opened._replace(guidance=guidance.prepare(arguments, opened))

@@ -6,7 +6,7 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers", section 4; numerics of
               [                 T5                          ]   then along the tokens
     pooled  =   CLIP-L projected   | CLIP-G projected
 
-An encoder whose parameters are absent contributes zeros.
+An encoder whose parameters are absent contributes zeros; `apply` says which, and needs at least one.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params
 from functional_sd3.text import clip, t5, weighting
+from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.prompt_ids import Config, Emphasis, Ids, Tokenizers, read, tokenize, tokenize_weighted
 
 __all__ = ["Conditioning", "Emphasis", "Ids", "apply", "apply_from", "encode", "tokenize", "tokenize_weighted"]
@@ -51,8 +52,11 @@ def apply(
     weighted: `(words:1.3)` weighs words. long_prompts: what CLIP has no room for follows in more chunks of its tokens,
     and the context becomes longer; prompts of a batch that are shorter end in empty chunks. Both off, as in training:
     see `weighting`. The ids are made on the CPU and moved to the device of the parameters.
+
+    Raises ValueError where `params` has no text encoder, or one without its tokenizer; warns (`notes.Note`) naming the
+    encoders that are absent.
     """
-    _check_readable([name for name in Ids._fields if name in params], tokenizers)
+    check_encoders([name for name in Ids._fields if name in params], tokenizers)
     options = {"prompts_2": prompts_2, "prompts_3": prompts_3, "t5_length": t5_length}
     told = read(config, tokenizers, prompts, **options, weighted=weighted, long_prompts=long_prompts)
     ids, emphasis = tree.map(lambda part: part.to(_like(params).device), told)
@@ -76,20 +80,12 @@ def apply_from(
     those that the config has, when what it gave before has been dropped.
     """
     there = [name for name in Ids._fields if (getattr(config, name) is not None if names is None else name in names)]
-    _check_readable(there, tokenizers)
+    check_encoders(there, tokenizers)
     ids, emphasis = read(config, tokenizers, prompts, **told)
     options = {"clip_skip": clip_skip, "implementation": implementation}
-    if not there:
-        return encode({}, config, ids, **options)
     # Each alone leaves zeros where the others speak, so the sum is exact.
     parts = [_encode_alone(fetch, config, name, (ids, emphasis), options) for name in there]
     return Conditioning(*(sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)))
-
-
-def _check_readable(names: Sequence[str], tokenizers: Tokenizers) -> None:
-    unread = [name for name in names if getattr(tokenizers, name) is None]
-    if unread:
-        raise ValueError(f"no tokenizer for {', '.join(unread)}, whose parameters are given; remove these or give one")
 
 
 def _encode_alone(fetch, config: Config, name: str, told: tuple[Ids, Any], options: dict) -> Conditioning:

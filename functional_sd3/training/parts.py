@@ -17,6 +17,7 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
+from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import datasets, loop, lora, losses, optim, shapes, step
 from functional_sd3.weights.model import SPECS, Config, Model
 
@@ -97,6 +98,7 @@ def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: 
     encoded for each batch, without gradients.
     """
     config, tokenizers = model.config, model.tokenizers
+    check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4)
     names = [name for name in ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
     described = {name: SPECS[name](getattr(config, name)) for name in names}

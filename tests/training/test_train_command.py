@@ -9,6 +9,9 @@ from functional_sd3.cli import train
 from functional_sd3.core import tree
 from functional_sd3.training import checkpoint, log
 
+# The model here has no CLIP-G, which is noted whenever prompts are encoded.
+pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
+
 
 @pytest.fixture
 def command(model_folder, capsys):
