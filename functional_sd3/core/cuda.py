@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functional_sd3.core.types import Params
-from functional_sd3.core.watching import in_transform, is_ordinary, plain
+from functional_sd3.core.watching import in_mode, in_transform, is_ordinary, plain
 
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether `kernel` computes on these: tensors on a GPU that nothing watches, nor what is dispatched."""
-    if not all(_here(x) and plain(x) for x in tensors) or torch._C._len_torch_dispatch_stack():
+    if not all(_here(x) and plain(x) for x in tensors):
         return False
     return hasattr(torch.cuda.jiterator, "_create_multi_output_jit_fn")
 
@@ -39,7 +39,7 @@ def kernel(code: str, outputs: int = 1) -> Callable[..., Any]:
 
 def has_rms_norm(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch's `rms_norm` is one kernel for this, and a few backwards: eager, one dtype, on a GPU."""
-    if not _here(x) or x.dtype != weight.dtype or torch.compiler.is_compiling() or in_transform():
+    if not _here(x) or x.dtype != weight.dtype or torch.compiler.is_compiling() or in_transform() or in_mode():
         return False
     eager = not torch.is_autocast_enabled("cuda") and is_ordinary(x) and is_ordinary(weight)
     return eager and hasattr(torch.ops.aten, "_fused_rms_norm")
@@ -65,7 +65,7 @@ def linear_gelu_tanh(params: Params, x: Tensor) -> Tensor:
 
 def has_cast(leaves: Sequence[Tensor]) -> bool:
     """Whether `cast` computes this: tensors on a GPU, watched at most by eager autograd."""
-    if torch.compiler.is_compiling() or in_transform():
+    if torch.compiler.is_compiling() or in_transform() or in_mode():
         return False
     return all(_here(leaf) and is_ordinary(leaf) for leaf in leaves)
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 
 def plain(x: Tensor) -> bool:
     """Whether x is neither differentiated nor mapped nor traced, nor of a kind with rules of its own (a DTensor): if
     nobody else holds it, it may be overwritten."""
-    return not torch.compiler.is_compiling() and not x.requires_grad and is_ordinary(x)
+    return not torch.compiler.is_compiling() and not x.requires_grad and is_ordinary(x) and not in_mode()
 
 
 def by_autograd(*tensors: Tensor, devices: Sequence[str] = ("cpu",)) -> bool:
@@ -23,7 +24,7 @@ def by_autograd(*tensors: Tensor, devices: Sequence[str] = ("cpu",)) -> bool:
     if narrow or any(x.dtype != first.dtype or x.device.type != device for x in tensors):
         return False
     # Inside a transform of torch.func even what it does not wrap may not go through a function of one's own.
-    if in_transform() or torch.is_autocast_enabled(device):
+    if in_transform() or in_mode() or torch.is_autocast_enabled(device):
         return False
     # Of what is frozen nothing need be kept for a backward pass, and autograd knows best what.
     return all(x.requires_grad and is_ordinary(x) for x in tensors)
@@ -46,3 +47,17 @@ def is_ordinary(x: Tensor) -> bool:
 def in_transform() -> bool:
     """Whether a transform of torch.func is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_mode() -> bool:
+    """Whether a dispatch mode (`FlopCounterMode`, a tracer) or a function mode is active, which must be shown PyTorch's
+    own operations.
+
+    The function mode of a default device is none of these: it changes where tensors are created, no result.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    depth = torch._C._len_torch_function_stack()
+    return depth > 0 and not all(
+        isinstance(torch._C._get_function_stack_at(index), DeviceContext) for index in range(depth)
+    )
