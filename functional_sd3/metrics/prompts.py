@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sd3.training import shapes
@@ -43,18 +45,21 @@ class Verdict(NamedTuple):
 
 
 def read(picture: Tensor) -> Reading:
-    """picture (3, 64, 64) in [0, 1] -> what is in it. Raises ValueError for another size."""
+    """The background and the things of an image (3, height, width), float in [0, 1] or uint8.
+
+    It reads any such image, whatever its values: those beyond [0, 1] are clamped, NaN is grey, which is no colour of
+    the palette, and other sizes than 64 x 64 are resized to it. Raises ValueError for a tensor of another shape or
+    dtype, which is no image.
+    """
     return _read(picture, _stencils())
 
 
 def _read(picture: Tensor, stencils: "_Stencils") -> Reading:
     from scipy import ndimage
 
-    if tuple(picture.shape) != (3, shapes.SIDE, shapes.SIDE):
-        raise ValueError(f"picture {list(picture.shape)} must be (3, {shapes.SIDE}, {shapes.SIDE})")
     names = list(shapes.COLOURS)
     palette = numpy.array([shapes.COLOURS[name] for name in names], dtype=numpy.float64)
-    pixels = picture.detach().float().permute(1, 2, 0).cpu().numpy() * 255.0
+    pixels = _pixels(picture)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     ground = int(numpy.bincount(nearest.ravel(), minlength=len(names)).argmax())
     distance = numpy.sqrt(((pixels - palette[ground]) ** 2).sum(-1))
@@ -69,6 +74,19 @@ def _read(picture: Tensor, stencils: "_Stencils") -> Reading:
         found.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names, stencils)))
     found.sort(key=lambda entry: -entry[0])
     return Reading(tuple(entry[1] for entry in found), names[ground], tuple(entry[2] for entry in found))
+
+
+def _pixels(image: Tensor) -> numpy.ndarray:
+    """(64, 64, 3) in [0, 255] of any image."""
+    if image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise ValueError(f"image {list(image.shape)} must be (3, height, width), at least one pixel")
+    if not image.is_floating_point() and image.dtype != torch.uint8:
+        raise ValueError(f"image of dtype {image.dtype} must be floating, in [0, 1], or uint8")
+    image = image.detach().cpu().float() / (255.0 if image.dtype == torch.uint8 else 1.0)
+    image = image.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
+    if tuple(image.shape[1:]) != (shapes.SIDE, shapes.SIDE):
+        image = F.interpolate(image[None], (shapes.SIDE, shapes.SIDE), mode="bilinear", antialias=True)[0]
+    return image.permute(1, 2, 0).numpy() * 255.0
 
 
 def judge(reading: Reading, scene: shapes.Scene) -> Verdict:
@@ -86,7 +104,7 @@ def judge(reading: Reading, scene: shapes.Scene) -> Verdict:
 
 
 def table(pictures: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, float]:
-    """Share of pictures (batch, 3, 64, 64) that are right, in all and in each respect."""
+    """Share of images (batch, 3, height, width) that are right, in all and in each respect."""
     stencils = _stencils()
     verdicts = [judge(_read(picture, stencils), scene) for picture, scene in zip(pictures, scenes, strict=True)]
     shares = {name: float(numpy.mean([getattr(verdict, name) for verdict in verdicts])) for name in Verdict._fields}
@@ -121,9 +139,11 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[shapes.Thing,
     pure = pixels[mask][strength >= numpy.quantile(strength, 0.6)].mean(0)
     colour = int(((palette - pure) ** 2).sum(1).argmin())
     towards = palette[colour] - ground
-    coverage = numpy.zeros((shapes.SIDE + 2 * _MARGIN,) * 2)
+    # A pixel wider than a stencil: the middle of a region at the edge lies up to half a pixel outside the image.
+    coverage = numpy.zeros((shapes.SIDE + 2 * (_MARGIN + 1),) * 2)
     grown = ndimage.binary_dilation(mask, structure=numpy.ones((3, 3)))
-    inner = coverage[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
+    edge = _MARGIN + 1
+    inner = coverage[edge:-edge, edge:-edge]
     inner[grown] = numpy.clip((pixels[grown] - ground) @ towards / max(float(towards @ towards), 1.0), 0.0, 1.0)
     rows, columns = numpy.nonzero(mask)
     middle_x, middle_y = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
@@ -131,7 +151,7 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[shapes.Thing,
     for x in numpy.arange(middle_x - 1, middle_x + 1.5, 0.5):
         for y in numpy.arange(middle_y - 1, middle_y + 1.5, 0.5):
             left, top = int(numpy.floor(x)), int(numpy.floor(y))
-            window = coverage[top : top + 2 * _MARGIN, left : left + 2 * _MARGIN]
+            window = coverage[top + 1 :, left + 1 :][: 2 * _MARGIN, : 2 * _MARGIN]
             drawn = stencils.drawn[int(2 * (x - left)), int(2 * (y - top))]
             shared = numpy.minimum(drawn, window).sum((1, 2))
             overlaps = shared / (stencils.areas[int(2 * (x - left)), int(2 * (y - top))] + total - shared)
