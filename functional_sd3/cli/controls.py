@@ -94,7 +94,7 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
             net.params, net.config, torch.zeros(1, 1, 1, 1), one.scale, one.start, one.end, arguments.control_after_last
         )
         control.check(made, config.transformer)
-        images, mask = _picture(one.image, size, net.config.extra_channels > 0)
+        images, mask = _image(one.image, size, net.config.extra_channels > 0)
         with torch.no_grad():
             latents = pipeline.control_latents(
                 {"vae": fetch("vae")},
@@ -135,24 +135,33 @@ def _nets(asked: list[Asked], paths: list[str], dtype, device) -> "list[ControlN
     return found
 
 
-def _picture(path: Path, size: tuple[int, int], masked: bool):
-    """(1, 3, height, width) in [0, 1] and, where wanted, the mask: 1 where the picture is transparent."""
-    import torch
-    from PIL import Image, UnidentifiedImageError
+def _image(path: Path, size: tuple[int, int], masked: bool):
+    """(1, 3, height, width) in [0, 1] and, where wanted, the mask: 1 where the image is transparent.
 
-    from functional_sd3.image import pixels
+    Greyscale of more than 8 bits keeps them: depth maps do.
+    """
+    import numpy
+    import torch
+    from PIL import Image
+
+    from functional_sd3.cli import report
+    from functional_sd3.image import files, pixels
 
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGBA") if masked else pixels.opaque(opened).copy()
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture") from None
-    if picture.size[0] * size[1] != picture.size[1] * size[0]:
-        has, wants = ("x".join(map(str, sides)) for sides in (picture.size, size))
+        image = (files.read_transparent if masked else files.read_deep)(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if image.size[0] * size[1] != image.size[1] * size[0]:
+        has, wants = ("x".join(map(str, sides)) for sides in (image.size, size))
         raise ValueError(f"{path} is {has}, but what is drawn is {wants}: crop it to these proportions, or give --size")
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    if image.mode == "F":
+        grey = torch.from_numpy(numpy.array(image)).clamp(0, 1)
+        return grey.expand(1, 3, *grey.shape).contiguous(), None
     if not masked:
-        return pixels.from_pil(picture), None
-    alpha = torch.tensor(list(picture.getchannel("A").tobytes())).reshape(1, 1, size[1], size[0])
-    return pixels.from_pil(picture.convert("RGB")), (alpha < 128).float()
+        return pixels.from_pil(image), None
+    hidden = torch.from_numpy(numpy.array(image.getchannel("A")) < 128)[None, None]
+    if not hidden.any():
+        report.note(f"{path} has no transparent part: its ControlNet is given all of it, and no place to paint anew")
+    return pixels.from_pil(image.convert("RGB")), hidden.float()

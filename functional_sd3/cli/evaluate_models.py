@@ -15,6 +15,7 @@ from functional_sd3 import weights
 from functional_sd3.cli import lora_options, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
+from functional_sd3.image import files as image_files
 from functional_sd3.image import pictures, pixels, vae
 from functional_sd3.image.pictures import Item
 from functional_sd3.metrics import clip_images, similarity
@@ -50,7 +51,7 @@ def run_clip(arguments: argparse.Namespace) -> Report:
     starts = range(0, len(index.samples), arguments.batch_size)
     for start in report.progress(starts, len(starts), Path(arguments.folder).name, unit="batch"):
         samples = index.samples[start : start + arguments.batch_size]
-        seen = [pictures.read(index.folder / sample.path) for sample in samples]
+        seen = [image_files.read(index.folder / sample.path) for sample in samples]
         captions = [sample.caption for sample in samples]
         found.append(
             clip_images.scores(model.params, model.config, model.tokenizer, model.pixels, seen, captions).cpu()

@@ -172,10 +172,10 @@ def fitted(picture: "Image", fit: Fit) -> "Image":
 
 def read(path: str) -> "Image":
     """The picture; ValueError with its path where it is none."""
-    from functional_sd3.image import pictures
+    from functional_sd3.image import files
 
     try:
-        return pictures.read(path)
+        return files.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

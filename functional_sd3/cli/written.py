@@ -73,17 +73,18 @@ def _option(name: str, value: Any) -> list[str]:
 
 def read_settings(path: Path) -> Settings | None:
     """The settings written into a picture, None where there are none; ValueError for a file that is no picture."""
-    from PIL import Image, UnidentifiedImageError
+    from functional_sd3.formats import json_fields
+    from functional_sd3.image import files
 
     try:
-        with Image.open(path) as picture:
-            text = _text(picture)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture") from None
+        texts = files.read_texts(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    text = _text(texts)
     if text is None:
         return None
     try:
-        settings = json.loads(text)
+        settings = dict(json_fields.parse_object(text, "the text").values)
         command(settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds settings that cannot be read: {error}") from None
@@ -157,13 +158,13 @@ def save_animation(path: Path, pictures: "Sequence[Image]", settings: Settings, 
     files.write_atomic(path, buffer.getvalue())
 
 
-def _text(picture: "Image") -> str | None:
-    """The settings in a PNG's text, a GIF's comment or a WebP's description."""
-    if METADATA in picture.info:
-        return picture.info[METADATA]
-    found = picture.info.get("comment") or picture.getexif().get(_DESCRIPTION) or ""
-    found = found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
-    return found.removeprefix(METADATA).strip() if found.startswith(METADATA) else None
+def _text(texts: dict[str, str]) -> str | None:
+    """The settings in a PNG's text, a GIF's or JPEG's comment or the description in the EXIF of other formats."""
+    if METADATA in texts:
+        return texts[METADATA]
+    others = (texts.get("comment", ""), texts.get("ImageDescription", ""))
+    found = next((text for text in others if text.startswith(METADATA)), None)
+    return None if found is None else found.removeprefix(METADATA).strip()
 
 
 def slug(prompt: str) -> str:

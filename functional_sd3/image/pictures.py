@@ -1,28 +1,24 @@
-"""Files of pictures: one read whole, upright and in RGB; folders and zip archives of them, in order and lazily.
+"""Folders and zip archives of images, in order and lazily; each image is read by `files.read`.
 
-Whatever a file holds (greyscale, palettes, CMYK, 16 bits, transparency, a turned camera) becomes what a person would
-see of it on white paper. Files that cannot be read are named and passed over, never fatal.
+Files that cannot be read are named and passed over, never fatal.
 """
 
 import io
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
-from functional_sd3.image import pixels
+from functional_sd3.image import files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 _CHUNK = 8
 """Pictures that a process is given at a time."""
 
@@ -49,29 +45,6 @@ class Item(NamedTuple):
     reason: str | None = None
 
 
-def read(file: str | os.PathLike | BinaryIO) -> "Image":
-    """The whole picture, upright, in RGB, transparent parts laid over white; of an animation the first frame.
-
-    Raises ValueError with what is wrong with the file.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        # A decoder's complaints about a file it reads all the same (broken EXIF, for instance) help nobody here.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as picture:
-                picture.load()
-                return pixels.opaque(_eight_bits(ImageOps.exif_transpose(picture)))
-    except FileNotFoundError:
-        raise ValueError("the file is missing") from None
-    except UnidentifiedImageError:
-        raise ValueError("not a readable picture (of no known format)") from None
-    # Decoders meet broken files with many kinds of errors, SyntaxError and struct.error among them.
-    except Exception as error:
-        raise ValueError(f"not a readable picture ({error or type(error).__name__})") from None
-
-
 def source(path: str | os.PathLike) -> Source:
     """The pictures below a folder, or in a zip archive, by the suffixes of their names; hidden ones are passed by.
 
@@ -84,14 +57,15 @@ def source(path: str | os.PathLike) -> Source:
         names = _in_folder(path)
     elif not path.exists():
         raise FileNotFoundError(2, "no such folder or zip archive", str(path))
-    elif zipfile.is_zipfile(path):
+    elif path.is_file() and zipfile.is_zipfile(path):
         with _archive(path) as archive:
             names = archive.namelist()
     else:
         raise ValueError(f"{path} is neither a folder of pictures nor a zip archive of them")
-    chosen = sorted({name for name in names if _shown(name) and Path(name).suffix.lower() in SUFFIXES})
+    suffixes = files.suffixes()
+    chosen = sorted({name for name in names if is_shown(name) and Path(name).suffix.lower() in suffixes})
     if not chosen:
-        raise ValueError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{path} holds no pictures ({', '.join(sorted(suffixes))})")
     return Source(path, tuple(chosen))
 
 
@@ -114,16 +88,6 @@ def stream(source: Source, transform: Callable[["Image"], Tensor], *, workers: i
             yield Item(name, None if value is None else torch.from_numpy(value), reason)
 
 
-def _eight_bits(picture: "Image") -> "Image":
-    """Of 16-bit greyscale, which Pillow clips to 255, the eight bits it would have been saved with."""
-    from PIL import Image
-
-    if not picture.mode.startswith("I"):
-        return picture
-    values = numpy.asarray(picture).astype(numpy.float64) / 257.0
-    return Image.fromarray(values.round().clip(0, 255).astype(numpy.uint8))
-
-
 def _in_folder(folder: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
@@ -133,7 +97,7 @@ def _in_folder(folder: Path) -> Iterator[str]:
         yield from ((Path(root) / name).relative_to(folder).as_posix() for name in names)
 
 
-def _shown(name: str) -> bool:
+def is_shown(name: str) -> bool:
     """Whether nobody meant to hide a file; archives made on a Mac shadow every picture with a file of its metadata."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
@@ -149,15 +113,25 @@ def _archive(path: Path) -> zipfile.ZipFile:
 def _opened(path: Path) -> Iterator[Callable[[str], "Image"]]:
     """A function from names to pictures."""
     if path.is_dir():
-        yield lambda name: read(path / name)
+        yield lambda name: files.read(path / name)
         return
     with _archive(path) as archive:
-        yield lambda name: read(io.BytesIO(_bytes(archive, name)))
+        yield lambda name: files.read(io.BytesIO(_bytes(archive, name)))
 
 
 def _bytes(archive: zipfile.ZipFile, name: str) -> bytes:
+    declared, method = archive.getinfo(name).file_size, archive.getinfo(name).compress_type
+    # zipfile unpacks what it reads at a time without a bound, except where the method is deflate.
+    size = 2**20 if method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 2**12
+    content = bytearray()
     try:
-        return archive.read(name)
+        if declared > files.MOST_BYTES:
+            raise ValueError(f"{declared:,} bytes, more than the {files.MOST_BYTES:,} that are read of one image")
+        # A member gives no more than it declares.
+        with archive.open(name) as member:
+            while block := member.read(size):
+                content += block
+        return bytes(content)
     # Damage and encryption show as errors of zipfile, of zlib and of neither.
     except Exception as error:
         raise ValueError(f"cannot be taken out of the archive ({error or type(error).__name__})") from None

@@ -68,11 +68,17 @@ def opaque(picture: "Image") -> "Image":
 
     if picture.mode == "RGB":
         return picture
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(ground, picture)
-    return picture.convert("RGB")
+    if "A" not in picture.getbands() and "a" not in picture.getbands() and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    width, height = picture.size
+    result = Image.new("RGB", picture.size)
+    # Some rows at a time: composing makes four copies.
+    rows = max(1, 2**20 // max(1, width))
+    for top in range(0, height, rows):
+        part = picture.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        ground = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(ground, part).convert("RGB"), (0, top))
+    return result
 
 
 def grid(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Tensor:

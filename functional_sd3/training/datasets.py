@@ -18,8 +18,8 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.printable import shorten
-from functional_sd3.image import pictures, pixels, vae
-from functional_sd3.image.pictures import SUFFIXES, Skipped
+from functional_sd3.image import files, pixels, vae
+from functional_sd3.image.pictures import Skipped
 from functional_sd3.text import conditioning
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ def image_folder(folder: str | os.PathLike, *, template: str = "a photo of a {}"
     readable = []
     for sample in samples:
         try:
-            pictures.read(folder / sample.path)
+            files.read(folder / sample.path)
             readable.append(sample)
         except ValueError as error:
             skipped.append(Skipped(sample.path, str(error)))
     if not readable:
-        known = ", ".join(sorted(SUFFIXES))
+        known = ", ".join(sorted(files.suffixes()))
         unread = f"; {len(skipped)} files could not be read, the first: {': '.join(skipped[0])}" if skipped else ""
         raise ValueError(f"{folder} holds no pictures ({known}){unread}")
     return Index(folder, tuple(readable), tuple(skipped))
@@ -83,7 +83,7 @@ def load(index: Index, i: int, size: int) -> Tensor:
     """
     path = index.folder / index.samples[i].path
     try:
-        picture = pictures.read(path)
+        picture = files.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return torch.from_numpy(numpy.array(square(picture, size), dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
@@ -146,7 +146,7 @@ def _captioned(folder: Path, template: str) -> tuple[list[Sample], list[Skipped]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root) / name
-            if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+            if name.startswith(".") or path.suffix.lower() not in files.suffixes():
                 continue
             relative = path.relative_to(folder).as_posix()
             try:

@@ -130,8 +130,8 @@ def test_emphasis_and_long_prompts_are_settings_of_a_picture(files, monkeypatch)
         (["--control", "canny={}/edges.png:11", "--controlnet", "{}/any"], "scale 11.0 of a ControlNet must be in"),
         (["--control", "canny={}/edges.png:1:0.6-0.4", "--controlnet", "{}/any"], "start 0.6 and end 0.4"),
         (["--control", "canny={}/edges.png:1.2.3", "--controlnet", "{}/any"], "must be numbers"),
-        (["--control", "canny={}/no.png", "--controlnet", "{}/any"], "No such file or directory: {}/no.png"),
-        (["--control", "canny={}/model/model_index.json", "--controlnet", "{}/any"], "is not a picture"),
+        (["--control", "canny={}/no.png", "--controlnet", "{}/any"], "{}/no.png: the file is missing"),
+        (["--control", "canny={}/model/model_index.json", "--controlnet", "{}/any"], "not a readable picture"),
         (["--control", "canny={}/wide.png", "--controlnet", "{}/any"], "wide.png is 64x32, but what is drawn is 64x64"),
         (["--control", "canny={}/edges.png", "--controlnet", "{}/other"], "made for another model: its width is 48"),
         (["--control", "blur={}/edges.png", "--controlnet", "blur={}/canny.safetensors"], "reads pictures of canny"),
@@ -144,3 +144,21 @@ def test_words_that_make_no_sense_end_in_a_line(files, words, message, capsys):
     assert cli.main([*common, *words]) == 1
     error = capsys.readouterr().err
     assert message.format(files) in error and "Traceback" not in error
+
+
+def test_a_depth_map_of_sixteen_bits_is_the_one_of_eight_and_finer(files):
+    import numpy
+
+    from functional_sd3.cli import controls
+
+    ramp = numpy.arange(64 * 64, dtype=numpy.uint16).reshape(64, 64) * 16
+    Image.fromarray(ramp).save(files / "depth.png")
+    Image.fromarray(ramp // 256).convert("L").save(files / "coarse.png")
+    deep, _ = controls._image(files / "depth.png", (64, 64), False)
+    coarse, _ = controls._image(files / "coarse.png", (64, 64), False)
+    torch.testing.assert_close(deep[0, 0], torch.from_numpy(ramp.astype(numpy.float32)) / 65535)
+    torch.testing.assert_close(deep, coarse, atol=1 / 255, rtol=0)
+    assert len(deep.unique()) == 4096
+    # Resized before it is rounded.
+    half, _ = controls._image(files / "depth.png", (32, 32), False)
+    assert half.shape == (1, 3, 32, 32) and len(half.unique()) > 512 and 0 <= half.min() and half.max() <= 1

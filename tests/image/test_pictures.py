@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from functional_sd3.image import pictures
+from functional_sd3.image import files, pictures
 from functional_sd3.metrics import preprocess
 
 RED, WHITE = (220, 40, 40), (255, 255, 255)
@@ -21,7 +21,7 @@ def pixels_of(picture) -> torch.Tensor:
 
 
 def corner(path) -> tuple[int, ...]:
-    picture = pictures.read(path)
+    picture = files.read(path)
     assert picture.mode == "RGB"
     return picture.getpixel((0, 0))
 
@@ -49,7 +49,7 @@ def test_a_turned_photograph_is_read_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(tmp_path / "turned.png", exif=exif)
-    upright = pictures.read(tmp_path / "turned.png")
+    upright = files.read(tmp_path / "turned.png")
     assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (0, 0, 0)
 
 

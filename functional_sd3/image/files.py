@@ -1,0 +1,266 @@
+"""Image files of any format and mode, read within bounds: the one place of this program that opens an image.
+
+Greyscale, palettes, CMYK, 16 bits, transparency and cameras that were turned become what a person sees:
+
+- The image is upright (EXIF orientation); of an animation it is the first frame.
+- 16-bit greyscale spans 0 to 65535, or as many bits as a TIFF says it has. `read` rounds it to 8 bits, `read_deep`
+  keeps it. Integers of 32 bits span 0 to 65535 too, floats 0 to 1; a file with values outside is refused, not clipped.
+- `MOST_PIXELS` and `MOST_BYTES` are checked before anything is decoded.
+
+Every function raises ValueError with what is wrong with the file, but not its name, which the caller knows.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+import numpy
+
+from functional_sd3.formats import bounded
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.printable import escape, shorten
+from functional_sd3.image import pixels
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_PIXELS = 2**27
+"""Of one image: 134 million, what the largest medium-format cameras take. Decoding needs up to 8 bytes for each."""
+MOST_BYTES = 2**29
+"""Of one file, or of one member of a zip archive when unpacked: several decoders read a file whole."""
+Result = TypeVar("Result")
+
+_USUAL = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+_REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FITS"})
+"""Formats of Pillow's that are no raster images, run another program (EPS), open files of any format within themselves
+(IPTC) or unpack without a bound (FITS)."""
+_MOST_DECODED = 2**32
+"""Pixels of a JPEG times its scans: each scan goes over the whole image, and a file has room for thousands."""
+_ORIENTATION, _DESCRIPTION, _COMMENT = 0x0112, 0x010E, 0x9286
+_TILE_WIDTH, _TILE_HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 322, 323, 258, 262, 339
+
+
+def formats() -> tuple[str, ...]:
+    """The formats that are read, as Pillow names them, in the order in which they are tried."""
+    from PIL import Image
+
+    suffixed = {*Image.registered_extensions().values()}
+    return (*_USUAL, *sorted((suffixed & {*Image.OPEN}) - _REFUSED - {*_USUAL}))
+
+
+def suffixes() -> frozenset[str]:
+    """Suffixes of the files that are read, in lower case, such as ".avif"."""
+    from PIL import Image
+
+    # Files of several JPEGs are opened as JPEG.
+    known = {*formats(), "MPO"}
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
+def read(file: str | os.PathLike | BinaryIO) -> "Image":
+    """The image in RGB, 8 bits a channel, transparent parts laid over white."""
+    return _decoded(file, lambda image: pixels.opaque(_turned(_eight_bits(image), _orientation(image))))
+
+
+def read_transparent(file: str | os.PathLike | BinaryIO) -> "Image":
+    """The image in RGBA, 8 bits a channel; alpha is 255 everywhere where the file has no transparency."""
+    return _decoded(file, lambda image: _turned(_eight_bits(image), _orientation(image)).convert("RGBA"))
+
+
+def read_deep(file: str | os.PathLike | BinaryIO) -> "Image":
+    """Greyscale of more than 8 bits as floats in [0, 1] (mode "F"), any other image as `read`: for depth maps."""
+
+    def convert(image: "Image") -> "Image":
+        if _is_deep(image):
+            return _turned(_by_rows(image, "F", _unit(image, numpy.float32, 1.0)), _orientation(image))
+        return pixels.opaque(_turned(_eight_bits(image), _orientation(image)))
+
+    return _decoded(file, convert)
+
+
+def read_texts(file: str | os.PathLike | BinaryIO) -> dict[str, str]:
+    """The texts of a file's metadata by their keywords, without decoding the image: PNG's text chunks, "comment" of
+    GIF and JPEG, "ImageDescription" and "UserComment" of EXIF. Broken EXIF has none.
+    """
+
+    def convert(image: "Image") -> dict[str, str]:
+        exif = _exif(image)
+        fields = {**image.info, "ImageDescription": exif.get(_DESCRIPTION), "UserComment": exif.get(_COMMENT)}
+        texts = {name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+                 for name, value in fields.items() if name not in ("exif", "icc_profile")}  # fmt: skip
+        return {name: str(value) for name, value in texts.items() if isinstance(value, str)}
+
+    return _decoded(file, convert, decode=False)
+
+
+class _RefusedError(ValueError):
+    """An error whose words are ours."""
+
+
+def _decoded(file, function: Callable[["Image"], Result], *, decode: bool = True) -> Result:
+    """`function(image)` of the image in a file, once its header was found to be within bounds."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        # Complaints about a file that is read all the same (broken EXIF, for instance) help nobody here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _stream(file) as stream:
+                _check_size(stream)
+                with Image.open(stream, formats=formats()) as image:
+                    _check_header(image, stream)
+                    if decode:
+                        image.load()
+                        _check_pixels(image)
+                    return function(image)
+    except _RefusedError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError("not a readable picture (of no known format)") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {MOST_PIXELS:,} pixels, the most that is read; reduce it first") from None
+    except MemoryError:
+        raise ValueError("not a readable picture (there is not enough memory for it)") from None
+    # Decoders meet broken files with many kinds of errors, SyntaxError and struct.error among them.
+    except Exception as error:
+        reason = shorten(str(error) or type(error).__name__, 200)
+        raise ValueError(f"not a readable picture ({reason})") from None
+
+
+def _stream(file: str | os.PathLike | BinaryIO) -> BinaryIO:
+    if not isinstance(file, str | os.PathLike):
+        return file
+    try:
+        return bounded.open_file(file)
+    except WeightsError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise _RefusedError("the file is missing") from None
+        raise _RefusedError(str(error).removeprefix(f"{escape(file)}: ")) from None
+
+
+def _check_size(stream: BinaryIO) -> None:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if size > MOST_BYTES:
+        raise _RefusedError(f"has {size:,} bytes, more than the {MOST_BYTES:,} that are read of one image")
+
+
+def _check_pixels(image: "Image") -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise _RefusedError(
+            f"has {width:,} x {height:,} pixels, more than the {MOST_PIXELS:,} that are read of one image; "
+            "reduce it first"
+        )
+    if not width * height:
+        raise _RefusedError(f"has no pixels: it is {width} x {height}")
+
+
+def _check_header(image: "Image", stream: BinaryIO) -> None:
+    """What a decoder would make of a small file beyond the pixels that its header declares."""
+    _check_pixels(image)
+    tags = getattr(image, "tag_v2", {})
+    if tags:
+        sides = [tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
+        if any(not isinstance(side, int) for side in sides) or sides[0] * sides[1] > MOST_PIXELS:
+            raise _RefusedError(f"is a TIFF with tiles of {sides[0]} x {sides[1]}, more than {MOST_PIXELS:,} pixels")
+    if image.format in ("JPEG", "MPO"):
+        place = stream.tell()
+        stream.seek(0)
+        scans, last = 0, b""
+        while block := stream.read(2**20):
+            scans += (last + block).count(b"\xff\xda")
+            last = block[-1:]
+        stream.seek(place)
+        if scans * image.width * image.height > _MOST_DECODED:
+            raise _RefusedError(f"is a JPEG of {scans} scans of {image.width} x {image.height} pixels: too many")
+
+
+def _exif(image: "Image") -> dict:
+    """Empty where it cannot be read."""
+    try:
+        return dict(image.getexif()) | dict(image.getexif().get_ifd(0x8769))
+    except Exception:
+        return {}
+
+
+def _orientation(image: "Image") -> object:
+    return _exif(image).get(_ORIENTATION)
+
+
+def _turned(image: "Image", orientation: object) -> "Image":
+    """Upright, by the number that EXIF has for how the camera was held."""
+    from PIL import Image
+
+    turns = Image.Transpose
+    by_number = (None, None, turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE,
+                 turns.ROTATE_270, turns.TRANSVERSE, turns.ROTATE_90)  # fmt: skip
+    known = isinstance(orientation, int) and 1 < orientation < len(by_number)
+    return image.transpose(by_number[orientation]) if known else image
+
+
+def _is_deep(image: "Image") -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _eight_bits(image: "Image") -> "Image":
+    """Greyscale of more bits, which Pillow clips to 255, rounded to 8; any other image as it is."""
+    if not _is_deep(image):
+        return image
+    grey = _by_rows(image, "L", _unit(image, numpy.uint8, 255.0))
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):
+        # PNG names one of the 65536 greys as the transparent one.
+        opaque = lambda values: numpy.where(values == hidden, 0, 255).astype(numpy.uint8)  # noqa: E731
+        grey.putalpha(_by_rows(image, "L", opaque))
+    return grey
+
+
+def _unit(image: "Image", dtype: type, white: float) -> Callable[[numpy.ndarray], numpy.ndarray]:
+    """Values of a deep image -> `white` times what they are of its full scale; ValueError for values beyond it."""
+    scale = 1.0 if image.mode == "F" else _full_scale(image)
+    extrema = [(part.min(), part.max()) for _, part in _rows(image)]
+    low, high = min(low for low, _ in extrema), max(high for _, high in extrema)
+    # Floats may be beyond by what rounding makes.
+    if not (low >= -1e-5 and high <= scale * (1 + 1e-5)):
+        kind = "floats" if image.mode == "F" else "integers of more than 8 bits"
+        raise _RefusedError(
+            f"holds values from {low:g} to {high:g}: {kind} are read as 0 (black) to {scale:g} (white); "
+            "scale them to that"
+        )
+    inverted = image.mode != "F" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+
+    def convert(values: numpy.ndarray) -> numpy.ndarray:
+        values = values.astype(numpy.float32)
+        values = (scale - values if inverted else values).clip(0, scale) * numpy.float32(white / scale)
+        return values.round().astype(dtype) if dtype is numpy.uint8 else values
+
+    return convert
+
+
+def _full_scale(image: "Image") -> float:
+    """White of integers of more than 8 bits: 65535, unless a TIFF says that it has fewer bits or a sign."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS, (16,))[0]
+    if bits == 16 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
+        return 32767.0
+    return 2.0 ** min(bits, 16) - 1
+
+
+def _by_rows(image: "Image", mode: str, function: Callable[[numpy.ndarray], numpy.ndarray]) -> "Image":
+    """An image of `mode` from `function` of the values, in memory little more than the result's."""
+    from PIL import Image
+
+    result = Image.new(mode, image.size)
+    for top, part in _rows(image):
+        result.paste(Image.fromarray(function(part)), (0, top))
+    return result
+
+
+def _rows(image: "Image") -> Iterator[tuple[int, numpy.ndarray]]:
+    """The values of some rows at a time, and the first one's number."""
+    width, height = image.size
+    rows = max(1, 2**20 // width)
+    for top in range(0, height, rows):
+        yield top, numpy.asarray(image.crop((0, top, width, min(top + rows, height))))
