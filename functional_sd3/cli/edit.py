@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
         conditions = session.conditions(opened, [arguments.source, arguments.target], arguments)
         timer.done("text", opened.device)
         latents = pipeline.encode_images({"vae": opened.fetch("vae")}, opened.config, image)
-        told |= {"control": control, "on_step": lambda info: bar.update(), **session.sampling(opened, arguments, keys)}
+        told |= {"control": control, "on_step": lambda info: bar.update()}
+        # Back to noise and from there again: a method that draws noise at its steps leads nowhere twice.
+        told |= session.sampling(opened, arguments, keys, default="euler")
         transformer = {"transformer": opened.fetch("transformer")}
         if arguments.direct:
             latents = pipeline.flow_edited(transformer, opened.config, conditions, latents, keys, **told)

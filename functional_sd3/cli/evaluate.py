@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--seed", type=int, default=0)
     prompts.add_argument("--steps", type=int, default=28, help="steps of the sampler (default 28)")
     prompts.add_argument("--cfg", type=float, default=5.0, help="guidance scale (default 5)")
-    prompts.add_argument("--method", default="euler", help="integrator: euler, heun, dpmpp_2m, ... (default euler)")
+    prompts.add_argument("--method", help="integrator: euler, heun, dpmpp_2m, ... (default: the model's)")
     _batches(prompts, 25)
 
     vae = _metric(metrics, "vae", "how well an autoencoder gives pictures back: PSNR and SSIM (higher is better)")

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from functional_sd3 import weights
+from functional_sd3 import pipeline, weights
 from functional_sd3.cli import lora_options, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
@@ -73,7 +73,7 @@ def run_clip(arguments: argparse.Namespace) -> Report:
 
 
 def run_prompts(arguments: argparse.Namespace) -> Report:
-    method = runtime.method(arguments.method)
+    method = None if arguments.method is None else runtime.method(arguments.method)
     for text in arguments.lora:
         lora_options.parse(text)
     model, source = _model(arguments)
@@ -108,6 +108,7 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
         shares = " | ".join(f"{100 * row[name]:.1f} %" for name in _RESPECTS)
         text.append(f"| {row['things']} | {row['captions']} | {shares} |")
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "method", "dtype")}
+    settings["method"] = arguments.method or pipeline.default_method(model.config)
     source = {"params": source, "lora": arguments.lora}
     return Report(tuple(text), {"metric": "prompts", **source, **settings, "rows": rows})
 

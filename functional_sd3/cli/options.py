@@ -48,7 +48,9 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int = 28, cfg: float = 5.
     parser.add_argument("--steps", type=int, default=steps, help=f"steps of the sampler (default {steps})")
     parser.add_argument("--cfg", type=float, default=cfg, help=f"guidance scale, 1 for none (default {cfg:g})")
     parser.add_argument(
-        "--method", default="euler", help="integrator: euler, heun, dpmpp_2m, unipc, dopri5, ... (default euler)"
+        "--method",
+        help="integrator: euler, heun, dpmpp_2m, unipc, dopri5, ... (default euler, or euler_renoised where the "
+        "model's scheduler config says stochastic_sampling)",
     )
     for name in ("rtol", "atol"):
         parser.add_argument(

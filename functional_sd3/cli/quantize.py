@@ -65,7 +65,6 @@ def _report_velocity(model, stored, arguments: argparse.Namespace) -> None:
     from functional_sd3 import pipeline
     from functional_sd3.cli import runtime
     from functional_sd3.core import prng, tree
-    from functional_sd3.flow import schedule
     from functional_sd3.transformer import precision
 
     device = runtime.device(arguments.device)
@@ -73,10 +72,9 @@ def _report_velocity(model, stored, arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         encoders = {name: part for name, part in model.params.items() if name not in ("transformer", "vae")}
         encoders = tree.to(tree.cast(encoders, torch.float32), device)
-        shift = model.config.schedule.shift if model.config.schedule else 1.0
         told = pipeline.encode(encoders, model.config, model.tokenizers, prompts).positive
         noise = pipeline.initial_noise(prng.key(0), model.config, len(prompts), device=device)
-        sigmas = schedule.sigmas(arguments.steps, shift=shift).to(device)
+        sigmas = pipeline.sigmas(model.config, noise, arguments.steps)
         reference = tree.to(tree.cast(model.params["transformer"], torch.float32), device)
         errors = precision.velocity_errors(
             reference, tree.to(stored, device), model.config.transformer, noise, sigmas, *told

@@ -18,8 +18,6 @@ from functional_sd3.text.completeness import check_encoders
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Config, Tokenizers
 
-_STEPS = 2**31
-
 
 class Session(NamedTuple):
     """`fetch`: a component's name -> its parameters, from memory or, with --offload, from disk each time."""
@@ -37,7 +35,7 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
     """Raises ValueError for options that make no sense, WeightsError for weights that cannot be read."""
     timer.done("import")
     device = runtime.device(arguments.device)
-    runtime.method(arguments.method, prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
+    runtime.method(arguments.method or "euler", prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
     for text in arguments.guidance:
         guidance.parse(text)
     for text in arguments.lora:
@@ -80,10 +78,12 @@ def conditions(session: Session, prompts: Sequence[str], arguments: argparse.Nam
     return [pipeline.rows(both, slice(index, index + 1)) for index in range(len(prompts))]
 
 
-def sampling(session: Session, arguments: argparse.Namespace, keys: Key) -> dict[str, Any]:
-    """The options of `pipeline.sample`; keys (batch, 2): those that the noise is drawn from."""
-    # A method's own noise has keys of its own: the draw of the starting noise never counts so far.
-    method = runtime.method(arguments.method, prng.fold_in(keys, _STEPS), rtol=arguments.rtol, atol=arguments.atol)
+def sampling(session: Session, arguments: argparse.Namespace, keys: Key, default: str | None = None) -> dict[str, Any]:
+    """The options of `pipeline.sample`; keys (batch, 2): those that the noise is drawn from. default: the method where
+    --method names none, instead of what the model's scheduler config says."""
+    name = arguments.method or default or pipeline.default_method(session.config)
+    keys = pipeline.step_keys(keys, len(keys))
+    method = runtime.method(name, keys, rtol=arguments.rtol, atol=arguments.atol)
     told = {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": method}
     return {**told, "block_transform": transform.compile if arguments.compile else None}
 

@@ -16,7 +16,7 @@ METADATA = "functional_sd3"
 
 _DESCRIPTION = 0x010E
 """The EXIF tag ImageDescription."""
-_DEFAULTS = {"negative": "", "cfg": 5.0, "method": "euler", "dtype": "auto"}
+_DEFAULTS = {"negative": "", "cfg": 5.0, "dtype": "auto"}
 _POSITIONAL = ("subcommand", "picture", "prompts")
 
 Settings = dict[str, Any]

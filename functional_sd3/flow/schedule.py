@@ -18,7 +18,11 @@ from functional_sd3.flow.times import at_hand
 
 @dataclass(frozen=True)
 class Config:
-    """What `scheduler_config.json` says of the grid, in diffusers' names (`num_train_timesteps`: `train_timesteps`)."""
+    """The fields of `scheduler_config.json`, in diffusers' names (`num_train_timesteps`: `train_timesteps`).
+
+    All but one are of the grid; `stochastic_sampling` is of the method: a run of the pipeline that names none takes
+    `ode.renoised` instead of Euler's.
+    """
 
     shift: float = 3.0
     train_timesteps: int = 1000
@@ -214,6 +218,8 @@ def check_config(config: Config) -> None:
         raise ValueError(f"time_shift_type {config.time_shift_type!r} must be 'exponential' or 'linear'")
     if config.use_karras_sigmas + config.use_exponential_sigmas + config.use_beta_sigmas > 1:
         raise ValueError("only one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas can be set")
+    if config.stochastic_sampling and config.invert_sigmas:
+        raise ValueError("stochastic_sampling goes from noise to data; with invert_sigmas the grid ascends")
     if config.train_timesteps < 1:
         raise ValueError(f"train_timesteps {config.train_timesteps} must be at least 1")
     if config.shift_terminal and not 0 < config.shift_terminal < 1:

@@ -14,9 +14,16 @@ from functional_sd3.pipeline.fields import Conditions, joined, rows, velocities,
 from functional_sd3.pipeline.image_to_image import Begun, begin, image_to_image
 from functional_sd3.pipeline.inpainting import grown, holding, inpaint, latent_mask, outpaint, release_times, restored
 from functional_sd3.pipeline.interpolation import between, interpolate, lerp, mix_conditions, slerp, variations
-from functional_sd3.pipeline.latents import control_latents, decode, encode_images, initial_noise, latent_size
+from functional_sd3.pipeline.latents import (
+    control_latents,
+    decode,
+    encode_images,
+    initial_noise,
+    latent_size,
+    step_keys,
+)
 from functional_sd3.pipeline.regions import Region, blended, regional, shares, tiled, tiles
-from functional_sd3.pipeline.sampling import evaluation_times, sample, sigmas
+from functional_sd3.pipeline.sampling import chosen_method, default_method, evaluation_times, sample, sigmas
 from functional_sd3.pipeline.text_to_image import encode, encode_from, generate, generate_from
 from functional_sd3.pipeline.trajectories import denoised, states, trajectory
 
@@ -27,8 +34,10 @@ __all__ = [
     "begin",
     "between",
     "blended",
+    "chosen_method",
     "control_latents",
     "decode",
+    "default_method",
     "denoised",
     "difference",
     "drawn_to",
@@ -65,6 +74,7 @@ __all__ = [
     "slerp",
     "spanned",
     "states",
+    "step_keys",
     "tiled",
     "tiles",
     "trajectory",

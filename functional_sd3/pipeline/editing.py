@@ -70,7 +70,9 @@ def edited(
     inversion: Callable[[Method], Method] | None = None,
     **options: Any,
 ) -> Tensor:
-    """The latents of `edit`, from latents and the conditions (source, target); options as of `sample`."""
+    """The latents of `edit`, from latents and the conditions (source, target); options as of `sample`, whose method is
+    Euler's by default, since a run that draws noise leads back to nothing."""
+    options = {"method": ode.EULER, **options}
     draw = drawn_to(latents, eta, *spanned(sigmas(config, latents, steps), *window))
     source, target = conditions
     back = {"steps": steps, "cfg": source_cfg, "inversion": inversion, **_without_guidance(options)}
@@ -179,7 +181,9 @@ def flow_edited(
     steps: int = 50,
     **options: Any,
 ) -> Tensor:
-    """The latents of `flow_edit`, from latents and the conditions (source, target); options as of `sample`."""
+    """The latents of `flow_edit`, from latents and the conditions (source, target); options as of `sample`, whose
+    method is Euler's by default."""
+    options = {"method": ode.EULER, **options}
     if averages < 1:
         raise ValueError(f"averages {averages} must be at least 1")
     grid, keys = sigmas(config, latents, steps), sample_keys(key, len(latents))

@@ -59,7 +59,7 @@ def image_to_image(
     latents = encode_images(params, config, images, key=posterior_key)
     begun = begin(config, latents, noise, steps, strength)
     conditions = encode(params, config, tokenizers, prompts, **words)
-    return decode(params, config, sample(params, config, conditions, begun.x, times=begun.times, **run))
+    return decode(params, config, sample(params, config, conditions, begun.x, times=begun.times, key=key, **run))
 
 
 def begin(config: Config, latents: Tensor, noise: Tensor, steps: int, strength: float) -> Begun:

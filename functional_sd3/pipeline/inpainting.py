@@ -62,9 +62,8 @@ def inpaint(
     release = release_times(latent_mask(mask, latents, soften), sigmas(config, noise, steps))
     conditions = encode(params, config, tokenizers, prompts, **words)
     hold = holding(latents, noise, release)
-    drawn = decode(
-        params, config, sample(params, config, conditions, begun.x, times=begun.times, transform=hold, **run)
-    )
+    run |= {"times": begun.times, "transform": hold, "key": key}
+    drawn = decode(params, config, sample(params, config, conditions, begun.x, **run))
     return restored(drawn, images, mask, soften) if restore else drawn
 
 

@@ -94,7 +94,7 @@ def variations(
     device = params["transformer"]["patch"]["weight"].device
     near, far = (initial_noise(each, config, len(prompts), height, width, device=device) for each in (key, towards))
     conditions = encode(params, config, tokenizers, prompts, **words)
-    return decode(params, config, sample(params, config, conditions, slerp(near, far, amount), **run))
+    return decode(params, config, sample(params, config, conditions, slerp(near, far, amount), key=key, **run))
 
 
 def interpolate(
@@ -133,7 +133,9 @@ def interpolate(
     drawn = []
     for part in places.split(batch or frames):
         noise, told = between(noises, conditions, part, mix)
-        drawn.append(decode(params, config, sample(params, config, told, noise, **run)))
+        # A method's own noise is that of the first stop in every frame, so that they go on smoothly.
+        steady = keys[:1].expand(len(part), 2)
+        drawn.append(decode(params, config, sample(params, config, told, noise, key=steady, **run)))
     return torch.cat(drawn)
 
 

@@ -38,6 +38,12 @@ def sample_keys(key: Key, count: int) -> Key:
     return keys
 
 
+def step_keys(key: Key, count: int) -> Key:
+    """(count, 2): the keys of the noise that a method draws at its steps, from those that `initial_noise` takes."""
+    # The counters of the starting noise never reach so far.
+    return prng.fold_in(sample_keys(key, count), 2**31)
+
+
 def encode_images(params: Params, config: Config, images: Tensor, *, key: Key | None = None) -> Tensor:
     """Pictures -> normalised latents, float32: images (batch, 3, height, width) in [0, 1].
 

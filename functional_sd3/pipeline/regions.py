@@ -70,7 +70,7 @@ def regional(
         for texts in (prompts, *([region.prompt] * len(prompts) for region in regions))
     ]
     blend = blended(shares(regions, config, noise), field)
-    return decode(params, config, sample(params, config, told, noise, field=blend, **run))
+    return decode(params, config, sample(params, config, told, noise, field=blend, key=key, **run))
 
 
 def shares(regions: Sequence[Region], config: Config, latents: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def tiled(
         device = params["transformer"]["patch"]["weight"].device
         noise = initial_noise(key, config, len(prompts), height, width, device=device, bounded=False)
     conditions = encode(params, config, tokenizers, prompts, **words)
-    latents = sample(params, config, conditions, noise, field=tiles(tile, overlap), **run)
+    latents = sample(params, config, conditions, noise, field=tiles(tile, overlap), key=key, **run)
     return decode(params, config, latents, tile=max(tile, 2 * overlap))
 
 

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core.types import Params, Velocity
+from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode, schedule
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.method import Advance, Method, StepInfo, no_memory
 from functional_sd3.pipeline.fields import Conditions, velocities, velocity
+from functional_sd3.pipeline.latents import step_keys
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
@@ -27,7 +28,8 @@ def sample(
     steps: int = 28,
     cfg: float | Tensor = 5.0,
     guidance: Guidance | None = None,
-    method: Method | ode.Adaptive = ode.EULER,
+    method: Method | ode.Adaptive | None = None,
+    key: Key | None = None,
     on_step: Callable[[StepInfo], Any] | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
@@ -40,14 +42,17 @@ def sample(
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
+    method: by default Euler's, or `ode.renoised` where the model's scheduler config says `stochastic_sampling`; this
+    draws noise at every step, from `key`: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2).
     guidance: how the velocities of a step are made one, instead of `guidance.cfg(cfg)`; may change from step to step,
     and have a memory. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
     first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
     velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
     what becomes of the guided velocity (a picture held where a mask says, for instance). pack: whether a small
     network's weights may be held a second time, packed for a run of many steps on a CPU (`mmdit.packed`). Raises
-    ValueError for a field with a guidance that has a memory.
+    ValueError for a field with a guidance that has a memory, and where a key is needed and none is given.
     """
+    method = chosen_method(config, len(noise), method, key)
     times = sigmas(config, noise, steps) if times is None else times
     steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_memory
     if field is not None and remembers:
@@ -73,6 +78,27 @@ def sample(
             guided = bent((field or velocity)(params, config, conditions, cfg, asked, **told))
         state = ode.run(runner, guided, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
     return state.x
+
+
+def default_method(config: Config) -> str:
+    """The name of the method of a run that names none: what diffusers' scheduler of the model's config does."""
+    stochastic = config.schedule is not None and config.schedule.stochastic_sampling
+    return "euler_renoised" if stochastic else ode.EULER.name
+
+
+def chosen_method(
+    config: Config, count: int, method: Method | ode.Adaptive | None = None, key: Key | None = None
+) -> Method | ode.Adaptive:
+    """`method`, or for None the model's default of `count` samples; `key` as of `sample`."""
+    if method is not None:
+        return method
+    name = default_method(config)
+    if name in ode.STOCHASTIC and key is None:
+        raise ValueError(
+            f"the model's scheduler config says stochastic_sampling, so each step draws noise ({name}): give key=, "
+            "or a method that draws none, such as method=ode.EULER"
+        )
+    return ode.named(name, key=None if key is None else step_keys(key, count))
 
 
 def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:

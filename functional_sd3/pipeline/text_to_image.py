@@ -41,7 +41,7 @@ def generate(
     guidance: Guidance | None = None,
     height: int | None = None,
     width: int | None = None,
-    method: Method = ode.EULER,
+    method: Method | ode.Adaptive | None = None,
     noise: Tensor | None = None,
     on_step: Callable[[StepInfo], Any] | None = None,
     t5_length: int | None = None,
@@ -59,9 +59,10 @@ def generate(
     key: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2), a key for each; noise: the starting latents
     (batch, channels, height / 8, width / 8) instead. negative: "" by default. cfg: guidance scale, 1 for none; a tensor
     () or (batch,) may be differentiated. guidance: another than `guidance.cfg(cfg)`, such as `guidance.apg(5.0)`;
-    cfg is then not looked at. height, width: in pixels, by default the config's sample size. weighted,
-    long_prompts: `(words:1.3)` weighs words, and CLIP reads on beyond its length (`conditioning`). control: ControlNets
-    with their pictures, which `control_latents` encodes. image_prompt: an IP-Adapter with the features of an image.
+    cfg is then not looked at. method: by default that of the model's scheduler config, as of `sample`. height, width:
+    in pixels, by default the config's sample size. weighted, long_prompts: `(words:1.3)` weighs words, and CLIP reads
+    on beyond its length (`conditioning`). control: ControlNets with their pictures, which `control_latents` encodes.
+    image_prompt: an IP-Adapter with the features of an image.
     block_transform: applied to the function that applies a block of the transformer, such as `transform.compile`.
 
     offload: one component at a time: each text encoder, the transformer, the VAE, taken when it is its turn and dropped
@@ -94,6 +95,7 @@ def generate(
         cfg=cfg,
         guidance=guidance,
         method=method,
+        key=key,
         on_step=on_step,
         skip_layers=skip_layers,
         control=control,

@@ -56,5 +56,6 @@ def trajectory(
         if on_step is not None:
             on_step(info)
 
-    sample(params, config, encode(params, config, tokenizers, prompts, **words), noise, on_step=watch, **run)
+    conditions = encode(params, config, tokenizers, prompts, **words)
+    sample(params, config, conditions, noise, on_step=watch, key=key, **run)
     return torch.stack([decode(params, config, latents) for latents in seen])

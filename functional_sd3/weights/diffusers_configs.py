@@ -201,6 +201,14 @@ T5 = Table(
     closed=False,
 )
 
+
+def _unsound_schedule(config: schedule.Config) -> Iterable[str]:
+    try:
+        schedule.check_config(config)
+    except ValueError as error:
+        yield str(error)
+
+
 SCHEDULE = Table(
     schedule.Config,
     (
@@ -219,6 +227,7 @@ SCHEDULE = Table(
         Field("use_beta_sigmas", "use_beta_sigmas", lambda value: flag(value or False), False),
         Field("stochastic_sampling", "stochastic_sampling", flag, False),
     ),
+    unsound=_unsound_schedule,
 )
 
 TABLES = {
