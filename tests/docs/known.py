@@ -1,0 +1,149 @@
+"""How the commands of the pages are run here: the inputs their placeholders stand for, and numbers that cost little."""
+
+import re
+import shlex
+
+PROMPT = "a large red circle on a white background"
+
+PLACEHOLDERS = {
+    "*": {"MODEL": "MODEL", "PATH": "MODEL", "METRIC": "prompts", "REAL": "real", "FAKE": "fake", "FOLDER": "FOLDER",
+          "PROMPT": PROMPT, "IMAGE": "a.png", "IN": "image.png", "MASK": "MASK.png"},
+    "--inception": {"FILE": "pt_inception-2015-12-05-6726825d.pth"},
+    "--clip": {"DIR": "clip-vit-base-patch32"},
+    "--json": {"FILE": "result.json"},
+    "--params": {"DIR": "MODEL"},
+    "--data": {"DIR": "my_images"},
+    "--out": {"PATH": "out/result", "DIR": "out/result", "FILE": "out/result.png"},
+    "--controlnet": {"A": "canny.safetensors", "B": "depth"},
+    "--variation": {"SEED:AMOUNT": "3:0.5"},
+    "--lora": {"OTHER": "style.safetensors"},
+    "--soften": {"PX": "2"},
+    "--overlap": {"PX": "16"},
+}
+"""Option ("*": any place) -> what a word of the pages stands for after it."""
+
+CAPS = {"--steps": 2, "--count": 2, "--frames": 2, "--probes": 1, "--draws": 1, "--rank": 2, "--batch-size": 2}
+"""Option -> the largest number it is run with."""
+
+ADDED = {
+    "generate": ["--steps", "2"],
+    "edit": ["--steps", "2"],
+    "interpolate": ["--steps", "2"],
+    "likelihood": ["--steps", "1"],
+    "quantize": ["--steps", "1"],
+    "train": ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--sample-every", "0", "--pictures", "8"],
+    "evaluate prompts": ["--steps", "2", "--count", "1", "--things", "1"],
+    "evaluate fid": ["--features", "64"],
+    "evaluate kid": ["--features", "64"],
+    "lora extract": ["--rank", "2"],
+}
+"""Subcommand -> the options it is given besides, where the page has not given them."""
+
+_COMPONENTS = ("t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "t5xxl_scaled_fp8.safetensors")
+USAGES = {
+    "functional-sd3 evaluate METRIC": [],  # A row for each metric stands below it.
+    "functional-sd3 convert IN... OUT --layout diffusers|stability|single|native": [
+        "convert MODEL out/diffusers --layout diffusers",
+        "convert sd3.5_medium.safetensors clip_l.safetensors clip_g.safetensors out/stability --layout stability",
+        "convert MODEL out/single.safetensors --layout single",
+        "convert MODEL out/native --layout native",
+    ],
+    "functional-sd3 convert IN OUT.safetensors --layout single": [
+        "convert MODEL out/single.safetensors --layout single",
+        "convert taesd3.safetensors out/taesd.safetensors --layout single",
+    ],
+    "functional-sd3 convert IN tokenizers/ OUT --layout diffusers": [
+        "convert sd3.5_medium.safetensors tokenizers/ out/a --layout diffusers",
+        "convert all.safetensors tokenizers/ out/b --layout diffusers",
+    ],
+    "functional-sd3 convert transformer/ vae/ text_encoder/ OUT --layout diffusers": [
+        "convert transformer/ vae/ text_encoder/ out/c --layout diffusers"
+    ],
+    "functional-sd3 convert clip_l clip_g OUT --layout stability": [
+        "convert clip_l.safetensors clip_g.safetensors out/d --layout stability"
+    ],
+    "functional-sd3 convert IN OUT --layout stability --dtype bfloat16": [
+        f"convert {name} out/{name.removesuffix('.safetensors')} --layout stability --dtype bfloat16"
+        for name in _COMPONENTS
+    ],
+    "functional-sd3 convert IN.gguf OUT --layout stability --dtype bfloat16": [
+        "convert t5xxl.gguf out/e --layout stability --dtype bfloat16"
+    ],
+    "functional-sd3 convert IN OUT.safetensors --layout stability": [
+        "convert transformer out/transformer.safetensors --layout stability",
+        "convert vae out/vae.safetensors --layout stability",
+    ],
+    "functional-sd3 convert ENCODER DECODER OUT --layout diffusers": [
+        "convert taesd3_encoder.pth taesd3_decoder.pth out/f --layout diffusers"
+    ],
+    "functional-sd3 convert IN OUT --layout diffusers": ["convert ours.safetensors out/g --layout diffusers"],
+    "functional-sd3 convert models/ OUT --layout diffusers": ["convert models/ out/h --layout diffusers"],
+    "functional-sd3 generate --params A --params B": [
+        f"generate '{PROMPT}' --params sd3.5_medium.safetensors --params clip_l.safetensors --params tokenizers"
+    ],
+    "functional-sd3 generate PROMPT --image IN --outpaint right=64,left=32 [--overlap PX]": [
+        f"generate '{PROMPT}' --image image.png --outpaint right=64,left=32 --overlap 16 --params MODEL"
+    ],
+    "functional-sd3 edit IN --from PROMPT --to PROMPT [--eta 0.9] [--window 0-0.25] [--exact]": [
+        f"edit image.png --from '{PROMPT}' --to '{PROMPT}' --eta 0.9 --window 0-0.25",
+        f"edit image.png --from '{PROMPT}' --to '{PROMPT}' --exact --params MODEL",
+    ],
+    "functional-sd3 generate PROMPT --compile": [f"generate '{PROMPT}'"],  # Compiling takes a minute.
+    "functional-sd3 generate PROMPT --size 2048x1024 --tile 1024[:OVERLAP]": [
+        f"generate '{PROMPT}' --size 128x64 --tile {tile}" for tile in ("64", "64:32")
+    ],
+}
+"""A usage of the pages that placeholders do not cover -> the command lines that are run in its place."""
+
+MAKE = {
+    "demo": lambda lines: [bounded(shlex.split(line)[1:]) for line in lines],
+    "test": lambda lines: [],
+    "bench": lambda lines: [],
+    "tiny": lambda lines: [["python", *shlex.split(lines[0])[1:3], "--help"]],
+}
+"""Target of make -> what is run of its recipe."""
+
+OTHERS = {
+    "pip install .": [],
+    "python -m bench.likelihood": [
+        ["python", "-m", "bench.likelihood", "--count", "1", "--steps", "1", "--draws", "1"],
+    ],
+    "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
+    "python -m bench.gpu": [["python", "-m", "bench.gpu", "--help"]],
+    "python bench/compare.py OLD.json NEW.json": [["python", "bench/compare.py", "--help"]],
+}
+"""Command lines of other programs -> what is run in their place; those that take minutes only say how they are used."""
+
+
+def runs(text: str) -> list[list[str]]:
+    """The arguments of the commands that are run for one of a page, without the program's name."""
+    if text in USAGES:
+        return [bounded(shlex.split(each)) for each in USAGES[text]]
+    words = shlex.split(re.sub(r"[\[\]]", "", text))[1:]
+    return [bounded(substituted(words))]
+
+
+def substituted(words: list[str]) -> list[str]:
+    """The words with those in capitals replaced by what they stand for."""
+    found, option = [], "*"
+    for word in words:
+        option = word if word.startswith("--") else option
+        table = PLACEHOLDERS["*"] | PLACEHOLDERS.get(option, {})
+        name, equals, value = word.partition("=")
+        found.append(f"{table.get(name, name)}{equals}{table.get(value, value)}" if equals else table.get(word, word))
+    return found
+
+
+def bounded(words: list[str]) -> list[str]:
+    """The words with numbers cut to `CAPS`, and with what `ADDED` says."""
+    found = list(words)
+    for index, word in enumerate(words[:-1]):
+        if word in CAPS:
+            found[index + 1] = str(min(int(words[index + 1]), CAPS[word]))
+        if word in ("--rtol", "--atol"):
+            found[index + 1] = "0.5"
+    added = ADDED.get(words[0]) or ADDED.get(" ".join(words[:2]), [])
+    for option, value in zip(added[::2], added[1::2], strict=True):
+        if option not in words:
+            found += [option, value]
+    return found

@@ -1,0 +1,77 @@
+"""Markdown pages as a reader uses them: the fenced blocks of code and the command lines, each with its line."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from functional_sd3.cli import SUBCOMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTINUES = "# Continues the block above"
+"""How a block of Python begins that needs what the block above it made."""
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SPAN = re.compile(r"`([^`]+)`")
+_PROGRAMS = ("functional-sd3 ", "python ", "make ", "pip ")
+_SHELL = ("sh", "bash", "")
+
+
+class Block(NamedTuple):
+    """Code of a page: the language after the fence, the number of its first line, the text."""
+
+    language: str
+    line: int
+    text: str
+
+
+class Command(NamedTuple):
+    """A command line of a page, without its comment; `text` has single spaces."""
+
+    line: int
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page."""
+    return [Block(each[1], page.count("\n", 0, each.start(2)) + 1, each[2]) for each in _FENCE.finditer(page)]
+
+
+def programs(page: str) -> list[list[Block]]:
+    """The Python blocks of a page as programs: a block with those that continue it."""
+    found: list[list[Block]] = []
+    for block in blocks(page):
+        if block.language == "python":
+            if block.text.startswith(CONTINUES):
+                found[-1].append(block)
+            else:
+                found.append([block])
+    return found
+
+
+def commands(page: str) -> list[Command]:
+    """Every command line of a page in order: the lines of shell blocks, and the code within sentences and tables."""
+    found = []
+    for block in blocks(page):
+        if block.language in _SHELL:
+            found += _lines(block)
+    prose = _FENCE.sub(lambda each: "\n" * each[0].count("\n"), page)
+    for span in _SPAN.finditer(prose):
+        text = " ".join(span[1].split())
+        if text.split()[0] in SUBCOMMANDS and len(text.split()) > 1:
+            text = f"functional-sd3 {text}"
+        if text.startswith(_PROGRAMS):
+            found.append(Command(prose.count("\n", 0, span.start()) + 1, text))
+    return sorted(found, key=lambda command: command.line)
+
+
+def _lines(block: Block) -> list[Command]:
+    found, begun = [], ""
+    for number, line in enumerate(block.text.splitlines(), block.line):
+        begun += line.removesuffix("\\")
+        if not line.endswith("\\"):
+            words = shlex.split(begun, comments=True)
+            found += [Command(number, shlex.join(words))] if words else []
+            begun = ""
+    return found
