@@ -1,5 +1,6 @@
 """The one error of everything that reads or writes weights."""
 
+import errno
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -34,3 +35,9 @@ def attempt(problems: list[str], function: Callable[..., Result], *arguments, **
 def reason(error: OSError) -> str:
     """What the system said, without the path, which our sentences put first."""
     return (error.strerror or str(error)).lower()
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True if the cause of an error is a disk, or a person's share of it, that has no room left."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))

@@ -7,17 +7,22 @@ and, in its metadata, the settings of the run as JSON.
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Tree
-from functional_sd3.weights import files
+from functional_sd3.formats import json_fields
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.weights import files, finite
 
-_NAME = re.compile(r"step-(\d+)\.safetensors")
+LEAST = 2
+"""Checkpoints that are kept at least: the newest may turn out to be unreadable."""
+_NAME = re.compile(r"step-([0-9]{1,18})\.safetensors")
 
 
 def save(folder: str | os.PathLike, step: int, state: Tree, settings: dict[str, Any]) -> Path:
@@ -36,15 +41,16 @@ def found(folder: str | os.PathLike) -> list[Path]:
 
 
 def settings(path: str | os.PathLike) -> dict[str, Any]:
-    """The settings a checkpoint was saved with. Raises WeightsError when it cannot be read."""
-    return json.loads(files.read_header(path).metadata.get("settings", "{}"))
+    """The settings a checkpoint was saved with, {} where it has none. Raises WeightsError when they cannot be read."""
+    text = files.read_header(path).metadata.get("settings", "{}")
+    return dict(json_fields.parse_object(text, f"{path}: its settings").values)
 
 
 def load(path: str | os.PathLike, like: Tree) -> Tree:
     """The state in a checkpoint, in the structure and on the device of `like`.
 
-    Raises WeightsError when the file cannot be read, naming each path that is missing, unexpected, or of another shape
-    or dtype than in `like`.
+    Raises WeightsError when the file cannot be read, naming each path that is missing, unexpected, of another shape or
+    dtype than in `like`, or that holds NaN or an infinity.
     """
     mapped = files.open_mapped(path)
     entries, wanted = mapped.header.tensors, tree.flatten_paths(like)
@@ -55,17 +61,77 @@ def load(path: str | os.PathLike, like: Tree) -> Tree:
         if ours != theirs:
             problems.append(f"{path}: {name} is {theirs[1]} {list(theirs[0])}, the run has {ours[1]} {list(ours[0])}")
     if problems:
-        raise files.WeightsError(sorted(problems))
+        raise WeightsError(sorted(problems))
 
     def read(name: str, leaf: Tensor) -> Tensor:
         # A copy of its own: a donated step may write into it, and the file may be pruned.
         return files.tensor(mapped, name).to(leaf.device, copy=True)
 
     with torch.no_grad():
-        return tree.map_with_path(read, like)
+        state = tree.map_with_path(read, like)
+    if problem := not_finite(state):
+        raise WeightsError(f"{path}: {problem}")
+    return state
+
+
+class Resumed(NamedTuple):
+    """A state, the checkpoint it was read from and its settings; `passed_over`: newer ones that cannot be read, and
+    why."""
+
+    state: Tree
+    path: Path
+    settings: dict[str, Any]
+    passed_over: tuple[tuple[Path, WeightsError], ...]
+
+
+def load_newest(folder: str | os.PathLike, like: Tree, check: Callable[[dict[str, Any]], None]) -> Resumed:
+    """The newest checkpoint of a folder that can be read.
+
+    `check` is called with the settings of each before its state is read, and what it raises is raised. Raises
+    WeightsError, naming each file, when there is none that can be read.
+    """
+    passed_over: list[tuple[Path, WeightsError]] = []
+    for path in reversed(found(folder)):
+        try:
+            saved = settings(path)
+        except WeightsError as error:
+            passed_over.append((path, error))
+            continue
+        check(saved)
+        try:
+            state = load(path, like)
+            if int(state.step) != step_of(path):
+                raise WeightsError(f"{path}: holds the state of step {int(state.step)}")
+        except WeightsError as error:
+            passed_over.append((path, error))
+            continue
+        return Resumed(state, path, saved, tuple(passed_over))
+    if not passed_over:
+        raise WeightsError(f"{folder}: there is no checkpoint")
+    raise WeightsError([problem for _, error in passed_over for problem in error.problems])
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that cannot be read, so that it is none any more; its new name."""
+    target = path.with_name(path.name + ".unreadable")
+    os.replace(path, target)
+    return target
+
+
+def not_finite(state: Tree) -> str | None:
+    """The first leaf of a state that holds NaN or an infinity, as a sentence; None when there is none."""
+    for name, leaf in tree.flatten_paths(state).items():
+        if leaf.is_floating_point() and (what := finite.stranger(leaf)):
+            return f"{name} holds {what}"
+    return None
 
 
 def prune(folder: str | os.PathLike, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
+    """Delete all but the `keep` newest checkpoints, at least one."""
     for path in found(folder)[: -max(keep, 1)]:
         path.unlink(missing_ok=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint."""
+    return int(_NAME.fullmatch(path.name)[1])

@@ -4,31 +4,39 @@ A run is a function of its first state and of `batch_of_step`, itself a function
 remembered. So a run that was killed goes on from its last checkpoint to the very same bits.
 """
 
+import contextlib
 import functools
-import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng, tree
+from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Tree
-from functional_sd3.training import checkpoint, log
+from functional_sd3.formats.errors import WeightsError, is_disk_full
+from functional_sd3.training import checkpoint, interruption, log
+from functional_sd3.training.interruption import Interruption
+from functional_sd3.training.recorder import DivergedError, Recorder, Row, Summary, columns, diverged
 from functional_sd3.training.step import Metrics, TrainState
 
+Sampler = Callable[[TrainState, int], None]
+Note = Callable[[str], None]
+__all__ = ["DivergedError", "Outcome", "columns", "order", "print_note", "run"]
 
-class DivergedError(ArithmeticError):
-    """The loss or the gradient is no longer a finite number."""
+
+def print_note(text: str) -> None:
+    """A line on standard error, above a progress bar where there is one; nothing where nobody reads it any more."""
+    from tqdm import tqdm
+
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(text, file=sys.stderr)
 
 
 class Outcome(NamedTuple):
-    """The last state, and whether all steps were done or the person stopped the run (its state is saved either way)."""
+    """The last state, which is saved, and whether all steps were done or a signal stopped the run."""
 
     state: TrainState
     reason: Literal["done", "interrupted"]
@@ -45,46 +53,69 @@ def run(
     save_every: int = 500,
     log_every: int = 20,
     sample_every: int = 0,
-    on_sample: Callable[[TrainState, int], None] | None = None,
+    on_sample: Sampler | None = None,
+    has_sample: Callable[[int], bool] = lambda step: True,
     keep: int = 3,
     progress: bool = True,
-    summary: Callable[[dict[str, list[float] | float]], dict[str, float]] | None = None,
+    on_row: Callable[[int, Row], None] | None = None,
+    note: Note = print_note,
+    summary: Summary | None = None,
 ) -> Outcome:
     """Train until `state.step` is `steps`, from wherever it stands.
 
-    Writes OUT/checkpoints (the last `keep`, every `save_every` steps and at the end) and OUT/log.csv, a row every
-    `log_every` steps with the means of the metrics since the row before, by way of `summary` (default `columns`).
-    `on_sample` is called every `sample_every` steps and at the end. Ctrl-C or SIGTERM finish the step at hand, save and
-    return. Raises DivergedError at a loss or gradient that is not finite, leaving the last good checkpoint, and
-    WeightsError when the disk refuses.
+    Writes OUT/checkpoints (the last `keep`, at least two, every `save_every` steps and at the end) and OUT/log.csv, a
+    row every `log_every` steps with the means of the metrics since the row before, by way of `summary` (default
+    `columns`); `on_row` is called with each. `on_sample` is called every `sample_every` steps and at the end, and
+    before the first step where the sample of the state at hand is due and `has_sample(step)` is false.
+
+    Ctrl-C, SIGTERM or SIGHUP finish the step at hand, or give up the sample at hand, save and return; a third Ctrl-C
+    raises KeyboardInterrupt. A batch that cannot be read ends the run after its state is saved. A sample, a row or a
+    checkpoint that cannot be made is said by `note`, and the run goes on, unless it is the last checkpoint. Raises
+    DivergedError at a loss, gradient or state that is not finite, leaving the last good checkpoint, and WeightsError
+    when the disk refuses the last checkpoint.
     """
     from tqdm import tqdm
 
-    done, folder, sums, since = int(state.step), Path(out) / "checkpoints", None, 0
-    table = log.resume(Path(out) / "log.csv", done)
-    started = time.monotonic()
-    with _stop_on_signal() as stopped, tqdm(initial=done, total=steps, disable=not progress, dynamic_ncols=True) as bar:
-        while done < steps and not stopped():
-            state, metrics = train_step(state, batch_of_step(done))
-            sums = metrics if sums is None else tree.map(torch.add, sums, metrics)
-            done, since = done + 1, since + 1
-            last = done == steps or stopped()
+    done, folder = int(state.step), Path(out) / "checkpoints"
+    recorder = Recorder(log.resume(Path(out) / "log.csv", done), folder, done, summary or columns, on_row, note)
+    saved = done
+
+    def is_sample_due() -> bool:
+        return on_sample is not None and (done == steps or (sample_every > 0 and done % sample_every == 0))
+
+    def save(final: bool) -> bool:
+        return _save(folder, done, state, settings or {}, keep, note, final=final)
+
+    with interruption.catch() as stop, tqdm(initial=done, total=steps, disable=not progress, dynamic_ncols=True) as bar:
+        if done and is_sample_due() and not has_sample(done):
+            _sample(on_sample, state, done, stop, note)
+        while done < steps and not stop.is_requested():
+            try:
+                batch = batch_of_step(done)
+            except Exception:
+                # The state is whole, and what follows the last checkpoint may be hours of work.
+                if done != saved:
+                    recorder.write(done, durable=True)
+                    save(final=True)
+                raise
+            state, metrics = train_step(state, batch)
+            done += 1
+            recorder.add(metrics)
+            last = done == steps or stop.is_requested()
             saves = last or done % save_every == 0
             # A row before every checkpoint: a resumed run starts its means afresh there, as this one does.
             if saves or done % log_every == 0:
-                means = {name: (value / since).tolist() for name, value in sums.items()}
-                _check_finite(means, done, folder)
-                elapsed = time.monotonic() - started
-                table = log.append(table, done, (summary or columns)(means), elapsed, durable=saves)
-                bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
-                sums, since = None, 0
-            if saves:
-                checkpoint.save(folder, done, state, settings or {})
-                checkpoint.prune(folder, keep)
+                bar.set_postfix_str(f"loss {recorder.write(done, durable=saves):.4f}", refresh=False)
+            if saves and save(final=last):
+                saved = done
             bar.update()
-            if on_sample and (done == steps or (sample_every and done % sample_every == 0)):
-                on_sample(state, done)
-    return Outcome(state, "done" if done >= steps else "interrupted")
+            if is_sample_due() and not stop.is_requested():
+                _sample(on_sample, state, done, stop, note)
+        if done != saved:
+            # The signal came after this step's decision not to save.
+            recorder.write(done, durable=True)
+            save(final=True)
+        return Outcome(state, "interrupted" if stop.is_requested() else "done")
 
 
 def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
@@ -106,49 +137,45 @@ def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
     return indices
 
 
-def columns(means: dict[str, list[float] | float]) -> dict[str, float]:
-    """Metrics as columns: vectors are numbered; bin_loss over bin_share is each bin's own loss, from `bin_0` on."""
-    means = dict(means)
-    shares, losses = means.pop("bin_share", []), means.pop("bin_loss", [])
-    row: dict[str, float] = {}
-    for name, value in means.items():
-        parts = enumerate(value) if isinstance(value, list) else ()
-        row |= {f"{name}_{index}": part for index, part in parts} or {name: value}
-    bins = zip(losses, shares, strict=True)
-    return row | {f"bin_{index}": loss / share if share else math.nan for index, (loss, share) in enumerate(bins)}
-
-
-def _check_finite(means: dict[str, Any], step: int, folder: Path) -> None:
-    for name in ("loss", "grad_norm"):
-        if name in means and not math.isfinite(means[name]):
-            saved = checkpoint.found(folder)
-            kept = f"the last good state is {saved[-1]}" if saved else "nothing was saved yet"
-            raise DivergedError(
-                f"{name} is {means[name]} at step {step}, so training stopped; {kept}. Try a lower learning rate."
-            )
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """A flag that the first Ctrl-C or SIGTERM raises; a step is never cut in two, since a donated one would be lost.
-
-    The second signal does what it always does.
-    """
-    caught = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield caught.is_set
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        caught.set()
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
+def _save(
+    folder: Path, step: int, state: TrainState, settings: dict[str, Any], keep: int, note: Note, *, final: bool
+) -> bool:
+    """True if the checkpoint of `step` is on the disk. Raises DivergedError, and WeightsError where `final`."""
+    if problem := checkpoint.not_finite(state):
+        raise diverged(problem, step, folder)
+    least = 1 if final else checkpoint.LEAST
     try:
-        yield caught.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        checkpoint.save(folder, step, state, settings)
+    except WeightsError as error:
+        if not is_disk_full(error) or len(checkpoint.found(folder)) <= least:
+            return _unsaved(error, folder, step, note, final)
+        # The oldest ones would go after this one was written; on a full disk they make room for it.
+        checkpoint.prune(folder, least)
+        try:
+            checkpoint.save(folder, step, state, settings)
+        except WeightsError as again:
+            return _unsaved(again, folder, step, note, final)
+    checkpoint.prune(folder, max(keep, checkpoint.LEAST))
+    return True
+
+
+def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool) -> bool:
+    kept = [path.name for path in checkpoint.found(folder)]
+    newest = f"the newest one is {kept[-1]}" if kept else "there is none yet"
+    message = f"the checkpoint of step {step} could not be written, {newest}: {error}"
+    if final:
+        raise WeightsError(message) from error
+    note(f"note: {message}. Training goes on and tries again at the next one")
+    return False
+
+
+def _sample(on_sample: Sampler, state: TrainState, done: int, stop: Interruption, note: Note) -> None:
+    """A sample, unless it fails or a signal ends it: training is worth more than its images."""
+    try:
+        with stop.abortable():
+            if not stop.is_requested():
+                on_sample(state, done)
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        note(f"note: no sample of step {done}: {str(error) or type(error).__name__}")

@@ -6,7 +6,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,41 +18,49 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import datasets, loop, lora, losses, optim, shapes, step
+from functional_sd3.training import datasets, digests, loop, lora, losses, optim, shapes, step
 from functional_sd3.weights.model import SPECS, Config, Model
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 
 
 class Pictures(NamedTuple):
-    """A set to learn from: captions, `load(rows) -> uint8 (len(rows), 3, side, side)`, a digest of what is in it."""
+    """A set to learn from: captions, `load(rows) -> uint8 (len(rows), 3, side, side)`, and digests of names and
+    captions (`fingerprint`) and of these, the images' bytes and `side` (`contents`)."""
 
     captions: tuple[str, ...]
     load: Callable[[Sequence[int]], Tensor]
     fingerprint: str
+    contents: str
 
 
 class Part(NamedTuple):
-    """What the loop runs; `model(state)` has the averaged parameters, `sample(state)` are pictures (batch, 3, h, w)."""
+    """What the loop runs; `model(state)` has the averaged parameters, `sample(state)` are images (batch, 3, h, w).
+
+    learned: the names of the components that are trained, none for a LoRA.
+    """
 
     state: step.TrainState
     train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, losses.Metrics]]
     batch: Callable[[int], Tree]
     model: Callable[[step.TrainState], Model]
     sample: Callable[[step.TrainState], Tensor]
+    learned: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train. `scratch`: fresh parameters; `dtype` that of the computation, None for the parameters' float32.
 
-    lora: rank of a LoRA that is trained instead of the parameters, 0 for none.
+    lora: rank of a LoRA that is trained instead of the parameters, 0 for none. schedule: "cosine", from `rate` to a
+    tenth of it at `steps`, or "constant", which does not depend on `steps`.
     """
 
     steps: int
     batch: int
     rate: float
     warmup: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
     ema: float = 0.999
     decay: float = 0.01
     clip: float = 1.0
@@ -81,14 +89,16 @@ def shapes_pictures(key: Key, count: int, side: int) -> Pictures:
         drawn = pixels.from_pil([shapes.draw(scenes[int(row)], side) for row in rows])
         return pixels.to_bytes(drawn)
 
-    return Pictures(captions, load, _fingerprint(captions))
+    return Pictures(captions, load, _fingerprint(captions), digests.combined([str(side), *captions]))
 
 
 def folder_pictures(index: datasets.Index, side: int) -> Pictures:
-    """The pictures of a folder, read when they are asked for."""
+    """The images of a folder, read when they are asked for. Raises WeightsError where one cannot be read any more."""
     captions = tuple(sample.caption for sample in index.samples)
     load = lambda rows: datasets.load_batch(index, rows, side)  # noqa: E731
-    return Pictures(captions, load, _fingerprint(f"{sample.path}\n{sample.caption}" for sample in index.samples))
+    names = [f"{sample.path}\n{sample.caption}" for sample in index.samples]
+    contents = digests.file_digests(index.folder / sample.path for sample in index.samples)
+    return Pictures(captions, load, _fingerprint(names), digests.combined([str(side), *names, *contents]))
 
 
 def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: Settings) -> Part:
@@ -151,7 +161,7 @@ def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: 
                 t5_length=data["ids"].t5.shape[1],
             )  # fmt: skip
 
-    return _part(run_key, params, loss, settings, step.trainable(described), batch, whole, sample)
+    return _part(run_key, params, loss, settings, step.trainable(described), batch, whole, sample, tuple(names))
 
 
 def vae_part(key: Key, model: Model, pictures: Pictures, settings: Settings) -> Part:
@@ -189,7 +199,15 @@ def vae_part(key: Key, model: Model, pictures: Pictures, settings: Settings) -> 
     learned = step.trainable(SPECS["vae"](config.vae), "decoder.*" if settings.decoder_only else "*")
     loss = losses.vae_loss(config.vae, dtype=settings.dtype)
     batch = lambda number: {"images": images(order(number))}  # noqa: E731
-    return _part(run_key, params, loss, settings, learned, batch, whole, sample)
+    return _part(run_key, params, loss, settings, learned, batch, whole, sample, ("vae",))
+
+
+def learning_rate(settings: Settings) -> optim.Schedule:
+    """The learning rate of a run as a function of the steps done."""
+    if settings.schedule == "constant":
+        return optim.warmup_constant(settings.rate, settings.warmup)
+    warmup = min(settings.warmup, settings.steps - 1)
+    return optim.warmup_cosine(settings.rate, warmup, settings.steps, 0.1 * settings.rate)
 
 
 def _part(
@@ -201,9 +219,9 @@ def _part(
     batch: Callable[[int], Tree],
     whole: Callable[[step.TrainState], Model],
     sample: Callable[[step.TrainState], Tensor],
+    names: tuple[str, ...],
 ) -> Part:
-    warmup = min(settings.warmup, settings.steps - 1)
-    rate = optim.warmup_cosine(settings.rate, warmup, settings.steps, 0.1 * settings.rate)
+    rate = learning_rate(settings)
     # Biases, norms and other vectors have no scale to shrink to.
     decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
     optimizer = optim.chain(
@@ -219,7 +237,7 @@ def _part(
         donate=True,
         rate=rate,
     )
-    return Part(step.init(key, params, optimizer, trainable=learned), train_step, batch, whole, sample)
+    return Part(step.init(key, params, optimizer, trainable=learned), train_step, batch, whole, sample, names)
 
 
 def _start(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:
@@ -240,5 +258,5 @@ def _ordered(params: dict[str, Params]) -> dict[str, Params]:
 def _fingerprint(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode() + b"\0")
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:16]

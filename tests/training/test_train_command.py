@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import weights
-from functional_sd3.cli import train
+from functional_sd3.cli import train, train_checks
 from functional_sd3.core import tree
 from functional_sd3.training import checkpoint, log
 
@@ -121,7 +121,7 @@ def test_a_run_is_not_begun_over_another(command, tmp_path):
 
 def test_resuming_with_other_arguments_names_them(command, tmp_path):
     command("--out", tmp_path / "out")
-    with pytest.raises(ValueError, match=re.escape("lr was 0.01, now 0.5; ") + ".*Resume with the same"):
+    with pytest.raises(ValueError, match=re.escape("lr 0.01 -> 0.5; seed 0 -> 3; ") + ".*Resume with the same"):
         command("--out", tmp_path / "out", "--resume", "--lr", "0.5", "--seed", "3")
 
 
@@ -156,8 +156,8 @@ def test_an_empty_folder_is_refused(command, tmp_path):
 
 
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_at_once(command, tmp_path, monkeypatch):
-    usage = train.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = train_checks.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train_checks.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ValueError, match="GiB free; the checkpoints and the model need"):
         command("--out", tmp_path / "out")
 

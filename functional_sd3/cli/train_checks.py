@@ -1,0 +1,107 @@
+"""What is wrong with a `train` command line, its data or its folder, before anything is loaded."""
+
+import argparse
+import math
+import shutil
+from pathlib import Path
+
+OURS = ("checkpoints", "samples", "log.csv")
+"""What a run that did not come to its end leaves in its folder."""
+_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "warmup": 0,
+    "pictures": 1,
+    "save_every": 1,
+    "log_every": 1,
+    "sample_every": 0,
+}
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an option, or options together, that make no sense, and for data that is not there."""
+    for name, least in _LEAST.items():
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
+    if not 0 < arguments.lr < math.inf:
+        raise ValueError(f"--lr {arguments.lr} must be a positive number, such as 1e-4")
+    for name in ("dropout", "ema"):
+        if not 0 <= getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 0 and below 1")
+    if arguments.batch_size % arguments.accumulate:
+        raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
+    if arguments.size is not None and arguments.size < 1:
+        raise ValueError(f"--size {arguments.size} must be a side in pixels, such as 512")
+    if arguments.lora is not None and arguments.lora < 1:
+        raise ValueError(f"--lora {arguments.lora} must be a rank of at least 1, such as 16; leave it out to train all")
+    if arguments.lora and (arguments.scratch or arguments.part == "vae"):
+        raise ValueError("--lora adapts a transformer that is there: neither --scratch nor --part vae goes with it")
+    if arguments.part == "vae" and arguments.text_encoders:
+        raise ValueError("--text-encoders belongs to --part transformer")
+    if arguments.part == "transformer" and arguments.decoder_only:
+        raise ValueError("--decoder-only belongs to --part vae")
+    if arguments.force and not arguments.resume:
+        raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
+    if arguments.data != "shapes":
+        _check_data(arguments.data)
+    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+    if arguments.resume and not _checkpoints(arguments):
+        raise ValueError(
+            f"--resume found no checkpoint in {Path(arguments.out) / 'checkpoints'}; leave --resume out to begin there"
+        )
+
+
+def check_folder(arguments: argparse.Namespace) -> None:
+    """Raises ValueError where --out holds a run that is not to be resumed, or what no run of ours left there."""
+    found = _checkpoints(arguments)
+    if arguments.resume:
+        done = max(found)
+        if arguments.steps < done:
+            raise ValueError(
+                f"--steps {arguments.steps} counts all steps, of which {done} are done in {arguments.out}: give more "
+                f"to go on, or --steps {done} to write the result again"
+            )
+        return
+    if found:
+        raise ValueError(
+            f"--out {arguments.out} holds a run already: --resume goes on with it, from step {max(found)}; or "
+            "name another folder"
+        )
+    others = sorted(entry.name for entry in Path(arguments.out).iterdir() if not entry.name.startswith("."))
+    others = [name for name in others if name not in OURS]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise ValueError(
+            f"--out {arguments.out} is not empty ({', '.join(others[:3])}{more}), and a trained model would replace "
+            "what is there: name a folder that is new or empty"
+        )
+
+
+def check_disk(out: Path, state, model, keep: int) -> None:
+    """Raises ValueError for a disk without room: a run that cannot save is better refused at once."""
+    from functional_sd3.core import tree
+
+    needed = (keep + 1) * tree.nbytes(state) + tree.nbytes(model.params)
+    free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in (out / "checkpoints").glob("step-*"))
+    if free < needed:
+        raise ValueError(
+            f"{out} has {free / 2**30:.2f} GiB free; the checkpoints and the model need {needed / 2**30:.2f} GiB"
+        )
+
+
+def _check_data(data: str) -> None:
+    path = Path(data)
+    if path.is_dir():
+        return
+    wanted = "give a folder of images, or the word shapes"
+    if path.exists():
+        raise ValueError(f"--data {data} is a file, not a folder; {wanted}")
+    raise ValueError(f"--data {data} is not a folder that exists; {wanted}")
+
+
+def _checkpoints(arguments: argparse.Namespace) -> list[int]:
+    from functional_sd3.training import checkpoint
+
+    return [checkpoint.step_of(path) for path in checkpoint.found(Path(arguments.out) / "checkpoints")]

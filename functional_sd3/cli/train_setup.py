@@ -1,0 +1,270 @@
+"""A training run put together from its command line: model, images, settings, the state it goes on from, its result."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from functional_sd3 import pipeline, weights
+from functional_sd3.cli import runtime
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Tree
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.image import pixels, vae
+from functional_sd3.text import conditioning
+from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, parts
+from functional_sd3.training.step import TrainState
+from functional_sd3.weights import files, finite, shipped
+from functional_sd3.weights.model import SPECS, Model
+
+ENCODED = "data.safetensors"
+"""The file beside the checkpoints that keeps the latents of all images."""
+Say = Callable[[str], None]
+_RECORDED = (
+    "accumulate", "batch_size", "compile", "data", "decoder_only", "dropout", "dtype", "ema", "lora", "lr", "part",
+    "pictures", "schedule", "scratch", "seed", "size", "steps", "template", "text_encoders", "warmup",
+)  # fmt: skip
+"""The options that a checkpoint keeps."""
+
+
+class Setup(NamedTuple):
+    """What a run needs. stored: the model as its files have it; settings: what its checkpoints keep."""
+
+    part: parts.Part
+    stored: Model
+    settings: dict[str, Any]
+    options: parts.Settings
+
+
+def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
+    """Model and images read, compared with those of the run that is resumed, and encoded.
+
+    Raises ValueError where they, or the options, may not be used together or with that run.
+    """
+    source = Path(arguments.params) if arguments.params else shipped.folder()
+    stored, model = _load(arguments, source)
+    images = _images(arguments, model, say)
+    options = _options(arguments)
+    ids = None if arguments.part == "vae" else _tokens(model, images)
+    settings = _settings(arguments, source, stored, images, ids)
+    if arguments.resume:
+        _check_continuing(arguments, settings)
+    key = prng.fold_in(prng.key(arguments.seed), 1)
+    if arguments.part == "vae":
+        return Setup(parts.vae_part(key, model, images, options), stored, settings, options)
+    latents = _latents(arguments, model, images, settings, say)
+    part = parts.flow_part(key, model, images, {"latents": latents, "ids": ids}, options)
+    return Setup(part, stored, settings, options)
+
+
+def resume(arguments: argparse.Namespace, setup: Setup, say: Say) -> TrainState:
+    """The state of the newest checkpoint that can be read; what changed since, and what is passed over, is said.
+
+    Raises ValueError where the settings differ and may not, WeightsError where there is no checkpoint that can be read.
+    """
+    folder = Path(arguments.out) / "checkpoints"
+    now = setup.settings
+    allowed = lambda saved: continuing.check(_differences(saved, now), arguments.out, force=arguments.force)  # noqa: E731
+    resumed = checkpoint.load_newest(folder, setup.part.state, allowed)
+    for path, error in resumed.passed_over:
+        say(f"note: a checkpoint cannot be read: {error}")
+        say(f"note: it is set aside as {checkpoint.set_aside(path)}, and the one before is taken: {resumed.path.name}")
+    for sentence in continuing.notes(_differences(resumed.settings, now), resumed.settings, now):
+        say(f"note: {sentence}")
+    state = resumed.state
+    say(f"resuming at step {int(state.step)} of {arguments.steps}")
+    _say_steps(resumed.settings, setup.options, state, say)
+    return state
+
+
+def newest(folder: Path) -> str:
+    """A sentence that names the newest checkpoint."""
+    found = checkpoint.found(folder)
+    return f"--resume goes on from the newest checkpoint, {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return bool(checkpoint.found(folder))
+
+
+def save_image(path: Path, images: torch.Tensor) -> None:
+    """Write images (batch, 3, height, width) in [0, 1] as one PNG, four a row."""
+    import io
+
+    buffer = io.BytesIO()
+    pixels.to_pil(pixels.grid(images.cpu(), columns=4))[0].save(buffer, format="PNG")
+    files.write_atomic(path, buffer.getvalue())
+
+
+def save_result(out: Path, state: TrainState, setup: Setup, lora_name: str) -> Path:
+    """Write the LoRA, or the whole model: what was trained in the dtypes it was stored in, the rest as it was stored.
+
+    Returns what was written.
+    """
+    if setup.options.lora:
+        lora.save(out / lora_name, state.ema)
+        return out / lora_name
+    trained, stored = setup.part.model(state), setup.stored
+    params = {name: _as_stored(trained.params[name], stored.params[name]) for name in setup.part.learned}
+    weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
+    return out
+
+
+def _as_stored(params: Tree, stored: Tree) -> Tree:
+    """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now."""
+
+    def cast(leaf: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        # Float8 without scales would round what was learned away.
+        narrow = leaf.to("cpu", torch.bfloat16 if old.dtype.itemsize < 2 else old.dtype)
+        return leaf.cpu() if finite.stranger(narrow) else narrow
+
+    return tree.map(cast, params, stored)
+
+
+def _load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model]:
+    """The model as it is stored, and what training reads of it: in float32 what is trained."""
+    device = runtime.device(arguments.device)
+    stored = weights.load(source)
+    runtime.require(stored, ("transformer", "vae") if arguments.part == "transformer" else ("vae",), source)
+    names = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
+    params = tree.to(tree.cast({name: stored.params[name] for name in names}, torch.float32), device)
+    return stored, stored._replace(params=params)
+
+
+def _images(arguments: argparse.Namespace, model: Model, say: Say) -> parts.Pictures:
+    if arguments.part == "vae":
+        side = arguments.size or model.config.vae.sample_size
+    else:
+        side = pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * vae.factor(model.config.vae)
+    if arguments.data == "shapes":
+        return parts.shapes_pictures(prng.key(arguments.seed), arguments.pictures, side)
+    index = datasets.image_folder(arguments.data, template=arguments.template)
+    say(f"{len(index.samples)} pictures in {arguments.data}")
+    for path, reason in index.skipped[:10]:
+        say(f"skipped {path}: {reason}")
+    if len(index.skipped) > 10:
+        say(f"skipped {len(index.skipped) - 10} more, {len(index.skipped)} in all")
+    return parts.folder_pictures(index, side)
+
+
+def _options(arguments: argparse.Namespace) -> parts.Settings:
+    return parts.Settings(
+        steps=arguments.steps,
+        batch=arguments.batch_size,
+        rate=arguments.lr,
+        warmup=arguments.warmup,
+        schedule=arguments.schedule,
+        ema=arguments.ema,
+        accumulate=arguments.accumulate,
+        dropout=arguments.dropout,
+        scratch=arguments.scratch,
+        lora=arguments.lora or 0,
+        text_encoders=_text_encoders(vars(arguments)) == "train",
+        decoder_only=arguments.decoder_only,
+        dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+        compile=arguments.compile,
+    )
+
+
+def _text_encoders(options: dict[str, Any]) -> str:
+    given = options.get("text-encoders", options.get("text_encoders"))
+    return given or ("train" if options.get("scratch") and options.get("part") == "transformer" else "frozen")
+
+
+def _settings(
+    arguments: argparse.Namespace, source: Path, stored: Model, images: parts.Pictures, ids: conditioning.Ids | None
+) -> dict[str, Any]:
+    """What a checkpoint keeps of a run: its options, and digests of what it reads."""
+    options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
+    used = [name for name in SPECS if name in stored.params and (name == "vae" or arguments.part == "transformer")]
+    contents = {"the data": images.contents}
+    contents |= {f"the {name} of the model": digests.params_digest(stored.params[name]) for name in used}
+    if ids is not None:
+        contents["the tokens"] = digests.params_digest(ids._asdict())
+    return {
+        **options,
+        "text-encoders": _text_encoders(vars(arguments)),
+        "params": str(source.resolve()),
+        "fingerprint of the data": images.fingerprint,
+        **{continuing.CONTENTS + name: digest for name, digest in contents.items()},
+    }
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
+    import functional_sd3.cli.train as command
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
+    before = {**defaults, **saved}
+    return continuing.differences({**saved, "text-encoders": _text_encoders(before)}, now, defaults)
+
+
+def _check_continuing(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Before images are encoded: the settings of the newest checkpoint, where they can be read."""
+    for path in reversed(checkpoint.found(Path(arguments.out) / "checkpoints")):
+        try:
+            saved = checkpoint.settings(path)
+        except WeightsError:
+            continue
+        continuing.check(_differences(saved, settings), arguments.out, force=arguments.force)
+        return
+
+
+def _say_steps(saved: dict[str, Any], options: parts.Settings, state: TrainState, say: Say) -> None:
+    """What another number of steps means for the learning rate."""
+    before, done = saved.get("steps"), int(state.step)
+    if not isinstance(before, int) or before == options.steps or done >= options.steps:
+        return
+    sentence = f"note: {before} steps were planned, now {options.steps}"
+    if options.schedule == "cosine":
+        rate = float(parts.learning_rate(options)(state.step))
+        sentence += f": the cosine of the learning rate ends there now, and the rate goes on at {rate:.3g}"
+    say(sentence)
+
+
+def _tokens(model: Model, images: parts.Pictures) -> conditioning.Ids:
+    return conditioning.tokenize(model.config, model.tokenizers, images.captions, t5_length=_t5_length(model))
+
+
+def _t5_length(model: Model) -> int:
+    t5 = model.tokenizers.t5
+    return 256 if t5 is None else min(256, t5.model_max_length)
+
+
+def _latents(
+    arguments: argparse.Namespace, model: Model, images: parts.Pictures, settings: dict[str, Any], say: Say
+) -> torch.Tensor:
+    """The latents of all images: computed once for a run, and read again while images and autoencoder are the same."""
+    from tqdm import tqdm
+
+    path = Path(arguments.out) / "checkpoints" / ENCODED
+    names = [continuing.CONTENTS + name for name in ("the data", "the vae of the model")]
+    of = digests.combined(settings[name] for name in names)
+    if arguments.resume and path.exists():
+        try:
+            return _kept_latents(path, of, len(images.captions))
+        except WeightsError as error:
+            say(f"note: the images are encoded again: {error}")
+    track = lambda rows: tqdm(rows, desc="encoding", leave=False, disable=None)  # noqa: E731
+    latents = datasets.encode_all(
+        model.params, model.config, model.tokenizers, images.captions, images.load,
+        t5_length=_t5_length(model), track=track,
+    )["latents"]  # fmt: skip
+    files.write_atomic(path, {"latents": latents}, metadata={"contents": of})
+    return latents
+
+
+def _kept_latents(path: Path, of: str, count: int) -> torch.Tensor:
+    mapped = files.open_mapped(path)
+    if mapped.header.metadata.get("contents") != of:
+        raise WeightsError(f"{path}: holds the latents of other images or of another autoencoder")
+    entry = mapped.header.tensors.get("latents")
+    if entry is None or entry.shape[:1] != (count,) or entry.dtype != torch.float32:
+        raise WeightsError(f"{path}: holds no latents of {count} images")
+    latents = files.tensor(mapped, "latents")
+    if what := finite.stranger(latents):
+        raise WeightsError(f"{path}: holds {what}")
+    return latents

@@ -1,0 +1,92 @@
+"""The metrics of a run as rows of its log, and the end of a run whose metrics are no longer finite numbers."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.training import checkpoint, log
+from functional_sd3.training.losses import Metrics
+
+Row = dict[str, float]
+Summary = Callable[[dict[str, list[float] | float]], Row]
+
+
+class DivergedError(ArithmeticError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+class Recorder:
+    """Rows of the log: metrics summed since the row before, on their device until the row is written."""
+
+    def __init__(
+        self,
+        table: log.Log,
+        folder: Path,
+        done: int,
+        summary: Summary,
+        on_row: Callable[[int, Row], None] | None,
+        note: Callable[[str], None],
+    ) -> None:
+        self._table, self._summary, self._on_row, self._note, self._folder = table, summary, on_row, note, folder
+        self._sums: Metrics | None = None
+        self._watched: list[dict[str, Tensor]] = []
+        self._row = done
+        self._started = time.monotonic()
+
+    def add(self, metrics: Metrics) -> None:
+        self._sums = metrics if self._sums is None else tree.map(torch.add, self._sums, metrics)
+        self._watched.append({name: metrics[name] for name in ("loss", "grad_norm") if name in metrics})
+
+    def write(self, done: int, *, durable: bool) -> float:
+        """Write the row of step `done`, where steps were added since the last; returns their mean loss, else NaN.
+
+        Raises DivergedError, naming the step, where a loss or a gradient is not finite.
+        """
+        count = len(self._watched)
+        if not count:
+            return math.nan
+        means = {name: (value / count).tolist() for name, value in self._sums.items()}
+        self._check_finite(means)
+        row, elapsed = self._summary(means), time.monotonic() - self._started
+        try:
+            self._table = log.append(self._table, done, row, elapsed, durable=durable)
+        except WeightsError as error:
+            self._note(f"note: the row of step {done} is not in the log: {error}")
+        if self._on_row:
+            self._on_row(done, row)
+        self._sums, self._watched, self._row = None, [], done
+        return means["loss"]
+
+    def _check_finite(self, means: dict[str, Any]) -> None:
+        for name in ("loss", "grad_norm"):
+            if name in means and not math.isfinite(means[name]):
+                values = [float(metrics[name]) for metrics in self._watched]
+                # A sum of finite numbers may be none; then the largest of them did it.
+                index = next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values) - 1)
+                raise diverged(f"{name} is {values[index]}", self._row + index + 1, self._folder)
+
+
+def diverged(what: str, step: int, folder: Path) -> DivergedError:
+    """The error of a run whose checkpoints are in `folder`, to be raised."""
+    saved = checkpoint.found(folder)
+    kept = f"the last good state is {saved[-1]}" if saved else "nothing was saved yet"
+    return DivergedError(f"{what} at step {step}, so training stopped; {kept}. Try a lower learning rate.")
+
+
+def columns(means: dict[str, list[float] | float]) -> dict[str, float]:
+    """Metrics as columns: vectors are numbered; bin_loss over bin_share is each bin's own loss, from `bin_0` on."""
+    means = dict(means)
+    shares, losses = means.pop("bin_share", []), means.pop("bin_loss", [])
+    row: dict[str, float] = {}
+    for name, value in means.items():
+        parts = enumerate(value) if isinstance(value, list) else ()
+        row |= {f"{name}_{index}": part for index, part in parts} or {name: value}
+    bins = zip(losses, shares, strict=True)
+    return row | {f"bin_{index}": loss / share if share else math.nan for index, (loss, share) in enumerate(bins)}
