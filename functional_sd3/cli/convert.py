@@ -4,6 +4,8 @@ import argparse
 import re
 from pathlib import Path
 
+from functional_sd3.cli import report
+
 HELP = "write weights in another layout or dtype"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -37,11 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     weights.save(arguments.out, model, layout=arguments.layout, dtype=dtype, shard_bytes=shard_bytes)
-    print(f"{arguments.out}: {', '.join(model.params)}")
+    report.say(f"{arguments.out}: {', '.join(model.params)}")
     if Path(arguments.out).is_file() and any(tables is not None for tables in model.tokenizers):
-        print("tokenizers are not in the file: keep their folders, and pass them beside it")
+        report.say("tokenizers are not in the file: keep their folders, and pass them beside it")
     for sentence in weights.missing(model) if not arguments.only else ():
-        print(sentence)
+        report.say(sentence)
     return 0
 
 

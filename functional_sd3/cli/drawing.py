@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,25 +41,25 @@ def batches(jobs: list[Job], size: int, *, alone: bool) -> list[list[Job]]:
 
 
 @torch.no_grad()
-def together(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespace) -> Tensor:
-    """The pictures (count, 3, height, width), with everything in memory."""
+def together(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespace) -> Iterator[Tensor]:
+    """The pictures (count, 3, height, width) of each batch as soon as they are drawn, with everything in memory."""
     opened = run.session
     encoders = [name for name in ("clip_l", "clip_g", "t5") if getattr(opened.config, name) is not None]
     params = {name: opened.fetch(name) for name in (*encoders, "transformer", "vae")}
-    images = []
     for jobs in batches:
+        opened.timer.stage = "reading the prompts"
         prompts = [job.prompt for job in jobs]
         conditions = pipeline.encode(params, opened.config, opened.tokenizers, prompts, **session.told(arguments))
         opened.timer.done("text", opened.device)
         latents = _sample(run, params, conditions, jobs, arguments)
-        images.append(_decode(run, params, latents))
-    return torch.cat(images)
+        yield _decode(run, params, latents)
 
 
 @torch.no_grad()
-def offloaded(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespace) -> Tensor:
+def offloaded(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namespace) -> Iterator[Tensor]:
     """The same, with one text encoder, the transformer or the VAE in memory at a time, each for all batches."""
     opened = run.session
+    opened.timer.stage = "reading the prompts"
     found = _conditions(run, batches, arguments)
     opened.timer.done("text", opened.device)
     transformer = {"transformer": opened.fetch("transformer")}
@@ -68,7 +68,8 @@ def offloaded(run: Run, batches: Sequence[list[Job]], arguments: argparse.Namesp
     del transformer
     decoder = {"vae": opened.fetch("vae")}
     opened.timer.done("load", opened.device)
-    return torch.cat([_decode(run, decoder, part) for part in latents])
+    for part in latents:
+        yield _decode(run, decoder, part)
 
 
 def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[list[Job]], Conditions]:
@@ -87,6 +88,7 @@ def _conditions(run: Run, batches: Sequence[list[Job]], arguments) -> Callable[[
 
 def _sample(run: Run, params: dict[str, Params], conditions: Conditions, jobs: list[Job], arguments) -> Tensor:
     opened, config = run.session, run.session.config
+    opened.timer.stage = "sampling"
     keys = torch.stack([prng.key(job.seed) for job in jobs])
     noise, extras = _noise(run, jobs, keys), {}
     start = noise
@@ -139,6 +141,7 @@ def _field(run: Run) -> Callable[..., Velocity] | None:
 
 def _decode(run: Run, params: dict[str, Params], latents: Tensor) -> Tensor:
     tile = None
+    run.session.timer.stage = "decoding"
     if run.tile is not None:
         tile = max(run.tile) // vae.factor(run.session.config.vae)
     images = pipeline.decode(params, run.session.config, latents, tile=tile)

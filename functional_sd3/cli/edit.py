@@ -2,10 +2,9 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
-from functional_sd3.cli import controls, inputs, options, written
+from functional_sd3.cli import controls, guidance, inputs, options, output, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
 
 HELP = "draw a picture as another prompt tells it"
@@ -39,16 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_words(parser)
     options.add_run(parser)
     options.add_model(parser)
-    parser.add_argument("--out", metavar="FILE-or-DIR", help="a .png file, or a folder (default: out/)")
+    parser.add_argument("--out", metavar="FILE-or-DIR", help="a .png, .jpg or .webp file, or a folder (default: out/)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
-    options.check_counts(arguments, "steps")
     size, told = options.size(arguments.size), _told(arguments)
     if not Path(arguments.picture).is_file():
         raise ValueError(f"{arguments.picture} is no file")
-    out, single = options.out(arguments.out)
+    options.check_run(arguments)
+    if arguments.source_cfg is not None and arguments.source_cfg < 1:
+        report.note(f"--source-cfg {arguments.source_cfg:g} is no guidance, as every scale up to 1")
+    out, single = output.destination(arguments.out)
 
     import torch
 
@@ -62,9 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
     shown = session.picture_size(opened, (image.shape[-1], image.shape[-2]))
     control = controls.prepare(arguments, opened.config, opened.fetch, shown, opened.dtype, opened.device)
     timer.done("load")
-    session.note_truncated(opened, [arguments.source, arguments.target, arguments.negative], arguments)
+    texts = [arguments.source, arguments.target, arguments.negative]
+    session.note_truncated(opened, texts, arguments)
+    prompt_words.note_unknown(arguments, texts)
     keys = prng.key(torch.tensor([arguments.seed]))
-    with torch.no_grad(), progress(2 * arguments.steps) as bar:
+    if single:
+        output.check_fits(out, *shown)
+    with timer.named_failures(), torch.no_grad(), progress(2 * arguments.steps) as bar:
+        timer.stage = "editing"
         conditions = session.conditions(opened, [arguments.source, arguments.target], arguments)
         timer.done("text", opened.device)
         latents = pipeline.encode_images({"vae": opened.fetch("vae")}, opened.config, image)
@@ -81,11 +87,14 @@ def run(arguments: argparse.Namespace) -> int:
         images = pipeline.decode({"vae": opened.fetch("vae")}, opened.config, latents).cpu()
         timer.done("decoding", opened.device)
     runtime.check_finite(images)
-    path = out if single else written.free(out, f"{written.slug(arguments.target)}-edited")
-    written.save(path, pixels.to_pil(images)[0], _settings(arguments))
+    drawn, settings = pixels.to_pil(images)[0], _settings(arguments)
+    if single:
+        output.save(out, drawn, settings)
+    else:
+        out = output.save_new(out, f"{output.slug(arguments.target)}-edited", drawn, settings)
     timer.done("write")
-    print(path)
-    print(timer.summary(), file=sys.stderr)
+    report.say(out)
+    report.message(timer.summary())
     return 0
 
 
@@ -101,9 +110,10 @@ def _told(arguments: argparse.Namespace) -> dict:
         raise ValueError("--strength needs --direct: without it the picture goes all the way to noise")
     if arguments.direct:
         usual = {"strength": 0.66, "source_cfg": 2.0}
-        return {name: value if (value := getattr(arguments, name)) is not None else usual[name] for name in usual}
+        told = {name: value if (value := getattr(arguments, name)) is not None else usual[name] for name in usual}
+        return {**told, "source_cfg": guidance.scale(told["source_cfg"])}
     told = {"eta": 0.9 if arguments.eta is None else arguments.eta, "window": _window(arguments.window or "0-0.25")}
-    told["source_cfg"] = 1.0 if arguments.source_cfg is None else arguments.source_cfg
+    told["source_cfg"] = guidance.scale(1.0 if arguments.source_cfg is None else arguments.source_cfg)
     if arguments.exact:
         from functional_sd3.flow import fixed_point
 

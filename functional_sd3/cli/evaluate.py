@@ -2,9 +2,11 @@
 
 import argparse
 
-from functional_sd3.cli import lora_options
-from functional_sd3.metrics import inception, preprocess
+from functional_sd3.cli import guidance, lora_options, options, report
 
+MODES = ("clean", "pytorch_fid", "tf1")
+TAPS = (64, 192, 768, 2048)
+"""Names of `preprocess.MODES` and `inception.TAPS`, known here without torch."""
 HELP = "measure pictures and models: fid, kid, cmmd, clip, prompts, vae"
 
 
@@ -54,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from functional_sd3.cli import evaluate_models, evaluate_sets, report
-
     report.check_writable(arguments.json, getattr(arguments, "save", None))
-    for name in ("batch_size", "count", "steps", "subsets", "size"):
-        if getattr(arguments, name, None) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    if getattr(arguments, "workers", 0) < 0:
-        raise ValueError(f"--workers {arguments.workers} must be 0 (none besides this process) or more")
+    options.check_params(getattr(arguments, "params", None))
+    if arguments.metric == "prompts":
+        options.check_method(arguments.method)
+        guidance.check(arguments)
+
+    from functional_sd3.cli import evaluate_models, evaluate_sets
+
     metrics = {**evaluate_sets.METRICS, **evaluate_models.METRICS}
     report.emit(arguments.json, metrics[arguments.metric](arguments))
     return 0
@@ -88,10 +90,10 @@ def _inception(parser: argparse.ArgumentParser, saved: str) -> None:
     parser.add_argument("--inception", metavar="FILE", help="weights of the Inception network (never downloaded)")
     parser.add_argument(
         "--mode",
-        choices=sorted(preprocess.MODES),
+        choices=MODES,
         help="how pictures are resized and scaled, as by clean-fid (default), pytorch-fid or torch-fidelity",
     )
-    parser.add_argument("--features", type=int, choices=inception.TAPS, help="layer to compare (default 2048)")
+    parser.add_argument("--features", type=int, choices=TAPS, help="layer to compare (default 2048)")
     parser.add_argument("--save", metavar="FILE.npz", help=f"write {saved}")
 
 

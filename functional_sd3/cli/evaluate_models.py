@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import lora_options, report, runtime
+from functional_sd3.cli import guidance, lora_options, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.image import files as image_files
@@ -96,7 +96,7 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
                     prng.key(arguments.seed),
                     batch=arguments.batch_size,
                     steps=arguments.steps,
-                    cfg=arguments.cfg,
+                    cfg=guidance.scale(arguments.cfg),
                     method=method,
                     height=shapes.SIDE,
                     width=shapes.SIDE,

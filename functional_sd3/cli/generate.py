@@ -1,10 +1,8 @@
 """Draw pictures of prompts."""
 
 import argparse
-import sys
-from pathlib import Path
 
-from functional_sd3.cli import controls, inputs, options, regions, written
+from functional_sd3.cli import controls, inputs, numbers, options, output, prompt_words, regions, report
 from functional_sd3.cli.timing import Timer, progress
 from functional_sd3.cli.written import Job
 
@@ -13,7 +11,9 @@ HELP = "draw pictures of prompts"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw; several give a picture each")
-    parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt on each line")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="a text file with a prompt on each line; - for standard input"
+    )
     options.add_words(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of a prompt (default 0)")
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, with successive seeds")
@@ -33,28 +33,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE-or-DIR",
-        help="a .png file (several pictures become a grid), or a folder for one file a picture (default: out/)",
+        help="a .png, .jpg or .webp file (several pictures become a grid), or a folder for one file a picture "
+        "(default: out/)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
-    prompts, size = _prompts(arguments), options.size(arguments.size)
-    options.check_counts(arguments, "steps", "count", "batch")
+    size, tile = options.size(arguments.size), regions.check(arguments)
     inputs.check(arguments)
-    jobs, tile = _jobs(prompts, arguments), regions.check(arguments)
-    out, single = options.out(arguments.out)
+    options.check_run(arguments)
+    out, single = output.destination(arguments.out)
+    prompts = prompt_words.listed(arguments.prompt, arguments.prompts)
+    jobs = _jobs(prompts, arguments)
+    prompt_words.note_missing_quotes(arguments.prompt)
 
-    from functional_sd3.cli import drawing, runtime, session
+    from functional_sd3.cli import drawing, session, writer
 
     opened = session.start(arguments, timer)
     begun = inputs.prepare(arguments, opened, size)
     size = session.picture_size(opened, begun.size if begun else size, bounded=tile is None)
+    if single:
+        writer.check_fits(out, size, len(jobs))
     control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
     asked = regions.prepare(arguments, opened, size)
     timer.done("load")
     texts = [*prompts, *(regions.parse(text).prompt for text in arguments.region), arguments.negative]
     session.note_truncated(opened, texts, arguments)
+    prompt_words.note_unknown(arguments, texts)
 
     settings = {
         # A picture is fitted again as it was: by its own size, or the one that was asked for.
@@ -66,41 +72,24 @@ def run(arguments: argparse.Namespace) -> int:
     batches = drawing.batches(jobs, arguments.batch, alone=arguments.long)
     with progress(arguments.steps * len(batches)) as bar:
         run = drawing.Run(opened, size, control, bar, begun, asked, tile)
-        images = (drawing.offloaded if arguments.offload else drawing.together)(run, batches, arguments)
-    runtime.check_finite(images)
-    paths = (written.write_grid if single else written.write_each)(out, images, jobs, settings)
-    timer.done("write")
-    for path in paths:
-        print(path)
-    print(timer.summary(), file=sys.stderr)
+        batches_of_images = (drawing.offloaded if arguments.offload else drawing.together)(run, batches, arguments)
+        writer.write(batches_of_images, jobs, settings, out, single=single, timer=timer)
+    report.message(timer.summary())
     return 0
 
 
 def _jobs(prompts: list[str], arguments: argparse.Namespace) -> list[Job]:
     if arguments.variation is None:
+        numbers.seed(arguments.seed + arguments.count - 1, f"--seed and --count {arguments.count}: the last seed")
         return [Job(prompt, arguments.seed + index) for prompt in prompts for index in range(arguments.count)]
-    seed, _, amount = arguments.variation.partition(":")
-    try:
-        towards, share = int(seed), float(amount)
-    except ValueError:
-        raise ValueError(f"--variation {arguments.variation!r} must be SEED:AMOUNT, such as 7:0.2") from None
+    seed, colon, amount = arguments.variation.partition(":")
+    if not colon:
+        raise ValueError(f"--variation {arguments.variation!r} must be SEED:AMOUNT, such as 7:0.2")
+    towards = numbers.seed(seed, f"--variation {arguments.variation}: the seed")
+    share = numbers.number(amount, f"--variation {arguments.variation}: the amount")
+    numbers.seed(towards + arguments.count - 1, f"--variation {seed} with --count {arguments.count}: the last seed")
     if not 0 <= share <= 1:
         raise ValueError(f"--variation {arguments.variation}: the amount must be between 0 and 1 (the other seed)")
     return [
         Job(prompt, arguments.seed, towards + index, share) for prompt in prompts for index in range(arguments.count)
     ]
-
-
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    prompts = list(arguments.prompt)
-    if arguments.prompts:
-        try:
-            lines = Path(arguments.prompts).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompts {arguments.prompts} is not UTF-8 text: {error}") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts {arguments.prompts} holds no prompts")
-    if not prompts:
-        raise ValueError('no prompt; try: functional-sd3 generate "a large red circle on a white background"')
-    return prompts

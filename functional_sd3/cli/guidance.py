@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from functional_sd3.cli import numbers, report
+from functional_sd3.cli.parser import suggestion
+
 if TYPE_CHECKING:
     from functional_sd3.cli.session import Session
     from functional_sd3.flow.guidance import Guidance
@@ -35,27 +38,31 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _limit(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    return None if text == "none" else _number(text)
 
 
-_WINDOW = {"start": float, "stop": float}
-_WORSE = {"layers": _layers, "scale": float, **_WINDOW}
-_PROJECTED = {"scale": float, "momentum": float, "eta": float, "longest": _limit}
+def _number(text: str) -> float:
+    return numbers.number(text, "it")
+
+
+_WINDOW = {"start": _number, "stop": _number}
+_WORSE = {"layers": _layers, "scale": _number, **_WINDOW}
+_PROJECTED = {"scale": _number, "momentum": _number, "eta": _number, "longest": _limit}
 
 KINDS = {
-    "cfg": Kind("cfg", {"scale": float}, begins=True),
-    "zero-star": Kind("zero_star", {"scale": float}, begins=True),
-    "tangential": Kind("tangential", {"scale": float}, begins=True),
-    "magnitude-aware": Kind("magnitude_aware", {"scale": float, "rate": float}, begins=True),
+    "cfg": Kind("cfg", {"scale": _number}, begins=True),
+    "zero-star": Kind("zero_star", {"scale": _number}, begins=True),
+    "tangential": Kind("tangential", {"scale": _number}, begins=True),
+    "magnitude-aware": Kind("magnitude_aware", {"scale": _number, "rate": _number}, begins=True),
     "apg": Kind("apg", _PROJECTED, begins=True),
     "apg-of-data": Kind("apg", _PROJECTED, begins=True, fixed={"from_positive": True, "of_data": True}),
-    "mixed-apg": Kind("mixed_apg", {**_PROJECTED, "projected-scale": float, "first": int}, begins=True),
-    "auto": Kind("auto", {"scale": float, "params": str}, begins=True, required=("params",)),
+    "mixed-apg": Kind("mixed_apg", {**_PROJECTED, "projected-scale": _number, "first": int}, begins=True),
+    "auto": Kind("auto", {"scale": _number, "params": str}, begins=True, required=("params",)),
     "skip-layer": Kind("skip_layer", _WORSE, required=("layers",)),
     "perturbed": Kind("perturbed", _WORSE, required=("layers",)),
-    "smoothed": Kind("smoothed", {**_WORSE, "sigma": float}, required=("layers",)),
-    "prompt": Kind("composed", {"text": str, "weight": float}, required=("text", "weight")),
-    "rescaled": Kind("rescaled", {"factor": float}),
+    "smoothed": Kind("smoothed", {**_WORSE, "sigma": _number}, required=("layers",)),
+    "prompt": Kind("composed", {"text": str, "weight": _number}, required=("text", "weight")),
+    "rescaled": Kind("rescaled", {"factor": _number}),
     "interval": Kind("interval", _WINDOW),
     "zero-init": Kind("zero_init", {"steps": int}),
 }
@@ -84,7 +91,8 @@ def parse(text: str) -> Asked:
     """ValueError where the name or an option is unknown, a value cannot be read, or one that is needed is missing."""
     name, _, rest = text.partition(":")
     if name not in KINDS:
-        raise ValueError(f"--guidance {text!r}: {name!r} must be one of {', '.join(KINDS)}")
+        near = suggestion(name, KINDS)
+        raise ValueError(f"--guidance {text!r}: {name!r} must be one of {', '.join(KINDS)}{near}")
     kind, found = KINDS[name], {}
     for option, value in _pairs(rest, kind).items():
         if option not in kind.options:
@@ -100,6 +108,30 @@ def parse(text: str) -> Asked:
     return Asked(name, found)
 
 
+def scale(written: float) -> float:
+    """The scale that is meant by one written on a command line: up to 1 there is no guidance, as in diffusers.
+
+    1 is the prompt's own velocity. (Below it, `guidance.cfg` goes towards that of the negative prompt.)
+    """
+    return max(1.0, written)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for words that make no sense; note what is without effect because a scale is at most 1."""
+    specs = [parse(text) for text in getattr(arguments, "guidance", ())]
+    begins = next((spec for spec in specs if KINDS[spec.name].begins), None)
+    if begins is None:
+        unguided, given = arguments.cfg <= 1, f"--cfg {arguments.cfg:g}"
+    else:
+        own = begins.options.get("scale", arguments.cfg)
+        unguided, given = own <= 1, f"--guidance {begins.name} at scale {own:g}"
+    if unguided and (begins is not None or arguments.cfg < 1):
+        rest = "; what is added to it stays" if len(specs) > (begins is not None) else ""
+        report.note(f"{given} is no guidance, as every scale up to 1: the prompt alone counts, as in diffusers{rest}")
+    if unguided and getattr(arguments, "negative", "") and not any(spec.name == "prompt" for spec in specs):
+        report.note("--negative has no effect without guidance, which needs a --cfg above 1")
+
+
 def prepare(arguments: argparse.Namespace, session: "Session") -> "Guidance | None":
     """The guidance that was asked for, None for --cfg alone.
 
@@ -110,18 +142,21 @@ def prepare(arguments: argparse.Namespace, session: "Session") -> "Guidance | No
     asked = [parse(text) for text in arguments.guidance]
     if not asked:
         return None
-    made = guidance.cfg(arguments.cfg)
+    made = guidance.cfg(scale(arguments.cfg))
     for place, one in enumerate(asked):
         kind = KINDS[one.name]
         if kind.begins and place:
             raise ValueError(f"--guidance {one.name} begins a guidance: it must come first, and be the only one")
         options = _loaded(one.options, session, arguments)
         given = {**kind.fixed, **{name.replace("-", "_"): value for name, value in options.items()}}
+        if "projected_scale" in given:
+            given["projected_scale"] = scale(given["projected_scale"])
         function = getattr(guidance, kind.function)
         if one.name == "prompt":
             made = function(made, (given["text"], given["weight"]))
         elif kind.begins:
-            made = function(**{"scale": arguments.cfg, **given})
+            given["scale"] = scale(given.get("scale", arguments.cfg))
+            made = function(**given) if given["scale"] > 1 else guidance.cfg(1.0)
         else:
             made = function(made, **given)
     return made

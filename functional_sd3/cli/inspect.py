@@ -4,12 +4,14 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from functional_sd3.cli import report
+
 HELP = "say what weights of any form hold, how they differ from others, or how a picture was made"
 _MOST_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a folder or file of weights, or a picture made by generate")
+    parser.add_argument("path", metavar="PATH", help="a folder or file of weights, or an image drawn by this program")
     parser.add_argument("--depth", type=int, default=2, help="levels of the tree to print (default 2; 0 for all)")
     parser.add_argument("--quick", action="store_true", help="do not look through the values for NaN and infinities")
     against = "other weights of the same model: print how much every component and layer differs from them"
@@ -27,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         lines = _picture(path) if _is_picture(path) else _weights(path, arguments.depth, not arguments.quick)
     for line in lines:
-        print(line)
+        report.say(line)
     return 0
 
 

@@ -1,14 +1,13 @@
 """Draw the pictures between prompts or seeds, or the steps of one picture, as a strip and an animation."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from functional_sd3.cli import controls, options, written
+from functional_sd3.cli import controls, numbers, options, output, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
 
 HELP = "draw the pictures between prompts or seeds, or the steps of one"
-_SUFFIXES = (".png", ".gif", ".webp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", *output.ANIMATIONS)
 _RECORDED = ("seeds", "frames", "slerp", "trajectory", "denoised", "fps")
 
 
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE-or-DIR",
-        help="a .png file for a strip, a .gif or .webp for an animation, or a folder for a strip and a .gif "
+        help="a .png or .jpg file for a strip, a .gif or .webp for an animation, or a folder for a strip and a .gif "
         "(default: out/)",
     )
 
@@ -42,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
     seeds, size = _check(arguments), options.size(arguments.size)
-    out, single = options.out(arguments.out, _SUFFIXES)
+    options.check_run(arguments)
+    out, single = output.destination(arguments.out, _SUFFIXES)
 
     import torch
 
@@ -54,9 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
     size = session.picture_size(opened, size)
     control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
     timer.done("load")
-    session.note_truncated(opened, [*arguments.prompts, arguments.negative], arguments)
+    texts = [*arguments.prompts, arguments.negative]
+    session.note_truncated(opened, texts, arguments)
+    prompt_words.note_unknown(arguments, texts)
+    frames = arguments.steps if arguments.trajectory else arguments.frames or 8
+    if single:
+        is_strip = out.suffix.lower() not in output.ANIMATIONS
+        output.check_fits(out, (frames * (size[0] + 2) - 2) if is_strip else size[0], size[1])
     keys = prng.key(torch.tensor(seeds))
-    with torch.no_grad(), progress(arguments.steps) as bar:
+    with timer.named_failures(), torch.no_grad(), progress(arguments.steps) as bar:
+        timer.stage = "drawing"
         conditions = session.conditions(opened, arguments.prompts, arguments)
         timer.done("text", opened.device)
         noise = pipeline.initial_noise(keys, opened.config, len(seeds), size[1], size[0], device=opened.device)
@@ -91,22 +98,16 @@ def run(arguments: argparse.Namespace) -> int:
         timer.done("decoding", opened.device)
     runtime.check_finite(images)
     for path in _write(out, single, images, arguments):
-        print(path)
+        report.say(path)
     timer.done("write")
-    print(timer.summary(), file=sys.stderr)
+    report.message(timer.summary())
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> list[int]:
     """The seeds; ValueError for options that make no sense."""
-    options.check_counts(arguments, "steps", "batch")
-    try:
-        seeds = [int(word) for word in arguments.seeds.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds {arguments.seeds!r} must be whole numbers, such as 3,4") from None
+    seeds = [_seed(word, arguments.seeds) for word in arguments.seeds.split(",")]
     prompts = len(arguments.prompts)
-    if not 0 < arguments.fps <= 100:
-        raise ValueError(f"--fps {arguments.fps:g} must be above 0 and at most 100")
     if arguments.trajectory:
         if prompts > 1 or len(seeds) > 1 or arguments.frames is not None or arguments.slerp:
             raise ValueError("--trajectory shows one prompt and one seed, a frame a step: leave out the others")
@@ -115,26 +116,37 @@ def _check(arguments: argparse.Namespace) -> list[int]:
         raise ValueError("--denoised needs --trajectory")
     if max(prompts, len(seeds)) < 2 or {prompts, len(seeds)} - {1, max(prompts, len(seeds))}:
         raise ValueError(f"{prompts} prompts and {len(seeds)} --seeds: give two or more of either, or as many of both")
-    if arguments.frames is not None and arguments.frames < 2:
-        raise ValueError(f"--frames {arguments.frames} must be at least 2: the first stop and the last")
     return seeds
 
 
-def _write(out: Path, single: bool, images, arguments: argparse.Namespace) -> list[Path]:
-    from functional_sd3.image import pixels
+def _seed(word: str, seeds: str) -> int:
+    try:
+        return numbers.seed(word, "one of them,")
+    except ValueError as error:
+        raise ValueError(f"--seeds {seeds!r} must be whole numbers, such as 3,4: {error}") from None
 
+
+def _write(out: Path, single: bool, images, arguments: argparse.Namespace) -> list[Path]:
     own = written.given(arguments, _RECORDED)
     size = {"size": "x".join(map(str, images.shape[:1:-1]))}
     settings = {"subcommand": "interpolate", "prompts": arguments.prompts, **own, **size, **options.settings(arguments)}
-    if single:
-        paths = [out]
+    suffixes = [out.suffix.lower()] if single else [".png", ".gif"]
+    return [_save(out, single, suffix, images, settings, arguments) for suffix in suffixes]
+
+
+def _save(
+    out: Path, single: bool, suffix: str, images, settings: written.Settings, arguments: argparse.Namespace
+) -> Path:
+    """Write a strip, or an animation where the suffix is of one; its path."""
+    from functional_sd3.image import pixels
+    from functional_sd3.weights import files
+
+    if suffix in output.ANIMATIONS:
+        content = output.encoded_animation(pixels.to_pil(images), suffix, settings, arguments.fps)
     else:
-        name = f"{written.slug(arguments.prompts[0])}-frames"
-        paths = [written.free(out, name), written.free(out, name, ".gif")]
-    for path in paths:
-        if path.suffix.lower() == ".png":
-            strip = pixels.to_pil(pixels.grid(images, columns=len(images)))[0]
-            written.save(path, strip, settings)
-        else:
-            written.save_animation(path, pixels.to_pil(images), settings, arguments.fps)
-    return paths
+        strip = pixels.to_pil(pixels.grid(images, columns=len(images)))[0]
+        content = output.encoded(strip, suffix, settings)
+    if not single:
+        return output.write_new(out, f"{output.slug(arguments.prompts[0])}-frames", suffix, content)
+    files.write_atomic(out, content)
+    return out

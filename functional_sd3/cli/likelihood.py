@@ -1,10 +1,9 @@
 """Rank prompts for a picture by how likely each makes it."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from functional_sd3.cli import inputs, options, report
+from functional_sd3.cli import guidance, inputs, options, prompt_words, report
 from functional_sd3.cli.timing import Timer, progress
 
 HELP = "rank prompts for a picture by how likely each makes it"
@@ -37,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the divergence itself: as many evaluations a step as the latents have numbers",
     )
     parser.add_argument("--draws", type=int, default=64, help="with --by loss: noises and times (default 64)")
-    parser.add_argument("--cfg", type=float, default=1.0, help="guidance scale (default 1: the prompt's own flow)")
+    parser.add_argument(
+        "--cfg",
+        type=float,
+        default=1.0,
+        help="guidance scale (default 1, as every scale below it: the prompt's own flow)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, the same for all prompts (default 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default 16)")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
@@ -49,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
-    options.check_counts(arguments, "steps", "probes", "draws", "batch_size")
     size = options.size(arguments.size)
     report.check_writable(arguments.json)
     if not Path(arguments.picture).is_file():
         raise ValueError(f"{arguments.picture} is no file")
+    options.check_run(arguments)
 
     import torch
 
@@ -67,18 +71,20 @@ def run(arguments: argparse.Namespace) -> int:
     session.picture_size(opened, (image.shape[-1], image.shape[-2]))
     prompts = list(dict.fromkeys(arguments.prompts))
     session.note_truncated(opened, [*prompts, arguments.negative], arguments)
+    prompt_words.note_unknown(arguments, [*prompts, arguments.negative])
     timer.done("load")
-    with torch.no_grad():
+    with timer.named_failures(), torch.no_grad():
+        timer.stage = f"measuring the {arguments.by}"
         conditions = session.conditions(opened, prompts, arguments)
         timer.done("text", opened.device)
         latents = pipeline.encode_images({"vae": opened.fetch("vae")}, opened.config, image)
-        transformer = {"transformer": opened.fetch("transformer")}
+        transformer, scale = {"transformer": opened.fetch("transformer")}, guidance.scale(arguments.cfg)
         parts = [conditions[i : i + arguments.batch_size] for i in range(0, len(prompts), arguments.batch_size)]
         with progress(len(parts) * ranking.ticks(arguments)) as bar:
             scores = torch.cat(
                 [
                     ranking.scores(
-                        pipeline.velocity(transformer, opened.config, pipeline.joined(part), arguments.cfg),
+                        pipeline.velocity(transformer, opened.config, pipeline.joined(part), scale),
                         latents.expand(len(part), *latents.shape[1:]),
                         arguments,
                         on_step=lambda _: bar.update(),
@@ -89,5 +95,5 @@ def run(arguments: argparse.Namespace) -> int:
             )
         timer.done("likelihood" if arguments.by == "likelihood" else "loss", opened.device)
     report.emit(arguments.json, ranking.report(arguments, prompts, scores, latents[0].numel()))
-    print(timer.summary(), file=sys.stderr)
+    report.message(timer.summary())
     return 0

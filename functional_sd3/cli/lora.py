@@ -1,7 +1,8 @@
 """LoRAs: what is in one, merging them into a model, extracting one from a fine-tuned model."""
 
 import argparse
-import sys
+
+from functional_sd3.cli import report
 
 HELP = "look into LoRAs, merge them into a model, extract one from a fine-tuned model"
 
@@ -39,14 +40,14 @@ def _info(arguments: argparse.Namespace) -> int:
     from functional_sd3.weights import adapters, lora_files
 
     layers = lora.layers(arguments.file)
-    print(f"{arguments.file}: {len(layers)} layers, {sum(_size(layer) for layer in layers):,} numbers")
+    report.say(f"{arguments.file}: {len(layers)} layers, {sum(_size(layer) for layer in layers):,} numbers")
     for line in lora_files.summary(layers):
-        print(f"  {line}")
+        report.say(f"  {line}")
     for layer in layers if arguments.all else ():
-        print(f"  {layer.name}: {layer.inputs} -> {layer.outputs}, rank {layer.rank}, alpha {layer.alpha:g}")
+        report.say(f"  {layer.name}: {layer.inputs} -> {layer.outputs}, rank {layer.rank}, alpha {layer.alpha:g}")
     if arguments.params:
         found = adapters.nodes(lora.load(arguments.file, weights.load(arguments.params).config))
-        print(f"adapts {len(found)} weights of {arguments.params}")
+        report.say(f"adapts {len(found)} weights of {arguments.params}")
     return 0
 
 
@@ -59,7 +60,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     loras = [lora.load(path, model.config, strict=not arguments.loose) for path, _ in files]
     params = lora.apply(model.params, loras, [scale for _, scale in files])
     weights.save(arguments.out, model._replace(params=params))
-    print(arguments.out)
+    report.say(arguments.out)
     return 0
 
 
@@ -84,8 +85,8 @@ def _extract(arguments: argparse.Namespace) -> int:
     left = merge.diff(lora.apply(before, tree.to(found, "cpu")), after, group=merge.component)
     for whole, rest in zip(merge.diff(before, after, group=merge.component), left, strict=True):
         share = 1 - rest.relative / whole.relative if whole.relative else 1
-        print(f"{whole.path}: changed by {whole.relative:.3g}, of which the LoRA holds {share:.1%}", file=sys.stderr)
-    print(arguments.out)
+        report.message(f"{whole.path}: changed by {whole.relative:.3g}, of which the LoRA holds {share:.1%}")
+    report.say(arguments.out)
     return 0
 
 

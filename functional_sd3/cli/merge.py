@@ -1,9 +1,10 @@
 """Make one model of several fine-tunings of the same one."""
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from functional_sd3.cli import report
 
 HELP = "make one model of several fine-tunings of the same one"
 METHODS = ("average", "slerp", "task", "ties")
@@ -48,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             merged[name] = merge.ties(base[name], trees, density=arguments.density, weight=arguments.strength)
         (row,) = merge.diff({name: first.params[name]}, {name: merged[name]}, group=merge.component)
-        print(f"{name}: {row.relative:.3g} away from {arguments.models[0]}, relative", file=sys.stderr)
+        report.message(f"{name}: {row.relative:.3g} away from {arguments.models[0]}, relative")
     weights.save(arguments.out, first._replace(params={**first.params, **merged}))
-    print(arguments.out)
+    report.say(arguments.out)
     return 0
 
 

@@ -1,16 +1,29 @@
 """Options that every command which draws has: the model, the words, the run, and where the pictures go."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from functional_sd3.cli import controls, guidance, lora_options, written
+from functional_sd3.cli.parser import suggestion as nearest
+from functional_sd3.formats.printable import shorten
 
 BATCH = 16
 _RECORDED = (
     "negative", "steps", "cfg", "method", "rtol", "atol", "dtype", "params", "embedding", "weighted", "long", "lora",
 )  # fmt: skip
+
+
+ADAPTIVE = ("bosh3", "dopri5", "tsit5")
+METHODS = (
+    "euler", "midpoint", "heun", "heun_edm", "ralston", "rk4", "dpmpp_2m", "unipc", "adams_bashforth_2",
+    "adams_bashforth_3", "adams_bashforth_4", *ADAPTIVE, "euler_ancestral", "euler_renoised", "heun_churn",
+)  # fmt: skip
+"""Names of `ode.NAMES`, known here without torch."""
+SHIPPED = "tiny"
+_LARGEST_SIDE = 100_000
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +59,7 @@ def add_words(parser: argparse.ArgumentParser) -> None:
 
 def add_run(parser: argparse.ArgumentParser, *, steps: int = 28, cfg: float = 5.0) -> None:
     parser.add_argument("--steps", type=int, default=steps, help=f"steps of the sampler (default {steps})")
-    parser.add_argument("--cfg", type=float, default=cfg, help=f"guidance scale, 1 for none (default {cfg:g})")
+    parser.add_argument("--cfg", type=float, default=cfg, help=f"guidance scale; 1 or less for none (default {cfg:g})")
     parser.add_argument(
         "--method",
         help="integrator: euler, heun, dpmpp_2m, unipc, dopri5, ... (default euler, or euler_renoised where the "
@@ -72,26 +85,52 @@ def settings(arguments: argparse.Namespace) -> written.Settings:
     return {**written.given(arguments, _RECORDED), **guidance.settings(arguments), **controls.settings(arguments)}
 
 
-def check_counts(arguments: argparse.Namespace, *names: str) -> None:
-    """ValueError where one of these options is below 1."""
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
+def check_run(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options of a run that make no sense together; note those that have no effect.
+
+    Without torch, so that a mistyped word costs no time.
+    """
+    method = arguments.method or "euler"
+    check_method(method)
+    if method not in ADAPTIVE and (arguments.rtol is not None or arguments.atol is not None):
+        raise ValueError(f"--rtol and --atol are for {', '.join(ADAPTIVE)}, not for --method {method}")
+    check_params(arguments.params)
+    guidance.check(arguments)
+
+
+def check_method(name: str | None) -> None:
+    """Raise ValueError where there is no integrator of that name; None is the model's own."""
+    if name is not None and name not in METHODS:
+        near = nearest(name, METHODS)
+        raise ValueError(f"--method {shorten(repr(name))} must be one of {', '.join(METHODS)}{near}")
+
+
+def check_params(paths: Sequence[str] | None) -> None:
+    """Raise ValueError for a --params that is not there, with the name that is nearest to it."""
+    for path in paths or ():
+        if path == SHIPPED or os.path.lexists(path):
+            continue
+        near = nearest(path, [SHIPPED, *_neighbours(path)])
+        raise ValueError(
+            f"--params {shorten(path, 300)}: there is no such file or folder{near} "
+            "(the shipped model is --params tiny; README.md says where the released ones are)"
+        )
+
+
+def _neighbours(path: str) -> list[str]:
+    """What lies beside a path that is not there, and in `params/`."""
+    places = {Path(path).parent, Path("params")}
+    return [str(entry) for place in sorted(places) if place.is_dir() for entry in sorted(place.iterdir())[:1000]]
 
 
 def size(text: str | None) -> tuple[int, int] | None:
     """Width and height in pixels."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,12})[xX×]([0-9]{1,12})", text.strip())
     if not match:
         raise ValueError(f"--size {text!r} must be WIDTHxHEIGHT in pixels, such as 1024x768")
-    return int(match[1]), int(match[2])
-
-
-def out(text: str | None, suffixes: Sequence[str] = (".png",)) -> tuple[Path, bool]:
-    """Where to write, and whether it is one file; fails before the work when nothing can be written there."""
-    path = Path(text) if text else Path("out")
-    single = path.suffix.lower() in suffixes
-    written.check_writable(path.parent if single else path)
-    return path, single
+    sides = int(match[1]), int(match[2])
+    if not 0 < min(sides) <= max(sides) <= _LARGEST_SIDE:
+        raise ValueError(f"--size {shorten(text)}: width and height must be from 1 to {_LARGEST_SIDE:,} pixels")
+    return sides

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from functional_sd3.cli import report
+
 HELP = "store weights in one byte each, and say what that costs"
 FORMATS = ("int8", "float8")
 PROMPTS = ("a large red circle on a white background", "a lighthouse in fog", "")
@@ -36,14 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
     stored = {name: quantize.quantize(model.params[name], dtype) for name in arguments.part}
     for name, params in stored.items():
         before, after = (tree.nbytes(each) / 2**20 for each in (model.params[name], params))
-        print(f"{name}: {before:,.1f} MiB -> {after:,.1f} MiB")
+        report.say(f"{name}: {before:,.1f} MiB -> {after:,.1f} MiB")
         for place, error in _rows(quantize.errors({name: model.params[name]}, {name: params}), arguments.all):
-            print(f"  {place:50} relative error {error:.2e}")
+            report.say(f"  {place:50} relative error {error:.2e}")
     if "transformer" in stored and arguments.steps:
         _report_velocity(model, stored["transformer"], arguments)
     if arguments.out:
         weights.save(arguments.out, model._replace(params={**model.params, **stored}), layout="native")
-        print(arguments.out)
+        report.say(arguments.out)
     return 0
 
 
@@ -80,4 +82,4 @@ def _report_velocity(model, stored, arguments: argparse.Namespace) -> None:
             reference, tree.to(stored, device), model.config.transformer, noise, sigmas, *told
         )
     for t, error in zip(sigmas.tolist(), errors.tolist(), strict=False):
-        print(f"velocity at t = {t:.3f}: relative error {error:.2e} against float32")
+        report.say(f"velocity at t = {t:.3f}: relative error {error:.2e} against float32")

@@ -1,16 +1,25 @@
-"""What an evaluation found, for people on standard output and for programs as JSON."""
+"""Everything that commands print: results on standard output, notes, progress and errors on standard error.
+
+No other module of this room prints. Whatever a terminal would act on is escaped here, whether it came from the name of
+a file or tensor, metadata or the command line; `--quiet` is known here alone.
+"""
 
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from functional_sd3.image.pictures import Skipped
+from functional_sd3.formats import printable
+
+if TYPE_CHECKING:
+    from functional_sd3.image.pictures import Skipped
 
 _MOST_NAMED = 10
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 class Report(NamedTuple):
@@ -20,48 +29,98 @@ class Report(NamedTuple):
     data: dict[str, Any]
 
 
+@contextmanager
+def printing(*, quiet: bool) -> Iterator[None]:
+    """Within it the notes of all rooms are printed; `quiet`: none, and neither progress nor Python's warnings."""
+    import warnings
+
+    from functional_sd3.formats import notes
+
+    token = _QUIET.set(quiet)
+    try:
+        with warnings.catch_warnings() if quiet else notes.printed():
+            if quiet:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        _QUIET.reset(token)
+
+
+def say(text: object) -> None:
+    """Print one line of a command's result on standard output, at once."""
+    _print(sys.stdout, printable.escape(text))
+
+
+def say_indented(text: str, indent: str = "  ") -> None:
+    """Print each line of a text, indented."""
+    for line in text.splitlines():
+        say(indent + line)
+
+
+def message(text: object) -> None:
+    """Print one line about the run on standard error, unless --quiet."""
+    if not _QUIET.get():
+        _print(sys.stderr, printable.escape(text))
+
+
+def note(text: object) -> None:
+    """Print "note: TEXT" on standard error, unless --quiet."""
+    message(f"note: {text}")
+
+
+def error(text: object) -> None:
+    """Print a text of one or more lines on standard error."""
+    _print(sys.stderr, printable.escape(text, keep="\n"))
+
+
 def check_writable(*paths: str | None) -> None:
-    """Fails before the work rather than after it."""
+    """Raise ValueError or OSError for a file that cannot be written, before the work rather than after it."""
+    from functional_sd3.cli import output
+
     for path in paths:
         if path is None or path == "-":
             continue
-        parent = Path(path).resolve().parent
+        parent = Path(path).absolute().parent
         if Path(path).is_dir():
             raise ValueError(f"{path} is a folder; a file is needed")
         if not parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {parent}")
-        probe = parent / f".{Path(path).name}.probe"
-        probe.touch()
-        probe.unlink()
+        output.check_writable(parent)
 
 
 def emit(path: str | None, report: Report) -> None:
     """Prints the report, or its JSON where `path` is -; writes the JSON to any other path."""
-    from functional_sd3.weights import files
-
-    content = json.dumps(_finite(report.data), indent=2, ensure_ascii=False)
+    content = as_json(report.data)
     if path == "-":
-        print(content)
+        _print(sys.stdout, content)
         return
     if path:
+        from functional_sd3.weights import files
+
         files.write_atomic(path, (content + "\n").encode())
     for line in report.text:
-        print(line)
+        say(line)
 
 
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+def as_json(data: Any) -> str:
+    """JSON in which infinity and NaN are null, and characters that a terminal acts on are JSON's escapes."""
+    content = json.dumps(_finite(data), indent=2, ensure_ascii=False)
+    if printable.escape(content, keep="\n") == content:
+        return content
+    # Such characters stand within strings only: json has written line ends in them as \\n.
+    harmless = {letter for letter in set(content) if printable.escape(letter, keep="\n") == letter}
+    return "".join(letter if letter in harmless else _json_escape(letter) for letter in content)
 
 
-def note_skipped(where: str, count: int, skipped: tuple[Skipped, ...]) -> None:
+def note_skipped(where: str, count: int, skipped: "tuple[Skipped, ...]") -> None:
     """Says on standard error which of the `count` pictures of a set were left out."""
     if not skipped:
         return
     note(f"{len(skipped)} of {count} pictures of {where} were skipped:")
     for path, reason in skipped[:_MOST_NAMED]:
-        print(f"  {path}: {reason}", file=sys.stderr)
+        message(f"  {path}: {reason}")
     if len(skipped) > _MOST_NAMED:
-        print(f"  and {len(skipped) - _MOST_NAMED} more (all of them in the output of --json)", file=sys.stderr)
+        message(f"  and {len(skipped) - _MOST_NAMED} more (all of them in the output of --json)")
 
 
 @contextmanager
@@ -77,9 +136,26 @@ def warnings_as_notes():
 
 
 def progress(items: Iterable, total: int, name: str, unit: str = "picture"):
+    """The items, counted by a bar on a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=name, unit=unit, leave=False, disable=None)
+    return tqdm(items, total=total, desc=printable.escape(name), unit=unit, leave=False, disable=_QUIET.get() or None)
+
+
+def progress_bar(total: int, unit: str = "step") -> Any:
+    """A bar on a terminal, moved by its `update`."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, leave=False, disable=_QUIET.get() or None)
+
+
+def _print(stream: TextIO, text: str) -> None:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def _json_escape(letter: str) -> str:
+    return json.dumps(letter).strip('"') if letter != "\x7f" else "\\u007f"
 
 
 def _finite(data: Any) -> Any:

@@ -1,14 +1,13 @@
 """The model that a command draws with, opened as its options say."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import guidance, lora_options, runtime
+from functional_sd3.cli import guidance, lora_options, report, runtime
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Params
@@ -84,7 +83,8 @@ def sampling(session: Session, arguments: argparse.Namespace, keys: Key, default
     name = arguments.method or default or pipeline.default_method(session.config)
     keys = pipeline.step_keys(keys, len(keys))
     method = runtime.method(name, keys, rtol=arguments.rtol, atol=arguments.atol)
-    told = {"steps": arguments.steps, "cfg": arguments.cfg, "guidance": session.guidance, "method": method}
+    told = {"steps": arguments.steps, "cfg": guidance.scale(arguments.cfg), "method": method}
+    told["guidance"] = session.guidance
     return {**told, "block_transform": transform.compile if arguments.compile else None}
 
 
@@ -102,4 +102,4 @@ def note_truncated(session: Session, texts: Sequence[str], arguments: argparse.N
             tokens = len(module.apply(tables, [text], length=None)[0])
             if tokens > length:
                 start = text if len(text) <= 40 else text[:40] + "..."
-                print(f"note: {name} reads {length} of the {tokens} tokens of {start!r}", file=sys.stderr)
+                report.note(f"{name} reads {length} of the {tokens} tokens of {start!r}")

@@ -1,23 +1,26 @@
-"""Pictures on disk: their names, the settings inside them, and the command line that makes them again."""
+"""The settings inside an image, and the command line that makes it again."""
 
-import json
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from functional_sd3.formats.printable import escape, shorten
+
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
+    import argparse
 
 METADATA = "functional_sd3"
-"""Keyword of the PNG text chunk that holds the settings a picture was made with."""
+"""Keyword of the PNG text chunk that holds the settings an image was made with."""
 
-_DESCRIPTION = 0x010E
+DESCRIPTION = 0x010E
 """The EXIF tag ImageDescription."""
 _DEFAULTS = {"negative": "", "cfg": 5.0, "dtype": "auto"}
 _POSITIONAL = ("subcommand", "picture", "prompts")
+_DRAWING = ("generate", "edit", "interpolate")
+_UNRECORDED = {"help", "out", "prompts", "batch", "offload", "device", "compile", "quiet", "debug"}
+"""Options that settings never hold: where the image goes and what the machine was like. A command line that was found
+in a file must not write where that file says."""
 
 Settings = dict[str, Any]
 """Option -> value, in the words of JSON: a text or number is `--option value`, a list that for each of its items, True
@@ -45,34 +48,23 @@ def given(arguments: Any, names: Sequence[str]) -> Settings:
     return {name: value for name, value in found.items() if value is not False and value not in (None, "", [])}
 
 
+def together(jobs: Sequence[Job], settings: Settings) -> Settings:
+    """The settings of one image that shows all the jobs."""
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    return {"prompts": prompts, **jobs[0].settings(), "count": len(jobs) // len(prompts), **settings}
+
+
 def command(settings: Settings) -> str:
-    """The command line that makes a picture with these settings again."""
-    options = []
-    for name, value in settings.items():
-        if name in _POSITIONAL or value is False or value == _DEFAULTS.get(name):
-            continue
-        option = f"--{name.replace('_', '-')}"
-        for item in value if isinstance(value, list) else [value]:
-            options += _option(option, item)
-    places = [settings["picture"]] if "picture" in settings else []
-    words = [str(word) for word in (*places, *settings.get("prompts", []))]
-    if not words:
-        raise KeyError("prompts")
-    start = ["functional-sd3", settings.get("subcommand", "generate")]
-    if any(word.startswith("-") for word in words):
-        return shlex.join([*start, *options, "--", *words])
-    return shlex.join([*start, *words, *options])
-
-
-def _option(name: str, value: Any) -> list[str]:
-    if value is True:
-        return [name]
-    # A text that starts with a hyphen would be read as an option.
-    return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]
+    """The command line that makes an image with these settings again: one line, whatever they hold."""
+    return _join(_words(settings))
 
 
 def read_settings(path: Path) -> Settings | None:
-    """The settings written into a picture, None where there are none; ValueError for a file that is no picture."""
+    """The settings written into an image, None where there are none.
+
+    Raises ValueError for a file that is no image, and for settings that are not those of one of this program's drawing
+    commands: all that is returned is safe to be made a command line of.
+    """
     from functional_sd3.formats import json_fields
     from functional_sd3.image import files
 
@@ -85,77 +77,105 @@ def read_settings(path: Path) -> Settings | None:
         return None
     try:
         settings = dict(json_fields.parse_object(text, "the text").values)
-        command(settings)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds settings that cannot be read: {error}") from None
+        check(settings)
+    except ValueError as error:
+        raise ValueError(f"{path} holds settings that are not this program's: {error}") from None
     return settings
 
 
-def check_writable(folder: Path) -> None:
-    """Fails before the work rather than after it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".functional-sd3-probe"
-    probe.touch()
-    probe.unlink()
+def check(settings: Any) -> None:
+    """Raise ValueError unless the settings are a command line of `generate`, `edit` or `interpolate`.
+
+    Each name must be a recorded option of that command, and each value one that its parser reads.
+    """
+    from functional_sd3.cli import parser
+
+    if not isinstance(settings, dict):
+        raise ValueError(f"{shorten(repr(settings))} is no table of options")
+    subcommand = settings.get("subcommand", "generate")
+    if subcommand not in _DRAWING:
+        raise ValueError(f"{shorten(repr(subcommand))} is none of {', '.join(_DRAWING)}")
+    _check_words(subcommand, settings)
+    options = parser.subparser(subcommand)._option_string_actions
+    for name, value in settings.items():
+        if name in _POSITIONAL:
+            continue
+        action = options.get(f"--{name.replace('_', '-')}")
+        if action is None or name in _UNRECORDED:
+            raise ValueError(f"{shorten(repr(name))} is no option that {subcommand} records")
+        repeated = isinstance(value, list) and type(action).__name__ == "_AppendAction"
+        for item in value if repeated else [value]:
+            if not _is_value(item, action):
+                raise ValueError(f"{shorten(repr(value))} is no value of --{name.replace('_', '-')}")
 
 
-def write_each(folder: Path, images: "Tensor", jobs: Sequence[Job], settings: Settings) -> list[Path]:
-    """A file for each picture, and a grid of all where there are several; the paths."""
-    from functional_sd3.image import pixels
-
-    written = []
-    for picture, job in zip(pixels.to_pil(images), jobs, strict=True):
-        seeds = f"{job.seed}" if job.towards is None else f"{job.seed}-{job.towards}"
-        path = free(folder, f"{slug(job.prompt)}-{seeds}")
-        save(path, picture, {"prompts": [job.prompt], **job.settings(), **settings})
-        written.append(path)
-    if len(jobs) > 1:
-        path = free(folder, "grid")
-        save(path, pixels.to_pil(pixels.grid(images))[0], _together(jobs, settings))
-        written.append(path)
-    return written
+def _check_words(subcommand: str, settings: Settings) -> None:
+    picture, prompts = settings.get("picture"), settings.get("prompts")
+    if subcommand == "edit":
+        if not isinstance(picture, str) or prompts is not None:
+            raise ValueError("edit changes one image, which they do not name")
+        return
+    if picture is not None:
+        raise ValueError(f"{subcommand} changes no image, but they name one")
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("their prompts are no list of texts")
 
 
-def write_grid(path: Path, images: "Tensor", jobs: Sequence[Job], settings: Settings) -> list[Path]:
-    """One file of all pictures."""
-    from functional_sd3.image import pixels
+def _is_value(value: Any, action: "argparse.Action") -> bool:
+    """True if `value` is of the kind that the option records, and one that it reads."""
+    from functional_sd3.cli.numbers import OutOfRange
 
-    picture = pixels.to_pil(images if len(jobs) == 1 else pixels.grid(images))[0]
-    save(path, picture, _together(jobs, settings))
-    return [path]
-
-
-def save(path: Path, picture: "Image", settings: Settings) -> None:
-    """A PNG with the settings inside, whole or not at all."""
-    import io
-
-    from PIL.PngImagePlugin import PngInfo
-
-    from functional_sd3.weights import files
-
-    info = PngInfo()
-    info.add_text(METADATA, json.dumps(settings))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info)
-    files.write_atomic(path, buffer.getvalue())
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, str if action.type is None else int | float):
+        return False
+    try:
+        read = value if action.type is None else action.type(str(value))
+    except (Exception, OutOfRange):
+        return False
+    return action.choices is None or read in action.choices
 
 
-def save_animation(path: Path, pictures: "Sequence[Image]", settings: Settings, fps: float) -> None:
-    """A GIF or WebP, by its suffix, that goes on for ever, with the settings inside."""
-    import io
+def _words(settings: Settings) -> list[str]:
+    options = []
+    for name, value in settings.items():
+        if name in _POSITIONAL or value is False or value == _DEFAULTS.get(name):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        for item in value if isinstance(value, list) else [value]:
+            options += _option(option, item)
+    places = [settings["picture"]] if "picture" in settings else []
+    words = [str(word) for word in (*places, *settings.get("prompts", []))]
+    start = ["functional-sd3", settings.get("subcommand", "generate")]
+    if any(word.startswith("-") for word in words):
+        return [*start, *options, "--", *words]
+    return [*start, *words, *options]
 
-    from functional_sd3.weights import files
 
-    text = f"{METADATA} {json.dumps(settings)}"
-    buffer = io.BytesIO()
-    told = {"save_all": True, "append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
-    if path.suffix.lower() == ".gif":
-        pictures[0].save(buffer, format="GIF", comment=text.encode(), **told)
-    else:
-        exif = pictures[0].getexif()
-        exif[_DESCRIPTION] = text
-        pictures[0].save(buffer, format="WEBP", exif=exif, lossless=True, **told)
-    files.write_atomic(path, buffer.getvalue())
+def _option(name: str, value: Any) -> list[str]:
+    if value is True:
+        return [name]
+    # A text that starts with a hyphen would be read as an option.
+    return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]
+
+
+def _join(words: Sequence[str]) -> str:
+    return " ".join(_quoted(word) for word in words)
+
+
+def _quoted(word: str) -> str:
+    r"""The word for a shell; with control characters in it as $'...\n...', which bash and zsh read."""
+    if escape(word) == word:
+        return shlex.quote(word)
+    return "$'" + "".join(_ansi_c(letter) for letter in word) + "'"
+
+
+def _ansi_c(letter: str) -> str:
+    if letter in "\\'":
+        return "\\" + letter
+    if escape(letter) == letter:
+        return letter
+    return f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else f"\\U{ord(letter):08x}"
 
 
 def _text(texts: dict[str, str]) -> str | None:
@@ -165,21 +185,3 @@ def _text(texts: dict[str, str]) -> str | None:
     others = (texts.get("comment", ""), texts.get("ImageDescription", ""))
     found = next((text for text in others if text.startswith(METADATA)), None)
     return None if found is None else found.removeprefix(METADATA).strip()
-
-
-def slug(prompt: str) -> str:
-    """A prompt as the name of a file."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
-
-
-def free(folder: Path, name: str, suffix: str = ".png") -> Path:
-    """A path that no earlier picture has."""
-    path, number = folder / f"{name}{suffix}", 2
-    while path.exists():
-        path, number = folder / f"{name}-{number}{suffix}", number + 1
-    return path
-
-
-def _together(jobs: Sequence[Job], settings: Settings) -> Settings:
-    prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    return {"prompts": prompts, **jobs[0].settings(), "count": len(jobs) // len(prompts), **settings}

@@ -8,6 +8,7 @@ form hashes into the first tenth are held out: `scenes` never yields them, `held
 import hashlib
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,13 @@ def caption(scene: Scene, wording: int = 0) -> str:
         words["relation"] = scene.relation
         words["long_relation"] = f"to the {scene.relation}" if scene.relation.endswith(" of") else scene.relation
     return templates[wording % len(templates)].format(**words)
+
+
+def vocabulary() -> frozenset[str]:
+    """Every word of every caption of this world, in lower case."""
+    texts = [re.sub(r"\{\w+\}", " ", template) for template in (*_ONE, *_TWO)]
+    texts += [*RADII, *COLOURS, *SHAPES, *RELATIONS, "to the", *(_article(colour) for colour in COLOURS)]
+    return frozenset(word for text in texts for word in re.findall(r"\w+", text))
 
 
 def held_out(scene: Scene) -> bool:

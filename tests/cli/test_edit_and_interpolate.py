@@ -157,7 +157,7 @@ def test_other_pictures_have_no_settings(tmp_path):
         (("interpolate", "a", "b", "--seeds", "1,2,3"), "2 prompts and 3 --seeds"),
         (("interpolate", "a", "b", "--seeds", "one"), "--seeds 'one' must be whole numbers"),
         (("interpolate", "a", "b", "--frames", 1), "--frames 1 must be at least 2"),
-        (("interpolate", "a", "b", "--fps", 0), "--fps 0 must be above 0"),
+        (("interpolate", "a", "b", "--fps", 0), "--fps 0.0 must be above 0"),
         (("interpolate", "a", "b", "--trajectory"), "--trajectory shows one prompt and one seed"),
         (("interpolate", "a", "b", "--denoised"), "--denoised needs --trajectory"),
     ],

@@ -145,7 +145,7 @@ def test_broken_pictures_are_named_and_counted(run, here):
         (("fid", "real", "inception.pth", *FID), "inception.pth holds no pictures"),
         (("fid", "real", "torn.npz", *FID), "torn.npz: is not an .npz file of statistics"),
         (("fid", "real", "fake", *FID, "--batch-size", 0), "--batch-size 0 must be at least 1"),
-        (("fid", "real", "fake", *FID, "--workers", -1), "--workers -1 must be 0"),
+        (("fid", "real", "fake", *FID, "--workers", -1), "--workers -1 must be 0 (none"),
         (("fid", "real", "fake", *FID, "--json", "absent/x.json"), "cannot be written: there is no folder"),
         (("fid", "real", "fake", *FID, "--save", "real"), "real is a folder; a file is needed"),
         (("fid", "real", "fake", *FID, "--device", "tpu"), "--device 'tpu' must be"),

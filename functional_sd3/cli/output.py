@@ -1,0 +1,174 @@
+"""Image files: where --out puts them, names that no other process has, and the settings inside them."""
+
+import io
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_sd3.cli import report
+from functional_sd3.cli.written import DESCRIPTION, METADATA, Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+ANIMATIONS = (".gif", ".webp")
+_LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}
+_LONGEST_JPEG = 65_533
+"""Bytes of a JPEG's comment."""
+
+
+def destination(text: str | None, suffixes: Sequence[str] = IMAGES) -> tuple[Path, bool]:
+    """The path that --out is, and whether it is one file; without --out the folder `out`.
+
+    A path that ends with / or is a folder is a folder, and so is one without a suffix; one with a suffix of `suffixes`
+    is a file. Raises ValueError for other suffixes, OSError where nothing can be written; nothing is made yet.
+    """
+    path = Path(text) if text else Path("out")
+    if text is not None and not text.strip():
+        raise ValueError(f"--out {text!r} must be a file ({', '.join(suffixes)}) or a folder")
+    suffix = path.suffix.lower()
+    folder = path.is_dir() or (text is not None and text.endswith(("/", os.sep)))
+    if not folder and suffix and suffix not in suffixes:
+        raise ValueError(
+            f"--out {text}: {path.suffix} is no form of image that is written ({', '.join(suffixes)}); "
+            f"end it with / if it is to be a folder: {text}/"
+        )
+    single = not folder and bool(suffix)
+    if not single and path.exists() and not path.is_dir():
+        raise ValueError(f"--out {text} is a file that has no suffix of an image ({', '.join(suffixes)}), no folder")
+    check_writable(path.parent if single else path)
+    return path, single
+
+
+def check_fits(path: Path, width: int, height: int) -> None:
+    """Raise ValueError where an image of this size is too large for the form that the suffix of `path` names."""
+    longest = _LONGEST_SIDE.get(path.suffix.lower())
+    if longest is not None and max(width, height) > longest:
+        raise ValueError(
+            f"--out {path}: the image would be {width}x{height}, but {path.suffix} has at most {longest:,} pixels a "
+            "side; take .png or a folder"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where no file can be made in `folder`, or in what exists of the path to it; nothing changes."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        # A file without a name where the system has such files, else of a random one.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+
+
+def write_new(folder: Path, name: str, suffix: str, content: bytes) -> Path:
+    """Write a new file NAME.suffix, NAME-2.suffix, ... in the folder, and return its path.
+
+    The first free name is claimed and filled in one instant: no two processes get one name, and no file is ever without
+    its content. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name[:40]}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        number = 1
+        while True:
+            path = folder / (f"{name}{suffix}" if number == 1 else f"{name}-{number}{suffix}")
+            if _claim(temporary, path, content):
+                return path
+            number += 1
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, picture: "Image", settings: Settings) -> None:
+    """Put an image with its settings at `path`, in the form of its suffix, whole or not at all."""
+    from functional_sd3.weights import files
+
+    files.write_atomic(path, encoded(picture, path.suffix, settings))
+
+
+def save_new(folder: Path, name: str, picture: "Image", settings: Settings) -> Path:
+    """A PNG with its settings under a name that is free; its path."""
+    return write_new(folder, name, ".png", encoded(picture, ".png", settings))
+
+
+def encoded(picture: "Image", suffix: str, settings: Settings) -> bytes:
+    """The bytes of a PNG, JPEG or lossless WebP, with the settings in its text, comment or EXIF description."""
+    from PIL.PngImagePlugin import PngInfo
+
+    buffer, text = io.BytesIO(), json.dumps(settings)
+    if suffix.lower() == ".png":
+        info = PngInfo()
+        info.add_text(METADATA, text)
+        picture.save(buffer, format="PNG", pnginfo=info)
+    elif suffix.lower() == ".webp":
+        picture.save(buffer, format="WEBP", lossless=True, exif=_description(picture, text))
+    else:
+        comment = f"{METADATA} {text}".encode()
+        size = f"{len(comment):,} bytes"
+        if len(comment) > _LONGEST_JPEG:
+            report.note(f"the settings, {size}, do not fit into a JPEG and are left out; a .png holds them")
+            comment = b""
+        picture.save(buffer, format="JPEG", quality=95, subsampling=0, comment=comment)
+    return buffer.getvalue()
+
+
+def encoded_animation(pictures: "Sequence[Image]", suffix: str, settings: Settings, fps: float) -> bytes:
+    """The bytes of a GIF or WebP, by its suffix, that goes on for ever, with the settings inside."""
+    text, buffer = json.dumps(settings), io.BytesIO()
+    options: dict[str, Any] = {"save_all": True, "append_images": pictures[1:], "loop": 0}
+    options["duration"] = round(1000 / fps)
+    if suffix.lower() == ".gif":
+        pictures[0].save(buffer, format="GIF", comment=f"{METADATA} {text}".encode(), **options)
+    else:
+        exif = _description(pictures[0], text)
+        pictures[0].save(buffer, format="WEBP", exif=exif, lossless=True, **options)
+    return buffer.getvalue()
+
+
+def slug(prompt: str) -> str:
+    """A prompt as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
+
+
+def _description(picture: "Image", text: str):
+    exif = picture.getexif()
+    exif[DESCRIPTION] = f"{METADATA} {text}"
+    return exif
+
+
+def _claim(temporary: Path, path: Path, content: bytes) -> bool:
+    """True if `path` was free and now is the file; no name that exists, a broken link among them, is ever taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        return _claim_without_links(path, content)
+    return True
+
+
+def _claim_without_links(path: Path, content: bytes) -> bool:
+    """The same on a file system without hard links."""
+    try:
+        file = open(path, "xb")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(content)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return True

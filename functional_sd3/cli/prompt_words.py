@@ -1,0 +1,86 @@
+"""Prompts from the command line, a file or standard input, and notes on words that are not what was meant."""
+
+import argparse
+import errno
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from functional_sd3.cli import options, report
+from functional_sd3.formats.printable import shorten
+
+STANDARD_INPUT = "-"
+_MOST_BYTES = 64 * 2**20
+_MOST_NAMED = 8
+
+
+def listed(words: Sequence[str], file: str | None) -> list[str]:
+    """The prompts of the command line, and after them those of `file`: one on each line that is not blank.
+
+    The file, or standard input where it is "-", is text in UTF-8, or in UTF-16 with a byte order mark. Raises
+    WeightsError for one that cannot be read, ValueError where there is no prompt at all.
+    """
+    prompts = list(words)
+    if file:
+        lines = _text(file).splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+        if len(prompts) == len(words):
+            place = "standard input" if file == STANDARD_INPUT else file
+            raise ValueError(f"--prompts {file}: {place} holds no prompts, which are its lines")
+    if not prompts:
+        raise ValueError('no prompt; try: functional-sd3 generate "a large red circle on a white background"')
+    return prompts
+
+
+def note_missing_quotes(prompts: Sequence[str]) -> None:
+    """Note that several prompts of a word each may have been meant as one."""
+    if len(prompts) > 1 and not any(re.search(r"\s", prompt.strip()) for prompt in prompts):
+        one, count = shorten(" ".join(prompts)), len(prompts)
+        report.note(f'{count} prompts of one word each give {count} images; one prompt needs quotes: "{one}"')
+
+
+def note_unknown(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
+    """Note words that the shipped model never learned, if it draws as it was shipped."""
+    if not is_shipped(arguments.params) or arguments.embedding or arguments.lora:
+        return
+    from functional_sd3.training import shapes
+
+    known = shapes.vocabulary()
+    words = [word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())]
+    unknown = list(dict.fromkeys(word for word in words if word not in known))
+    if unknown:
+        more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+        report.note(
+            f"the shipped model never learned: {', '.join(map(shorten, unknown[:_MOST_NAMED]))}{more}. "
+            f"It draws {', '.join(shapes.RADII)} {', '.join(f'{shape}s' for shape in shapes.SHAPES)} in "
+            f'{", ".join(shapes.COLOURS)}, such as "a large red circle on a white background"; '
+            "--params takes other models"
+        )
+
+
+def is_shipped(params: Sequence[str] | None) -> bool:
+    """True if these --params are the model that comes with the program."""
+    if not params or list(params) == [options.SHIPPED]:
+        return True
+    from functional_sd3.weights import shipped
+
+    return len(params) == 1 and Path(params[0]).resolve() == shipped.folder().resolve()
+
+
+def _text(file: str) -> str:
+    from functional_sd3.formats import bounded
+
+    if file != STANDARD_INPUT:
+        if not Path(file).exists():
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
+        return bounded.read_text(file, _MOST_BYTES)
+    if sys.stdin.isatty():
+        report.note("prompts are read from the terminal, one a line, until Ctrl-D")
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None:
+        return sys.stdin.read()
+    content = stream.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"--prompts -: standard input is longer than {_MOST_BYTES:,} bytes")
+    return bounded.decode_text(content, "--prompts -")

@@ -1,0 +1,85 @@
+"""The images of `generate`, written as their batches are drawn."""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from functional_sd3.cli import output, report, runtime, written
+from functional_sd3.cli.written import Job, Settings
+from functional_sd3.image import pixels
+
+if TYPE_CHECKING:
+    from functional_sd3.cli.timing import Timer
+
+_LARGEST_GRID = 2**27
+"""Pixels of the grid that a folder gets unasked."""
+
+
+def write(
+    batches: Iterable[Tensor], jobs: Sequence[Job], settings: Settings, out: Path, *, single: bool, timer: "Timer"
+) -> None:
+    """Write the images (count, 3, height, width) of all batches and print their paths.
+
+    single: `out` is one file for all, written at the end or, of those that were drawn, when the run is cut short; else
+    it is the folder of a file for each, written after its batch, and of a grid of all. Ctrl-C and errors carry a note
+    of how many were written.
+    """
+    kept: list[Tensor] = []
+    count = drawn = 0
+    with timer.named_failures(lambda: f"{count} of {len(jobs)} written" + (f" to {out}" if single and count else "")):
+        try:
+            for images in batches:
+                runtime.check_finite(images)
+                timer.stage = "writing"
+                if single or _has_grid(len(jobs), images):
+                    # Bytes: of many images the floats would take four times the memory.
+                    kept.append(pixels.to_bytes(images))
+                if not single:
+                    for job, image in zip(jobs[drawn:], images, strict=False):
+                        report.say(_write_one(out, image, job, settings))
+                        count += 1
+                drawn += len(images)
+                timer.done("write")
+                timer.stage = "sampling"
+        except BaseException:
+            if single and kept:
+                _write_grid(out, kept, jobs, settings)
+                count = drawn
+            raise
+        timer.stage = "writing"
+        if single:
+            _write_grid(out, kept, jobs, settings)
+            count = len(jobs)
+            report.say(out)
+        elif kept and len(jobs) > 1:
+            grid = pixels.to_pil(pixels.grid(pixels.from_bytes(torch.cat(kept))))[0]
+            report.say(output.save_new(out, "grid", grid, written.together(jobs, settings)))
+        timer.done("write")
+
+
+def check_fits(out: Path, size: tuple[int, int], count: int) -> None:
+    """Raise ValueError where the grid of `count` images of this width and height is too large for the form of `out`."""
+    columns = math.ceil(math.sqrt(count))
+    output.check_fits(out, columns * (size[0] + 2) - 2, -(-count // columns) * (size[1] + 2) - 2)
+
+
+def _has_grid(count: int, images: Tensor) -> bool:
+    """True if a folder also gets a grid: of several images that one file can show."""
+    return 1 < count and count * images.shape[-1] * images.shape[-2] <= _LARGEST_GRID
+
+
+def _write_one(folder: Path, image: Tensor, job: Job, settings: Settings) -> Path:
+    seeds = f"{job.seed}" if job.towards is None else f"{job.seed}-{job.towards}"
+    own = {"prompts": [job.prompt], **job.settings(), **settings}
+    return output.save_new(folder, f"{output.slug(job.prompt)}-{seeds}", pixels.to_pil(image[None])[0], own)
+
+
+def _write_grid(path: Path, kept: Sequence[Tensor], jobs: Sequence[Job], settings: Settings) -> None:
+    """One file of the images that there are; its settings are those of all."""
+    images = pixels.from_bytes(torch.cat(list(kept)))
+    image = pixels.to_pil(images if len(images) == 1 else pixels.grid(images))[0]
+    output.save(path, image, written.together(jobs, settings))
