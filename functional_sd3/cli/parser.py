@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Write the message to standard error and exit with status 2."""
-        sys.stderr.write(f"{self.prog}: error: {escape(message)}\n  see {self.prog} --help\n")
+        sys.stderr.write(f"{self.prog}: error: {escape(message)} (see {self.prog} --help)\n")
         raise SystemExit(2)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
                 return
             flag = word.partition("=")[0]
             if word.startswith("--") and " " not in word and flag not in known:
-                self.error(f"there is no option {shorten(flag)}{suggestion(flag, known)}")
+                self.error(f"unrecognized arguments: {shorten(flag)}{suggestion(flag, known)}")
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:
