@@ -1,8 +1,14 @@
-"""A small run that kills itself: `python interrupted.py OUT WHEN STEP`; imported by the tests that go on with it."""
+"""A small run that is killed; imported by the tests that go on with it.
+
+`python interrupted.py OUT WHEN STEP` kills itself in a step or while a checkpoint is written; `python interrupted.py
+OUT moments SEED COUNT` is killed in OUT/0, OUT/1, ... at random moments.
+"""
 
 import os
+import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -29,20 +35,40 @@ def setting():
     return step.init(prng.key(4), params, optimizer), train_step, lambda number: {"x": data[order(number)]}
 
 
-def train(out, train_step=None, on_sample=None):
-    """The run from its last checkpoint, or from the start."""
+def train(out, train_step=None, batch_of_step=None, **options):
+    """The run from its last checkpoint, or from the start; options of `loop.run`."""
     state, plain_step, batch = setting()
     found = checkpoint.found(Path(out) / "checkpoints")
     if found:
         state = checkpoint.load(found[-1], state)
-    return loop.run(
-        state, train_step or plain_step, batch, steps=STEPS, out=Path(out), save_every=5, log_every=2, keep=2,
-        progress=False, on_sample=on_sample,
-    )  # fmt: skip
+    options = {"steps": STEPS, "save_every": 5, "log_every": 2, "keep": 2, "progress": False} | options
+    return loop.run(state, train_step or plain_step, batch_of_step or batch, out=Path(out), **options)
 
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_random_moments(out, seed, count):
+    """Runs in OUT/0, OUT/1, ..., each killed after up to the time that a whole one takes."""
+    plain_step, moments = setting()[1], random.Random(seed)
+
+    def slow_step(state, batch):
+        time.sleep(0.003)
+        return plain_step(state, batch)
+
+    started = time.monotonic()
+    train(Path(out) / "warm", slow_step)
+    whole = time.monotonic() - started
+    for index in range(count):
+        # The interpreter and torch start once for all of them.
+        child = os.fork()
+        if not child:
+            train(Path(out) / str(index), slow_step, sample_every=4, on_sample=lambda state, done: time.sleep(0.003))
+            os._exit(0)
+        time.sleep(moments.uniform(0.02, 1.2 * whole))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def main(out, when, number):
@@ -67,4 +93,7 @@ def main(out, when, number):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    if sys.argv[2] == "moments":
+        kill_at_random_moments(sys.argv[1], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
