@@ -29,6 +29,8 @@ _KINDS = {
     int: "a whole number",
     float: "a number",
 }
+_NESTED = frozenset((dict, list))
+_TYPES = {kind: {kind, int} if kind is float else {kind} for kind in _KINDS}
 
 
 class Object(NamedTuple):
@@ -88,6 +90,8 @@ class Object(NamedTuple):
             return values
         if len(values) > most:
             raise self.error(name, f"has {len(values):,} entries, more than {most:,}")
+        if kind is object or set(map(type, values)) <= _TYPES[kind]:
+            return values
         for index, value in enumerate(values):
             if not _is(value, kind):
                 entry = f"{shorten(name)}[{index}]"
@@ -150,12 +154,14 @@ def _refuse(constant: str) -> Any:
 
 def _check_depth(value: Any) -> None:
     """Code that walks the value later may do so by recursion."""
-    level = [value]
-    for _ in range(_DEEPEST + 1):
-        level = [each for each in level if isinstance(each, dict | list)]
+    level = [value] if type(value) in _NESTED else []
+    for _ in range(_DEEPEST):
         if not level:
             return
-        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
+        inner = (each.values() if type(each) is dict else each for each in level)
+        level = [child for children in inner for child in children if type(child) in _NESTED]
+    if not level:
+        return
     raise RecursionError
 
 

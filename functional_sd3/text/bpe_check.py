@@ -3,10 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from functional_sd3.formats.errors import attempt
+from functional_sd3.formats.json_fields import Object
+from functional_sd3.formats.printable import shorten
+from functional_sd3.text.token_fields import HIGHEST_ID, LONGEST_ADDED, MOST_ADDED, MOST_PIECES, token
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MODEL_MAX_LENGTH = 77  # CLIP's number of positions
 NAMED = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _UNLIMITED = 10**9  # transformers writes 1e30 where there is no limit
+_LONGEST_TOKEN = 2**10
+_MOST_LETTERS = 2**22
+"""Characters of all tokens together, each of which is merged once when the files are read; CLIP's have 350,000."""
 
 
 class Special(NamedTuple):
@@ -24,96 +32,158 @@ def vocab_problems(vocab: Any) -> list[str]:
         return []
     if not isinstance(vocab, Mapping) or not vocab:
         return [f"the vocabulary is {'empty' if vocab == {} else type(vocab).__name__}, not an object from token to id"]
-    wrong = [(token, i) for token, i in vocab.items() if not isinstance(token, str) or type(i) is not int or i < 0]
+    if len(vocab) > MOST_PIECES:
+        return [f"the vocabulary has {len(vocab):,} tokens; at most {MOST_PIECES:,} are read"]
+    wrong = [
+        f"{shorten(repr(token))}: {shorten(repr(i))}"
+        for token, i in vocab.items()
+        if not isinstance(token, str) or type(i) is not int or not 0 <= i <= HIGHEST_ID
+    ]
     if wrong:
-        return [f"{len(wrong)} entries of the vocabulary are not token: id, such as {wrong[0][0]!r}: {wrong[0][1]!r}"]
+        return [f"{len(wrong)} entries of the vocabulary are not token: id, such as {wrong[0]}"]
     owners: dict[int, str] = {}
-    twice = [f"{owners[i]!r} and {token!r} ({i})" for token, i in vocab.items() if owners.setdefault(i, token) != token]
-    return [f"{len(twice)} tokens share an id with another, such as {twice[0]}"] if twice else []
+    twice = [(owners[i], token, i) for token, i in vocab.items() if owners.setdefault(i, token) != token]
+    if twice:
+        one, other, i = twice[0]
+        return [f"{len(twice)} tokens share an id with another, such as {shorten(one)!r} and {shorten(other)!r} ({i})"]
+    longest = max(vocab, key=len)
+    if len(longest) > _LONGEST_TOKEN:
+        return [f"the token {shorten(longest)!r} has {len(longest):,} characters; at most {_LONGEST_TOKEN:,} are read"]
+    if sum(map(len, vocab)) > _MOST_LETTERS:
+        return [f"the tokens have more than {_MOST_LETTERS:,} characters together, the most that are read"]
+    return [] if _is_unicode("".join(vocab)) else ["a token holds half of a surrogate pair, which is no character"]
 
 
 def merge_problems(vocab: Mapping[str, int] | None, merges: Any) -> list[str]:
     """Whether each is two tokens whose join is in the vocabulary too, where that is known."""
     if merges is None:
         return []
-    if not isinstance(merges, Sequence) or isinstance(merges, str):
+    if not isinstance(merges, Sequence) or isinstance(merges, str | bytes):
         return [f"the merges are a {type(merges).__name__}, not a list"]
-    wrong = [merge for merge in merges if len(pair(merge)) != 2 or not all(pair(merge))]
+    if len(merges) > MOST_PIECES:
+        return [f"there are {len(merges):,} merges; at most {MOST_PIECES:,} are read"]
+    pairs = [pair(merge) for merge in merges]
+    wrong = [merge for merge, halves in zip(merges, pairs, strict=True) if len(halves) != 2 or not all(halves)]
     if wrong:
-        return [f"{len(wrong)} merges are not two tokens parted by one space, such as {wrong[0]!r}"]
+        return [f"{len(wrong)} merges are not two tokens parted by one space, such as {shorten(repr(wrong[0]))}"]
     if vocab is None:
         return []
-    unknown = [(a, b) for a, b in map(pair, merges) if a not in vocab or b not in vocab or a + b not in vocab]
+    unknown = [(a, b) for a, b in pairs if a not in vocab or b not in vocab or a + b not in vocab]
     if unknown:
-        example = " + ".join(unknown[0])
-        return [f"{len(unknown)} merges use or make a token that the vocabulary lacks, such as {example!r}"]
+        example = shorten(repr(" + ".join(unknown[0])))
+        return [f"{len(unknown)} merges use or make a token that the vocabulary lacks, such as {example}"]
     return []
 
 
 def pair(merge: Any) -> tuple[str, ...]:
-    """The two halves of a merge: a pair already in newer tokenizer.json files, a line of text elsewhere."""
-    return tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+    """The two halves of a merge: a pair already in newer tokenizer.json files, a line of text elsewhere; () for what is
+    neither."""
+    if isinstance(merge, str):
+        return tuple(merge.split(" "))
+    if not isinstance(merge, list | tuple) or not all(isinstance(half, str) for half in merge):
+        return ()
+    return tuple(merge)
 
 
-def length_of(config: Mapping[str, Any]) -> Any:
-    """`model_max_length`, with CLIP's own where none is given."""
-    length = config.get("model_max_length")
-    unlimited = isinstance(length, int | float) and length > _UNLIMITED
-    return MODEL_MAX_LENGTH if length is None or unlimited else length
+def length_of(config: Object) -> int:
+    """`model_max_length`, with CLIP's own where none is given.
 
-
-def length_problems(config: Mapping[str, Any]) -> list[str]:
-    """Whether the length is a number that leaves room for the start and the end token."""
-    length = length_of(config)
-    if type(length) is not int or length < 2:
-        return [f"model_max_length is {length!r}, not a whole number of at least 2"]
-    return []
+    Raises WeightsError for a length without room for the start and the end token.
+    """
+    length = config.number("model_max_length", MODEL_MAX_LENGTH)
+    if length != int(length) or length < 2:
+        raise config.error("model_max_length", "must be a whole number of at least 2")
+    return MODEL_MAX_LENGTH if length > _UNLIMITED else int(length)
 
 
 def tokens_of(
-    vocab: Mapping[str, int] | None, config: Mapping[str, Any], added: Mapping[str, Any]
+    vocab: Mapping[str, int] | None, config: Object, added: Mapping[str, Any]
 ) -> tuple[dict[str, Special], list[str]]:
     """The tokens to cut out of texts, by content: those listed with their flags, and those only named."""
-    tokens: dict[str, Special] = {}
     problems: list[str] = []
-    for i, token in (config.get("added_tokens_decoder") or {}).items():
-        if not isinstance(content_of(token), str) or not isinstance(token, dict) or not i.isdecimal():
-            problems.append(f"added token {i!r} is {token!r}, not an object with its content")
+    wrong = [(content, i) for content, i in added.items() if type(i) is not int or not 0 <= i <= HIGHEST_ID]
+    if wrong:
+        problems.append(f"added token {shorten(repr(wrong[0][0]))} has the id {shorten(repr(wrong[0][1]))}")
+        added = {}
+    tokens = attempt(problems, _listed, config) or {}
+    named = attempt(problems, _named, config) or {}
+    for name, (content, flags) in named.items():
+        if content in tokens or vocab is None:
+            continue
+        i = vocab.get(content, added.get(content))
+        if i is None:
+            problems.append(f"{name} {shorten(repr(content))} is not in the vocabulary")
         else:
-            tokens[token["content"]] = _special(int(i), token, special=token.get("special", False))
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    named = {name: config.get(name) or default for name, default in NAMED.items()}
-    named |= {f"special token {index}": token for index, token in enumerate(extra)}
-    for name, token in named.items():
-        content = content_of(token)
-        if not isinstance(content, str):
-            problems.append(f"{name} is {token!r}, not a string")
-        elif content not in tokens and vocab is not None:
-            i = vocab.get(content, added.get(content))
-            if i is None:
-                problems.append(f"{name} {content!r} is not in the vocabulary")
-            else:
-                tokens[content] = _special(i, token if isinstance(token, dict) else {"content": token}, special=True)
+            tokens[content] = Special(content, i, flags.boolean("normalized", False), True)
     for content, i in added.items():
-        tokens.setdefault(content, _special(i, {"content": content}, special=False))
-    owners = {i: content for content, i in (vocab or {}).items()}
-    for content, token in tokens.items():
-        expected = (vocab or {}).get(content, token.id)
-        if type(token.id) is not int or token.id != expected or owners.get(token.id, content) != content:
-            right = expected if token.id != expected else f"taken by {owners.get(token.id)!r}"
-            problems.append(f"token {content!r} has id {token.id!r}, which in the vocabulary is {right}")
-    flagged = [token for token in (config.get("added_tokens_decoder") or {}).values() if isinstance(token, dict)]
-    for token in flagged + [token for token in named.values() if isinstance(token, dict)]:
-        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
-            problems.append(f"token {content_of(token)!r} has lstrip, rstrip or single_word set, which CLIP's do not")
-    return tokens, problems
+        tokens.setdefault(content, Special(content, i, True, False))
+    return tokens, problems + _misplaced(vocab or {}, tokens)
 
 
-def content_of(token: Any) -> Any:
-    """A token is written as its string or as an object with its flags."""
-    return token.get("content") if isinstance(token, dict) else token
+def _listed(config: Object) -> dict[str, Special]:
+    """The tokens of `added_tokens_decoder`, with the flags that it gives them."""
+    decoder = config.mapping("added_tokens_decoder", {})
+    if len(decoder.values) > MOST_ADDED:
+        raise config.error("added_tokens_decoder", f"has {len(decoder.values):,} tokens, more than {MOST_ADDED:,}")
+    tokens = {}
+    for i, value in decoder.values.items():
+        if not isinstance(value, dict) or not (i.isascii() and i.isdecimal() and len(i) <= 10):
+            raise decoder.error(i, "must be an object with the content of a token, and its name the token's id")
+        flags = decoder.mapping(i)
+        content, special = flags.text("content", longest=LONGEST_ADDED), flags.boolean("special", False)
+        _check_flags(flags, content)
+        # a token without the flag is matched in the raw text if it is special and in the normalised text if it is not
+        tokens[content] = Special(content, int(i), flags.boolean("normalized", not special), special)
+    return tokens
 
 
-def _special(i: Any, token: Mapping[str, Any], *, special: bool) -> Special:
-    # a token without the flag is matched in the raw text if it is special and in the normalised text if it is not
-    return Special(token["content"], i, bool(token.get("normalized", not special)), special)
+def _named(config: Object) -> dict[str, tuple[str, Object]]:
+    """The tokens that are only named, with their roles and the flags that they bring."""
+    named = {name: (token(config, name, default), _flags(config, name)) for name, default in NAMED.items()}
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.values.get(name) or []
+        if extra:
+            # transformers takes the second as an object too, from role to token.
+            values = list(extra.values()) if isinstance(extra, dict) else config.items(name, (), most=MOST_ADDED)
+            listed = Object({f"special token {index}": value for index, value in enumerate(values)}, config.where)
+            named |= {role: (token(listed, role, None), _flags(listed, role)) for role in listed.values}
+            break
+    for role, (content, flags) in named.items():
+        if content is None:
+            raise config.error(role, "must be a token")
+        _check_flags(flags, content)
+    return named
+
+
+def _flags(config: Object, name: str) -> Object:
+    return config.mapping(name) if isinstance(config.values.get(name), dict) else Object({}, config.where)
+
+
+def _check_flags(flags: Object, content: str) -> None:
+    if any(flags.boolean(flag, False) for flag in ("lstrip", "rstrip", "single_word")):
+        raise flags.error("content", "has lstrip, rstrip or single_word set, which CLIP's tokens do not")
+
+
+def _misplaced(vocab: Mapping[str, int], tokens: Mapping[str, Special]) -> list[str]:
+    """Whether each token has the id that the vocabulary gives it, or one that nothing else has."""
+    if len(tokens) > MOST_ADDED:
+        return [f"there are {len(tokens):,} added tokens; at most {MOST_ADDED:,} are read"]
+    problems = []
+    owners = {i: content for content, i in vocab.items()}
+    for content, entry in tokens.items():
+        expected = vocab.get(content, entry.id)
+        owner = owners.setdefault(entry.id, content)
+        if entry.id != expected or owner != content:
+            right = expected if entry.id != expected else f"taken by {shorten(repr(owner))}"
+            problems.append(f"token {shorten(repr(content))} has id {entry.id}, which in the vocabulary is {right}")
+        elif not content or not _is_unicode(content) or len(content) > LONGEST_ADDED or entry.id > HIGHEST_ID:
+            problems.append(f"token {shorten(repr(content))} with id {entry.id} is empty, too long or no text")
+    return problems
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,21 +6,24 @@ are only named are matched in the raw text. Files are read whole or not at all.
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .bpe_check import (
+from functional_sd3.formats import bounded, json_fields
+from functional_sd3.formats.errors import WeightsError, attempt
+from functional_sd3.formats.json_fields import Object
+from functional_sd3.formats.printable import shorten
+from functional_sd3.text.bpe_check import (
     NAMED,
     Special,
-    content_of,
     length_of,
-    length_problems,
     merge_problems,
     pair,
     tokens_of,
     vocab_problems,
 )
+from functional_sd3.text.token_fields import FILE_LIMIT, HIGHEST_ID, MOST_ADDED, SEVERAL, several, token
 
 _LITERAL = r"<\|startoftext\|>"
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -38,12 +41,11 @@ class Files(NamedTuple):
     several: tuple[tuple[str, ...], ...] = ()  # tokens that stand for themselves and others
 
 
-SEVERAL = "several_vectors"
-"""Our own key of a tokenizer_config.json, which transformers skips: lists of tokens that their first stands for."""
-
-
 def read(source: Any, *, pad_token: str | None, model_max_length: int | None) -> Files:
-    """Files of a folder, a tokenizer.json or a (vocab, merges) pair. ValueError names every problem found."""
+    """Files of a folder, a tokenizer.json or a (vocab, merges) pair.
+
+    Raises WeightsError, a ValueError, with every problem in the files.
+    """
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         label, (raw, problems) = str(path), _raw_folder(path) if path.is_dir() else _raw_json(path)
@@ -53,119 +55,107 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
         kind = type(source).__name__
         raise ValueError(f"source is a {kind}; a folder, a tokenizer.json or a (vocab, merges) pair is right")
     overrides = {"pad_token": pad_token, "model_max_length": model_max_length}
-    config = {**raw.config, **{key: value for key, value in overrides.items() if value is not None}}
+    values = {**raw.config, **{key: value for key, value in overrides.items() if value is not None}}
+    config = Object(values, raw.where)
     in_vocab = vocab_problems(raw.vocab)
     vocab = None if in_vocab else raw.vocab
     tokens, in_tokens = tokens_of(vocab, config, raw.added)
-    problems = [*problems, *in_vocab, *merge_problems(vocab, raw.merges), *in_tokens, *length_problems(config)]
-    problems += several_problems(config, tokens)
+    problems = [*problems, *in_vocab, *merge_problems(vocab, raw.merges), *in_tokens]
+    length = attempt(problems, length_of, config)
+    groups = attempt(problems, several, config, tokens)
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ValueError(f"{label} is not a CLIP byte-pair tokenizer: {shown}")
+        raise WeightsError(f"{label} is not a CLIP byte-pair tokenizer: {shown}")
     return Files(
         vocab=dict(raw.vocab),
         merges=[pair(merge) for merge in raw.merges],
         specials=tuple(sorted(tokens.values())),
-        names={name: content_of(config.get(name) or default) for name, default in NAMED.items()},
-        model_max_length=length_of(config),
+        names={name: token(config, name, default) for name, default in NAMED.items()},
+        model_max_length=length,
         keeps_literals=raw.keeps_literals,
-        several=tuple(map(tuple, config.get(SEVERAL) or ())),
+        several=tuple(map(tuple, groups)),
     )
 
 
-def several_problems(config: Mapping[str, Any], tokens: Collection[str]) -> list[str]:
-    """Whether what stands for several tokens is a list of lists of tokens that are there."""
-    found = config.get(SEVERAL) or []
-    if not isinstance(found, list) or not all(isinstance(names, list) and names for names in found):
-        return [f"{SEVERAL} is {found!r}, not a list of lists of tokens"]
-    unknown = [name for names in found for name in names if name not in tokens]
-    return [f"{SEVERAL} names {unknown[0]!r}, which is no added token"] if unknown else []
-
-
 class _Raw(NamedTuple):
-    """What the files say, unchecked; None where a file could not be read, which is a problem told already."""
+    """What the files say, unchecked; None where a file could not be read, which is among the problems already."""
 
     vocab: Any
     merges: Any
     config: dict[str, Any]
     added: dict[str, Any]
     keeps_literals: bool
+    where: str
 
 
 def _raw_folder(folder: Path) -> tuple[_Raw, list[str]]:
-    if not (folder / "vocab.json").exists() and (folder / "tokenizer.json").exists():
+    if not os.path.lexists(folder / "vocab.json") and os.path.lexists(folder / "tokenizer.json"):
         raw, problems = _raw_json(folder / "tokenizer.json")
     else:
         raw, problems = _raw_pair(folder / "vocab.json", folder / "merges.txt")
-    config, more = _optional_json(folder / "tokenizer_config.json")
-    problems, config, added = [*problems, *more], {**raw.config, **config}, raw.added
+    config, added = {**raw.config, **_optional_json(folder / "tokenizer_config.json", problems)}, raw.added
     if "added_tokens_decoder" not in config:  # older folders keep the same facts in two files of their own
-        named, more = _optional_json(folder / "special_tokens_map.json")
-        added, still_more = _optional_json(folder / "added_tokens.json")
-        # transformers forgets that these are special where added_tokens.json lists them too
-        extra = [token for token in named.pop("additional_special_tokens", []) if content_of(token) not in added]
+        named = dict(_optional_json(folder / "special_tokens_map.json", problems))
+        added = _optional_json(folder / "added_tokens.json", problems)
+        extra = named.pop("additional_special_tokens", None)
+        if isinstance(extra, list):
+            # transformers forgets that these are special where added_tokens.json lists them too
+            extra = [token for token in extra if not _is_listed(token, added)]
         config = {**config, **named, **({"additional_special_tokens": extra} if extra else {})}
-        problems = [*problems, *more, *still_more]
-    return raw._replace(config=config, added=added, keeps_literals=True), problems
+    where = str(folder / "tokenizer_config.json")
+    return raw._replace(config=config, added=added, keeps_literals=True, where=where), problems
+
+
+def _is_listed(token: Any, added: Mapping[str, Any]) -> bool:
+    content = token.get("content") if isinstance(token, dict) else token
+    return isinstance(content, str) and content in added
 
 
 def _raw_pair(vocab: Any, merges: Any) -> tuple[_Raw, list[str]]:
     problems: list[str] = []
     if isinstance(vocab, str | os.PathLike):
-        vocab, problems = _json(Path(vocab))
+        content = attempt(problems, json_fields.read, vocab, limit=FILE_LIMIT)
+        vocab = None if content is None else content.values
     if isinstance(merges, str | os.PathLike):
-        path, merges = Path(merges), None
-        try:
-            # not splitlines(): tokens may hold characters that it takes for the end of a line
-            lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").split("\n")]
-            merges = [line for line in lines if line and not line.startswith("#version")]
-        except (OSError, UnicodeDecodeError) as error:
-            problems = [*problems, f"{path}: {error}"]
-    return _Raw(vocab, merges, {}, {}, True), problems
+        text = attempt(problems, bounded.read_text, merges, FILE_LIMIT)
+        # not splitlines(): tokens may hold characters that it takes for the end of a line
+        lines = None if text is None else [line.rstrip("\r") for line in text.split("\n")]
+        merges = None if lines is None else [line for line in lines if line and not line.startswith("#version")]
+    return _Raw(vocab, merges, {}, {}, True, "(vocab, merges)"), problems
 
 
 def _raw_json(path: Path) -> tuple[_Raw, list[str]]:
-    content, problems = _json(path)
-    if content is None:
-        return _Raw(None, None, {}, {}, False), problems
-    model, ends = _object(content, "model"), _object(content, "post_processor")
-    if (model.get("type", "BPE"), model.get("end_of_word_suffix")) != ("BPE", "</w>"):
-        kind = f"{model.get('type')!r} with end_of_word_suffix {model.get('end_of_word_suffix')!r}"
-        problems = [*problems, f"{path}: the model is {kind}, not 'BPE' with '</w>'"]
-    pattern = json.dumps(content.get("pre_tokenizer"))
+    problems: list[str] = []
+    raw = attempt(problems, _read_tokenizer_json, path, problems)
+    return raw or _Raw(None, None, {}, {}, False, str(path)), problems
+
+
+def _read_tokenizer_json(path: Path, problems: list[str]) -> _Raw:
+    content = json_fields.read(path, limit=FILE_LIMIT)
+    model, ends = content.mapping("model", {}), content.mapping("post_processor", {})
+    kind, suffix = model.text("type", "BPE"), model.text("end_of_word_suffix", None)
+    if (kind, suffix) != ("BPE", "</w>"):
+        said = f"{shorten(repr(kind))} with end_of_word_suffix {shorten(repr(suffix))}"
+        problems.append(f"{path}: the model is {said}, not 'BPE' with '</w>'")
+    pattern = json.dumps(content.values.get("pre_tokenizer"))
     if json.dumps(_PATTERN)[1:-1] not in pattern:
-        problems = [*problems, f"{path}: pre_tokenizer does not split by CLIP's pattern"]
-    added = [token for token in content.get("added_tokens") or [] if isinstance(token, dict)]
+        problems.append(f"{path}: pre_tokenizer does not split by CLIP's pattern")
+    added = content.mappings("added_tokens", (), most=MOST_ADDED)
     config = {
-        "added_tokens_decoder": {str(token.get("id")): token for token in added},
-        "bos_token": (ends.get("cls") or [None])[0],
-        "eos_token": (ends.get("sep") or [None])[0],
-        "unk_token": model.get("unk_token"),
-        "pad_token": _object(content, "padding").get("pad_token"),
-        "model_max_length": _object(content, "truncation").get("max_length"),
+        "added_tokens_decoder": {str(token.integer("id", low=0, high=HIGHEST_ID)): token.values for token in added},
+        "bos_token": next(iter(ends.items("cls", ())), None),
+        "eos_token": next(iter(ends.items("sep", ())), None),
+        "unk_token": model.text("unk_token", None),
+        "pad_token": content.mapping("padding", {}).text("pad_token", None),
+        "model_max_length": content.mapping("truncation", {}).number("max_length", None),
     }
-    literals = json.dumps(_LITERAL)[1:-1] in pattern
-    return _Raw(model.get("vocab", {}), model.get("merges", []), config, {}, literals), problems
+    vocab, merges = model.mapping("vocab", {}).values, model.items("merges", [])
+    return _Raw(vocab, merges, config, {}, json.dumps(_LITERAL)[1:-1] in pattern, str(path))
 
 
-def _object(content: dict[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _json(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return None, [f"{path}: {error}"]
-    if not isinstance(content, dict):
-        return None, [f"{path}: holds a {type(content).__name__}, not an object"]
-    return content, []
-
-
-def _optional_json(path: Path) -> tuple[dict[str, Any], list[str]]:
-    content, problems = _json(path) if path.exists() else ({}, [])
-    return content or {}, problems
+def _optional_json(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    content = attempt(problems, json_fields.read, path, limit=FILE_LIMIT) if os.path.lexists(path) else None
+    return {} if content is None else content.values
 
 
 def write(folder: str | os.PathLike[str], files: Files) -> None:

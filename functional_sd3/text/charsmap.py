@@ -18,6 +18,12 @@ import numpy as np
 
 _NO_BYTE = 1 << 31
 _HAS_VALUE = 1 << 8
+_LARGEST = 2**22
+"""Bytes of a blob; T5's has 237,539."""
+_DEEPEST = 256
+"""Bytes of a spelling; T5's longest has 16."""
+_LONGEST_REPLACEMENT = 256
+"""Bytes of a replacement; T5's longest has 33. A text of such characters grows that much."""
 
 
 class Charsmap(NamedTuple):
@@ -28,7 +34,13 @@ class Charsmap(NamedTuple):
 
 
 def parse(blob: bytes) -> Charsmap:
-    """The map stored in `blob`. Raises ValueError when a walk over it could leave the trie or the replacements."""
+    """The map stored in `blob`.
+
+    Raises ValueError when a walk over it could leave the trie or the replacements, or go in circles, and for a map of
+    more than 4 MiB, spellings and replacements of more than 256 bytes.
+    """
+    if len(blob) > _LARGEST:
+        raise ValueError(f"character map of {len(blob):,} bytes is larger than {_LARGEST:,}, the most that is read")
     size = int.from_bytes(blob[:4], "little") if len(blob) > 4 else 0
     if not 0 < size <= len(blob) - 4 or size % 1024:
         raise ValueError(f"character map of {len(blob)} bytes states a trie of {size}: no multiple of 1024 that fits")
@@ -37,14 +49,39 @@ def parse(blob: bytes) -> Charsmap:
     bases = np.arange(len(units), dtype=np.uint32) ^ ((units >> 10) << ((units & 0x200) >> 6))
     inner = units < _NO_BYTE
     values = units[np.minimum(bases[inner & (units & _HAS_VALUE > 0)], len(units) - 1)] & (_NO_BYTE - 1)
-    outside = (bases[inner] >= len(units)).any() or (values >= len(replacements)).any()
+    outside = not inner[0] or (bases[inner] >= len(units)).any() or (values >= len(replacements)).any()
     if outside or replacements[-1:] not in (b"", b"\0"):
         raise ValueError("character map is corrupt: its trie points outside itself or its replacements")
     try:
         replacements.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"character map is corrupt: its replacements are not UTF-8 ({error})") from None
+    starts = np.frombuffer(replacements, np.uint8)[values] & 0xC0
+    if (starts == 0x80).any():
+        raise ValueError("character map is corrupt: a replacement begins within a character")
+    if max(map(len, replacements.split(b"\0"))) > _LONGEST_REPLACEMENT:
+        raise ValueError(f"character map holds a replacement of more than {_LONGEST_REPLACEMENT} bytes")
+    if not _ends(units, bases):
+        raise ValueError(f"character map goes in circles, or holds a spelling of more than {_DEEPEST} bytes")
     return Charsmap(tuple(units.tolist()), replacements)
+
+
+def _ends(units: np.ndarray, bases: np.ndarray) -> bool:
+    """Whether every walk from the root ends within `_DEEPEST` steps."""
+    positions = np.arange(len(units), dtype=np.uint32)
+    labels = units & 0xFF
+    inner = (units < _NO_BYTE) & (labels > 0)
+    # A unit is a child of those nodes whose base is its position without its label.
+    children, parents = positions[inner], (positions ^ labels)[inner]
+    reached = np.zeros(len(units), dtype=bool)
+    level = bases[:1]
+    for _ in range(_DEEPEST + 2):
+        if not len(level):
+            return True
+        reached[:] = False
+        reached[level] = True
+        level = bases[children[reached[parents]]]
+    return False
 
 
 def matches(charsmap: Charsmap, data: bytes, start: int = 0) -> list[tuple[int, int]]:
@@ -61,7 +98,8 @@ def matches(charsmap: Charsmap, data: bytes, start: int = 0) -> list[tuple[int, 
         if unit & 0x800000FF != byte or not byte:
             break
         position ^= (unit >> 10) << ((unit & 0x200) >> 6)
-        if unit & _HAS_VALUE:
+        # A spelling is of whole characters.
+        if unit & _HAS_VALUE and (index + 1 == len(data) or data[index + 1] & 0xC0 != 0x80):
             found.append((index + 1, units[position] & (_NO_BYTE - 1)))
     return found
 

@@ -8,6 +8,9 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from functional_sd3.formats.printable import shorten
+from functional_sd3.text.token_fields import MOST_PIECES
+
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3
 _UNIGRAM = 1
 
@@ -39,28 +42,37 @@ def parse(data: bytes) -> SentencePieceModel:
     try:
         for number, value in _fields(data):
             if number == 1:
+                if len(pieces) == MOST_PIECES:
+                    raise ValueError(f"it has more than {MOST_PIECES:,} pieces")
                 pieces.append(_piece(value))
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:
                 normalizer = dict(_fields(value))
-    except (IndexError, struct.error, TypeError, UnicodeDecodeError) as error:
+        charsmap = normalizer.get(2, b"")
+        if not isinstance(charsmap, bytes):
+            raise ValueError("its character map is a number")
+    except IndexError:
+        raise ValueError("not a sentencepiece model: it ends within a number") from None
+    except (ValueError, struct.error, TypeError) as error:
         raise ValueError(f"not a sentencepiece model: {error}") from None
+    kind = trainer.get(3, _UNIGRAM)
+    strange = [piece for piece in pieces if piece.kind not in _KINDS]
     problems = [
         problem
         for wrong, problem in (
             (not pieces, "it has no pieces"),
-            (trainer.get(3, _UNIGRAM) != _UNIGRAM, f"its model type is {trainer.get(3)}, want {_UNIGRAM} (unigram)"),
+            (kind != _UNIGRAM, f"its model type is {shorten(repr(kind))}, want {_UNIGRAM} (unigram)"),
             (trainer.get(35, 0), "it falls back to bytes, which T5 does not"),
             (trainer.get(24, 0), "it treats white space as a suffix, which T5 does not"),
             *((not normalizer.get(field, 1), f"its normalizer switches {name} off") for field, name in _SPACES.items()),
-            *((piece.kind not in _KINDS, f"piece {piece.text!r} is of type {piece.kind}") for piece in pieces),
+            *((True, f"piece {shorten(text)!r} is of type {shorten(repr(of))}") for text, _, of in strange[:5]),
         )
         if wrong
     ]
     if problems:
         raise ValueError(f"not a T5 sentencepiece model: {'; '.join(problems[:5])}")
-    return SentencePieceModel(tuple(pieces), bytes(normalizer.get(2, b"")))
+    return SentencePieceModel(tuple(pieces), charsmap)
 
 
 def serialize(model: SentencePieceModel) -> bytes:
@@ -82,14 +94,18 @@ def serialize(model: SentencePieceModel) -> bytes:
     )
 
 
+_LONGEST_VARINT = 7 * 10
 _KINDS = (NORMAL, UNKNOWN, CONTROL)
 _SPACES = {3: "add_dummy_prefix", 4: "remove_extra_whitespaces", 5: "escape_whitespaces"}
 
 
 def _piece(message: bytes) -> Piece:
     fields = dict(_fields(message))
+    text = fields.get(1)
+    if not isinstance(text, bytes):
+        raise ValueError("a piece has no text")
     score = struct.unpack("<f", fields.get(2, b"\0\0\0\0"))[0]
-    return Piece(fields[1].decode(), score, fields.get(3, NORMAL))
+    return Piece(text.decode(), score, fields.get(3, NORMAL))
 
 
 def _serialize_piece(piece: Piece) -> bytes:
@@ -99,6 +115,8 @@ def _serialize_piece(piece: Piece) -> bytes:
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Every (field number, value) of a message: an int for varints, bytes for everything else."""
+    if not isinstance(message, bytes):
+        raise ValueError("a message is a number")
     position, end = 0, len(message)
     while position < end:
         key, position = _varint(message, position)
@@ -111,11 +129,11 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             elif wire in (1, 5):
                 length = 8 if wire == 1 else 4
             else:
-                raise IndexError(f"wire type {wire} at byte {position}")
+                raise ValueError(f"wire type {wire} at byte {position}")
             value = message[position : position + length]
             position += length
             if position > end:
-                raise IndexError(f"a field ends at byte {position} of {end}")
+                raise ValueError(f"a field ends at byte {position} of {end}")
         yield key >> 3, value
 
 
@@ -128,6 +146,8 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         position += 1
         value |= (byte & 0x7F) << shift
         shift += 7
+        if shift > _LONGEST_VARINT:
+            raise ValueError(f"a number before byte {position} has more than 64 bits")
     return value, position
 
 

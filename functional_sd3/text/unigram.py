@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from functional_sd3.text.unigram_files import init, save
+from functional_sd3.text.unigram_files import init
 from functional_sd3.text.unigram_normalize import Span, aligned_words, sentence, words
 from functional_sd3.text.unigram_tables import (
     SPACE,
@@ -37,6 +37,7 @@ from functional_sd3.text.unigram_tables import (
     build,
     from_pieces,
 )
+from functional_sd3.text.unigram_writing import save
 
 __all__ = [
     "AddedToken",

@@ -8,13 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from functional_sd3.formats.printable import shorten
 from functional_sd3.text.charsmap import Charsmap, ascii_map, parse
+from functional_sd3.text.token_fields import MOST_ADDED, MOST_PIECES
 
 SPACE = "\u2581"
 # The Unicode property White_Space, which `str.isspace` is not.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 UNBOUNDED = int(1e30)  # how transformers writes a tokenizer without a longest length
 _UNKNOWN_PENALTY = 10.0
+LONGEST_PIECE = 128
+"""Characters of a piece; sentencepiece trains none above 16. Time and memory of the search grow with the longest."""
+_MOST_PREFIXES = 2**25
+"""Sum of the squared lengths of all pieces, twice the characters that the trie holds; T5's is 1.7 million."""
+_HIGHEST_SCORE = 1e30
+"""Sums of a million scores of this size are finite in float32."""
 
 
 class AddedToken(NamedTuple):
@@ -99,7 +107,8 @@ def build(
     model_max_length: int = UNBOUNDED,
     several: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Tables:
-    """Tables from their parts. Raises ValueError naming all that is inconsistent."""
+    """Tables from their parts. Raises ValueError naming all that is inconsistent, or more than is read of any file:
+    524,288 pieces, 128 characters of a piece, 8,192 added tokens."""
     added = tuple(added)
     _check(pieces, scores, added, {"unk_id": unk_id, "eos_id": eos_id, "pad_id": pad_id})
     characters = parse(charsmap) if charsmap else None
@@ -165,18 +174,51 @@ def _check(pieces: Sequence[str], scores: Sequence[float], added: Sequence[Added
     count = len(pieces)
     problems = [f"{name} {id} is outside the {count} pieces" for name, id in ids.items() if not 0 <= id < count]
     if len(set(pieces)) != count:
-        problems.append(f"pieces occur twice: {[piece for piece, times in Counter(pieces).items() if times > 1][:5]}")
+        twice = [shorten(piece) for piece, times in Counter(pieces).items() if times > 1]
+        problems.append(f"pieces occur twice: {twice[:5]}")
     if "" in pieces:
         problems.append("a piece is empty")
     if len(scores) != count:
         problems.append(f"there are {len(scores)} scores for {count} pieces")
-    if unfinite := [score for score in scores if not math.isfinite(score)]:
-        problems.append(f"{len(unfinite)} scores are not finite: {unfinite[:5]}")
-    for token in added:
-        if token.id < 0 or (token.id < count and pieces[token.id] != token.content) or not token.content:
-            problems.append(f"added token {token.content!r} has id {token.id}, where another piece stands")
+    if unfinite := [score for score in scores if not -_HIGHEST_SCORE <= score <= _HIGHEST_SCORE]:
+        problems.append(f"{len(unfinite)} scores are not finite, or beyond {_HIGHEST_SCORE:g}: {unfinite[:5]}")
+    problems += _excesses(pieces, added) + _misplaced(pieces, added)
     if problems:
         raise ValueError("; ".join(problems[:10]))
+
+
+def _excesses(pieces: Sequence[str], added: Sequence[AddedToken]) -> list[str]:
+    """What would take hours or gigabytes, or is no text."""
+    if len(pieces) > MOST_PIECES or len(added) > MOST_ADDED:
+        limits = f"at most {MOST_PIECES:,} and {MOST_ADDED:,} are read"
+        return [f"there are {len(pieces):,} pieces and {len(added):,} added tokens; {limits}"]
+    longest = max(pieces, key=len, default="")
+    if len(longest) > LONGEST_PIECE:
+        return [f"the piece {shorten(longest)!r} has {len(longest):,} characters; at most {LONGEST_PIECE} are read"]
+    if sum(len(piece) ** 2 for piece in pieces) > _MOST_PREFIXES:
+        return [f"the {len(pieces):,} pieces are too long together: their trie would take gigabytes"]
+    try:
+        "".join(pieces).encode()
+        "".join(token.content for token in added).encode()
+    except UnicodeEncodeError:
+        return ["a piece holds half of a surrogate pair, which is no character"]
+    return []
+
+
+def _misplaced(pieces: Sequence[str], added: Sequence[AddedToken]) -> list[str]:
+    """Added tokens whose ids are not theirs alone."""
+    problems, count = [], len(pieces)
+    index_of = {piece: index for index, piece in enumerate(pieces)} if added else {}
+    owners: dict[int, str] = {}
+    seen: set[str] = set()
+    for id, content, *_ in added:
+        misplaced = id < 0 or (id < count and pieces[id] != content) or index_of.get(content, id) != id
+        if misplaced or not content:
+            problems.append(f"added token {shorten(content)!r} has id {id}, where another piece stands")
+        elif content in seen or owners.setdefault(id, content) != content:
+            problems.append(f"added token {shorten(content)!r}, or its id {id}, occurs twice")
+        seen.add(content)
+    return problems
 
 
 def _trie(pieces: Sequence[str], scores: Sequence[float]) -> dict[str, float]:

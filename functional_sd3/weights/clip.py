@@ -233,5 +233,3 @@ def _read_tokenizer(folder: Path) -> Any:
         return bpe.init(folder)
     except OSError as error:
         raise WeightsError(f"{folder}: its tokenizer cannot be read: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{folder}: {error}") from error

@@ -193,6 +193,8 @@ def read_tokenizer(place: Path, tokenizer: Tokenizer) -> Any:
     """The tables in a tokenizer's folder. Raises WeightsError when they cannot be read."""
     try:
         return tokenizer.module.init(place)
+    except WeightsError:
+        raise
     except OSError as error:
         raise WeightsError(f"{place}: cannot be read: {reason(error)}") from error
     except (ValueError, RecursionError) as error:

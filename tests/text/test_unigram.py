@@ -166,7 +166,7 @@ def test_a_save_that_fails_leaves_the_old_files(tables, bare, tmp_path, monkeypa
 
     for step in ("fsync", "replace"):
         with monkeypatch.context() as broken:
-            broken.setattr(f"functional_sd3.text.unigram_files.os.{step}", full)
+            broken.setattr(f"functional_sd3.text.unigram_writing.os.{step}", full)
             with pytest.raises(OSError, match="no space"):
                 unigram.save(tmp_path, bare)
         assert unigram.init(tmp_path) == tables and len(list(tmp_path.iterdir())) == 4
@@ -187,10 +187,11 @@ def test_the_sentencepiece_file_alone_gives_the_same_tokenizer_but_for_spacing(t
         (lambda d: d["model"].update(type="BPE"), "'BPE'"),
         (lambda d: d["model"].update(byte_fallback=True), "byte_fallback True"),
         (lambda d: d["model"].update(unk_id=10**6), "unk_id 1000000 is outside"),
-        (lambda d: d["model"].update(vocab={"a": 1}), "list of [piece, score] pairs"),
+        (lambda d: d["model"].update(vocab={"a": 1}), "vocab is {'a': 1}, not a list"),
         (lambda d: d["model"]["vocab"].append(["▁a", -1.0]), "occur twice: ['▁a']"),
         (lambda d: d["model"]["vocab"].append(["zz", None]), "list of [piece, score] pairs"),
-        (lambda d: d["model"]["vocab"].append(["zz", math.nan]), "not finite"),
+        (lambda d: d["model"]["vocab"].append(["zz", math.nan]), "NaN is no number"),
+        (lambda d: d["model"]["vocab"].append(["zz", 10**400]), "not finite"),
         (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
         (lambda d: d.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda d: d["normalizer"]["normalizers"][0].update(precompiled_charsmap="AAAA"), "character map"),

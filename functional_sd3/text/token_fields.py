@@ -1,0 +1,39 @@
+"""Fields that the configs of every tokenizer have: names of tokens, as a string or as an object with flags."""
+
+from collections.abc import Collection
+
+from functional_sd3.formats.bounded import MEBIBYTE
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.json_fields import Object
+
+FILE_LIMIT = 32 * MEBIBYTE
+"""Bytes of one file of a tokenizer; the largest of SD3's has 2.4 million, of multilingual T5's 17 million."""
+MOST_PIECES = 2**19
+"""Tokens of a vocabulary; CLIP's has 49,408, T5's 32,100, multilingual T5's 256,300."""
+MOST_ADDED = 2**13
+"""Tokens that are cut out of the text, each of which is looked for at every place."""
+LONGEST_ADDED = 2**10
+HIGHEST_ID = 2**31 - 1
+
+SEVERAL = "several_vectors"
+"""Our own key of a tokenizer_config.json, which transformers skips: lists of tokens that their first stands for."""
+
+
+def token(config: Object, name: str, default: str | None) -> str | None:
+    """The content of a named token, which is written as a string or as an object with its flags."""
+    value = config.values.get(name)
+    if isinstance(value, dict):
+        return config.mapping(name).text("content", longest=LONGEST_ADDED)
+    return config.text(name, default, longest=LONGEST_ADDED) or default
+
+
+def several(config: Object, known: Collection[str]) -> list[list[str]]:
+    """The lists of tokens that their first stands for. Raises WeightsError unless they are tokens that are `known`."""
+    groups = config.items(SEVERAL, (), list, most=MOST_ADDED)
+    if sum(map(len, groups)) > MOST_ADDED:
+        raise config.error(SEVERAL, f"names more than {MOST_ADDED:,} tokens")
+    for names in groups:
+        wrong = next((name for name in names if not isinstance(name, str) or name not in known), None)
+        if wrong is not None or not names:
+            raise WeightsError(f"{config.where}: {SEVERAL} names {wrong!r:.80}, which is no added token")
+    return list(groups)
