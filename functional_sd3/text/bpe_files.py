@@ -65,7 +65,7 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
     groups = attempt(problems, several, config, tokens)
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise WeightsError(f"{label} is not a CLIP byte-pair tokenizer: {shown}")
+        raise WeightsError(f"{label}: is not a CLIP byte-pair tokenizer: {shown}")
     return Files(
         vocab=dict(raw.vocab),
         merges=[pair(merge) for merge in raw.merges],
