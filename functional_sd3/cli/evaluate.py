@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     clip = _metric(metrics, "clip", "CLIP score of captioned pictures (higher is better)")
     clip.add_argument("folder", metavar="FOLDER", help="pictures with captions, as for `train --data`")
+    clip.add_argument("--follow", action="store_true", help="read what links and metadata name outside of FOLDER too")
     _clip(clip)
     _batches(clip, 32)
 

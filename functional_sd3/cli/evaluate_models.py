@@ -39,7 +39,9 @@ class Likeness(NamedTuple):
 def run_clip(arguments: argparse.Namespace) -> Report:
     if not Path(arguments.folder).exists():
         raise FileNotFoundError(2, "no such folder", arguments.folder)
-    index = datasets.image_folder(arguments.folder)
+    index = datasets.image_folder(arguments.folder, follow=arguments.follow)
+    for text in index.notes:
+        report.note(text)
     report.note_skipped(arguments.folder, len(index.samples) + len(index.skipped), index.skipped)
     empty = sum(not sample.caption for sample in index.samples)
     if empty:

@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decoder-only", action="store_true", help="leave the autoencoder's encoder alone, so that latents stay")
     add("--size", type=int, help="side of the images in pixels (default: the model's own)")
     add("--template", default="a photo of a {}", help="caption of a class folder (default 'a photo of a {}')")
+    add("--caption", metavar="TEXT", help="the caption of every image of --data, in place of any that it has")
+    add("--follow", action="store_true", help="read what links and metadata name outside of --data too")
     add("--pictures", type=int, default=8192, help="how many of the shapes (default 8192)")
     add("--save-every", type=int, default=250, help="steps between checkpoints (default 250)")
     add("--log-every", type=int, default=10, help="steps between rows of log.csv (default 10)")

@@ -41,6 +41,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--text-encoders belongs to --part transformer")
     if arguments.part == "transformer" and arguments.decoder_only:
         raise ValueError("--decoder-only belongs to --part vae")
+    if arguments.caption is not None and (arguments.part == "vae" or arguments.data == "shapes"):
+        raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
     if arguments.data != "shapes":

@@ -12,6 +12,7 @@ from functional_sd3.cli import runtime
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Tree
 from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.printable import escape
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
 from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, parts
@@ -140,10 +141,14 @@ def _images(arguments: argparse.Namespace, model: Model, say: Say) -> parts.Pict
         side = pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * vae.factor(model.config.vae)
     if arguments.data == "shapes":
         return parts.shapes_pictures(prng.key(arguments.seed), arguments.pictures, side)
-    index = datasets.image_folder(arguments.data, template=arguments.template)
-    say(f"{len(index.samples)} pictures in {arguments.data}")
+    index = datasets.image_folder(
+        arguments.data, template=arguments.template, caption=arguments.caption, follow=arguments.follow
+    )
+    say(datasets.summary(index, captioned=arguments.part == "transformer"))
+    for note in index.notes:
+        say(f"note: {note}")
     for path, reason in index.skipped[:10]:
-        say(f"skipped {path}: {reason}")
+        say(f"skipped {escape(path)}: {escape(reason)}")
     if len(index.skipped) > 10:
         say(f"skipped {len(index.skipped) - 10} more, {len(index.skipped)} in all")
     return parts.folder_pictures(index, side)

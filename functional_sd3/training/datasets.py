@@ -1,14 +1,14 @@
-"""Folders of pictures with captions, as an index and functions of it; latents computed once.
+"""Folders of images with captions, as an index and functions of it; latents computed once.
 
-`image_folder` finds the pictures and their captions, `load` makes one of them a tensor, `encode_all` turns the whole
+`image_folder` finds the images and their captions, `load` makes one of them a tensor, `encode_all` turns the whole
 set into what the transformer is trained on.
 """
 
-import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
@@ -17,63 +17,89 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.formats.printable import shorten
+from functional_sd3.formats.printable import escape, shorten
 from functional_sd3.image import files, pixels, vae
 from functional_sd3.image.pictures import Skipped
 from functional_sd3.text import conditioning
+from functional_sd3.training import captions as caption_files
+from functional_sd3.training.folders import Listing, list_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-METADATA = "metadata.jsonl"
+_MOST_NAMED = 5
+_ADVICE = (
+    "captions are read of metadata.jsonl or metadata.csv (file_name, text), of name.txt, name.caption or name.json "
+    "beside an image, and of the names of folders; --caption TEXT is one for all"
+)
 
 
 class Sample(NamedTuple):
-    """A picture, relative to the folder, and what it is said to show."""
+    """An image, relative to the folder, and what it is said to show."""
 
     path: str
     caption: str
 
 
 class Index(NamedTuple):
-    """The samples of a folder in the order of their paths, and the files that were skipped."""
+    """The samples of a folder in the order of their paths, and the files that were skipped.
+
+    `sources` counts where captions came from; `notes` are sentences on what was left out or stands in conflict.
+    """
 
     folder: Path
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...]
+    sources: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def image_folder(folder: str | os.PathLike, *, template: str = "a photo of a {}") -> Index:
-    """The pictures below a folder. A caption comes from the first of these that there is:
+def image_folder(
+    folder: str | os.PathLike, *, template: str = "a photo of a {}", caption: str | None = None, follow: bool = False
+) -> Index:
+    """The images below a folder, with the captions that `captions` describes, "" where there is none.
 
-    - `metadata.jsonl` in the folder, with a line {"file_name": ..., "text": ...} for every picture of the set;
-    - a text file beside the picture, `cat.txt` for `cat.jpg`;
-    - the name of the class folder it lies in, put into `template` with spaces for underscores and hyphens;
-    - the empty caption, for a picture at the top.
+    template: of the captions that the names of folders make. caption: one for all images, in place of theirs. follow:
+    read what lies outside of the folder too, where links and names in metadata lead. Where only the folder `train` has
+    metadata, the images are those of `train` (Hugging Face's layout of splits).
 
-    Every picture is read once; a file that cannot be is left out and listed in `skipped`. Hidden files are passed by.
-    Raises ValueError when the folder is not there, has no readable picture, or a metadata line is not of that form.
+    Every image is read once; a file that cannot be is left out and listed in `skipped`. Hidden files are passed by.
+    Raises ValueError when the folder is not there, has no readable image, or a metadata line is not of that form.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of pictures" if folder.exists() else f"{folder} does not exist")
     _check_template(template)
-    if (folder / METADATA).is_file():
-        samples, skipped = list(_described(folder / METADATA)), []
-    else:
-        samples, skipped = _captioned(folder, template)
-    readable = []
-    for sample in samples:
+    listing = list_files(folder, follow=follow)
+    gathered = _gather(listing, template)
+    samples, skipped, sources = [], [*gathered.skipped], Counter()
+    for sample, source in sorted(gathered.samples):
         try:
+            caption_files.check_characters(sample.caption)
             files.read(folder / sample.path)
-            readable.append(sample)
+            samples.append(sample if caption is None else sample._replace(caption=caption))
+            sources[source if caption is None else "--caption"] += 1
         except ValueError as error:
             skipped.append(Skipped(sample.path, str(error)))
-    if not readable:
+    if not samples:
         known = ", ".join(sorted(files.suffixes()))
         unread = f"; {len(skipped)} files could not be read, the first: {': '.join(skipped[0])}" if skipped else ""
-        raise ValueError(f"{folder} holds no pictures ({known}){unread}")
-    return Index(folder, tuple(readable), tuple(skipped))
+        noted = "".join(f"; {note}" for note in (*listing.notes, *gathered.notes)[:3])
+        raise ValueError(f"{folder} holds no pictures ({known}){unread}{noted}")
+    return Index(folder, tuple(samples), tuple(skipped), tuple(sources.items()), (*listing.notes, *gathered.notes))
+
+
+def summary(index: Index, *, captioned: bool = True) -> str:
+    """One line: how many images there are and, where `captioned`, how many of them have no caption and where the
+    others' came from."""
+    if not captioned:
+        return f"{len(index.samples)} images in {escape(index.folder)}"
+    count, empty = len(index.samples), sum(not sample.caption.strip() for sample in index.samples)
+    sources = ", ".join(f"{number} {source}" for source, number in index.sources if source)
+    said = f"{count} images in {escape(index.folder)}, "
+    if not empty:
+        return f"{said}all with captions ({sources})"
+    return f"{said}{empty} of {count} images have no caption{f' ({sources})' if sources else ''}; {_ADVICE}"
 
 
 def load(index: Index, i: int, size: int) -> Tensor:
@@ -124,46 +150,16 @@ def encode_all(
     }
 
 
-def _described(path: Path) -> Iterator[Sample]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-                name, text = entry["file_name"], entry["text"]
-            except (ValueError, KeyError, TypeError):
-                name = text = None
-            if not isinstance(name, str) or not isinstance(text, str):
-                wanted = '{"file_name": "...", "text": "..."}'
-                raise ValueError(f"{path}, line {number} must be {wanted}, not {line[:80]!r}")
-            yield Sample(name, text)
+def square(picture: "Image", size: int) -> "Image":
+    """The picture with its shorter side resized (Lanczos) to `size` pixels and its middle cut out."""
+    from PIL import Image
 
-
-def _captioned(folder: Path, template: str) -> tuple[list[Sample], list[Skipped]]:
-    samples, skipped = [], []
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(root) / name
-            if name.startswith(".") or path.suffix.lower() not in files.suffixes():
-                continue
-            relative = path.relative_to(folder).as_posix()
-            try:
-                samples.append(Sample(relative, _caption(path, folder, template)))
-            except (OSError, UnicodeDecodeError) as error:
-                skipped.append(Skipped(relative, f"its caption cannot be read: {error}"))
-    return sorted(samples), skipped
-
-
-def _caption(path: Path, folder: Path, template: str) -> str:
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        return " ".join(beside.read_text(encoding="utf-8").split())
-    if path.parent == folder:
-        return ""
-    # Not str.format, whose fields reach into objects.
-    return template.replace("{}", path.parent.name.replace("_", " ").replace("-", " ").strip())
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    if picture.size == (size, size):
+        return picture
+    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def _check_template(template: str) -> None:
@@ -179,13 +175,100 @@ def _check_template(template: str) -> None:
         )
 
 
-def square(picture: "Image", size: int) -> "Image":
-    """The picture with its shorter side resized (Lanczos) to `size` pixels and its middle cut out."""
-    from PIL import Image
+class _Gathered(NamedTuple):
+    samples: list[tuple[Sample, str]]
+    """Each with the words for where its caption came from, "" where there is none."""
+    skipped: list[Skipped]
+    notes: list[str]
 
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if picture.size == (size, size):
-        return picture
-    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+
+def _gather(listing: Listing, template: str) -> _Gathered:
+    """Images and captions by the rules of `captions`; nothing of the images is read."""
+    governing = _governing(listing.names)
+    suffixes = files.suffixes()
+    images = [name for name in listing.names if Path(name).suffix.lower() in suffixes]
+    notes = []
+    if "" not in governing and "train" in governing:
+        others = [name for name in images if not name.startswith("train/")]
+        images = [name for name in images if name.startswith("train/")]
+        governing = {place: name for place, name in governing.items() if name.startswith("train/")}
+        if others:
+            notes.append(f"train/ has metadata of its own and is the set; left out: {_named(others)}")
+    beside = caption_files.Beside(listing.folder, listing.names)
+    samples, skipped, conflicts, repeated, unlisted = [], [], [], [], {}
+    described: dict[str, str] = {}
+    for place, name in sorted(governing.items(), key=lambda item: (-item[0].count("/") - bool(item[0]), item)):
+        for entry in caption_files.metadata(listing.folder / name, escape(listing.folder / name)):
+            path, reason = listing.resolve(place, entry.name)
+            if path is None:
+                skipped.append(Skipped(entry.name, reason))
+            elif path in described:
+                repeated.append(path)
+            else:
+                described[path] = entry.text
+                samples.append((Sample(path, entry.text), f"in {PurePosixPath(name).name}" if entry.text else ""))
+    for image in images:
+        try:
+            place = _nearest(image, governing)
+            reason = listing.refusal(image)
+            if reason:
+                raise ValueError(reason)
+            for name in beside.files(image):
+                if listing.refusal(name):
+                    raise ValueError(f"its caption {name} {listing.refusal(name)}")
+            if place is not None and image not in described:
+                unlisted.setdefault(governing[place], []).append(image)
+                continue
+            found = beside.caption(image)
+            if image in described:
+                if found is not None and found.text != " ".join(described[image].split()):
+                    conflicts.append(image)
+            elif found is not None:
+                conflicts += [image] if found.others else []
+                samples.append((Sample(image, found.text), "beside the image" if found.text else ""))
+            else:
+                words = caption_files.folder_name(image)
+                # Not str.format, whose fields reach into objects.
+                said = template.replace("{}", words) if words else ""
+                samples.append((Sample(image, said), "by the name of the folder" if said else ""))
+        except ValueError as error:
+            skipped.append(Skipped(image, f"its caption cannot be read: {error}"))
+    for name, left in unlisted.items():
+        notes.append(f"{escape(name)} does not list, so left out: {_named(left)}")
+    if conflicts:
+        notes.append(f"several captions that differ, of which the first by the order of precedence is used: "
+                     f"{_named(conflicts)}")  # fmt: skip
+    if repeated:
+        notes.append(f"listed more than once, of which the first caption is used: {_named(repeated)}")
+    known = {*governing.values(), *beside.read}
+    unread = [name for name in listing.names
+              if Path(name).suffix.lower() in caption_files.LIKE_CAPTIONS and name not in known]  # fmt: skip
+    if unread:
+        notes.append(f"look like captions and were not read: {_named(unread, 'files')}")
+    return _Gathered(samples, skipped, notes)
+
+
+def _governing(names: Sequence[str]) -> dict[str, str]:
+    """Folder -> its file of metadata, relative to the set; "" is the set's own folder."""
+    found: dict[str, str] = {}
+    for kind in caption_files.METADATA:
+        for name in names:
+            place, _, file = name.rpartition("/")
+            if file == kind:
+                found.setdefault(place, name)
+    return found
+
+
+def _nearest(image: str, governing: dict[str, str]) -> str | None:
+    place = image
+    while place:
+        place = place.rpartition("/")[0]
+        if place in governing:
+            return place
+    return None
+
+
+def _named(names: Sequence[str], unit: str = "images") -> str:
+    shown = ", ".join(shorten(name, 60) for name in names[:_MOST_NAMED])
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"{len(names)} {unit if len(names) != 1 else unit.removesuffix('s')} ({shown}{more})"

@@ -105,7 +105,22 @@ def test_a_folder_of_pictures_is_learned_and_its_broken_files_named(command, tmp
     (tmp_path / "data" / "broken.png").write_text("nothing")
     status, messages = command("--out", tmp_path / "out", "--data", tmp_path / "data", "--part", "vae")
     assert status == 0
-    assert "5 pictures in" in messages and "skipped broken.png: not a readable picture" in messages
+    assert "5 images in" in messages and "skipped broken.png: not a readable picture" in messages
+
+
+def test_images_without_captions_are_counted_in_one_line(command, tmp_path):
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a circle", encoding="utf-8-sig")
+    (tmp_path / "b.tags").write_text("round, red")
+    options = ("--data", tmp_path, "--steps", "1", "--sample-every", "0")
+    status, messages = command("--out", tmp_path / "out", *options)
+    assert status == 0 and "2 of 3 images have no caption (1 beside the image); captions are read of" in messages
+    assert "look like captions and were not read: 1 file (b.tags)" in messages
+    status, messages = command("--out", tmp_path / "other", *options, "--caption", "a circle")
+    assert status == 0 and "all with captions (3 --caption)" in messages
+    with pytest.raises(ValueError, match="--caption is for a folder of images"):
+        command("--out", tmp_path / "third", "--caption", "a circle")
 
 
 def test_resuming_with_nothing_there_is_refused(command, tmp_path):

@@ -1,0 +1,152 @@
+"""Captions of a folder of images, in the layouts that public trainers and Hugging Face's `imagefolder` read.
+
+The caption of an image is the first of these that there is:
+
+1. its line of `metadata.jsonl`, else of `metadata.csv`, in the nearest folder above it that has one: `file_name`,
+   relative to that folder, and `text` (or `caption`, or `prompt`). Images there that it does not list are left out.
+2. a file beside it, for `cat.jpg`: `cat.txt`, `cat.caption`, `cat.json` (its `text`, `caption` or `prompt`), then
+   `cat.jpg.txt`, `cat.jpg.caption`, `cat.jpg.json`.
+3. the name of the folder it lies in, unless that is the folder of the whole set.
+
+Text is UTF-8, or UTF-16 with a byte order mark. Files are only looked for below the folder of the set.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from functional_sd3.formats import bounded, json_fields
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.printable import escape, shorten
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+BESIDE = (".txt", ".caption", ".json")
+KEYS = ("text", "caption", "prompt")
+LIKE_CAPTIONS = frozenset({*BESIDE, ".captions", ".tags", ".prompt", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"})
+"""Suffixes of files that a trainer may take captions from; those that were not read are named."""
+_MOST_BYTES = 2**18
+_MOST_METADATA = 2**29
+
+
+class Caption(NamedTuple):
+    """A caption, the file it was read from and the other files that say something else, relative to the set."""
+
+    text: str
+    file: str
+    others: tuple[str, ...] = ()
+
+
+class Entry(NamedTuple):
+    """A line of metadata: an image, relative to the folder of the metadata, and what it shows."""
+
+    name: str
+    text: str
+
+
+def metadata(path: Path, where: str) -> Iterator[Entry]:
+    """The lines of a `metadata.jsonl` or `metadata.csv`. Raises ValueError, naming `where` and the line."""
+    is_csv = path.suffix.lower() == ".csv"
+    text = decode(path, where, _MOST_METADATA)
+    wanted = "file_name and text, separated by a comma" if is_csv else '{"file_name": "...", "text": "..."}'
+    for number, values, problem in _rows_of_csv(text) if is_csv else _rows_of_json(text, "it"):
+        fields = values if isinstance(values, dict) else {}
+        name = fields.get("file_name")
+        present = [key for key in KEYS if key in fields]
+        caption = _one_text(fields[present[0]]) if present else None
+        if problem or not isinstance(name, str) or not name or caption is None:
+            reason = f": {problem}" if problem else ""
+            raise ValueError(f"{where}, line {number} must be {wanted}, not {shorten(repr(values))}{reason}")
+        yield Entry(name, caption)
+
+
+class Beside:
+    """Finds the caption files beside images among `names`, files relative to `folder`; `read` are those that were."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self.folder, self.read = folder, set()
+        self._by_stem: dict[str, dict[str, str]] = {}
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in BESIDE:
+                self._by_stem.setdefault(stem, {}).setdefault(suffix.lower(), name)
+
+    def files(self, image: str) -> list[str]:
+        """The files that may hold the caption of an image, the first first."""
+        tables = (self._by_stem.get(stem, {}) for stem in (os.path.splitext(image)[0], image))
+        return [table[suffix] for table in tables for suffix in BESIDE if suffix in table]
+
+    def caption(self, image: str) -> Caption | None:
+        """None where no file has one. Raises ValueError, naming the file, for what cannot be read."""
+        texts = {}
+        for name in self.files(image):
+            text = _beside(self.folder / name, name)
+            if text is not None:
+                texts[name] = text
+                self.read.add(name)
+        if not texts:
+            return None
+        first = next(iter(texts))
+        return Caption(texts[first], first, tuple(name for name in texts if texts[name] != texts[first]))
+
+
+def folder_name(image: str) -> str:
+    """The words of the folder that an image lies in, "" at the top."""
+    return PurePosixPath(image).parent.name.replace("_", " ").replace("-", " ").strip()
+
+
+def decode(path: Path, where: str, limit: int = _MOST_BYTES) -> str:
+    """The text of a file without its byte order mark; ValueError, beginning with `where`."""
+    try:
+        return bounded.read_text(path, limit)
+    except WeightsError as error:
+        raise ValueError(f"{where}{str(error).removeprefix(escape(path))}") from None
+
+
+def check_characters(text: str) -> None:
+    """Raises ValueError for lone surrogates, which no encoding and no tokenizer has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"its caption {shorten(repr(text), 60)} holds half a character at {error.start}") from None
+
+
+def _beside(path: Path, where: str) -> str | None:
+    text = decode(path, where)
+    if path.suffix.lower() == ".json":
+        values = json_fields.parse(text, where)
+        present = [key for key in KEYS if isinstance(values, dict) and values.get(key) is not None]
+        text = _one_text(values[present[0]]) if present else None
+        if present and text is None:
+            raise ValueError(f"{where}: {present[0]} is {shorten(repr(values[present[0]]))}, not a text")
+    return None if text is None else " ".join(text.split())
+
+
+def _one_text(value: Any) -> str | None:
+    """Of a list of captions for one image the first, as diffusers' scripts take it when they do not draw one."""
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        return value[0]
+    return "" if value is None else value if isinstance(value, str) else None
+
+
+def _rows_of_json(text: str, where: str) -> Iterator[tuple[int, Any, str]]:
+    """The number of each line, what it holds, and what is wrong with it."""
+    # Not splitlines, which also parts lines at characters that JSON texts may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json_fields.parse(line, where), ""
+            except WeightsError as error:
+                yield number, line, str(error)
+
+
+def _rows_of_csv(text: str) -> Iterator[tuple[int, Any, str]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        for row in reader:
+            extra = row.pop(None, None)
+            yield reader.line_num, row, "a text with commas must be in quotes" if extra else ""
+    except csv.Error as error:
+        yield reader.line_num + 1, "", str(error)
