@@ -90,8 +90,9 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
         return []
     found = []
     for one, net in zip(asked, _nets(asked, arguments.controlnet, dtype, device), strict=True):
+        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
         made = control.Control(
-            net.params, net.config, torch.zeros(1, 1, 1, 1), one.scale, one.start, one.end, arguments.control_after_last
+            net.params, net.config, nothing, one.scale, one.start, one.end, arguments.control_after_last
         )
         control.check(made, config.transformer)
         images, mask = _image(one.image, size, net.config.extra_channels > 0)

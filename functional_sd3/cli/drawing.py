@@ -125,7 +125,8 @@ def _noise(run: Run, jobs: list[Job], keys: Tensor) -> Tensor:
         return noise
     others = torch.stack([prng.key(job.towards) for job in jobs])
     far = pipeline.initial_noise(others, opened.config, len(jobs), height, width, **options)
-    return pipeline.slerp(noise, far, torch.tensor([job.amount for job in jobs], device=opened.device))
+    amounts = torch.tensor([job.amount for job in jobs], dtype=torch.float32, device=opened.device)
+    return pipeline.slerp(noise, far, amounts)
 
 
 def _field(run: Run) -> Callable[..., Velocity] | None:

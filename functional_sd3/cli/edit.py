@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = [arguments.source, arguments.target, arguments.negative]
     session.note_truncated(opened, texts, arguments)
     prompt_words.note_unknown(arguments, texts)
-    keys = prng.key(torch.tensor([arguments.seed]))
+    keys = prng.key(torch.tensor([arguments.seed], dtype=torch.int64, device="cpu"))
     if single:
         output.check_fits(out, *shown)
     with timer.named_failures(), torch.no_grad(), progress(2 * arguments.steps) as bar:

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if single:
         is_strip = out.suffix.lower() not in output.ANIMATIONS
         output.check_fits(out, (frames * (size[0] + 2) - 2) if is_strip else size[0], size[1])
-    keys = prng.key(torch.tensor(seeds))
+    keys = prng.key(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
     with timer.named_failures(), torch.no_grad(), progress(arguments.steps) as bar:
         timer.stage = "drawing"
         conditions = session.conditions(opened, arguments.prompts, arguments)
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             stops = max(len(seeds), len(conditions))
             every = pipeline.joined([conditions[index % len(conditions)] for index in range(stops)])
             noises, keys = (part.expand(stops, *part.shape[1:]) for part in (noise, keys))
-            places = torch.linspace(0, stops - 1, arguments.frames or 8, device=opened.device)
+            places = torch.linspace(0, stops - 1, arguments.frames or 8, device=opened.device, dtype=torch.float32)
             mix = pipeline.slerp if arguments.slerp else pipeline.lerp
             told |= {"on_step": lambda info: bar.update()}
             for part in places.split(arguments.batch):

@@ -48,7 +48,7 @@ def scores(
 
 def times(steps: int) -> Tensor:
     """(steps + 1,) from 0 to 1, t = s^2 for even s: near the data the divergence grows like 1 / t."""
-    return torch.linspace(0, 1, steps + 1).square()
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float32, device="cpu").square()
 
 
 def report(arguments: argparse.Namespace, prompts: list[str], scores: Tensor, dimensions: int) -> Report:

@@ -113,7 +113,7 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
         ]
     height, width = pipeline.latent_size(session.config, size[1], size[0], bounded=False)
     regions = [Region(one.prompt, _mask(one, size), one.weight) for one in asked]
-    like = torch.zeros(1, 1, height, width, device=session.device)
+    like = torch.zeros(1, 1, height, width, device=session.device, dtype=torch.float32)
     return Regions(conditions, pipeline.shares(regions, session.config, like))
 
 
@@ -127,6 +127,6 @@ def _mask(asked: Asked, size: tuple[int, int]) -> "Tensor":
     left, top, wide, high = asked.place
     if left + wide > size[0] or top + high > size[1] or not wide * high:
         raise ValueError(f"the region {left},{top},{wide}x{high} is not in the picture of {size[0]}x{size[1]}")
-    mask = torch.zeros(1, 1, size[1], size[0])
+    mask = torch.zeros(1, 1, size[1], size[0], dtype=torch.float32, device="cpu")
     mask[..., top : top + high, left : left + wide] = 1
     return mask

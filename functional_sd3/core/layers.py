@@ -239,7 +239,7 @@ def _group_norm_in_parts(
     given = parts(x)
     pivot = given[0].mean(1).view(batch, groups, each).mean(-1, keepdim=True)
     flat = pivot.expand(batch, groups, each).reshape(batch, 1, channels)
-    sums = torch.zeros(2, batch, channels, dtype=torch.float64)
+    sums = torch.zeros(2, batch, channels, dtype=torch.float64, device=x.device)
     for part in given:
         centred = part - flat
         sums += torch.stack([centred.sum(1), centred.square_().sum(1)])

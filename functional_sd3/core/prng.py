@@ -49,7 +49,7 @@ _ERFINV_TAILS = (
 
 
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
-    """The key of a seed: int64 (2,), or (..., 2) for an integer tensor (...).
+    """The key of a seed: int64 (2,), or (..., 2) for an integer tensor (...), on `device`: the CPU by default.
 
     Seeds in [-2**31, 2**32) give the words (0, seed mod 2**32), as `jax.random.key` does; wider ones keep both words,
     (seed >> 32, seed mod 2**32), as JAX does in 64-bit mode. Raises ValueError outside [-2**63, 2**64).
@@ -66,7 +66,7 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed {seed} does not fit in 64 bits")
     high = 0 if -(2**31) <= seed < 2**32 else (seed >> 32) & _WORD
-    return torch.tensor((high, seed & _WORD), dtype=torch.int64, device=device)
+    return torch.tensor((high, seed & _WORD), dtype=torch.int64, device=device or "cpu")
 
 
 def split(key: Key, n: Shape = 2) -> Key:
@@ -88,7 +88,7 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
         raise ValueError(f"data {data!r} is not an integer")
     elif not -(2**31) <= data < 2**32:
         raise ValueError(f"data {data} does not fit in 32 bits; fold in its high and low words one after the other")
-    data = data if isinstance(data, Tensor) else torch.tensor(data, device=key.device)
+    data = data if isinstance(data, Tensor) else torch.tensor(data, device=key.device, dtype=torch.int64)
     return _key(*_threefry(*key.to(torch.int32).unbind(-1), data.to(torch.int32)))
 
 
@@ -205,7 +205,7 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
     if x < 0:
         raise ValueError(f"length {x} of a permutation must be at least 0")
     _check(key)
-    order = torch.arange(x, device=key.device).expand(*key.shape[:-1], x)
+    order = torch.arange(x, device=key.device, dtype=torch.int64).expand(*key.shape[:-1], x)
     for _ in range(math.ceil(3 * math.log(max(1, x)) / math.log(_WORD))):
         keys = split(key)
         key, sub = keys[..., 0, :], keys[..., 1, :]
@@ -257,7 +257,7 @@ def _draw(key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if size <= 2**31:
         high, low = None, torch.arange(size, device=key.device, dtype=torch.int32)
     else:
-        counter = torch.arange(size, device=key.device)
+        counter = torch.arange(size, device=key.device, dtype=torch.int64)
         high, low = (counter >> 32).to(torch.int32), counter.to(torch.int32)
     words = key.to(torch.int32)
     first, second = _threefry(words[..., 0, None], words[..., 1, None], low, high)

@@ -36,11 +36,16 @@ class Param:
 
 
 def zeros(key: Key, shape: tuple[int, ...]) -> Tensor:
-    return torch.zeros(shape, device=key.device)
+    return torch.zeros(shape, device=key.device, dtype=torch.float32)
 
 
 def ones(key: Key, shape: tuple[int, ...]) -> Tensor:
-    return torch.ones(shape, device=key.device)
+    return torch.ones(shape, device=key.device, dtype=torch.float32)
+
+
+def constant(value: float) -> Initializer:
+    """Every element `value`."""
+    return lambda key, shape: torch.full(shape, value, dtype=torch.float32, device=key.device)
 
 
 def normal(scale: float) -> Initializer:

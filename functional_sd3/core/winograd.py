@@ -86,7 +86,8 @@ def convolve(
     """
     outputs, inputs = weight.shape[:2]
     batch, (rows, columns) = x.shape[0], (scale * side // TILE for side in x.shape[-2:])
-    into, kernel_map, back = (torch.tensor(matrix, device=x.device) for matrix in (_WINDOW, _KERNEL, _OUTPUT))
+    matrices = (_WINDOW, _KERNEL, _OUTPUT)
+    into, kernel_map, back = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in matrices)
     kernels = _map_kernel(kernel_map, weight)
     many = max(ROWS_AT_ONCE, TILES_AT_ONCE // columns)
     step = min(rows, 1 if WINDOW**2 * inputs * outputs <= SMALL_KERNEL else many)

@@ -78,8 +78,8 @@ def exact(
     value = None
     step = chunk_size or size
     for start in range(0, size, step):
-        index = torch.arange(start, min(start + step, size), device=x.device)
-        units = (index[:, None] == torch.arange(size, device=x.device)).to(x.dtype)
+        index = torch.arange(start, min(start + step, size), device=x.device, dtype=torch.int64)
+        units = (index[:, None] == torch.arange(size, device=x.device, dtype=torch.int64)).to(x.dtype)
         vectors = units.reshape(len(index), 1, *x.shape[1:]).expand(len(index), *x.shape)
         value, diagonal = _products(velocity, x, t, vectors, mode)
         total = total + diagonal.sum(0)
@@ -112,7 +112,7 @@ def probe_vectors(keys: Key, count: int, x: Tensor, draw: Draw | None = None) ->
     """
     if count < 1:
         raise ValueError(f"probes {count} must be at least 1")
-    keys = prng.fold_in(keys, torch.arange(count, device=keys.device)[:, None])
+    keys = prng.fold_in(keys, torch.arange(count, device=keys.device, dtype=torch.int64)[:, None])
     return (draw or rademacher)(keys, tuple(x.shape[1:])).to(dtype=x.dtype, device=x.device)
 
 

@@ -76,7 +76,8 @@ def inverse(
 
 def check_one_step(method: Method) -> None:
     """Raises ValueError unless every step of the method is the same function of x and the times alone."""
-    start, half = torch.zeros(1), torch.tensor(0.5)
+    start = torch.zeros(1, dtype=torch.float32, device="cpu")
+    half = torch.full((), 0.5, dtype=torch.float32, device="cpu")
     if method.init(start, 2 * half) != []:
         raise ValueError(f"{method.name} carries a state of its own; only one-step methods have inverses")
     if method.step(lambda x, t: x, start, 2 * half, half, []).memory != []:

@@ -114,7 +114,7 @@ def round_trip(
 
 def upwards(times: Times | None, x: Tensor) -> Tensor:
     """The grid from data to noise: `times`, which may ascend or descend; None for `STEPS` even steps."""
-    grid = checked(torch.linspace(0, 1, STEPS + 1) if times is None else times, x)
+    grid = checked(torch.linspace(0, 1, STEPS + 1, dtype=torch.float32, device="cpu") if times is None else times, x)
     # Without reading a value: the grid may be traced, or on a device.
     return torch.where(grid[0] > grid[-1], grid.flip(0), grid)
 

@@ -53,7 +53,7 @@ def sample_keys(key: Key | None, x: Tensor) -> Key:
         raise ValueError("what is drawn is drawn from a key: give key=prng.key(seed)")
     if key.ndim > 2 or (key.ndim == 2 and len(key) != len(x)):
         raise ValueError(f"keys of shape {tuple(key.shape)} must be (2,) or ({len(x)}, 2), one for each sample")
-    return prng.fold_in(key, torch.arange(len(x), device=key.device)) if key.ndim == 1 else key
+    return prng.fold_in(key, torch.arange(len(x), device=key.device, dtype=torch.int64)) if key.ndim == 1 else key
 
 
 def advantage(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,8 @@ def evaluations(method: Method, steps: int) -> int:
         calls += 1
         return x
 
-    integrate(method, counted, torch.zeros(1), torch.linspace(1, 0, steps + 1))
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
+    integrate(method, counted, grid.new_zeros(1), grid)
     return calls
 
 

@@ -102,7 +102,7 @@ def from_levels(
     diffusers does, a tensor in its own dtype; differentiable in a tensor and in mu. mu as of `from_config`.
     """
     check_config(config)
-    levels = levels if isinstance(levels, Tensor) else torch.tensor(levels, dtype=torch.float32)
+    levels = levels if isinstance(levels, Tensor) else torch.tensor(levels, dtype=torch.float32, device="cpu")
     check_levels(levels)
     return _from_levels(config, levels, mu, device)
 
@@ -227,13 +227,14 @@ def check_config(config: Config) -> None:
 
 
 def _lowest(train_timesteps: int, s: Scalar) -> Tensor:
-    return _level(torch.tensor(1.0) / train_timesteps, s)
+    return _level(torch.tensor(1.0, dtype=torch.float32, device="cpu") / train_timesteps, s)
 
 
 def _level(sigma: Tensor | float, s: Scalar) -> Tensor:
     # The training table is float32, and its ends are what the grid goes between.
-    device = s.device if isinstance(s, Tensor) else None
-    return shift(torch.as_tensor(sigma, device=device), s).double()
+    if not isinstance(sigma, Tensor):
+        sigma = torch.tensor(sigma, dtype=torch.float32, device="cpu")
+    return shift(sigma.to(s.device) if isinstance(s, Tensor) else sigma, s).double()
 
 
 def _odds_shifted(levels: Tensor, s: Scalar) -> Tensor:

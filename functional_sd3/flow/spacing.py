@@ -11,7 +11,7 @@ Scalar = float | Tensor
 
 def linear(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
     """Evenly spaced."""
-    device = next((end.device for end in (lowest, highest) if isinstance(end, Tensor)), None)
+    device = next((end.device for end in (lowest, highest) if isinstance(end, Tensor)), "cpu")
     ramp = torch.arange(steps, dtype=torch.float64, device=device) / max(steps - 1, 1)
     return highest + ramp * (lowest - highest)
 

@@ -82,12 +82,14 @@ def churn(
     diffusers' `FlowMatchHeunDiscreteScheduler` adds noise of variance t_raised^2 - t^2 for s_churn, without shrinking
     x, and asks the model at t instead of t_raised: that leaves the path, and is not kept here.
     """
-    if base.init(torch.zeros(1), torch.zeros(())) != []:
+    one = torch.zeros(1, dtype=torch.float32, device="cpu")
+    if base.init(one, one[0]) != []:
         raise ValueError(f"churn takes a method without memory as its base, and {base.name} remembers")
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Key) -> Advance:
         memory, noise = _draw(memory, x)
-        amount = torch.where((t_next < t) & (lowest <= t) & (t <= highest), gamma, 0.0).to(t.dtype)
+        drawn = (t_next < t) & (lowest <= t) & (t <= highest)
+        amount = torch.where(drawn, torch.as_tensor(gamma, dtype=t.dtype, device=t.device), 0.0)
         raised = t * (1 + amount) / (1 + amount * t)
         added = scale * t * _root(amount * (2 + amount))
         start = (x + broadcast(added, x) * noise) / broadcast(1 + amount * t, x)
@@ -110,7 +112,7 @@ def _keys(key: Key):
     def init(x: Tensor, t: Tensor) -> Key:
         keys = key.to(x.device)
         if keys.ndim == 1:
-            return prng.fold_in(keys, torch.arange(len(x), device=x.device))
+            return prng.fold_in(keys, torch.arange(len(x), device=x.device, dtype=torch.int64))
         if keys.shape[:-1] != x.shape[:1]:
             raise ValueError(f"{len(keys)} keys for {len(x)} samples; give one key, or one for each sample")
         return keys

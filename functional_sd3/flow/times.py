@@ -15,7 +15,7 @@ def checked(times: Times, x: Tensor) -> Tensor:
     [0, 1].
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    grid = times if isinstance(times, Tensor) else torch.as_tensor(times, dtype=dtype)
+    grid = times if isinstance(times, Tensor) else torch.as_tensor(times, dtype=dtype, device="cpu")
     if grid.ndim not in (1, 2) or len(grid) < 2 or (grid.ndim == 2 and grid.shape[1:] != x.shape[:1]):
         raise ValueError(
             f"times have shape {tuple(grid.shape)}; they must be (steps + 1,) or (steps + 1, batch), "

@@ -47,7 +47,7 @@ def apply(config: Config, pictures: "Image | Sequence[Image] | Tensor", *, squar
         pictures = pixels.to_pil(pictures)
     pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not pictures:
-        return torch.empty(0, 3, config.crop, config.crop)
+        return torch.empty(0, 3, config.crop, config.crop, dtype=torch.float32, device="cpu")
     return torch.stack([_one(config, _middle(picture) if square else picture) for picture in pictures])
 
 

@@ -82,7 +82,7 @@ def features(batches: Iterable[Batch]) -> Collected:
 
 def _batch(embed: Callable[[Tensor], Tensor], values: list[Tensor], skipped: list[Skipped]) -> Batch:
     if not values:
-        return Batch(torch.empty(0, 0), tuple(skipped))
+        return Batch(torch.empty(0, 0, dtype=torch.float32, device="cpu"), tuple(skipped))
     with torch.no_grad():
         found = embed(torch.stack(values)).float().cpu()
     return Batch(found, tuple(skipped))

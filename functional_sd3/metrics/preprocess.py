@@ -43,7 +43,7 @@ def clean(images: Tensor) -> Tensor:
         numpy.asarray(Image.fromarray(channel).resize((SIZE, SIZE), Image.Resampling.BICUBIC)).clip(0.0, 255.0)
         for channel in channels
     ]
-    together = torch.from_numpy(numpy.stack(resized)) if resized else torch.empty(0, SIZE, SIZE)
+    together = torch.from_numpy(numpy.stack(resized) if resized else numpy.empty((0, SIZE, SIZE), numpy.float32))
     return ((together.to(images.device) - 128.0) / 128.0).reshape(*images.shape[:-2], SIZE, SIZE)
 
 

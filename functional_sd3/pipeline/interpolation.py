@@ -129,7 +129,7 @@ def interpolate(
     device = params["transformer"]["patch"]["weight"].device
     noises = initial_noise(keys, config, count, height, width, device=device)
     conditions = encode(params, config, tokenizers, prompts * (count // len(prompts)), **words)
-    places = torch.linspace(0, count - 1, frames, device=device)
+    places = torch.linspace(0, count - 1, frames, device=device, dtype=torch.float32)
     drawn = []
     for part in places.split(batch or frames):
         noise, told = between(noises, conditions, part, mix)

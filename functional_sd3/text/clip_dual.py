@@ -41,7 +41,7 @@ def spec(config: Config) -> Tree:
     return {
         "text": clip.spec(config.text),
         "image": clip_image.spec(config.image),
-        "logit_scale": Param((), lambda key, shape: torch.full(shape, math.log(1 / 0.07), device=key.device), ()),
+        "logit_scale": Param((), specs.constant(math.log(1 / 0.07)), ()),
     }
 
 

@@ -189,4 +189,4 @@ def _zeros(params: Params, ids: Tensor, width: int) -> Tensor:
 def _like(params: Params) -> Tensor:
     """A tensor of the dtype and device of the encoders, or of whatever there is when all three are absent."""
     encoders = {name: params[name] for name in Ids._fields if name in params}
-    return next(iter(tree.leaves(encoders or params)), torch.empty(0))
+    return next(iter(tree.leaves(encoders or params)), torch.empty(0, dtype=torch.float32, device="cpu"))

@@ -109,10 +109,11 @@ def tokenize_weighted(
     chunks = max((len(rows) for prompts in split.values() for rows in prompts), default=1)
     found = {}
     for name in ("clip_l", "clip_g"):
-        empty = weighting.Rows(getattr(blank, name)[0], torch.ones(length))
+        empty = weighting.Rows(getattr(blank, name)[0], torch.ones(length, dtype=torch.float32, device="cpu"))
         found[name] = weighting.stack_chunks(split.get(name, [[empty]] * len(texts[0])), chunks, empty)
     if tokenizers.t5 is None:
-        found["t5"] = weighting.Rows(blank.t5.expand(len(texts[0]), -1), torch.ones(len(texts[0]), t5_length))
+        ones = torch.ones(len(texts[0]), t5_length, dtype=torch.float32, device="cpu")
+        found["t5"] = weighting.Rows(blank.t5.expand(len(texts[0]), -1), ones)
     else:
         found["t5"] = weighting.t5_rows(tokenizers.t5, read[2], t5_length)
     ids, weights = (Ids(*(getattr(found[name], part) for name in Ids._fields)) for part in ("ids", "weights"))
@@ -140,5 +141,5 @@ def _clip_length(config: Config, tokenizers: Tokenizers) -> int:
 
 def _ids(tokenizer: Callable[..., Tensor], tables: Any, texts: list[str], length: int) -> Tensor:
     if tables is None:
-        return torch.zeros((len(texts), length), dtype=torch.int64)
+        return torch.zeros((len(texts), length), dtype=torch.int64, device="cpu")
     return tokenizer(tables, texts, length=length)

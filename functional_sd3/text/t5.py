@@ -110,9 +110,9 @@ def apply(
 
 def relative_bias(params: Params, config: Config, tokens: int) -> Tensor:
     """What is added to the attention scores of every block, (1, heads, asking tokens, tokens)."""
-    positions = torch.arange(tokens, device=params["weight"].device)
+    positions = torch.arange(tokens, device=params["weight"].device, dtype=torch.int64)
     # Of the tokens ** 2 distances only 2 tokens - 1 differ.
-    distances = torch.arange(1 - tokens, tokens, device=positions.device)
+    distances = torch.arange(1 - tokens, tokens, device=positions.device, dtype=torch.int64)
     bucket = relative_bucket(distances, config.buckets, config.max_distance)
     return params["weight"].t()[:, bucket[positions[None, :] - positions[:, None] + tokens - 1]][None]
 

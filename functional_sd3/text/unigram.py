@@ -78,7 +78,7 @@ def apply(
         return rows
     kept = [row if len(row) <= length else [*row[: length - 1], tables.eos_id] for row in rows]
     padded = [row + [tables.pad_id] * (length - len(row)) for row in kept]
-    return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
+    return torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
 def decode(tables: Tables, ids: Tensor | Sequence, *, skip_special: bool = True) -> str | list[str]:

@@ -132,8 +132,8 @@ def _token_weights(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -
 def _padded(ids: Sequence[int], weights: Sequence[float], eos: int, pad: int, length: int) -> Rows:
     rest = length - 1 - len(ids)
     return Rows(
-        torch.tensor([*ids, eos, *[pad] * rest], dtype=torch.int64),
-        torch.tensor([*weights, 1.0, *[1.0] * rest], dtype=torch.float32),
+        torch.tensor([*ids, eos, *[pad] * rest], dtype=torch.int64, device="cpu"),
+        torch.tensor([*weights, 1.0, *[1.0] * rest], dtype=torch.float32, device="cpu"),
     )
 
 

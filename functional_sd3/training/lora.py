@@ -114,7 +114,7 @@ def _node_spec(leaf: Param, rank: int, parts: int, alpha: float) -> Tree:
     adapter = {
         "down": Param((rank, *inputs), specs.fan_in_uniform(size), ("rank", *leaf.axes[1:])),
         "up": Param((rows, rank), specs.zeros, (leaf.axes[0], "rank")),
-        "alpha": Param((), lambda key, shape: torch.full(shape, float(alpha), device=key.device), (), trainable=False),
+        "alpha": Param((), specs.constant(float(alpha)), (), trainable=False),
     }
     return adapter if parts == 1 else [adapter] * parts
 

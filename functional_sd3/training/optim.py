@@ -272,7 +272,7 @@ def global_norm(updates: Tree) -> Tensor:
             whole.append(leaf)
     if whole:
         rows.append(torch.stack(torch._foreach_norm(whole, 2, dtype=torch.float32)))
-    return torch.cat(rows).norm() if rows else torch.zeros(())
+    return torch.cat(rows).norm() if rows else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 _LARGE, _ROWS = 1 << 15, 64
@@ -305,7 +305,7 @@ def donate(
 
 def ema_decay(decay: float, step: Tensor) -> Tensor:
     """min(decay, (1 + step) / (10 + step)): a young average forgets its random start quickly."""
-    return torch.clamp((1 + step) / (10 + step), max=decay)
+    return torch.clamp((1 + step).float() / (10 + step), max=decay)
 
 
 def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False) -> Params:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Schedule = Callable[[Tensor], Tensor]
-"""Number of steps done (integer tensor ()) -> value (float tensor ())."""
+"""Number of steps done (integer tensor ()) -> value (float32 tensor ())."""
 
 
 def as_schedule(value: float | Schedule) -> Schedule:
@@ -15,7 +15,7 @@ def as_schedule(value: float | Schedule) -> Schedule:
 
 
 def constant(value: float) -> Schedule:
-    return lambda step: torch.full((), value, device=step.device)
+    return lambda step: torch.full((), value, device=step.device, dtype=torch.float32)
 
 
 def warmup_constant(peak: float, warmup: int) -> Schedule:
@@ -28,7 +28,7 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> S
     _check_span(warmup, total)
 
     def schedule(step: Tensor) -> Tensor:
-        done = ((step - warmup) / (total - warmup)).clamp(0.0, 1.0)
+        done = ((step - warmup).float() / (total - warmup)).clamp(0.0, 1.0)
         fall = floor + (peak - floor) * (1 + torch.cos(math.pi * done)) / 2
         return torch.where(step < warmup, peak * _rise(step, warmup), fall)
 
@@ -43,7 +43,7 @@ def trapezoid(peak: float, warmup: int, total: int, decay: int | None = None, fl
         raise ValueError(f"decay {decay} must be between 1 and total - warmup = {total - warmup}")
 
     def schedule(step: Tensor) -> Tensor:
-        left = ((total - step) / decay).clamp(0.0, 1.0)
+        left = ((total - step).float() / decay).clamp(0.0, 1.0)
         return torch.where(step < warmup, peak * _rise(step, warmup), floor + (peak - floor) * left)
 
     return schedule
@@ -55,4 +55,4 @@ def _check_span(warmup: int, total: int) -> None:
 
 
 def _rise(step: Tensor, warmup: int) -> Tensor:
-    return ((step + 1) / max(warmup, 1)).clamp(max=1.0)
+    return ((step + 1).float() / max(warmup, 1)).clamp(max=1.0)

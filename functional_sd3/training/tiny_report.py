@@ -26,7 +26,7 @@ def prompt_following(
     with torch.no_grad():
         for start in range(0, count, batch):
             captions = [caption for caption, _ in chosen[start : start + batch]]
-            keys = prng.fold_in(key, torch.arange(start, start + len(captions)))
+            keys = prng.fold_in(key, torch.arange(start, start + len(captions), dtype=torch.int64, device="cpu"))
             pictures.append(pipeline.generate(model.params, model.config, model.tokenizers, captions, keys, **options))
     return prompts.table(torch.cat(pictures), [scene for _, scene in chosen]) | {"captions": count}
 

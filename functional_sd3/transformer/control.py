@@ -171,7 +171,7 @@ def _pooled(control: Control, pooled: Tensor) -> Tensor:
 def _scale_row(control: Control) -> Tensor:
     like = control.image_latents
     if not isinstance(control.scale, Tensor):
-        return torch.full((1,), float(control.scale), device=like.device)
+        return torch.full((1,), float(control.scale), device=like.device, dtype=torch.float32)
     return control.scale.reshape(1) if control.scale.ndim == 0 else control.scale
 
 

@@ -42,8 +42,8 @@ def position_table(width: int, size: int, base_size: int) -> Tensor:
     """
     if width % 4:
         raise ValueError(f"width {width} of a position table must be a multiple of 4: sine, cosine of row, column")
-    coordinates = torch.arange(size, dtype=torch.float32) / (size / base_size)
-    quarter = torch.arange(width // 4, dtype=torch.float64) / (width / 4)
+    coordinates = torch.arange(size, dtype=torch.float32, device="cpu") / (size / base_size)
+    quarter = torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width / 4)
     angles = torch.outer(coordinates.double(), 1.0 / 10000.0**quarter)
     line = torch.cat([angles.sin(), angles.cos()], dim=1).float()
     columns = line[None, :, :].expand(size, size, -1)

@@ -117,7 +117,8 @@ def rows(shown: ImagePrompt | None, batch: int) -> dict[str, Tensor]:
     if shown is None:
         return {}
     features, scale = shown.features, shown.scale
-    scale = scale if isinstance(scale, Tensor) else torch.full((), float(scale), device=features.device)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), float(scale), dtype=torch.float32, device=features.device)
     for name, rows in (("images", features.shape[0]), ("scales", len(scale) if scale.ndim else 1)):
         if rows not in (1, batch):
             raise ValueError(f"{rows} {name} of an image prompt for {batch} samples; give one, or one for each")

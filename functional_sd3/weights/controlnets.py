@@ -152,7 +152,8 @@ def save(
         _check_stability(net.config)
         found = standalone.tensors(STABILITY, spec, net.params)
         if net.config.kind is not None:
-            found[_KIND_TENSOR] = torch.tensor([controlnet.KINDS.index(net.config.kind)], dtype=torch.int32)
+            kind = controlnet.KINDS.index(net.config.kind)
+            found[_KIND_TENSOR] = torch.tensor([kind], dtype=torch.int32, device="cpu")
         files.write_atomic(path, found, metadata={"format": "pt"}, dtype=dtype)
         return
     found = standalone.tensors(DIFFUSERS, spec, net.params)

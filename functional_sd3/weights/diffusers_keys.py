@@ -97,7 +97,13 @@ CLIP = Layout(
     # Counted positions, which older transformers saved.
     ignored=("text_model.embeddings.position_ids", "embeddings.position_ids", "logit_scale"),
     # Files of CLIP-L without one mean the identity, as diffusers and Stability's reference have it.
-    defaults=(Default("projection.weight", lambda shape: shape[0] == shape[1], lambda shape: torch.eye(shape[0])),),
+    defaults=(
+        Default(
+            "projection.weight",
+            lambda shape: shape[0] == shape[1],
+            lambda shape: torch.eye(shape[0], dtype=torch.float32, device="cpu"),
+        ),
+    ),
 )
 
 _T5_BLOCK = "encoder.block.{i}.layer"

@@ -81,7 +81,7 @@ def tensor(mapped: Mapped, name: str) -> Tensor:
     bytes are blocks."""
     dtype, shape, start, end, kind = mapped.header.tensors[name]
     if start == end:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if kind:
         content = torch.frombuffer(mapped.buffer, dtype=torch.uint8, count=end - start, offset=start)
         return blocks.decode(kind, content).reshape(shape)

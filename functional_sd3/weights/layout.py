@@ -176,7 +176,7 @@ def _joined_shape(rule: Rule, parts: Mapping[int, tuple[int, ...]]) -> tuple[int
     if len(parts) < len(rule.theirs):
         return None
     try:
-        tensors = [torch.empty(parts[index], device="meta") for index in range(len(parts))]
+        tensors = [torch.empty(parts[index], device="meta", dtype=torch.float32) for index in range(len(parts))]
         return tuple(rule.transform.join(tensors).shape)
     except (RuntimeError, IndexError, OverflowError, TypeError):
         return None
@@ -249,7 +249,7 @@ def _source(compiled: list[tuple[re.Pattern, Rule]], path: str) -> Source:
 def _described(source: Source, param: specs.Param) -> Source:
     if source.transform is IDENTITY:
         return source._replace(param=param, shapes=(param.shape,))
-    parts = source.transform.split(torch.empty(param.shape, device="meta"), len(source.names))
+    parts = source.transform.split(torch.empty(param.shape, device="meta", dtype=torch.float32), len(source.names))
     return source._replace(param=param, shapes=tuple(tuple(part.shape) for part in parts))
 
 

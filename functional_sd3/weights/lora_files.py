@@ -51,7 +51,8 @@ def load(
             continue
         alpha = adapter.pop("alpha", None)
         if alpha is None:
-            alpha = torch.tensor(lora_metadata.alpha(alphas, layer, adapters.rank(adapter), path, problems))
+            value = lora_metadata.alpha(alphas, layer, adapters.rank(adapter), path, problems)
+            alpha = torch.tensor(value, dtype=torch.float32, device="cpu")
         moved = {name: value.to(device=device, dtype=dtype or value.dtype) for name, value in adapter.items()}
         pieces.setdefault(target.path, {})[target] = {**moved, "alpha": alpha.to(device)}
     nodes = {place: _node(path, place, parts, problems) for place, parts in pieces.items()}

@@ -97,11 +97,14 @@ def _whole(node: Node) -> Adapter:
     first, scalings = parts[0], {float(adapters.scaling(part)) for part in parts}
     if len(scalings) > 1:
         down, up = adapters.factors(node)
-        return {"down": down, "up": up, "alpha": torch.tensor(float(len(down)))}
+        return {"down": down, "up": up, "alpha": torch.tensor(float(len(down)), dtype=torch.float32, device="cpu")}
     if len(parts) == len(node) and all(torch.equal(part["down"], first["down"]) for part in parts):
         return {**first, "up": torch.cat([part["up"] for part in parts])}
     # Their common scaling stays in alpha, so that the values are written as they are.
-    unscaled = [part and {**part, "alpha": torch.tensor(float(adapters.rank(part)))} for part in node]
+    unscaled = [
+        part and {**part, "alpha": torch.tensor(float(adapters.rank(part)), dtype=torch.float32, device="cpu")}
+        for part in node
+    ]
     down, up = adapters.factors(unscaled)
     return {"down": down, "up": up, "alpha": first["alpha"] * (len(down) / adapters.rank(first))}
 

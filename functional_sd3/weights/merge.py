@@ -193,7 +193,7 @@ def _threshold(base: Params, tuned: Params, density: float) -> float:
     high, rest = highest(sum(torch.bincount(bits >> 16, minlength=2**15).cpu() for bits in magnitudes()), wanted)
     matching = (bits[bits >> 16 == high] & 0xFFFF for bits in magnitudes())
     low, _ = highest(sum(torch.bincount(bits, minlength=2**16).cpu() for bits in matching), rest)
-    return float(torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(high << 16 | low, dtype=torch.int32, device="cpu").view(torch.float32))
 
 
 def _quotient(change: float, before: float) -> float:
