@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from functional_sd3.cli import numbers
+
 if TYPE_CHECKING:
     from functional_sd3.transformer.control import Control
     from functional_sd3.weights.controlnets import ControlNet
@@ -65,11 +67,9 @@ def parse(text: str) -> Asked:
         raise ValueError(f"--control {text!r} must be KIND=IMAGE, KIND=IMAGE:SCALE or KIND=IMAGE:SCALE:START-END")
     if match["kind"] not in controlnet.KINDS:
         raise ValueError(f"--control {text!r}: kind {match['kind']!r} must be one of {', '.join(controlnet.KINDS)}")
-    try:
-        numbers = [float(match[name] or usual) for name, usual in (("scale", 1), ("start", 0), ("end", 1))]
-    except ValueError:
-        raise ValueError(f"--control {text!r}: its scale, start and end must be numbers") from None
-    return Asked(match["kind"], Path(match["image"]), *numbers)
+    limits = (("scale", "1"), ("start", "0"), ("end", "1"))
+    values = [numbers.number(match[name] or usual, f"--control {text!r}: its {name}") for name, usual in limits]
+    return Asked(match["kind"], Path(match["image"]), *values)
 
 
 def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int], dtype, device) -> "list[Control]":

@@ -7,6 +7,7 @@ to a multiple of what the model can draw. A mask goes the way of its picture.
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,7 +93,7 @@ def margins(text: str) -> dict[str, int]:
     found = {}
     for part in text.split(","):
         side, equals, pixels = part.strip().partition("=")
-        if side not in _SIDES or not equals or not pixels.isdigit() or side in found:
+        if side not in _SIDES or not equals or not re.fullmatch('[0-9]{1,6}', pixels) or side in found:
             raise ValueError(f"--outpaint {text!r} must be sides and pixels, such as right=64,top=32")
         found[side] = int(pixels)
     return found

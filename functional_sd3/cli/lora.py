@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import report
+from functional_sd3.cli import numbers, report
 
 HELP = "look into LoRAs, merge them into a model, extract one from a fine-tuned model"
 
@@ -98,7 +98,4 @@ def _with_scale(word: str) -> tuple[str, float]:
     path, equals, scale = word.rpartition("=")
     if not equals:
         return word, 1.0
-    try:
-        return path, float(scale)
-    except ValueError:
-        raise ValueError(f"{word} must be FILE or FILE=SCALE, with a number for the scale") from None
+    return path, numbers.number(scale, f"{word} must be FILE or FILE=SCALE: the scale")

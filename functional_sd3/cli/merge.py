@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from functional_sd3.cli import report
+from functional_sd3.cli import numbers, report
 
 HELP = "make one model of several fine-tunings of the same one"
 METHODS = ("average", "slerp", "task", "ties")
@@ -96,13 +96,11 @@ def _check(arguments: argparse.Namespace) -> None:
 def _numbers(arguments: argparse.Namespace) -> list[float] | None:
     if not arguments.weights:
         return None
-    try:
-        numbers = [float(word) for word in arguments.weights.split(",")]
-    except ValueError:
-        raise ValueError(f"--weights {arguments.weights} must be numbers with commas between them") from None
-    if len(numbers) != len(arguments.models):
-        raise ValueError(f"--weights {arguments.weights} are {len(numbers)}, for {len(arguments.models)} models")
-    return numbers
+    what = f"--weights {arguments.weights} must be numbers with commas between them:"
+    values = [numbers.number(word, what) for word in arguments.weights.split(",")]
+    if len(values) != len(arguments.models):
+        raise ValueError(f"--weights {arguments.weights} are {len(values)}, for {len(arguments.models)} models")
+    return values
 
 
 def _like(first, path: str, names: list[str]):

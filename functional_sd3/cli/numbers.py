@@ -128,12 +128,13 @@ def seed(text: str | int, what: str) -> int:
 def _problem(value: float, bounds: Range) -> str | None:
     """What is wrong with a value, None if nothing is."""
     low, high, above, words = bounds
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be a finite number"
-    if (low < value if above else low <= value) and value <= high:
+    is_finite = isinstance(value, int) or math.isfinite(value)
+    if is_finite and (low < value if above else low <= value) and value <= high:
         return None
     if words:
         return words
+    if not is_finite:
+        return "must be a finite number"
     least = f"above {low:g}" if above else f"at least {low:g}"
     if not value <= high and high > 1000:
         return f"must be at most {high:,}"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from functional_sd3.cli import inputs, written
+from functional_sd3.cli import inputs, numbers, written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from functional_sd3.cli.session import Session
     from functional_sd3.pipeline import Conditions
 
-_BOX = re.compile(r"(\d+),(\d+),(\d+)[xX](\d+)")
+_SIDE = "([0-9]{1,6})"
+_BOX = re.compile(f"{_SIDE},{_SIDE},{_SIDE}[xX]{_SIDE}")
 _FORM = "LEFT,TOP,WIDTHxHEIGHT=PROMPT or MASK.png=PROMPT, with @WEIGHT before the = if it is not 0.5"
 
 
@@ -68,10 +69,7 @@ def parse(text: str) -> Asked:
     place, equals, prompt = text.partition("=")
     place, _, weight = place.partition("@")
     box = _BOX.fullmatch(place.strip())
-    try:
-        number = float(weight or 0.5)
-    except ValueError:
-        raise ValueError(f"--region {text!r}: its weight {weight!r} must be a number") from None
+    number = numbers.number(weight or "0.5", f"--region {text!r}: its weight")
     if not equals or not place or not number > 0:
         raise ValueError(f"--region {text!r} must be {_FORM}")
     if not box and not Path(place).is_file():
@@ -83,7 +81,7 @@ def tile(text: str | None) -> tuple[int, int] | None:
     """The side of a tile and its overlap, in pixels."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    match = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text)
     if not match:
         raise ValueError(f"--tile {text!r} must be a side in pixels, or SIDE:OVERLAP")
     side, overlap = int(match[1]), int(match[2] or int(match[1]) // 4)
