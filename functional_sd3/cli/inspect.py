@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from functional_sd3.cli import report
+from functional_sd3.cli import options, report
 
 HELP = "say what weights of any form hold, how they differ from others, or how a picture was made"
 _MOST_SHOWN = 20
@@ -20,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
+    if arguments.path == options.SHIPPED:
+        from functional_sd3.weights import shipped
+
+        path = shipped.resolve(path)
     if not path.exists() and not path.is_symlink():
         raise ValueError(f"{path} does not exist")
     if arguments.against:

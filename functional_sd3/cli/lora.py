@@ -98,4 +98,4 @@ def _with_scale(word: str) -> tuple[str, float]:
     path, equals, scale = word.rpartition("=")
     if not equals:
         return word, 1.0
-    return path, numbers.number(scale, f"{word} must be FILE or FILE=SCALE: the scale")
+    return path, numbers.number(scale, f"{word} must be FILE or FILE=SCALE, with a number for the scale:")

@@ -1,9 +1,13 @@
 """Where the weights that come with the program are."""
 
+import os
 from pathlib import Path
 
+NAME = "tiny"
+"""The word that is accepted wherever a model's path is."""
 
-def folder(name: str = "tiny") -> Path:
+
+def folder(name: str = NAME) -> Path:
     """The folder of shipped weights: inside an installed package, or in `params/` of a checkout.
 
     Raises FileNotFoundError where the installation lacks it.
@@ -15,3 +19,8 @@ def folder(name: str = "tiny") -> Path:
     raise FileNotFoundError(
         2, f"the shipped weights {name!r} are not installed; pass --params DIR", None
     )
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """The path, or the folder of the shipped model where it is the word `tiny` and nothing of that name lies here."""
+    return folder() if os.fspath(path) == NAME and not os.path.lexists(path) else Path(path)

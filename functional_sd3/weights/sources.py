@@ -22,6 +22,7 @@ from functional_sd3.weights import (
     notes,
     pickles,
     shards,
+    shipped,
     taesd_keys,
 )
 from functional_sd3.weights import diffusers_configs as configs
@@ -61,6 +62,7 @@ _KINDS = {
 
 def open_path(path: Path, only: Collection[str], variant: str | None) -> Contents:
     """Everything at a path. Raises WeightsError when there is nothing that is known, or nothing at all."""
+    path = shipped.resolve(path)
     try:
         kind = os.stat(path).st_mode
     except (OSError, ValueError) as error:
