@@ -142,6 +142,11 @@ def progress(items: Iterable, total: int, name: str, unit: str = "picture"):
     return tqdm(items, total=total, desc=printable.escape(name), unit=unit, leave=False, disable=_QUIET.get() or None)
 
 
+def has_bars() -> bool:
+    """True if progress bars are drawn: on a terminal, unless --quiet."""
+    return sys.stderr.isatty() and not _QUIET.get()
+
+
 def progress_bar(total: int, unit: str = "step") -> Any:
     """A bar on a terminal, moved by its `update`."""
     from tqdm import tqdm

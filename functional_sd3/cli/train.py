@@ -5,6 +5,8 @@ import contextlib
 import sys
 from pathlib import Path
 
+from functional_sd3.cli import report
+
 HELP = "train the transformer or the autoencoder of a model, or a LoRA"
 KEEP = 3
 """Checkpoints kept."""
@@ -47,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-every", type=int, default=250, help="steps between checkpoints (default 250)")
     add("--log-every", type=int, default=10, help="steps between rows of log.csv (default 10)")
     add("--sample-every", type=int, default=250, help="steps between sample images, 0 for none (default 250)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation (default float32)")
+    computed = "of the computation (default float32, of a LoRA what the model is stored in)"
+    add("--dtype", choices=("float32", "bfloat16"), help=computed)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--compile", action="store_true", help="compile the step: minutes once, then faster")
 
@@ -78,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
     def on_sample(current, done: int) -> None:
         train_setup.save_image(samples / f"{done:08d}.png", part.sample(current))
 
-    progress = sys.stderr.isatty()
+    progress = report.has_bars()
     try:
         outcome = loop.run(
             state,
@@ -115,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if done == begun:
         _say(f"all {done} steps were done before: only the result is written again; a larger --steps goes on")
     try:
-        print(train_setup.save_result(out, outcome.state, setup, LORA))
+        report.say(train_setup.save_result(out, outcome.state, setup, LORA))
     except KeyboardInterrupt:
         _say(f"stopped while the result was written; step {done} is saved, and the same command with --resume goes on")
         return 130
@@ -141,10 +144,9 @@ def _row_printer(begun: int, steps: int):
 
 
 def _say(text: str) -> None:
-    """A line on standard error, above the progress bar; a run goes on where nobody reads it any more."""
+    """Lines on standard error, above the progress bar; a run goes on where nobody reads them any more."""
     from tqdm import tqdm
 
-    from functional_sd3.formats import printable
-
-    with contextlib.suppress(OSError, ValueError):
-        tqdm.write(printable.escape(text, keep="\n"), file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError), tqdm.external_write_mode(file=sys.stderr):
+        for line in text.splitlines():
+            report.message(line)

@@ -89,5 +89,23 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def command(model_folder, capsys):
+    """`functional-sd3 train` with a few small settings; answers (exit status, standard error)."""
+    import argparse
+
+    from functional_sd3.cli import train
+
+    def run(*words):
+        parser = argparse.ArgumentParser()
+        train.add_arguments(parser)
+        base = ["--params", model_folder, "--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size", "4"]
+        small = ["--save-every", "3", "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
+        status = train.run(parser.parse_args([str(word) for word in (*base, *small, *words)]))
+        return status, capsys.readouterr().err
+
+    return run
+
+
 def _nonzero(path: str, param: specs.Param) -> specs.Param:
     return specs.Param(param.shape, specs.normal(0.1), param.axes, param.trainable) if param.trainable else param

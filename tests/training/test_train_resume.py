@@ -1,0 +1,260 @@
+"""`train --resume`: what may change, what is said of it, and what a stopped or damaged run goes on from."""
+
+import os
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from functional_sd3 import weights
+from functional_sd3.cli import train, train_setup
+from functional_sd3.core import tree
+from functional_sd3.training import checkpoint, digests, lock
+from functional_sd3.weights import WeightsError, files
+
+# The model here has no CLIP-G, which is noted whenever prompts are encoded.
+pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
+
+
+def checkpoints(out):
+    return {checkpoint.step_of(path): path for path in checkpoint.found(out / "checkpoints")}
+
+
+def params(out):
+    return weights.load(out, dtype=torch.float32).params
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """The folder of a run of 6 steps with a checkpoint at 3: to be copied, not to be gone on with."""
+    import argparse
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    words = ["--params", str(model_folder), "--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size", "4"]
+    words += ["--save-every", "3", "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
+    assert train.run(parser.parse_args([*words, "--out", str(out)])) == 0
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of `finished`."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_more_steps_at_a_constant_rate_equal_a_run_that_was_longer_from_the_start(command, tmp_path):
+    constant = ["--schedule", "constant"]
+    command("--out", tmp_path / "long", *constant, "--steps", 9)
+    command("--out", tmp_path / "short", *constant, "--steps", 5)
+    status, messages = command("--out", tmp_path / "short", *constant, "--steps", 9, "--resume")
+    assert status == 0 and "resuming at step 5 of 9" in messages
+    assert "note: 5 steps were planned, now 9\n" in messages
+    assert not tree.diff(params(tmp_path / "short"), params(tmp_path / "long"))
+    one, other = (checkpoints(tmp_path / name)[9].read_bytes() for name in ("long", "short"))
+    assert one == other
+
+
+def test_more_steps_of_a_cosine_go_on_at_the_rate_of_the_longer_one(command, run):
+    status, messages = command("--out", run, "--resume", "--steps", 9)
+    assert status == 0
+    rate = float(train_setup.parts.learning_rate(train_setup.parts.Settings(9, 4, 1e-2, warmup=2))(torch.tensor(6)))
+    assert f"6 steps were planned, now 9: the cosine of the learning rate ends there now, and the rate goes on at {rate:.3g}" in messages  # fmt: skip # noqa: E501
+    assert sorted(checkpoints(run)) == [3, 6, 9]
+
+
+def test_a_finished_run_writes_its_result_again(command, run):
+    before = params(run)
+    shutil.rmtree(run / "transformer")
+    status, messages = command("--out", run, "--resume")
+    assert status == 0 and "all 6 steps were done before: only the result is written again" in messages
+    assert not tree.diff(params(run), before)
+
+
+def test_fewer_steps_than_are_done_are_refused(command, run):
+    with pytest.raises(ValueError, match="--steps 5 counts all steps, of which 6 are done in .*: give more to go on"):
+        command("--out", run, "--resume", "--steps", 5)
+
+
+def test_a_change_needs_force_and_is_said_by_name(command, run):
+    changes = ["--lr", "0.02", "--batch-size", "2", "--dropout", "0.2", "--ema", "0.9", "--steps", "8"]
+    with pytest.raises(ValueError) as caught:
+        command("--out", run, "--resume", *changes)
+    said = "batch-size 4 -> 2; dropout 0.1 -> 0.2; ema 0.999 -> 0.9; lr 0.01 -> 0.02"
+    assert f"was begun otherwise: {said}. Resume with the same, pass --force" in str(caught.value)
+    status, messages = command("--out", run, "--resume", "--force", *changes)
+    assert status == 0 and f"note: changed by --force: {said}" in messages
+    # From now on these are the run's.
+    assert "changed" not in command("--out", run, "--resume", *changes)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lora", 2], "lora None -> 2"),
+        (["--part", "vae"], "part transformer -> vae"),
+        (["--text-encoders", "train"], "text-encoders frozen -> train"),
+        (["--scratch"], "scratch False -> True"),
+    ],
+)
+def test_what_a_checkpoint_does_not_hold_cannot_be_forced(command, run, options, said):
+    with pytest.raises(ValueError, match=f"{said}.*Even with --force that takes another folder"):
+        command("--out", run, "--resume", "--force", *options)
+
+
+def with_settings(path, change):
+    mapped = files.open_mapped(path)
+    tensors = {name: files.tensor(mapped, name).clone() for name in mapped.header.tensors}
+    import json
+
+    settings = change(checkpoint.settings(path))
+    files.write_atomic(path, tensors, metadata={"settings": json.dumps(settings)})
+
+
+def test_a_checkpoint_older_than_an_option_resumes_with_its_default(command, run):
+    def aged(settings):
+        kept = {name: value for name, value in settings.items() if name not in ("schedule", "steps")}
+        kept = {name: value for name, value in kept.items() if not name.startswith("contents of ")}
+        return {**kept, "text-encoders": None}
+
+    for path in checkpoints(run).values():
+        with_settings(path, aged)
+    with pytest.raises(ValueError, match="schedule cosine -> constant"):
+        command("--out", run, "--resume", "--schedule", "constant")
+    status, messages = command("--out", run, "--resume")
+    assert status == 0 and "the checkpoint has no digests of the weights and images it began with" in messages
+
+
+def test_a_setting_of_a_later_version_is_noted(command, run):
+    for path in checkpoints(run).values():
+        with_settings(path, lambda settings: {**settings, "wobble\x1b": 3})
+    status, messages = command("--out", run, "--resume")
+    assert status == 0 and r"this version does not know are ignored: wobble\x1b" in messages
+
+
+def test_a_base_that_was_swapped_is_noticed_wherever_it_lies(command, model_folder, run, tmp_path):
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    assert command("--out", run, "--resume", "--params", moved)[0] == 0
+    model = weights.load(moved, dtype=torch.float16)
+    model.params["t5"]["blocks"][0]["norm1"]["weight"][3] += 1
+    weights.save(moved, model)
+    with pytest.raises(ValueError, match=r"the contents of the t5 of the model changed \(digest .* -> .*Resume with"):
+        command("--out", run, "--resume", "--params", moved)
+    assert "contents of the t5" in command("--out", run, "--resume", "--force", "--params", moved)[1]
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(5):
+        Image.new("RGB", (16, 16), (40 * index, 90, 200)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"image {index}")
+    return folder
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_images_that_were_swapped_are_noticed_and_encoded_again(command, images, tmp_path, part):
+    base = ["--out", tmp_path / "out", "--data", images, "--part", part]
+    command(*base, "--steps", 3)
+    Image.new("RGB", (16, 16), (1, 2, 3)).save(images / "3.png")
+    with pytest.raises(ValueError, match="was begun otherwise: the contents of the data changed"):
+        command(*base, "--resume")
+    messages = command(*base, "--resume", "--force")[1]
+    assert "changed by --force: the contents of the data" in messages
+    assert ("the images are encoded again" in messages) == (part == "transformer")
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(command, finished, run):
+    os.truncate(checkpoints(run)[6], 1000)
+    status, messages = command("--out", run, "--resume")
+    assert status == 0 and "resuming at step 3 of 6" in messages
+    assert re.search("a checkpoint cannot be read: .*step-00000006.*set aside as .*00000006.safetensors.unreadable", messages, re.S)  # fmt: skip # noqa: E501
+    assert not tree.diff(params(run), params(finished))
+
+
+def test_latents_that_are_damaged_are_computed_again(command, run):
+    path = run / "checkpoints" / train_setup.ENCODED
+    before = path.read_bytes()
+    path.write_bytes(before[:-100])
+    assert "the images are encoded again" in command("--out", run, "--resume")[1]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_sample_is_written_saves_and_the_sample_is_drawn_later(
+    command, finished, tmp_path, monkeypatch, number
+):
+    out, save_image = tmp_path / "out", train_setup.save_image
+
+    def interrupted(path, images):
+        os.kill(os.getpid(), number)
+        save_image(path, images)
+
+    monkeypatch.setattr(train_setup, "save_image", interrupted)
+    status, messages = command("--out", out, "--sample-every", 4)
+    assert status == 130 and f"stopped at step 4, saved in {out / 'checkpoints'}" in messages
+    assert max(checkpoints(out)) == 4 and not (out / lock.NAME).exists()
+    monkeypatch.undo()
+    assert command("--out", out, "--sample-every", 4, "--resume")[0] == 0
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["00000004.png", "00000006.png"]
+    assert not tree.diff(params(out), params(finished))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_result_is_written_loses_nothing(command, finished, tmp_path, monkeypatch, number):
+    out = tmp_path / "out"
+    monkeypatch.setattr(train_setup.weights, "save", lambda *arguments: os.kill(os.getpid(), number))
+    status, messages = command("--out", out)
+    assert status == 130 and "stopped while the result was written; step 6 is saved" in messages
+    monkeypatch.undo()
+    assert command("--out", out, "--resume")[0] == 0
+    assert not tree.diff(params(out), params(finished))
+
+
+def test_a_sample_that_cannot_be_written_does_not_end_the_run(command, finished, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "samples").write_text("in the way")
+    status, messages = command("--out", out, "--sample-every", 3)
+    assert status == 0 and messages.count("note: no sample of step") == 2
+    assert not tree.diff(params(out), params(finished))
+
+
+def test_a_result_that_cannot_be_written_says_where_the_state_is(command, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise WeightsError("out: cannot be written: no space left on device")
+
+    monkeypatch.setattr(train_setup.weights, "save", full)
+    with pytest.raises(WeightsError, match="no space left.*step 6 is saved in .*--resume writes the result"):
+        command("--out", tmp_path / "out")
+
+
+def test_a_second_run_in_the_folder_is_refused(command, run):
+    with lock.hold(run, pytest.fail), pytest.raises(WeightsError, match="is being trained in by process"):
+        command("--out", run, "--resume")
+
+
+def test_a_digest_knows_every_byte_and_no_name_of_a_file(tmp_path):
+    params = {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.ones(2, dtype=torch.float16), torch.zeros(0)]}
+    digest = digests.params_digest(params)
+    assert digest == digests.params_digest(tree.map(torch.clone, params))
+    others = [
+        {**params, "a": params["a"].reshape(3, 2)},
+        {**params, "a": params["a"].double()},
+        {**params, "a": params["a"].flip(0)},
+        {**params, "a": torch.nextafter(params["a"], torch.tensor(9.0))},
+        {"c": params["a"], "b": params["b"]},
+    ]
+    assert len({digest, *map(digests.params_digest, others)}) == 6
+    for name, content in (("one", b"x" * 2**21), ("two", b"x" * 2**21), ("three", b"x" * (2**21 - 1) + b"y")):
+        (tmp_path / name).write_bytes(content)
+    one, two, three = digests.file_digests(tmp_path / name for name in ("one", "two", "three"))
+    assert one == two != three
+    with pytest.raises(WeightsError, match="nowhere"):
+        digests.file_digests([tmp_path / "nowhere"])
+    assert digests.combined(["ab", "c"]) != digests.combined(["a", "bc"]) and digests.combined(["\ud800"])
