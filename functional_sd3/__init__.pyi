@@ -25,6 +25,7 @@ from functional_sd3.flow import reversible as reversible
 from functional_sd3.flow import schedule as schedule
 from functional_sd3.flow import stochastic as stochastic
 from functional_sd3.image import clip_pixels as clip_pixels
+from functional_sd3.image import files as files
 from functional_sd3.image import pictures as pictures
 from functional_sd3.image import pixels as pixels
 from functional_sd3.image import taesd as taesd

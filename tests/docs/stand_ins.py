@@ -21,7 +21,8 @@ from functional_sd3.weights.clip import LAYOUT
 from tests import models
 from tests.docs.markdown import ROOT
 
-MODELS = ("MODEL", "A", "B", "params/stable-diffusion-3.5-medium", "stable-diffusion-3.5-large")
+RELEASED = ("stable-diffusion-3.5-medium", "stable-diffusion-3.5-large")
+MODELS = ("MODEL", "A", "B", *RELEASED, f"params/{RELEASED[0]}")
 IMAGES = ("my_images", "real", "fake", "FOLDER")
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -48,7 +49,7 @@ def images(folder: Path, count: int, seed: int) -> None:
     """Images of the shapes world, each with its caption beside it."""
     folder.mkdir(parents=True)
     drawn, captions = shapes.pictures(prng.key(seed), count)
-    for index, (image, caption) in enumerate(zip(pixels.to_pil(pixels.from_signed(drawn)), captions, strict=True)):
+    for index, (image, caption) in enumerate(zip(pixels.to_pil(pixels.from_bytes(drawn)), captions, strict=True)):
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
 

@@ -3,32 +3,15 @@
 A command that nothing in `known` makes runnable fails, as one with a flag or a file that does not exist does.
 """
 
-import os
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 
 import pytest
 
 from functional_sd3 import cli
-from tests.docs import known, markdown, stand_ins
-
-
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory):
-    top = tmp_path_factory.mktemp("inputs")
-    stand_ins.make(top)
-    return top
-
-
-@pytest.fixture
-def folder(inputs, tmp_path, monkeypatch):
-    """A reader's folder of its own: hard links to the inputs, as saving replaces files and never writes into them."""
-    shutil.copytree(inputs, tmp_path / "here", copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+from tests.docs import known, markdown
 
 
 def failure(run, capsys) -> str:
