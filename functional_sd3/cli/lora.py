@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import numbers, report
+from functional_sd3.cli import lora_options, report
 
 HELP = "look into LoRAs, merge them into a model, extract one from a fine-tuned model"
 
@@ -40,14 +40,16 @@ def _info(arguments: argparse.Namespace) -> int:
     from functional_sd3.weights import adapters, lora_files
 
     layers = lora.layers(arguments.file)
-    report.say(f"{arguments.file}: {len(layers)} layers, {sum(_size(layer) for layer in layers):,} numbers")
+    numbers = sum(layer.numbers for layer in layers)
+    report.say(f"{arguments.file}: {len(layers)} layers, {numbers:,} numbers")
     for line in lora_files.summary(layers):
         report.say(f"  {line}")
     for layer in layers if arguments.all else ():
-        report.say(f"  {layer.name}: {layer.inputs} -> {layer.outputs}, rank {layer.rank}, alpha {layer.alpha:g}")
+        report.say(f"  {_described(layer)}")
     if arguments.params:
-        found = adapters.nodes(lora.load(arguments.file, weights.load(arguments.params).config))
-        report.say(f"adapts {len(found)} weights of {arguments.params}")
+        loaded = lora.load_with_report(arguments.file, weights.outline(arguments.params).config, allow_absent=True)
+        report.say(f"adapts {len(adapters.nodes(loaded.lora))} weights of {arguments.params}")
+        lora_options.note_left_out(arguments.file, loaded.left_out)
     return 0
 
 
@@ -55,10 +57,12 @@ def _merge(arguments: argparse.Namespace) -> int:
     from functional_sd3 import weights
     from functional_sd3.training import lora
 
+    files = [lora_options.parse(word, "") for word in arguments.files]
     model = weights.load(arguments.model)
-    files = [_with_scale(word) for word in arguments.files]
-    loras = [lora.load(path, model.config, strict=not arguments.loose) for path, _ in files]
-    params = lora.apply(model.params, loras, [scale for _, scale in files])
+    loaded = [lora.load_with_report(path, model.config, strict=not arguments.loose) for path, _ in files]
+    for (path, _), one in zip(files, loaded, strict=True):
+        lora_options.note_left_out(path, one.left_out)
+    params = lora.apply(model.params, [one.lora for one in loaded], [scale for _, scale in files])
     weights.save(arguments.out, model._replace(params=params))
     report.say(arguments.out)
     return 0
@@ -90,12 +94,8 @@ def _extract(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _size(layer) -> int:
-    return layer.rank * (layer.inputs + layer.outputs)
-
-
-def _with_scale(word: str) -> tuple[str, float]:
-    path, equals, scale = word.rpartition("=")
-    if not equals:
-        return word, 1.0
-    return path, numbers.number(scale, f"{word} must be FILE or FILE=SCALE, with a number for the scale:")
+def _described(layer) -> str:
+    if not layer.rank:
+        return f"{layer.name}: {layer.kind}, {layer.numbers:,} numbers"
+    kind = "" if layer.kind == "LoRA" else f", {layer.kind}"
+    return f"{layer.name}: {layer.inputs} -> {layer.outputs}, rank {layer.rank}, alpha {layer.alpha:g}{kind}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from functional_sd3.cli import report
 from functional_sd3.formats.printable import shorten
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse(text: str) -> LoraSpec:
+def parse(text: str, option: str = "--lora ") -> LoraSpec:
     """The file and scale of one `FILE[=SCALE]`; a file whose whole name is there counts before a scale.
 
     Raises ValueError for a file that does not exist and for a scale that is no finite number.
@@ -42,24 +43,39 @@ def parse(text: str) -> LoraSpec:
         return LoraSpec(Path(text), 1.0)
     name, equals, word = text.rpartition("=")
     if not equals:
-        raise ValueError(f"--lora {shorten(text, 300)}: no such file")
+        raise ValueError(f"{option}{shorten(text, 300)}: no such file")
     if not Path(name).exists():
-        raise ValueError(f"--lora {shorten(text, 300)}: there is no file {shorten(name, 300)}")
+        raise ValueError(f"{option}{shorten(text, 300)}: there is no file {shorten(name, 300)}")
     try:
         scale = float(word)
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
-        raise ValueError(f"--lora {shorten(text, 300)}: the scale {shorten(word)!r} must be a number, such as 0.8")
+        raise ValueError(f"{option}{shorten(text, 300)}: the scale {shorten(word)!r} must be a number, such as 0.8")
     return LoraSpec(Path(name), scale)
 
 
 def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "list[tuple[Lora, float]]":
-    """The LoRAs of these options with their scales; those of scale 0 are checked, then left out."""
+    """The LoRAs of these options with their scales; those of scale 0 are checked, then left out.
+
+    Parts for a component that the model lacks (T5 is often given up) are left out and named on standard error.
+    """
     from functional_sd3.training import lora
 
-    loaded = [(lora.load(spec.path, config, device=device), spec.scale) for spec in map(parse, texts)]
-    return [(one, scale) for one, scale in loaded if scale != 0]
+    found = []
+    for spec in map(parse, texts):
+        loaded = lora.load_with_report(spec.path, config, device=device, allow_absent=True)
+        note_left_out(spec.path, loaded.left_out)
+        found += [(loaded.lora, spec.scale)] if spec.scale != 0 else []
+    return found
+
+
+def note_left_out(path: str | Path, keys: Sequence[str]) -> None:
+    """Say on standard error which tensors of a LoRA adapt nothing of the model."""
+    if keys:
+        some = ", ".join(shorten(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
+        said = f"{len(keys)} tensors adapt nothing of this model and are left out: {some}"
+        report.note(f"{shorten(path, 300)}: {said}")
 
 
 def added_to(fetch: "Callable[[str], Params]", loras: "Sequence[tuple[Lora, float]]") -> "Callable[[str], Params]":

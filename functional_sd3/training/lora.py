@@ -7,12 +7,13 @@ A Lora (`weights.adapters` says what is in it) is a tree of its own: it is appli
 merged, extracted and saved without the base ever being written to. All functions here but `load` and `save` are pure.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from functional_sd3.core import layers as layers_of_model
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.spec import Param
@@ -20,12 +21,12 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.training.lora_algebra import combine, extract, resize
 from functional_sd3.weights import adapters, lora_keys, model
 from functional_sd3.weights.adapters import Lora, Node
-from functional_sd3.weights.lora_files import Layer, layers, load
+from functional_sd3.weights.lora_files import Layer, Loaded, layers, load, load_with_report
 from functional_sd3.weights.lora_writing import save
 
 __all__ = [
-    "ATTENTION", "Layer", "Lora", "Merged", "apply", "combine", "extract", "init", "layers", "load", "merge", "resize",
-    "save", "spec", "unmerge",
+    "ATTENTION", "Layer", "Loaded", "Lora", "Merged", "apply", "combine", "extract", "init", "layers", "load",
+    "load_with_report", "merge", "resize", "save", "spec", "unmerge",
 ]  # fmt: skip
 
 ATTENTION = "transformer.blocks.*.attention*"
@@ -79,17 +80,17 @@ def apply(
     """The parameters W + scale * alpha / rank * up @ down, for one LoRA or the sum of several, each with its scale.
 
     params: the tree of a whole model ("transformer", "clip_l", ...). Leaves that are not adapted are shared with the
-    result, adapted ones are added up in float32 and rounded once. lazy: the weights are left alone too, and layers add
-    the low-rank product to what they compute: the same but for rounding, right for training, for weights in int8 or
-    float8, and for many LoRAs over one base (vmap over a stack of them: `in_axes=(None, 0)`).
+    result, adapted ones are added up in float32 and rounded once. lazy: weights are left alone too, and layers add the
+    low-rank product to what they compute: the same but for rounding, right for training, for weights in int8 or float8,
+    and for many LoRAs over one base (vmap over a stack of them: `in_axes=(None, 0)`). What is no low-rank product
+    (LoHa, LoKr, DoRA, differences) is added to the weight all the same; beside a weight in int8 or float8 it stands as
+    a matrix of the scale's dtype. A DoRA's `scale` multiplies its whole difference from the weight.
 
     Raises ValueError naming what the parameters lack or what does not fit them.
     """
     given = _given(lora, scale)
     _check(params, given)
-    if lazy:
-        return _attach("", params, {path: _joined(path, given) for _, path in _pairs(given)})
-    return tree.map_with_path(lambda path, leaf: _added(path, leaf, given), params)
+    return _adapted("", params, given, lazy)
 
 
 def merge(params: Params, lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale] = 1.0) -> Merged:
@@ -154,34 +155,54 @@ def _check(params: Params, given: Given) -> None:
         raise ValueError("; ".join(problems[:5]) + more)
 
 
-def _added(path: str, leaf: Tensor, given: Given) -> Tensor:
-    changes = [adapters.product(nodes[path]) * _at(scale, path) for nodes, scale in given if path in nodes]
-    if not changes:
-        return leaf
-    if leaf.element_size() < 2:
-        raise ValueError(f"{path} is stored in {leaf.dtype}: apply the LoRA with lazy=True, or dequantize first")
-    return (leaf.to(torch.promote_types(leaf.dtype, changes[0].dtype)) + sum(changes)).to(leaf.dtype)
-
-
-def _joined(path: str, given: Given) -> dict[str, Tensor]:
-    """All that several LoRAs add to one weight, as one product of "down" and "up"."""
-    downs, ups = [], []
-    for nodes, scale in given:
-        if path in nodes:
-            down, up = adapters.factors(nodes[path])
-            downs.append(down)
-            ups.append(up * _at(scale, path))
-    return {"down": torch.cat(downs), "up": torch.cat(ups, dim=1)}
-
-
-def _attach(path: str, params: Tree, found: Mapping[str, dict[str, Tensor]]) -> Tree:
+def _adapted(path: str, params: Tree, given: Given, lazy: bool) -> Tree:
     if isinstance(params, list):
-        return [_attach(f"{path}{index}.", child, found) for index, child in enumerate(params)]
-    if not isinstance(params, dict):
-        return params
-    children = {name: _attach(f"{path}{name}.", child, found) for name, child in params.items()}
-    if path + "weight" not in found:
-        return children
-    added = [found[path + "weight"], *([params["low_rank"]] if "low_rank" in params else [])]
-    down = torch.cat([each["down"] for each in added])
-    return {**children, "low_rank": {"down": down, "up": torch.cat([each["up"] for each in added], dim=1)}}
+        return [_adapted(f"{path}{index}.", child, given, lazy) for index, child in enumerate(params)]
+    layer = {name: _adapted(f"{path}{name}.", child, given, lazy) if isinstance(child, (dict, list)) else child
+             for name, child in params.items()}  # fmt: skip
+    for name in params:
+        pairs = [(nodes[path + name], _at(scale, path + name)) for nodes, scale in given if path + name in nodes]
+        if pairs and lazy and lora_keys.adaptable(path + name, layer[name].ndim):
+            layer |= _lazily(path + name, layer, pairs)
+        elif pairs:
+            layer[name] = _added(path + name, layer, name, pairs)
+    return layer
+
+
+Pairs = list[tuple[Node, float | Tensor]]
+
+
+def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
+    """What a layer becomes: factors beside its weight for what has few; the rest is added to the weight or, where that
+    is stored with a scale, stands beside it as a product with the identity."""
+    factors = [adapters.factors(node) + (scale,) for node, scale in pairs if adapters.is_low_rank(node)]
+    dense = [(node, scale) for node, scale in pairs if not adapters.is_low_rank(node)]
+    changed = {}
+    if dense and "scale" in layer:
+        weight = layers_of_model.meant_weight(layer, torch.float32)
+        change = sum(adapters.change(node, weight, scale) for node, scale in dense)
+        identity = torch.eye(change[0].numel(), dtype=layer["scale"].dtype, device=change.device)
+        factors.append((identity.unflatten(1, change.shape[1:]), change.flatten(1).to(layer["scale"].dtype), 1.0))
+    elif dense:
+        changed["weight"] = _added(path, layer, "weight", dense)
+    if not factors:
+        return changed
+    downs = [*([layer["low_rank"]["down"]] if "low_rank" in layer else []), *(down for down, _, _ in factors)]
+    ups = [*([layer["low_rank"]["up"]] if "low_rank" in layer else []), *(up * scale for _, up, scale in factors)]
+    return {**changed, "low_rank": {"down": torch.cat(downs), "up": torch.cat(ups, dim=1)}}
+
+
+def _added(path: str, layer: Params, name: str, pairs: Pairs) -> Tensor:
+    leaf = layer[name]
+    if name == "weight" and "scale" in layer:
+        raise ValueError(
+            f"{path} is stored in {leaf.dtype} with a scale: apply the LoRA with lazy=True (`generate --lora`), or "
+            f"dequantize first (`convert --dtype bfloat16`)"
+        )
+    if leaf.element_size() < 2:
+        raise ValueError(
+            f"{path} is stored in {leaf.dtype} without a scale, too coarse for a LoRA to be added: load it with "
+            f"dtype=torch.bfloat16, or `convert --dtype bfloat16` first"
+        )
+    changes = [adapters.change(node, leaf, scale) for node, scale in pairs]
+    return (leaf.to(torch.promote_types(leaf.dtype, changes[0].dtype)) + sum(changes)).to(leaf.dtype)

@@ -14,7 +14,10 @@ Weight = float | Tensor
 
 
 def combine(loras: Sequence[Lora], weights: Sequence[Weight] | None = None) -> Lora:
-    """One LoRA that is the weighted sum of several (weights are 1 by default); its ranks are the sums of theirs."""
+    """One LoRA that is the weighted sum of several (weights are 1 by default); its ranks are the sums of theirs.
+
+    Where one is no low-rank product, the sum is a difference of the whole weight. Raises ValueError for DoRAs.
+    """
     if not loras:
         raise ValueError("combine needs at least one LoRA")
     weights = [1.0] * len(loras) if weights is None else list(weights)
@@ -55,19 +58,27 @@ def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "
 
 
 def resize(lora: Lora, rank: int) -> Lora:
-    """The nearest LoRA of another rank: singular values cut off, or zeros added; alpha becomes the rank."""
+    """The nearest LoRA of another rank: singular values cut off, or zeros added; alpha becomes the rank.
+
+    What is no low-rank product (LoHa, LoKr, differences of matrices) becomes one. Raises ValueError for a DoRA.
+    """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")
 
     def resized(node: Node) -> Node:
         if not isinstance(node, dict):
             return [resized(part) if part else {} for part in node]
-        return node and _resized(node, rank)
+        if adapters.is_low_rank(node):
+            return _resized(node, rank)
+        change = adapters.product(node)
+        return _truncated(change, rank) if change.ndim > 1 else node
 
     return adapters.build({path: resized(node) for path, node in adapters.nodes(lora).items()})
 
 
 def _sum(found: Sequence[tuple[Node, Weight]]) -> Node:
+    if not all(adapters.is_low_rank(node) for node, _ in found):
+        return {"diff": sum(adapters.product(node) * weight for node, weight in found)}
     lists = [node for node, _ in found if not isinstance(node, dict)]
     if not lists:
         return _sum_of_adapters(found)

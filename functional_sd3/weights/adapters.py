@@ -1,9 +1,21 @@
 """What a LoRA is: a tree of adapters, by the paths of the weights they adapt.
 
-An adapter is {"down": (rank, inputs, ...), "up": (outputs, rank), "alpha": ()} and adds alpha / rank * up @ down to its
-weight (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1). Where a weight of ours is
-several matrices of a file one below the other (query, key and value), its place holds one adapter over all of them, or
-a list with one for each, {} for those that are left alone. Lists of blocks hold {} for blocks that are left alone.
+An adapter says how one weight W (outputs, inputs, ...) changes. It is one of four kinds:
+
+- {"down": (rank, inputs, ...), "up": (outputs, rank), "alpha": ()} adds alpha / rank * up @ down (Hu et al. 2021,
+  "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1).
+- {"w1_a", "w1_b", "w2_a", "w2_b", "scale"} adds scale * (w1_a @ w1_b) * (w2_a @ w2_b), entry by entry: LoHa (Hyeon-Woo
+  et al. 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning").
+- {"left": (a, b), "right": (c, d, ...), "scale": ()} adds scale * kron(left, right): LoKr (Yeh et al. 2023, "Navigating
+  Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation").
+- {"diff": as W} adds that; the only kind for biases and norms.
+
+With "magnitude", (outputs, 1, ...) or (1, inputs, 1, ...), beside one of these, the changed weight is scaled so that
+its rows, or columns, have these norms: DoRA (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5).
+
+Where a weight of ours is several matrices of a file one below the other (query, key and value), its place holds one
+adapter over all of them, or a list with one for each, {} for those that are left alone. Lists of blocks hold {} for
+blocks that are left alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,6 +33,9 @@ Node = Any
 
 Lora = Tree
 """Nested dicts and lists with a node at the path of every adapted weight."""
+
+_MARKS = ("down", "w1_a", "left", "diff")
+"""One name of each kind, by which an adapter is recognised among the branches of a tree."""
 
 
 def nodes(lora: Lora) -> dict[str, Node]:
@@ -41,11 +56,12 @@ def build(found: Mapping[str, Node]) -> Lora:
 
 
 def rank(adapter: Adapter) -> int:
+    """The rank of a low-rank adapter."""
     return adapter["down"].shape[0]
 
 
 def scaling(adapter: Adapter) -> Tensor:
-    """alpha / rank, ()."""
+    """alpha / rank of a low-rank adapter, ()."""
     return adapter["alpha"] / rank(adapter)
 
 
@@ -54,8 +70,18 @@ def members(node: Node) -> list[Adapter]:
     return [node] if isinstance(node, dict) else [part for part in node if part]
 
 
+def is_low_rank(node: Node) -> bool:
+    """True if the node is a plain LoRA, whose factors a layer can apply beside its weight."""
+    return all("down" in part and "magnitude" not in part for part in members(node))
+
+
+def has_magnitude(node: Node) -> bool:
+    """True if what the node adds depends on the weight (DoRA)."""
+    return any("magnitude" in part for part in members(node))
+
+
 def separate(node: Node, parts: int) -> list[Adapter]:
-    """The node as a list of `parts`: an adapter over all of them gives each the same `down` and a part of its `up`.
+    """The low-rank node as a list of `parts`: an adapter over all gives each the same `down` and a part of its `up`.
 
     Raises ValueError when the node is of another number of parts.
     """
@@ -67,7 +93,8 @@ def separate(node: Node, parts: int) -> list[Adapter]:
 
 
 def factors(node: Node) -> tuple[Tensor, Tensor]:
-    """(down, up) whose product, up @ down, is what the node adds: scaling is in `up`, separate parts lie diagonally."""
+    """(down, up) of a low-rank node, whose product, up @ down, is what it adds: scaling is in `up`, separate parts lie
+    diagonally."""
     if isinstance(node, dict):
         return node["down"], node["up"] * scaling(node)
     ranks = [rank(part) if part else 0 for part in node]
@@ -81,26 +108,96 @@ def factors(node: Node) -> tuple[Tensor, Tensor]:
 
 
 def product(node: Node) -> Tensor:
-    """What the node adds to its weight, (outputs, inputs, ...), in float32 at least."""
+    """What a node without magnitudes adds to its weight, (outputs, inputs, ...), in float32 at least."""
     if not isinstance(node, dict):
         some = product(members(node)[0])
         return torch.cat([product(part) if part else torch.zeros_like(some) for part in node])
-    wide = torch.promote_types(node["down"].dtype, torch.float32)
-    down, up = node["down"].to(wide), node["up"].to(wide)
-    return ((up @ down.flatten(1)) * scaling(node).to(wide)).unflatten(1, down.shape[1:])
+    if has_magnitude(node):
+        raise ValueError("what a DoRA adds depends on the weight: apply it to the weights it was trained on")
+    return _sum(node)
 
 
-def check(path: str, node: Node, shape: tuple[int, ...]) -> list[str]:
+def change(node: Node, weight: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """`scale` times the difference that the node makes to `weight`, in float32 at least.
+
+    Of a DoRA it is the whole difference that is scaled, so that 0 is the weight itself and 1 what was trained.
+    """
+    if not isinstance(node, dict):
+        rows = weight.chunk(len(node))
+        return torch.cat([change(part, own, scale) if part else torch.zeros_like(own, dtype=_wide(own))
+                          for part, own in zip(node, rows, strict=True)])  # fmt: skip
+    if not has_magnitude(node):
+        return product(node) * scale
+    before = weight.to(_wide(weight))
+    after = before + _sum(node)
+    by_row = node["magnitude"].shape[0] == weight.shape[0]
+    others = [axis for axis in range(weight.ndim) if axis != (0 if by_row else 1)]
+    norms = torch.linalg.vector_norm(after, dim=others, keepdim=True).clamp_min(torch.finfo(after.dtype).tiny)
+    return (after * (node["magnitude"].to(after.dtype) / norms) - before) * scale
+
+
+def reordered(adapter: Adapter, rows) -> Adapter:
+    """The adapter of the weight whose rows `rows` (tensor -> tensor of the same shape) puts into another order."""
+    if "down" in adapter:
+        changed = {"up": rows(adapter["up"])}
+    elif "w1_a" in adapter:
+        changed = {name: rows(adapter[name]) for name in ("w1_a", "w2_a")}
+    else:
+        adapter = {"diff": _sum(adapter), **({"magnitude": adapter["magnitude"]} if has_magnitude(adapter) else {})}
+        changed = {"diff": rows(adapter["diff"])}
+    if "magnitude" in adapter and adapter["magnitude"].shape[0] > 1:
+        changed["magnitude"] = rows(adapter["magnitude"])
+    return {**adapter, **changed}
+
+
+def shape(adapter: Adapter) -> tuple[int, ...]:
+    """(outputs, inputs, ...) of the weight that an adapter fits."""
+    if "down" in adapter:
+        return (*adapter["up"].shape[:1], *adapter["down"].shape[1:])
+    if "w1_a" in adapter:
+        return (adapter["w1_a"].shape[0], *adapter["w1_b"].shape[1:])
+    if "left" in adapter:
+        (rows, columns), (below, beside, *kernel) = adapter["left"].shape, adapter["right"].shape
+        return (rows * below, columns * beside, *kernel)
+    return tuple(adapter["diff"].shape)
+
+
+def check(path: str, node: Node, shape_of_weight: tuple[int, ...]) -> list[str]:
     """What keeps a node from adapting a weight of this shape, one sentence each."""
     parts = 1 if isinstance(node, dict) else len(node)
+    wanted = (shape_of_weight[0] // parts, *shape_of_weight[1:])
     problems = []
     for part in members(node):
-        down, up = tuple(part["down"].shape), tuple(part["up"].shape)
-        if down[1:] != tuple(shape[1:]) or up[:1] != (shape[0] // parts,):
-            problems.append(f"{path} is {list(shape)}; a LoRA of {_sizes(up[:1] + down[1:])} is for another model")
-        elif up[1:] != down[:1] or not down[0]:
-            problems.append(f"{path}: down {list(down)} and up {list(up)} must have one rank, at least 1")
+        if "down" in part and (part["up"].shape[1:] != part["down"].shape[:1] or not part["down"].shape[0]):
+            down, up = list(part["down"].shape), list(part["up"].shape)
+            problems.append(f"{path}: down {down} and up {up} must have one rank, at least 1")
+        elif shape(part) != wanted:
+            sizes = " x ".join(map(str, shape(part)))
+            problems.append(f"{path} is {list(shape_of_weight)}; a LoRA of {sizes} is for another model")
     return problems
+
+
+def _sum(adapter: Adapter) -> Tensor:
+    """What the adapter adds before any magnitude."""
+    if "down" in adapter:
+        wide = _wide(adapter["down"])
+        down, up = adapter["down"].to(wide), adapter["up"].to(wide)
+        return ((up @ down.flatten(1)) * scaling(adapter).to(wide)).unflatten(1, down.shape[1:])
+    if "w1_a" in adapter:
+        wide = _wide(adapter["w1_a"])
+        first, second = (
+            (adapter[f"{name}_a"].to(wide) @ adapter[f"{name}_b"].to(wide).flatten(1)) for name in ("w1", "w2")
+        )
+        return (first * second * adapter["scale"].to(wide)).unflatten(1, adapter["w1_b"].shape[1:])
+    if "left" in adapter:
+        wide = _wide(adapter["left"])
+        left, right = adapter["left"].to(wide) * adapter["scale"].to(wide), adapter["right"].to(wide)
+        return torch.kron(left.reshape(*left.shape, *[1] * (right.ndim - 2)), right.contiguous())
+    return adapter["diff"].to(_wide(adapter["diff"]))
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 class _Leaf:
@@ -121,8 +218,8 @@ def _walk(path: str, tree: Tree) -> Iterator[tuple[str, Node]]:
 
 def _is_node(tree: Tree) -> bool:
     if isinstance(tree, dict):
-        return "down" in tree
-    return isinstance(tree, (list, tuple)) and any(isinstance(part, dict) and "down" in part for part in tree)
+        return any(mark in tree for mark in _MARKS)
+    return isinstance(tree, (list, tuple)) and any(isinstance(part, dict) and _is_node(part) for part in tree)
 
 
 def _settle(tree: Any) -> Tree:
@@ -132,7 +229,3 @@ def _settle(tree: Any) -> Tree:
     if settled and all(name.isdecimal() for name in settled):
         return [settled.get(str(index), {}) for index in range(max(map(int, settled)) + 1)]
     return settled
-
-
-def _sizes(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

@@ -1,6 +1,5 @@
-"""LoRA files read, in the spellings of PEFT, diffusers, kohya and Stability: first all is checked, then all is read."""
+"""LoRA files read, in the spellings of every public trainer: first all is checked, then all is read."""
 
-import difflib
 import math
 import os
 import re
@@ -11,13 +10,23 @@ from typing import NamedTuple
 
 import torch
 
-from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import adapters, files, finite, lora_keys, lora_metadata
+from functional_sd3.formats.errors import WeightsError, attempt
+from functional_sd3.formats.printable import shorten
+from functional_sd3.weights import adapters, files, lora_foreign, lora_keys, lora_layers, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
-from functional_sd3.weights.lora_keys import Target
+from functional_sd3.weights.lora_keys import Module, Table, Target
 from functional_sd3.weights.model import Config
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_MOST_COMPARED = 5
+"""Unknown names beyond which none is compared with those that are known."""
+
+
+class Loaded(NamedTuple):
+    """A LoRA, and the keys of its file that were left out."""
+
+    lora: Lora
+    left_out: tuple[str, ...]
 
 
 def load(
@@ -30,45 +39,59 @@ def load(
 ) -> Lora:
     """The LoRA in a safetensors file (or in a folder, under the names diffusers and PEFT give it) for a model.
 
-    config: of the model, as `weights.load` returns it. Read are the keys of PEFT and diffusers, new and old, of kohya
-    (`lora_unet_`, `lora_te1_` to `lora_te3_`) and of Stability (`diffusion_model.`); alpha comes from the file's alphas
-    or its metadata, else it is the rank. dtype: of `down` and `up`, None as stored; alpha is float32.
+    config: of the model, as `weights.load` returns it. Read are LoRA, LoCon, LoHa, LoKr and DoRA, differences of
+    weights, norms and biases, under the names of PEFT, diffusers, kohya, LyCORIS, SimpleTuner, OneTrainer, OMI,
+    ComfyUI and Stability; alpha comes from the file's alphas or its metadata, else it is the rank. dtype: of all
+    factors, None as stored; alpha and scale are float32.
 
     Raises WeightsError naming file and keys: keys that adapt no layer of this model (with strict=False these are left
-    out, unless that leaves nothing), shapes that do not fit, halves of pairs, values that are not finite, and what is
-    no plain LoRA (DoRA, LoHa, LoKr, biases), always. Nothing loads in part.
+    out, unless that leaves nothing; `load_with_report` names them), shapes that do not fit, factors that are missing,
+    values that are not finite, kinds that no formula is known of (OFT, GLoRA, (IA)3). Nothing loads in part.
     """
+    return load_with_report(path, config, dtype=dtype, device=device, strict=strict).lora
+
+
+def load_with_report(
+    path: str | os.PathLike,
+    config: Config,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    strict: bool = True,
+    allow_absent: bool = False,
+) -> Loaded:
+    """As `load`, with the keys that were left out. allow_absent: those of components that the model lacks are too."""
     path = find(Path(path))
     mapped = files.open_mapped(path)
-    shapes = lora_keys.adaptable_shapes(config)
-    found = _sorted_keys(path, list(mapped.header.tensors), lora_keys.targets(config), strict)
-    alphas = lora_metadata.read(path, mapped.header.metadata)
-    problems: list[str] = []
+    shapes = lora_keys.leaf_shapes(config)
+    grouped, left_out = _sorted_keys(path, mapped.header, lora_keys.table(config), strict, allow_absent)
+    said = lora_metadata.read(path, mapped.header.metadata, [layer for layer, _ in grouped])
+    problems: list[str] = [*_without_magnitudes(path, said, grouped)]
     pieces: dict[str, dict[Target, Adapter]] = {}
-    for (target, layer), keys in found.items():
-        adapter = _adapter(path, mapped, target, keys, shapes[target.path], problems)
-        if adapter is None:
-            continue
-        alpha = adapter.pop("alpha", None)
-        if alpha is None:
-            value = lora_metadata.alpha(alphas, layer, adapters.rank(adapter), path, problems)
-            alpha = torch.tensor(value, dtype=torch.float32, device="cpu")
-        moved = {name: value.to(device=device, dtype=dtype or value.dtype) for name, value in adapter.items()}
-        pieces.setdefault(target.path, {})[target] = {**moved, "alpha": alpha.to(device)}
+    for (layer, module), keys in grouped.items():
+        alpha = lambda rank, layer=layer: lora_metadata.alpha(said, layer, rank, str(path))  # noqa: E731
+        found = attempt(problems, lora_layers.read, lora_layers.Layer(path, mapped, keys), module, shapes, alpha)
+        for target, adapter in (found or {}).items():
+            moved = {name: _moved(name, value, dtype, device) for name, value in adapter.items()}
+            if target in pieces.setdefault(target.path, {}):
+                problems.append(f"{path}: {layer} adapts {target.path} a second time, under another name")
+            pieces[target.path][target] = moved
     nodes = {place: _node(path, place, parts, problems) for place, parts in pieces.items()}
     if problems:
         raise WeightsError(problems)
-    return adapters.build({place: nodes[place] for place in shapes if place in nodes})
+    return Loaded(adapters.build({place: nodes[place] for place in shapes if place in nodes}), left_out)
 
 
 class Layer(NamedTuple):
-    """One layer of a file as it is spelled there."""
+    """One layer of a file as it is spelled there; rank: 0 where it has none; numbers: all that its tensors hold."""
 
     name: str
     rank: int
     inputs: int
     outputs: int
     alpha: float
+    kind: str = "LoRA"
+    numbers: int = 0
 
 
 def layers(path: str | os.PathLike) -> list[Layer]:
@@ -80,27 +103,29 @@ def layers(path: str | os.PathLike) -> list[Layer]:
         layer, role = lora_keys.parse(key)
         if role:
             grouped.setdefault(layer, {})[role] = key
-    alphas, found, problems = lora_metadata.read(path, mapped.header.metadata), [], []
+    said, found, problems = lora_metadata.read(path, mapped.header.metadata, grouped), [], []
     for layer, keys in grouped.items():
-        shapes = {role: mapped.header.tensors[key].shape for role, key in keys.items()}
-        if all(len(shapes.get(role, ())) > 1 for role in ("down", "up")):
-            down, up = shapes["down"], shapes["up"]
-            if math.prod(shapes.get("alpha", (0,))) == 1:
-                alpha = float(files.tensor(mapped, keys["alpha"]))
-            else:
-                alpha = lora_metadata.alpha(alphas, layer, down[0], path, problems)
-            found.append(Layer(layer, down[0], math.prod(down[1:]), up[0], alpha))
+        found += attempt(problems, _described, path, mapped, layer, keys, said) or []
     if not found:
-        raise WeightsError(f"{path}: holds no LoRA: {', '.join(list(mapped.header.tensors)[:3]) or 'it is empty'}")
+        names = list(mapped.header.tensors)
+        what = lora_foreign.described({name: entry.shape for name, entry in mapped.header.tensors.items()})
+        some = ", ".join(shorten(name) for name in names[:3]) or "it is empty"
+        raise WeightsError(f"{path}: holds no LoRA: {what or some}")
     return found
 
 
 def summary(layers: Iterable[Layer]) -> list[str]:
-    """A line for every kind of layer: those of one name but for its number, of one rank and alpha."""
+    """A line for every kind of layer: those of one name but for its number, of one kind, rank and alpha."""
     kinds = Counter(
-        (re.sub(r"(?<=[._])\d+(?=[._])", "*", layer.name, count=1), layer.rank, layer.alpha) for layer in layers
+        (re.sub(r"(?<=[._])\d+(?=[._])", "*", layer.name, count=1), layer.kind, layer.rank, layer.alpha)
+        for layer in layers
     )
-    return [f"{name}: {count} layers of rank {rank}, alpha {alpha:g}" for (name, rank, alpha), count in kinds.items()]
+    return [
+        f"{shorten(name, 200)}: {count} layers"
+        + (f" of rank {rank}, alpha {alpha:g}" if rank else "")
+        + ("" if kind == "LoRA" else f", {kind}")
+        for (name, kind, rank, alpha), count in kinds.items()
+    ]
 
 
 def find(path: Path) -> Path:
@@ -114,69 +139,79 @@ def find(path: Path) -> Path:
 
 
 def _sorted_keys(
-    path: Path, keys: list[str], targets: Mapping[str, Target], strict: bool
-) -> dict[tuple[Target, str], dict[str, str]]:
-    """(target, layer in the file's spelling) -> role -> key."""
+    path: Path, header: files.Header, table: Table, strict: bool, allow_absent: bool
+) -> tuple[dict[tuple[str, Module], dict[str, str]], tuple[str, ...]]:
+    """(layer in the file's spelling, its leaves) -> role -> key; and the keys that are left out."""
+    keys = list(header.tensors)
     problems = [f"{path}: {key} is {what}, which is not supported" for key in keys if (what := lora_keys.refused(key))]
-    found: dict[tuple[Target, str], dict[str, str]] = {}
-    unmatched = []
+    found: dict[tuple[str, Module], dict[str, str]] = {}
+    unknown, absent = [], []
     for key in keys:
         layer, role = lora_keys.parse(key)
-        if role is None or layer not in targets:
-            unmatched.append(key)
-        elif role in (roles := found.setdefault((targets[layer], layer), {})):
+        component, module = table.find(layer) if role else (None, None)
+        if module is None:
+            (absent if component and component not in table.components else unknown).append((key, component))
+        elif role in (roles := found.setdefault((layer, module), {})):
             problems.append(f"{path}: {key} and {roles[role]} are the same tensor under two names")
         else:
             roles[role] = key
     if problems:
         raise WeightsError(problems)
     if not found:
-        some = ", ".join(unmatched[:3]) or "it is empty"
-        raise WeightsError(f"{path}: nothing in it adapts a layer of this model; it holds {some}")
-    if unmatched and strict:
-        known = list(targets) if len(unmatched) <= 20 else []
-        raise WeightsError([f"{path}: {key} adapts no layer of this model{_closest(key, known)}" for key in unmatched])
-    return found
+        what = lora_foreign.described({name: entry.shape for name, entry in header.tensors.items()})
+        some = f"it holds {', '.join(shorten(key) for key in keys[:3])}" if keys else "it is empty"
+        raise WeightsError(f"{path}: nothing in it adapts a layer of this model: {what or some}")
+    refused = unknown if strict else []
+    refused = refused + (absent if strict and not allow_absent else [])
+    if refused:
+        compared = len(unknown) <= _MOST_COMPARED
+        raise WeightsError([f"{path}: {key} {_reason(key, one, table, compared)}" for key, one in refused])
+    return found, tuple(key for key, _ in unknown + absent)
 
 
-def _adapter(
-    path: Path, mapped: files.Mapped, target: Target, keys: dict[str, str], shape: tuple[int, ...], problems: list[str]
-) -> Adapter | None:
-    """The tensors of one layer, in our order of rows; None, and the reasons in `problems`, when they are not right."""
-    before = len(problems)
-    for role in ("down", "up"):
-        if role not in keys:
-            problems.append(f"{path}: {next(iter(keys.values()))} has no {role} beside it")
-    values = {}
-    for role, key in keys.items():
-        value = files.tensor(mapped, key)
-        if not value.is_floating_point() and role != "alpha":
-            problems.append(f"{path}: {key} has dtype {value.dtype}, not a float")
-        elif what := finite.stranger(value):
-            problems.append(f"{path}: {key} holds {what}, so it is not finite")
-        # A copy of its own, so that the file is not kept open for the life of a small LoRA.
-        values[role] = value.float().reshape(()) if role == "alpha" and value.numel() == 1 else value.clone()
-    if len(problems) > before:
-        return None
-    down, up = values["down"], values["up"]
-    rows, rest = shape[0] // target.parts, tuple(shape[1:])
-    # A linear layer's may be stored as a 1 x 1 convolution's.
-    down = down.reshape(down.shape[:1] + rest) if math.prod(down.shape[1:]) == math.prod(rest) and down.ndim else down
-    up = up.flatten(1) if up.ndim == 4 and up.shape[2:] == (1, 1) else up
-    if tuple(down.shape[1:]) != rest or down.ndim != len(shape):
-        problems.append(f"{path}: {keys['down']} is {list(values['down'].shape)}, the layer takes {list(rest)}{_OTHER}")
-    if up.ndim != 2 or up.shape[0] != rows:
-        problems.append(f"{path}: {keys['up']} is {list(values['up'].shape)}, the layer gives {rows}{_OTHER}")
-    if len(problems) == before and (up.shape[1] != down.shape[0] or not down.shape[0]):
-        problems.append(f"{path}: {keys['down']} has rank {down.shape[0]}, {keys['up']} has {up.shape[1]}")
-    if values.get("alpha", up.new_zeros(())).ndim:
-        problems.append(f"{path}: {keys['alpha']} must be one number, not {list(values['alpha'].shape)}")
-    if len(problems) > before:
-        return None
-    return {**values, "down": down, "up": target.transform.join([up])}
+def _reason(key: str, component: str | None, table: Table, compared: bool) -> str:
+    if component and component not in table.components:
+        return f"adapts {component}, which this model lacks"
+    if what := lora_foreign.extra(key):
+        return f"is {what}"
+    near = table.closest(lora_keys.parse(key).layer) if compared else None
+    return "adapts no layer of this model" + (f"; the closest is {near}" if near else "")
 
 
-_OTHER = "; is the LoRA for another model?"
+def _without_magnitudes(path: Path, said: lora_metadata.Values, grouped: Mapping) -> Iterable[str]:
+    """Where the metadata says that this is a DoRA: without its magnitudes it would be read as another LoRA."""
+    if any("magnitude" in keys for keys in grouped.values()):
+        return
+    for name, value in said.items():
+        if name.rpartition(".")[2] == "use_dora" and value:
+            yield f"{path}: {shorten(name)} says that this is a DoRA, but it holds no magnitudes"
+
+
+def _described(path: Path, mapped: files.Mapped, layer: str, keys: dict[str, str], said) -> list[Layer]:
+    shapes = {role: mapped.header.tensors[key].shape for role, key in keys.items()}
+    kind, numbers = lora_layers.kind_of(keys), sum(math.prod(shapes[role]) for role in shapes if role != "alpha")
+    if kind is None:
+        return []
+    first, last = next(((shapes[one], shapes[two]) for one, two in _ENDS if one in shapes and two in shapes), ((), ()))
+    rank, inputs, outputs = 0, 0, 0
+    if first or last:
+        if min(len(first), len(last)) < 2:
+            return []
+        rank, inputs, outputs = first[0], math.prod(first[1:]), last[0]
+    elif kind.startswith(("LoRA", "LoHa")):
+        return []
+    if math.prod(shapes.get("alpha", (0,))) == 1 and not mapped.header.tensors[keys["alpha"]].dtype.is_complex:
+        alpha = float(files.tensor(mapped, keys["alpha"]))
+    else:
+        alpha = lora_metadata.alpha(said, layer, rank, str(path)) if rank else None
+    return [Layer(layer, rank, inputs, outputs, float(rank) if alpha is None else alpha, kind, numbers)]
+
+
+_ENDS = (("down", "up"), ("hada_w1_b", "hada_w1_a"), ("lokr_w2_b", "lokr_w2_a"), ("lokr_w1_b", "lokr_w1_a"))
+
+
+def _moved(name: str, value: torch.Tensor, dtype: torch.dtype | None, device: torch.device | str) -> torch.Tensor:
+    return value.to(device=device, dtype=value.dtype if name in ("alpha", "scale") else dtype or value.dtype)
 
 
 def _node(path: Path, place: str, pieces: Mapping[Target, Adapter], problems: list[str]) -> Node:
@@ -187,8 +222,3 @@ def _node(path: Path, place: str, pieces: Mapping[Target, Adapter], problems: li
         return whole[0]
     by_part = {target.part: adapter for target, adapter in pieces.items()}
     return [by_part.get(part, {}) for part in range(next(iter(pieces)).parts)]
-
-
-def _closest(key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(lora_keys.parse(key).layer, known, n=1, cutoff=0.8)
-    return f"; the closest is {near[0]}" if near else ""

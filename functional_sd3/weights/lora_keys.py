@@ -1,11 +1,13 @@
-"""The names of LoRA tensors: in PEFT and diffusers, old and new, in Stability's and in kohya's files.
+"""The names of LoRA tensors in public trainers' files, as a product of tables.
 
-A key is the name of a layer in one of several spellings, and a suffix that says what the tensor is. The spellings are
-made from the layouts' tables for the layers a config has, and looked up, so that underscores need not be understood.
+A key is prefix + layer + role. The prefix names the component, the layer is spelled in diffusers' (transformers') names
+or in Stability's, with dots or with underscores, and the role says what the tensor is. Any prefix may stand before any
+spelling of any layer: all are compared with their dots written as underscores, so no list of whole names is needed.
 """
 
+import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from functional_sd3.core import spec as specs
@@ -15,17 +17,37 @@ from functional_sd3.weights.layout import IDENTITY, SWAP_HALVES, Source
 from functional_sd3.weights.model import Config, spec
 
 KOHYA = {"transformer": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5": "lora_te3_"}
-"""Component -> what kohya's names of its layers begin with."""
+"""Component -> the start of kohya's names of its layers."""
 
-_OTHER_PREFIXES = ("lora_transformer_", "lycoris_")
-_STABILITY_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
+COMPONENT_NAMES = {
+    "transformer": ("", "transformer", "unet", "diffusion_model", "model.diffusion_model"),
+    "clip_l": ("text_encoder", "text_encoder_1", "te1", "te_1", "clip_l", "text_encoders.clip_l"),
+    "clip_g": ("text_encoder_2", "te2", "te_2", "clip_g", "text_encoders.clip_g"),
+    "t5": ("text_encoder_3", "te3", "te_3", "t5", "t5xxl", "text_encoders.t5xxl"),
+}
+"""Component -> its names in files: of diffusers, kohya, ComfyUI, Stability and OMI; "" is PEFT's own."""
+MARKS = ("", "lora_", "lycoris_")
+"""What may stand before a component's name: kohya, OneTrainer and LyCORIS write one."""
+WRAPPERS = ("base_model.model", "module", "_orig_mod")
+"""Names of PEFT's and torch's wrappers around a component, before or after its name."""
+_MOST_PREFIX_PARTS = 12
+_LONGEST_COMPARED = 200
+
+SIDES = {
+    "down": (".lora_A", ".lora_down", ".lora.down", ".lora_linear_layer.down", "_lora.down", ".down"),
+    "up": (".lora_B", ".lora_up", ".lora.up", ".lora_linear_layer.up", "_lora.up", ".up"),
+    "mid": (".lora_mid", ".lora.mid", "_lora.mid"),
+}
+"""Role -> the names of a low-rank factor; an adapter's name (PEFT) or a part's number (kohya) may follow."""
+FACTORS = (
+    *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+)
+"""Tensors of LoHa and LoKr (LyCORIS, PEFT); each name is its role."""
 
 
 class Target(NamedTuple):
-    """What a name of a layer means: the weight of ours at `path`, or the `part`-th of its `parts` matrices.
-
-    `transform` is that of the weight's rows between their order and ours.
-    """
+    """A weight or bias of ours at `path`, or the `part`-th of its `parts`; `transform`: of its rows, theirs to ours."""
 
     path: str
     part: int
@@ -33,40 +55,54 @@ class Target(NamedTuple):
     transform: layout.Transform
 
 
+class Module(NamedTuple):
+    """The leaves of one layer of a file; None for those that it has not."""
+
+    weight: Target | None = None
+    bias: Target | None = None
+
+
 class Key(NamedTuple):
-    """A tensor's name taken apart: the layer, and "down", "up" or "alpha"; None for what is no part of a LoRA."""
+    """A tensor's name taken apart: the layer as it is spelled, and the role; None for the role of anything else."""
 
     layer: str
     role: str | None
 
 
-_ROLES = tuple(
-    (re.compile(pattern), role)
-    for pattern, role in (
-        (r"(.+)\.lora_A(?:\.[^.]+)?\.weight", "down"),
-        (r"(.+)\.lora_B(?:\.[^.]+)?\.weight", "up"),
-        (r"(.+?)(?:\.lora_down|\.lora\.down|_lora\.down|\.lora_linear_layer\.down|\.down)\.weight", "down"),
-        (r"(.+?)(?:\.lora_up|\.lora\.up|_lora\.up|\.lora_linear_layer\.up|\.up)\.weight", "up"),
-        (r"(.+)\.alpha", "alpha"),
-    )
+def _alternatives(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+_SUFFIXES = (
+    *((re.compile(rf"(.+?)(?:{_alternatives(names)})(?:\.([^.]+))?\.weight"), role) for role, names in SIDES.items()),
+    (re.compile(rf"(.+?)(?:{_alternatives(SIDES['up'])})(?:\.([^.]+))?\.bias"), "up_bias"),
+    (re.compile(r"(.+?)\.lora_A"), "down"),
+    (re.compile(r"(.+?)\.lora_B"), "up"),
+    (re.compile(r"(.+)\.alpha"), "alpha"),
+    (re.compile(r"(.+?)\.(?:dora_scale|lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"), "magnitude"),
+    (re.compile(r"(.+)\.(?:diff|w_norm)"), "diff"),
+    (re.compile(r"(.+)\.(?:diff_b|b_norm)"), "diff_b"),
 )
+_FACTOR = re.compile(rf"(.+)\.({_alternatives(FACTORS)})(?:\.[^.]+)?(?:\.weight)?")
 REFUSED = (
-    (re.compile(r".+\.(dora_scale|lora_magnitude_vector)(\..+)?"), "a DoRA magnitude (weight-decomposed LoRA)"),
-    (re.compile(r".+\.hada_\w+"), "part of a LoHa"),
-    (re.compile(r".+\.lokr_\w+"), "part of a LoKr"),
-    (re.compile(r".+\.lora_mid\.weight"), "the core of a Tucker decomposition"),
-    (re.compile(r".+\.lora_B(\..+)?\.bias"), "a LoRA's bias"),
-    (re.compile(r".+\.diff(_b)?"), "a full difference, not a LoRA"),
     (re.compile(r".+\.lora_embedding_[AB](\..+)?"), "the LoRA of an embedding"),
+    (re.compile(r".+\.(oft_blocks|oft_diag|oft_R|boft_\w+)(\..+)?"), "part of an OFT or BOFT"),
+    (re.compile(r".+\.(a1|a2|b1|b2|bm1|bm2)\.weight"), "part of a GLoRA"),
+    (re.compile(r".+\.(on_input|ia3_l)(\..+)?"), "part of an (IA)3"),
+    (re.compile(r".+\.(vera_\w+|lokr_t1|set_weight|reshape_weight)(\..+)?"), "of a kind without a known formula"),
 )
 """Keys that are understood, but stand for something that adapters do not hold."""
 
 
 def parse(key: str) -> Key:
     """The parts of a tensor's name."""
-    for pattern, role in _ROLES:
+    if match := _FACTOR.fullmatch(key):
+        return Key(match[1], match[2])
+    for pattern, role in _SUFFIXES:
         if match := pattern.fullmatch(key):
-            return Key(match[1].replace(".processor.", "."), role)
+            part = match[2] if len(match.groups()) > 1 else None
+            # kohya's split query, key and value: lora_down.0.weight is Stability's layer qkv.0.
+            return Key(f"{match[1]}.{part}" if part and part.isdecimal() and "lora_A" not in key else match[1], role)
     return Key(key, None)
 
 
@@ -102,58 +138,149 @@ def parts(paths: Iterable[str]) -> dict[str, int]:
 
 
 def stability_sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
-    """As `sources` for weights of the transformer (path -> shape), in Stability's names."""
+    """As `sources` for leaves of the transformer (path -> shape), in Stability's names."""
     found = layout.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in shapes])
     named = {path: found[path.removeprefix("transformer.")] for path in shapes}
-    return {path: source._replace(transform=SWAP_HALVES) if _two_parts(path, shapes[path]) else source
+    swapped = {path.rpartition(".")[0] for path, shape in shapes.items() if _is_shift_and_scale(path, shape)}
+    return {path: source._replace(transform=SWAP_HALVES) if path.rpartition(".")[0] in swapped else source
             for path, source in named.items()}  # fmt: skip
 
 
-def targets(config: Config) -> dict[str, Target]:
-    """Every spelling of every layer that a LoRA can adapt -> what it means. VAEs have no LoRAs in files."""
-    shapes = adaptable_shapes(config)
-    found: dict[str, Target] = {}
-    for path, source in sources(shapes).items():
-        component = path.partition(".")[0]
-        for part, name in enumerate(source.names):
-            target = Target(path, part, len(source.names), IDENTITY if len(source.names) > 1 else source.transform)
-            found |= dict.fromkeys(_diffusers_spellings(component, name.removesuffix(".weight")), target)
-    inside = {path: shape for path, shape in shapes.items() if path.startswith("transformer.")}
-    for path, source in stability_sources(inside).items():
-        target = Target(path, 0, 1, source.transform)
-        found |= dict.fromkeys(_stability_spellings(source.names[0].removesuffix(".weight")), target)
-    return found
+class Table(NamedTuple):
+    """Component -> spelling of a layer with underscores -> its leaves, for the components of one model."""
+
+    components: Mapping[str, Mapping[str, Module]]
+
+    def find(self, layer: str) -> tuple[str | None, Module | None]:
+        """(component, leaves) of a layer with its prefix; the component alone where the model lacks the layer."""
+        flat = flatten(layer)
+        flat = flat.replace("_processor_", "_", 1)
+        component = None
+        for prefix, rest in _splits(flat):
+            for named in _PREFIXES.get(prefix, ()):
+                if module := self.components.get(named, {}).get(rest):
+                    return named, module
+                component = named if prefix else component
+        return component, None
+
+    def closest(self, layer: str) -> str | None:
+        """The most similar spelling of a layer with its numbers as `*`, or None."""
+        component, _ = self.find(layer)
+        known = sorted({_numberless(name) for name in self.components.get(component or "transformer", {})})
+        best: tuple[float, str] | None = None
+        for prefix, rest in _splits(flatten(layer)[:_LONGEST_COMPARED]):
+            name = _numberless(rest)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8) if prefix in _PREFIXES else []
+            best = max([best] * bool(best) + [(difflib.SequenceMatcher(None, one, name).ratio(), one) for one in near],
+                       default=None)  # fmt: skip
+        return best and best[1]
+
+
+def table(config: Config) -> Table:
+    """Every spelling of every layer that a file can adapt. VAEs have no LoRAs in files."""
+    return Table({name: _modules(name, leaves) for name, leaves in _leaves(config).items()})
 
 
 def adaptable_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The weights that LoRAs in files may adapt, by path of ours."""
-    leaves = specs.paths({name: part for name, part in spec(config).items() if name in KOHYA})
-    return {path: leaf.shape for path, leaf in leaves.items() if adaptable(path, len(leaf.shape))}
+    """The weights of linear and convolution layers that LoRAs in files may adapt, by path of ours."""
+    leaves = {path: shape for one in _leaves(config).values() for path, shape in one.items()}
+    return {path: shape for path, shape in leaves.items() if adaptable(path, len(shape))}
 
 
-def _two_parts(path: str, shape: tuple[int, ...]) -> bool:
+def leaf_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The weights and biases of all layers, by path of ours."""
+    return {path: shape for one in _leaves(config).values() for path, shape in one.items()}
+
+
+def flatten(name: str) -> str:
+    """A name with underscores for dots."""
+    return name.replace(".", "_")
+
+
+def prefixes(component: str) -> list[str]:
+    """Every prefix of a component's layers, with dots where it has names of its own; "" is among the transformer's."""
+    marked = [mark + name if name else mark.rstrip("_") for name in COMPONENT_NAMES[component] for mark in MARKS]
+    # Below an encoder's name ComfyUI and Stability write "transformer.", which before it would mean another component.
+    before, after = WRAPPERS, (*WRAPPERS, *(["transformer"] if component != "transformer" else []))
+    pairs = [(name, wrapper) for name in marked for wrapper in after]
+    pairs += [(wrapper, name) for name in marked for wrapper in before]
+    return list(dict.fromkeys([*marked, *(".".join(filter(None, pair)) for pair in pairs)]))
+
+
+def _prefix_table() -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for component in COMPONENT_NAMES:
+        for prefix in map(flatten, prefixes(component)):
+            found[prefix] = tuple(dict.fromkeys((*found.get(prefix, ()), component)))
+    return found
+
+
+_PREFIXES = _prefix_table()
+
+
+def _splits(flat: str) -> Iterator[tuple[str, str]]:
+    """Every way to take a prefix off, the shortest first."""
+    yield "", flat
+    place = -1
+    for _ in range(_MOST_PREFIX_PARTS):
+        place = flat.find("_", place + 1)
+        if place < 0:
+            return
+        yield flat[:place], flat[place + 1 :]
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<=_)\d+(?=_)", "*", name)
+
+
+def _leaves(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
+    described = {name: part for name, part in spec(config).items() if name in KOHYA}
+    return {
+        name: {
+            f"{name}.{path}": leaf.shape
+            for path, leaf in specs.paths(part).items()
+            if path.rpartition(".")[2] in ("weight", "bias")
+        }
+        for name, part in described.items()
+    }
+
+
+def _modules(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Module]:
+    found: dict[str, Module] = {}
+
+    def add(name: str, target: Target) -> None:
+        layer, _, leaf = name.rpartition(".")
+        for spelling in _spellings(component, layer):
+            flat = flatten(spelling)
+            found[flat] = found.get(flat, Module())._replace(**{leaf: target})
+
+    for path, source in sources(shapes).items():
+        for part, name in enumerate(source.names):
+            transform = IDENTITY if len(source.names) > 1 else source.transform
+            add(name, Target(path, part, len(source.names), transform))
+    if component == "transformer":
+        split = parts(shapes)
+        for path, source in stability_sources(shapes).items():
+            layer, _, leaf = source.names[0].rpartition(".")
+            add(source.names[0], Target(path, 0, 1, source.transform))
+            for part in range(split[path] if split[path] > 1 else 0):
+                add(f"{layer}.{part}.{leaf}", Target(path, part, split[path], IDENTITY))
+    return found
+
+
+def _spellings(component: str, layer: str) -> Iterator[str]:
+    """A layer in today's names and in those of older files."""
+    yield layer
+    if component == "transformer":
+        yield layer.removesuffix(".0") if layer.endswith(".to_out.0") else layer
+        return
+    yield layer.removeprefix("text_model.")
+    head, attention, name = layer.partition(".self_attn.")
+    if attention:
+        old = head + attention + {"out_proj": "to_out"}.get(name, "to_" + name.removesuffix("_proj"))
+        yield from (old, old.removeprefix("text_model."))
+
+
+def _is_shift_and_scale(path: str, shape: tuple[int, ...]) -> bool:
     """Whether this is the last block's modulation of the context: shift and scale alone, the other way round."""
     return path.endswith(".context.modulation.weight") and shape[0] == 2 * shape[1]
-
-
-def _diffusers_spellings(component: str, name: str) -> list[str]:
-    prefix = COMPONENTS[component].folder + "."
-    names = [name, name.removeprefix("text_model.")]
-    dotted = [prefix + each for each in names]
-    flat = [KOHYA[component] + each.replace(".", "_") for each in names]
-    if component != "transformer":
-        # As ComfyUI writes those that it extracts.
-        dotted += [stability.ENCODER_PREFIXES[component] + each for each in names]
-        return [*dotted, *flat, *(prefix + _old_text_name(each) for each in names)]
-    flat += [other + name.replace(".", "_") for other in _OTHER_PREFIXES]
-    # Older files leave the position in `to_out` out; PEFT's own know no components.
-    return [*dotted, *flat, "base_model.model." + name, name, prefix + name.replace(".to_out.0", ".to_out")]
-
-
-def _old_text_name(name: str) -> str:
-    head, attention, layer = name.partition(".self_attn.")
-    return head + attention + {"out_proj": "to_out"}.get(layer, "to_" + layer.removesuffix("_proj"))
-
-
-def _stability_spellings(name: str) -> list[str]:
-    return [*(prefix + name for prefix in _STABILITY_PREFIXES), KOHYA["transformer"] + name.replace(".", "_")]

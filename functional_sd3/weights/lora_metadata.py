@@ -8,20 +8,27 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from functional_sd3.formats import json_fields, patterns
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import adapters, files
+from functional_sd3.formats.printable import shorten
+from functional_sd3.weights import adapters
 from functional_sd3.weights.adapters import Adapter
 
 _KEY = "lora_adapter_metadata"
 _PEFT = "base_model.model."
+_LARGEST_CONFIG = 16 * 2**20
 _LARGEST_NUMBER = 1e30
-# A pattern is a stranger's regular expression, and some take for ever: these bounds, far above what files have, keep
-# the work of each small.
-_MOST_EXPRESSIONS, _LONGEST, _MOST_REPEATS, _MOST_CHOICES = 64, 300, 2, 8
+_LONGEST_NAME = 300
+"""Characters of a layer's name beyond which no expression is compared with it."""
+_MOST_EXPRESSIONS = 64
+_MOST_COMPARED = 10**7
+"""Characters of names times expressions, for one file: some seconds of work."""
+_NUMBERS = ("r", "lora_alpha", "alpha")
+_UNSUPPORTED = ("use_qalora", "alora_invocation_tokens", "use_bdlora")
 
 Values = Mapping[str, Any]
 
@@ -31,44 +38,64 @@ class Patterns(NamedTuple):
 
     ends: dict[str, tuple[int, Any]]
     wholes: dict[str, tuple[int, Any]]
-    expressions: list[tuple[int, re.Pattern, Any]]
+    expressions: list[tuple[int, patterns.Pattern, Any]]
 
 
-def read(path: Path, metadata: Mapping[str, str]) -> Values:
-    """The names and values, empty where there are none. Raises WeightsError for what is not a LoRA's or is damaged."""
+def read(path: Path, metadata: Mapping[str, str], layers: Iterable[str] = ()) -> Values:
+    """The names and values, empty where there are none; layers: the names that `alpha` will be called with.
+
+    Raises WeightsError for what is not a LoRA's, is damaged, or would take long to compare with the layers.
+    """
     beside = path.parent / "adapter_config.json"
     if _KEY in metadata:
-        values = _parsed(path, metadata[_KEY])
+        values = json_fields.parse_object(metadata[_KEY], f"{path}: {_KEY}").values
     elif path.name.startswith("adapter_model") and beside.is_file():
-        values = {_PEFT + name: value for name, value in files.read_json(beside).items()}
+        values = {_PEFT + name: value for name, value in json_fields.read(beside, limit=_LARGEST_CONFIG).values.items()}
     else:
         return {}
-    patterns = {}
+    compiled = {}
     for name, value in values.items():
-        kind = name.rpartition(".")[2]
-        if kind == "use_dora" and value:
-            raise WeightsError(f"{path}: {name} says that this is a DoRA (weight-decomposed LoRA): not supported")
-        if kind in ("r", "lora_alpha") and not _number(value):
-            raise WeightsError(f"{path}: {name} is {value!r}, not a positive number")
+        kind, shown = name.rpartition(".")[2], shorten(name)
+        if kind in _NUMBERS and value is not None and not _is_positive(value):
+            raise WeightsError(f"{path}: {shown} is {shorten(repr(value))}, not a positive number")
+        if kind in ("use_rslora", "use_dora", "lora_bias", *_UNSUPPORTED) and not isinstance(value, bool | None):
+            if kind != "alora_invocation_tokens":
+                raise WeightsError(f"{path}: {shown} is {shorten(repr(value))}, not true or false")
+        if kind in _UNSUPPORTED and value:
+            raise WeightsError(f"{path}: {shown} is {shorten(repr(value))}: a kind of LoRA that is not supported")
         if kind in ("rank_pattern", "alpha_pattern") and value is not None:
-            if not isinstance(value, dict) or not all(map(_number, value.values())):
-                raise WeightsError(f"{path}: {name} must map names to positive numbers")
-            patterns[name] = _patterns(f"{path}: {name}", value)
-    return {**values, **patterns}
+            if not isinstance(value, dict) or not all(map(_is_positive, value.values())):
+                raise WeightsError(f"{path}: {shown} must map names to positive numbers")
+            compiled[name] = _patterns(f"{path}: {shown}", value)
+    count = sum(len(one.expressions) for one in compiled.values())
+    compared = count * sum(len(layer) for layer in layers if len(layer) <= _LONGEST_NAME) if count else 0
+    if compared > _MOST_COMPARED:
+        raise WeightsError(
+            f"{path}: {count} regular expressions of {_KEY} would be compared with {compared // count:,} characters of "
+            f"layers' names: more than files have"
+        )
+    return {name: value for name, value in values.items() if value is not None} | compiled
 
 
-def alpha(values: Values, layer: str, rank: int, path: Path, problems: list[str]) -> float:
-    """The alpha of a layer in the file's spelling; the rank where nothing is said.
+def alpha(values: Values, layer: str, rank: int | None, where: str) -> float | None:
+    """The alpha of a layer in the file's spelling, None where nothing is said; for a rank of None, alpha / rank.
 
     Where alpha is to be divided by the root of the rank (`use_rslora`), it is the one that gives the same when divided
-    by the rank. A rank that differs from what is said joins `problems`.
+    by the rank. Raises WeightsError, beginning with `where`, for a rank that differs from what is said.
     """
-    prefix, name = _component(layer, values)
-    said = _match(values.get(prefix + "rank_pattern"), name, values.get(prefix + "r", rank))
-    if said != rank:
-        problems.append(f"{path}: {layer} has rank {rank}, its metadata says {said}")
-    found = float(_match(values.get(prefix + "alpha_pattern"), name, values.get(prefix + "lora_alpha", rank)))
-    return found * math.sqrt(rank) if values.get(prefix + "use_rslora") else found
+    if not values:
+        return None
+    prefix, name = _component(layer)
+    said = _match(values.get(prefix + "rank_pattern"), name, values.get(prefix + "r"))
+    if None not in (said, rank) and said != rank:
+        raise WeightsError(f"{where}: {layer} has rank {rank}, its metadata says {said}")
+    usual = values.get(prefix + "lora_alpha", values.get(prefix + "alpha"))
+    found = _match(values.get(prefix + "alpha_pattern"), name, usual)
+    divisor = said if rank is None else rank
+    if found is None or divisor is None:
+        return None
+    found = float(found) * (math.sqrt(divisor) if values.get(prefix + "use_rslora") else 1.0)
+    return found / divisor if rank is None else found
 
 
 def write(modules: Mapping[str, Mapping[str, Adapter]]) -> dict[str, str]:
@@ -88,7 +115,7 @@ def write(modules: Mapping[str, Mapping[str, Adapter]]) -> dict[str, str]:
     return {_KEY: json.dumps(values, indent=2, sort_keys=True)}
 
 
-def _component(layer: str, values: Values) -> tuple[str, str]:
+def _component(layer: str) -> tuple[str, str]:
     """(what stands before the names about this layer, the layer's name without it)."""
     if layer.startswith(_PEFT):
         return _PEFT, layer.removeprefix(_PEFT)
@@ -104,45 +131,29 @@ def _patterns(where: str, given: Mapping[str, Any]) -> Patterns:
         if re.fullmatch(r"[\w.-]*", plain):
             (found.ends if plain == pattern.replace(r"\.", ".") else found.wholes).setdefault(plain, (index, value))
             continue
-        if _may_take_for_ever(pattern):
-            raise WeightsError(f"{where} has {pattern[:80]!r}, an expression that may take for ever to match")
+        if len(found.expressions) == _MOST_EXPRESSIONS:
+            raise WeightsError(f"{where} has more than {_MOST_EXPRESSIONS} regular expressions")
         try:
-            found.expressions.append((index, re.compile(rf"(.*\.)?({pattern})$"), value))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise WeightsError(f"{where} has {pattern[:80]!r}, which is no regular expression: {error}") from None
-    if len(found.expressions) > _MOST_EXPRESSIONS:
-        raise WeightsError(f"{where} has {len(found.expressions)} regular expressions, more than {_MOST_EXPRESSIONS}")
+            patterns.compile(pattern)
+            compiled = patterns.compile(rf"(.*\.)?({pattern})$")
+        except patterns.PatternError as error:
+            raise WeightsError(f"{where} has {shorten(repr(pattern))}, an expression that {error}") from None
+        found.expressions.append((index, compiled, value))
     return found
 
 
-def _may_take_for_ever(pattern: str) -> bool:
-    repeats, choices = len(re.findall(r"[*+?{]", pattern)), pattern.count("|")
-    nested = re.search(r"\)[*+{]", pattern) is not None
-    return nested or len(pattern) > _LONGEST or repeats > _MOST_REPEATS or choices > _MOST_CHOICES
-
-
-def _match(patterns: Patterns | None, name: str, default: Any) -> Any:
+def _match(given: Patterns | None, name: str, default: Any) -> Any:
     """The value of the first pattern that fits; no layer has a name longer than an expression may be."""
-    if not patterns or len(name) > _LONGEST:
+    if not given or len(name) > _LONGEST_NAME:
         return default
     ends = [name, *(name[place + 1 :] for place, letter in enumerate(name) if letter == ".")]
-    fits = [patterns.ends[end] for end in ends if end in patterns.ends]
-    fits += [patterns.wholes[name]] if name in patterns.wholes else []
-    fits += [(index, value) for index, pattern, value in patterns.expressions if pattern.match(name)]
+    fits = [given.ends[end] for end in ends if end in given.ends]
+    fits += [given.wholes[name]] if name in given.wholes else []
+    fits += [(index, value) for index, pattern, value in given.expressions if pattern.matches(name)]
     return min(fits)[1] if fits else default
 
 
-def _parsed(path: Path, text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: {_KEY} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path}: {_KEY} must be an object, not {values!r:.50}")
-    return values
-
-
-def _number(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST_NUMBER
 
 

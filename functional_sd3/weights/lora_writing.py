@@ -38,6 +38,11 @@ def save(
     if strangers:
         raise ValueError(f"files have no names for LoRAs of {', '.join(strangers)}; only {', '.join(lora_keys.KOHYA)}")
     for place, node in nodes.items():
+        if not adapters.is_low_rank(node):
+            raise ValueError(
+                f"{place} changes by more than a low-rank product, which these layouts cannot hold: `lora.resize` "
+                f"makes a LoRA of a LoHa, a LoKr or a difference of matrices; or save the merged model"
+            )
         if any(value.ndim != 0 for value in (part["alpha"] for part in adapters.members(node))):
             raise ValueError(f"{place} is a stack of LoRAs; save one of them at a time")
     tensors, metadata = _WRITERS[layout](nodes)

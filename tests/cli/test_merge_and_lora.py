@@ -110,8 +110,8 @@ def test_info_says_what_a_file_holds_and_whether_it_fits(folders, capsys):
     (["merge", "base", "tuned", "--method", "slerp", "--weights", "1,2"], "--weights belongs to"),
     (["merge", "base", "tuned", "--base", "base"], "--base belongs to"),
     (["merge", "base", "tuned", "--part", "unet"], "--part unet is not in"),
-    (["lora", "merge", "base", "style.safetensors=strong"], "with a number for the scale"),
-    (["lora", "merge", "base", "absent.safetensors"], "cannot be opened"),
+    (["lora", "merge", "base", "style.safetensors=strong"], "the scale 'strong' must be a number"),
+    (["lora", "merge", "base", "absent.safetensors"], "absent.safetensors: no such file"),
     (["lora", "extract", "base", "base"], "no weight that a LoRA can adapt differs"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(folders, tmp_path, words, said, capsys, monkeypatch):
