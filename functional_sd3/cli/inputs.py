@@ -2,7 +2,8 @@
 
 A picture is read upright and in RGB. With `--size` it is scaled to cover that size and cropped about its centre.
 Without, it is scaled down where it has more pixels than the model's own size, and each side is cropped about the centre
-to a multiple of what the model can draw. A mask goes the way of its picture.
+to a multiple of what the model can draw. A mask goes the way of its picture; `image.masks` has the rule of its
+transparency.
 """
 
 import argparse
@@ -46,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength", type=float, help="in [0, 1], how much of it is drawn anew (default 0.6; 1 with a mask)"
     )
-    parser.add_argument("--mask", help="a picture of the same proportions: only what is white in it is drawn anew")
+    parser.add_argument(
+        "--mask",
+        help="an image of the same proportions: only what is white in it is drawn anew. Where its alpha varies: the "
+        "strokes, if they are white or of one colour; of any other image, such as one with a part erased, what is "
+        "transparent",
+    )
     parser.add_argument(
         "--soften", type=float, metavar="PX", help="blur the mask by so many pixels and take its grey for a strength"
     )
@@ -115,12 +121,16 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
     if arguments.mask:
         picture = read(arguments.image)
         fit = fitting(picture.size, session, size)
-        mask = pixels.from_pil(fitted(_mask(arguments.mask, picture), fit))[:, :1].to(session.device)
+        found = read_mask(arguments.mask, picture, least=128 if arguments.soften is None else 4)
+        mask = pixels.from_pil(fitted(_proportioned(arguments.mask, found, picture), fit))[:, :1].to(session.device)
     elif arguments.outpaint:
         image, mask = pipeline.grown(image, **margins(arguments.outpaint), overlap=arguments.overlap or 0)
     strength = arguments.strength if arguments.strength is not None else 0.6 if mask is None else 1.0
     with torch.no_grad():
         latents = pipeline.encode_images({"vae": session.fetch("vae")}, session.config, image)
+    if mask is not None and not pipeline.latent_mask(mask, latents, arguments.soften).any():
+        where = f"--mask {arguments.mask}" if arguments.mask else f"--outpaint {arguments.outpaint}"
+        raise ValueError(f"{where} changes nothing: its white part is too small for latents, or cropped away")
     return Picture(image, latents, mask, strength, arguments.soften, arguments.restore)
 
 
@@ -181,10 +191,27 @@ def read(path: str) -> "Image":
         raise ValueError(f"{path}: {error}") from None
 
 
-def _mask(path: str, picture: "Image") -> "Image":
+def read_mask(path: str, image: "Image | None" = None, *, least: int) -> "Image":
+    """The mask in mode "L", by the rule of `image.masks`, with a note where transparency decided; `image`: what it is a
+    mask of. ValueError, with its path, where no value reaches `least`."""
+    from functional_sd3.cli import report
+    from functional_sd3.image import files, masks
+
+    try:
+        mask, reading = masks.from_image(files.read_transparent(path), image)
+        masks.check_effect(mask, least)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if reading:
+        histogram = mask.histogram()
+        share = 100 * sum(histogram[128:]) / sum(histogram)
+        report.note(f"{path} has transparency: {reading} the mask, {share:.0f} % of its area")
+    return mask
+
+
+def _proportioned(path: str, mask: "Image", picture: "Image") -> "Image":
     from PIL import Image
 
-    mask = read(path).convert("L")
     if mask.width * picture.height != mask.height * picture.width:
         sizes = ["x".join(map(str, sides)) for sides in (mask.size, picture.size)]
         raise ValueError(f"{path} is {sizes[0]}, but the picture is {sizes[1]}: a mask must have its proportions")

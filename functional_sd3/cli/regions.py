@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="BOX[@WEIGHT]=PROMPT",
         help="a prompt for a part of the picture: LEFT,TOP,WIDTHxHEIGHT=PROMPT in pixels, or MASK.png=PROMPT, where "
-        "the mask is white. Its weight against PROMPT is 0.5, where PROMPT tells the whole. May be repeated",
+        "the mask is white (or, with transparency, as in --mask). Its weight against PROMPT is 0.5, where PROMPT tells "
+        "the whole. May be repeated",
     )
     parser.add_argument(
         "--tile",
@@ -121,7 +122,7 @@ def _mask(asked: Asked, size: tuple[int, int]) -> "Tensor":
     from functional_sd3.image import pixels
 
     if isinstance(asked.place, str):
-        return pixels.from_pil(inputs.read(asked.place).convert("L"))[:, :1]
+        return pixels.from_pil(inputs.read_mask(asked.place, least=4))[:, :1]
     left, top, wide, high = asked.place
     if left + wide > size[0] or top + high > size[1] or not wide * high:
         raise ValueError(f"the region {left},{top},{wide}x{high} is not in the picture of {size[0]}x{size[1]}")

@@ -2,6 +2,7 @@
 
 import shlex
 
+import numpy
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -160,3 +161,44 @@ def test_what_makes_no_sense_is_said_in_one_line(files, tmp_path, capsys, words,
     error = capsys.readouterr().err
     assert message.format(files) in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_masks_of_every_kind_of_file_keep_the_same_part(files, capsys):
+    with Image.open(files / "in.png") as picture, Image.open(files / "mask.png") as mask:
+        erased = picture.convert("RGB")
+        erased.putalpha(mask.point(lambda value: 255 - value))
+        erased.save(files / "erased.png")
+        strokes = Image.new("RGBA", mask.size, (255, 255, 255, 0))
+        strokes.putalpha(mask)
+        strokes.save(files / "strokes.webp", lossless=True)
+        deep = numpy.asarray(mask).astype(numpy.uint16) * 257
+        Image.fromarray(deep).save(files / "deep.png")
+        mask.convert("1").save(files / "bit.tif")
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        mask.rotate(180).save(files / "turned.png", exif=exif)
+    words = ("--image", files / "in.png", "--restore", "--mask")
+    expected = draw(files, *words, files / "mask.png")
+    assert "note" not in capsys.readouterr().err
+    said = {"erased.png": "what is transparent in it is the mask, 50 %", "strokes.webp": "its white strokes are the"}
+    for name in ("erased.png", "strokes.webp", "deep.png", "bit.tif", "turned.png"):
+        assert torch.equal(draw(files, *words, files / name), expected), name
+        assert said.get(name, "") in (error := capsys.readouterr().err) and ("note" in error) == (name in said)
+    region = ("--region", f"{files}/strokes.webp=a red circle")
+    assert torch.equal(draw(files, *region), draw(files, "--region", f"{files}/mask.png=a red circle"))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0, "is black everywhere"), (1, "multiplied by 255"), (100, "no value above 100")]
+)
+def test_a_mask_that_would_change_nothing_is_said(files, tmp_path, capsys, value, said):
+    Image.new("L", (64, 64), value).save(tmp_path / "none.png")
+    words = ("generate", PROMPT, "--params", files / "model", "--steps", 2, "--out", tmp_path / "x.png")
+    assert run(*words, "--image", files / "in.png", "--mask", tmp_path / "none.png") == 1
+    error = capsys.readouterr().err
+    assert "none.png: " in error and said in error and error.count("\n") == 1
+    small = Image.new("L", (64, 64))
+    small.putpixel((3, 3), 255)
+    small.save(tmp_path / "none.png")
+    assert run(*words, "--image", files / "in.png", "--mask", tmp_path / "none.png") == 1
+    assert "changes nothing: its white part is too small" in capsys.readouterr().err

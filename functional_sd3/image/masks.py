@@ -1,0 +1,87 @@
+"""Masks as people have them, with and without transparency, as one channel: 255 is drawn anew, 0 is kept.
+
+White is drawn anew and black is kept. Where alpha varies, alpha decides, by what its visible part shows:
+
+- only white, or white beside black: the white strokes are drawn anew, all that is transparent is kept;
+- one other colour: the strokes of that colour are drawn anew, all that is transparent is kept;
+- anything else, black alone, or the image that the mask belongs to: what is transparent is drawn anew, as where a part
+  of the image was erased.
+
+Half transparent is half white. Where alpha is the same everywhere it does not count.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_VARIES = 8
+"""Levels of 255 between the least and the most alpha, from which on it says something."""
+_NEAR = 32
+"""Levels of 255 within which a colour is taken for another: compression moves them."""
+_SHARE = 0.98
+"""Part of the visible pixels that must be of a colour: edges are between two."""
+
+
+class Mask(NamedTuple):
+    """`image` in mode "L"; `reading` says what was drawn anew by the rule of transparency, "" where there is none."""
+
+    image: "Image"
+    reading: str
+
+
+def from_image(mask: "Image", image: "Image | None" = None) -> Mask:
+    """The mask in an RGBA image by the rule above; `image`: what it is a mask of.
+
+    Raises ValueError where alpha is (nearly) 0 everywhere.
+    """
+    from PIL import Image
+
+    least, most = mask.getchannel("A").getextrema()
+    if most < _VARIES:
+        raise ValueError(f"is transparent everywhere: its alpha is at most {most} of 255, where 255 is opaque")
+    if most - least < _VARIES:
+        return Mask(mask.convert("RGB").convert("L"), "")
+    alpha = mask.getchannel("A")
+    # A look at the mask with at most a million pixels, nearest so that no colours are mixed.
+    scale = min(1.0, (2**20 / (mask.width * mask.height)) ** 0.5)
+    size = [max(1, round(side * scale)) for side in mask.size]
+    look = numpy.asarray(mask.resize(size, Image.Resampling.NEAREST))
+    if not (look[..., 3] >= most / 2).any():
+        look = numpy.asarray(mask)
+    visible = look[..., 3] >= most / 2
+    colours = look[..., :3][visible].astype(numpy.int16)
+    white = (colours >= 255 - _NEAR).all(1)
+    black = (colours <= _NEAR).all(1)
+    if white.mean() >= _SHARE:
+        return Mask(alpha, "its white strokes are")
+    same = image is not None and _is_of(image, look, visible)
+    if not same and white.any() and (white | black).mean() >= _SHARE:
+        ground = Image.new("RGBA", mask.size, (0, 0, 0, 255))
+        return Mask(Image.alpha_composite(ground, mask).convert("L"), "what is white in it is")
+    near = (abs(colours - numpy.median(colours, axis=0)) <= _NEAR).all(1)
+    if not same and near.mean() >= _SHARE and black.mean() < _SHARE:
+        return Mask(alpha, "its strokes of one colour are")
+    return Mask(alpha.point(range(255, -1, -1)), "what is transparent in it is")
+
+
+def check_effect(mask: "Image", least: int) -> None:
+    """Raises ValueError unless some value of a mask (mode "L") is at least `least`, as one below changes nothing."""
+    most = mask.getextrema()[1]
+    if most >= least:
+        return
+    if most == 0:
+        raise ValueError("is black everywhere, so it changes nothing: what is white in a mask is drawn anew")
+    ones = "; a mask of 0 and 1 must be multiplied by 255" if most == 1 else ""
+    raise ValueError(f"has no value above {most}, where white is 255, so it changes nothing{ones}")
+
+
+def _is_of(image: "Image", look: numpy.ndarray, visible: numpy.ndarray) -> bool:
+    """True if what is visible of a mask is the image."""
+    from PIL import Image
+
+    height, width = look.shape[:2]
+    other = numpy.asarray(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)).astype(numpy.int16)
+    return (abs(other[visible] - look[..., :3][visible]) <= _NEAR).all(1).mean() >= _SHARE
