@@ -160,6 +160,7 @@ def test_every_recorded_option_is_read_again():
     from functional_sd3.cli import controls, edit, inputs, interpolate, options
 
     values = {
+        "count": 2,
         "steps": 3, "cfg": 4.5, "rtol": 1e-3, "atol": 1e-3, "seed": 1, "strength": 0.5, "soften": 2.0, "overlap": 8,
         "eta": 0.5, "source_cfg": 1.5, "frames": 4, "fps": 8.0, "weighted": True, "long": True, "restore": True,
         "exact": True, "direct": True, "slerp": True, "trajectory": True, "denoised": True, "dtype": "float32",
@@ -218,6 +219,9 @@ def test_quiet_prints_results_alone(model, tmp_path, capsys):
     assert error == ""
     assert printed.splitlines()[:3] == [str(image), str(tmp_path / "y.png"), str(tmp_path / "z.png")]
     assert json.loads(printed.split("\n", 3)[3])["by"] == "loss"
+    assert run("train", "--data", "shapes", "--out", tmp_path / "o", "--pictures", 2, "--batch-size", 1, "--steps", 1,
+               "--sample-every", 0, "--lora", 1, "--quiet") == 0  # fmt: skip
+    assert capsys.readouterr().err == ""
     # Errors stay.
     assert run("generate", "x", "--steps", 0, "--quiet") == 1
     assert "--steps 0 must be at least 1" in capsys.readouterr().err
