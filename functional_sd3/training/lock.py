@@ -42,13 +42,14 @@ class Holder(NamedTuple):
 
 @contextmanager
 def hold(folder: str | os.PathLike, note: Callable[[str], None]) -> Iterator[None]:
-    """The lock of a folder, which is made where it is missing and removed again where it stays empty.
+    """The lock of a folder, which is made where it is missing, its parents too, and removed again where it stays empty.
 
     A lock whose holder is gone is taken over, which `note` says. Raises WeightsError, naming the holder and what to do,
     while another run holds it, and where a file that cannot be read stands in its place.
     """
     folder = Path(folder)
-    path, is_new = folder / NAME, not folder.exists()
+    path = folder / NAME
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path, note)
@@ -60,9 +61,9 @@ def hold(folder: str | os.PathLike, note: Callable[[str], None]) -> Iterator[Non
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
 
 
 def this_process() -> Holder:
