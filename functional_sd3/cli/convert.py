@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.paths,
         only=arguments.only.split(",") if arguments.only else None,
         variant=arguments.variant,
+        dtype="stored",
     )
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     weights.save(arguments.out, model, layout=arguments.layout, dtype=dtype, shard_bytes=shard_bytes)

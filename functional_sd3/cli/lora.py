@@ -58,7 +58,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from functional_sd3.training import lora
 
     files = [lora_options.parse(word, "") for word in arguments.files]
-    model = weights.load(arguments.model)
+    model = weights.load(arguments.model, dtype="stored")
     loaded = [lora.load_with_report(path, model.config, strict=not arguments.loose) for path, _ in files]
     for (path, _), one in zip(files, loaded, strict=True):
         lora_options.note_left_out(path, one.left_out)
@@ -78,7 +78,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     from functional_sd3.weights import lora_keys, merge
 
     device = runtime.device(arguments.device)
-    tuned, base = weights.load(arguments.tuned), weights.load(arguments.base)
+    tuned, base = (weights.load(path, dtype="stored") for path in (arguments.tuned, arguments.base))
     names = [name for name in lora_keys.KOHYA if name in tuned.params and name in base.params]
     for name in names:
         if getattr(tuned.config, name) != getattr(base.config, name):

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_sd3 import weights
     from functional_sd3.weights import merge
 
-    first = weights.load(arguments.models[0])
+    first = weights.load(arguments.models[0], dtype="stored")
     names = list(first.params) if "all" in arguments.part else list(arguments.part)
     absent = [name for name in names if name not in first.params]
     if absent:
@@ -60,7 +60,7 @@ def differences(path: Path, other: Path) -> Iterator[str]:
     from functional_sd3 import weights
     from functional_sd3.weights import merge
 
-    base, changed = weights.load(other), weights.load(path)
+    base, changed = weights.load(other, dtype="stored"), weights.load(path, dtype="stored")
     names = [name for name in base.params if name in changed.params]
     for one, its, rest in ((path, changed, base), (other, base, changed)):
         absent = [name for name in its.params if name not in rest.params]
@@ -108,7 +108,7 @@ def _like(first, path: str, names: list[str]):
     from functional_sd3 import weights
     from functional_sd3.cli import runtime
 
-    other = weights.load(path, only=names)
+    other = weights.load(path, only=names, dtype="stored")
     runtime.require(other, names, Path(path))
     for name in names:
         ours, theirs = getattr(first.config, name), getattr(other.config, name)

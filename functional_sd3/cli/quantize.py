@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps < 0:
         raise ValueError(f"--steps {arguments.steps} must be at least 0")
     dtype = {"int8": torch.int8, "float8": torch.float8_e4m3fn}[arguments.format]
-    model = weights.load(arguments.model)
+    model = weights.load(arguments.model, dtype="stored")
     runtime.require(model, arguments.part, Path(arguments.model))
     stored = {name: quantize.quantize(model.params[name], dtype) for name in arguments.part}
     for name, params in stored.items():

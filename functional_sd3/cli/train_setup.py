@@ -127,7 +127,7 @@ def _as_stored(params: Tree, stored: Tree) -> Tree:
 def _load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model]:
     """The model as it is stored, and what training reads of it: in float32 what is trained."""
     device = runtime.device(arguments.device)
-    stored = weights.load(source)
+    stored = weights.load(source, dtype="stored")
     runtime.require(stored, ("transformer", "vae") if arguments.part == "transformer" else ("vae",), source)
     names = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
     params = tree.to(tree.cast({name: stored.params[name] for name in names}, torch.float32), device)

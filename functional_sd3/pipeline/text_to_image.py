@@ -23,6 +23,7 @@ from functional_sd3.text import conditioning
 from functional_sd3.text.conditioning import Conditioning, Ids
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.model import Config, Tokenizers
 
 T5_LENGTH = 256
@@ -112,7 +113,7 @@ def generate_from(
     prompts: str | Sequence[str],
     key: Key,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
     quantized: bool = False,

@@ -19,6 +19,7 @@ from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import (
     atomic,
     composing,
+    default_dtype,
     diffusers,
     files,
     forms,
@@ -32,6 +33,7 @@ from functional_sd3.weights import (
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
+from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.describing import describe
 from functional_sd3.weights.features import load_features, save_features
 from functional_sd3.weights.forms import infer_config
@@ -87,7 +89,7 @@ _FILES = {"stability": forms.STABILITY, "single": forms.STABILITY, "native": for
 def load(
     path: str | os.PathLike | Sequence[str | os.PathLike],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: torch.device | str = "cpu",
     only: str | Collection[str] | None = None,
     variant: str | None = None,
@@ -101,7 +103,10 @@ def load(
     the configs beside the weights or read off their shapes (`infer_config`). Components that are in none of the paths
     are absent from the model; `missing` says which, and what would bring them.
 
-    dtype: of every parameter; None keeps each as stored, and scaled fp8 becomes float32. only: a component or several
+    dtype: of every parameter. None is a default that the device computes well, one for each component: what is stored
+    all in float32 or bfloat16 stays so, and float16 elsewhere than on a CPU; the rest (float16 on a CPU, float8, blocks
+    of GGUF, several dtypes) becomes float32 on a CPU, bfloat16 elsewhere, which a Note says. "stored" keeps each
+    parameter's own, of scaled fp8 and of blocks float32. only: a component or several
     ("transformer", "vae", "clip_l", "clip_g", "t5", "taesd"), each with its tokenizer; the others are then absent.
     variant: of the files ("fp16"), where a component has one. finite: whether NaN and infinities are refused, which
     reads every value once; False reads none before it is used. quantized: weights stored in int8 or float8 with scales
@@ -116,7 +121,7 @@ def load(
     that does not exist. Nothing loads in part.
     """
     chosen = _components(only)
-    _check_dtype(dtype)
+    default_dtype.check(dtype)
     return composing.load(
         _paths(path),
         dtype=dtype,

@@ -16,8 +16,9 @@ from functional_sd3.core.types import Params
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.image import clip_pixels
 from functional_sd3.text import bpe, clip, clip_dual, clip_image
-from functional_sd3.weights import config_fields, diffusers_keys, files, layout, shards
+from functional_sd3.weights import config_fields, default_dtype, diffusers_keys, files, layout, shards
 from functional_sd3.weights import diffusers_configs as configs
+from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.layout import Layout, Rule, Source, renamed
 from functional_sd3.weights.shards import WeightFiles
 
@@ -64,12 +65,12 @@ LAYOUT = Layout(
 
 
 def load(
-    path: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike, *, dtype: Dtype = None, device: torch.device | str = "cpu"
 ) -> Clip:
     """The model in a folder of transformers' `CLIPModel`, or in one safetensors file with its tensors.
 
     Beside a file its config.json and so on are read if they are there; otherwise the sizes are read off the shapes,
-    with heads of 64 and quick GELU, as in all of OpenAI's. dtype: of every parameter, None keeps each as stored.
+    with heads of 64 and quick GELU, as in all of OpenAI's. dtype: as of `weights.load`.
     Raises WeightsError with every problem: missing or broken files, missing, unexpected or misshapen tensors, configs
     that we do not compute. Nothing loads in part.
     """
@@ -168,15 +169,20 @@ def _read(
     config: clip_dual.Config,
     weights: WeightFiles,
     names: Mapping[str, str],
-    dtype: torch.dtype | None,
+    dtype: Dtype,
     device: torch.device | str,
 ) -> Params:
+    stored = {shards.entry(weights, name).dtype for name in names.values()}
+    chosen = default_dtype.choose(dtype, stored, device)
+    if dtype is None and chosen:
+        default_dtype.say(stored - {chosen}, {chosen}, device)
+
     def fetch(source: Source, param: Param) -> Tensor:
         found = [names[name] for name in source.names]
         together = shards.stacked(weights, found) if source.transform is layout.FUSE else None
         if together is None:
             together = source.transform.join([shards.tensor(weights, name) for name in found])
-        return together.to(device=device, dtype=dtype).contiguous()
+        return together.to(device=device, dtype=chosen).contiguous()
 
     return layout.to_ours(LAYOUT, clip_dual.spec(config), fetch)
 

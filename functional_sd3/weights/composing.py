@@ -7,7 +7,8 @@ import torch
 
 from functional_sd3.flow import schedule
 from functional_sd3.formats.errors import WeightsError, attempt
-from functional_sd3.weights import forms, reading, sources, taesd_keys
+from functional_sd3.weights import default_dtype, forms, reading, sources, taesd_keys
+from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
 from functional_sd3.weights.reading import Contents, Piece, Plan
 
@@ -15,7 +16,7 @@ from functional_sd3.weights.reading import Contents, Piece, Plan
 def load(
     paths: Sequence[Path],
     *,
-    dtype: torch.dtype | None,
+    dtype: Dtype,
     device: torch.device | str,
     only: Collection[str],
     variant: str | None,
@@ -24,12 +25,21 @@ def load(
 ) -> Model:
     """`weights.load` says what the arguments mean."""
     contents, plans = plan(paths, only, variant)
+    if dtype is None:
+        _say_defaults(plans, device, quantized)
     params = {
         name: reading.read(plans[name], dtype=dtype, device=device, check_finite=finite, quantized=quantized)
         for name in SPECS
         if name in plans
     }
     return _outlined(contents, plans, only)._replace(params=params)
+
+
+def _say_defaults(plans: Mapping[str, Plan], device: torch.device | str, quantized: bool) -> None:
+    stored = {name: reading.kinds(one, quantized) for name, one in plans.items()}
+    chosen = {name: default_dtype.choose(None, kinds, device) for name, kinds in stored.items()}
+    changed = {kind for name, kinds in stored.items() for kind in kinds if chosen[name] not in (None, kind)}
+    default_dtype.say(changed, {dtype for dtype in chosen.values() if dtype}, device)
 
 
 def outline(paths: Sequence[Path], *, only: Collection[str], variant: str | None) -> Model:

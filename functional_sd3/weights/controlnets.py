@@ -20,6 +20,7 @@ from functional_sd3.transformer import controlnet
 from functional_sd3.weights import atomic, config_fields, files, shards, standalone
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.config_fields import Field, Fixed, Table, choice, flag, optional, whole
+from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.diffusers_keys import TRANSFORMER
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout, renamed
@@ -106,13 +107,13 @@ TABLE = Table(
 def load(
     path: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
     finite: bool = True,
 ) -> ControlNet:
     """The ControlNet in diffusers' folder, or in one file of diffusers' or Stability's names (its config is then read
-    off the shapes: `infer`). dtype: of every parameter; None keeps each as stored. variant: of the folder's files.
+    off the shapes: `infer`). dtype: as of `weights.load`. variant: of the folder's files.
     finite: whether NaN and infinities are refused.
 
     Raises WeightsError naming everything that is wrong with the files. Nothing loads in part.

@@ -16,6 +16,7 @@ from functional_sd3.core.types import Params
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.transformer import ip_adapter
 from functional_sd3.weights import files, layout, standalone
+from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout, renamed
 
@@ -75,11 +76,11 @@ _HEAD_DIM = 64
 def load(
     path: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     device: torch.device | str = "cpu",
     finite: bool = True,
 ) -> IPAdapter:
-    """The IP-Adapter in a file; its config is read off the shapes. dtype: None keeps each parameter's as stored.
+    """The IP-Adapter in a file; its config is read off the shapes. dtype: as of `weights.load`.
     finite: whether NaN and infinities are refused.
 
     Raises WeightsError naming everything that is wrong with the file.

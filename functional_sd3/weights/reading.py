@@ -15,7 +15,8 @@ from torch import Tensor
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import files, finite, forms, layout
+from functional_sd3.weights import default_dtype, files, finite, forms, layout
+from functional_sd3.weights.default_dtype import Dtype, Kind
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.forms import Form
 from functional_sd3.weights.header import Entry
@@ -103,19 +104,38 @@ def plan(piece: Piece) -> Plan:
     return Plan(piece.component, form, where, config, described, table, names, piece.places, scales, told, known)
 
 
+def kinds(plan: Plan, quantized: bool = False) -> set[Kind]:
+    """What the parameters are stored in, but for those that stay quantized: dtypes, and names of what is decoded."""
+    found: set[Kind] = set()
+    for source in plan.sources.values():
+        names = [plan.names[name] for name in source.names if name in plan.names]
+        if not (quantized and names and _stays(plan, source, names)):
+            found.update(_kind(plan, name) for name in names)
+    return found
+
+
+def _kind(plan: Plan, name: str) -> Kind:
+    entry = _entry(plan.places, name)
+    scaled = "scaled " if name in plan.scales else ""
+    return entry.blocks or (f"{scaled}{str(entry.dtype).removeprefix('torch.')}" if scaled else entry.dtype)
+
+
 def read(
     plan: Plan,
     *,
-    dtype: torch.dtype | None,
+    dtype: Dtype,
     device: torch.device | str,
     check_finite: bool,
     quantized: bool = False,
 ) -> Params:
-    """The parameters. Raises WeightsError naming the first tensor with a NaN or an infinity.
+    """The parameters, in `default_dtype.choose` of `dtype`. Raises WeightsError naming the first tensor with a NaN or
+    an infinity.
 
     quantized: weights that are stored with a scale for each row stay so, their scales beside them.
     """
     scales: dict[str, Tensor] = {}
+    scale_dtype = None if dtype == "stored" else dtype
+    dtype = default_dtype.choose(dtype, kinds(plan, quantized) if dtype is None else (), device)
     stored = next((_entry(plan.places, name).dtype for name in plan.names.values()), torch.float32)
     stored = torch.float32 if stored.itemsize == 1 else stored
 
@@ -128,7 +148,10 @@ def read(
             _check_finite(plan, names)
         if quantized and _stays(plan, source, names):
             place = source.path.removesuffix("weight") + "scale"
-            scales[place] = torch.cat([_rows(plan, name) for name in names]).to(device=device, dtype=dtype)
+            rows = torch.cat([_rows(plan, name) for name in names])
+            # By default a scale is widened with the rest, and never narrowed: it is a factor of whole rows.
+            wide = scale_dtype or (torch.promote_types(rows.dtype, dtype) if dtype else None)
+            scales[place] = rows.to(device=device, dtype=wide)
             # As bytes: concatenation is not written for float8 everywhere.
             parts = [files.tensor(plan.places[name], name) for name in names]
             stored_as = parts[0].dtype
@@ -147,9 +170,12 @@ def read(
 
 
 def _stays(plan: Plan, source: Source, names: list[str]) -> bool:
-    """Whether rows of the files are rows of ours, each with its scale, in one dtype."""
+    """Whether rows of the files are rows of ours, each with its scale, in one dtype, of a layer inside blocks: others
+    (tables of embeddings, the layers whose weight says what the input is cast to) compute with floats only."""
     kinds = {_entry(plan.places, name).dtype for name in names}
-    plain = source.transform in (layout.IDENTITY, layout.FUSE) and source.path.endswith(".weight")
+    *layer, leaf = source.path.split(".")
+    inside = "blocks" in layer and leaf == "weight" and source.param is not None and len(source.param.shape) > 1
+    plain = source.transform in (layout.IDENTITY, layout.FUSE) and inside
     return plain and len(kinds) == 1 and all(name in plan.scales for name in names)
 
 

@@ -13,7 +13,8 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import files, layout, reading
+from functional_sd3.weights import default_dtype, files, layout, reading
+from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout
 
@@ -35,11 +36,11 @@ def read(
     table: Layout,
     spec: Tree,
     *,
-    dtype: torch.dtype | None,
+    dtype: Dtype,
     device: torch.device | str,
     finite: bool = True,
 ) -> Params:
-    """The tree of a spec from tensors named as a layout says. dtype: None keeps each as stored. finite: whether NaN and
+    """The tree of a spec from tensors named as a layout says. dtype: as of `weights.load`. finite: whether NaN and
     infinities are refused.
 
     Raises WeightsError naming `where` and every tensor that is missing, unexpected, misshapen or not a float, or the
@@ -61,6 +62,11 @@ def read(
     if problems:
         raise WeightsError([f"{where}: {problem}" for problem in problems])
     plan = reading.Plan(where, None, where, None, spec, table, names, dict(places), {}, True, known)
+    default_dtype.check(dtype)
+    if dtype is None:
+        kinds = reading.kinds(plan)
+        if chosen := default_dtype.choose(None, kinds, device):
+            default_dtype.say(kinds - {chosen}, {chosen}, device)
     return reading.read(plan, dtype=dtype, device=device, check_finite=finite)
 
 
