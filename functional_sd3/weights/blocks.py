@@ -27,14 +27,15 @@ def decode(kind: str, content: Tensor) -> Tensor:
     """The values, float32 (n,), of whole blocks of `kind`; content: their bytes, uint8."""
     count, size, one = BLOCKS[kind]
     rows = content.reshape(-1, size)
-    values = torch.empty(len(rows), count)
+    # Named dtypes and devices: a caller's defaults must change nothing here.
+    values = torch.empty(len(rows), count, dtype=torch.float32, device=content.device)
     for start in range(0, len(rows), _AT_ONCE):
         values[start : start + _AT_ONCE] = one(rows[start : start + _AT_ONCE])
     return values.flatten()
 
 
 def _q4_0(rows: Tensor) -> Tensor:
-    return _halves(rows, 2) * (_nibbles(rows[:, 2:]) - 8.0)
+    return _halves(rows, 2) * (_nibbles(rows[:, 2:]).float() - 8.0)
 
 
 def _q4_1(rows: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def _q4_1(rows: Tensor) -> Tensor:
 
 
 def _q5_0(rows: Tensor) -> Tensor:
-    return _halves(rows, 2) * ((_nibbles(rows[:, 6:]) | _fifth_bits(rows[:, 2:6])) - 16.0)
+    return _halves(rows, 2) * ((_nibbles(rows[:, 6:]) | _fifth_bits(rows[:, 2:6])).float() - 16.0)
 
 
 def _q5_1(rows: Tensor) -> Tensor:
@@ -87,6 +88,24 @@ def _q6_k(rows: Tensor) -> Tensor:
     return (scale[..., None] * units.unflatten(1, (16, 16))).flatten(1)
 
 
+def _iq4_nl(rows: Tensor) -> Tensor:
+    return _halves(rows, 2) * _levels(_nibbles(rows[:, 2:]))
+
+
+def _iq4_xs(rows: Tensor) -> Tensor:
+    # Of eight scales four bits lie in four bytes, two a byte, and two in two bytes, four a byte.
+    low = torch.stack([rows[:, 4:8] >> place for place in (0, 4)], dim=2).flatten(1) & 0xF
+    high = torch.stack([rows[:, 2:4] >> place for place in (0, 2, 4, 6)], dim=2).flatten(1) & 3
+    scale = _halves(rows, 2) * ((low | high << 4).to(torch.int8) - 32)
+    units = torch.cat([_nibbles(part) for part in rows[:, 8:].split(16, dim=1)], dim=1)
+    return (scale[..., None] * _levels(units).unflatten(1, (8, 32))).flatten(1)
+
+
+def _levels(units: Tensor) -> Tensor:
+    """What four bits stand for where the levels are not evenly apart, float32."""
+    return torch.tensor(_LEVELS, dtype=torch.float32, device=units.device)[units.long()]
+
+
 def _with_least(rows: Tensor, units: Tensor) -> Tensor:
     """Blocks of 32 with a factor and a least value each, of which both are six bits."""
     both, packed = _halves(rows, 4), rows[:, 4:16]
@@ -119,7 +138,7 @@ def _quarters(rows: Tensor) -> Tensor:
 
 def _fifth_bits(rows: Tensor) -> Tensor:
     """A bit of four bytes for each of 32 values, where the fifth of their bits is."""
-    each = torch.arange(8, dtype=torch.uint8)
+    each = torch.arange(8, dtype=torch.uint8, device=rows.device)
     return ((rows[..., None] >> each) & 1).flatten(1) << 4
 
 
@@ -127,6 +146,8 @@ def _shifted(rows: Tensor, *places: int) -> Tensor:
     return torch.cat([rows >> place for place in places], dim=1)
 
 
+_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""`kvalues_iq4nl` of ggml."""
 BLOCKS = {
     "Q4_0": Blocks(32, 18, _q4_0),
     "Q4_1": Blocks(32, 20, _q4_1),
@@ -138,5 +159,7 @@ BLOCKS = {
     "Q4_K": Blocks(256, 144, _q4_k),
     "Q5_K": Blocks(256, 176, _q5_k),
     "Q6_K": Blocks(256, 210, _q6_k),
+    "IQ4_NL": Blocks(32, 18, _iq4_nl),
+    "IQ4_XS": Blocks(256, 136, _iq4_xs),
 }
 """Kind, as ggml calls it -> its blocks."""

@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import struct
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3.formats.errors import WeightsError, reason
+from functional_sd3.formats.printable import shorten
 from functional_sd3.weights import files, kinds
 from functional_sd3.weights.blocks import BLOCKS
 from functional_sd3.weights.files import Mapped
@@ -24,9 +26,12 @@ from functional_sd3.weights.header import Entry, Header
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+_FLOATS = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+_PLAIN = {**_FLOATS, 24: torch.int8, 25: torch.int16, 26: torch.int32, 27: torch.int64}
 _SMALL = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
-_BLOCKS = {**_SMALL, 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+_BLOCKS = {**_SMALL, 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS"}
+_UNREAD = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S"}
+_UNREAD |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
 _MOST_DIMENSIONS = 8
 _LONGEST_HEADER = 2**27
 _ALIGNMENT = "general.alignment"
@@ -65,7 +70,27 @@ def open_gguf(path: Path) -> Mapped:
         said = "is truncated" if isinstance(error, struct.error) else error
         raise WeightsError(f"{path}: is a GGUF file that cannot be read: {said}") from error
     said = {name: value for name, value in described.values.items() if isinstance(value, str)}
-    return Mapped(path, Header(_renamed(entries), said), buffer)
+    return Mapped(path, Header(_renamed(entries), said, drops_ones=True), buffer)
+
+
+def with_leading_ones(
+    places: Mapping[str, Mapped], names: Mapping[str, str], wanted: Mapping[str, tuple[int, ...]]
+) -> dict[str, Mapped]:
+    """The places with the leading dimensions of 1 that ggml drops (`Header.drops_ones`).
+
+    names: the proper name of a tensor -> its name in its file; wanted: proper name -> shape.
+    """
+    changed: dict[int, dict[str, Entry]] = {}
+    for proper, name in names.items():
+        header, shape = places[name].header, wanted.get(proper, ())
+        entry = header.tensors[name]
+        if header.drops_ones and entry.shape != shape == (1,) * (len(shape) - len(entry.shape)) + entry.shape:
+            changed.setdefault(id(places[name]), {})[name] = entry._replace(shape=shape)
+    known = {id(mapped): mapped for mapped in places.values()}
+    for key, entries in changed.items():
+        header = known[key].header
+        known[key] = known[key]._replace(header=header._replace(tensors={**header.tensors, **entries}))
+    return {name: known[id(mapped)] for name, mapped in places.items()}
 
 
 class _Tensor(NamedTuple):
@@ -156,9 +181,10 @@ def _described(reader: _Reader, shape: Any) -> _Tensor:
     if count > _MOST_DIMENSIONS:
         raise ValueError(f"a tensor has {count} dimensions, more than {_MOST_DIMENSIONS}")
     stored = tuple(reader.number("Q") for _ in range(count))[::-1]
-    shape = stored if shape is None else tuple(shape)
+    # A list of one number may be written as the number.
+    shape = stored if shape is None else shape if isinstance(shape, tuple) else (shape,)
     if any(type(side) is not int or side < 0 for side in shape) or math.prod(shape) != math.prod(stored):
-        raise ValueError(f"a tensor of {list(stored)} is said to have had the shape {shape!r}")
+        raise ValueError(f"a tensor of {list(stored)} is said to have had the shape {shorten(repr(shape))}")
     return _Tensor(shape, reader.number("I"), reader.number("Q"))
 
 
@@ -174,7 +200,10 @@ def _entry(name: str, one: _Tensor, size: int) -> Entry:
         length = count // whole.count * whole.size
     else:
         known = ", ".join(["F32", "F16", "BF16", *BLOCKS])
-        raise ValueError(f"{name} is of ggml's kind {kind}; known are {known}: give another file, or the original")
+        stored = _UNREAD.get(kind, "which this program does not know")
+        raise ValueError(
+            f"{name} is of ggml's kind {kind} ({stored}); known are {known}: give another file, or the original"
+        )
     if start + length > size:
         raise ValueError(f"{name} (bytes {start} to {start + length}) goes beyond its end ({size}): truncated?")
     return Entry(dtype, shape, start, start + length, block)

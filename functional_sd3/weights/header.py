@@ -52,10 +52,11 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says it holds."""
+    """What a file says it holds. drops_ones: whether shapes in it may lack leading dimensions of 1, as ggml's do."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]
+    drops_ones: bool = False
 
 
 def read(path: str | os.PathLike, file: BinaryIO) -> Header:

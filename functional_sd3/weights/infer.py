@@ -89,6 +89,8 @@ def t5(shapes: Shapes) -> t5_module.Config:
 
 def _shape(shapes: Shapes, path: str, dimensions: int) -> tuple[int, ...]:
     shape = shapes.get(path, ())
+    # ggml drops leading dimensions of 1; elsewhere a shape that lacks them is refused when it is compared.
+    shape = (1,) * (dimensions - len(shape)) + shape if shape else shape
     if len(shape) != dimensions or not all(shape):
         raise Unreadable(path)
     return shape

@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import default_dtype, files, finite, forms, layout
+from functional_sd3.weights import default_dtype, files, finite, forms, gguf, layout
 from functional_sd3.weights.default_dtype import Dtype, Kind
 from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.forms import Form
@@ -85,6 +85,8 @@ def plan(piece: Piece) -> Plan:
         table = piece.form.layout(config)
         names = layout.canonical(table, places)
         known = layout.sources(table, described)
+        places = gguf.with_leading_ones(places, names, layout.shapes_of(known))
+        shapes = {name: _entry(places, name).shape for name in places}
         problems += layout.check(table, described, {proper: shapes[name] for proper, name in names.items()}, known)
         if not problems:
             problems += too_large_to_compute(names, shapes, known)
@@ -101,7 +103,8 @@ def plan(piece: Piece) -> Plan:
         raise WeightsError([where + problem for problem in problems])
     told = piece.config is not None
     form, where = piece.form, piece.where
-    return Plan(piece.component, form, where, config, described, table, names, piece.places, scales, told, known)
+    places = {**piece.places, **places}
+    return Plan(piece.component, form, where, config, described, table, names, places, scales, told, known)
 
 
 def kinds(plan: Plan, quantized: bool = False) -> set[Kind]:

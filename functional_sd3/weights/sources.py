@@ -27,7 +27,6 @@ from functional_sd3.weights import (
 )
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.files import Mapped
-from functional_sd3.weights.header import Header
 from functional_sd3.weights.reading import Contents, Piece
 
 NATIVE_FOLDER = "parameters"
@@ -216,5 +215,5 @@ def _half(places: Mapping[str, Mapped]) -> dict[str, Mapped]:
     naming = taesd_keys.ORIGINAL
     prefix = naming.encoder if taesd_keys.is_encoder(shapes) else naming.decoder
     path, header, buffer = next(iter(places.values()))
-    renamed = Mapped(path, Header({prefix + n: e for n, e in header.tensors.items()}, header.metadata), buffer)
+    renamed = Mapped(path, header._replace(tensors={prefix + n: e for n, e in header.tensors.items()}), buffer)
     return dict.fromkeys(renamed.header.tensors, renamed)

@@ -36,7 +36,7 @@ def test_load_of_save_is_the_model_bit_for_bit(make_model, same, tmp_path_factor
     model = make_model(config, seed, dtype)
     folder = tmp_path_factory.mktemp("trip") / "model"
     weights.save(folder, model, shard_bytes=shard_bytes)
-    found = weights.load(folder)
+    found = weights.load(folder, dtype="stored")
     assert found.config == config
     assert same(found.params, model.params)
     assert found.tokenizers == Tokenizers(None, None, None)
@@ -71,7 +71,7 @@ def test_dtypes_convert_on_saving_and_on_loading(make_model, same, tmp_path):
     model = make_model()
     weights.save(tmp_path / "half", model, dtype=torch.bfloat16)
     halves = tree.cast(model.params, torch.bfloat16)
-    assert same(weights.load(tmp_path / "half").params, halves)
+    assert same(weights.load(tmp_path / "half", dtype="stored").params, halves)
     assert same(weights.load(tmp_path / "half", dtype=torch.float32).params, tree.cast(halves, torch.float32))
     assert json.loads((tmp_path / "half" / "text_encoder" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -80,13 +80,13 @@ def test_parameters_of_different_dtypes_keep_them(make_model, same, tmp_path):
     model = make_model()
     model.params["t5"]["blocks"][0]["mlp"]["out"]["weight"] = torch.rand(16, 12, dtype=torch.float64)
     weights.save(tmp_path / "mixed", model)
-    assert same(weights.load(tmp_path / "mixed").params, model.params)
+    assert same(weights.load(tmp_path / "mixed", dtype="stored").params, model.params)
 
 
 def test_only_what_is_asked_for_is_read(saved, same):
-    whole = weights.load(saved)
-    one = weights.load(saved, only="transformer")
-    two = weights.load(saved, only=["vae", "clip_g"])
+    whole = weights.load(saved, dtype="stored")
+    one = weights.load(saved, only="transformer", dtype="stored")
+    two = weights.load(saved, only=["vae", "clip_g"], dtype="stored")
     assert list(one.params) == ["transformer"]
     assert one.config == Config(transformer=whole.config.transformer, schedule=whole.config.schedule)
     assert set(two.params) == {"vae", "clip_g"}
@@ -98,7 +98,7 @@ def test_only_what_is_asked_for_is_read(saved, same):
 def test_an_encoder_whose_folder_is_absent_is_absent(folder):
     shutil.rmtree(folder / "text_encoder_3")
     edit(folder / "model_index.json", text_encoder_2=[None, None])
-    found = weights.load(folder)
+    found = weights.load(folder, dtype="stored")
     assert set(found.params) == {"clip_l", "transformer", "vae"}
     assert found.config.t5 is None and found.config.clip_g is None
     shutil.rmtree(folder / "vae")
@@ -168,7 +168,7 @@ def test_fields_that_say_nothing_and_fields_of_transformers_are_let_by(folder, s
     edit(folder / "transformer" / "config.json", _name_or_path="/x", future_option=None, other_option=False)
     edit(folder / "text_encoder" / "config.json", num_beams=1, transformers_version="4.40.0", pad_token_id=7)
     edit(folder / "transformer" / "config.json", out_channels=16, patch_size="absent", in_channels="absent")
-    assert weights.load(folder).config == weights.load(saved).config
+    assert weights.load(folder, dtype="stored").config == weights.load(saved, dtype="stored").config
 
 
 def test_what_a_config_leaves_out_is_what_its_class_assumes():
@@ -236,17 +236,17 @@ def test_old_and_new_names_of_the_encoders_are_read(folder, saved, same):
     def renamed(tensors):
         return {name.replace("shared", "encoder.embed_tokens"): value for name, value in tensors.items()}
 
-    expected = weights.load(saved).params
+    expected = weights.load(saved, dtype="stored").params
     rewrite(joined(folder / "text_encoder"), unwrapped)
     for change in (tied, renamed):
         shutil.rmtree(folder / "text_encoder_3")
         shutil.copytree(saved / "text_encoder_3", folder / "text_encoder_3")
         rewrite(joined(folder / "text_encoder_3"), change)
-        assert same(weights.load(folder).params, expected)
+        assert same(weights.load(folder, dtype="stored").params, expected)
 
 
 def test_variants_are_read_by_both_of_their_names_and_fall_back_to_the_plain_files(folder, saved, same):
-    expected = weights.load(saved).params
+    expected = weights.load(saved, dtype="stored").params
     halves = tree.cast(expected, torch.float16)
     rewrite(joined(folder / "vae"), lambda tensors: tensors)
     rewrite(
@@ -268,7 +268,7 @@ def test_variants_are_read_by_both_of_their_names_and_fall_back_to_the_plain_fil
         for shard in list(part.glob("model-*")):
             rewrite(shard, lambda tensors: {key: value.half() for key, value in tensors.items()})
             shard.rename(part / shard.name.replace("model-", "model.fp16-"))
-        found = weights.load(folder, variant="fp16").params
+        found = weights.load(folder, variant="fp16", dtype="stored").params
         assert same(found["vae"], halves["vae"]) and same(found["t5"], halves["t5"])
         assert same(found["transformer"], expected["transformer"])
     assert f"{folder}: no component has weights of the variant 'fp8'" in problems_of(folder, variant="fp8")
@@ -390,7 +390,7 @@ def test_a_folder_with_changed_bytes_is_a_weights_error_or_a_whole_model(tiny, t
         content[place] = data.draw(st.sampled_from(b'0123456789"{}[],:e-.ntf\0\xff'))
     path.write_bytes(content)
     try:
-        found = weights.load(folder)
+        found = weights.load(folder, dtype="stored")
     except WeightsError:
         return
     assert isinstance(found, Model)

@@ -10,6 +10,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from functional_sd3 import weights
 from functional_sd3.core import tree
@@ -70,12 +71,26 @@ def test_blocks_mean_to_the_bit_what_ggml_says_they_mean(kind):
     rows = generator.integers(0, 256, (blocks._AT_ONCE + 3 if kind == "Q4_0" else 50, size), dtype=np.uint8)
     # Factors that are numbers, wherever the kind has them.
     at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
-    count = 2 if kind in ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K") else 4
+    count = 2 if kind in ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS") else 4
     factors = generator.standard_normal((len(rows), 2)).astype(np.float16).view(np.uint8)
     rows[:, at : at + count] = factors[:, :count]
     expected = torch.from_numpy(gguf.quants.dequantize(rows, Kind[kind]).copy()).flatten()
     assert torch.equal(blocks.decode(kind, torch.from_numpy(rows).flatten()), expected)
     assert expected.unique().numel() > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", blocks.BLOCKS)
+def test_no_default_of_the_callers_changes_what_blocks_mean(kind, dtype):
+    rows = torch.arange(7 * blocks.BLOCKS[kind].size, dtype=torch.int32).remainder(53).to(torch.uint8)
+    expected = blocks.decode(kind, rows)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = blocks.decode(kind, rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_1, Kind.Q5_0, Kind.Q4_1, Kind.Q4_0, Kind.F16, Kind.BF16])
@@ -91,7 +106,7 @@ def test_a_transformer_loads_as_the_values_its_blocks_mean(make_model, tmp_path,
     assert tree.diff(found.params["transformer"], expected) == []
     half = weights.load(path, dtype=torch.bfloat16)
     assert tree.diff(half.params["transformer"], tree.cast(expected, torch.bfloat16)) == []
-    kept = weights.load(path).params["transformer"]["blocks"][0]["image"]["mlp"]["in"]["weight"].dtype
+    kept = weights.load(path, dtype="stored").params["transformer"]["blocks"][0]["image"]["mlp"]["in"]["weight"].dtype
     assert kept == {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}.get(kind, torch.float32)
     (part,) = weights.describe(path).parts
     count = sum(value.ndim == 2 and value.shape[1] % 32 == 0 for value in meant.values())
@@ -122,6 +137,77 @@ def test_shapes_that_the_converter_flattened_are_those_its_note_says(make_model,
     expected = joined({**meant, name: meant[name].reshape(shape)}, "transformer", form)
     assert tree.diff(found.params["transformer"], expected) == []
     assert weights.describe(tmp_path / "x.gguf").metadata[str(tmp_path / "x.gguf")]["general.author"] == "somebody"
+
+
+def as_ggml_writes(tensors):
+    """Shapes without leading dimensions of 1, as ggml's own code leaves them: it has four, and counts to the last."""
+    return {name: value.reshape(shape_of_ggml(value.shape)) for name, value in tensors.items()}
+
+
+def shape_of_ggml(shape):
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def test_leading_dimensions_of_one_that_ggml_drops_are_restored(make_model, tmp_path):
+    small = replace(CONFIG.vae, channels=(1, 2), groups=1, latent_channels=1)
+    for name, config in (("transformer", MODEL), ("vae", Config(vae=small))):
+        model, form = make_model(config), forms.BARE[name]
+        tensors = theirs(model, name, form)
+        dropped = as_ggml_writes(tensors)
+        assert any(dropped[each].shape != tensors[each].shape for each in tensors)
+        write(tmp_path / "x.gguf", dropped, Kind.F32)
+        found = weights.load(tmp_path / "x.gguf")
+        assert tree.diff(found.params[name], model.params[name]) == []
+
+
+def test_leading_dimensions_of_one_are_missed_in_other_files(make_model, tmp_path):
+    tensors = as_ggml_writes(theirs(make_model(MODEL), "transformer", forms.BARE["transformer"]))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"pos_embed has shape \[36, 64\], expected \[1, 36, 64\]"):
+        weights.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_tensors_of_whole_numbers_that_mean_nothing_are_passed_over(make_model, tmp_path, dtype):
+    model = make_model(Config(clip_l=CONFIG.clip_l))
+    tensors = theirs(model, "clip_l", forms.DIFFUSERS["clip_l"])
+    positions = {"text_model.embeddings.position_ids": torch.arange(20, dtype=dtype)[None]}
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "clip")
+    for name, value in {**tensors, **positions}.items():
+        writer.add_tensor(name, value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = weights.load(tmp_path / "x.gguf")
+    assert tree.diff(found.params["clip_l"], model.params["clip_l"]) == []
+
+
+def test_the_noted_shape_may_be_a_number_and_anything_else_is_named(victim, tmp_path):
+    name = "final_layer.linear.bias"
+    content = victim.read_bytes()
+    key = f"comfy.gguf.orig_shape.{name}".encode()
+    count = ours.open_gguf(victim).header.tensors[name].shape[0]
+    (values,) = struct.unpack_from("<Q", content, 16)
+    said = {
+        struct.pack("<II", 4, count): None,
+        struct.pack("<II", 4, count + 1): "said to have had the shape",
+        struct.pack("<If", 6, 1.5): "said to have had the shape",
+        struct.pack("<IB", 7, 1): "said to have had the shape",
+        struct.pack("<IQ", 8, 1) + b"a": "said to have had the shape",
+    }
+    for value, problem in said.items():
+        note = struct.pack("<Q", len(key)) + key + value
+        changed = content[:16] + struct.pack("<Q", values + 1) + note + content[24:]
+        path = tmp_path / "x.gguf"
+        path.write_bytes(changed + bytes(64))
+        try:
+            ours.open_gguf(path)
+            assert problem is None
+        except WeightsError as error:
+            assert problem and problem in str(error)
 
 
 def test_a_gguf_file_goes_with_others_and_only_what_is_asked_for_is_read(make_model, same, tmp_path):
@@ -163,7 +249,7 @@ def test_what_is_wrong_with_a_file_is_said(victim, tmp_path):
     assert "are more than it has" in problem_of(path, content[:8] + struct.pack("<QQ", 2**60, 0) + content[24:])
     name = struct.pack("<Q", len("final_layer.linear.weight")) + b"final_layer.linear.weight"
     at = content.index(name) + len(name) + 4 + 16
-    assert "of ggml's kind 19; known are F32, F16, BF16, Q4_0" in problem_of(
+    assert "of ggml's kind 19 (IQ1_S); known are F32, F16, BF16, Q4_0" in problem_of(
         path, content[:at] + struct.pack("<I", 19) + content[at + 4 :]
     )
     place = content[: at + 4] + struct.pack("<Q", 0) + content[at + 12 :]
