@@ -27,7 +27,6 @@ def transformer(shapes: Shapes) -> mmdit.Config:
     width, channels, patch, _ = _shape(shapes, "patch.weight", 4)
     norms = [shape for path, shape in shapes.items() if path.endswith("_norm.weight") and len(shape) == 1 and shape[0]]
     outputs = _shape(shapes, "final.out.weight", 2)[0]
-    positions = shapes.get("position")
     head_dim = norms[0][0] if norms else math.gcd(width, _HEAD_DIM)
     return mmdit.Config(
         depth=len(_numbers(r"blocks\.(\d+)\..+", shapes)),
@@ -38,10 +37,21 @@ def transformer(shapes: Shapes) -> mmdit.Config:
         out_channels=outputs // patch**2,
         context_width=_shape(shapes, "context.weight", 2)[1],
         pooled_width=_shape(shapes, "pooled.in.weight", 2)[1],
-        position_size=math.isqrt(_shape(shapes, "position", 3)[1]) if positions else mmdit.SD3_MEDIUM.position_size,
+        position_size=_position_size(shapes),
         qk_norm=bool(norms),
         dual_attention_layers=tuple(_numbers(r"blocks\.(\d+)\.image\.attention2\..+", shapes)),
     )
+
+
+def _position_size(shapes: Shapes) -> int:
+    """The side of the table of positions, the released models' where there is none."""
+    positions = shapes.get("position")
+    if not positions:
+        return mmdit.SD3_MEDIUM.position_size
+    if len(positions) == 2:
+        # ggml drops leading dimensions of 1; in other files it is missed when shapes are compared.
+        positions = (1, *positions)
+    return math.isqrt(_shape({"position": positions}, "position", 3)[1])
 
 
 def vae(shapes: Shapes) -> vae_module.Config:
@@ -89,8 +99,6 @@ def t5(shapes: Shapes) -> t5_module.Config:
 
 def _shape(shapes: Shapes, path: str, dimensions: int) -> tuple[int, ...]:
     shape = shapes.get(path, ())
-    # ggml drops leading dimensions of 1; elsewhere a shape that lacks them is refused when it is compared.
-    shape = (1,) * (dimensions - len(shape)) + shape if shape else shape
     if len(shape) != dimensions or not all(shape):
         raise Unreadable(path)
     return shape
