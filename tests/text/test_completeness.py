@@ -115,7 +115,7 @@ def test_every_drawing_command_refuses_a_model_without_encoders(files, source, t
         "likelihood": [image, "--prompt", "a"],
     }
     for command, words in commands.items():
-        out = [] if command == "likelihood" else ["--out", str(tmp_path / "x.gif")]
+        out = [] if command == "likelihood" else ["--out", str(tmp_path / "out/")]
         assert cli.main([command, *words, "--params", str(files / source), *out]) == 1
         assert "the model has no text encoder" in capsys.readouterr().err
 
