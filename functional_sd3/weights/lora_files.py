@@ -42,7 +42,7 @@ def load(
     config: of the model, as `weights.load` returns it. Read are LoRA, LoCon, LoHa, LoKr and DoRA, differences of
     weights, norms and biases, under the names of PEFT, diffusers, kohya, LyCORIS, SimpleTuner, OneTrainer, OMI,
     ComfyUI and Stability; alpha comes from the file's alphas or its metadata, else it is the rank. dtype: of all
-    factors, None as stored; alpha and scale are float32.
+    factors, None as stored (float8 as bfloat16, exactly); alpha and scale are float32.
 
     Raises WeightsError naming file and keys: keys that adapt no layer of this model (with strict=False these are left
     out, unless that leaves nothing; `load_with_report` names them), shapes that do not fit, factors that are missing,
@@ -161,6 +161,8 @@ def _sorted_keys(
         what = lora_foreign.described({name: entry.shape for name, entry in header.tensors.items()})
         some = f"it holds {', '.join(shorten(key) for key in keys[:3])}" if keys else "it is empty"
         raise WeightsError(f"{path}: nothing in it adapts a layer of this model: {what or some}")
+    if strict and (what := lora_foreign.described({key: header.tensors[key].shape for key, _ in unknown})):
+        raise WeightsError(f"{path}: {what} ({len(unknown)} of its {len(keys)} tensors adapt no layer of this model)")
     refused = unknown if strict else []
     refused = refused + (absent if strict and not allow_absent else [])
     if refused:

@@ -32,6 +32,8 @@ WRAPPERS = ("base_model.model", "module", "_orig_mod")
 """Names of PEFT's and torch's wrappers around a component, before or after its name."""
 _MOST_PREFIX_PARTS = 12
 _LONGEST_COMPARED = 200
+_LONGEST_KEY = 1000
+"""Characters beyond which a name is no layer's; the longest of SD3 has about 100."""
 
 SIDES = {
     "down": (".lora_A", ".lora_down", ".lora.down", ".lora_linear_layer.down", "_lora.down", ".down"),
@@ -96,6 +98,8 @@ REFUSED = (
 
 def parse(key: str) -> Key:
     """The parts of a tensor's name."""
+    if len(key) > _LONGEST_KEY:
+        return Key(key, None)
     if match := _FACTOR.fullmatch(key):
         return Key(match[1], match[2])
     for pattern, role in _SUFFIXES:
@@ -108,7 +112,7 @@ def parse(key: str) -> Key:
 
 def refused(key: str) -> str | None:
     """What a tensor is that no adapter can hold; None for all others."""
-    return next((what for pattern, what in REFUSED if pattern.fullmatch(key)), None)
+    return next((what for pattern, what in REFUSED if len(key) <= _LONGEST_KEY and pattern.fullmatch(key)), None)
 
 
 def adaptable(path: str, ndim: int) -> bool:

@@ -46,7 +46,8 @@ class Layer(NamedTuple):
         value = files.tensor(self.mapped, self.keys[role])
         if what := finite.stranger(value):
             raise self.error(role, f"holds {what}, so it is not finite")
-        return value.clone()
+        # PyTorch computes nothing in float8; bfloat16 holds all its numbers.
+        return value.to(torch.bfloat16) if value.dtype.itemsize < 2 else value.clone()
 
     def number(self, role: str) -> float:
         """One number of any dtype."""
@@ -129,7 +130,7 @@ def _low_rank(layer: Layer, rows: int, rest: tuple[int, ...], alpha: Alpha) -> A
             raise layer.error(next(iter(layer.keys)), f"has no {role} beside it")
     down, up = layer.tensor("down"), layer.tensor("up")
     if "mid" in layer.keys:
-        down = _through(layer, "mid", layer.tensor("mid"), down)
+        down = _through(layer, "mid", down, rest)
     # A linear layer's may be stored as a 1 x 1 convolution's.
     fits = down.ndim and math.prod(down.shape[1:]) == math.prod(rest)
     down = down.reshape(down.shape[:1] + rest) if fits else down
@@ -149,7 +150,7 @@ def _loha(layer: Layer, rows: int, rest: tuple[int, ...], alpha: Alpha) -> Adapt
     for name in ("w1", "w2"):
         first, second = values[f"hada_{name}_a"], values[f"hada_{name}_b"]
         if (core := f"hada_t{name[1]}") in layer.keys:
-            first, second = first.T, _through(layer, core, layer.tensor(core), second)
+            first, second = _transposed(layer, f"hada_{name}_a", first), _through(layer, core, second, rest)
         if first.ndim != 2 or first.shape[0] != rows or math.prod(second.shape[1:]) != math.prod(rest):
             role = f"hada_{name}_a"
             shapes = f"is {list(first.shape)} beside {list(second.shape)}"
@@ -162,8 +163,8 @@ def _loha(layer: Layer, rows: int, rest: tuple[int, ...], alpha: Alpha) -> Adapt
 
 
 def _lokr(layer: Layer, rows: int, rest: tuple[int, ...], alpha: Alpha) -> Adapter:
-    left, first_rank = _factor(layer, "lokr_w1")
-    right, second_rank = _factor(layer, "lokr_w2")
+    left, first_rank = _factor(layer, "lokr_w1", rows, rest)
+    right, second_rank = _factor(layer, "lokr_w2", rows, rest)
     rank = second_rank or first_rank
     if left.ndim != 2 or right.ndim not in (2, 4):
         raise layer.error(_first(layer, "lokr"), f"and those beside it are {list(left.shape)} and {list(right.shape)}")
@@ -235,7 +236,7 @@ def _magnitude(layer: Layer, rows: int, rest: tuple[int, ...]) -> Tensor:
     return value.reshape(1, rest[0], *ones)
 
 
-def _factor(layer: Layer, name: str) -> tuple[Tensor, int | None]:
+def _factor(layer: Layer, name: str, rows: int, rest: tuple[int, ...]) -> tuple[Tensor, int | None]:
     """A matrix of a LoKr, and its rank where it is stored as a product."""
     if name in layer.keys:
         return layer.tensor(name), None
@@ -243,22 +244,37 @@ def _factor(layer: Layer, name: str) -> tuple[Tensor, int | None]:
     first, second = values[f"{name}_a"], values[f"{name}_b"]
     core = name.replace("w", "t")
     if core in layer.keys:
-        first, second = first.T, _through(layer, core, layer.tensor(core), second)
+        first, second = _transposed(layer, f"{name}_a", first), _through(layer, core, second, rest)
     if first.ndim != 2 or second.ndim not in (2, 4) or first.shape[1] != second.shape[0]:
         shapes = f"is {list(first.shape)} and {list(second.shape)} is beside it"
         raise layer.error(f"{name}_a", f"{shapes}, which have no product")
-    wide = torch.promote_types(first.dtype, torch.float32)
-    whole = first.to(wide) @ second.to(wide).flatten(1)
+    if first.shape[0] > rows or math.prod(second.shape[1:]) > math.prod(rest):
+        shapes = f"is {list(first.shape)} and {list(second.shape)} is beside it"
+        raise layer.error(f"{name}_a", f"{shapes}, the layer is only {[rows, *rest]}{_OTHER}")
+    whole = _float(first) @ _float(second).flatten(1)
     return whole.unflatten(1, second.shape[1:]), len(second)
 
 
-def _through(layer: Layer, role: str, core: Tensor, down: Tensor) -> Tensor:
+def _through(layer: Layer, role: str, down: Tensor, rest: tuple[int, ...]) -> Tensor:
     """(rank, inputs, height, width) of a Tucker decomposition: its core (rank, inner, height, width) after `down`."""
+    core = layer.tensor(role)
     down = down.flatten(1) if down.ndim == 4 and down.shape[2:] == (1, 1) else down
-    if core.ndim != 4 or down.ndim != 2 or core.shape[1] != down.shape[0]:
-        raise layer.error(role, f"is {list(core.shape)}, which does not fit {list(down.shape)} beside it")
-    wide = torch.promote_types(core.dtype, torch.float32)
-    return torch.einsum("pqkl,qi->pikl", core.to(wide), down.to(wide)).to(down.dtype)
+    fits = core.ndim == 4 and down.ndim == 2 and core.shape[1] == down.shape[0]
+    if not fits or tuple(core.shape[2:]) != rest[1:] or down.shape[1] > rest[0]:
+        shapes = f"is {list(core.shape)} beside {list(down.shape)}"
+        raise layer.error(role, f"{shapes}, which does not fit a layer that takes {list(rest)}{_OTHER}")
+    return torch.einsum("pqkl,qi->pikl", _float(core), _float(down))
+
+
+def _transposed(layer: Layer, role: str, value: Tensor) -> Tensor:
+    if value.ndim != 2:
+        raise layer.error(role, f"is {list(value.shape)}, not a matrix")
+    return value.T
+
+
+def _float(value: Tensor) -> Tensor:
+    """In float32 at least."""
+    return value.float() if value.dtype.itemsize < 4 else value
 
 
 def _tensors(layer: Layer, roles: tuple[str, ...]) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 """Quantising from the command line: what it reports, what it writes, that pictures are drawn from it."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,6 +37,15 @@ def test_a_model_is_stored_in_one_byte_a_weight_with_a_report(folder, tmp_path, 
     picture = tmp_path / "one.png"
     assert run("generate", "a circle", "--params", tmp_path / "small", "--steps", 1, "--out", picture) == 0
     assert picture.exists()
+
+
+@pytest.mark.parametrize("name", ["int8", "float8"])
+def test_the_errors_of_the_shipped_model_are_those_that_the_docs_say(name, capsys):
+    words = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    said = re.search(r"For `params/tiny` the latter is .*?([0-9.]+) to ([0-9.]+) % in " + name, words)
+    assert run("quantize", "tiny", "--format", name) == 0
+    found = [float(word) for word in re.findall(r"velocity at .* error (\S+) against", capsys.readouterr().out)]
+    assert [100 * min(found), 100 * max(found)] == pytest.approx([float(one) for one in said.groups()], rel=0.05)
 
 
 def test_without_a_place_to_write_it_only_reports(folder, tmp_path, capsys, monkeypatch):
