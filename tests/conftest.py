@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.skips import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
+
 # Two workers on two cores: more threads in each only get in one another's way.
 torch.set_num_threads(1)
 # Wall time says nothing on a shared machine; derandomised so that every run tests the same examples.
@@ -15,8 +19,8 @@ settings.load_profile("suite")
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real tokenizer files and pictures, kept beside the checkout because they are not the project's."""
+    """Real tokenizer files, kept beside the checkout because they are not the project's."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"needs the real tokenizer files and pictures in {folder}")
+    if not (folder / "tokenizers").is_dir():
+        pytest.skip("needs the real SD3.5 tokenizer files")
     return folder

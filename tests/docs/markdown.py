@@ -56,14 +56,18 @@ def commands(page: str) -> list[Command]:
     for block in blocks(page):
         if block.language in _SHELL:
             found += _lines(block)
-    prose = _FENCE.sub(lambda each: "\n" * each[0].count("\n"), page)
-    for span in _SPAN.finditer(prose):
-        text = " ".join(span[1].split())
+    for line, text in spans(page):
         if text.split()[0] in SUBCOMMANDS and len(text.split()) > 1:
             text = f"functional-sd3 {text}"
         if text.startswith(_PROGRAMS):
-            found.append(Command(prose.count("\n", 0, span.start()) + 1, text))
+            found.append(Command(line, text))
     return sorted(found, key=lambda command: command.line)
+
+
+def spans(page: str) -> list[tuple[int, str]]:
+    """The code within sentences and tables, with single spaces, and the lines it begins in."""
+    prose = _FENCE.sub(lambda each: "\n" * each[0].count("\n"), page)
+    return [(prose.count("\n", 0, each.start()) + 1, " ".join(each[1].split())) for each in _SPAN.finditer(prose)]
 
 
 def _lines(block: Block) -> list[Command]:

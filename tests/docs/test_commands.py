@@ -3,6 +3,7 @@
 A command that nothing in `known` makes runnable fails, as one with a flag or a file that does not exist does.
 """
 
+import re
 import runpy
 import shlex
 import subprocess
@@ -11,7 +12,10 @@ import sys
 import pytest
 
 from functional_sd3 import cli
+from functional_sd3.cli import parser
 from tests.docs import known, markdown
+
+_OPTION = re.compile(r"(?<!\S)--[a-z][a-z0-9-]*")
 
 
 def failure(run, capsys) -> str:
@@ -62,6 +66,14 @@ def test_every_command_line_of_the_page_runs(page, folder, monkeypatch, capsys):
             if said:
                 failures.append(f"{page.name}:{line}: {text}\n  run as {shlex.join(each)}\n  {said}")
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("page", markdown.PAGES, ids=lambda page: page.name)
+def test_every_option_that_the_page_names_is_one_of_the_programs(page):
+    known = {option for leaf in parser.leaves(parser.build()) for option in leaf._option_string_actions}
+    spans = markdown.spans(page.read_text(encoding="utf-8"))
+    named = {option for _, text in spans if not text.startswith("python ") for option in _OPTION.findall(text)}
+    assert not named - known
 
 
 def test_every_usage_that_is_known_stands_in_a_page():
