@@ -97,7 +97,7 @@ def test_eager_loop(versus, pair):
 
 
 def test_memory_in_steps(versus):
-    """A run holds its latents, its weights packed, and for each of its steps a row of modulations."""
+    """A run holds its latents and for each of its steps a row of modulations."""
     config = models.config(heads=4, head_dim=64, depth=4, position_size=32, sample_size=32)
     params = {"transformer": mmdit.init(prng.key(0), config.transformer)}
     model = models.random_model(config)
@@ -110,5 +110,5 @@ def test_memory_in_steps(versus):
                 lambda steps=steps: pipeline.sample(params, config, conditions, noise, steps=steps)
             )
             peaks[steps] = f"{steps} steps {peak / 2**20:.2f} MiB"
-    name = "peak memory of sampling against steps, width 256, with packed weights"
+    name = "peak memory of sampling against steps, width 256"
     versus.record(name, memory=", ".join(peaks.values()))

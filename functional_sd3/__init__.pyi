@@ -3,6 +3,7 @@
 from functional_sd3 import pipeline as pipeline
 from functional_sd3 import weights as weights
 from functional_sd3.core import attention as attention
+from functional_sd3.core import dispatch as dispatch
 from functional_sd3.core import layers as layers
 from functional_sd3.core import prng as prng
 from functional_sd3.core import spec as spec

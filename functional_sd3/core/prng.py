@@ -15,16 +15,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from functional_sd3.core import cuda
+from functional_sd3.core.dispatch import op
 from functional_sd3.core.types import Key
 
 Shape = int | Sequence[int]
 
 _WORD = 0xFFFFFFFF
-_PARITY = 0x1BD11BDA
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 # Giles 2010, "Approximating the erfinv function", single precision: highest power first.
-_ERFINV_CENTRE = (
+ERFINV_CENTRE = (
     2.81022636e-08,
     3.43273939e-07,
     -3.5233877e-06,
@@ -35,7 +35,7 @@ _ERFINV_CENTRE = (
     0.246640727,
     1.50140941,
 )
-_ERFINV_TAILS = (
+ERFINV_TAILS = (
     -2.00214257e-04,
     1.00950558e-04,
     1.34934322e-03,
@@ -89,7 +89,7 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
     elif not -(2**31) <= data < 2**32:
         raise ValueError(f"data {data} does not fit in 32 bits; fold in its high and low words one after the other")
     data = data if isinstance(data, Tensor) else torch.tensor(data, device=key.device, dtype=torch.int64)
-    return _key(*_threefry(*key.to(torch.int32).unbind(-1), data.to(torch.int32)))
+    return _key(*threefry(*key.to(torch.int32).unbind(-1), data.to(torch.int32)))
 
 
 def bits(key: Key, shape: Shape = ()) -> Tensor:
@@ -143,21 +143,22 @@ def normal(
         draw = uniform(key, shape, dtype, device).mul_(2.0).add_(-1.0 + 2.0**-53)
         return draw.erfinv_().mul_(math.sqrt(2.0))
     draw = uniform(key, shape, torch.float32, device)
-    return (cuda.kernel(_NORMAL) if cuda.has_kernels(draw) else _gaussian)(draw).to(dtype)
+    return gaussian(draw).to(dtype)
 
 
-def _gaussian(fresh: Tensor) -> Tensor:
-    """Of uniform numbers in [0, 1), in their memory."""
-    return _erfinv(fresh.mul_(2.0).add_(-1.0 + 2.0**-24)).mul_(math.sqrt(2.0))
+@op
+def gaussian(draw: Tensor) -> Tensor:
+    """sqrt(2) erfinv(u), u on (-1, 1), of float32 numbers `draw` in [0, 1)."""
+    return _erfinv(draw.mul(2.0).add_(-1.0 + 2.0**-24)).mul_(math.sqrt(2.0))
 
 
 def _erfinv(x: Tensor) -> Tensor:
     """The single precision approximation JAX uses; torch's own is more accurate and differs by 90 ulp in the tails."""
     w = (-x * x).log1p_().neg_()
-    centre = torch.full_like(w, _ERFINV_CENTRE[0])
-    tails = torch.full_like(w, _ERFINV_TAILS[0])
+    centre = torch.full_like(w, ERFINV_CENTRE[0])
+    tails = torch.full_like(w, ERFINV_TAILS[0])
     from_centre, from_tails = w - 2.5, w.sqrt() - 3.0
-    for near, far in zip(_ERFINV_CENTRE[1:], _ERFINV_TAILS[1:], strict=True):
+    for near, far in zip(ERFINV_CENTRE[1:], ERFINV_TAILS[1:], strict=True):
         centre.mul_(from_centre).add_(near)
         tails.mul_(from_tails).add_(far)
     return torch.where(w < 5.0, centre, tails).mul_(x)
@@ -260,64 +261,22 @@ def _draw(key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         counter = torch.arange(size, device=key.device, dtype=torch.int64)
         high, low = (counter >> 32).to(torch.int32), counter.to(torch.int32)
     words = key.to(torch.int32)
-    first, second = _threefry(words[..., 0, None], words[..., 1, None], low, high)
+    first, second = threefry(words[..., 0, None], words[..., 1, None], low, high)
     return first.reshape((*batch, *shape)), second.reshape((*batch, *shape))
 
 
-def _threefry(key0: Tensor, key1: Tensor, low: Tensor, high: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32 with 20 rounds of the counter high * 2**32 + low (`high` None: 0); all words int32."""
-    if high is None and cuda.has_kernels(key0, low):
-        return cuda.kernel(_THREEFRY, outputs=2)(key0, key1, low)
-    schedule = (key0, key1, key0 ^ key1 ^ _PARITY)
+@op
+def threefry(key0: Tensor, key1: Tensor, low: Tensor, high: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Threefry-2x32 with 20 rounds of the counter high * 2**32 + low (`high` None: 0); all words int32, broadcast."""
+    schedule = (key0, key1, key0 ^ key1 ^ PARITY)
     second = key1 + low
     # Both words get the full shape (and vmap's batch) here: what is in place below is so on tensors of our own.
     first = key0 + (torch.zeros_like(second) if high is None else high)
     for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            if torch.compiler.is_compiling():
-                first, second = _materialize(first), _materialize(second)
+        for rotation in ROTATIONS[group % 2]:
             first += second
-            above = second << rotation
-            second = _shift_right(second, 32 - rotation)
-            second |= above
+            second = (second << rotation).bitwise_or_(_shift_right(second, 32 - rotation))
             second ^= first
         first += schedule[(group + 1) % 3]
         second += schedule[(group + 2) % 3] + (group + 1)
     return first, second
-
-
-def _materialize(x: Tensor) -> Tensor:
-    # Each round uses both words more than once, and inductor would write out the expression again for each use: over
-    # 2**20 times in all. A strided view makes it name the value; the kernel stays one.
-    return x.as_strided(x.shape, x.stride()).clone()
-
-
-def _threefry_source() -> str:
-    """`_threefry` of the counters `low` in C++."""
-    lines = []
-    for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            rotated = f"(y << {rotation}) | (y >> {32 - rotation})"
-            lines.append(f"x += y; y = ({rotated}) ^ x;")
-        lines.append(f"x += k{(group + 1) % 3}; y += k{(group + 2) % 3} + {group + 1}u;")
-    return f"""template <typename T> void threefry(T key0, T key1, T low, T& out0, T& out1) {{
-    unsigned int k0 = key0, k1 = key1, k2 = k0 ^ k1 ^ {_PARITY}u, x = k0, y = k1 + (unsigned int)low;
-    {" ".join(lines)}
-    out0 = x; out1 = y; }}"""
-
-
-def _normal_source() -> str:
-    """The Gaussian of a uniform number in [0, 1) in C++, every product and sum rounded, as tensors compute it."""
-    steps = " ".join(
-        f"centre = __fadd_rn(__fmul_rn(centre, near), {a!r}f); tails = __fadd_rn(__fmul_rn(tails, far), {b!r}f);"
-        for a, b in zip(_ERFINV_CENTRE[1:], _ERFINV_TAILS[1:], strict=True)
-    )
-    return f"""template <typename T> void normal(T draw, T& out) {{
-    float x = __fadd_rn(__fmul_rn(draw, 2.0f), {-1.0 + 2.0**-24!r}f);
-    float w = -log1pf(__fmul_rn(-x, x)), near = __fadd_rn(w, -2.5f), far = __fadd_rn(sqrtf(w), -3.0f);
-    float centre = {_ERFINV_CENTRE[0]!r}f, tails = {_ERFINV_TAILS[0]!r}f;
-    {steps}
-    out = __fmul_rn(__fmul_rn(w < 5.0f ? centre : tails, x), {math.sqrt(2.0)!r}f); }}"""
-
-
-_THREEFRY, _NORMAL = _threefry_source(), _normal_source()

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from functional_sd3.core import tree
+from functional_sd3.core.dispatch import can_replace_saved_tensors, in_transform
 from functional_sd3.core.types import Tree
-from functional_sd3.core.watching import in_transform
 
 # True while `value_and_grad` runs its function: a gradient taken in there has to stay differentiable.
 _differentiating: ContextVar[bool] = ContextVar("differentiating", default=False)
@@ -70,7 +70,7 @@ def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def rematerialised(*args, **kwargs):
-        if in_transform() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        if in_transform() or not can_replace_saved_tensors():
             return fn(*args, **kwargs)
         return checkpoint(functools.partial(fn, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 

@@ -9,6 +9,7 @@ there for DDIM); here it is y <- y + (x - step(y)), which is the same and does f
 import torch
 from torch import Tensor
 
+from functional_sd3.core.dispatch import is_concrete
 from functional_sd3.core.types import Tree, Velocity
 from functional_sd3.flow.method import Advance, Method, no_memory
 from functional_sd3.flow.path import broadcast
@@ -63,9 +64,9 @@ def inverse(
             left = _norms(residual)
             done = left <= enough
             y = torch.where(broadcast(done, x), y, proposed)
-            if _readable(done) and done.all():
+            if is_concrete(done) and done.all():
                 return Advance(y, memory, there.slope)
-        if enough is not None and _readable(left):
+        if enough is not None and is_concrete(left):
             _refuse(left / _norms(x), tolerance, iterations, t_next)
         return Advance(y, memory, there.slope)
 
@@ -119,8 +120,3 @@ def _refuse(left: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:
     worst = int(left.nan_to_num(nan=0.0, posinf=0.0).argmax())
     if tolerance < left[worst] < torch.inf:
         raise Unsolved(worst, float(left[worst]), tolerance, iterations, float(t if t.ndim == 0 else t[worst]))
-
-
-def _readable(values: Tensor) -> bool:
-    """Whether values can be read, waiting for the device if need be, without breaking a trace."""
-    return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(values)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from functional_sd3.core import tree
 from functional_sd3.core.types import Tree, Velocity
 from functional_sd3.flow.combining import extrapolate
 from functional_sd3.flow.method import Advance, Method, no_memory
@@ -157,7 +157,7 @@ def together(fn: Callable[..., Tensor], arguments: Mapping[str, tuple[Tree, ...]
     names = list(arguments)
     if len(names) == 1:
         return lambda x, t: {names[0]: fn(x, t, *arguments[names[0]])}
-    joined = pytree.tree_map(lambda *parts: torch.cat(parts), *(tuple(arguments[name]) for name in names))
+    joined = tree.map(lambda *parts: torch.cat(parts), *(tuple(arguments[name]) for name in names))
 
     def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
         count = len(names)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from functional_sd3.core.dispatch import is_concrete
+
 Times = Tensor | Sequence[float]
 
 
@@ -28,12 +30,7 @@ def checked(times: Times, x: Tensor) -> Tensor:
 
 def at_hand(values: Tensor) -> bool:
     """Whether values can be read without waiting for a device or breaking a trace."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(values) is Tensor
-        and values.device.type == "cpu"
-        and not torch._C._functorch.is_functorch_wrapped_tensor(values)
-    )
+    return type(values) is Tensor and values.device.type == "cpu" and is_concrete(values)
 
 
 def _check(grid: Tensor) -> None:

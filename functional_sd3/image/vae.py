@@ -68,15 +68,15 @@ def encode(params: Params, config: Config, images: Tensor, *, implementation: Im
     """
     _check_images(config, images)
     params = params["encoder"]
-    x = layers.conv2d(params["conv_in"], _laid_out(images, implementation), padding=1)
+    x = layers.conv2d(params["conv_in"], layers.image_layout(images), padding=1)
     for level in params["levels"]:
         for block in level["blocks"]:
-            x = _resnet(block, config, x)
+            x = layers.residual_block(block, x, config.groups, config.eps)
         if "resample" in level:
             # One pixel at the right and bottom only, as the released weights were trained.
             x = layers.conv2d(level["resample"], F.pad(x, (0, 1, 0, 1)), stride=2)
     x = _middle(params["middle"], config, x, implementation)
-    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, over=True)
+    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps)
     mean, logvar = layers.conv2d(params["conv_out"], x, padding=1).contiguous().chunk(2, dim=1)
     return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
@@ -91,14 +91,14 @@ def decode(params: Params, config: Config, latents: Tensor, *, implementation: I
             f"latents of shape {list(latents.shape)} must be (batch, {config.latent_channels}, height, width)"
         )
     params = params["decoder"]
-    x = layers.conv2d(params["conv_in"], _laid_out(latents, implementation), padding=1)
+    x = layers.conv2d(params["conv_in"], layers.image_layout(latents), padding=1)
     x = _middle(params["middle"], config, x, implementation)
     for level in params["levels"]:
         for block in level["blocks"]:
-            x = _resnet(block, config, x)
+            x = layers.residual_block(block, x, config.groups, config.eps)
         if "resample" in level:
-            x = layers.conv2d_doubled(level["resample"], x)
-    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps, over=True)
+            x = layers.upsample_conv2d(level["resample"], x)
+    x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps)
     return layers.conv2d(params["conv_out"], x, padding=1).contiguous()
 
 
@@ -144,11 +144,6 @@ def denormalize(config: Config, latents: Tensor) -> Tensor:
     return latents / config.scaling + config.shift
 
 
-def _laid_out(x: Tensor, implementation: Implementation) -> Tensor:
-    # Twice as fast on a CPU; but torch's group norm has no forward-mode derivative for it.
-    return x.contiguous(memory_format=torch.channels_last) if implementation == "sdpa" else x.contiguous()
-
-
 def _check_images(config: Config, images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
@@ -160,17 +155,10 @@ def _check_images(config: Config, images: Tensor) -> None:
             raise ValueError(f"{name} {size} is not a multiple of {multiple}; nearest are {nearest}")
 
 
-def _resnet(params: Params, config: Config, x: Tensor) -> Tensor:
-    h = layers.group_norm_silu(params["norm1"], x, config.groups, config.eps)
-    h = layers.conv2d_over(params["conv1"], h)
-    h = layers.group_norm_silu(params["norm2"], h, config.groups, config.eps, over=True)
-    return layers.conv2d_over(params["conv2"], h, layers.conv2d(params["shortcut"], x) if "shortcut" in params else x)
-
-
 def _middle(params: Params, config: Config, x: Tensor, implementation: Implementation) -> Tensor:
-    x = _resnet(params["block1"], config, x)
+    x = layers.residual_block(params["block1"], x, config.groups, config.eps)
     x = x + _middle_attention(params["attention"], config, x, implementation)
-    return _resnet(params["block2"], config, x)
+    return layers.residual_block(params["block2"], x, config.groups, config.eps)
 
 
 def _middle_attention(params: Params, config: Config, x: Tensor, implementation: Implementation) -> Tensor:
@@ -203,32 +191,23 @@ def _ramp(length: int, fade_in: bool, fade_out: bool, overlap: int, scale: int, 
     return ramp
 
 
-def _resnet_spec(inputs: int, outputs: int) -> Tree:
-    tree = {
-        "norm1": layers.norm_spec(inputs),
-        "conv1": layers.conv2d_spec(inputs, outputs, 3),
-        "norm2": layers.norm_spec(outputs),
-        "conv2": layers.conv2d_spec(outputs, outputs, 3, init=specs.zeros),
-    }
-    return tree if inputs == outputs else {**tree, "shortcut": layers.conv2d_spec(inputs, outputs, 1)}
-
-
 def _middle_spec(channels: int) -> Tree:
     return {
-        "block1": _resnet_spec(channels, channels),
+        "block1": layers.residual_block_spec(channels, channels),
         "attention": {
             "norm": layers.norm_spec(channels),
             "qkv": layers.linear_spec(channels, 3 * channels),
             "out": layers.linear_spec(channels, channels, init=specs.zeros),
         },
-        "block2": _resnet_spec(channels, channels),
+        "block2": layers.residual_block_spec(channels, channels),
     }
 
 
 def _levels_spec(widths: tuple[int, ...], inputs: int, blocks: int) -> list[Tree]:
     levels = []
     for index, width in enumerate(widths):
-        level: Tree = {"blocks": [_resnet_spec(inputs if block == 0 else width, width) for block in range(blocks)]}
+        sizes = [(inputs if block == 0 else width, width) for block in range(blocks)]
+        level: Tree = {"blocks": [layers.residual_block_spec(*each) for each in sizes]}
         if index + 1 < len(widths):
             level["resample"] = layers.conv2d_spec(width, width, 3)
         levels.append(level)

@@ -18,7 +18,6 @@ from functional_sd3.core import layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.core.watching import plain
 
 SIZE = 299
 """Height and width of the images."""
@@ -92,10 +91,7 @@ def apply(params: Params, images: Tensor, *, last: int = TAPS[-1]) -> dict[int |
         raise ValueError(f"images of dtype {images.dtype} must be floating, in [-1, 1]")
     if last not in TAPS:
         raise ValueError(f"last {last} must be one of {TAPS}")
-    images = images.to(params["fc"]["weight"].dtype)
-    if plain(images):
-        # Twice as fast on a CPU; a batching rule for it is missing.
-        images = images.contiguous(memory_format=torch.channels_last)
+    images = layers.image_layout(images.to(params["fc"]["weight"].dtype))
     features: dict[int | str, Tensor] = {}
     _flow(params, _NETWORK[: _NETWORK.index(Tap(last)) + 1], images, features)
     if last != TAPS[-1]:

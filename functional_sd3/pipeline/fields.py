@@ -17,12 +17,6 @@ from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Config
 
-PACKED_STEPS = 8
-"""Evaluations from which on packing weights gains more time than it takes."""
-PACKED_BYTES = 1 << 29
-"""What the blocks that are packed at one time may weigh: large networks gain little, since their products have many
-rows, and need the memory."""
-
 
 class Conditions(NamedTuple):
     """What the transformer is told, and what it is guided away from."""
@@ -54,7 +48,6 @@ def velocity(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
-    size: tuple[int, int] | None = None,
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
@@ -63,7 +56,7 @@ def velocity(
     """
     guiding = guidances.cfg(cfg) if guidance is None else guidance
     told: dict[str, Any] = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
-    told |= {"block_transform": block_transform, "size": size}
+    told |= {"block_transform": block_transform}
     return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
 
 
@@ -78,7 +71,6 @@ def velocities(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
-    size: tuple[int, int] | None = None,
 ) -> Callable[[Tensor, Tensor], Answers]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
 
@@ -89,8 +81,6 @@ def velocities(
     instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
     their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
     sees zeros. block_transform: as of `mmdit.apply`; `transform.compile` compiles one block, whatever their number.
-    size: (height, width) of every x; with `times` of many steps a small network's weights are then packed for them once
-    (`mmdit.packed`), which holds them in memory a second time.
     """
     for one in control:
         controls.check(one, config.transformer)
@@ -98,7 +88,6 @@ def velocities(
     pictures, shown = controls.rows(control, batch), ip_adapter.rows(image_prompt, batch)
     unseen = {**shown, "features": torch.zeros_like(shown["features"])} if shown else {}
     tables: list[tuple[Branch, Tree]] = []
-    room = PACKED_BYTES
     fields = []
     for group in _groups(needs):
         branch = next(iter(group.values()))
@@ -111,11 +100,6 @@ def velocities(
             rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
             arguments[name] = (*condition, pictures, seen, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
-        if times is not None and size is not None and block_transform is None and len(times) >= PACKED_STEPS:
-            weight = tree.nbytes(weights["blocks"])
-            if weight <= room:
-                tokens = conditions.positive.context.shape[1]
-                weights, room = mmdit.packed(weights, sizes, len(arguments) * batch, size, tokens), room - weight
         options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
         evaluate = _network(weights, sizes, options, times, control, image_prompt)
         fields.append(guidances.together(evaluate, arguments))

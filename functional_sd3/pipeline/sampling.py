@@ -38,7 +38,6 @@ def sample(
     times: Tensor | None = None,
     field: Callable[..., Velocity] | None = None,
     transform: Callable[[Velocity], Velocity] | None = None,
-    pack: bool = True,
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
@@ -48,9 +47,8 @@ def sample(
     and have a memory. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
     first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
     velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
-    what becomes of the guided velocity (a picture held where a mask says, for instance). pack: whether a small
-    network's weights may be held a second time, packed for a run of many steps on a CPU (`mmdit.packed`). Raises
-    ValueError for a field with a guidance that has a memory, and where a key is needed and none is given.
+    what becomes of the guided velocity (a picture held where a mask says, for instance). Raises ValueError for a field
+    with a guidance that has a memory, and where a key is needed and none is given.
     """
     method = chosen_method(config, len(noise), method, key)
     times = sigmas(config, noise, steps) if times is None else times
@@ -62,14 +60,11 @@ def sample(
     state = ode.start(runner, noise, times[0])
     # What is silent costs nothing: the run is cut where a ControlNet or a part of the guidance starts or ends.
     for first, stop, speaking, guiding in _segments(control, guidance, steps):
-        # What the last part packed goes before the next part packs.
-        guided = needed = None
         grid, ends = times[first : stop + 1], stop == steps
         # An adaptive method tells the times that it will ask for to nobody.
         asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
         told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
         told |= {} if block_transform is None else {"block_transform": block_transform}
-        told |= {"size": tuple(noise.shape[-2:])} if field is None and pack else {}
         if remembers:
             needed = velocities(params, config, conditions, guiding.needs, asked, **told)
             guided = guidances.remembering(guiding, needed)

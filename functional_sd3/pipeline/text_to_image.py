@@ -103,7 +103,6 @@ def generate(
         image_prompt=image_prompt,
         block_transform=block_transform,
         # Who keeps one component at a time wants the memory, not the time.
-        pack=not offload,
     )
     return decode({"vae": fetch("vae")}, config, latents)
 

@@ -145,7 +145,7 @@ def _mlp(params: Params, x: Tensor) -> Tensor:
     if x.dtype == torch.float16:
         # T5-XXL's outputs leave float16's range: a power of two is taken out before, and put back in float32.
         return layers.linear(params["out"], gate * (value / 64)).float() * 64
-    return layers.linear(params["out"], layers.multiply_over(value, gate))
+    return layers.linear(params["out"], value * gate)
 
 
 def _qkv_init(config: Config) -> specs.Initializer:

@@ -179,7 +179,7 @@ def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
     dense = [(node, scale) for node, scale in pairs if not adapters.is_low_rank(node)]
     changed = {}
     if dense and "scale" in layer:
-        weight = layers_of_model.meant_weight(layer, torch.float32)
+        weight = layers_of_model.dequantized_weight(layer, torch.float32)
         change = sum(adapters.change(node, weight, scale) for node, scale in dense)
         identity = torch.eye(change[0].numel(), dtype=layer["scale"].dtype, device=change.device)
         factors.append((identity.unflatten(1, change.shape[1:]), change.flatten(1).to(layer["scale"].dtype), 1.0))

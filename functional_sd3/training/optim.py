@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import cuda, tree
+from functional_sd3.core import leafwise, tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.core.watching import unwatched
 from functional_sd3.training.donation import check_donated, check_layout, laid_out, poison, sharing  # noqa: F401
 from functional_sd3.training.schedules import (  # noqa: F401
     Schedule,
@@ -98,7 +97,7 @@ def clip_by_global_norm(limit: float) -> Optimizer:
         return torch.where(norm > limit, limit / norm, torch.where(norm.isnan(), norm, 1.0))
 
     def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
-        return _like(grads, torch._foreach_mul(tree.leaves(grads), factor(global_norm(grads)))), state
+        return _like(grads, leafwise.multiply(tree.leaves(grads), factor(global_norm(grads)))), state
 
     return Optimizer(lambda params: (), update, factor=factor)
 
@@ -120,23 +119,16 @@ def _divisor(gradients: Gradients) -> Tensor | None:
 def _meant(gradients: Gradients) -> Tree:
     if gradients.scale is None:
         return gradients.tree
-    return _like(gradients.tree, torch._foreach_mul(tree.leaves(gradients.tree), gradients.scale))
+    return _like(gradients.tree, leafwise.multiply(tree.leaves(gradients.tree), gradients.scale))
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
     """mean / (1 - b1^n) / (sqrt(square / (1 - b2^n)) + eps) (Kingma and Ba 2015, algorithm 1)."""
 
     def update(grads: Tree, state: AdamState, params: Params) -> tuple[Tree, AdamState]:
-        count, gradients = state.count + 1, tree.leaves(grads)
-        mean = torch._foreach_mul(tree.leaves(state.mean), b1)
-        torch._foreach_add_(mean, gradients, alpha=1 - b1)
-        square = torch._foreach_mul(tree.leaves(state.square), b2)
-        torch._foreach_addcmul_(square, gradients, gradients, value=1 - b2)
-        scale = torch._foreach_sqrt(square)
-        torch._foreach_div_(scale, _bias(b2, count).sqrt())
-        torch._foreach_add_(scale, eps)
-        updates = torch._foreach_div(mean, scale)
-        torch._foreach_div_(updates, _bias(b1, count))
+        count = state.count + 1
+        moments = tree.leaves(grads), tree.leaves(state.mean), tree.leaves(state.square)
+        updates, mean, square = leafwise.adam(*moments, _bias(b1, count), _bias(b2, count), b1, b2, eps)
         return _like(grads, updates), AdamState(count, _like(grads, mean), _like(grads, square))
 
     return Optimizer(lambda params: AdamState(_zero(params), zeros_like(params), zeros_like(params)), update)
@@ -150,7 +142,7 @@ def add_decayed_weights(decay: float, mask: tree.Chooser = "*") -> Optimizer:
             return grads, state
         chosen = tree.select(params, mask)
         flat = tree.flatten_paths(grads)
-        decayed = torch._foreach_add([flat[path] for path in chosen], list(chosen.values()), alpha=decay)
+        decayed = leafwise.add([flat[path] for path in chosen], list(chosen.values()), decay)
         return _like(grads, list((flat | dict(zip(chosen, decayed, strict=True))).values())), state
 
     return Optimizer(lambda params: (), update)
@@ -160,7 +152,7 @@ def scale_by_schedule(schedule: Schedule) -> Optimizer:
     """updates * schedule(steps done before this one)."""
 
     def update(grads: Tree, state: CountState, params: Params) -> tuple[Tree, CountState]:
-        return _like(grads, torch._foreach_mul(tree.leaves(grads), schedule(state.count))), CountState(state.count + 1)
+        return _like(grads, leafwise.multiply(tree.leaves(grads), schedule(state.count))), CountState(state.count + 1)
 
     return Optimizer(lambda params: CountState(_zero(params)), update)
 
@@ -200,11 +192,8 @@ def adamw(
                 owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
                 # It walks through memory and not through indices, so all four must be laid out alike.
                 lists = [owned[0], [laid_out(flat[path], weights[path]) for path in paths], *owned[1:]]
-                # It only reads the number of this step, of which it wants one a leaf.
-                torch._fused_adamw_(
-                    *lists, [], [count] * len(paths), lr=schedule(counted.count), beta1=b1, beta2=b2,
-                    weight_decay=amount, eps=eps, amsgrad=False, maximize=False, grad_scale=divisor,
-                )  # fmt: skip
+                rate = schedule(counted.count)
+                leafwise.adamw_inplace(*lists, count, divisor, rate, b1, b2, eps, amount)
         return params, (adam._replace(count=adam.count + 1), rest, CountState(counted.count + 1))
 
     return Optimizer(pure.init, pure.update, donate)
@@ -256,26 +245,13 @@ def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
 
 def apply_updates(params: Params, updates: Tree) -> Params:
     """params + updates, in the parameters' dtypes."""
-    added = torch._foreach_add(tree.leaves(params), tree.leaves(updates))
+    added = leafwise.add(tree.leaves(params), tree.leaves(updates))
     return _like(params, [new.to(old.dtype) for new, old in zip(added, tree.leaves(params), strict=True)])
 
 
 def global_norm(updates: Tree) -> Tensor:
     """sqrt of the sum of squares of all leaves, float32 ()."""
-    rows, whole = [], []
-    for leaf in tree.leaves(updates):
-        large = leaf.numel() >= _LARGE and leaf.numel() % _ROWS == 0
-        if large and unwatched(leaf) and leaf.is_contiguous():
-            # One norm is one thread's work on a CPU, and that of 80 MB is 6e-6 from the exact one.
-            rows.append(torch.linalg.vector_norm(leaf.view(_ROWS, -1), dim=1, dtype=torch.float32))
-        else:
-            whole.append(leaf)
-    if whole:
-        rows.append(torch.stack(torch._foreach_norm(whole, 2, dtype=torch.float32)))
-    return torch.cat(rows).norm() if rows else torch.zeros((), dtype=torch.float32, device="cpu")
-
-
-_LARGE, _ROWS = 1 << 15, 64
+    return leafwise.global_norm(tree.leaves(updates))
 
 
 def donate(
@@ -299,7 +275,7 @@ def donate(
         if optimizer.donate:
             return optimizer.donate(Gradients(grads, norm=norm), state, params)
         updates, state = optimizer.update(grads, state, params)
-        torch._foreach_add_(tree.leaves(params), tree.leaves(updates))
+        leafwise.add_inplace(tree.leaves(params), tree.leaves(updates))
         return params, state
 
 
@@ -311,15 +287,10 @@ def ema_decay(decay: float, step: Tensor) -> Tensor:
 def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False) -> Params:
     """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`."""
     means, ends, weight = tree.leaves(ema), tree.leaves(params), 1 - ema_decay(decay, step)
-    if donate and cuda.has_lerp(means, ends, weight):
-        cuda.lerp_(means, ends, weight)
-        return ema
-    # One pass over both trees, without a tree of differences.
-    arguments = means, ends, [weight.to(mean.dtype) for mean in means]
     if donate:
-        torch._foreach_lerp_(*arguments)
+        leafwise.lerp_inplace(means, ends, weight)
         return ema
-    return _like(ema, torch._foreach_lerp(*arguments))
+    return _like(ema, leafwise.lerp(means, ends, weight))
 
 
 def _bias(beta: float, count: Tensor) -> Tensor:

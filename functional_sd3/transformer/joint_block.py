@@ -5,17 +5,19 @@ gives some blocks a second attention over the image alone: the SD3.5-medium mode
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import cpu, derivatives, layers, tree
+from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, Stream, attention, joint_attention, merge_heads, split_heads
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.core.watching import by_autograd, unwatched
 
+Attend = Callable[[list[Stream]], list[Tensor | None]]
+AttendPrompt = Callable[[Stream], Tensor]
 MLP_RATIO = 4
 EPS = 1e-6
 
@@ -49,22 +51,6 @@ def image_spec(width: int, head_dim: int) -> Tree:
     }
 
 
-def packed(params: Params, image_rows: int, context_rows: int) -> Params:
-    """One block whose weights are also packed, for so many tokens of each stream in a batch (`cpu.packed`)."""
-    return {name: _packed(params[name], rows) for name, rows in (("image", image_rows), ("context", context_rows))}
-
-
-def _packed(stream: Params, rows: int) -> Params:
-    # The modulation has rows of its own, the hidden layer is better computed with its activation inside, and where
-    # nothing comes out only a part of the projection is used.
-    parts = {name: stream[name] for name in ("attention", "attention2", "mlp") if "out" in stream.get(name, {})}
-    chosen = {
-        part: {name: cpu.packed(layer, rows) if name in ("qkv", "out") else layer for name, layer in params.items()}
-        for part, params in parts.items()
-    }
-    return {**stream, **chosen}
-
-
 def apply(
     params: Params,
     heads: int,
@@ -86,12 +72,23 @@ def apply(
     width = image.shape[-1]
     image_parts = split_modulation(modulation["image"], width)
     context_parts = split_modulation(modulation["context"], width)
-    streams = image, context, image_parts, context_parts
-    image, context = _attend(params, heads, *streams, implementation, image_prompt or {}, attend or joint_attention)
-    image = _mlp(params["image"]["mlp"], image, *image_parts[3:6])
+    attend = partial(attend or joint_attention, implementation=implementation)
+    prompts = {
+        name: partial(_attend_prompt, prompt, implementation=implementation)
+        for name, prompt in (image_prompt or {}).items()
+    }
+    normed = norm(image)
+    image, context = _add_joint_attention(
+        params, heads, image, normed, context, image_parts, context_parts, attend, prompts.get("attention")
+    )
+    if "attention2" in params["image"]:
+        own, (shift, scale, gate) = params["image"]["attention2"], image_parts[6:]
+        modulated = modulate(normed, shift, scale)
+        image = torch.addcmul(image, gate, _attend_image(own, heads, modulated, attend, prompts.get("attention2")))
+    image = _add_mlp(params["image"]["mlp"], image, *image_parts[3:6])
     if "mlp" not in params["context"]:
         return image, context
-    return image, _mlp(params["context"]["mlp"], context, *context_parts[3:])
+    return image, _add_mlp(params["context"]["mlp"], context, *context_parts[3:])
 
 
 def apply_image(
@@ -99,95 +96,67 @@ def apply_image(
 ) -> Tensor:
     """One block of the image alone (Peebles and Xie 2023, DiT): image (batch, tokens, width) -> the same."""
     parts = split_modulation(modulation["image"], image.shape[-1])
-    own, (shift, scale, gate) = params["image"]["attention"], parts[:3]
-    projected = _project(own, heads, modulate(norm(image), shift, scale))
-    (attended,) = joint_attention([_stream(own, projected)], implementation=implementation)
-    image = _add_attended(own, image, gate, attended)
-    return _mlp(params["image"]["mlp"], image, *parts[3:])
+    attend = partial(joint_attention, implementation=implementation)
+    shift, scale, gate = parts[:3]
+    modulated = modulate(norm(image), shift, scale)
+    image = torch.addcmul(image, gate, _attend_image(params["image"]["attention"], heads, modulated, attend))
+    return _add_mlp(params["image"]["mlp"], image, *parts[3:])
 
 
-def _attend(params, heads, image, context, image_parts, context_parts, implementation, image_prompt, attend):
+# What a function computes for its result alone is freed when it returns, which bounds the memory of a block.
+
+
+def _add_joint_attention(
+    params: Params,
+    heads: int,
+    image: Tensor,
+    normed: Tensor,
+    context: Tensor,
+    image_parts: Sequence[Tensor],
+    context_parts: Sequence[Tensor],
+    attend: Attend,
+    attend_prompt: AttendPrompt | None,
+) -> tuple[Tensor, Tensor]:
+    """Both streams plus their gated joint attention; `normed`: the normed image."""
     own, other = params["image"]["attention"], params["context"]["attention"]
     shift, scale, gate = image_parts[:3]
     last = "out" not in other
     # The last block's two parts are the other way round: its modulation is kept as diffusers stores it.
     context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
-    normed = norm(image)
-    attended, context_attended = _attend_both(
-        own,
-        other,
-        heads,
-        modulate(normed, shift, scale),
-        modulate(norm(context), context_shift, context_scale),
-        implementation,
-        image_prompt,
-        attend,
-    )
-    image = _add_attended(own, image, gate, attended)
-    if not last:
-        context = _add_attended(other, context, context_parts[2], context_attended)
-    if "attention2" in params["image"]:
-        again, (shift, scale, gate) = params["image"]["attention2"], image_parts[6:]
-        projected = _project(again, heads, modulate(normed, shift, scale))
-        (attended,) = attend([_stream(again, projected)], implementation=implementation)
-        if "attention2" in image_prompt:
-            attended = attended + _attend_prompt(projected, image_prompt["attention2"], implementation)
-        image = _add_attended(again, image, gate, attended)
-    return image, context
+    image_stream = _project(own, heads, modulate(normed, shift, scale))
+    prompted = attend_prompt(image_stream) if attend_prompt else None
+    image_stream = _norm_heads(own, image_stream)
+    context_stream = _project(other, heads, modulate(norm(context), context_shift, context_scale))
+    attended, context_attended = attend([image_stream, _norm_heads(other, context_stream)])
+    del image_stream, context_stream  # not needed for the products below
+    attended = attended if prompted is None else attended + prompted
+    image = torch.addcmul(image, gate, layers.linear(own["out"], merge_heads(attended)))
+    if last:
+        return image, context
+    projected = layers.linear(other["out"], merge_heads(context_attended))
+    return image, torch.addcmul(context, context_parts[2], projected)
 
 
-def _attend_both(own, other, heads, image, context, implementation, image_prompt, attend) -> Sequence[Tensor | None]:
-    """What both streams, modulated, learn of each other and themselves; None for a context that asks nothing."""
-    asks, norms = "out" in other, _head_norms(own, other)
-    if attend is not joint_attention or "attention" in image_prompt or not _joins(own, other, norms, image, context):
-        projected, told = _project(own, heads, image), _project(other, heads, context, asks=asks)
-        del image, context  # here and below: what is held through the attention is the most that a block needs
-        attended, answer = attend([_stream(own, projected), _stream(other, told)], implementation=implementation)
-        if "attention" in image_prompt:
-            attended = attended + _attend_prompt(projected, image_prompt["attention"], implementation)
-        return attended, answer
-    width, tokens = image.shape[-1], [image.shape[1], context.shape[1]]
-    told = other["qkv"] if asks else layers.split_outputs(other["qkv"], (width, 2 * width))[1]
-    projected = layers.linear(own["qkv"], image), layers.linear(told, context)
-    norms = norms if asks else norms[:2] + norms[3:]
-    given = projected, norms, heads, width, EPS
-    if unwatched(*projected, *norms):
-        joined, _ = derivatives.joined(*given)
-    elif by_autograd(*projected, *norms):
-        joined = derivatives.joined_heads(*given)
-    else:  # the layers are watched in another way, mapped for one
-        joined = derivatives.joined_heads_formula(*given)
-    del image, context, projected, given
-    attended = attention(*joined, implementation=implementation)
-    return attended.split(tokens, dim=2) if asks else (attended, None)
+def _attend_image(
+    params: Params, heads: int, x: Tensor, attend: Attend, attend_prompt: AttendPrompt | None = None
+) -> Tensor:
+    """Attention of the image over itself: x (batch, tokens, width), modulated -> the same shape."""
+    stream = _project(params, heads, x)
+    prompted = attend_prompt(stream) if attend_prompt else None
+    (attended,) = attend([_norm_heads(params, stream)])
+    del stream
+    attended = attended if prompted is None else attended + prompted
+    return layers.linear(params["out"], merge_heads(attended))
 
 
-def _head_norms(*attentions: Params) -> list[Tensor]:
-    """The weights of the norms of queries and keys, attention by attention."""
-    names = "query_norm", "key_norm"
-    return [params[name]["weight"] for params in attentions for name in names if name in params]
-
-
-def _joins(own: Params, other: Params, norms: Sequence[Tensor], image: Tensor, context: Tensor) -> bool:
-    """Whether both streams may be normed into one tensor: on a CPU, where eager autograd watches every part, or nothing
-    watches them (the layers apart); with all norms or none."""
-    if len(norms) not in (0, 4) or len(image) != len(context):
-        return False
-    if by_autograd(image, context, *norms, own["qkv"]["weight"], other["qkv"]["weight"]):
-        return True
-    leaves = [leaf for params in (own, other) for leaf in tree.leaves(params["qkv"])]
-    learned = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
-    return unwatched(image, context, *norms) and not learned
-
-
-def _attend_prompt(projected: Stream, prompt: Tree, implementation: Implementation) -> Tensor:
+def _attend_prompt(prompt: Tree, stream: Stream, *, implementation: Implementation) -> Tensor:
     """What an image prompt adds to the image's attention: of the image over itself and the prompt's tokens."""
     # An adapter's parameters may be of another dtype than the transformer's.
-    dtype = projected.value.dtype
-    key = layers.rms_norm(prompt["key_norm"], projected.key, EPS).to(dtype)
+    dtype = stream.value.dtype
+    key = layers.rms_norm(prompt["key_norm"], stream.key, EPS).to(dtype)
     key = torch.cat([key, prompt["key"].to(dtype)], dim=2)
-    value = torch.cat([projected.value, prompt["value"].to(dtype)], dim=2)
-    query = layers.rms_norm(prompt["query_norm"], projected.query, EPS).to(dtype)
+    value = torch.cat([stream.value, prompt["value"].to(dtype)], dim=2)
+    query = layers.rms_norm(prompt["query_norm"], stream.query, EPS).to(dtype)
     return (prompt["scale"] * attention(query, key, value, implementation=implementation)).to(dtype)
 
 
@@ -203,7 +172,7 @@ def norm(x: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift."""
-    return layers.add_product(shift, x, 1 + scale)
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def linear_spec(inputs: int, outputs: int) -> Tree:
@@ -216,25 +185,22 @@ def zero_linear_spec(inputs: int, outputs: int) -> Tree:
     return layers.linear_spec(inputs, outputs, init=specs.zeros)
 
 
-def _project(params: Params, heads: int, x: Tensor, *, asks: bool = True) -> Stream:
-    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), not yet normed."""
+def _project(params: Params, heads: int, x: Tensor) -> Stream:
+    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), not yet normed; no queries
+    in a stream that nothing is computed for."""
+    if "out" in params:
+        return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
     width = x.shape[-1]
-    if not asks:
-        _, told = layers.split_outputs(params["qkv"], (width, 2 * width))
-        return Stream(None, *_split_heads(layers.linear(told, x), 2, heads))
-    if x.requires_grad and not by_autograd(x, params["qkv"]["weight"]):
-        # A backward pass needs queries and keys again, for their norms, but not the values, which would stay in memory
-        # as a part of the same tensor. By hand it keeps less else, and one product is faster than two.
-        normed, value = layers.split_outputs(params["qkv"], (2 * width, width))
-        return Stream(*_split_heads(layers.linear(normed, x), 2, heads), split_heads(layers.linear(value, x), heads))
-    return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
+    _, key_value = layers.split_outputs(params["qkv"], (width, 2 * width))
+    return Stream(None, *_split_heads(layers.linear(key_value, x), 2, heads))
 
 
-def _stream(params: Params, projected: Stream) -> Stream:
-    """What is projected, with the norms of the heads where the block has them."""
-    query, key, value = projected
-    query = None if query is None else _head_norm(params, "query_norm", query)
-    return Stream(query, _head_norm(params, "key_norm", key), value)
+def _norm_heads(params: Params, stream: Stream) -> Stream:
+    """The stream with its queries and keys normed head by head, where the block has these norms."""
+    if "key_norm" not in params:
+        return stream
+    query = None if stream.query is None else layers.rms_norm(params["query_norm"], stream.query, EPS)
+    return stream._replace(query=query, key=layers.rms_norm(params["key_norm"], stream.key, EPS))
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
@@ -242,16 +208,9 @@ def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
     return [split_heads(part, heads) for part in x.chunk(parts, dim=-1)]
 
 
-def _head_norm(params: Params, name: str, x: Tensor) -> Tensor:
-    return layers.rms_norm(params[name], x, EPS) if name in params else x
-
-
-def _add_attended(params: Params, x: Tensor, gate: Tensor, attended: Tensor) -> Tensor:
-    return layers.add_product(x, gate, layers.linear(params["out"], merge_heads(attended)))
-
-
-def _mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    return layers.add_product(x, gate, layers.mlp(params, modulate(norm(x), shift, scale), "gelu_tanh"))
+def _add_mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """x plus its gated MLP."""
+    return torch.addcmul(x, gate, layers.mlp(params, modulate(norm(x), shift, scale), "gelu_tanh"))
 
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:

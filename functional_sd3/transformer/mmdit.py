@@ -4,7 +4,6 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 gives some blocks a second attention over the image alone: the SD3.5-medium model card.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -201,14 +200,6 @@ def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tr
         ],
         "final": layers.linear(params["final"]["modulation"], condition),
     }
-
-
-def packed(params: Params, config: Config, batch: int, size: tuple[int, int], tokens: int) -> Params:
-    """Parameters that hold the weights of every block packed too, for a batch of latents of `size` (height, width) and
-    a context of so many tokens: for the many steps of one run on a CPU, and for nothing else (`cpu.packed`)."""
-    image = batch * math.prod(side // config.patch_size for side in size)
-    blocks = [joint_block.packed(block, image, batch * tokens) for block in params["blocks"]]
-    return {**params, "blocks": blocks}
 
 
 def at(modulations: Tree, step: int) -> Tree:

@@ -53,7 +53,7 @@ def errors(params: Params, quantized: Params) -> list[Change]:
     for path in after:
         if path.endswith(".scale"):
             place = path.removesuffix("scale") + "weight"
-            meant = layers.meant_weight({"weight": after[place], "scale": after[path]}, torch.float32)
+            meant = layers.dequantized_weight({"weight": after[place], "scale": after[path]}, torch.float32)
             found.append(merge.diff({"weight": before[place]}, {"weight": meant})[0]._replace(path=place))
     return found
 
@@ -78,7 +78,7 @@ def _quantized(path: str, layer: Params, dtype: torch.dtype) -> Params:
 
 
 def _dequantized(layer: Params) -> Params:
-    weight = layers.meant_weight(layer, layer["scale"].dtype)
+    weight = layers.dequantized_weight(layer, layer["scale"].dtype)
     return {name: weight if name == "weight" else leaf for name, leaf in layer.items() if name != "scale"}
 
 

@@ -75,7 +75,7 @@ def test_one_dnn_computes_a_layer_where_it_is_enabled_and_faster_and_never_else(
     assert ("_linear_pointwise" in operations(lambda: run(params, x))) == (there and alone)
     with torch.backends.mkldnn.flags(enabled=False):
         names = operations(lambda: run(params, x))
-    assert "_linear_pointwise" not in names and "addmm" in names
+    assert "_linear_pointwise" not in names and {"mm", "addmm"} & set(names)
     watched = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
     assert "_linear_pointwise" not in operations(lambda: run(watched, x))
     # Tensors with rules of their own have none for this.
@@ -100,15 +100,6 @@ def test_a_hidden_layer_with_something_beside_its_weight_is_not_computed_without
     x = drawn(3, 5, 16)
     expected = F.gelu(layers.linear(params, x), approximate="tanh")
     torch.testing.assert_close(layers.linear_activation(params, x, "gelu_tanh"), expected)
-
-
-@pytest.mark.parametrize("activation", MEANT)
-def test_an_activation_in_place_is_the_activation(activation):
-    x = drawn(7, 11)
-    fresh = x.clone()
-    found = layers.ACTIVATIONS[activation].over(fresh)
-    torch.testing.assert_close(found, MEANT[activation](x))
-    assert found.data_ptr() == fresh.data_ptr()
 
 
 def test_the_outputs_of_a_layer_in_parts_are_its_outputs():

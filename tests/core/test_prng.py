@@ -1,9 +1,6 @@
 """Keys and draws equal jax.random's, whatever the batch, the transform or the device."""
 
-import ctypes
 import math
-import os
-import subprocess
 
 import pytest
 import torch
@@ -78,7 +75,7 @@ def ulps(ours, theirs):
 @pytest.mark.parametrize("counter, key, output", RANDOM123)
 def test_the_cipher_gives_the_known_answers_of_random123(counter, key, output):
     high, low = (torch.tensor(word).to(torch.int32) for word in counter)
-    words = prng._threefry(*(torch.tensor(word).to(torch.int32) for word in key), low, high)
+    words = prng.threefry(*(torch.tensor(word).to(torch.int32) for word in key), low, high)
     assert tuple(int(prng._unsigned(word)) for word in words) == output
 
 
@@ -288,35 +285,3 @@ def test_the_device_of_a_draw_is_the_keys_unless_given(key):
 def test_what_cannot_be_drawn_is_named(key, call, message):
     with pytest.raises(ValueError, match=message):
         call(key)
-
-
-@pytest.mark.skipif(not compiler_available(), reason="needs a C++ compiler")
-def test_what_a_gpu_computes_in_one_kernel_is_what_tensors_compute(tmp_path):
-    # The lines of C++ that torch.cuda.jiterator is given, built by the machine's own compiler.
-    source = f"""
-    #include <cmath>
-    #include <cstdint>
-    inline float __fmul_rn(float a, float b) {{ return a * b; }}
-    inline float __fadd_rn(float a, float b) {{ return a + b; }}
-    {prng._THREEFRY} {prng._NORMAL}
-    extern "C" void ciphers(int n, int32_t* a, int32_t* b, int32_t* c, int32_t* x, int32_t* y) {{
-        for (int i = 0; i < n; i++) threefry<int32_t>(a[i], b[i], c[i], x[i], y[i]); }}
-    extern "C" void normals(int n, float* u, float* x) {{ for (int i = 0; i < n; i++) normal<float>(u[i], x[i]); }}
-    """
-    (tmp_path / "kernels.cpp").write_text(source)
-    built = tmp_path / "kernels.so"
-    options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o", str(built)]
-    subprocess.run([os.environ.get("CXX", "g++"), *options, str(tmp_path / "kernels.cpp")], check=True)
-    library = ctypes.CDLL(str(built))
-
-    def call(name, *tensors):
-        getattr(library, name)(tensors[0].numel(), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
-
-    words = prng.bits(prng.key(5), (3, 1000)).to(torch.int32).unbind()
-    found = torch.empty(1000, dtype=torch.int32), torch.empty(1000, dtype=torch.int32)
-    call("ciphers", *words, *found)
-    assert all(map(torch.equal, found, prng._threefry(*words)))
-    draw = torch.cat([prng.uniform(prng.key(6), (10_000,)), torch.tensor([0.0, 1 - 2.0**-23, 0.5])])
-    gaussian = torch.empty_like(draw)
-    call("normals", draw, gaussian)
-    assert ulps(gaussian, prng._gaussian(draw.clone())).max() <= 4  # their logarithms are of two libraries

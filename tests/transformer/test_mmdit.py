@@ -149,11 +149,8 @@ def test_only_the_last_blocks_context_asks_nothing(params, inputs):
     assert silent == dual * 2 + joint + last
 
 
-@pytest.mark.parametrize("joins", [True, False])
-def test_a_forward_holds_no_more_than_it_goes_on_with(joins, monkeypatch):
-    # In pictures of the width of a block: what attention has read is let go of before the second attention.
-    if not joins:
-        monkeypatch.setattr(joint_block, "_joins", lambda *_: False)
+def test_a_forward_holds_no_more_than_it_goes_on_with():
+    # In images of the width of a block: the inputs of the first attention are freed before the second.
     config = mmdit.Config(**{**vars(CONFIG), "heads": 4, "head_dim": 16, "position_size": 32, "sample_size": 32})
     params = mmdit.init(prng.key(0), config)
     latents, t, context, pooled = random_inputs(height=64, width=64)

@@ -13,6 +13,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from functional_sd3.core import layers
+from functional_sd3.core.types import Params
+from functional_sd3.kernels import norms
+
 TILE, KERNEL = 4, 3
 WINDOW = TILE + KERNEL - 1
 POINTS = [Fraction(point) for point in ("0", "5/8", "-5/8", "3/2", "-3/2")]
@@ -62,12 +66,52 @@ def _power(numbers: list[Fraction]) -> Fraction:
 _WINDOW, _KERNEL, _OUTPUT = _maps(POINTS)
 
 
-def pays(weight: Tensor, x: Tensor, stride: int = 1, padding: int = 1, scale: int = 1) -> bool:
-    """Whether `convolve` fits this convolution and is the faster way: large float32 pictures on a CPU, nothing else.
+def fits_conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> bool:
+    """3x3 convolutions of large float32 images on a CPU, where this is the faster way.
 
     A GPU's library chooses for itself, and half precision would lose what the transforms' large constants need.
     """
-    if weight.shape[2:] != (3, 3) or stride != 1 or padding != 1 or x.device.type != "cpu" or x.dtype != torch.float32:
+    return stride == 1 and padding == 1 and _pays(params, x)
+
+
+def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> Tensor:
+    """`layers.conv2d`."""
+    return convolve(layers.dequantized_weight(params, x.dtype), params["bias"], x)
+
+
+def fits_upsample_conv2d(params: Params, x: Tensor) -> bool:
+    """As `fits_conv2d`, by the size of the result."""
+    return _pays(params, x, scale=2)
+
+
+def upsample_conv2d(params: Params, x: Tensor) -> Tensor:
+    """`layers.upsample_conv2d`, without the upsampled image in memory."""
+    return convolve(layers.dequantized_weight(params, x.dtype), params["bias"], x, scale=2)
+
+
+def fits_residual_block(params: Params, x: Tensor, groups: int, eps: float) -> bool:
+    """Both convolutions as in `fits_conv2d`."""
+    return _pays(params["conv1"], x) and _pays(params["conv2"], x)
+
+
+def residual_block(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
+    """`layers.residual_block` in one tensor of its own: fresh pages cost as much as the arithmetic on them."""
+    h = layers.group_norm_silu(params["norm1"], x, groups, eps)
+    outputs, inputs = params["conv1"]["weight"].shape[:2]
+    weight = layers.dequantized_weight(params["conv1"], x.dtype)
+    h = convolve(weight, params["conv1"]["bias"], h, inplace=outputs == inputs)
+    if norms.fits_group_norm(params["norm2"], h, groups, eps):
+        h = norms.group_norm_into(params["norm2"], h, groups, eps, h, silu=True)
+    else:
+        h = layers.group_norm_silu(params["norm2"], h, groups, eps)
+    shortcut = layers.conv2d(params["shortcut"], x) if "shortcut" in params else x
+    weight = layers.dequantized_weight(params["conv2"], x.dtype)
+    return convolve(weight, params["conv2"]["bias"], h, residual=shortcut, inplace=True)
+
+
+def _pays(params: Params, x: Tensor, scale: int = 1) -> bool:
+    weight = params["weight"]
+    if "low_rank" in params or weight.shape[2:] != (3, 3) or not x.is_cpu or x.dtype is not torch.float32:
         return False
     height, width = (scale * side for side in x.shape[-2:])
     wide = min(weight.shape[:2]) >= 64 and height * width >= 1024 and not (height % TILE or width % TILE)
@@ -75,19 +119,19 @@ def pays(weight: Tensor, x: Tensor, stride: int = 1, padding: int = 1, scale: in
 
 
 def convolve(
-    weight: Tensor, bias: Tensor, x: Tensor, *, scale: int = 1, plus: Tensor | None = None, over: bool = False
+    weight: Tensor, bias: Tensor, x: Tensor, *, scale: int = 1, residual: Tensor | None = None, inplace: bool = False
 ) -> Tensor:
     """x (batch, inputs, height, width) in channels_last -> (batch, outputs, scale * height, scale * width), multiples
     of 4.
 
-    The same as `F.conv2d(x, weight, bias, padding=1)`, of x enlarged with every pixel `scale` times a side, and `plus`
-    added. `over`: into the memory of x, which must be of the result's shape. It writes into tensors of its own or into
-    x, so it is not for tensors that are differentiated or mapped.
+    The same as `F.conv2d(x, weight, bias, padding=1)`, of x enlarged with every pixel `scale` times a side, and
+    `residual` added. `inplace`: into the memory of x, which must be of the result's shape. It writes into tensors of
+    its own or into x, so it is not for tensors that are differentiated or mapped.
     """
     outputs, inputs = weight.shape[:2]
     batch, (rows, columns) = x.shape[0], (scale * side // TILE for side in x.shape[-2:])
-    matrices = (_WINDOW, _KERNEL, _OUTPUT)
-    into, kernel_map, back = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in matrices)
+    maps = _WINDOW, _KERNEL, _OUTPUT
+    into, kernel_map, back = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in maps)
     kernels = _map_kernel(kernel_map, weight)
     many = max(ROWS_AT_ONCE, TILES_AT_ONCE // columns)
     step = min(rows, 1 if WINDOW**2 * inputs * outputs <= SMALL_KERNEL else many)
@@ -105,8 +149,8 @@ def convolve(
     steps = [(kernel, *pair) for kernel, pair in zip(kernels, pairs, strict=True)]
     tiles = x.new_empty(TILE, TILE, step, columns, outputs)
     pictures = x.permute(0, 2, 3, 1)
-    found = pictures if over else x.new_empty(batch, rows * TILE, columns * TILE, outputs)
-    added = [None] * batch if plus is None else _in_tiles(plus.permute(0, 2, 3, 1))
+    found = pictures if inplace else x.new_empty(batch, rows * TILE, columns * TILE, outputs)
+    added = [None] * batch if residual is None else _in_tiles(residual.permute(0, 2, 3, 1))
     for image, picture, more in zip(pictures, _in_tiles(found), added, strict=True):
         done = None
         for start in range(0, rows, step):

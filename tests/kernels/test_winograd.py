@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functional_sd3.core import layers, prng, winograd
+from functional_sd3.core import layers, prng
+from functional_sd3.kernels import winograd
 
 
 def drawn(seed, batch, inputs, outputs, height, width):
@@ -30,22 +31,22 @@ def drawn(seed, batch, inputs, outputs, height, width):
     st.booleans(),
     st.booleans(),
 )
-def test_it_equals_the_direct_sum(seed, batch, inputs, outputs, rows, columns, at_once, tiles, scale, more, over):
-    outputs, scale = (inputs, 1) if over else (outputs, scale)
+def test_it_equals_the_direct_sum(seed, batch, inputs, outputs, rows, columns, at_once, tiles, scale, more, inplace):
+    outputs, scale = (inputs, 1) if inplace else (outputs, scale)
     weight, bias, x = drawn(seed, batch, inputs, outputs, 4 // scale * rows, 4 // scale * columns)
-    plus = prng.normal(prng.key(seed + 1), (batch, outputs, 4 * rows, 4 * columns)) if more else None
+    residual = prng.normal(prng.key(seed + 1), (batch, outputs, 4 * rows, 4 * columns)) if more else None
     expected = F.conv2d(F.interpolate(x, scale_factor=scale).double(), weight.double(), bias.double(), padding=1)
-    expected += 0 if plus is None else plus
+    expected += 0 if residual is None else residual
     before = x.clone()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "SMALL_KERNEL", 0)
         patch.setattr(winograd, "ROWS_AT_ONCE", at_once)
         patch.setattr(winograd, "TILES_AT_ONCE", tiles)
         patch.setattr(winograd, "KEPT", 7 * inputs * outputs)  # a kernel in several parts
-        found = winograd.convolve(weight, bias, x, scale=scale, plus=plus, over=over)
+        found = winograd.convolve(weight, bias, x, scale=scale, residual=residual, inplace=inplace)
     assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
     assert (found - expected).norm() <= 5e-6 * expected.norm()
-    assert found.data_ptr() == x.data_ptr() if over else torch.equal(x, before)
+    assert found.data_ptr() == x.data_ptr() if inplace else torch.equal(x, before)
 
 
 def test_large_convolutions_take_it_and_are_the_same_to_five_millionths(monkeypatch):
@@ -75,7 +76,8 @@ def test_large_convolutions_take_it_and_are_the_same_to_five_millionths(monkeypa
 def test_other_convolutions_do_not(change):
     weight, _, x = drawn(0, 1, 64, change.get("outputs", 64), change.get("height", 48), 64)
     x = x.contiguous(memory_format=change.get("memory_format", torch.channels_last)).to(change.get("dtype", x.dtype))
-    assert not winograd.pays(weight, x, change.get("stride", 1), change.get("padding", 1))
+    options = {"stride": change.get("stride", 1), "padding": change.get("padding", 1)}
+    assert not winograd.fits_conv2d({"weight": weight}, x, **options)
 
 
 def test_what_is_differentiated_mapped_or_compiled_does_not():
@@ -96,42 +98,17 @@ def test_what_is_differentiated_mapped_or_compiled_does_not():
 
 @pytest.mark.parametrize("side", [36, 30], ids=["winograd", "direct"])
 @pytest.mark.parametrize("form", ["float", "low rank", "int8"])
-def test_convolutions_over_and_doubled_are_what_they_stand_for(side, form):
+def test_an_upsampling_convolution_is_that_of_the_upsampled_image(side, form):
     weight, bias, x = drawn(0, 2, 64, 64, side, side)
     params = {"weight": weight, "bias": bias}
     if form == "int8":
         params = {"weight": (100 * weight).to(torch.int8), "scale": torch.full((64,), 0.01), "bias": bias}
     if form == "low rank":
         params["low_rank"] = {"down": weight[:4], "up": weight[:, :4, 0, 0]}
-    plus = prng.normal(prng.key(1), x.shape)
-    plain, twice = layers.conv2d(params, x, padding=1), F.interpolate(x, scale_factor=2.0)
-    before, doubled = x.clone(), layers.conv2d_doubled(params, x)
+    twice = F.interpolate(x, scale_factor=2.0)
+    before, found = x.clone(), layers.upsample_conv2d(params, x)
     assert torch.equal(x, before)
-    torch.testing.assert_close(doubled, layers.conv2d(params, twice, padding=1), rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(layers.conv2d_over(params, x.clone()), plain, rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(layers.conv2d_over(params, x, plus), plain + plus, rtol=1e-4, atol=2e-5)
-    if form == "low rank" or side == 30:
-        assert torch.equal(x, before)
-    watched = before.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(layers.conv2d_over(params, watched, plus).sum(), watched)
-    expected = torch.autograd.grad((layers.conv2d(params, watched, padding=1) + plus).sum(), watched)[0]
-    torch.testing.assert_close(gradient, expected)
-    assert torch.equal(watched, before)
-
-
-@pytest.mark.parametrize("side", [128, 4], ids=["in parts", "whole"])
-def test_group_norm_with_silu_is_both_and_overwrites_only_what_is_given_up(side):
-    params = {"weight": prng.normal(prng.key(0), (32,)), "bias": prng.normal(prng.key(1), (32,))}
-    x = prng.normal(prng.key(2), (2, 32, side, side + 16)).contiguous(memory_format=torch.channels_last)
-    before, expected = x.clone(), F.silu(layers.group_norm(params, x, 8, 1e-6))
-    found = layers.group_norm_silu(params, x, 8, 1e-6)
-    torch.testing.assert_close(found, expected)
-    assert torch.equal(x, before)
-    torch.testing.assert_close(layers.group_norm_silu(params, x, 8, 1e-6, over=True), expected)
-    # Watched: the same, with a gradient, and nothing overwritten.
-    watched = before.clone().requires_grad_()
-    torch.testing.assert_close(layers.group_norm_silu(params, watched, 8, 1e-6, over=True), expected)
-    assert torch.equal(watched, before)
+    torch.testing.assert_close(found, layers.conv2d(params, twice, padding=1), rtol=1e-4, atol=2e-5)
 
 
 def test_group_norm_of_large_channels_last_pictures_is_as_accurate_as_of_others():
@@ -149,10 +126,9 @@ def test_parameters_alone_can_be_learned_of_large_pictures():
     pictures = x.clone()
     for params, apply in (
         (conv, lambda params: layers.conv2d(params, x, padding=1)),
-        (conv, lambda params: layers.conv2d_over(params, x)),
-        (conv, lambda params: layers.conv2d_doubled(params, x)),
+        (conv, lambda params: layers.upsample_conv2d(params, x)),
         (norm, lambda params: layers.group_norm(params, x, 8, 1e-6)),
-        (norm, lambda params: layers.group_norm_silu(params, x, 8, 1e-6, over=True)),
+        (norm, lambda params: layers.group_norm_silu(params, x, 8, 1e-6)),
     ):
         for name in params:
             own = params[name].clone().requires_grad_()

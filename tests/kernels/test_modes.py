@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from functional_sd3.core import cpu, layers, prng, tree, watching
+from functional_sd3.core import dispatch, layers, prng, tree
 from functional_sd3.image import taesd, vae
 from functional_sd3.metrics import inception
 from functional_sd3.text import clip, t5
@@ -49,7 +49,6 @@ LAYERS = {
     "linear by oneDNN": (lambda: layers.linear(LAYER, drawn(2, 16, 16)), 2 * 32 * 24 * 16),
     "linear by BLAS": (lambda: layers.linear(LAYER, drawn(1, 600, 16)), 2 * 600 * 24 * 16),
     "linear of few rows": (lambda: layers.linear(LAYER, drawn(3, 16)), 2 * 3 * 24 * 16),
-    "packed linear": (lambda: layers.linear(cpu.packed(LAYER, 32), drawn(2, 16, 16)), 2 * 32 * 24 * 16),
     **{
         f"linear with {name} inside": (
             lambda name=name: layers.linear_activation(LAYER, drawn(2, 16, 16), name),
@@ -58,8 +57,7 @@ LAYERS = {
         for name in layers.ACTIVATIONS
     },
     "convolution by Winograd": (lambda: layers.conv2d(CONV, picture(), padding=1), 2 * 64 * 64 * 9 * 32 * 32),
-    "convolution in place": (lambda: layers.conv2d_over(CONV, picture()), 2 * 64 * 64 * 9 * 32 * 32),
-    "convolution of twice the size": (lambda: layers.conv2d_doubled(CONV, picture()), 2 * 64 * 64 * 9 * 64 * 64),
+    "convolution of twice the size": (lambda: layers.upsample_conv2d(CONV, picture()), 2 * 64 * 64 * 9 * 64 * 64),
 }
 
 
@@ -73,14 +71,6 @@ def test_the_flops_of_a_layer_are_those_of_its_product(name, gradient):
     run, expected = LAYERS[name]
     with torch.set_grad_enabled(gradient):
         assert flops(run) == expected
-
-
-PACKED = cpu.packed(LAYER, 32)
-
-
-def test_a_layer_that_was_packed_before_is_counted_too():
-    with torch.no_grad():
-        assert flops(lambda: layers.linear(PACKED, drawn(2, 16, 16))) == 2 * 32 * 24 * 16
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +142,8 @@ def test_a_function_mode_is_shown_the_layers_and_a_default_device_changes_nothin
         found, names = counted(run)
     assert ("_linear_pointwise" in names) == there and torch.equal(found, usual)
     with torch.device("meta"), Transparent():
-        assert watching.in_mode()
-    assert not watching.in_mode()
+        assert dispatch.in_mode()
+    assert not dispatch.in_mode()
 
 
 def test_gradients_are_counted_as_those_of_pytorchs_own_layers():

@@ -1,0 +1,196 @@
+"""One switch for speed: which kernel, if any, computes an operation.
+
+An operation is written as its formula and decorated with `@op`. When it is called, `tracking` says once who follows its
+tensors, and the first kernel of `kernels.TABLE` that accepts this and fits the arguments runs; else the formula does.
+`with plain():` turns every kernel off.
+
+This module and `kernels/` are the only places that use private names of PyTorch. One that is missing costs speed,
+never an answer.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+Tracking = Literal["none", "autograd", "compiler", "other"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Kernel(NamedTuple):
+    """A faster form of an operation.
+
+    run: called with the operation's arguments. fits: whether it computes these arguments (device, dtype, sizes) and
+    pays. tracking: the kinds of `tracking` under which it may run. tolerance: the largest relative error against the
+    formula, norm over norm, at the sizes of its test.
+    """
+
+    run: Callable[..., Any]
+    fits: Callable[..., bool]
+    tracking: frozenset[Tracking]
+    tolerance: float = 2e-6
+
+    @property
+    def name(self) -> str:
+        """Module and function, such as "onednn.linear"."""
+        return f"{self.run.__module__.rpartition('.')[2]}.{self.run.__name__}"
+
+
+UNTRACKED: frozenset[Tracking] = frozenset({"none"})
+DIFFERENTIABLE: frozenset[Tracking] = frozenset({"none", "autograd"})
+COMPILED: frozenset[Tracking] = frozenset({"compiler"})
+# Plain numbers and dicts, which a compiler can read; `plain` in one thread costs the others speed, never an answer.
+_plain_depth = 0
+_table: dict[str, tuple[Kernel, ...]] | None = None
+
+
+def op(formula: Function) -> Function:
+    """The operation of a formula: it runs the first kernel that fits, else the formula, which stays as `.formula`.
+
+    Its name in `kernels.TABLE` is that of its module and its own, such as "layers.linear".
+    """
+    name = f"{formula.__module__.rpartition('.')[2]}.{formula.__name__}"
+
+    @functools.wraps(formula)
+    def operation(*arguments: Any, **options: Any) -> Any:
+        kernels = _kernels(name)
+        # Sizes are read only outside of transforms and compilers: some have no answer, some make it part of a graph.
+        surroundings = _surroundings() if kernels else None
+        for kernel in kernels:
+            if surroundings is None or surroundings in kernel.tracking:
+                if kernel.fits(*arguments, **options):
+                    if surroundings is None:
+                        surroundings = _tracked_by(_tensors(arguments))
+                    if surroundings in kernel.tracking:
+                        return kernel.run(*arguments, **options)
+        return formula(*arguments, **options)
+
+    operation.formula = formula  # type: ignore[attr-defined]
+    return operation  # type: ignore[return-value]
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Every operation is its formula here."""
+    global _plain_depth
+    _plain_depth += 1
+    try:
+        yield
+    finally:
+        _plain_depth -= 1
+
+
+def private(path: str, *trial: Any, missing: Any = None, **options: Any) -> Any:
+    """The function of PyTorch at `path` ("torch._C.name"); `missing` where there is none or where it raises when called
+    with `trial` and `options`.
+
+    PyTorch promises none of these names, nor what they take, so each is called once before it is relied on.
+    """
+    try:
+        function = functools.reduce(getattr, path.split(".")[1:], torch)
+        function(*trial, **options)
+    except Exception:  # Whatever a changed function raises.
+        return missing
+    return function
+
+
+def tracking(*tensors: Tensor) -> Tracking:
+    """Who follows these tensors: "none"; "autograd", eager reverse mode alone; "compiler"; or "other".
+
+    Other is everything with rules of its own: a transform of torch.func, forward-mode derivatives, mapped backward
+    passes, autocast, any dispatch mode (FlopCounterMode) or function mode, tensor subclasses.
+    """
+    return _surroundings() or _tracked_by(tensors)
+
+
+def _surroundings() -> Tracking | None:
+    """"compiler" or "other" where that follows from where the call is made; None where the tensors decide."""
+    if torch.compiler.is_compiling():
+        return "compiler"
+    if in_transform() or in_mode() or _dual_level() >= 0 or _autocast():
+        return "other"
+    return None
+
+
+def _tracked_by(tensors: Iterable[Tensor]) -> Tracking:
+    found: Tracking = "none"
+    differentiable = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) not in _ORDINARY or _is_mapped(x):
+            return "other"
+        if differentiable and x.requires_grad:
+            found = "autograd"
+    return found
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return _transforms() is not None
+
+
+def in_mode() -> bool:
+    """Whether a dispatch mode (`FlopCounterMode`, a tracer) or a function mode is active, which must see PyTorch's own
+    operations.
+
+    The function mode of a default device is none of these: it changes where tensors are created, no result.
+    """
+    if _dispatch_modes():
+        return True
+    depth = _function_modes()
+    return depth is None or not all(isinstance(_function_mode(index), DeviceContext) for index in range(depth))
+
+
+def is_concrete(x: Tensor) -> bool:
+    """Whether the values of x may be read: it is neither traced nor wrapped by a transform of torch.func."""
+    return not torch.compiler.is_compiling() and not _is_wrapped(x)
+
+
+def can_replace_saved_tensors() -> bool:
+    """Whether what autograd keeps for a backward pass can be replaced, as checkpoints do."""
+    return _hooks_enabled()
+
+
+def _always(*_: Any) -> bool:
+    """In place of a function that this PyTorch lacks: everything is then followed by something."""
+    return True
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+_NUMBER = torch.zeros((), dtype=torch.float32, device="cpu")
+_transforms = private("torch._C._functorch.peek_interpreter_stack", missing=_always)
+_dispatch_modes = private("torch._C._len_torch_dispatch_stack", missing=_always)
+_function_modes = private("torch._C._len_torch_function_stack", missing=lambda: None)
+_function_mode = getattr(torch._C, "_get_function_stack_at", _always)
+_autocast = private("torch._C._is_any_autocast_enabled", missing=_always)
+_is_wrapped = private("torch._C._functorch.is_functorch_wrapped_tensor", _NUMBER, missing=_always)
+# What autograd.grad's is_grads_batched maps with.
+_is_mapped = private("torch._C._functorch.is_legacy_batchedtensor", _NUMBER, missing=_always)
+_hooks_enabled = private("torch._C._autograd._saved_tensors_hooks_is_enabled", missing=_always)
+_dual_level = (lambda: forward_ad._current_level) if hasattr(forward_ad, "_current_level") else (lambda: 0)
+
+
+def _kernels(name: str) -> tuple[Kernel, ...]:
+    global _table
+    if _table is None:
+        import functional_sd3.kernels
+
+        _table = functional_sd3.kernels.TABLE
+    return () if _plain_depth else _table.get(name, ())
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    """Every tensor in nested arguments."""
+    tensors: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+        elif isinstance(argument, dict):
+            tensors += _tensors(argument.values())
+        elif isinstance(argument, list | tuple):
+            tensors += _tensors(argument)
+    return tensors

@@ -1,0 +1,48 @@
+"""The same functions as `core`'s as the hardware likes them: one table from an operation to its kernels.
+
+A kernel has the signature of its operation, a function that says whether it fits the arguments, and the kinds of
+`dispatch.tracking` under which it may run; each equals its formula (`tests/kernels`). Kernels know no model. Private
+names of PyTorch are called once before they are relied on; a missing one costs speed only.
+"""
+
+from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, UNTRACKED, Kernel
+from functional_sd3.kernels import cuda, foreach, inductor, layouts, norms, onednn, winograd
+
+_LISTS = DIFFERENTIABLE | COMPILED
+
+TABLE: dict[str, tuple[Kernel, ...]] = {
+    "layers.linear": (Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),),
+    "layers.linear_activation": (
+        Kernel(onednn.linear_activation, onednn.fits_linear_activation, UNTRACKED),
+        Kernel(cuda.linear_activation, cuda.fits_linear_activation, UNTRACKED, 1e-3),
+    ),
+    "layers.cast_leaves": (Kernel(cuda.cast_leaves, cuda.fits_cast_leaves, DIFFERENTIABLE, 0.0),),
+    "layers.conv2d": (Kernel(winograd.conv2d, winograd.fits_conv2d, UNTRACKED, 5e-6),),
+    "layers.upsample_conv2d": (Kernel(winograd.upsample_conv2d, winograd.fits_upsample_conv2d, UNTRACKED, 5e-6),),
+    "layers.residual_block": (Kernel(winograd.residual_block, winograd.fits_residual_block, UNTRACKED, 5e-6),),
+    "layers.image_layout": (Kernel(layouts.image_layout, layouts.fits_image_layout, DIFFERENTIABLE, 0.0),),
+    "layers.rms_norm": (
+        Kernel(norms.rms_norm, norms.fits_rms_norm, UNTRACKED),
+        Kernel(cuda.rms_norm, cuda.fits_rms_norm, DIFFERENTIABLE, 1e-2),
+    ),
+    "layers.group_norm": (Kernel(norms.group_norm, norms.fits_group_norm, UNTRACKED, 5e-6),),
+    "layers.group_norm_silu": (Kernel(norms.group_norm_silu, norms.fits_group_norm, UNTRACKED, 5e-6),),
+    "layers.gelu_tanh": (Kernel(inductor.gelu_tanh, inductor.fits_gelu_tanh, COMPILED),),
+    "prng.threefry": (
+        Kernel(cuda.threefry, cuda.fits_threefry, UNTRACKED, 0.0),
+        Kernel(inductor.threefry, inductor.fits_threefry, COMPILED, 0.0),
+    ),
+    "prng.gaussian": (Kernel(cuda.gaussian, cuda.fits_gaussian, UNTRACKED),),
+    "leafwise.multiply": (Kernel(foreach.multiply, foreach.fits, _LISTS),),
+    "leafwise.add": (Kernel(foreach.add, foreach.fits, _LISTS),),
+    "leafwise.add_inplace": (Kernel(foreach.add_inplace, foreach.fits, UNTRACKED),),
+    "leafwise.lerp": (Kernel(foreach.lerp, foreach.fits, _LISTS),),
+    "leafwise.lerp_inplace": (Kernel(foreach.lerp_inplace, foreach.fits, UNTRACKED),),
+    "leafwise.global_norm": (
+        Kernel(foreach.global_norm_in_rows, foreach.fits_global_norm_in_rows, UNTRACKED),
+        Kernel(foreach.global_norm, foreach.fits, _LISTS),
+    ),
+    "leafwise.adam": (Kernel(foreach.adam, foreach.fits, UNTRACKED | COMPILED),),
+    "leafwise.adamw_inplace": (Kernel(foreach.adamw_inplace, foreach.fits_adamw_inplace, UNTRACKED),),
+}
+"""Operation -> its kernels, the first that fits runs."""
