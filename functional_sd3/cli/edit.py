@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from pathlib import Path
 
 from functional_sd3.cli import controls, guidance, inputs, options, output, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
@@ -44,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
     size, told = options.size(arguments.size), _told(arguments)
-    if not Path(arguments.picture).is_file():
-        raise ValueError(f"{arguments.picture} is no file")
+    options.check_file(arguments.picture, arguments.picture)
     options.check_run(arguments)
     if arguments.source_cfg is not None and arguments.source_cfg < 1:
         report.note(f"--source-cfg {arguments.source_cfg:g} is no guidance, as every scale up to 1")

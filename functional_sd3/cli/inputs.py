@@ -9,10 +9,9 @@ transparency.
 import argparse
 import math
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from functional_sd3.cli import written
+from functional_sd3.cli import options, written
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,8 +89,8 @@ def check(arguments: argparse.Namespace) -> None:
         margins(arguments.outpaint)
     for name in ("image", "mask"):
         path = getattr(arguments, name)
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"--{name} {path} is no file")
+        if path is not None:
+            options.check_file(path, f"--{name} {path}")
 
 
 def margins(text: str) -> dict[str, int]:
@@ -99,7 +98,7 @@ def margins(text: str) -> dict[str, int]:
     found = {}
     for part in text.split(","):
         side, equals, pixels = part.strip().partition("=")
-        if side not in _SIDES or not equals or not re.fullmatch('[0-9]{1,6}', pixels) or side in found:
+        if side not in _SIDES or not equals or not re.fullmatch("[0-9]{1,6}", pixels) or side in found:
             raise ValueError(f"--outpaint {text!r} must be sides and pixels, such as right=64,top=32")
         found[side] = int(pixels)
     return found

@@ -50,7 +50,11 @@ def _is_picture(path: Path) -> bool:
 def _picture(path: Path) -> Iterator[str]:
     from functional_sd3.cli import written
 
-    settings = written.read_settings(path)
+    try:
+        settings = written.read_settings(path)
+    except ValueError as error:
+        unknown = "of no known format" in str(error)
+        raise ValueError(f"{error}, and no weights that are known" if unknown else str(error)) from None
     if settings is None:
         raise ValueError(f"{path} is a picture without the settings of functional-sd3 generate")
     for name, value in settings.items():

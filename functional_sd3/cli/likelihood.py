@@ -1,7 +1,6 @@
 """Rank prompts for a picture by how likely each makes it."""
 
 import argparse
-from pathlib import Path
 
 from functional_sd3.cli import guidance, inputs, options, prompt_words, report
 from functional_sd3.cli.timing import Timer, progress
@@ -55,8 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
     size = options.size(arguments.size)
     report.check_writable(arguments.json)
-    if not Path(arguments.picture).is_file():
-        raise ValueError(f"{arguments.picture} is no file")
+    options.check_file(arguments.picture, arguments.picture)
     options.check_run(arguments)
 
     import torch

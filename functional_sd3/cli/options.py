@@ -98,6 +98,17 @@ def check_run(arguments: argparse.Namespace) -> None:
     guidance.check(arguments)
 
 
+def check_file(path: str, what: str) -> None:
+    """Raise ValueError, beginning with `what`, where an input is no file: what it is, or the nearest name."""
+    if os.path.isfile(path):
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"{what} is no file: it is a folder")
+    if os.path.lexists(path):
+        raise ValueError(f"{what} is no file: it is a pipe, a device or a broken link")
+    raise ValueError(f"{what} is no file{nearest(path, _neighbours(path))}")
+
+
 def check_method(name: str | None) -> None:
     """Raise ValueError where there is no integrator of that name; None is the model's own."""
     if name is not None and name not in METHODS:

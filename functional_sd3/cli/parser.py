@@ -35,6 +35,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Write the message to standard error and exit with status 2."""
+        if self._subparsers is not None and "required" in message:
+            (below,) = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+            message += f", one of {', '.join(below.choices)}"
         sys.stderr.write(f"{self.prog}: error: {escape(message)} (see {self.prog} --help)\n")
         raise SystemExit(2)
 

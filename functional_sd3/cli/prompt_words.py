@@ -53,9 +53,8 @@ def note_unknown(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
         more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
         report.note(
             f"the shipped model never learned: {', '.join(map(shorten, unknown[:_MOST_NAMED]))}{more}. "
-            f"It draws {', '.join(shapes.RADII)} {', '.join(f'{shape}s' for shape in shapes.SHAPES)} in "
-            f'{", ".join(shapes.COLOURS)}, such as "a large red circle on a white background"; '
-            "--params takes other models"
+            f"It knows {', '.join(shapes.SHAPES)}; {', '.join(shapes.COLOURS)}; {', '.join(shapes.RADII)}; "
+            'such as "a large red circle on a white background". --params takes other models'
         )
 
 

@@ -124,7 +124,7 @@ def latent_size(
         if bounded and side > largest:
             raise ValueError(
                 f"{name} {side} is beyond the {largest} pixels that the model has positions for; "
-                "a larger picture can be drawn in tiles"
+                "a larger picture can be drawn in tiles (--tile)"
             )
         sides.append(side // factor)
     return sides[0], sides[1]
