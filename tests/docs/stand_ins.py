@@ -21,8 +21,8 @@ from functional_sd3.weights.clip import LAYOUT
 from tests import models
 from tests.docs.markdown import ROOT
 
-RELEASED = ("stable-diffusion-3.5-medium", "stable-diffusion-3.5-large")
-MODELS = ("MODEL", "A", "B", *RELEASED, f"params/{RELEASED[0]}")
+RELEASED = ("stable-diffusion-3.5-medium", "stable-diffusion-3.5-large", "stable-diffusion-3.5-large-turbo")
+MODELS = ("MODEL", "A", "B", *RELEASED, f"params/{RELEASED[0]}", f"params/{RELEASED[2]}")
 IMAGES = ("my_images", "real", "fake", "FOLDER")
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
