@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 2**27
 """Of one image: 134 million, what the largest medium-format cameras take. Decoding needs up to 8 bytes for each."""
+_COPYING = frozenset({"WEBP", "AVIF"})
+"""Formats whose decoders hold several images of the size at a time; half as many pixels are read of them."""
 MOST_BYTES = 2**29
 """Of one file, or of one member of a zip archive when unpacked: several decoders read a file whole."""
 Result = TypeVar("Result")
@@ -148,9 +150,11 @@ def _check_size(stream: BinaryIO) -> None:
 
 def _check_pixels(image: "Image") -> None:
     width, height = image.size
-    if width * height > MOST_PIXELS:
+    most = MOST_PIXELS // 2 if image.format in _COPYING else MOST_PIXELS
+    if width * height > most:
+        kind = f" {image.format}" if image.format in _COPYING else ""
         raise _RefusedError(
-            f"has {width:,} x {height:,} pixels, more than the {MOST_PIXELS:,} that are read of one image; "
+            f"has {width:,} x {height:,} pixels, more than the {most:,} that are read of one{kind} image; "
             "reduce it first"
         )
     if not width * height:

@@ -187,6 +187,25 @@ def test_what_the_header_declares_is_bounded_before_anything_is_decoded(tmp_path
         getattr(files, kind)(tmp_path / "sparse.webp")
 
 
+def test_formats_whose_decoders_hold_copies_are_read_up_to_half_of_it(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.webp", lossless=True)
+    content = bytearray((tmp_path / "a.webp").read_bytes())
+    # The sides less one, 14 bits each, after the signature of lossless WebP.
+    content[21:25] = struct.pack("<I", 11584 | 5800 << 14 | int.from_bytes(content[21:25], "little") & 0xF0000000)
+    (tmp_path / "a.webp").write_bytes(content)
+    with pytest.raises(ValueError, match="11,585 x 5,801 pixels, more than the 67,108,864 .* one WEBP image"):
+        files.read(tmp_path / "a.webp")
+
+
+def test_the_first_frame_of_many_is_the_image(tmp_path):
+    frames = [Image.new("L", (4, 4), number % 256) for number in range(300)]
+    for suffix in (".gif", ".webp", ".png", ".tif"):
+        path = tmp_path / f"a{suffix}"
+        frames[9].save(path, save_all=True, append_images=frames)
+        image = files.read(path)
+        assert image.size == (4, 4) and abs(image.getpixel((0, 0))[0] - 9) < 4
+
+
 @pytest.mark.parametrize("depth, colour", [(16, 0), (8, 6)])
 def test_a_small_file_within_the_bound_takes_little_more_than_its_pixels(tmp_path, depth, colour):
     side = 4096
