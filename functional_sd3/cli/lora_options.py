@@ -58,7 +58,8 @@ def parse(text: str, option: str = "--lora ") -> LoraSpec:
 def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "list[tuple[Lora, float]]":
     """The LoRAs of these options with their scales; those of scale 0 are checked, then left out.
 
-    Parts for a component that the model lacks (T5 is often given up) are left out and named on standard error.
+    Parts for a component that the model lacks (T5 is often given up), and embeddings that OneTrainer stores beside, are
+    left out and named on standard error.
     """
     from functional_sd3.training import lora
 

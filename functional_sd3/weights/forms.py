@@ -160,8 +160,10 @@ FORMS = (
 _IGNORED = re.compile(r"(.*\.)?(logit_scale|scaled_fp8)|model_ema\.(decay|num_updates)")
 _STRANGERS = (
     (r"(.*\.)?controlnet_blocks\.\d+\.", "a ControlNet, which weights.load_controlnet reads"),
-    (r".*(\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|_lora\.(up|down)\.)", "a LoRA, which lora.load reads"),
-    (r".*\.(lokr|hada)_\w+$", "a LoKr or a LoHa, which are not read"),
+    (
+        r".*(\.lora_(A|B|up|down)(\.|$)|(\.|_)lora(_linear_layer)?\.(up|down)\.|\.(lokr|hada)_\w+$|\.(diff|diff_b|w_norm)$)",
+        "a LoRA, which lora.load reads",
+    ),
     (r"(.*\.)?double_blocks\.\d+\.", "a Flux model"),
     (r"(.*\.)?(input|output)_blocks\.\d+\.", "a U-Net of Stable Diffusion 1, 2 or XL"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which weights.load_ip_adapter reads"),

@@ -60,7 +60,10 @@ def load_with_report(
     strict: bool = True,
     allow_absent: bool = False,
 ) -> Loaded:
-    """As `load`, with the keys that were left out. allow_absent: those of components that the model lacks are too."""
+    """As `load`, with the keys that were left out.
+
+    allow_absent: those of components that the model lacks, and of embeddings stored beside the LoRA, are left out too.
+    """
     path = find(Path(path))
     mapped = files.open_mapped(path)
     shapes = lora_keys.leaf_shapes(config)
@@ -150,7 +153,8 @@ def _sorted_keys(
         layer, role = lora_keys.parse(key)
         component, module = table.find(layer) if role else (None, None)
         if module is None:
-            (absent if component and component not in table.components else unknown).append((key, component))
+            is_beside = lora_foreign.extra(key) or (component and component not in table.components)
+            (absent if is_beside else unknown).append((key, component))
         elif role in (roles := found.setdefault((layer, module), {})):
             problems.append(f"{path}: {key} and {roles[role]} are the same tensor under two names")
         else:

@@ -90,3 +90,5 @@ def test_an_embedding_trained_with_a_lora_is_named(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="bundle_emb.word.clip_l is an embedding that was trained with the LoRA"):
         lora.load(tmp_path / "a.safetensors", CONFIG)
+    loaded = lora.load_with_report(tmp_path / "a.safetensors", CONFIG, allow_absent=True)
+    assert loaded.left_out == ("bundle_emb.word.clip_l",)

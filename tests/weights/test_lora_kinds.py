@@ -255,10 +255,28 @@ def test_sums_and_low_rank_forms_of_other_kinds(tmp_path):
             wrong(mixed(tmp_path), 2)
 
 
-def test_info_names_the_kinds(tmp_path, capsys):
+@pytest.mark.parametrize("dtype, device", [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")])
+def test_pytorchs_defaults_change_nothing(tmp_path, dtype, device):
+    one = mixed(tmp_path)
+    expected = lora.apply(PARAMS, one, 0.5)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device(device):
+            loaded = lora.load(tmp_path / "mixed.safetensors", CONFIG)
+            found = lora.apply(PARAMS, loaded, 0.5)
+            lora.apply(PARAMS, loaded, 0.5, lazy=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert not tree.diff(loaded, one) and not tree.diff(found, expected)
+
+
+def test_info_and_inspect_name_the_kinds(tmp_path, capsys):
     from functional_sd3 import cli
 
     mixed(tmp_path)
+    assert cli.main(["inspect", str(tmp_path / "mixed.safetensors")]) == 0
+    assert "attn_to_k: 1 layers, LoKr" in capsys.readouterr().out
     assert cli.main(["lora", "info", str(tmp_path / "mixed.safetensors"), "--all"]) == 0
     said = capsys.readouterr().out
     for line in (
