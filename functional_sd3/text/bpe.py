@@ -7,8 +7,9 @@ for bit; where other references disagree, `special_tokens`, `pad_token` and `cle
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,7 +19,8 @@ from torch import Tensor
 from . import bpe_files, bpe_text
 from .bpe_check import Special
 from .bpe_clean import basic_clean, openai_clean
-from .bpe_merge import BYTE_SYMBOLS, BYTES, END_OF_WORD, Merges, merge, symbols_of, whole_words
+from .bpe_decode import decode
+from .bpe_merge import BYTE_SYMBOLS, END_OF_WORD, Merges, merge, merge_first, symbols_of, whole_words
 
 __all__ = ["Tables", "apply", "basic_clean", "decode", "init", "offsets", "openai_clean", "save"]
 
@@ -70,6 +72,7 @@ def init(
     merge_ids = Merges(
         ranks={(vocab[left], vocab[right]): rank for rank, (left, right) in enumerate(files.merges)},
         merged=[vocab[left + right] for left, right in files.merges],
+        longest=max((len((left + right).removesuffix(END_OF_WORD)) for left, right in files.merges), default=1),
     )
     inner = tuple(vocab.get(BYTE_SYMBOLS[byte], unk) for byte in range(256))
     final = tuple(vocab.get(BYTE_SYMBOLS[byte] + END_OF_WORD, unk) for byte in range(256))
@@ -126,24 +129,34 @@ def apply(
     pad or `pad_token` (a string or an id). `special_tokens` says which special tokens typed into a text count as such:
     True all (transformers' behaviour: for SD3's second tokenizer, which pads with "!", every "!" is cut out and becomes
     the pad id), False none, or the ones listed (listing the start and the end token alone is Stability's behaviour).
-    `clean` is applied to each text first, such as `openai_clean`, `basic_clean` or `ftfy.fix_text`.
-    Raises ValueError for a length below 2, a text that is not a string or holds lone surrogates, an unknown pad token.
+    `clean` is applied to each text first, such as `openai_clean`, `basic_clean` or `ftfy.fix_text`. Of a long text only
+    what `length` has room for is merged. Raises ValueError for a length below 2, a text that is not a string or holds
+    lone surrogates, an unknown pad token.
     """
-    if length is not None and length < 2:
-        raise ValueError(f"length {length} has no room for the start and the end token; at least 2 is right")
+    _check_length(length)
     cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
     memo: dict[str, list[int]] = {}
-    batch = [_encode(tables, cuts, clean(text) if clean else text, memo) for text in _batch(texts)]
+    room = None if length is None else length - 2
+    batch = [_encode(tables, cuts, clean(text) if clean else text, memo, room) for text in _batch(texts)]
     bos, eos = [tables.bos_id], [tables.eos_id]
     if length is None:
         return [bos + content + eos for content in batch]
     pad = [tables.pad_id if pad_token is None else _pad_id(tables, pad_token)]
-    rows = [bos + content[: length - 2] + eos + pad * (length - 2 - len(content)) for content in batch]
+    rows = [bos + content[:room] + eos + pad * (room - len(content)) for content in batch]
     # by way of numpy: torch.tensor reads a list of integers several times slower
     return torch.from_numpy(numpy.array(rows, dtype=numpy.int64).reshape(len(rows), length))
 
 
+def _check_length(length: Any) -> None:
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+        raise ValueError(f"length is {length!r:.60}; a whole number of at least 2 is right, or None for no padding")
+    if length is not None and length < 2:
+        raise ValueError(f"length {length} has no room for the start and the end token; at least 2 is right")
+
+
 def _batch(texts: str | Sequence[str]) -> Sequence[str]:
+    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts are {type(texts).__name__}, {texts!r:.60}; a string or several are right")
     batch = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(batch):
         if not isinstance(text, str):
@@ -167,25 +180,30 @@ def _pad_id(tables: Tables, pad_token: str | int) -> int:
     return pad_token
 
 
-def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]]) -> list[int]:
+def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]], room: int | None) -> list[int]:
+    """The ids of a text, or the first of them, `room` at least if it has so many."""
     ids: list[int] = []
     whole = tables.words.get
     for raw in _cut(cuts.raw, text):
         if raw.special:
             ids += _ids_of(tables, cuts, raw.text)
-            continue
-        for part in _cut(cuts.normalized, bpe_text.normalize(raw.text)):
+        for part in () if raw.special else _cut(cuts.normalized, bpe_text.normalize(raw.text)):
             if part.special:
                 ids += _ids_of(tables, cuts, part.text)
                 continue
-            for word in bpe_text.words(tables.pattern, part.text):
+            # Every word has one id at least.
+            for word in bpe_text.words(tables.pattern, part.text, room):
                 known = whole(word)
                 if known is not None:
                     ids.append(known)
                     continue
                 if word not in memo:
-                    memo[word] = _word(tables, word)
+                    memo[word] = _word(tables, word, room)
                 ids += memo[word]
+            if room is not None and len(ids) >= room:
+                return ids
+        if room is not None and len(ids) >= room:
+            return ids
     return ids
 
 
@@ -200,33 +218,49 @@ class _Part(NamedTuple):
     special: bool
 
 
-def _cut(pattern: re.Pattern[str] | None, text: str) -> Sequence[_Part]:
+def _cut(pattern: re.Pattern[str] | None, text: str) -> Iterable[_Part]:
     """`text` in parts: what `pattern` matches, and what lies between."""
     if pattern is None or pattern.search(text) is None:
         return (_Part(0, text, False),)
-    parts, position = [], 0
+    return _parts(pattern, text)
+
+
+def _parts(pattern: re.Pattern[str], text: str) -> Iterator[_Part]:
+    position = 0
     for match in pattern.finditer(text):
-        parts += [_Part(position, text[position : match.start()], False), _Part(match.start(), match.group(), True)]
+        if position < match.start():
+            yield _Part(position, text[position : match.start()], False)
+        yield _Part(match.start(), match.group(), True)
         position = match.end()
-    return [*parts, _Part(position, text[position:], False)]
+    yield _Part(position, text[position:], False)
 
 
-def _word(tables: Tables, word: str) -> list[int]:
-    """Ids of one word. A literal that the pattern kept whole falls into its own words here."""
-    parts = bpe_text.words(bpe_text.WORDS, word)
-    return [i for p in parts for i in merge(tables.merges, symbols_of(p.encode(), tables.inner, tables.final))]
+def _word(tables: Tables, word: str, room: int | None = None) -> list[int]:
+    """Ids of one word, or the first `room`. A literal that the pattern kept whole falls into its own words here."""
+    ids: list[int] = []
+    for part in bpe_text.words(bpe_text.WORDS, word):
+        symbols = symbols_of(part.encode(), tables.inner, tables.final)
+        ids += merge(tables.merges, symbols) if room is None else merge_first(tables.merges, symbols, room)
+    return ids
 
 
 def offsets(
-    tables: Tables, texts: str | Sequence[str], *, special_tokens: bool | Collection[str] = True
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: int | None = None,
+    special_tokens: bool | Collection[str] = True,
 ) -> list[list[tuple[int, int]]]:
     """Where each id of `apply(tables, texts, length=None)` stands in its text: (start, end) in characters.
 
-    The start and end tokens stand at (0, 0). As in `tokenizers`, a token that is part of a character spans all of it,
-    and a character that NFC composed spans the first of the characters it was made of.
+    With a `length` only those that `apply` keeps, start and end token among them, padding not. The start and end tokens
+    stand at (0, 0). As in `tokenizers`, a token that is part of a character spans all of it, and a character that NFC
+    composed spans the first of the characters it was made of.
     """
     cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
-    return [[(0, 0), *_offsets(tables, cuts, text), (0, 0)] for text in _batch(texts)]
+    _check_length(length)
+    room = None if length is None else length - 2
+    return [[(0, 0), *islice(_offsets(tables, cuts, text), room), (0, 0)] for text in _batch(texts)]
 
 
 def _offsets(tables: Tables, cuts: Cuts, text: str) -> Iterator[tuple[int, int]]:
@@ -253,34 +287,6 @@ def _word_offsets(tables: Tables, word: str, places: Sequence[int]) -> Iterator[
         size = 1 if i == tables.unk_id else len(tables.names[i].removesuffix(END_OF_WORD))
         yield bytewise[position], bytewise[position + size - 1] + 1
         position += size
-
-
-def decode(tables: Tables, ids: Tensor | Sequence[Any], *, skip_special: bool = True) -> str | list[str]:
-    """The text of ids (a string for one row, a list of strings for several), in lower case, words parted by one space.
-
-    `skip_special` leaves out the start, end and padding tokens and every other special one. Bytes that are not UTF-8
-    (half a character) become U+FFFD. Raises ValueError for an id outside the vocabulary.
-    """
-    several = ids.ndim > 1 if isinstance(ids, Tensor) else any(not isinstance(row, int) for row in ids)
-    rows = [row.tolist() if isinstance(row, Tensor) else row for row in ids]
-    return [_decode(tables, row, skip_special) for row in rows] if several else _decode(tables, rows, skip_special)
-
-
-def _decode(tables: Tables, ids: Sequence[int], skip_special: bool) -> str:
-    unknown = [i for i in ids if i not in tables.names]
-    if unknown:
-        raise ValueError(f"ids {unknown[:5]} are not in the vocabulary of {len(tables.names)} tokens")
-    special = {entry.id for entry in tables.specials if entry.special} if skip_special else set()
-    kept = [tables.names[i] for i in ids if i not in special]
-    return b"".join(map(_token_bytes, kept)).decode(errors="replace").strip(" ")
-
-
-def _token_bytes(token: str) -> bytes:
-    body, space = (token.removesuffix(END_OF_WORD), b" ") if token.endswith(END_OF_WORD) else (token, b"")
-    try:
-        return bytes([BYTES[symbol] for symbol in body]) + space
-    except KeyError:  # an added token written in characters
-        return token.encode()
 
 
 def save(folder: str | os.PathLike[str], tables: Tables) -> None:

@@ -14,10 +14,11 @@ _GONE = -1
 
 
 class Merges(NamedTuple):
-    """The merges by their ids: the rank of each pair, and what the pair of each rank becomes."""
+    """The merges by their ids: the rank of each pair, what the pair of each rank becomes, bytes of the longest."""
 
     ranks: Mapping[tuple[int, int], int]
     merged: Sequence[int]
+    longest: int
 
 
 def merge(merges: Merges, symbols: Sequence[int]) -> list[int]:
@@ -46,6 +47,24 @@ def merge(merges: Merges, symbols: Sequence[int]) -> list[int]:
         if (before := preceding[left]) >= 0 and (rank := rank_of((current[before], current[left]))) is not None:
             heappush(queue, (rank, before))
     return [symbol for symbol in current if symbol != _GONE]
+
+
+def merge_first(merges: Merges, symbols: Sequence[int], count: int) -> list[int]:
+    """The first `count` ids of `merge(merges, symbols)`, found from the beginning of `symbols` where that is long.
+
+    Merges on the two sides of a boundary between two tokens of the result do not know of each other, so the tokens
+    before it are those of the symbols before it alone. Among `merges.longest` places in a row one is such a boundary.
+    Where the beginnings that end at each of them have the same first tokens, the whole has them too.
+    """
+    size = 4 * count + merges.longest
+    # As long as the attempts cost less than the whole.
+    while merges.longest * size < len(symbols):
+        ends = range(size - merges.longest + 1, size + 1)
+        first = merge(merges, symbols[:size])[:count]
+        if len(first) == count and all(merge(merges, symbols[:end])[:count] == first for end in ends):
+            return first
+        size *= 2
+    return merge(merges, symbols)[:count]
 
 
 def symbols_of(encoded: bytes, inner: Sequence[int], final: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ NFC by the tables of Unicode 9, lower-casing character by character, and the spl
 import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 # The pattern of OpenAI's CLIP, over the *shape* of a text (see `_shape`), where every letter outside ASCII reads "a".
@@ -41,6 +42,8 @@ def normalize(text: str) -> str:
     """`text` in NFC and lower case. Spaces are left alone: they only separate words."""
     if text.isascii():
         return text.lower()
+    if _has_long_run(text):
+        return normalize_aligned(text).text
     # parts of a text in NFC are in NFC, so that asking for the whole first is quick and exact
     parts = [text] if unicodedata.is_normalized("NFC", text) else _YOUNGER_THAN_UNICODE_9.split(text)
     composed = "".join(unicodedata.normalize("NFC", part) for part in parts)
@@ -48,16 +51,29 @@ def normalize(text: str) -> str:
     return composed.replace("Σ", "σ").lower()
 
 
-def words(pattern: re.Pattern[str], text: str) -> list[str]:
-    """The words of a normalised text, in order; whitespace is dropped."""
+def _has_long_run(text: str) -> bool:
+    """Whether so many combining characters follow one another that `unicodedata`, which sorts them by insertion, would
+    take long; the three that are none themselves but decompose to such count."""
+    if len(text) < _LONG_RUN:
+        return False
+    combining = map(unicodedata.combining, text.translate(_DECOMPOSING_TO_MARKS))
+    return bytes(map(bool, combining)).find(b"\1" * _LONG_RUN) >= 0
+
+
+_LONG_RUN = 256
+_DECOMPOSING_TO_MARKS = dict.fromkeys(map(ord, "\u0f73\u0f75\u0f81"), "\u0f71")
+
+
+def words(pattern: re.Pattern[str], text: str, most: int | None = None) -> list[str]:
+    """The words of a normalised text, in order, or the first `most` of them; whitespace is dropped."""
     if text.isascii():
-        return pattern.findall(text)
-    return [text[start:end] for start, end in spans(pattern, text)]
+        return pattern.findall(text)[:most]
+    return [text[start:end] for start, end in spans(pattern, text, most)]
 
 
-def spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
-    """Where the words of a normalised text begin and end."""
-    return [word.span() for word in pattern.finditer(_shape(text))]
+def spans(pattern: re.Pattern[str], text: str, most: int | None = None) -> list[tuple[int, int]]:
+    """Where the words of a normalised text, or the first `most` of them, begin and end."""
+    return [word.span() for word in islice(pattern.finditer(_shape(text)), most)]
 
 
 def _shape(text: str) -> str:
@@ -65,16 +81,23 @@ def _shape(text: str) -> str:
 
     The standard `re` has no `\\p{L}` and `\\p{N}`; Python's `\\w` and `\\d` are other sets.
     """
-    return text if text.isascii() else _NOT_ASCII.sub(_stand_in, text)
+    if text.isascii():
+        return text
+    stand_ins = _StandIns()
+    return _NOT_ASCII.sub(lambda run: "".join(map(stand_ins.__getitem__, run[0])), text)
 
 
-def _stand_in(character: re.Match[str]) -> str:
-    if character[0] == "\x85":  # the only member of White_Space outside ASCII and category Z
-        return " "
-    return _STAND_INS.get(unicodedata.category(character[0])[0], "!")
+class _StandIns(dict):
+    """Characters outside ASCII and what stands for them, found when first met."""
+
+    def __missing__(self, character: str) -> str:
+        # U+0085 is the only member of White_Space outside ASCII and category Z.
+        category = "Z" if character == "\x85" else unicodedata.category(character)[0]
+        self[character] = stand_in = _STAND_INS.get(category, "!")
+        return stand_in
 
 
-_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _STAND_INS = {"L": "a", "N": "0", "Z": " "}
 
 

@@ -14,7 +14,7 @@ def clusters(text: str) -> list[str]:
     if not text:
         return []
     starts = [0]
-    kinds = [_kind(character) for character in text]
+    kinds = list(map(_Kinds().__getitem__, text))
     for index in range(1, len(text)):
         if not _joined(text, kinds, index):
             starts.append(index)
@@ -45,6 +45,14 @@ def _first_extend(kinds: list[str], end: int) -> int:
     while end and kinds[end - 1] == "extend":
         end -= 1
     return end
+
+
+class _Kinds(dict):
+    """Characters and their kinds, found when first met."""
+
+    def __missing__(self, character: str) -> str:
+        self[character] = kind = _kind(character)
+        return kind
 
 
 def _kind(character: str) -> str:

@@ -122,6 +122,9 @@ def tokenize_weighted(
 
 def _texts(*prompts: str | Sequence[str]) -> list[list[str]]:
     """Every encoder's texts, equally many; a single string is repeated."""
+    for texts in prompts:
+        if isinstance(texts, bytes) or not isinstance(texts, Sequence):
+            raise ValueError(f"prompts are {type(texts).__name__}, {texts!r:.60}; a string or several are right")
     rows = max(1 if isinstance(texts, str) else len(texts) for texts in prompts)
     lists = [[texts] * rows if isinstance(texts, str) else list(texts) for texts in prompts]
     if not rows or any(len(texts) != rows for texts in lists):

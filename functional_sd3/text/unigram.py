@@ -17,10 +17,10 @@ run this with the same files, and do not always agree, so there is a `mode` for 
 
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,12 +68,12 @@ def apply(
     """Ids of texts, each ended by the end token.
 
     Returns int64 (batch, length), cut (the end token stays) and filled with the pad id; with `length=None` a list of
-    lists as long as the texts. `typed_specials=False` reads special tokens in the text, such as "</s>", as ordinary
-    characters. Raises ValueError for a length below 1, an unknown mode, or text that has no UTF-8.
+    lists as long as the texts. Of a long text only what `length` has room for is segmented. `typed_specials=False`
+    reads special tokens in the text, such as "</s>", as ordinary characters. Raises ValueError for a length below 1, an
+    unknown mode, or text that has no UTF-8.
     """
-    if length is not None and length < 1:
-        raise ValueError(f"length is {length}; at least 1, the end token, is right, or None for no padding")
-    rows = [[*_ids(tables, text, mode, typed_specials), tables.eos_id] for text in _checked(texts, mode)]
+    room = _room(length)
+    rows = [[*_ids(tables, text, mode, typed_specials, room), tables.eos_id] for text in _checked(texts, mode)]
     if length is None:
         return rows
     kept = [row if len(row) <= length else [*row[: length - 1], tables.eos_id] for row in rows]
@@ -99,13 +99,20 @@ def decode(tables: Tables, ids: Tensor | Sequence, *, skip_special: bool = True)
 
 
 def offsets(
-    tables: Tables, texts: str | Sequence[str], *, mode: Mode = "hf", typed_specials: bool = True
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: int | None = None,
+    mode: Mode = "hf",
+    typed_specials: bool = True,
 ) -> list[list[Span]]:
     """For each id of `apply(..., length=None)`, the characters [start, end) of the text it stands for.
 
-    As the library of `mode` gives them; the end token has (0, 0).
+    As the library of `mode` gives them; the end token has (0, 0). With a `length` only those that `apply` keeps, the
+    end token among them, padding not.
     """
-    return [[*_spans(tables, text, mode, typed_specials), (0, 0)] for text in _checked(texts, mode)]
+    room = _room(length)
+    return [[*_spans(tables, text, mode, typed_specials, room)[:room], (0, 0)] for text in _checked(texts, mode)]
 
 
 def normalize(tables: Tables, text: str, *, mode: Mode = "hf") -> str:
@@ -116,21 +123,33 @@ def normalize(tables: Tables, text: str, *, mode: Mode = "hf") -> str:
     return " ".join(words(tables, text, mode == "transformers" or tables.spacing.split))
 
 
+def _room(length: Any) -> int | None:
+    """How many ids there are before the end token."""
+    if length is None:
+        return None
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"length is {length!r:.60}; at least 1, the end token, is right, or None for no padding")
+    return length - 1
+
+
 def _checked(texts: str | Sequence[str], mode: str) -> list[str]:
     if mode not in ("hf", "transformers", "sentencepiece"):
         raise ValueError(f"mode is {mode!r}; 'hf', 'transformers' or 'sentencepiece' is right")
+    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts are {type(texts).__name__}, {texts!r:.60}; a string or several are right")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"texts hold {text!r}; strings are right")
+            raise ValueError(f"texts hold {text!r:.60}; strings are right")
         if not text.isascii() and _SURROGATE.search(text):
             raise ValueError(f"text {text[:40]!r} holds half of a surrogate pair, which is no character")
     return texts
 
 
-def _ids(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[int]:
+def _ids(tables: Tables, text: str, mode: Mode, typed_specials: bool, room: int | None) -> list[int]:
+    """The ids of a text, or the first of them, `room` at least if it has so many."""
     if mode == "sentencepiece":
-        return [index for index, _ in _segment(tables, tables.single, sentence(tables, text)[0])]
+        return [index for index, _ in _segment(tables, tables.single, sentence(tables, text)[0], room)]
     ids: list[int] = []
     lattice = tables.every if typed_specials else tables.ordinary
     whole = tables.whole.get
@@ -138,17 +157,19 @@ def _ids(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[in
     for _, part, token in _parts(tables, text, typed_specials):
         if token is not None:
             ids += tables.several.get(token.id, (token.id,))
-            continue
-        for word in words(tables, part, split):
+        # Every word has one id at least.
+        for word in () if token is not None else words(tables, part, split)[:room]:
             found = whole(word)
             if found is None:
-                ids += [index for index, _ in _segment(tables, lattice, SPACE + word)]
+                ids += [index for index, _ in _segment(tables, lattice, SPACE + word, room)]
             else:
                 ids.append(found)
+        if room is not None and len(ids) >= room:
+            break
     return ids
 
 
-def _spans(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[Span]:
+def _spans(tables: Tables, text: str, mode: Mode, typed_specials: bool, room: int | None) -> list[Span]:
     if mode == "sentencepiece":
         written, origins = sentence(tables, text)
         ends = _ends(_segment(tables, tables.single, written))
@@ -159,10 +180,11 @@ def _spans(tables: Tables, text: str, mode: Mode, typed_specials: bool) -> list[
     for start, part, token in _parts(tables, text, typed_specials):
         if token is not None:
             spans += [(start, start + len(part))] * len(tables.several.get(token.id, (token.id,)))
-            continue
-        for word in aligned_words(tables, part, split):
+        for word in () if token is not None else aligned_words(tables, part, split)[:room]:
             ends = _ends(_segment(tables, lattice, "".join(character for character, _ in word)))
             spans += [(start + word[i][1][0], start + word[j - 1][1][1]) for i, j in pairwise([0, *ends])]
+        if room is not None and len(spans) >= room:
+            break
     return spans
 
 
@@ -173,8 +195,11 @@ def _parts(tables: Tables, text: str, typed_specials: bool) -> Iterator[tuple[in
         by_content = {token.content: token for token in tables.added}
         for match in tables.added_pattern.finditer(text):
             token = by_content[match[0]]
-            start = len(text[: match.start()].rstrip(WHITE_SPACE)) if token.lstrip else match.start()
-            end = len(text) - len(text[match.end() :].lstrip(WHITE_SPACE)) if token.rstrip else match.end()
+            start, end = match.span()
+            while token.lstrip and start > done and text[start - 1] in WHITE_SPACE:
+                start -= 1
+            while token.rstrip and end < len(text) and text[end] in WHITE_SPACE:
+                end += 1
             start = max(start, done)
             if done < start:
                 yield done, text[done:start], None
@@ -184,8 +209,30 @@ def _parts(tables: Tables, text: str, typed_specials: bool) -> Iterator[tuple[in
         yield done, text[done:], None
 
 
-def _segment(tables: Tables, lattice: Lattice, text: str) -> list[tuple[int, int]]:
+def _segment(tables: Tables, lattice: Lattice, text: str, room: int | None = None) -> list[tuple[int, int]]:
     """The best path through the lattice of `text`, as (id, characters); neighbouring unknown characters are one token.
+
+    With `room` a path whose first ids, so many, are those of the best path: it is found from the beginning of a long
+    text. The best path has a boundary among as many places in a row as the longest piece has characters, and up to
+    there it is the best path to that place; where the best paths to all of them begin alike, so does the whole.
+    """
+    if room is not None:
+        longest = max(map(len, tables.pieces)) if len(text) > _LONG_WORD else len(text)
+        size = 4 * room + longest
+        # As long as the attempts cost less than the whole.
+        while 2 * longest * size < len(text):
+            origin = _origins(lattice, text[:size])
+            ends = range(size - longest + 1, size + 1)
+            paths = [_path(tables, lattice, text, origin, end)[:room] for end in ends]
+            first, *others = ([index for index, _ in path] for path in paths)
+            if len(first) == room and all(ids == first for ids in others):
+                return paths[0]
+            size *= 2
+    return _path(tables, lattice, text, _origins(lattice, text), len(text))
+
+
+def _origins(lattice: Lattice, text: str) -> list[int]:
+    """For each place in `text` where the last piece of the best path to it begins.
 
     Starts are tried from left to right and only a better sum replaces an earlier one, so ties go to the longest last
     piece. Sums that differ in float64 may tie in float32, which is why they are compared as they are kept.
@@ -213,8 +260,12 @@ def _segment(tables: Tables, lattice: Lattice, text: str) -> list[tuple[int, int
             if step is None:
                 break
             total = here + step
+    return origin
+
+
+def _path(tables: Tables, lattice: Lattice, text: str, origin: Sequence[int], end: int) -> list[tuple[int, int]]:
+    """The best path to a place, as `_segment` gives it."""
     path: list[tuple[int, int]] = []
-    end = size
     while end:
         start = origin[end]
         index = lattice.ids.get(text[start:end], tables.unk_id)
@@ -230,4 +281,5 @@ def _ends(path: Sequence[tuple[int, int]]) -> list[int]:
     return list(accumulate(length for _, length in path))
 
 
+_LONG_WORD = 4096
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -34,34 +34,47 @@ class Rows(NamedTuple):
     weights: Tensor
 
 
-class _Character(NamedTuple):
-    text: str
+class _Group(NamedTuple):
+    """Where a group ends, and its weight; those around it are multiplied in where it stands within `_weights`."""
+
+    end: int
     weight: float
-    escaped: bool
 
 
 def parse(prompt: str) -> Weighted:
-    """What a prompt says and how much each character of it weighs. Nothing a person may type is an error."""
-    found: list[_Character] = []
+    """What a prompt says and how much each character of it weighs. Nothing a person may type is an error.
+
+    Time grows with the length of the prompt alone, however deep its parentheses are.
+    """
+    # None where a character belongs to the notation; escaped characters end no group and are no part of a weight.
+    found: list[str | None] = []
+    escaped_at: set[int] = set()
     opened: list[int] = []
+    groups: dict[int, _Group] = {}
     escaped = False
     for character in prompt:
         if not escaped and character == "\\":
             escaped = True
             continue
         if escaped and character not in "()\\":
-            found.append(_Character("\\", 1.0, True))
+            escaped_at.add(len(found))
+            found.append("\\")
             escaped = False
         if character == ")" and not escaped and opened:
-            _close(found, opened.pop())
+            start = opened.pop()
+            groups[start] = _close(found, escaped_at, start)
         else:
-            if character == "(" and not escaped:
+            if escaped:
+                escaped_at.add(len(found))
+            elif character == "(":
                 opened.append(len(found))
-            found.append(_Character(character, 1.0, escaped))
+            found.append(character)
         escaped = False
     if escaped:
-        found.append(_Character("\\", 1.0, True))
-    return Weighted("".join(one.text for one in found), tuple(one.weight for one in found))
+        found.append("\\")
+    weights = _weights(len(found), groups)
+    kept = [(character, weight) for character, weight in zip(found, weights, strict=True) if character is not None]
+    return Weighted("".join(character for character, _ in kept), tuple(weight for _, weight in kept))
 
 
 def plain(prompts: Sequence[str]) -> list[Weighted]:
@@ -74,9 +87,11 @@ def clip_rows(tables: bpe.Tables, prompts: Sequence[Weighted], length: int, *, l
     takes."""
     room = length - 2
     texts = [prompt.text for prompt in prompts]
-    every = zip(bpe.apply(tables, texts, length=None), bpe.offsets(tables, texts), prompts, strict=True)
+    kept = None if long else length
+    every = zip(_clip_ids(tables, texts, kept), bpe.offsets(tables, texts, length=kept), prompts, strict=True)
     found = []
     for ids, spans, prompt in every:
+        ids = ids[: len(spans)]
         weights = _token_weights(spans, prompt.weights)
         starts = range(1, max(len(ids) - 1, 2), room) if long else [1]
         chunks = [
@@ -85,6 +100,11 @@ def clip_rows(tables: bpe.Tables, prompts: Sequence[Weighted], length: int, *, l
         ]
         found.append([_padded([tables.bos_id, *i], [1.0, *w], tables.eos_id, tables.pad_id, length) for i, w in chunks])
     return found
+
+
+def _clip_ids(tables: bpe.Tables, texts: Sequence[str], length: int | None) -> list[list[int]]:
+    ids = bpe.apply(tables, texts, length=length)
+    return ids.tolist() if isinstance(ids, Tensor) else ids
 
 
 def stack_chunks(prompts: Sequence[Sequence[Rows]], chunks: int, blank: Rows) -> Rows:
@@ -99,10 +119,11 @@ def stack_chunks(prompts: Sequence[Sequence[Rows]], chunks: int, blank: Rows) ->
 def t5_rows(tables: unigram.Tables, prompts: Sequence[Weighted], length: int) -> Rows:
     """The tokens of each prompt, cut or padded to `length`."""
     texts = [prompt.text for prompt in prompts]
-    every = zip(unigram.apply(tables, texts, length=None), unigram.offsets(tables, texts), prompts, strict=True)
+    ids = unigram.apply(tables, texts, length=length).tolist()
+    every = zip(ids, unigram.offsets(tables, texts, length=length), prompts, strict=True)
     rows = []
     for ids, spans, prompt in every:
-        kept = min(len(ids), length) - 1
+        kept = len(spans) - 1
         weights = _token_weights(spans, prompt.weights)
         rows.append(_padded(ids[:kept], weights[:kept], tables.eos_id, tables.pad_id, length))
     return Rows(*(torch.stack([getattr(row, name) for row in rows]) for name in Rows._fields))
@@ -115,13 +136,37 @@ def reweigh(features: Tensor, blank: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights == 1, features, blank + weights * (features - blank))
 
 
-def _close(found: list[_Character], start: int) -> None:
-    """Take the group that began at `start` out of its parentheses."""
-    written = "".join("\0" if one.escaped else one.text for one in found[start + 1 :])
-    match = _NUMBER.search(written)
-    weight = float(match[1]) if match else USUAL
-    inside = found[start + 1 : start + 1 + match.start() if match else None]
-    found[start:] = [one._replace(weight=one.weight * weight) for one in inside]
+def _close(found: list[str | None], escaped_at: set[int], start: int) -> _Group:
+    """The group that began at `start` and ends here; its parenthesis and its weight are taken out of `found`."""
+    found[start] = None
+    end = len(found)
+    tail = range(max(start + 1, end - _LONGEST_TAIL), end)
+    # From the colon on; an escaped character is no part of a weight.
+    written = "".join("\0" if index in escaped_at else found[index] or "" for index in tail)
+    head, colon, number = written.rpartition(":")
+    match = _NUMBER.fullmatch(number) if colon else None
+    if not match:
+        return _Group(end, USUAL)
+    taken = len(written) - len(head.rstrip())
+    for index in reversed(tail):
+        if taken and found[index] is not None:
+            found[index] = None
+            taken -= 1
+    return _Group(end, float(match[1]))
+
+
+def _weights(count: int, groups: dict[int, _Group]) -> list[float]:
+    """The product of the weights of all groups that a character is in, for each of `count` characters."""
+    weights, around = [], [_Group(count, 1.0)]
+    for index in range(count):
+        while len(around) > 1 and index >= around[-1].end:
+            around.pop()
+        if index in groups:
+            end, weight = groups[index]
+            # Finite, so that a weight of 0 within thousands of parentheses is 0.
+            around.append(_Group(end, min(max(around[-1].weight * weight, -_HEAVIEST), _HEAVIEST)))
+        weights.append(around[-1].weight)
+    return weights
 
 
 def _token_weights(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[float]:
@@ -137,4 +182,7 @@ def _padded(ids: Sequence[int], weights: Sequence[float], eos: int, pad: int, le
     )
 
 
-_NUMBER: Any = re.compile(r"\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*$")
+_NUMBER: Any = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*")
+_LONGEST_TAIL = 64
+"""Characters in which the weight of a group must stand, with its colon and the white space around."""
+_HEAVIEST = 1e30
