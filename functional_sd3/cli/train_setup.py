@@ -17,7 +17,7 @@ from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
 from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, parts
 from functional_sd3.training.step import TrainState
-from functional_sd3.weights import files, finite, shipped
+from functional_sd3.weights import default_dtype, files, finite, shipped
 from functional_sd3.weights.model import SPECS, Model
 
 ENCODED = "data.safetensors"
@@ -45,11 +45,12 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
     source = Path(arguments.params) if arguments.params else shipped.folder()
-    stored, model = _load(arguments, source)
+    stored, model, dtype = _load(arguments, source)
     images = _images(arguments, model, say)
-    options = _options(arguments)
+    options = _options(arguments, dtype)
     ids = None if arguments.part == "vae" else _tokens(model, images)
     settings = _settings(arguments, source, stored, images, ids)
+    settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
     if arguments.resume:
         _check_continuing(arguments, settings)
     key = prng.fold_in(prng.key(arguments.seed), 1)
@@ -108,12 +109,12 @@ def save_result(out: Path, state: TrainState, setup: Setup, lora_name: str) -> P
         lora.save(out / lora_name, state.ema)
         return out / lora_name
     trained, stored = setup.part.model(state), setup.stored
-    params = {name: _as_stored(trained.params[name], stored.params[name]) for name in setup.part.learned}
+    params = {name: as_stored(trained.params[name], stored.params[name]) for name in setup.part.learned}
     weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
     return out
 
 
-def _as_stored(params: Tree, stored: Tree) -> Tree:
+def as_stored(params: Tree, stored: Tree) -> Tree:
     """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now."""
 
     def cast(leaf: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -124,14 +125,42 @@ def _as_stored(params: Tree, stored: Tree) -> Tree:
     return tree.map(cast, params, stored)
 
 
-def _load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model]:
-    """The model as it is stored, and what training reads of it: in float32 what is trained."""
+def _load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model, torch.dtype | None]:
+    """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
+
+    What learns is float32. The rest stays as it is stored, unless the device does not compute that well.
+    """
     device = runtime.device(arguments.device)
     stored = weights.load(source, dtype="stored")
     runtime.require(stored, ("transformer", "vae") if arguments.part == "transformer" else ("vae",), source)
-    names = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
-    params = tree.to(tree.cast({name: stored.params[name] for name in names}, torch.float32), device)
-    return stored, stored._replace(params=params)
+    if arguments.part == "vae":
+        names, dtype = ("vae",), None
+    else:
+        with_text = _text_encoders(vars(arguments)) == "train"
+        names = tuple(name for name in stored.params if name == "transformer" or (with_text and name in parts.ENCODERS))
+        dtype = _adapted_dtype(stored.params["transformer"], device) if arguments.lora else None
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
+    used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
+    params = {}
+    for name in used:
+        if name in names:
+            chosen = dtype or torch.float32 if arguments.lora else torch.float32
+        else:
+            chosen = _computed_dtype(stored.params[name], device)
+        params[name] = tree.to(tree.cast(stored.params[name], chosen) if chosen else stored.params[name], device)
+    return stored, stored._replace(params=params), None if dtype == torch.float32 else dtype
+
+
+def _computed_dtype(params: Tree, device: torch.device) -> torch.dtype | None:
+    """What frozen parameters are computed in; None: as they are stored."""
+    return default_dtype.choose(None, {leaf.dtype for leaf in tree.leaves(params)}, device)
+
+
+def _adapted_dtype(params: Tree, device: torch.device) -> torch.dtype:
+    """What the base of a LoRA is computed in."""
+    dtype = _computed_dtype(params, device) or tree.leaves(params)[0].dtype
+    # Gradients underflow in float16; bfloat16 takes the same memory.
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def _images(arguments: argparse.Namespace, model: Model, say: Say) -> parts.Pictures:
@@ -154,7 +183,7 @@ def _images(arguments: argparse.Namespace, model: Model, say: Say) -> parts.Pict
     return parts.folder_pictures(index, side)
 
 
-def _options(arguments: argparse.Namespace) -> parts.Settings:
+def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> parts.Settings:
     return parts.Settings(
         steps=arguments.steps,
         batch=arguments.batch_size,
@@ -168,7 +197,7 @@ def _options(arguments: argparse.Namespace) -> parts.Settings:
         lora=arguments.lora or 0,
         text_encoders=_text_encoders(vars(arguments)) == "train",
         decoder_only=arguments.decoder_only,
-        dtype=torch.bfloat16 if arguments.dtype == "bfloat16" else None,
+        dtype=dtype,
         compile=arguments.compile,
     )
 
@@ -203,6 +232,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
+    defaults["dtype"] = "float32"
     before = {**defaults, **saved}
     return continuing.differences({**saved, "text-encoders": _text_encoders(before)}, now, defaults)
 
@@ -254,8 +284,10 @@ def _latents(
         except WeightsError as error:
             say(f"note: the images are encoded again: {error}")
     track = lambda rows: tqdm(rows, desc="encoding", leave=False, disable=None)  # noqa: E731
+    # Latents are what all else is learned from: float32, whatever the autoencoder is stored in.
+    params = {**model.params, "vae": tree.cast(model.params["vae"], torch.float32)}
     latents = datasets.encode_all(
-        model.params, model.config, model.tokenizers, images.captions, images.load,
+        params, model.config, model.tokenizers, images.captions, images.load,
         t5_length=_t5_length(model), track=track,
     )["latents"]  # fmt: skip
     files.write_atomic(path, {"latents": latents}, metadata={"contents": of})

@@ -104,7 +104,8 @@ def folder_pictures(index: datasets.Index, side: int) -> Pictures:
 def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: Settings) -> Part:
     """The transformer, and with `settings.text_encoders` these too, on `datasets.encode_all` of the pictures.
 
-    `model.params` are float32; those that are not trained are used as they are. Text of encoders that do not learn is
+    What is trained of `model.params` is float32, the rest of any dtype: it is used as it is. A LoRA's base is in
+    `settings.dtype`, where that is given, and float32 otherwise. Text of encoders that do not learn is
     encoded for each batch, without gradients.
     """
     config, tokenizers = model.config, model.tokenizers
@@ -129,7 +130,9 @@ def flow_part(key: Key, model: Model, pictures: Pictures, data: Tree, settings: 
         if settings.text_encoders:
             return {"ids": ids}
         with torch.no_grad():
-            return conditioning.encode(fixed, config, ids)._asdict()
+            encoded = conditioning.encode(fixed, config, ids)._asdict()
+            # The encoders may be stored in another dtype than what learns from them is computed in.
+            return tree.cast(encoded, settings.dtype or torch.float32)
 
     loss = losses.flow_loss(
         config,

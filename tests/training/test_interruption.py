@@ -51,7 +51,8 @@ def test_runs_killed_at_random_moments_go_on_to_the_same_bits(tmp_path, whole):
 @pytest.mark.parametrize("moment", ["batch", "step", "row", "checkpoint", "sample", "last step", "last sample"])
 def test_a_signal_at_any_moment_is_answered_when_the_state_is_saved(tmp_path, whole, monkeypatch, moment, number):
     plain_step, batch = interrupted.setting()[1:]
-    at = interrupted.STEPS if moment.startswith("last") else 10
+    # A step at which the run saves anyway shows nothing of a signal during its sample.
+    at = interrupted.STEPS if moment.startswith("last") else 10 if moment == "checkpoint" else 8
     original = checkpoint.save
 
     def batch_of_step(step):

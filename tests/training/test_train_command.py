@@ -5,28 +5,12 @@ import torch
 from PIL import Image
 
 from functional_sd3 import weights
-from functional_sd3.cli import train, train_checks
+from functional_sd3.cli import train, train_checks, train_setup
 from functional_sd3.core import tree
 from functional_sd3.training import checkpoint, log
 
 # The model here has no CLIP-G, which is noted whenever prompts are encoded.
 pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
-
-
-@pytest.fixture
-def command(model_folder, capsys):
-    """`functional-sd3 train` with a few small settings; answers (exit status, standard error)."""
-    import argparse
-
-    def run(*words):
-        parser = argparse.ArgumentParser()
-        train.add_arguments(parser)
-        base = ["--params", model_folder, "--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size", "4"]
-        small = ["--save-every", "3", "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
-        status = train.run(parser.parse_args([str(word) for word in (*base, *small, *words)]))
-        return status, capsys.readouterr().err
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -230,3 +214,74 @@ def test_a_lora_that_was_interrupted_goes_on_to_the_same_bits(command, tmp_path)
 def test_settings_that_do_not_go_with_a_lora_are_named(command, tmp_path, words, said):
     with pytest.raises(ValueError, match=said):
         command("--out", tmp_path / "out", *words)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The models and options that runs are made of, in order."""
+    made = []
+    for name in ("flow_part", "vae_part"):
+        original = getattr(train_setup.parts, name)
+
+        def spy(key, model, *rest, original=original):
+            made.append((model, rest[-1]))
+            return original(key, model, *rest)
+
+        monkeypatch.setattr(train_setup.parts, name, spy)
+    return made
+
+
+def dtypes(params):
+    return {name: {leaf.dtype for leaf in tree.leaves(part)} for name, part in params.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "learned"),
+    [
+        ([], {"transformer"}),
+        (["--text-encoders", "train"], {"transformer", "clip_l", "t5"}),
+        (["--part", "vae"], {"vae"}),
+    ],
+)
+def test_what_is_not_trained_stays_as_it_is_stored(command, model_folder, tmp_path, seen, options, learned):
+    weights.save(tmp_path / "model", weights.load(model_folder, dtype=torch.bfloat16))
+    assert command("--params", tmp_path / "model", "--out", tmp_path / "out", "--sample-every", 3, *options)[0] == 0
+    model, _ = seen[0]
+    wide = {name: {torch.float32 if name in learned else torch.bfloat16} for name in model.params}
+    assert dtypes(model.params) == wide
+    folders = {"clip_l": "text_encoder", "t5": "text_encoder_3", "transformer": "transformer", "vae": "vae"}
+    for name, folder in folders.items():
+        (before,), (after,) = ((tmp_path / place / folder).glob("*.safetensors") for place in ("model", "out"))
+        assert (before.read_bytes() == after.read_bytes()) == (name not in learned)
+    assert set(dtypes(weights.load(tmp_path / "out", dtype="stored").params)["transformer"]) == {torch.bfloat16}
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "computed"),
+    [
+        (torch.bfloat16, [], torch.bfloat16),
+        (torch.bfloat16, ["--dtype", "float32"], torch.float32),
+        (torch.float16, [], torch.float32),
+        (torch.float32, ["--dtype", "bfloat16"], torch.bfloat16),
+    ],
+)
+def test_the_base_of_a_lora_is_computed_as_it_is_stored(
+    command, model_folder, tmp_path, seen, stored, options, computed
+):
+    weights.save(tmp_path / "model", weights.load(model_folder, dtype=stored))
+    base = ["--params", tmp_path / "model", "--out", tmp_path / "out", "--lora", 2, *options]
+    assert command(*base, "--sample-every", 3)[0] == 0
+    model, settings = seen[0]
+    assert dtypes(model.params)["transformer"] == {computed}
+    assert (settings.dtype or torch.float32) == computed
+    assert "resuming at step 6" in command(*base, "--resume")[1]
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 2
+
+
+def test_numbers_that_outgrew_their_dtype_are_stored_in_a_wider_one():
+    grown = {"a": torch.tensor([1e5]), "b": torch.ones(1)}
+    stored = {name: torch.ones(1).half() for name in grown}
+    saved = train_setup.as_stored(grown, stored)
+    assert saved["a"].dtype == torch.float32 and saved["b"].dtype == torch.float16
+    assert train_setup.as_stored(grown, tree.cast(stored, torch.float8_e4m3fn))["b"].dtype == torch.bfloat16
