@@ -76,8 +76,7 @@ def run_clip(arguments: argparse.Namespace) -> Report:
 
 def run_prompts(arguments: argparse.Namespace) -> Report:
     method = None if arguments.method is None else runtime.method(arguments.method)
-    for text in arguments.lora:
-        lora_options.parse(text)
+    lora_options.check(arguments.lora)
     model, source = _model(arguments)
     runtime.require(model, ("transformer", "vae"), source)
     loras = lora_options.load(arguments.lora, model.config, runtime.device(arguments.device))

@@ -55,6 +55,14 @@ def parse(text: str, option: str = "--lora ") -> LoraSpec:
     return LoraSpec(Path(name), scale)
 
 
+def check(texts: Sequence[str]) -> None:
+    """Raise ValueError for options that make no sense, WeightsError for files that hold no LoRA: before models load."""
+    from functional_sd3.training import lora
+
+    for spec in map(parse, texts):
+        lora.layers(spec.path)
+
+
 def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "list[tuple[Lora, float]]":
     """The LoRAs of these options with their scales; those of scale 0 are checked, then left out.
 

@@ -37,8 +37,7 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
     runtime.method(arguments.method or "euler", prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
     for text in arguments.guidance:
         guidance.parse(text)
-    for text in arguments.lora:
-        lora_options.parse(text)
+    lora_options.check(arguments.lora)
     if arguments.compile:
         transform.check_compiler()
     source = arguments.params or shipped.folder()

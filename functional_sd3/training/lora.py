@@ -156,10 +156,11 @@ def _check(params: Params, given: Given) -> None:
 
 
 def _adapted(path: str, params: Tree, given: Given, lazy: bool) -> Tree:
+    if not isinstance(params, (dict, list)):
+        return params
     if isinstance(params, list):
         return [_adapted(f"{path}{index}.", child, given, lazy) for index, child in enumerate(params)]
-    layer = {name: _adapted(f"{path}{name}.", child, given, lazy) if isinstance(child, (dict, list)) else child
-             for name, child in params.items()}  # fmt: skip
+    layer = {name: _adapted(f"{path}{name}.", child, given, lazy) for name, child in params.items()}
     for name in params:
         pairs = [(nodes[path + name], _at(scale, path + name)) for nodes, scale in given if path + name in nodes]
         if pairs and lazy and lora_keys.adaptable(path + name, layer[name].ndim):

@@ -29,6 +29,8 @@ def described(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     for pattern, what in _SIGNS:
         if any(re.search(pattern, name) for name in shapes):
             return f"it is {_unet(shapes) or what}" if what.endswith("U-Net") else f"it is {what}"
+    if kind := next((kind for name in shapes if (kind := lora_keys.refused(name))), None):
+        return f"it holds {kind}, which is not supported"
     has_roles = any(lora_keys.parse(name).role for name in shapes)
     if not has_roles and any(_MODEL.search(name) for name in shapes):
         return "it holds whole weights, not a LoRA: give it with --params, or make one with `lora extract`"

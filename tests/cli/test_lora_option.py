@@ -128,6 +128,9 @@ def test_commands_that_measure_take_them(place, both, tmp_path, words, monkeypat
     ("two=inf", "must be a number"),
     ("two=", "the scale '' must be a number"),
     ("two=1\x1b[2J", r"\\x1b"),
+    ("base=0.5", "is a folder without pytorch_lora_weights.safetensors"),
+    ("base/transformer/diffusion_pytorch_model.safetensors", "it holds whole weights, not a LoRA"),
+    ("base/model_index.json", "model_index.json: "),
 ])  # fmt: skip
 def test_what_is_no_lora_is_said_before_a_model_is_loaded(place, tmp_path, capsys, monkeypatch, text, said):
     monkeypatch.chdir(place)
@@ -135,7 +138,7 @@ def test_what_is_no_lora_is_said_before_a_model_is_loaded(place, tmp_path, capsy
     for words in (("generate", PROMPT), ("evaluate", "prompts")):
         assert run(*words, "--params", "base", "--lora", text) == 1
         error = capsys.readouterr().err
-        assert said.replace("\\\\", "\\") in error and "--lora" in error and "\x1b" not in error
+        assert said.replace("\\\\", "\\") in error and "\x1b" not in error
 
 
 def test_a_file_whose_name_holds_an_equals_sign(tmp_path):

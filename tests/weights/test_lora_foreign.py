@@ -42,6 +42,7 @@ FILES = {
     "a checkpoint": ({"transformer_blocks.0.attn.to_q.weight": torch.ones(8, 8)}, "whole weights, not a LoRA"),
     "a textual inversion": ({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 24)}, "give it with --embedding"),
     "an IP-Adapter": ({"image_proj.proj_in.weight": torch.ones(2, 2)}, "an IP-Adapter"),
+    "OFT": ({"transformer.transformer_blocks.0.attn.to_q.oft_blocks": torch.ones(2, 4, 4)}, "part of an OFT"),
     "nothing": ({}, "it is empty"),
     "something": ({"weight": torch.ones(2)}, "weight"),
 }  # fmt: skip
@@ -56,6 +57,12 @@ def test_what_is_no_lora_of_sd3_is_named(tmp_path, name):
             with pytest.raises(WeightsError) as caught:
                 lora.load(tmp_path / "a.safetensors", CONFIG, strict=strict)
             assert len(caught.value.problems) == 1 and said in str(caught.value)
+
+
+def test_kinds_without_a_formula_are_named_whatever_reads_them(tmp_path):
+    save_file(FILES["OFT"][0], tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="holds no LoRA: it holds part of an OFT or BOFT, which is not supported"):
+        lora.layers(tmp_path / "a.safetensors")
 
 
 def test_a_whole_checkpoint_that_was_saved_here_is_named(tmp_path, make_model):
