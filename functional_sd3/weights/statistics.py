@@ -7,9 +7,11 @@ and `tap` as in `fid.Record`. Nothing in it is executed.
 import os
 from typing import Any
 
+import numpy
 import torch
 
 from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.printable import shorten
 from functional_sd3.metrics.fid import Record
 from functional_sd3.metrics.frechet import Statistics
 from functional_sd3.weights import npz
@@ -39,8 +41,10 @@ def load_statistics(
     agree. Raises WeightsError for a file that is missing or broken or does not say how it was made (and nobody else
     does), with what is missing.
     """
-    entries = npz.read(path, "statistics")
     given = {"n": n, "preprocessing": preprocessing, "weights": weights, "tap": tap}
+    entries = npz.read(path, "statistics", ("mu", "sigma", *given))
+    if "mu" not in entries and "sigma" not in entries:
+        raise WeightsError(f"{path}: holds {npz.described(path, 'statistics')}; statistics are mu and sigma")
     problems = [f"{name} is missing" for name in ("mu", "sigma") if name not in entries]
     labels = {}
     for name, value in given.items():
@@ -48,7 +52,7 @@ def load_statistics(
         if labels[name] is None:
             problems.append(f"does not say {name}; if you know it, pass {name}=...")
         elif value is not None and labels[name] != value:
-            problems.append(f"says {name} {labels[name]!r}, not {value!r}")
+            problems.append(f"says {name} {shorten(repr(labels[name]))}, not {value!r}")
     problems = problems or _misfits(entries, labels)
     if problems:
         raise WeightsError(f"{path}: {problem}" for problem in problems)
@@ -65,7 +69,10 @@ def _misfits(entries: dict[str, Any], labels: dict[str, Any]) -> list[str]:
     problems += [f"{name} is {entries[name].dtype}" for name in ("mu", "sigma") if entries[name].dtype.kind != "f"]
     for name, kind in (("n", int), ("preprocessing", str), ("weights", str), ("tap", int)):
         if not isinstance(labels[name], kind):
-            problems.append(f"{name} is {labels[name]!r}, not {kind.__name__}")
+            problems.append(f"{name} is {shorten(repr(labels[name]))}, not {kind.__name__}")
     if not problems and labels["n"] < 0:
         problems.append(f"n is {labels['n']}")
+    if not problems:
+        finite = {name: bool(numpy.isfinite(entries[name]).all()) for name in ("mu", "sigma")}
+        problems += [f"{name} is not all finite: it holds NaN or infinities" for name in finite if not finite[name]]
     return problems

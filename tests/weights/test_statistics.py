@@ -66,7 +66,7 @@ def test_a_file_that_says_otherwise_is_refused(tmp_path, record):
         ({"mu": numpy.zeros(3, int), "sigma": numpy.zeros((3, 3))}, "mu is int64"),
         ({"mu": numpy.zeros(3), "sigma": numpy.zeros((3, 3)), "n": "many"}, "n is 'many', not int"),
         ({"mu": numpy.zeros(3), "sigma": numpy.zeros((3, 3)), "n": -2}, "n is -2"),
-        ({"mu": numpy.array([{}]), "sigma": numpy.zeros((3, 3))}, "not an .npz file of statistics"),
+        ({"mu": numpy.array([{}]), "sigma": numpy.zeros((3, 3))}, "mu holds Python objects"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, entries, said):
@@ -88,5 +88,5 @@ def test_broken_and_missing_files_are_refused(tmp_path, record):
     numpy.save(tmp_path / "y.npy", numpy.zeros(3))
     with pytest.raises(WeightsError, match="y.npy: "):
         weights.load_statistics(tmp_path / "y.npy")
-    with pytest.raises(WeightsError, match="is a directory"):
+    with pytest.raises(WeightsError, match="is a folder, not a file"):
         weights.load_statistics(tmp_path)
