@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from functional_sd3.core.dispatch import in_forward_mode
+
 Implementation = Literal["sdpa", "math"]
 
 
@@ -42,6 +44,7 @@ def attention(
     query (batch, heads, tokens, head_dim), key and value (batch, heads, others, head_dim); `mask` is boolean (True =
     attend) or additive, broadcastable to (batch, heads, tokens, others); `scale` defaults to head_dim ** -0.5.
     "sdpa" is PyTorch's fused kernel; "math" has forward-mode derivatives and batching rules for every transform.
+    Raises NotImplementedError for forward-mode derivatives of "sdpa".
     """
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} must be one of {sorted(_IMPLEMENTATIONS)}")
@@ -147,7 +150,21 @@ def _sdpa(query, key, value, mask, causal, scale) -> Tensor:
         # of params/tiny, PyTorch 2.13), so what is differentiated is attended in float32.
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         return _sdpa(query.float(), key.float(), value.float(), mask, causal, scale).to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    try:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    except NotImplementedError as error:
+        if not in_forward_mode():
+            raise
+        raise NotImplementedError(_NO_FORWARD_MODE) from error
+
+
+_NO_FORWARD_MODE = (
+    "PyTorch's fused attention (implementation='sdpa', the default) has no forward-mode derivatives (torch.func.jvp, "
+    "jacfwd, hessian, transform.hvp, forward_ad): pass implementation='math', which mmdit.apply, controlnet.apply, "
+    "ip_adapter.apply, pipeline.velocity, losses.flow_loss, vae, clip and t5 take; it needs memory for tokens x tokens"
+)
 
 
 def _math(query, key, value, mask, causal, scale) -> Tensor:

@@ -112,7 +112,7 @@ def _surroundings() -> Tracking | None:
     """"compiler" or "other" where that follows from where the call is made; None where the tensors decide."""
     if torch.compiler.is_compiling():
         return "compiler"
-    if in_transform() or in_mode() or _dual_level() >= 0 or _autocast():
+    if in_transform() or in_mode() or in_forward_mode() or _autocast():
         return "other"
     return None
 
@@ -131,6 +131,11 @@ def _tracked_by(tensors: Iterable[Tensor]) -> Tracking:
 def in_transform() -> bool:
     """Whether a transform of torch.func is at work."""
     return _transforms() is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are taken: `torch.func.jvp` and what is made of it, `forward_ad.dual_level`."""
+    return _dual_level() >= 0
 
 
 def in_mode() -> bool:

@@ -45,6 +45,7 @@ from functional_sd3.flow.rules import (
     Guidance,
     Scale,
     at,
+    check_scale,
     is_one,
     pairwise,
     plus,
@@ -119,6 +120,7 @@ def classifier_free(velocity: Velocity, uncond_velocity: Velocity, scale: Scale)
     scale 1 is the conditional velocity, 0 the unconditional, more than 1 goes beyond the condition; Python's 1 costs no
     unconditional evaluation. For one evaluation of a batch of both see `batched`.
     """
+    check_scale(scale)
     if is_one(scale):
         return velocity
 
@@ -137,6 +139,7 @@ def batched(
     joined here, once for a whole run. fn sees x (2 batch, ...), t () or (2 batch,). Python's scale 1 evaluates the
     conditional half alone.
     """
+    check_scale(scale)
     if is_one(scale):
         return lambda x, t: fn(x, t, *cond_args)
     answers = together(fn, {"uncond": uncond_args, "cond": cond_args})

@@ -11,7 +11,18 @@ from functional_sd3.core.types import Tree
 from functional_sd3.flow import combining
 from functional_sd3.flow.method import no_memory
 from functional_sd3.flow.path import broadcast, denoised
-from functional_sd3.flow.rules import CONDITIONAL, NEGATIVE, POSITIVE, Answers, Guidance, Scale, is_one, value, windowed
+from functional_sd3.flow.rules import (
+    CONDITIONAL,
+    NEGATIVE,
+    POSITIVE,
+    Answers,
+    Guidance,
+    Scale,
+    check_scale,
+    is_one,
+    value,
+    windowed,
+)
 
 
 def apg(
@@ -31,6 +42,9 @@ def apg(
     Python's momentum 0 remembers nothing; with another the memory is one tensor like x, and `guidance.with_memory`
     carries it. At t = 0, where x_0 is x, of_data leaves momentum and limit aside.
     """
+    check_scale(scale)
+    check_scale(momentum, "momentum")
+    check_scale(eta, "eta")
     if is_one(scale):
         return CONDITIONAL
     if isinstance(longest, (int, float)) and not longest > 0:
@@ -68,6 +82,7 @@ def mixed_apg(
 
     diffusers' AdaptiveProjectedMixGuidance, with these defaults; its start_step is `first` - 1.
     """
+    check_scale(scale)
     projected = apg(projected_scale, momentum=momentum, eta=eta, longest=longest)
     if projected.init is no_memory or is_one(scale):
         raise ValueError("mixed_apg needs a momentum that is not 0 and scales that are not 1: use apg or cfg instead")

@@ -18,6 +18,7 @@ from functional_sd3.flow.rules import (
     Branch,
     Guidance,
     Scale,
+    check_scale,
     is_one,
     over,
     pairwise,
@@ -51,6 +52,8 @@ def tangential(scale: Scale) -> Guidance:
 
 def magnitude_aware(scale: Scale, rate: Scale = 8.0) -> Guidance:
     """MAMBO-G (arXiv:2508.03442): v_n + s (v_p - v_n), s = 1 + (scale - 1) exp(-rate |v_p - v_n| / |v_n|)."""
+    check_scale(scale)
+    check_scale(rate, "rate")
     if is_one(scale):
         return CONDITIONAL
 
@@ -66,6 +69,7 @@ def auto(scale: Scale, params: Tree, config: Any = None) -> Guidance:
 
     params, config: of the weaker transformer, told the same; config None where its sizes are the same.
     """
+    check_scale(scale)
     if is_one(scale):
         return CONDITIONAL
 
@@ -134,6 +138,7 @@ def rescaled(guidance: Guidance, factor: Scale = 0.7) -> Guidance:
 
     As in diffusers it is that of velocities, of all of a sample, and of v_p whatever v is made of.
     """
+    check_scale(factor, "factor of rescaled guidance")
     if isinstance(factor, (int, float)) and not 0 <= factor <= 1:
         raise ValueError(f"factor {factor} of rescaled guidance must be in [0, 1]")
     if guidance is STILL:
@@ -166,6 +171,7 @@ def zero_init(guidance: Guidance, steps: int = 1) -> Guidance:
 
 def _from(start: Callable[[Tensor, Tensor], Tensor], scale: Scale) -> Guidance:
     """v_s + scale (v_p - v_s) with v_s = start(v_n, v_p)."""
+    check_scale(scale)
     if is_one(scale):
         return CONDITIONAL
     return pairwise(

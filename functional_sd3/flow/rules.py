@@ -4,7 +4,9 @@ A `Guidance` holds nothing and evaluates nothing: `guidance.guided` makes a velo
 of, and made into one another with; those with names of their own are in `published`.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from functional_sd3.core.types import Tree
 from functional_sd3.flow import combining
 from functional_sd3.flow.method import no_memory
+from functional_sd3.flow.times import at_hand
 from functional_sd3.flow.windows import Window
 
 Scale = float | Tensor | Callable[[Tensor], Tensor]
@@ -83,6 +86,7 @@ def over(
 
 def plus(guidance: Guidance, scale: Scale, end: Mapping[str, Branch], start: Mapping[str, Branch]) -> Guidance:
     """v + scale (v_end - v_start), v being that of `guidance`; end and start are one branch each, {"name": Branch}."""
+    check_scale(scale)
     ((to, _),), ((away, _),) = end.items(), start.items()
 
     def change(v: Tensor, answers: Answers, t: Tensor) -> Tensor:
@@ -124,6 +128,17 @@ def segments(guidance: Guidance, steps: int) -> list[tuple[int, int, Guidance]]:
 def value(scale: Scale, t: Tensor) -> float | Tensor:
     """The scale at time t."""
     return scale(t) if callable(scale) else scale
+
+
+def check_scale(scale: Scale, name: str = "guidance scale") -> None:
+    """Raises ValueError for a scale that is not finite, where its value is at hand, or no number at all."""
+    if isinstance(scale, Tensor):
+        if scale.is_complex() or scale.dtype == torch.bool:
+            raise ValueError(f"{name} of dtype {scale.dtype} must be a number; 1 is no guidance")
+        if at_hand(scale) and not scale.isfinite().all():
+            raise ValueError(f"{name} {scale.tolist()} must be finite; 1 is no guidance")
+    elif not callable(scale) and (not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale)):
+        raise ValueError(f"{name} {scale!r} must be a finite number, a tensor or a function of t; 1 is no guidance")
 
 
 def is_one(scale: Scale) -> bool:

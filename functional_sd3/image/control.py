@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sd3.core.checks import check_floating
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import pixels, vae
 
@@ -26,6 +27,7 @@ def encode(
     above 0.5 is hidden from the VAE, and one channel more is 1 where the picture is kept. key: draws from the posterior
     (diffusers); by default its mean is taken. Raises ValueError for other shapes.
     """
+    check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
     seen = images * 255.0 * 0.5 + 0.5 if wide else pixels.to_signed(images)

@@ -11,24 +11,30 @@ import numpy
 import torch
 from torch import Tensor
 
+from functional_sd3.core.checks import check_floating
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Floats in [0, 1], any shape -> uint8. Values outside are clamped; NaN is a ValueError."""
+    """Floats in [0, 1], any shape -> uint8. Values outside are clamped; NaN is a ValueError, and so are integers."""
+    check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
     if torch.isnan(images).any():
         raise ValueError("images hold NaN; the model or its input is broken (a half-precision overflow?)")
     return (images.float().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
+    """uint8 -> float32 in [0, 1]. Raises ValueError for another dtype."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images of dtype {images.dtype} must be uint8, bytes of 0 to 255")
     return images.float() / 255.0
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1]: what the VAE encodes."""
+    """[0, 1] -> [-1, 1]: what the VAE encodes. Raises ValueError for integers."""
+    check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
     return images * 2.0 - 1.0
 
 

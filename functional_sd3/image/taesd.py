@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
+from functional_sd3.core.checks import check_dtype, check_floating
 from functional_sd3.core.types import Key, Params, Tree
 
 
@@ -70,11 +71,13 @@ def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device
 def encode(params: Params, config: Config, images: Tensor) -> Tensor:
     """images (batch, 3, height, width) in [-1, 1] -> latents (batch, latent_channels, height / factor, ...).
 
-    Raises ValueError when the images are not such.
+    Raises ValueError when the images are not such, or of another dtype than the parameters.
     """
+    check_floating("images", images, ", in [-1, 1]: pixels.to_signed(pixels.from_bytes(images)) of bytes")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
     params = params["encoder"]
+    check_dtype("images", images, params["conv_in"])
     x = layers.conv2d(params["conv_in"], (images + 1) / 2, padding=1)
     for level in params["levels"]:
         if "resample" in level:
@@ -85,13 +88,15 @@ def encode(params: Params, config: Config, images: Tensor) -> Tensor:
 
 def decode(params: Params, config: Config, latents: Tensor) -> Tensor:
     """Latents as the transformer sees them (batch, latent_channels, h, w) -> images (batch, 3, factor * h, ...), about
-    [-1, 1]. Raises ValueError when the latents have another number of channels.
+    [-1, 1]. Raises ValueError when the latents have another number of channels, or another dtype than the parameters.
     """
+    check_floating("latents", latents)
     if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
         raise ValueError(
             f"latents of shape {list(latents.shape)} must be (batch, {config.latent_channels}, height, width)"
         )
     params = params["decoder"]
+    check_dtype("latents", latents, params["conv_in"])
     # A soft clamp to [-3, 3].
     x = F.relu(layers.conv2d(params["conv_in"], torch.tanh(latents / 3) * 3, padding=1))
     for level in params["levels"]:

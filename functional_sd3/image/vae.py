@@ -15,6 +15,7 @@ from torch import Tensor
 from functional_sd3.core import layers, prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, attention
+from functional_sd3.core.checks import check_dtype, check_floating
 from functional_sd3.core.types import Key, Params, Tree
 
 
@@ -64,10 +65,11 @@ def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device
 def encode(params: Params, config: Config, images: Tensor, *, implementation: Implementation = "sdpa") -> Posterior:
     """images (batch, 3, height, width) in [-1, 1] -> Posterior of unnormalised latents; logvar clamped to [-30, 20].
 
-    Raises ValueError when height or width is not a multiple of `factor(config)`.
+    Raises ValueError when height or width is not a multiple of `factor(config)`, or the dtype not the parameters'.
     """
     _check_images(config, images)
     params = params["encoder"]
+    check_dtype("images", images, params["conv_in"])
     x = layers.conv2d(params["conv_in"], layers.image_layout(images), padding=1)
     for level in params["levels"]:
         for block in level["blocks"]:
@@ -84,13 +86,15 @@ def encode(params: Params, config: Config, images: Tensor, *, implementation: Im
 def decode(params: Params, config: Config, latents: Tensor, *, implementation: Implementation = "sdpa") -> Tensor:
     """Unnormalised latents (batch, latent_channels, h, w) -> images (batch, 3, factor * h, factor * w), about [-1, 1].
 
-    Raises ValueError when the latents have another number of channels.
+    Raises ValueError when the latents have another number of channels, or another dtype than the parameters.
     """
+    check_floating("latents", latents)
     if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
         raise ValueError(
             f"latents of shape {list(latents.shape)} must be (batch, {config.latent_channels}, height, width)"
         )
     params = params["decoder"]
+    check_dtype("latents", latents, params["conv_in"])
     x = layers.conv2d(params["conv_in"], layers.image_layout(latents), padding=1)
     x = _middle(params["middle"], config, x, implementation)
     for level in params["levels"]:
@@ -145,6 +149,7 @@ def denormalize(config: Config, latents: Tensor) -> Tensor:
 
 
 def _check_images(config: Config, images: Tensor) -> None:
+    check_floating("images", images, ", in [-1, 1]: pixels.to_signed(pixels.from_bytes(images)) of bytes")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
     multiple = factor(config)

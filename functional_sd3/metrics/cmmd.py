@@ -17,10 +17,12 @@ def distance(x: Tensor, y: Tensor) -> float:
     """CMMD of image embeddings x (n, d) and y (m, d), which are first scaled to length 1.
 
     The estimate that keeps the pairs of each sample with itself, as the authors': at least 0, and 0 for equal sets.
-    Raises ValueError for dimensions that differ, an empty set, or an embedding that has no direction.
+    Raises ValueError for dimensions that differ, an empty set, integers, or an embedding that has no direction.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not min(len(x), len(y)):
         raise ValueError(f"embeddings {list(x.shape)} and {list(y.shape)} must be (n, d) and (m, d), not empty")
+    if not (x.is_floating_point() and y.is_floating_point()):
+        raise ValueError(f"embeddings of dtype {x.dtype} and {y.dtype} must be floating")
     # Rounding may leave equal sets a little below 0.
     return SCALE * max(0.0, float(squared(_unit("x", x), _unit("y", y))))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import tree
+from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow.guidance import Answers, Branch, Guidance
@@ -48,6 +49,7 @@ def velocity(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
@@ -56,7 +58,7 @@ def velocity(
     """
     guiding = guidances.cfg(cfg) if guidance is None else guidance
     told: dict[str, Any] = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
-    told |= {"block_transform": block_transform}
+    told |= {"block_transform": block_transform, "implementation": implementation}
     return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
 
 
@@ -71,6 +73,7 @@ def velocities(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
 ) -> Callable[[Tensor, Tensor], Answers]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
 
@@ -81,6 +84,8 @@ def velocities(
     instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
     their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
     sees zeros. block_transform: as of `mmdit.apply`; `transform.compile` compiles one block, whatever their number.
+    implementation: of attention, of the transformer, its ControlNets and its image prompt; "math" has the derivatives
+    that the fused kernels lack (`attention.attention`).
     """
     for one in control:
         controls.check(one, config.transformer)
@@ -101,7 +106,7 @@ def velocities(
             arguments[name] = (*condition, pictures, seen, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
         options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
-        evaluate = _network(weights, sizes, options, times, control, image_prompt)
+        evaluate = _network(weights, sizes, options, times, control, image_prompt, implementation)
         fields.append(guidances.together(evaluate, arguments))
 
     def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
@@ -117,6 +122,7 @@ def _network(
     times: Tensor | None,
     control: Sequence[Control],
     image_prompt: ImagePrompt | None,
+    implementation: Implementation,
 ) -> Callable[..., Tensor]:
     """One evaluation: (x, t, and what the rows of the batch are told) -> dx/dt."""
 
@@ -125,7 +131,9 @@ def _network(
     ) -> Tensor:
         given = _at(rows, times, t) if rows else {"transformer": None, "control": None}
         told = [one._replace(**picture) for one, picture in zip(control, pictures, strict=True)]
-        heard = controls.residuals(told, weights, sizes, x, t, context, pooled, modulations=given["control"])
+        heard = controls.residuals(
+            told, weights, sizes, x, t, context, pooled, modulations=given["control"], implementation=implementation
+        )
         return mmdit.apply(
             weights,
             sizes,
@@ -136,7 +144,8 @@ def _network(
             modulations=given["transformer"],
             residuals=heard.residuals,
             residual_after_last=heard.after_last,
-            image_prompt=ip_adapter.prompt(image_prompt, shown, t, sizes),
+            image_prompt=ip_adapter.prompt(image_prompt, shown, t, sizes, implementation=implementation),
+            implementation=implementation,
             **options,
         )
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode, schedule
@@ -38,6 +39,7 @@ def sample(
     times: Tensor | None = None,
     field: Callable[..., Velocity] | None = None,
     transform: Callable[[Velocity], Velocity] | None = None,
+    implementation: Implementation = "sdpa",
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
@@ -47,9 +49,11 @@ def sample(
     and have a memory. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
     first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
     velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
-    what becomes of the guided velocity (a picture held where a mask says, for instance). Raises ValueError for a field
-    with a guidance that has a memory, and where a key is needed and none is given.
+    what becomes of the guided velocity (a picture held where a mask says, for instance). implementation: of attention,
+    as of `velocities`. Raises ValueError for a cfg that is not finite, a field with a guidance that has a memory, and
+    where a key is needed and none is given.
     """
+    guidances.check_scale(cfg, "cfg")
     method = chosen_method(config, len(noise), method, key)
     times = sigmas(config, noise, steps) if times is None else times
     steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_memory
@@ -65,6 +69,7 @@ def sample(
         asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
         told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
         told |= {} if block_transform is None else {"block_transform": block_transform}
+        told |= {} if implementation == "sdpa" else {"implementation": implementation}
         if remembers:
             needed = velocities(params, config, conditions, guiding.needs, asked, **told)
             guided = guidances.remembering(guiding, needed)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from functional_sd3 import weights
 from functional_sd3.core import tree
+from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import ode
-from functional_sd3.flow.guidance import Guidance
+from functional_sd3.flow.guidance import Guidance, check_scale
 from functional_sd3.flow.method import Method, StepInfo
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import Conditions, sample
@@ -52,6 +53,7 @@ def generate(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
     offload: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -65,6 +67,7 @@ def generate(
     on beyond its length (`conditioning`). control: ControlNets with their pictures, which `control_latents` encodes.
     image_prompt: an IP-Adapter with the features of an image.
     block_transform: applied to the function that applies a block of the transformer, such as `transform.compile`.
+    implementation: of the transformer's attention, as of `mmdit.apply`.
 
     offload: one component at a time: each text encoder, the transformer, the VAE, taken when it is its turn and dropped
     before the next, so that the peak is that of the largest. `params` may then also be a function from a component's
@@ -72,8 +75,10 @@ def generate(
     where the parameters are; a tree's components are moved there, with `offload` each for its turn only, and what
     `control` and `image_prompt` hold is the caller's to place. With gradients a graph holds on to the components, so
     `torch.no_grad()` belongs around an offloaded run.
-    Raises ValueError for sizes that do not fit, and for a function of components without `offload`.
+    Raises ValueError for sizes that do not fit, a cfg that is not finite, and for a function of components without
+    `offload`.
     """
+    check_scale(cfg, "cfg")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if noise is None:
         noise = initial_noise(key, config, len(prompts), height, width, device=device or _device(params))
@@ -102,6 +107,7 @@ def generate(
         control=control,
         image_prompt=image_prompt,
         block_transform=block_transform,
+        implementation=implementation,
         # Who keeps one component at a time wants the memory, not the time.
     )
     return decode({"vae": fetch("vae")}, config, latents)

@@ -13,6 +13,7 @@ from torch import Tensor
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
+from functional_sd3.core.checks import check_ids
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.text import clip_block, clip_image
 
@@ -93,6 +94,7 @@ def apply(
     `skip` more layers are left out of `penultimate` (clip skip): it is transformers' `hidden_states[-(skip + 2)]`.
     The outputs have the parameters' dtype. Raises ValueError for ids of another shape and a skip that leaves nothing.
     """
+    check_ids("ids", ids)
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= config.length:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; CLIP reads (batch, 1 to {config.length} tokens)")
     if not 0 <= skip < config.layers:

@@ -15,6 +15,7 @@ from torch import Tensor
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
+from functional_sd3.core.checks import check_floating
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.text import clip_block
@@ -93,6 +94,7 @@ def apply(params: Params, config: Config, images: Tensor, *, implementation: Imp
 
     The outputs have the parameters' dtype. Raises ValueError for images of another shape.
     """
+    check_floating("images", images, ", normalised as clip_pixels.apply does")
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, config.size, config.size):
         raise ValueError(
             f"images have shape {list(images.shape)}; this encoder reads (batch, 3, {config.size}, {config.size})"

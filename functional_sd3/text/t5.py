@@ -14,6 +14,7 @@ from torch import Tensor
 from functional_sd3.core import attention, layers, prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
+from functional_sd3.core.checks import check_ids
 from functional_sd3.core.types import Key, Params, Tree
 
 
@@ -89,6 +90,7 @@ def apply(
     as SD3 does. The output has the parameters' dtype; with 16-bit parameters the sums between blocks are float32
     (T5-XXL's overflow float16). Raises ValueError for ids or a mask of another shape.
     """
+    check_ids("ids", ids)
     if ids.ndim != 2 or ids.shape[1] < 1:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; T5 reads (batch, tokens) with at least one token")
     if mask is not None and mask.shape != ids.shape:

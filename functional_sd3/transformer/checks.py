@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from functional_sd3.core.checks import check_floating, check_time
+
 
 def check_shape(name: str, x: Tensor, meaning: str, shape: tuple[int | None, ...]) -> None:
     """ValueError unless x has this shape, None standing for any size."""
@@ -10,8 +12,16 @@ def check_shape(name: str, x: Tensor, meaning: str, shape: tuple[int | None, ...
         raise ValueError(f"{name} {list(x.shape)} must be {meaning} = ({wanted})")
 
 
+def check_times(t: object, batch: int) -> None:
+    """ValueError unless t is floating and () or (batch,)."""
+    check_time(t)
+    if t.ndim > 1 or (t.ndim and t.shape[0] not in (1, batch)):
+        raise ValueError(f"t {list(t.shape)} must be () or ({batch},), a time for each of the latents")
+
+
 def check_latents(name: str, latents: Tensor, channels: int, patch_size: int) -> None:
-    """ValueError unless latents are (batch, channels, height, width) and whole patches."""
+    """ValueError unless latents are floating, (batch, channels, height, width) and whole patches."""
+    check_floating(name, latents)
     if latents.ndim != 4 or latents.shape[1] != channels:
         raise ValueError(f"{name} {list(latents.shape)} must be (batch, {channels}, height, width)")
     for axis, side in zip(("height", "width"), latents.shape[-2:], strict=True):

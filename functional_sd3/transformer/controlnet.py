@@ -15,9 +15,10 @@ from torch import Tensor
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
+from functional_sd3.core.checks import check_floating
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import joint_block, mmdit
-from functional_sd3.transformer.checks import check_latents, check_shape
+from functional_sd3.transformer.checks import check_latents, check_shape, check_times
 from functional_sd3.transformer.embeddings import (
     TIME_FREQUENCIES,
     embed_condition,
@@ -122,11 +123,13 @@ def apply(
     extra_channels, height, width): the picture, encoded (`pipeline.control_latents`). scale: a number, or a tensor ()
     or (batch,); 0 gives residuals of exactly 0. modulations, implementation, block_transform: as in `mmdit.apply`.
 
-    Raises ValueError when a shape does not fit the config or another one's.
+    Raises ValueError when a shape does not fit the config or another one's, or an input is not floating.
     """
     dtype = params["picture"]["weight"].dtype
+    check_floating("latents", latents)
+    check_floating("image_latents", image_latents)
     image = embed(params, config, latents.to(dtype), image_latents.to(dtype))
-    modulation = _modulations_of(params, config, t, pooled) if modulations is None else modulations
+    modulation = _modulations_of(params, config, t, pooled, latents) if modulations is None else modulations
     text = _embed_context(params, config, context, latents.shape[0], dtype)
     residuals = []
     for block, out, parts in zip(params["blocks"], params["residuals"], modulation["blocks"], strict=True):
@@ -213,9 +216,10 @@ def _apply_block(block, heads, image, text, parts, implementation, block_transfo
     return apply_joint(block, heads, image, text, parts, implementation)
 
 
-def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None) -> Tree:
+def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None, latents: Tensor) -> Tree:
     if t is None or pooled is None:
         raise ValueError("apply needs t and pooled, or the modulations computed from them")
+    check_times(t, latents.shape[0])
     return modulations(params, config, t, pooled)
 
 
@@ -224,6 +228,7 @@ def _embed_context(params: Params, config: Config, context: Tensor | None, batch
         return None
     if context is None:
         raise ValueError("this ControlNet reads the prompt: it needs a context")
+    check_floating("context", context)
     check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
     return layers.linear(params["context"], context.to(dtype))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
+from functional_sd3.core.checks import check_floating, check_time
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer.checks import check_shape
@@ -19,15 +20,15 @@ TIME_SCALE = 1000.0
 TIME_FREQUENCIES = 256
 
 
-def time_sinusoid(t: Tensor, size: int = 256) -> Tensor:
+def time_sinusoid(t: Tensor, size: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
     """Cosines, then sines of 1000 t at frequencies 10000^(-k / (size / 2)).
 
-    t (...) in [0, 1] -> (..., size), float32 whatever t's dtype (Vaswani et al. 2017, with DDPM's order of halves).
+    t (...) in [0, 1] -> (..., size) in `dtype`, whatever t's (Vaswani et al. 2017, with DDPM's order of halves).
     """
     half = size // 2
-    exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    exponents = -math.log(10000.0) * torch.arange(half, dtype=dtype, device=t.device) / half
     # The axis first: torch 2.13 makes the tangent of a scalar float64 where a number multiplies it.
-    angles = TIME_SCALE * t.float()[..., None] * torch.exp(exponents)
+    angles = TIME_SCALE * t.to(dtype)[..., None] * torch.exp(exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -71,14 +72,24 @@ def embed_patches(params: Params, size: int, latents: Tensor) -> Tensor:
 
 
 def embed_condition(params: Params, pooled_width: int, t: Tensor, pooled: Tensor) -> Tensor:
-    """What every modulation is a linear map of: t and pooled as in `mmdit.modulations` -> ([steps,] batch, width)."""
+    """What every modulation is a linear map of: t and pooled as in `mmdit.modulations` -> ([steps,] batch, width).
+
+    The sinusoids are computed in float32, or in the parameters' dtype where that is wider.
+    """
+    check_time(t)
+    check_floating("pooled", pooled)
     check_shape("pooled", pooled, "(batch, pooled_width)", (None, pooled_width))
     batch = pooled.shape[0]
     if t.ndim > 2 or (t.ndim and t.shape[-1] not in (1, batch)):
         raise ValueError(f"t {list(t.shape)} must be one number, ({batch},) or (steps, {batch}) as pooled has it")
     dtype = params["time"]["in"]["weight"].dtype
-    time = _embedder(params["time"], time_sinusoid(t, TIME_FREQUENCIES).to(dtype))
+    time = _embedder(params["time"], embed_time(t, TIME_FREQUENCIES, dtype))
     return F.silu(time + _embedder(params["pooled"], pooled.to(dtype)))
+
+
+def embed_time(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """`time_sinusoid` in `dtype`, computed in float32 where that is narrower."""
+    return time_sinusoid(t, size, torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
 def embedder_spec(inputs: int, width: int) -> Tree:

@@ -16,11 +16,12 @@ from torch import Tensor
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, attention, merge_heads, split_heads
+from functional_sd3.core.checks import check_floating, check_time
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.checks import check_shape
-from functional_sd3.transformer.embeddings import time_sinusoid
+from functional_sd3.transformer.embeddings import embed_time
 from functional_sd3.transformer.joint_block import EPS, modulate, norm
 
 _EPS = 1e-5
@@ -125,11 +126,19 @@ def rows(shown: ImagePrompt | None, batch: int) -> dict[str, Tensor]:
     return {"features": features.expand(batch, -1, -1), "scale": scale.expand(batch)}
 
 
-def prompt(shown: ImagePrompt | None, rows: Tree, t: Tensor, transformer: mmdit.Config) -> list[Tree]:
+def prompt(
+    shown: ImagePrompt | None,
+    rows: Tree,
+    t: Tensor,
+    transformer: mmdit.Config,
+    *,
+    implementation: Implementation = "sdpa",
+) -> list[Tree]:
     """`apply` of an image prompt with these rows at t; [] without one."""
     if shown is None:
         return []
-    return apply(shown.params, shown.config, rows["features"], t, transformer, rows["scale"])
+    told = rows["features"], t, transformer, rows["scale"]
+    return apply(shown.params, shown.config, *told, implementation=implementation)
 
 
 def check(config: Config, transformer: mmdit.Config) -> None:
@@ -147,11 +156,13 @@ def resample(
     params: Params, config: Config, features: Tensor, t: Tensor, *, implementation: Implementation = "sdpa"
 ) -> tuple[Tensor, Tensor]:
     """Features (batch, tokens, image_width) at t -> tokens (batch, tokens, width) and time (batch, hidden_width)."""
+    check_floating("features", features)
+    check_time(t)
     check_shape("features", features, "(batch, tokens, image_width)", (None, None, config.image_width))
     batch, dtype = features.shape[0], params["in"]["weight"].dtype
     if t.ndim and t.shape != (batch,):
         raise ValueError(f"t {list(t.shape)} must be one number or ({batch},) as the features have it")
-    sinusoid = time_sinusoid(t.expand(batch), config.time_frequencies).to(dtype)
+    sinusoid = embed_time(t.expand(batch), config.time_frequencies, dtype)
     time = layers.linear(params["time"]["out"], F.silu(layers.linear(params["time"]["in"], sinusoid)))
     image = layers.linear(params["in"], features.to(dtype)) + time[:, None]
     tokens = params["queries"].expand(batch, -1, -1)

@@ -15,9 +15,10 @@ from torch import Tensor
 from functional_sd3.core import layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, identity_attention
+from functional_sd3.core.checks import check_floating
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import joint_block
-from functional_sd3.transformer.checks import check_latents, check_shape
+from functional_sd3.transformer.checks import check_latents, check_shape, check_times
 from functional_sd3.transformer.embeddings import (
     TIME_FREQUENCIES,
     crop_positions,
@@ -131,11 +132,11 @@ def apply(
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
         `torch.compile` to compile one block instead of `depth` copies of it.
 
-    Raises ValueError when a shape does not fit the config or the batch, height or width is not a multiple of the patch
-    size, or the grid of patches is larger than the table of positions.
+    Raises ValueError when a shape does not fit the config or the batch, an input is not floating, height or width is
+    not a multiple of the patch size, or the grid of patches is larger than the table of positions.
     """
     _check_inputs(config, latents, context, skip_layers=skip_layers, perturbed_layers=perturbed_layers)
-    modulation = _modulations_of(params, config, t, pooled) if modulations is None else modulations
+    modulation = _modulations_of(params, config, t, pooled, latents) if modulations is None else modulations
     _check_modulations(modulation, latents.shape[0])
     if image_prompt and len(image_prompt) != config.depth:
         raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
@@ -165,9 +166,10 @@ def residual_index(block: int, depth: int, count: int) -> int:
     return int(block / (depth / count))
 
 
-def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None) -> Tree:
+def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None, latents: Tensor) -> Tree:
     if t is None or pooled is None:
         raise ValueError("apply needs t and pooled, or the modulations computed from them")
+    check_times(t, latents.shape[0])
     return modulations(params, config, t, pooled)
 
 
@@ -210,6 +212,7 @@ def at(modulations: Tree, step: int) -> Tree:
 def _check_inputs(config, latents, context, **layers: Collection[int]) -> None:
     check_latents("latents", latents, config.in_channels, config.patch_size)
     batch = latents.shape[0]
+    check_floating("context", context)
     check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
     for name, indices in layers.items():
         absent = sorted(index for index in indices if not 0 <= index < config.depth)
