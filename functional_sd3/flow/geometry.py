@@ -2,9 +2,8 @@
 
 Everything is of each sample, (batch,), in the units of x: lengths are Euclidean norms over a sample's elements, not
 means. A velocity is taken at its word that samples do not depend on one another. Derivatives are taken in forward mode:
-attention needs implementation="math" (`mmdit.apply`), or the call a `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`
-around it. Acceleration and curvature need a velocity that is a function of t, not a table of a run's times. Works under
-vmap, grad and torch.compile.
+attention needs implementation="math" (`mmdit.apply`, `pipeline.velocity`). Acceleration and curvature need a velocity
+that is a function of t, not a table of a run's times. Works under vmap, grad and torch.compile.
 """
 
 from typing import NamedTuple
