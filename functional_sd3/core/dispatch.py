@@ -58,7 +58,7 @@ def op(formula: Function) -> Function:
 
     @functools.wraps(formula)
     def operation(*arguments: Any, **options: Any) -> Any:
-        kernels = _kernels(name)
+        kernels = () if _plain_depth else (_table or _load_table()).get(name, ())
         # Sizes are read only outside of transforms and compilers: some have no answer, some make it part of a graph.
         surroundings = _surroundings() if kernels else None
         for kernel in kernels:
@@ -147,6 +147,8 @@ def in_mode() -> bool:
     if _dispatch_modes():
         return True
     depth = _function_modes()
+    if depth == 0:
+        return False
     return depth is None or not all(isinstance(_function_mode(index), DeviceContext) for index in range(depth))
 
 
@@ -179,13 +181,12 @@ _hooks_enabled = private("torch._C._autograd._saved_tensors_hooks_is_enabled", m
 _dual_level = (lambda: forward_ad._current_level) if hasattr(forward_ad, "_current_level") else (lambda: 0)
 
 
-def _kernels(name: str) -> tuple[Kernel, ...]:
+def _load_table() -> dict[str, tuple[Kernel, ...]]:
     global _table
-    if _table is None:
-        import functional_sd3.kernels
+    import functional_sd3.kernels
 
-        _table = functional_sd3.kernels.TABLE
-    return () if _plain_depth else _table.get(name, ())
+    _table = functional_sd3.kernels.TABLE
+    return _table
 
 
 def _tensors(arguments: Iterable[Any]) -> list[Tensor]:

@@ -34,13 +34,7 @@ def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes
 def linear(params: Params, x: Tensor) -> Tensor:
     """x (..., inputs) -> (..., outputs)."""
     weight = dequantized_weight(params, x.dtype) if "scale" in params else params["weight"]
-    bias = params.get("bias")
-    if bias is None or x.ndim < 3:
-        y = F.linear(x, weight, bias)
-    else:
-        # As a matrix: with the bias, three dimensions specialise shapes under compile(grad) and recompile at every
-        # resolution, and a separate addition of the bias costs eager code another pass over the result.
-        y = F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    y = F.linear(x, weight, params.get("bias"))
     if "low_rank" not in params:
         return y
     down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))

@@ -11,7 +11,10 @@ from functional_sd3.kernels import cuda, foreach, inductor, layouts, norms, oned
 _LISTS = DIFFERENTIABLE | COMPILED
 
 TABLE: dict[str, tuple[Kernel, ...]] = {
-    "layers.linear": (Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),),
+    "layers.linear": (
+        Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),
+        Kernel(inductor.linear, inductor.fits_linear, COMPILED),
+    ),
     "layers.linear_activation": (
         Kernel(onednn.linear_activation, onednn.fits_linear_activation, UNTRACKED),
         Kernel(cuda.linear_activation, cuda.fits_linear_activation, UNTRACKED, 1e-3),

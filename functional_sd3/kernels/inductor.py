@@ -5,7 +5,19 @@ import math
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng
+from functional_sd3.core import layers, prng
+from functional_sd3.core.types import Params
+
+
+def fits_linear(params: Params, x: Tensor) -> bool:
+    """A bias, and more than two dimensions."""
+    return "bias" in params and x.ndim > 2
+
+
+def linear(params: Params, x: Tensor) -> Tensor:
+    """`layers.linear` of x as a matrix: with a bias, three dimensions specialise shapes under compile(grad) and are
+    compiled anew for every resolution."""
+    return layers.linear.formula(params, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def fits_gelu_tanh(x: Tensor) -> bool:

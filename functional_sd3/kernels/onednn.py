@@ -15,6 +15,8 @@ from functional_sd3.core.types import Params
 ROWS = range(16, 513)
 """Rows of a matrix whose product oneDNN computes faster than PyTorch's BLAS: a fifth faster for 77 to 256 rows of 1,024
 to 6,144 numbers, a twentieth for 512 (two cores with AVX-512, PyTorch 2.13)."""
+SMALLEST_WEIGHT = 1 << 16
+"""Numbers of a weight below which oneDNN costs more than it gains: a call takes 20 microseconds, PyTorch's 4."""
 _QUICK = 1.702
 # Activation -> (oneDNN's name, its algorithm, s), with activation(x) = f(s x) / s.
 _FUSED = {"quick_gelu": ("swish", "", _QUICK), "gelu": ("gelu", "none", 1.0), "gelu_tanh": ("gelu", "tanh", 1.0)}
@@ -22,7 +24,7 @@ _FUSED = {"quick_gelu": ("swish", "", _QUICK), "gelu": ("gelu", "none", 1.0), "g
 
 def fits_linear(params: Params, x: Tensor) -> bool:
     """Float32 rows on a CPU, at least as many as oneDNN pays for, and a weight and bias alone."""
-    return x.ndim > 1 and x.shape[:-1].numel() >= ROWS[0] and _is_plain_layer(params, x)
+    return _is_large(params) and x.ndim > 1 and x.shape[:-1].numel() >= ROWS[0] and _is_plain_layer(params, x)
 
 
 def linear(params: Params, x: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ def linear(params: Params, x: Tensor) -> Tensor:
 
 def fits_linear_activation(params: Params, x: Tensor, activation: str) -> bool:
     """Float32 rows on a CPU, and a weight and bias alone."""
-    return x.ndim > 1 and _is_plain_layer(params, x) and _is_enabled()
+    return _is_large(params) and x.ndim > 1 and _is_plain_layer(params, x) and _is_enabled()
 
 
 def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:
@@ -51,6 +53,10 @@ def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:
         rows, bias = rows * scale, None if bias is None else bias * scale
     y = _linear_pointwise()(rows, params["weight"], bias, name, [], algorithm)
     return (y if scale == 1 else y.mul_(1 / scale)).unflatten(0, x.shape[:-1])
+
+
+def _is_large(params: Params) -> bool:
+    return params["weight"].numel() >= SMALLEST_WEIGHT
 
 
 def _is_plain_layer(params: Params, x: Tensor) -> bool:

@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from functional_sd3.core import layers, prng
+from functional_sd3.kernels import onednn
 from tests.operations import counted
+
+
+@pytest.fixture(autouse=True)
+def small_layers_by_one_dnn(monkeypatch):
+    monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", 0)
+
 
 MEANT = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -126,3 +133,9 @@ def test_a_compiled_gelu_is_the_eager_one_at_every_size_of_number(dtype):
     close = {"rtol": 2e-6, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     torch.testing.assert_close(found, expected, **close)
     torch.testing.assert_close(slope, expected_slope, **close)
+
+
+def test_a_small_layer_is_left_to_pytorch(monkeypatch):
+    monkeypatch.undo()
+    params, x = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}, drawn(64, 16)
+    assert "_linear_pointwise" not in operations(lambda: layers.linear_activation(params, x, "gelu"))

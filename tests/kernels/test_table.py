@@ -10,6 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_sd3 import kernels
 from functional_sd3.core import dispatch, layers, leafwise, prng, tree
+from functional_sd3.kernels import onednn
+
+
+@pytest.fixture(autouse=True)
+def small_layers_by_one_dnn(monkeypatch):
+    monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", 0)
+
 
 OPERATIONS = {
     name: getattr({"layers": layers, "prng": prng, "leafwise": leafwise}[name.split(".")[0]], name.split(".")[1])
@@ -74,6 +81,7 @@ EXAMPLES = {
     "cuda.rms_norm": [({"weight": drawn(6, seed=1)}, drawn(2, 3, 6, seed=2), 1e-6)],
     "norms.group_norm": [(norm(32), image(2, 32, 128, 144), 8, 1e-6)],
     "norms.group_norm_silu": [(norm(32), image(2, 32, 128, 144), 8, 1e-6)],
+    "inductor.linear": [(LAYER, drawn(2, 8, 16))],
     "inductor.gelu_tanh": [(4 * drawn(3, 100),)],
     "inductor.threefry": [
         (*KEYS, torch.arange(5, dtype=torch.int32)),
