@@ -170,8 +170,9 @@ def _cut(picture: "Image", *, factor: int, size: int | None) -> Tensor:
         own = "x".join(map(str, picture.size))
         raise ValueError(f"{own} pixels are too few for SSIM's window of {similarity.WINDOW}")
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    cut = picture.crop((left, top, left + width, top + height))
-    return torch.from_numpy(numpy.array(cut)).permute(2, 0, 1).contiguous()
+    # Not Image.crop, which warns of large images once more.
+    values = numpy.array(picture)[top : top + height, left : left + width]
+    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
 def _alike(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:

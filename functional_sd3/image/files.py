@@ -60,6 +60,13 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
 
 
+def suffix_words() -> str:
+    """The usual suffixes, and how many there are besides, for a message."""
+    known, usual = suffixes(), (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+    shown = [suffix for suffix in usual if suffix in known]
+    return f"{', '.join(shown)} and {len(known) - len(shown)} more"
+
+
 def read(file: str | os.PathLike | BinaryIO) -> "Image":
     """The image in RGB, 8 bits a channel, transparent parts laid over white."""
     return _decoded(file, lambda image: pixels.opaque(_turned(_eight_bits(image), _orientation(image))))

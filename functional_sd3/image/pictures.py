@@ -65,7 +65,7 @@ def source(path: str | os.PathLike) -> Source:
     suffixes = files.suffixes()
     chosen = sorted({name for name in names if is_shown(name) and Path(name).suffix.lower() in suffixes})
     if not chosen:
-        raise ValueError(f"{path} holds no pictures ({', '.join(sorted(suffixes))})")
+        raise ValueError(f"{path} holds no pictures ({files.suffix_words()})")
     return Source(path, tuple(chosen))
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 _MOST_NAMED = 5
 _ADVICE = (
-    "captions are read of metadata.jsonl or metadata.csv (file_name, text), of name.txt, name.caption or name.json "
-    "beside an image, and of the names of folders; --caption TEXT is one for all"
+    "captions are read from metadata.jsonl or metadata.csv (file_name, text), from name.txt, name.caption or name.json "
+    "beside an image, and from the names of folders; --caption TEXT is one for all"
 )
 
 
@@ -82,10 +82,9 @@ def image_folder(
         except ValueError as error:
             skipped.append(Skipped(sample.path, str(error)))
     if not samples:
-        known = ", ".join(sorted(files.suffixes()))
         unread = f"; {len(skipped)} files could not be read, the first: {': '.join(skipped[0])}" if skipped else ""
         noted = "".join(f"; {note}" for note in (*listing.notes, *gathered.notes)[:3])
-        raise ValueError(f"{folder} holds no pictures ({known}){unread}{noted}")
+        raise ValueError(f"{folder} holds no pictures ({files.suffix_words()}){unread}{noted}")
     return Index(folder, tuple(samples), tuple(skipped), tuple(sources.items()), (*listing.notes, *gathered.notes))
 
 
@@ -208,14 +207,15 @@ def _gather(listing: Listing, template: str) -> _Gathered:
                 described[path] = entry.text
                 samples.append((Sample(path, entry.text), f"in {PurePosixPath(name).name}" if entry.text else ""))
     for image in images:
+        reason = listing.refusal(image)
+        if reason:
+            skipped.append(Skipped(image, reason))
+            continue
         try:
             place = _nearest(image, governing)
-            reason = listing.refusal(image)
-            if reason:
-                raise ValueError(reason)
             for name in beside.files(image):
                 if listing.refusal(name):
-                    raise ValueError(f"its caption {name} {listing.refusal(name)}")
+                    raise ValueError(f"{name} {listing.refusal(name)}")
             if place is not None and image not in described:
                 unlisted.setdefault(governing[place], []).append(image)
                 continue

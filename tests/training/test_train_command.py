@@ -99,7 +99,7 @@ def test_images_without_captions_are_counted_in_one_line(command, tmp_path):
     (tmp_path / "b.tags").write_text("round, red")
     options = ("--data", tmp_path, "--steps", "1", "--sample-every", "0")
     status, messages = command("--out", tmp_path / "out", *options)
-    assert status == 0 and "2 of 3 images have no caption (1 beside the image); captions are read of" in messages
+    assert status == 0 and "2 of 3 images have no caption (1 beside the image); captions are read from" in messages
     assert "look like captions and were not read: 1 file (b.tags)" in messages
     status, messages = command("--out", tmp_path / "other", *options, "--caption", "a circle")
     assert status == 0 and "all with captions (3 --caption)" in messages
