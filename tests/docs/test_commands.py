@@ -15,7 +15,8 @@ from functional_sd3 import cli
 from functional_sd3.cli import parser
 from tests.docs import known, markdown
 
-_OPTION = re.compile(r"(?<!\S)--[a-z][a-z0-9-]*")
+_DRAWING = ("generate", "edit", "interpolate", "likelihood")
+_OPTION = re.compile(r"(?<!\S)--[a-z][a-z0-9-]*+(?!_)")
 
 
 def failure(run, capsys) -> str:
@@ -74,6 +75,15 @@ def test_every_option_that_the_page_names_is_one_of_the_programs(page):
     spans = markdown.spans(page.read_text(encoding="utf-8"))
     named = {option for _, text in spans if not text.startswith("python ") for option in _OPTION.findall(text)}
     assert not named - known
+
+
+@pytest.mark.parametrize("page", markdown.PAGES, ids=lambda page: page.name)
+def test_every_prompt_for_the_shipped_model_names_a_background(page):
+    """Without one params/tiny fills the image with the object's colour."""
+    commands = [shlex.split(text) for _, text in markdown.commands(page.read_text(encoding="utf-8"))]
+    drawing = [words for words in commands if "--params" not in words and words[1] in _DRAWING]
+    prompts = [word for words in drawing for word in words[2:] if " " in word]
+    assert not [prompt for prompt in prompts if not prompt.endswith(" background")]
 
 
 def test_every_usage_that_is_known_stands_in_a_page():
