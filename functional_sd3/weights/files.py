@@ -10,7 +10,6 @@ import json
 import math
 import mmap
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,15 +18,18 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.formats import bounded, json_fields
 from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.weights import blocks, finite
 from functional_sd3.weights.atomic import replace_file
-from functional_sd3.weights.header import DTYPES, Header, parse, read
+from functional_sd3.weights.header import DTYPES, Header, read
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 """What the format can hold."""
 # Where a file's tensors start: a cache line, so that kernels read mapped weights as fast as allocated ones.
 _ALIGNMENT = 64
+# Configs and indexes have some hundred kilobytes at most.
+_LARGEST_JSON = 2**24
 
 
 class Mapped(NamedTuple):
@@ -187,27 +189,12 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises WeightsError when it cannot be opened, is no object, or has a name twice."""
-    with opened(path) as file:
-        try:
-            return parse(file.read())
-        except OSError as error:
-            raise WeightsError(f"{path}: cannot be read: {reason(error)}") from error
-        except (ValueError, RecursionError) as error:
-            raise WeightsError(f"{path}: not a valid JSON object: {error}") from error
+    return dict(json_fields.read(path, limit=_LARGEST_JSON).values)
 
 
 def opened(path: str | os.PathLike) -> BinaryIO:
     """A regular file, open for reading. Raises WeightsError, naming it, for everything else."""
-    try:
-        # Asked before opening: a pipe in place of a file would wait for a writer for ever.
-        kind = os.stat(path).st_mode
-        if stat.S_ISREG(kind):
-            return open(path, "rb")
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be opened: {reason(error)}") from error
-    except ValueError as error:
-        raise WeightsError(f"{str(path)!r}: is not a path: {error}") from error
-    raise WeightsError(f"{path}: is a {'folder' if stat.S_ISDIR(kind) else 'device or pipe'}, not a file")
+    return bounded.open_file(path)
 
 
 def raw(value: Tensor) -> memoryview:

@@ -4,13 +4,13 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Params
+from functional_sd3.formats import bounded, state_dict
 from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.metrics import inception
 from functional_sd3.weights import files
@@ -19,6 +19,8 @@ FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of `FILE`, and of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which is the same."""
 
+LARGEST = 2**28
+"""Bytes that are read of a pickled file, more than twice those of `FILE`."""
 # Counts the batches seen in training; newer files carry it, older ones do not, and nothing depends on it.
 _COUNTER = ".num_batches_tracked"
 
@@ -82,17 +84,8 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _pickled(path: Path) -> dict[str, Tensor]:
+    content = bounded.read_bytes(path, LARGEST)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be opened: {reason(error)}") from error
-    except Exception as error:  # Whatever hostile bytes make torch raise; TorchScript programs end here too.
-        said = (str(error) or repr(error)).splitlines()[0]
-        raise WeightsError(f"{path}: is not a file of tensors such as {FILE}: {said}") from error
-    if not _is_state(found):
-        raise WeightsError(f"{path}: holds {type(found).__name__}, not tensors by name as {FILE} does")
-    return dict(found)
-
-
-def _is_state(found: Any) -> bool:
-    return isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+        return state_dict.read(content)
+    except ValueError as error:
+        raise WeightsError(f"{path}: is not a file of tensors such as {FILE}: {error}") from error

@@ -20,6 +20,7 @@ from functional_sd3.core.types import Params, Tree
 
 # Above this many missing names a file is another model's: comparing it name by name would take minutes.
 _MOST_COMPARED = 100
+_MOST_ADVISED = 20
 
 
 class Transform(NamedTuple):
@@ -214,7 +215,11 @@ def check(
     needed = [source for source in absent if not default(layout, source.path, source.param)]
     missing = [name for source in needed for name in source.names if name not in shapes]
     problems = [f"{name} is missing (shape {list(wanted[name])})" for name in missing]
-    problems += [f"{name} is unexpected{_closest(name, missing)}" for name in unexpected]
+    # Only the first are shown, and a comparison takes a tenth of a millisecond.
+    problems += [
+        f"{name} is unexpected{_closest(name, missing) if index < _MOST_ADVISED else ''}"
+        for index, name in enumerate(unexpected)
+    ]
     for name, shape in wanted.items():
         if name in shapes and tuple(shapes[name]) != shape:
             problems.append(f"{name} has shape {list(shapes[name])}, expected {list(shape)}")

@@ -7,8 +7,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import config_fields, header
+from functional_sd3.formats import json_fields
+from functional_sd3.weights import config_fields
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.model import SPECS, Config
 
@@ -26,12 +26,9 @@ def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     """Component or "schedule" -> config; None for a file that says nothing. Raises WeightsError naming `where`."""
     if KEY not in metadata:
         return None
-    try:
-        values = header.parse(metadata[KEY].encode(errors="replace"))
-        wrong = next((name for name, part in values.items() if not isinstance(part, dict)), None)
-        if wrong is not None:
-            raise ValueError(f"{wrong} is no object")
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{where}: its metadata {KEY} cannot be read: {error}") from error
-    known = [name for name in (*SPECS, "schedule") if name in values]
-    return {name: config_fields.read(configs.TABLES[name], values[name], f"{where}: metadata {name}") for name in known}
+    said = json_fields.parse_object(metadata[KEY], f"{where}: its metadata {KEY}")
+    found = {name: said.mapping(name) for name in (*SPECS, "schedule") if name in said.values}
+    return {
+        name: config_fields.read(configs.TABLES[name], dict(part.values), f"{where}: metadata {name}")
+        for name, part in found.items()
+    }
