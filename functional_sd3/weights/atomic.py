@@ -11,36 +11,46 @@ call swaps two folders and because what else lies in it (logs, checkpoints, a RE
 A process killed before 2 leaves the old content, after 2 the new one, for whoever asks `current` where to read, as
 `weights.load` does; the next save finishes what was begun. Other programs, which do not ask, may meet entries of both
 only if the process died in the milliseconds of step 3. Two processes must not replace one folder at the same time.
+
+A `.saved` counts only where a save of this program put it: it holds its own number in the file system and that of the
+folder it is in, which no archive, download or copy of a folder can know. Every other `.saved` is a file of no meaning.
 """
 
 import os
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
+from functional_sd3.formats import bounded
 from functional_sd3.formats.errors import WeightsError, reason
 
 Result = TypeVar("Result")
 _ATTEMPTS = 5
 _SAVED = ".saved"
+_PROOF = ".written-by-save"
 _PARTIAL = ".partial"
 
 
 def replace_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Put at `path` the file that `write(temporary path)` makes, atomically and durably.
 
-    Raises WeightsError when the system refuses (full disk, no permission, a folder in the way): `path` is untouched.
+    A link is written through: the file it leads to is replaced. A file that was there gives the new one its mode.
+    Raises WeightsError when the system refuses (full disk, no permission, a folder, device or pipe in the way): `path`
+    is untouched.
     """
-    path = Path(path)
+    path, mode = _target(Path(path))
     temporary = _temporary(path.parent, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent, path.name)
         try:
             write(temporary)
+            if mode is not None:
+                os.chmod(temporary, mode)
             _sync(temporary)
         except BaseException:
             _remove(temporary)
@@ -49,6 +59,20 @@ def replace_file(path: str | os.PathLike, write: Callable[[Path], None]) -> None
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {reason(error)}; what was there is untouched") from error
     _confirm(path)
+
+
+def _target(path: Path) -> tuple[Path, int | None]:
+    """The place a file is written to, behind links, and the mode of the file that is there."""
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return path, None
+    kind = "link in a circle" if stat.S_ISLNK(found.st_mode) else bounded.file_kind(found.st_mode)
+    if kind != "file":
+        raise WeightsError(f"{path}: cannot be written: is a {kind}; what was there is untouched")
+    return path, stat.S_IMODE(found.st_mode)
 
 
 def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned: Collection[str]) -> None:
@@ -62,15 +86,17 @@ def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             _sweep(path, "save")
-            if (path / _SAVED).is_dir():
+            if _is_ours(path):
                 _install(path, owned)
-            _move(_stage(_temporary(path, "save"), write), path / _SAVED)
+            elif os.path.lexists(path / _SAVED):
+                raise WeightsError(f"{path / _SAVED}: is in the way and was not written by a save here: move it away")
+            _move(_stage(_temporary(path, "save"), write, proof=path), path / _SAVED)
         else:
             _sweep(path.parent, path.name)
             _move(_stage(_temporary(path.parent, path.name), write), path)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {reason(error)}; what was there still loads") from error
-    if not (path / _SAVED).is_dir():
+    if not _is_ours(path):
         _confirm(path)
         return
     try:
@@ -82,7 +108,22 @@ def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned
 
 def current(folder: Path) -> Path:
     """Where the content of a folder written by `replace_folder` is: itself or, after an interruption, `.saved`."""
-    return folder / _SAVED if os.path.isdir(folder / _SAVED) else folder
+    return folder / _SAVED if _is_ours(folder) else folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the folder has a `.saved` that a save put there."""
+    saved = folder / _SAVED
+    try:
+        if not stat.S_ISDIR(os.lstat(saved).st_mode) or not stat.S_ISREG(os.lstat(saved / _PROOF).st_mode):
+            return False
+        return bounded.read_bytes(saved / _PROOF, 100) == _proof(saved, folder)
+    except (OSError, WeightsError):
+        return False
+
+
+def _proof(saved: Path, folder: Path) -> bytes:
+    return f"{os.lstat(saved).st_ino} in {os.stat(folder).st_ino}\n".encode()
 
 
 def read_stable(path: Path, read: Callable[[Path], Result], owned: Collection[str]) -> Result:
@@ -112,10 +153,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _stage(staging: Path, write: Callable[[Path], None]) -> Path:
+def _stage(staging: Path, write: Callable[[Path], None], proof: Path | None = None) -> Path:
+    """The folder `staging`, filled and synced; proof: the folder in which it is to count as saved."""
     try:
         staging.mkdir()
         write(staging)
+        if proof is not None:
+            (staging / _PROOF).write_bytes(_proof(staging, proof))
         for folder, _, files in os.walk(staging, topdown=False):
             for name in files:
                 _sync(Path(folder, name))
@@ -148,7 +192,7 @@ def _install(path: Path, owned: Collection[str]) -> None:
     saved, replaced = path / _SAVED, _temporary(path, "save")
     replaced.mkdir()
     try:
-        made = sorted(entry.name for entry in saved.iterdir())
+        made = sorted(entry.name for entry in saved.iterdir() if entry.name != _PROOF)
         for name in sorted({*owned, *made}):
             if os.path.lexists(path / name):
                 os.rename(path / name, replaced / name)
@@ -217,7 +261,7 @@ def _sync(path: Path) -> None:
     """Ask the system to put a file's or folder's content on the disk before going on."""
     if path.is_dir() and os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -229,3 +230,58 @@ def test_what_a_living_process_is_writing_is_not_swept_away(tmp_path):
     dead.write_bytes(b"half")
     files.write_atomic(tmp_path / "x", b"whole")
     assert sorted(os.listdir(tmp_path)) == sorted([living.name, "x"])
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_saved_folder_that_no_save_put_there_is_never_loaded(make_model, same, tmp_path, link):
+    folder, other = tmp_path / "model", tmp_path / "other"
+    weights.save(folder, make_model(seed=1))
+    weights.save(other, make_model(seed=2))
+    if link:
+        (folder / atomic._SAVED).symlink_to(other)
+    else:
+        shutil.copytree(other, folder / atomic._SAVED)
+    assert same(weights.load(folder).params, make_model(seed=1).params)
+    with pytest.raises(WeightsError, match=r"\.saved: is in the way and was not written by a save here"):
+        weights.save(folder, make_model(seed=3))
+    assert same(weights.load(folder).params, make_model(seed=1).params)
+    assert (folder / atomic._SAVED / "vae").is_dir()
+
+
+def test_an_interrupted_save_counts_where_it_was_begun_and_in_no_copy(make_model, same, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    weights.save(folder, make_model(seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_install", lambda path, owned: (_ for _ in ()).throw(OSError(5, "killed")))
+        with pytest.raises(WeightsError, match="is saved in .saved and loads"):
+            weights.save(folder, make_model(seed=2))
+    assert same(weights.load(folder).params, make_model(seed=2).params)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert same(weights.load(tmp_path / "copy").params, make_model(seed=1).params)
+    weights.save(folder, make_model(seed=3))
+    assert same(weights.load(folder).params, make_model(seed=3).params)
+    assert not (folder / atomic._SAVED).exists() and not (folder / atomic._PROOF).exists()
+
+
+def test_a_replaced_file_keeps_its_mode_and_a_link_is_written_through(tmp_path):
+    path, link = tmp_path / "a.bin", tmp_path / "link.bin"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    files.write_atomic(link, b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o640
+    assert link.is_symlink()
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    files.write_atomic(tmp_path / "dangling", b"x")
+    assert (tmp_path / "later").read_bytes() == b"x" and (tmp_path / "dangling").is_symlink()
+
+
+def test_devices_pipes_folders_and_circles_are_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name, kind in {"pipe": "named pipe", "folder": "folder", "circle": "link", "null": "device"}.items():
+        with pytest.raises(WeightsError, match=f"cannot be written: is a {kind}"):
+            files.write_atomic(tmp_path / name, b"x")
+    assert sorted(os.listdir(tmp_path)) == ["circle", "folder", "null", "pipe"]
