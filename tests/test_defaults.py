@@ -104,7 +104,7 @@ def check_layers() -> list:
     image = noise(1, 64, 32, 32).contiguous(memory_format=torch.channels_last)
     line = {"weight": noise(24, 16), "bias": noise(24)}
     return [
-        layers.conv2d(wide, image, padding=1), layers.conv2d_doubled(wide, image),
+        layers.conv2d(wide, image, padding=1), layers.upsample_conv2d(wide, image),
         layers.group_norm({"weight": noise(64), "bias": noise(64)}, image.repeat(1, 1, 4, 4), 32, 1e-6),
         layers.linear(line, noise(40, 16)), layers.linear_activation(line, noise(2, 20, 16), "gelu_tanh"),
         layers.rms_norm({"weight": noise(16)}, noise(4, 16), 1e-6),
