@@ -144,7 +144,7 @@ def progress(items: Iterable, total: int, name: str, unit: str = "picture"):
 
 def has_bars() -> bool:
     """True if progress bars are drawn: on a terminal, unless --quiet."""
-    return sys.stderr.isatty() and not _QUIET.get()
+    return sys.stderr is not None and sys.stderr.isatty() and not _QUIET.get()
 
 
 def progress_bar(total: int, unit: str = "step") -> Any:

@@ -103,6 +103,10 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say(f"stopped without saving the last steps; {train_setup.newest(checkpoints)}")
         return 130
+    except loop.UnsavedError as error:
+        if int(error.state.step) == arguments.steps:
+            _save_unsaved(error, out, setup)
+        raise
     except loop.DivergedError as error:
         if train_setup.has_checkpoint(checkpoints):
             lower = f"--lr {arguments.lr / 10:g} --resume --force"
@@ -128,6 +132,16 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _save_unsaved(error, out: Path, setup) -> None:
+    """Write the result of a run that is done but for its last checkpoint, which takes several times the room."""
+    from functional_sd3.cli import train_setup
+    from functional_sd3.formats.errors import WeightsError
+
+    with contextlib.suppress(WeightsError):
+        written = train_setup.save_result(out, error.state, setup, LORA)
+        _say(f"note: the result of all steps is written to {written}; without their checkpoint no run goes on from it")
+
+
 def _row_printer(begun: int, steps: int):
     """Prints a line for every row of the log: the loss, the rate, and how long the rest takes."""
     import time
@@ -147,6 +161,8 @@ def _say(text: str) -> None:
     """Lines on standard error, above the progress bar; a run goes on where nobody reads them any more."""
     from tqdm import tqdm
 
+    if sys.stderr is None:
+        return
     with contextlib.suppress(OSError, ValueError), tqdm.external_write_mode(file=sys.stderr):
         for line in text.splitlines():
             report.message(line)

@@ -49,15 +49,15 @@ def check(arguments: argparse.Namespace) -> None:
         _check_data(arguments.data)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
-    if arguments.resume and not _checkpoints(arguments):
-        raise ValueError(
-            f"--resume found no checkpoint in {Path(arguments.out) / 'checkpoints'}; leave --resume out to begin there"
-        )
 
 
 def check_folder(arguments: argparse.Namespace) -> None:
-    """Raises ValueError where --out holds a run that is not to be resumed, or what no run of ours left there."""
+    """Raises ValueError where --out holds no run to resume, one that is not to be, or what no run left there."""
     found = _checkpoints(arguments)
+    if arguments.resume and not found:
+        raise ValueError(
+            f"--resume found no checkpoint in {Path(arguments.out) / 'checkpoints'}; leave --resume out to begin there"
+        )
     if arguments.resume:
         done = max(found)
         if arguments.steps < done:

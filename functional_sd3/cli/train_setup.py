@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import runtime
+from functional_sd3.cli import report, runtime
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Tree
 from functional_sd3.formats.errors import WeightsError
@@ -283,7 +283,7 @@ def _latents(
             return _kept_latents(path, of, len(images.captions))
         except WeightsError as error:
             say(f"note: the images are encoded again: {error}")
-    track = lambda rows: tqdm(rows, desc="encoding", leave=False, disable=None)  # noqa: E731
+    track = lambda rows: tqdm(rows, desc="encoding", leave=False, disable=not report.has_bars())  # noqa: E731
     # Latents are what all else is learned from: float32, whatever the autoencoder is stored in.
     params = {**model.params, "vae": tree.cast(model.params["vae"], torch.float32)}
     latents = datasets.encode_all(

@@ -7,6 +7,7 @@ again (a sample image) is left at once.
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,10 @@ class Interruption:
         if self._interrupts >= GIVE_UP:
             raise KeyboardInterrupt
         if self._interrupts == 2:
-            # Not by print: a signal may arrive while that very stream is being written.
+            # Not by print: a signal may arrive while that very stream is being written. Where standard error was closed
+            # from the start, its number may be that of any file.
+            if sys.__stderr__ is None:
+                return
             with contextlib.suppress(OSError):
                 os.write(2, b"\nfinishing the step and saving; Ctrl-C once more stops without saving\n")
 

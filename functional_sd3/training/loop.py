@@ -24,7 +24,7 @@ from functional_sd3.training.step import Metrics, TrainState
 
 Sampler = Callable[[TrainState, int], None]
 Note = Callable[[str], None]
-__all__ = ["DivergedError", "Outcome", "columns", "order", "print_note", "run"]
+__all__ = ["DivergedError", "Outcome", "UnsavedError", "columns", "order", "print_note", "run"]
 
 
 def print_note(text: str) -> None:
@@ -33,6 +33,12 @@ def print_note(text: str) -> None:
 
     with contextlib.suppress(OSError, ValueError):
         tqdm.write(text, file=sys.stderr)
+
+
+class UnsavedError(WeightsError):
+    """The last checkpoint of a run cannot be written; `state` is what it would have held."""
+
+    state: TrainState
 
 
 class Outcome(NamedTuple):
@@ -71,7 +77,7 @@ def run(
     Ctrl-C, SIGTERM or SIGHUP finish the step at hand, or give up the sample at hand, save and return; a third Ctrl-C
     raises KeyboardInterrupt. A batch that cannot be read ends the run after its state is saved. A sample, a row or a
     checkpoint that cannot be made is said by `note`, and the run goes on, unless it is the last checkpoint. Raises
-    DivergedError at a loss, gradient or state that is not finite, leaving the last good checkpoint, and WeightsError
+    DivergedError at a loss, gradient or state that is not finite, leaving the last good checkpoint, and UnsavedError
     when the disk refuses the last checkpoint.
     """
     from tqdm import tqdm
@@ -84,7 +90,11 @@ def run(
         return on_sample is not None and (done == steps or (sample_every > 0 and done % sample_every == 0))
 
     def save(final: bool) -> bool:
-        return _save(folder, done, state, settings or {}, keep, note, final=final)
+        try:
+            return _save(folder, done, state, settings or {}, keep, note, final=final)
+        except UnsavedError as error:
+            error.state = state
+            raise
 
     with interruption.catch() as stop, tqdm(initial=done, total=steps, disable=not progress, dynamic_ncols=True) as bar:
         if done and is_sample_due() and not has_sample(done):
@@ -140,7 +150,7 @@ def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
 def _save(
     folder: Path, step: int, state: TrainState, settings: dict[str, Any], keep: int, note: Note, *, final: bool
 ) -> bool:
-    """True if the checkpoint of `step` is on the disk. Raises DivergedError, and WeightsError where `final`."""
+    """True if the checkpoint of `step` is on the disk. Raises DivergedError, and UnsavedError where `final`."""
     if problem := checkpoint.not_finite(state):
         raise diverged(problem, step, folder)
     least = 1 if final else checkpoint.LEAST
@@ -164,7 +174,7 @@ def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool)
     newest = f"the newest one is {kept[-1]}" if kept else "there is none yet"
     message = f"the checkpoint of step {step} could not be written, {newest}: {error}"
     if final:
-        raise WeightsError(message) from error
+        raise UnsavedError(message) from error
     note(f"note: {message}. Training goes on and tries again at the next one")
     return False
 

@@ -196,10 +196,12 @@ def test_old_checkpoints_make_room_for_the_last_one(tmp_path, whole, monkeypatch
     assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path / "checkpoints")] == [20, 23]
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_names_the_one_before(tmp_path, monkeypatch):
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_with_the_state(tmp_path, whole, monkeypatch):
     full_disk(monkeypatch, lambda step, there: step == 23)
-    with pytest.raises(WeightsError, match="of step 23 could not be written, the newest one is step-00000020"):
+    match = "of step 23 could not be written, the newest one is step-00000020"
+    with pytest.raises(loop.UnsavedError, match=match) as caught:
         interrupted.train(tmp_path)
+    assert not tree.diff(caught.value.state, whole)
     assert newest_step(tmp_path) == 20
 
 

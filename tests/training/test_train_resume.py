@@ -234,6 +234,23 @@ def test_a_result_that_cannot_be_written_says_where_the_state_is(command, tmp_pa
         command("--out", tmp_path / "out")
 
 
+def test_a_result_for_which_there_is_room_is_written_even_where_the_last_checkpoint_is_not(
+    command, finished, tmp_path, monkeypatch, capsys
+):
+    original = checkpoint.save
+
+    def save(folder, step, *rest):
+        if step == 6:
+            raise WeightsError("no space left on device")
+        return original(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(WeightsError, match="step 6 could not be written, the newest one is step-00000003"):
+        command("--out", tmp_path / "out")
+    assert "the result of all steps is written to" in capsys.readouterr().err
+    assert not tree.diff(params(tmp_path / "out"), params(finished))
+
+
 def test_a_second_run_in_the_folder_is_refused(command, run):
     with lock.hold(run, pytest.fail), pytest.raises(WeightsError, match="is being trained in by process"):
         command("--out", run, "--resume")
