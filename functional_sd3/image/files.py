@@ -12,15 +12,14 @@ Every function raises ValueError with what is wrong with the file, but not its n
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
-
-import numpy
 
 from functional_sd3.formats import bounded
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape, shorten
-from functional_sd3.image import pixels
+from functional_sd3.image import depth, pixels
+from functional_sd3.image.depth import RefusedError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +39,7 @@ _REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FIT
 _MOST_DECODED = 2**32
 """Pixels of a JPEG times its scans: each scan goes over the whole image, and a file has room for thousands."""
 _ORIENTATION, _DESCRIPTION, _COMMENT = 0x0112, 0x010E, 0x9286
-_TILE_WIDTH, _TILE_HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 322, 323, 258, 262, 339
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 
 def formats() -> tuple[str, ...]:
@@ -69,21 +68,21 @@ def suffix_words() -> str:
 
 def read(file: str | os.PathLike | BinaryIO) -> "Image":
     """The image in RGB, 8 bits a channel, transparent parts laid over white."""
-    return _decoded(file, lambda image: pixels.opaque(_turned(_eight_bits(image), _orientation(image))))
+    return _decoded(file, lambda image: pixels.opaque(_turned(depth.eight_bits(image), _orientation(image))))
 
 
 def read_transparent(file: str | os.PathLike | BinaryIO) -> "Image":
     """The image in RGBA, 8 bits a channel; alpha is 255 everywhere where the file has no transparency."""
-    return _decoded(file, lambda image: _turned(_eight_bits(image), _orientation(image)).convert("RGBA"))
+    return _decoded(file, lambda image: _turned(depth.eight_bits(image), _orientation(image)).convert("RGBA"))
 
 
 def read_deep(file: str | os.PathLike | BinaryIO) -> "Image":
     """Greyscale of more than 8 bits as floats in [0, 1] (mode "F"), any other image as `read`: for depth maps."""
 
     def convert(image: "Image") -> "Image":
-        if _is_deep(image):
-            return _turned(_by_rows(image, "F", _unit(image, numpy.float32, 1.0)), _orientation(image))
-        return pixels.opaque(_turned(_eight_bits(image), _orientation(image)))
+        if depth.is_deep(image):
+            return _turned(depth.floats(image), _orientation(image))
+        return pixels.opaque(_turned(depth.eight_bits(image), _orientation(image)))
 
     return _decoded(file, convert)
 
@@ -103,10 +102,6 @@ def read_texts(file: str | os.PathLike | BinaryIO) -> dict[str, str]:
     return _decoded(file, convert, decode=False)
 
 
-class _RefusedError(ValueError):
-    """An error whose words are ours."""
-
-
 def _decoded(file, function: Callable[["Image"], Result], *, decode: bool = True) -> Result:
     """`function(image)` of the image in a file, once its header was found to be within bounds."""
     from PIL import Image, UnidentifiedImageError
@@ -123,7 +118,7 @@ def _decoded(file, function: Callable[["Image"], Result], *, decode: bool = True
                         image.load()
                         _check_pixels(image)
                     return function(image)
-    except _RefusedError:
+    except RefusedError:
         raise
     except UnidentifiedImageError:
         raise ValueError("not a readable picture (of no known format)") from None
@@ -144,15 +139,15 @@ def _stream(file: str | os.PathLike | BinaryIO) -> BinaryIO:
         return bounded.open_file(file)
     except WeightsError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise _RefusedError("the file is missing") from None
-        raise _RefusedError(str(error).removeprefix(f"{escape(file)}: ")) from None
+            raise RefusedError("the file is missing") from None
+        raise RefusedError(str(error).removeprefix(f"{escape(file)}: ")) from None
 
 
 def _check_size(stream: BinaryIO) -> None:
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     if size > MOST_BYTES:
-        raise _RefusedError(f"has {size:,} bytes, more than the {MOST_BYTES:,} that are read of one image")
+        raise RefusedError(f"has {size:,} bytes, more than the {MOST_BYTES:,} that are read of one image")
 
 
 def _check_pixels(image: "Image") -> None:
@@ -160,12 +155,12 @@ def _check_pixels(image: "Image") -> None:
     most = MOST_PIXELS // 2 if image.format in _COPYING else MOST_PIXELS
     if width * height > most:
         kind = f" {image.format}" if image.format in _COPYING else ""
-        raise _RefusedError(
+        raise RefusedError(
             f"has {width:,} x {height:,} pixels, more than the {most:,} that are read of one{kind} image; "
             "reduce it first"
         )
     if not width * height:
-        raise _RefusedError(f"has no pixels: it is {width} x {height}")
+        raise RefusedError(f"has no pixels: it is {width} x {height}")
 
 
 def _check_header(image: "Image", stream: BinaryIO) -> None:
@@ -175,7 +170,7 @@ def _check_header(image: "Image", stream: BinaryIO) -> None:
     if tags:
         sides = [tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
         if any(not isinstance(side, int) for side in sides) or sides[0] * sides[1] > MOST_PIXELS:
-            raise _RefusedError(f"is a TIFF with tiles of {sides[0]} x {sides[1]}, more than {MOST_PIXELS:,} pixels")
+            raise RefusedError(f"is a TIFF with tiles of {sides[0]} x {sides[1]}, more than {MOST_PIXELS:,} pixels")
     if image.format in ("JPEG", "MPO"):
         place = stream.tell()
         stream.seek(0)
@@ -185,7 +180,7 @@ def _check_header(image: "Image", stream: BinaryIO) -> None:
             last = block[-1:]
         stream.seek(place)
         if scans * image.width * image.height > _MOST_DECODED:
-            raise _RefusedError(f"is a JPEG of {scans} scans of {image.width} x {image.height} pixels: too many")
+            raise RefusedError(f"is a JPEG of {scans} scans of {image.width} x {image.height} pixels: too many")
 
 
 def _exif(image: "Image") -> dict:
@@ -209,69 +204,3 @@ def _turned(image: "Image", orientation: object) -> "Image":
                  turns.ROTATE_270, turns.TRANSVERSE, turns.ROTATE_90)  # fmt: skip
     known = isinstance(orientation, int) and 1 < orientation < len(by_number)
     return image.transpose(by_number[orientation]) if known else image
-
-
-def _is_deep(image: "Image") -> bool:
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def _eight_bits(image: "Image") -> "Image":
-    """Greyscale of more bits, which Pillow clips to 255, rounded to 8; any other image as it is."""
-    if not _is_deep(image):
-        return image
-    grey = _by_rows(image, "L", _unit(image, numpy.uint8, 255.0))
-    hidden = image.info.get("transparency")
-    if isinstance(hidden, int):
-        # PNG names one of the 65536 greys as the transparent one.
-        opaque = lambda values: numpy.where(values == hidden, 0, 255).astype(numpy.uint8)  # noqa: E731
-        grey.putalpha(_by_rows(image, "L", opaque))
-    return grey
-
-
-def _unit(image: "Image", dtype: type, white: float) -> Callable[[numpy.ndarray], numpy.ndarray]:
-    """Values of a deep image -> `white` times what they are of its full scale; ValueError for values beyond it."""
-    scale = 1.0 if image.mode == "F" else _full_scale(image)
-    extrema = [(part.min(), part.max()) for _, part in _rows(image)]
-    low, high = min(low for low, _ in extrema), max(high for _, high in extrema)
-    # Floats may be beyond by what rounding makes.
-    if not (low >= -1e-5 and high <= scale * (1 + 1e-5)):
-        kind = "floats" if image.mode == "F" else "integers of more than 8 bits"
-        raise _RefusedError(
-            f"holds values from {low:g} to {high:g}: {kind} are read as 0 (black) to {scale:g} (white); "
-            "scale them to that"
-        )
-    inverted = image.mode != "F" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
-
-    def convert(values: numpy.ndarray) -> numpy.ndarray:
-        values = values.astype(numpy.float32)
-        values = (scale - values if inverted else values).clip(0, scale) * numpy.float32(white / scale)
-        return values.round().astype(dtype) if dtype is numpy.uint8 else values
-
-    return convert
-
-
-def _full_scale(image: "Image") -> float:
-    """White of integers of more than 8 bits: 65535, unless a TIFF says that it has fewer bits or a sign."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(_BITS, (16,))[0]
-    if bits == 16 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
-        return 32767.0
-    return 2.0 ** min(bits, 16) - 1
-
-
-def _by_rows(image: "Image", mode: str, function: Callable[[numpy.ndarray], numpy.ndarray]) -> "Image":
-    """An image of `mode` from `function` of the values, in memory little more than the result's."""
-    from PIL import Image
-
-    result = Image.new(mode, image.size)
-    for top, part in _rows(image):
-        result.paste(Image.fromarray(function(part)), (0, top))
-    return result
-
-
-def _rows(image: "Image") -> Iterator[tuple[int, numpy.ndarray]]:
-    """The values of some rows at a time, and the first one's number."""
-    width, height = image.size
-    rows = max(1, 2**20 // width)
-    for top in range(0, height, rows):
-        yield top, numpy.asarray(image.crop((0, top, width, min(top + rows, height))))

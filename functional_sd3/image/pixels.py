@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.checks import check_floating
+from functional_sd3.image import depth
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +57,7 @@ def to_pil(images: Tensor) -> list["Image"]:
 def from_pil(pictures: "Image | Sequence[Image]") -> Tensor:
     """Pictures of one size -> images (batch, 3, height, width) float32 in [0, 1].
 
-    Greyscale and palettes become RGB; transparency is laid over white.
+    Greyscale, of 16 bits too, and palettes become RGB; transparency is laid over white.
     """
     from PIL import Image
 
@@ -69,9 +70,10 @@ def from_pil(pictures: "Image | Sequence[Image]") -> Tensor:
 
 
 def opaque(picture: "Image") -> "Image":
-    """The picture in RGB, transparent parts laid over white."""
+    """The picture in RGB, transparent parts laid over white; greyscale of more than 8 bits as `depth` reads it."""
     from PIL import Image
 
+    picture = depth.eight_bits(picture)
     if picture.mode == "RGB":
         return picture
     if "A" not in picture.getbands() and "a" not in picture.getbands() and "transparency" not in picture.info:

@@ -57,3 +57,15 @@ def test_a_grid_holds_every_picture_in_reading_order():
     assert sheet.shape == (1, 3, 5, 8)
     assert sheet[0, 0, 0, [0, 3, 6]].tolist() == pytest.approx([0.0, 0.1, 0.2])
     assert sheet[0, 0, 3, [0, 3, 6]].tolist() == pytest.approx([0.3, 0.4, 1.0])
+
+
+def test_images_of_sixteen_bits_are_scaled_and_not_clipped():
+    import numpy
+    from PIL import Image
+
+    ramp = numpy.linspace(0, 65535, 256).round().astype(numpy.uint16).reshape(1, 256)
+    for values in (ramp, ramp.astype(numpy.int32), (ramp / 65535).astype(numpy.float32)):
+        images = pixels.from_pil(Image.fromarray(values))
+        assert torch.equal(images[0, 1, 0], pixels.from_bytes(torch.arange(256, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match="from 0 to 65535: floats are read as 0"):
+        pixels.from_pil(Image.fromarray(ramp.astype(numpy.float32)))
