@@ -4,6 +4,7 @@ To the bit what transformers' `CLIPImageProcessorPil` (`CLIPImageProcessor` with
 Resizing is Pillow's, on bytes: an image that is a tensor is rounded to bytes first, as if it had been saved as PNG.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,8 +32,10 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.crop <= self.resize:
             raise ValueError(f"crop {self.crop} must be between 1 and resize {self.resize}")
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std {self.std} must be above 0")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std {self.std} must be above 0 and finite")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"mean {self.mean} must be finite")
 
 
 def apply(config: Config, pictures: "Image | Sequence[Image] | Tensor", *, square: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
     config.json  model.safetensors  preprocessor_config.json  tokenizer.json | vocab.json, merges.txt
 """
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params
+from functional_sd3.formats import bounded, json_fields
 from functional_sd3.formats.errors import WeightsError, attempt, reason
+from functional_sd3.formats.json_fields import Object
 from functional_sd3.image import clip_pixels
 from functional_sd3.text import bpe, clip, clip_dual, clip_image
 from functional_sd3.weights import config_fields, default_dtype, diffusers_keys, files, layout, shards
@@ -190,46 +193,56 @@ def _read(
 def _read_pixels(folder: Path, config: clip_dual.Config) -> clip_pixels.Config:
     """The preprocessing that the folder names; without a file OpenAI's, at the size of the image encoder."""
     side = config.image.size
-    path, values = folder / "preprocessor_config.json", None
-    if os.path.lexists(path):
-        values = files.read_json(path)
+    values = None
+    if os.path.lexists(folder / "preprocessor_config.json"):
+        values = json_fields.read(folder / "preprocessor_config.json", limit=_CONFIG_LIMIT)
     elif os.path.lexists(folder / "processor_config.json"):
-        path = folder / "processor_config.json"
-        values = files.read_json(path).get("image_processor")
+        whole = json_fields.read(folder / "processor_config.json", limit=_CONFIG_LIMIT)
+        values = whole.mapping("image_processor", None)
     if values is None:
         return clip_pixels.Config(resize=side, crop=side)
-    try:
-        found = clip_pixels.Config(
-            resize=_side(values, "size", "shortest_edge", side),
-            crop=_side(values, "crop_size", "height", side),
-            mean=_three(values, "image_mean"),
-            std=_three(values, "image_std"),
-        )
-        for name, right in (("resample", 3), ("do_resize", True), ("do_center_crop", True), ("do_normalize", True)):
-            if values.get(name, right) != right:
-                raise ValueError(f"{name} is {values[name]!r}, only {right!r} is supported")
-        if found.crop != side:
-            raise ValueError(f"crop_size is {found.crop}, but the image encoder reads {side}")
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    return found
+    resize, crop = _side(values, "size", "shortest_edge", side), _side(values, "crop_size", "height", side)
+    mean, std = _three(values, "image_mean"), _three(values, "image_std")
+    if not min(std) > 0:
+        raise values.error("image_std", "must be three numbers above 0")
+    if crop != side:
+        raise values.error("crop_size", f"must be {side}, which the image encoder reads")
+    if not crop <= resize:
+        raise values.error("size", f"must be at least crop_size, {crop}")
+    for name in ("do_resize", "do_center_crop", "do_normalize", "do_rescale"):
+        if not values.boolean(name, True):
+            raise values.error(name, "must be true: only that is supported")
+    if values.integer("resample", _BICUBIC) != _BICUBIC:
+        raise values.error("resample", f"must be {_BICUBIC} (bicubic): only that is supported")
+    if not math.isclose(values.number("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise values.error("rescale_factor", "must be 1/255: only that is supported")
+    return clip_pixels.Config(resize=resize, crop=crop, mean=mean, std=std)
 
 
-def _side(values: Mapping[str, Any], name: str, edge: str, default: int) -> int:
-    value = values.get(name, default)
-    if isinstance(value, Mapping) and len(set(value.values())) == 1:
-        value = value.get(edge)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {values.get(name)!r}; a whole number or {{{edge!r}: ...}} is needed")
-    return value
+def _side(values: Object, name: str, edge: str, default: int) -> int:
+    """A side in pixels, written as a number or as an object whose values are one number."""
+    if isinstance(values.values.get(name), dict):
+        sides = values.mapping(name)
+        found = {side: sides.integer(side, low=1, high=_LARGEST_SIDE) for side in sides.values}
+        if edge not in found or len(set(found.values())) > 1:
+            raise values.error(name, f"must be a whole number or {{{edge!r}: one}}")
+        return found[edge]
+    return values.integer(name, default, low=1, high=_LARGEST_SIDE)
 
 
-def _three(values: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+def _three(values: Object, name: str) -> tuple[float, float, float]:
     default = getattr(clip_pixels.Config(), name.removeprefix("image_"))
-    value = values.get(name, default)
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(each) in (int, float) for each in value):
-        raise ValueError(f"{name} is {value!r}; three numbers are needed")
-    return tuple(map(float, value))
+    found = values.items(name, default, float)
+    # Whole numbers of hundreds of digits are no floats.
+    if len(found) != 3 or not all(-_LARGEST_PIXEL <= each <= _LARGEST_PIXEL for each in found):
+        raise values.error(name, "must be three numbers between -1000 and 1000")
+    return tuple(map(float, found))
+
+
+_CONFIG_LIMIT = bounded.MEBIBYTE
+_BICUBIC = 3
+_LARGEST_SIDE = 2**14
+_LARGEST_PIXEL = 1000.0
 
 
 def _read_tokenizer(folder: Path) -> Any:

@@ -115,7 +115,7 @@ def broken(folder, problem):
         ("activation", ["text_config: hidden_act is 'relu'"]),
         ("truncated", ["model.safetensors", "truncated"]),
         ("preprocessing", ["resample is 2"]),
-        ("crop", ["crop_size is 24, but the image encoder reads 16"]),
+        ("crop", ["crop_size is 24: it must be 16, which the image encoder reads"]),
         ("tokenizer", ["merges.txt"]),
     ],
 )
@@ -135,3 +135,51 @@ def test_what_is_no_clip_model_is_refused(tmp_path):
         weights.load_clip(tmp_path / "absent")
     with pytest.raises(WeightsError, match="config.json"):
         weights.load_clip(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("size", ["224", -1, 0, 0.5, True, [16], {"shortest_edge": "16"}, {"shortest_edge": 16, "x": 17}, {}, 10**400]),
+        ("crop_size", ["16", {"height": 16, "width": None}, {"height": [16]}, {"width": 16}, 17, 8]),
+        ("image_mean", [[0.5, 0.5], 5, "abc", [0.5, 0.5, "x"], [0.5, 0.5, None], [10**400, 0, 0], [1e300, 0, 0], {}]),
+        ("image_std", [[0.5, 0.5, 0], [0.5, 0.5, -1], [0.5, 0.5, True], [[0.5], 1, 1]]),
+        ("resample", [99, "3", [3], 3.5, -1]),
+        ("do_resize", [False, 1, "yes"]),
+        ("do_center_crop", [False, []]),
+        ("do_normalize", [False, {}]),
+        ("do_rescale", [False, 0]),
+        ("rescale_factor", [1, "x", 0, 10**400]),
+    ],
+)
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_a_wrong_value_of_the_preprocessing_is_named_with_file_and_field(tmp_path, name, field, values):
+    write(tmp_path)
+    for value in values:
+        content = {field: value} if name.startswith("pre") else {"image_processor": {field: value}}
+        digits = str(10**400)
+        text = json.dumps(content).replace(digits, "9" * 400)
+        (tmp_path / name).write_text(text)
+        with pytest.raises(WeightsError) as caught:
+            weights.load_clip(tmp_path)
+        (problem,) = caught.value.problems
+        assert str(tmp_path / name) in problem and field in problem and len(problem) < 500, value
+
+
+@pytest.mark.parametrize("text", ['{"image_mean": [NaN, 0, 0]}', '{"size": Infinity}', "[]", "{", "[" * 10_000, ""])
+def test_preprocessing_that_is_no_json_is_named(tmp_path, text):
+    write(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(WeightsError, match="preprocessor_config.json: is "):
+        weights.load_clip(tmp_path)
+
+
+def test_preprocessing_as_their_files_have_it_is_read(tmp_path):
+    write(tmp_path)
+    fields = {
+        "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "resample": 3, "do_rescale": True,
+        "rescale_factor": 0.00392156862745098, "image_mean": [0.5, 0, 1], "image_std": [1, 0.5, 2],
+        "feature_extractor_type": "CLIPFeatureExtractor", "do_convert_rgb": True,
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    assert weights.load_clip(tmp_path).pixels == clip_pixels.Config(16, 16, (0.5, 0.0, 1.0), (1.0, 0.5, 2.0))
