@@ -5,45 +5,97 @@
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.printable import shorten
 from functional_sd3.text.inversion import Word
 from functional_sd3.weights import files
 
 _NAMES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}
 _THEIRS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
+_WIDTHS = {768: "clip_l", 1280: "clip_g", 4096: "t5"}
+"""Of the released encoders: what tells for which one a vector is that has no encoder's name."""
+_MOST_VECTORS = 512
+"""Tokens of the longest text that T5 reads here; CLIP has room for 75."""
+_PLACEHOLDER = "emb_params"
+"""AUTOMATIC1111's name of the vectors of any word; diffusers writes the word itself."""
 
 
 def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtype | None = None) -> Word:
     """The word in a file. token: what to type for it; by default the file's name in angle brackets.
 
-    Raises WeightsError when the file cannot be read, holds other names, or no floats of shape (vectors, width).
+    Files name the encoders (`clip_l`, `clip_g`, `t5xxl`: OneTrainer, kohya-ss, ComfyUI), or have the vectors of one
+    encoder that is told by their width, under `emb_params` (AUTOMATIC1111) or under the word itself (diffusers), which
+    is then what to type by default. Raises WeightsError when the file cannot be read, holds other names, output
+    embeddings, or no floats of shape (vectors, width).
     """
     path = Path(path)
     mapped = files.open_mapped(path)
     entries = mapped.header.tensors
+    encoders = _encoders(entries)
+    problems = [f"{path}: {problem}" for problem in _problems(entries, encoders)]
+    if problems:
+        raise WeightsError(problems)
+    vectors = {ours: files.tensor(mapped, name) for name, ours in encoders.items()}
+    if not all(torch.isfinite(value.float()).all() for value in vectors.values()):
+        raise WeightsError(f"{path}: holds values that are not finite")
+    together = {name: torch.atleast_2d(value).to(dtype or value.dtype) for name, value in vectors.items()}
+    own = [name for name in encoders if name not in _NAMES and name != _PLACEHOLDER]
+    typed = token if token is not None else own[0] if own else f"<{path.stem}>"
+    if not typed.isprintable() or typed != typed.strip():
+        said = "cannot be typed in a prompt; say what to type: token=..., or WORD=FILE"
+        raise WeightsError(f"{path}: its word {typed!r} {said}")
+    return Word(typed, {name: together[name] for name in _THEIRS if name in together})
+
+
+def _encoders(entries: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the file -> our name of the encoder, for those that are told."""
+    if len(entries) == 1:
+        ((name, entry),) = entries.items()
+        if name not in _NAMES and not name.endswith(_OUTPUT) and 1 <= len(entry.shape) <= 2:
+            return {name: _WIDTHS[entry.shape[-1]]} if entry.shape[-1] in _WIDTHS else {}
+    return {name: ours for name, ours in _NAMES.items() if name in entries}
+
+
+_OUTPUT = tuple(f"{name}_out" for name in _NAMES)
+
+
+def _problems(entries: Mapping[str, Any], encoders: Mapping[str, str]) -> list[str]:
     known = ", ".join(_THEIRS.values())
-    strangers = [name for name in entries if name not in _NAMES]
-    problems = [f"{name} is no encoder; a textual inversion of SD3 holds {known}" for name in strangers]
+    outputs = sorted(name for name in entries if name.endswith(_OUTPUT))
+    if outputs:
+        return [
+            f"{', '.join(map(shorten, outputs[:3]))}: output embeddings of OneTrainer, which take the place of what a "
+            f"text encoder returns for the word and not of what it reads; only input embeddings can be used ({known}): "
+            "train it with 'output embedding' off"
+        ]
+    strangers = [name for name in entries if name not in encoders]
+    if len(entries) == 1 and strangers and 1 <= len(entries[strangers[0]].shape) <= 2:
+        width = entries[strangers[0]].shape[-1]
+        of = "; vectors of width 1024 are of Stable Diffusion 2" if width == 1024 else ""
+        widths = ", ".join(f"{theirs} {width}" for width, theirs in zip(_WIDTHS, _THEIRS.values(), strict=True))
+        return [f"{shorten(strangers[0])} names no encoder and is {width} wide, as none of SD3's is ({widths}){of}"]
+    problems = [f"{shorten(name)} is no encoder; a textual inversion of SD3 holds {known}" for name in strangers]
     problems += [
-        f"{name} is {entry.dtype} of shape {list(entry.shape)}, must be floats (vectors, width)"
+        f"{shorten(name)} is {entry.dtype} of shape {list(entry.shape)}, must be floats (vectors, width)"
         for name, entry in entries.items()
         if not entry.dtype.is_floating_point or not 1 <= len(entry.shape) <= 2 or 0 in entry.shape
+    ]
+    problems += [
+        f"{shorten(name)} has {entry.shape[0]:,} vectors; a text has room for {_MOST_VECTORS} at most"
+        for name, entry in entries.items()
+        if len(entry.shape) == 2 and entry.shape[0] > _MOST_VECTORS
     ]
     if not entries:
         problems.append(f"holds no vectors; a textual inversion of SD3 holds {known}")
     if "t5" in entries and "t5xxl" in entries:
         problems.append("holds both t5 and t5xxl, which are the same encoder")
-    if problems:
-        raise WeightsError([f"{path}: {problem}" for problem in problems])
-    vectors = {ours: files.tensor(mapped, name) for name, ours in _NAMES.items() if name in entries}
-    if not all(torch.isfinite(value.float()).all() for value in vectors.values()):
-        raise WeightsError(f"{path}: holds values that are not finite")
-    together = {name: torch.atleast_2d(value).to(dtype or value.dtype) for name, value in vectors.items()}
-    return Word(f"<{path.stem}>" if token is None else token, together)
+    return problems
 
 
 def save(path: str | os.PathLike, word: Word) -> None:

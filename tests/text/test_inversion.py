@@ -1,5 +1,7 @@
 """Words of one's own: new tables and new trees, several vectors a word, folders that keep them, and refusals."""
 
+import random
+
 import pytest
 import torch
 
@@ -120,10 +122,44 @@ def test_a_file_is_a_word(tmp_path):
     assert load_inversion(tmp_path / "one.safetensors").vectors["clip_l"].shape == (1, WIDTHS["clip_l"])
 
 
+@pytest.mark.parametrize(("width", "encoder"), [(768, "clip_l"), (1280, "clip_g"), (4096, "t5")])
+@pytest.mark.parametrize(("name", "typed"), [("emb_params", "<x>"), ("<cat-toy>", "<cat-toy>"), ("sks", "sks")])
+def test_vectors_without_the_name_of_an_encoder_are_told_by_their_width(tmp_path, width, encoder, name, typed):
+    files.write_atomic(tmp_path / "x.safetensors", {name: torch.ones(2, width)})
+    found = load_inversion(tmp_path / "x.safetensors")
+    assert found.token == typed and {key: list(value.shape) for key, value in found.vectors.items()} == {
+        encoder: [2, width]
+    }
+    assert load_inversion(tmp_path / "x.safetensors", token="toy").token == "toy"
+
+
+def test_a_mutated_word_loads_or_is_one_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_inversion(path, word())
+    whole, draw = path.read_bytes(), random.Random(0)
+    head = 8 + int.from_bytes(whole[:8], "little")
+    for _ in range(200):
+        content = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            content[draw.randrange(head)] = draw.randrange(256)
+        path.write_bytes(bytes(content[: draw.choice((None, draw.randrange(len(content))))]))
+        try:
+            load_inversion(path)
+        except WeightsError as error:
+            assert str(path) in str(error)
+
+
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"emb_params": torch.ones(1, 4)}, "emb_params is no encoder; a textual inversion of SD3 holds clip_l, clip_g"),
+        ({"emb_params": torch.ones(1, 4)}, r"emb_params names no encoder and is 4 wide, .*clip_l 768, clip_g 1280"),
+        ({"<cat>": torch.ones(1, 1024)}, "vectors of width 1024 are of Stable Diffusion 2"),
+        ({"clip_l_out": torch.ones(1, 768)}, "clip_l_out: output embeddings of OneTrainer"),
+        ({"clip_l": torch.ones(1, 768), "t5_out": torch.ones(1, 4096)}, "t5_out: output embeddings of OneTrainer"),
+        ({"bundle_emb.<a>.clip_g_out": torch.ones(1, 1280)}, "output embeddings"),
+        ({"clip_h": torch.ones(1, 4), "\x1b[31m": torch.ones(1, 4)}, r"\\x1b\[31m is no encoder"),
+        ({"\x1b[31m": torch.ones(1, 768)}, r"its word .*x1b.*31m. cannot be typed in a prompt"),
+        ({"clip_l": torch.ones(513, 4)}, "clip_l has 513 vectors"),
         ({"clip_l": torch.ones(1, 1, 4)}, r"clip_l is torch.float32 of shape \[1, 1, 4\], must be floats"),
         ({"clip_l": torch.ones(2, 4).int()}, "clip_l is torch.int32"),
         ({"clip_l": torch.full((1, 4), torch.nan)}, "not finite"),
