@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,12 +40,12 @@ def parse(text: str, option: str = "--lora ") -> LoraSpec:
 
     Raises ValueError for a file that does not exist and for a scale that is no finite number.
     """
-    if Path(text).exists():
+    if text and os.path.exists(text):
         return LoraSpec(Path(text), 1.0)
     name, equals, word = text.rpartition("=")
     if not equals:
         raise ValueError(f"{option}{shorten(text, 300)}: no such file")
-    if not Path(name).exists():
+    if not (name and os.path.exists(name)):
         raise ValueError(f"{option}{shorten(text, 300)}: there is no file {shorten(name, 300)}")
     try:
         scale = float(word)
@@ -83,8 +84,8 @@ def note_left_out(path: str | Path, keys: Sequence[str]) -> None:
     """Say on standard error which tensors of a LoRA adapt nothing of the model."""
     if keys:
         some = ", ".join(shorten(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
-        said = f"{len(keys)} tensors adapt nothing of this model and are left out: {some}"
-        report.note(f"{shorten(path, 300)}: {said}")
+        text = f"{len(keys)} tensors adapt nothing of this model and are left out: {some}"
+        report.note(f"{shorten(path, 300)}: {text}")
 
 
 def added_to(fetch: "Callable[[str], Params]", loras: "Sequence[tuple[Lora, float]]") -> "Callable[[str], Params]":

@@ -68,11 +68,11 @@ def load_with_report(
     mapped = files.open_mapped(path)
     shapes = lora_keys.leaf_shapes(config)
     grouped, left_out = _sorted_keys(path, mapped.header, lora_keys.table(config), strict, allow_absent)
-    said = lora_metadata.read(path, mapped.header.metadata, [layer for layer, _ in grouped])
-    problems: list[str] = [*_without_magnitudes(path, said, grouped)]
+    metadata = lora_metadata.read(path, mapped.header.metadata, [layer for layer, _ in grouped])
+    problems: list[str] = [*_without_magnitudes(path, metadata, grouped)]
     pieces: dict[str, dict[Target, Adapter]] = {}
     for (layer, module), keys in grouped.items():
-        alpha = lambda rank, layer=layer: lora_metadata.alpha(said, layer, rank, str(path))  # noqa: E731
+        alpha = lambda rank, layer=layer: lora_metadata.alpha(metadata, layer, rank, str(path))  # noqa: E731
         found = attempt(problems, lora_layers.read, lora_layers.Layer(path, mapped, keys), module, shapes, alpha)
         for target, adapter in (found or {}).items():
             moved = {name: _moved(name, value, dtype, device) for name, value in adapter.items()}
@@ -106,9 +106,9 @@ def layers(path: str | os.PathLike) -> list[Layer]:
         layer, role = lora_keys.parse(key)
         if role:
             grouped.setdefault(layer, {})[role] = key
-    said, found, problems = lora_metadata.read(path, mapped.header.metadata, grouped), [], []
+    metadata, found, problems = lora_metadata.read(path, mapped.header.metadata, grouped), [], []
     for layer, keys in grouped.items():
-        found += attempt(problems, _described, path, mapped, layer, keys, said) or []
+        found += attempt(problems, _described, path, mapped, layer, keys, metadata) or []
     if not found:
         names = list(mapped.header.tensors)
         what = lora_foreign.described({name: entry.shape for name, entry in mapped.header.tensors.items()})
@@ -184,16 +184,16 @@ def _reason(key: str, component: str | None, table: Table, compared: bool) -> st
     return "adapts no layer of this model" + (f"; the closest is {near}" if near else "")
 
 
-def _without_magnitudes(path: Path, said: lora_metadata.Values, grouped: Mapping) -> Iterable[str]:
+def _without_magnitudes(path: Path, metadata: lora_metadata.Values, grouped: Mapping) -> Iterable[str]:
     """Where the metadata says that this is a DoRA: without its magnitudes it would be read as another LoRA."""
     if any("magnitude" in keys for keys in grouped.values()):
         return
-    for name, value in said.items():
+    for name, value in metadata.items():
         if name.rpartition(".")[2] == "use_dora" and value:
             yield f"{path}: {shorten(name)} says that this is a DoRA, but it holds no magnitudes"
 
 
-def _described(path: Path, mapped: files.Mapped, layer: str, keys: dict[str, str], said) -> list[Layer]:
+def _described(path: Path, mapped: files.Mapped, layer: str, keys: dict[str, str], metadata) -> list[Layer]:
     shapes = {role: mapped.header.tensors[key].shape for role, key in keys.items()}
     kind, numbers = lora_layers.kind_of(keys), sum(math.prod(shapes[role]) for role in shapes if role != "alpha")
     if kind is None:
@@ -209,7 +209,7 @@ def _described(path: Path, mapped: files.Mapped, layer: str, keys: dict[str, str
     if math.prod(shapes.get("alpha", (0,))) == 1 and not mapped.header.tensors[keys["alpha"]].dtype.is_complex:
         alpha = float(files.tensor(mapped, keys["alpha"]))
     else:
-        alpha = lora_metadata.alpha(said, layer, rank, str(path)) if rank else None
+        alpha = lora_metadata.alpha(metadata, layer, rank, str(path)) if rank else None
     return [Layer(layer, rank, inputs, outputs, float(rank) if alpha is None else alpha, kind, numbers)]
 
 

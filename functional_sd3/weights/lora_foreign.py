@@ -1,4 +1,4 @@
-"""What a file is that was given as a LoRA of this model and is something else, told by its tensors' names."""
+"""Kinds of files that are given as LoRAs of SD3 and are none, recognised by the names of their tensors."""
 
 import re
 from collections.abc import Mapping

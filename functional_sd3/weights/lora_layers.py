@@ -212,8 +212,8 @@ def kind_of(roles) -> str | None:
 def _alpha(layer: Layer, rank: int, alpha: Alpha) -> float:
     if "alpha" in layer.keys:
         return layer.number("alpha")
-    said = alpha(rank)
-    return float(rank) if said is None else said
+    stated = alpha(rank)
+    return float(rank) if stated is None else stated
 
 
 def _float32(value: float) -> Tensor:

@@ -78,20 +78,20 @@ def read(path: Path, metadata: Mapping[str, str], layers: Iterable[str] = ()) ->
 
 
 def alpha(values: Values, layer: str, rank: int | None, where: str) -> float | None:
-    """The alpha of a layer in the file's spelling, None where nothing is said; for a rank of None, alpha / rank.
+    """The alpha of a layer in the file's spelling, None where the metadata has none; for a rank of None, alpha / rank.
 
     Where alpha is to be divided by the root of the rank (`use_rslora`), it is the one that gives the same when divided
-    by the rank. Raises WeightsError, beginning with `where`, for a rank that differs from what is said.
+    by the rank. Raises WeightsError, beginning with `where`, for a rank other than the metadata's.
     """
     if not values:
         return None
     prefix, name = _component(layer)
-    said = _match(values.get(prefix + "rank_pattern"), name, values.get(prefix + "r"))
-    if None not in (said, rank) and said != rank:
-        raise WeightsError(f"{where}: {layer} has rank {rank}, its metadata says {said}")
+    stated_rank = _match(values.get(prefix + "rank_pattern"), name, values.get(prefix + "r"))
+    if None not in (stated_rank, rank) and stated_rank != rank:
+        raise WeightsError(f"{where}: {layer} has rank {rank}, its metadata says {stated_rank}")
     usual = values.get(prefix + "lora_alpha", values.get(prefix + "alpha"))
     found = _match(values.get(prefix + "alpha_pattern"), name, usual)
-    divisor = said if rank is None else rank
+    divisor = stated_rank if rank is None else rank
     if found is None or divisor is None:
         return None
     found = float(found) * (math.sqrt(divisor) if values.get(prefix + "use_rslora") else 1.0)

@@ -123,6 +123,9 @@ def test_commands_that_measure_take_them(place, both, tmp_path, words, monkeypat
 @pytest.mark.parametrize("text, said", [
     ("gone.safetensors", "no such file"),
     ("gone.safetensors=0.5", "there is no file"),
+    ("", "no such file"),
+    ("=0.5", "there is no file"),
+    ("a" * 5000, "no such file"),
     ("two=abc", "the scale 'abc' must be a number"),
     ("two=nan", "must be a number"),
     ("two=inf", "must be a number"),
