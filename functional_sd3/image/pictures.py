@@ -92,8 +92,16 @@ def _in_folder(folder: Path) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise error
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    entered = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        # Links to folders are followed as those to files are, but no folder is entered twice.
+        kept = []
+        for name in sorted(folders):
+            place = os.path.realpath(os.path.join(root, name))
+            if place not in entered and not name.startswith("."):
+                entered.add(place)
+                kept.append(name)
+        folders[:] = kept
         yield from ((Path(root) / name).relative_to(folder).as_posix() for name in names)
 
 

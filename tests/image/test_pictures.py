@@ -92,6 +92,16 @@ def test_a_folder_is_read_in_order_and_what_is_broken_is_named(folder):
     assert "not a readable picture" in items[0].reason
 
 
+def test_links_are_followed_and_no_folder_is_entered_twice(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "folder").symlink_to(folder)
+    (linked / "again").symlink_to(linked)
+    (linked / "twice").symlink_to(folder)
+    (folder / "loop").symlink_to(folder)
+    assert pictures.source(linked).names == tuple(f"folder/{name}" for name in NAMES)
+
+
 def test_an_archive_is_read_as_the_folder_it_was_made_of(folder, tmp_path):
     archive = pictures.source(zipped(folder, tmp_path / "pictures.zip"))
     assert archive.names == NAMES
