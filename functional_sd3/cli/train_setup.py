@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import report, runtime
+from functional_sd3.cli import report, train_model
 from functional_sd3.core import prng, tree
-from functional_sd3.core.types import Tree
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
 from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, parts
 from functional_sd3.training.step import TrainState
-from functional_sd3.weights import default_dtype, files, finite, shipped
+from functional_sd3.weights import files, finite, shipped
 from functional_sd3.weights.model import SPECS, Model
 
 ENCODED = "data.safetensors"
@@ -45,7 +44,7 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
     source = Path(arguments.params) if arguments.params else shipped.folder()
-    stored, model, dtype = _load(arguments, source)
+    stored, model, dtype = train_model.load(arguments, source)
     images = _images(arguments, model, say)
     options = _options(arguments, dtype)
     ids = None if arguments.part == "vae" else _tokens(model, images)
@@ -109,58 +108,9 @@ def save_result(out: Path, state: TrainState, setup: Setup, lora_name: str) -> P
         lora.save(out / lora_name, state.ema)
         return out / lora_name
     trained, stored = setup.part.model(state), setup.stored
-    params = {name: as_stored(trained.params[name], stored.params[name]) for name in setup.part.learned}
+    params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.part.learned}
     weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
     return out
-
-
-def as_stored(params: Tree, stored: Tree) -> Tree:
-    """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now."""
-
-    def cast(leaf: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        # Float8 without scales would round what was learned away.
-        narrow = leaf.to("cpu", torch.bfloat16 if old.dtype.itemsize < 2 else old.dtype)
-        return leaf.cpu() if finite.stranger(narrow) else narrow
-
-    return tree.map(cast, params, stored)
-
-
-def _load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model, torch.dtype | None]:
-    """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
-
-    What learns is float32. The rest stays as it is stored, unless the device does not compute that well.
-    """
-    device = runtime.device(arguments.device)
-    stored = weights.load(source, dtype="stored")
-    runtime.require(stored, ("transformer", "vae") if arguments.part == "transformer" else ("vae",), source)
-    if arguments.part == "vae":
-        names, dtype = ("vae",), None
-    else:
-        with_text = _text_encoders(vars(arguments)) == "train"
-        names = tuple(name for name in stored.params if name == "transformer" or (with_text and name in parts.ENCODERS))
-        dtype = _adapted_dtype(stored.params["transformer"], device) if arguments.lora else None
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
-    used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
-    params = {}
-    for name in used:
-        if name in names:
-            chosen = dtype or torch.float32 if arguments.lora else torch.float32
-        else:
-            chosen = _computed_dtype(stored.params[name], device)
-        params[name] = tree.to(tree.cast(stored.params[name], chosen) if chosen else stored.params[name], device)
-    return stored, stored._replace(params=params), None if dtype == torch.float32 else dtype
-
-
-def _computed_dtype(params: Tree, device: torch.device) -> torch.dtype | None:
-    """What frozen parameters are computed in; None: as they are stored."""
-    return default_dtype.choose(None, {leaf.dtype for leaf in tree.leaves(params)}, device)
-
-
-def _adapted_dtype(params: Tree, device: torch.device) -> torch.dtype:
-    """What the base of a LoRA is computed in."""
-    dtype = _computed_dtype(params, device) or tree.leaves(params)[0].dtype
-    # Gradients underflow in float16; bfloat16 takes the same memory.
-    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def _images(arguments: argparse.Namespace, model: Model, say: Say) -> parts.Pictures:
@@ -195,16 +145,11 @@ def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> parts.
         dropout=arguments.dropout,
         scratch=arguments.scratch,
         lora=arguments.lora or 0,
-        text_encoders=_text_encoders(vars(arguments)) == "train",
+        text_encoders=train_model.text_encoders(vars(arguments)) == "train",
         decoder_only=arguments.decoder_only,
         dtype=dtype,
         compile=arguments.compile,
     )
-
-
-def _text_encoders(options: dict[str, Any]) -> str:
-    given = options.get("text-encoders", options.get("text_encoders"))
-    return given or ("train" if options.get("scratch") and options.get("part") == "transformer" else "frozen")
 
 
 def _settings(
@@ -219,7 +164,7 @@ def _settings(
         contents["the tokens"] = digests.params_digest(ids._asdict())
     return {
         **options,
-        "text-encoders": _text_encoders(vars(arguments)),
+        "text-encoders": train_model.text_encoders(vars(arguments)),
         "params": str(source.resolve()),
         "fingerprint of the data": images.fingerprint,
         **{continuing.CONTENTS + name: digest for name, digest in contents.items()},
@@ -234,7 +179,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
     defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
     defaults["dtype"] = "float32"
     before = {**defaults, **saved}
-    return continuing.differences({**saved, "text-encoders": _text_encoders(before)}, now, defaults)
+    return continuing.differences({**saved, "text-encoders": train_model.text_encoders(before)}, now, defaults)
 
 
 def _check_continuing(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:

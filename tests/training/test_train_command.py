@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import weights
-from functional_sd3.cli import train, train_checks, train_setup
+from functional_sd3.cli import train, train_checks, train_model, train_setup
 from functional_sd3.core import tree
 from functional_sd3.training import checkpoint, log
 
@@ -282,6 +282,6 @@ def test_the_base_of_a_lora_is_computed_as_it_is_stored(
 def test_numbers_that_outgrew_their_dtype_are_stored_in_a_wider_one():
     grown = {"a": torch.tensor([1e5]), "b": torch.ones(1)}
     stored = {name: torch.ones(1).half() for name in grown}
-    saved = train_setup.as_stored(grown, stored)
+    saved = train_model.as_stored(grown, stored)
     assert saved["a"].dtype == torch.float32 and saved["b"].dtype == torch.float16
-    assert train_setup.as_stored(grown, tree.cast(stored, torch.float8_e4m3fn))["b"].dtype == torch.bfloat16
+    assert train_model.as_stored(grown, tree.cast(stored, torch.float8_e4m3fn))["b"].dtype == torch.bfloat16

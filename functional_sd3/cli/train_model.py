@@ -1,0 +1,71 @@
+"""The model of a training run: what learns in float32, the rest as it is stored, and back to the stored dtypes."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_sd3 import weights
+from functional_sd3.cli import runtime
+from functional_sd3.core import tree
+from functional_sd3.core.types import Tree
+from functional_sd3.training import parts
+from functional_sd3.weights import default_dtype, finite
+from functional_sd3.weights.model import Model
+
+
+def load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model, torch.dtype | None]:
+    """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
+
+    What learns is float32. The rest stays as it is stored, unless the device does not compute that well.
+    """
+    device = runtime.device(arguments.device)
+    stored = weights.load(source, dtype="stored")
+    runtime.require(stored, ("transformer", "vae") if arguments.part == "transformer" else ("vae",), source)
+    if arguments.part == "vae":
+        names, dtype = ("vae",), None
+    else:
+        with_text = text_encoders(vars(arguments)) == "train"
+        names = tuple(name for name in stored.params if name == "transformer" or (with_text and name in parts.ENCODERS))
+        dtype = _adapted_dtype(stored.params["transformer"], device) if arguments.lora else None
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
+    used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
+    params = {}
+    for name in used:
+        if name in names:
+            chosen = dtype or torch.float32 if arguments.lora else torch.float32
+        else:
+            chosen = _computed_dtype(stored.params[name], device)
+        params[name] = tree.to(tree.cast(stored.params[name], chosen) if chosen else stored.params[name], device)
+    return stored, stored._replace(params=params), None if dtype == torch.float32 else dtype
+
+
+def _computed_dtype(params: Tree, device: torch.device) -> torch.dtype | None:
+    """What frozen parameters are computed in; None: as they are stored."""
+    return default_dtype.choose(None, {leaf.dtype for leaf in tree.leaves(params)}, device)
+
+
+def _adapted_dtype(params: Tree, device: torch.device) -> torch.dtype:
+    """What the base of a LoRA is computed in."""
+    dtype = _computed_dtype(params, device) or tree.leaves(params)[0].dtype
+    # Gradients underflow in float16; bfloat16 takes the same memory.
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def as_stored(params: Tree, stored: Tree) -> Tree:
+    """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now."""
+
+    def cast(leaf: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        # Float8 without scales would round what was learned away.
+        narrow = leaf.to("cpu", torch.bfloat16 if old.dtype.itemsize < 2 else old.dtype)
+        return leaf.cpu() if finite.stranger(narrow) else narrow
+
+    return tree.map(cast, params, stored)
+
+
+def text_encoders(options: Mapping[str, Any]) -> str:
+    """Whether text encoders learn ("train", "frozen"), as the options of a command line or of a checkpoint mean."""
+    given = options.get("text-encoders", options.get("text_encoders"))
+    return given or ("train" if options.get("scratch") and options.get("part") == "transformer" else "frozen")
