@@ -1,8 +1,10 @@
 """Exceptions as sentences on standard error and exit statuses."""
 
 import errno
+import os
 import traceback
 from contextlib import contextmanager
+from types import FrameType
 
 from functional_sd3.cli import report
 from functional_sd3.cli.parser import CommandLine
@@ -39,7 +41,8 @@ def report_failure(error: BaseException, name: str, given: CommandLine | None) -
 def noted_interrupts():
     """Yields a list that is empty until Ctrl-C was pressed.
 
-    Extension modules may turn the KeyboardInterrupt in their import into an ImportError.
+    Within an import that precedes the work the process ends at once: modules that are imported may swallow a
+    KeyboardInterrupt, or make an ImportError of it, and nothing is lost yet.
     """
     import signal
     import threading
@@ -48,6 +51,9 @@ def noted_interrupts():
 
     def interrupt(number, frame):
         pressed.append(number)
+        if _only_imports(frame):
+            os.write(2, b"\nstopped\n")
+            os._exit(130)
         raise KeyboardInterrupt
 
     usual = threading.current_thread() is threading.main_thread() and (
@@ -60,6 +66,17 @@ def noted_interrupts():
     finally:
         if usual:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _only_imports(frame: FrameType | None) -> bool:
+    """True if a module is being imported, and no images are being drawn meanwhile."""
+    importing = False
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "functional_sd3.cli.writer":
+            return False
+        importing |= frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return importing
 
 
 def is_out_of_memory(error: BaseException) -> bool:

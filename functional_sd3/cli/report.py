@@ -154,7 +154,9 @@ def progress_bar(total: int, unit: str = "step") -> Any:
     return tqdm(total=total, unit=unit, leave=False, disable=_QUIET.get() or None)
 
 
-def _print(stream: TextIO, text: str) -> None:
+def _print(stream: TextIO | None, text: str) -> None:
+    if stream is None:  # Standard output that was closed.
+        return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 

@@ -1,6 +1,7 @@
 """The images of `generate`, written as their batches are drawn."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ def write(
                     kept.append(pixels.to_bytes(images))
                 if not single:
                     for job, image in zip(jobs[drawn:], images, strict=False):
-                        report.say(_write_one(out, image, job, settings))
+                        _say_path(_write_one(out, image, job, settings))
                         count += 1
                 drawn += len(images)
                 timer.done("write")
@@ -54,10 +55,10 @@ def write(
         if single:
             _write_grid(out, kept, jobs, settings)
             count = len(jobs)
-            report.say(out)
+            _say_path(out)
         elif kept and len(jobs) > 1:
             grid = pixels.to_pil(pixels.grid(pixels.from_bytes(torch.cat(kept))))[0]
-            report.say(output.save_new(out, "grid", grid, written.together(jobs, settings)))
+            _say_path(output.save_new(out, "grid", grid, written.together(jobs, settings)))
         timer.done("write")
 
 
@@ -70,6 +71,16 @@ def check_fits(out: Path, size: tuple[int, int], count: int) -> None:
 def _has_grid(count: int, images: Tensor) -> bool:
     """True if a folder also gets a grid: of several images that one file can show."""
     return 1 < count and count * images.shape[-1] * images.shape[-2] <= _LARGEST_GRID
+
+
+def _say_path(path: Path) -> None:
+    """Print a path; where nobody reads standard output any more (`| head`), the images are still drawn."""
+    try:
+        report.say(path)
+    except BrokenPipeError:
+        # The interpreter must not try to flush into it again.
+        sys.stdout = None
+        report.note("standard output was closed: the paths of further images are not printed")
 
 
 def _write_one(folder: Path, image: Tensor, job: Job, settings: Settings) -> Path:

@@ -225,3 +225,14 @@ def test_the_word_tiny_is_the_shipped_model_wherever_a_model_is_named(tmp_path, 
     # What lies here under that name comes first.
     (tmp_path / "tiny").mkdir()
     assert run("generate", PROMPT, "--params", "tiny", "--out", "y.png") == 1
+
+
+def test_a_reader_that_goes_away_does_not_end_the_drawing(folder, tmp_path):
+    words = ["generate", PROMPT, "--params", str(folder), "--steps", "1", "--count", "6", "--batch", "2"]
+    command = [sys.executable, "-m", "functional_sd3", *words, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait() == 0 and error.count("note: standard output was closed") == 1
+    assert len(list((tmp_path / "out").iterdir())) == 7
