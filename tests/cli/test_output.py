@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import stat
 import subprocess
 import sys
 
@@ -102,6 +103,15 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path, monke
     monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
     assert run("generate", "x", "--out", tmp_path / "deep" / "out") == 1
     assert f"Permission denied: {tmp_path}\n" in capsys.readouterr().err
+
+
+def test_an_overwritten_image_keeps_its_mode_and_a_link_is_written_through(folder, tmp_path):
+    (tmp_path / "real.png").write_bytes(b"old")
+    os.chmod(tmp_path / "real.png", 0o640)
+    (tmp_path / "link.png").symlink_to("real.png")
+    assert generate(folder, tmp_path / "link.png") == 0
+    assert (tmp_path / "link.png").is_symlink() and written.read_settings(tmp_path / "real.png")
+    assert stat.S_IMODE((tmp_path / "real.png").stat().st_mode) == 0o640
 
 
 def test_new_files_have_the_mode_that_files_have(tmp_path):
