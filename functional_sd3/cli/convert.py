@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from functional_sd3.cli import report
+from functional_sd3.cli import options, report
 
 HELP = "write weights in another layout or dtype"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"))
     parser.add_argument("--shard-size", metavar="SIZE", help="split weights above this, such as 5GB or 500MiB")
     parser.add_argument("--only", metavar="NAMES", help="components to take, such as transformer,vae")
-    parser.add_argument("--variant", help="of the files in a folder that has several, such as fp16")
+    options.add_variant(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -109,6 +109,7 @@ def _model(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="weights, as for generate; several are put together (default: the shipped tiny model)",
     )
+    options.add_variant(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
 
 

@@ -157,7 +157,8 @@ def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, str]:
     """The model, and what to call it."""
     source = arguments.params or [str(shipped.folder())]
     device = runtime.device(arguments.device)
-    model = weights.load(source, dtype=runtime.dtype(arguments.dtype, device), device=device, **options)
+    options |= {"dtype": runtime.dtype(arguments.dtype, device), "device": device, "variant": arguments.variant}
+    model = weights.load(source, **options)
     return model, " and ".join(source)
 
 

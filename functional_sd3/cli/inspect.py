@@ -12,6 +12,7 @@ _MOST_SHOWN = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a folder or file of weights, or an image drawn by this program")
+    options.add_variant(parser)
     parser.add_argument("--depth", type=int, default=2, help="levels of the tree to print (default 2; 0 for all)")
     parser.add_argument("--quick", action="store_true", help="do not look through the values for NaN and infinities")
     against = "other weights of the same model: print how much every component and layer differs from them"
@@ -29,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.against:
         from functional_sd3.cli import merge
 
-        lines = merge.differences(path, Path(arguments.against))
+        lines = merge.differences(path, Path(arguments.against), arguments.variant)
     else:
-        lines = _picture(path) if _is_picture(path) else _weights(path, arguments.depth, not arguments.quick)
+        lines = _picture(path) if _is_picture(path) else _weights(path, arguments)
     for line in lines:
         report.say(line)
     return 0
@@ -63,12 +64,13 @@ def _picture(path: Path) -> Iterator[str]:
     yield written.command(settings)
 
 
-def _weights(path: Path, depth: int, values: bool) -> Iterator[str]:
+def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
     from functional_sd3 import weights
     from functional_sd3.core import tree
 
+    depth, values = arguments.depth, not arguments.quick
     try:
-        found = weights.describe(path, values=values)
+        found = weights.describe(path, values=values, variant=arguments.variant)
     except weights.WeightsError:
         # Of what does not load, at least what its header says, before the reason.
         if path.is_file() and weights.files.start(path)[8:9] == b"{":

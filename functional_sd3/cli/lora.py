@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import lora_options, report
+from functional_sd3.cli import lora_options, options, report
 
 HELP = "look into LoRAs, merge them into a model, extract one from a fine-tuned model"
 
@@ -12,15 +12,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     info = actions.add_parser("info", help="say what a file holds")
     info.add_argument("file", metavar="FILE", help="a LoRA, or a folder with one")
     info.add_argument("--params", metavar="DIR", help="a model: say whether the LoRA is for it")
+    options.add_variant(info)
     info.add_argument("--all", action="store_true", help="a line for every layer")
     merge = actions.add_parser("merge", help="write a model with LoRAs merged into it")
     merge.add_argument("model", metavar="MODEL", help="folder of weights")
     merge.add_argument("files", nargs="+", metavar="FILE[=SCALE]", help="LoRAs, each with its strength (default 1)")
     merge.add_argument("--out", required=True, metavar="DIR", help="folder for the merged model")
+    options.add_variant(merge)
     merge.add_argument("--loose", action="store_true", help="leave out what adapts no layer of the model")
     extract = actions.add_parser("extract", help="write the LoRA nearest to what a fine-tuning changed")
     extract.add_argument("tuned", metavar="TUNED", help="folder of the fine-tuned model")
     extract.add_argument("base", metavar="BASE", help="folder of the model it was tuned from")
+    options.add_variant(extract)
     extract.add_argument("--rank", type=int, default=16, help="of every adapter (default 16)")
     extract.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     extract.add_argument("--layout", choices=("peft", "kohya"), default="peft", help="of the file (default peft)")
@@ -47,7 +50,8 @@ def _info(arguments: argparse.Namespace) -> int:
     for layer in layers if arguments.all else ():
         report.say(f"  {_described(layer)}")
     if arguments.params:
-        loaded = lora.load_with_report(arguments.file, weights.outline(arguments.params).config, allow_absent=True)
+        config = weights.outline(arguments.params, variant=arguments.variant).config
+        loaded = lora.load_with_report(arguments.file, config, allow_absent=True)
         report.say(f"adapts {len(adapters.nodes(loaded.lora))} weights of {arguments.params}")
         lora_options.note_left_out(arguments.file, loaded.left_out)
     return 0
@@ -58,7 +62,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from functional_sd3.training import lora
 
     files = [lora_options.parse(word, "") for word in arguments.files]
-    model = weights.load(arguments.model, dtype="stored")
+    model = weights.load(arguments.model, dtype="stored", variant=arguments.variant)
     loaded = [lora.load_with_report(path, model.config, strict=not arguments.loose) for path, _ in files]
     for (path, _), one in zip(files, loaded, strict=True):
         lora_options.note_left_out(path, one.left_out)
@@ -78,7 +82,8 @@ def _extract(arguments: argparse.Namespace) -> int:
     from functional_sd3.weights import lora_keys, merge
 
     device = runtime.device(arguments.device)
-    tuned, base = (weights.load(path, dtype="stored") for path in (arguments.tuned, arguments.base))
+    paths, stored = (arguments.tuned, arguments.base), {"dtype": "stored", "variant": arguments.variant}
+    tuned, base = (weights.load(path, **stored) for path in paths)
     names = [name for name in lora_keys.KOHYA if name in tuned.params and name in base.params]
     for name in names:
         if getattr(tuned.config, name) != getattr(base.config, name):

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from functional_sd3.cli import numbers, report
+from functional_sd3.cli import numbers, options, report
 
 HELP = "make one model of several fine-tunings of the same one"
 METHODS = ("average", "slerp", "task", "ties")
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="DIR", help="what the models were tuned from, for task and ties")
     add("--density", type=float, default=0.2, help="share of every change that ties keeps (default 0.2)")
     add("--strength", type=float, default=1.0, help="how much of it ties adds to the base (default 1)")
+    options.add_variant(parser)
     add("--part", nargs="+", metavar="NAME", default=("transformer",),
         help="components to merge: transformer, clip_l, clip_g, t5, vae, or all (default transformer)")  # fmt: skip
 
@@ -30,13 +31,13 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_sd3 import weights
     from functional_sd3.weights import merge
 
-    first = weights.load(arguments.models[0], dtype="stored")
+    first = weights.load(arguments.models[0], dtype="stored", variant=arguments.variant)
     names = list(first.params) if "all" in arguments.part else list(arguments.part)
     absent = [name for name in names if name not in first.params]
     if absent:
         raise ValueError(f"--part {absent[0]} is not in {arguments.models[0]}; it has {', '.join(first.params)}")
-    others = [_like(first, path, names) for path in arguments.models[1:]]
-    base = _like(first, arguments.base, names) if arguments.base else None
+    others = [_like(first, path, names, arguments.variant) for path in arguments.models[1:]]
+    base = _like(first, arguments.base, names, arguments.variant) if arguments.base else None
     merged = {}
     for name in names:
         trees = [first.params[name], *(other[name] for other in others)]
@@ -55,12 +56,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def differences(path: Path, other: Path) -> Iterator[str]:
+def differences(path: Path, other: Path, variant: str | None = None) -> Iterator[str]:
     """The lines of `inspect PATH --against OTHER`: how much every component and every layer of it changed."""
     from functional_sd3 import weights
     from functional_sd3.weights import merge
 
-    base, changed = weights.load(other, dtype="stored"), weights.load(path, dtype="stored")
+    base, changed = (weights.load(each, dtype="stored", variant=variant) for each in (other, path))
     names = [name for name in base.params if name in changed.params]
     for one, its, rest in ((path, changed, base), (other, base, changed)):
         absent = [name for name in its.params if name not in rest.params]
@@ -103,12 +104,12 @@ def _numbers(arguments: argparse.Namespace) -> list[float] | None:
     return values
 
 
-def _like(first, path: str, names: list[str]):
+def _like(first, path: str, names: list[str], variant: str | None):
     """The parameters of another model, which has to be of the same sizes."""
     from functional_sd3 import weights
     from functional_sd3.cli import runtime
 
-    other = weights.load(path, only=names, dtype="stored")
+    other = weights.load(path, only=names, dtype="stored", variant=variant)
     runtime.require(other, names, Path(path))
     for name in names:
         ours, theirs = getattr(first.config, name), getattr(other.config, name)

@@ -12,7 +12,8 @@ from functional_sd3.formats.printable import shorten
 
 BATCH = 16
 _RECORDED = (
-    "negative", "steps", "cfg", "method", "rtol", "atol", "dtype", "params", "embedding", "weighted", "long", "lora",
+    "negative", "steps", "cfg", "method", "rtol", "atol", "dtype", "params", "variant",
+    "embedding", "weighted", "long", "lora",
 )  # fmt: skip
 
 
@@ -34,6 +35,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a folder or file of weights of any form; given several times, they are put together (default: the "
         "shipped tiny model)",
     )
+    add_variant(parser)
     lora_options.add_arguments(parser)
     parser.add_argument(
         "--offload",
@@ -42,6 +44,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def add_variant(parser: argparse.ArgumentParser) -> None:
+    """For every command that reads a model."""
+    parser.add_argument(
+        "--variant", metavar="NAME", help="of the files in a folder of weights that has several, such as fp16"
+    )
 
 
 def add_words(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from functional_sd3.cli import report
+from functional_sd3.cli import options, report
 
 HELP = "store weights in one byte each, and say what that costs"
 FORMATS = ("int8", "float8")
@@ -13,6 +13,7 @@ PROMPTS = ("a large red circle on a white background", "a lighthouse in fog", ""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="PATH", help="weights of any form")
+    options.add_variant(parser)
     add("--format", choices=FORMATS, default="int8", help="of the weights inside blocks (default int8)")
     add("--part", nargs="+", metavar="NAME", default=("transformer",), help="components (default transformer)")
     add("--out", metavar="PATH", help="a .safetensors file or a folder for the result; without it, only report")
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.steps < 0:
         raise ValueError(f"--steps {arguments.steps} must be at least 0")
     dtype = {"int8": torch.int8, "float8": torch.float8_e4m3fn}[arguments.format]
-    model = weights.load(arguments.model, dtype="stored")
+    model = weights.load(arguments.model, dtype="stored", variant=arguments.variant)
     runtime.require(model, arguments.part, Path(arguments.model))
     stored = {name: quantize.quantize(model.params[name], dtype) for name in arguments.part}
     for name, params in stored.items():

@@ -42,11 +42,11 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
         transform.check_compiler()
     source = arguments.params or shipped.folder()
     dtype = runtime.dtype(arguments.dtype, device)
-    told = {"dtype": dtype, "device": device, "quantized": True}
+    told = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
     if arguments.offload:
         if arguments.embedding:
             raise ValueError("--embedding changes the text encoders, which --offload reads as they are: leave one out")
-        model, fetch = weights.outline(source), weights.fetcher(source, **told)
+        model, fetch = weights.outline(source, variant=arguments.variant), weights.fetcher(source, **told)
     else:
         model = runtime.with_words(weights.load(source, **told), arguments.embedding)
         fetch = model.params.__getitem__

@@ -22,7 +22,7 @@ def load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model, tor
     What learns is float32. The rest stays as it is stored, unless the device does not compute that well.
     """
     device = runtime.device(arguments.device)
-    stored = weights.load(source, dtype="stored")
+    stored = weights.load(source, dtype="stored", variant=arguments.variant)
     runtime.require(stored, ("transformer", "vae") if arguments.part == "transformer" else ("vae",), source)
     if arguments.part == "vae":
         names, dtype = ("vae",), None
