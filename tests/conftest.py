@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from functional_sd3.weights import shipped
 from tests.skips import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
@@ -24,3 +25,11 @@ def shared_data() -> Path:
     if not (folder / "tokenizers").is_dir():
         pytest.skip("needs the real SD3.5 tokenizer files")
     return folder
+
+
+@pytest.fixture(scope="session", params=["shipped", "real"])
+def tokenizer_files(request) -> Path:
+    """A folder with tokenizer/, tokenizer_2/ and tokenizer_3/: that of params/tiny, and SD3.5's where it is kept."""
+    if request.param == "shipped":
+        return shipped.folder()
+    return request.getfixturevalue("shared_data") / "tokenizers"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from functional_sd3.text import bpe
 from functional_sd3.text.bpe_train import train
+from functional_sd3.weights import shipped
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -55,10 +56,16 @@ CORPUS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["tokenizer", "tokenizer_2", "clip-tokenizer.json", "vocab and merges"])
-def pair(request, shared_data):
+@pytest.fixture(
+    scope="module", params=["shipped", "tokenizer", "tokenizer_2", "clip-tokenizer.json", "vocab and merges"]
+)
+def pair(request):
     """(our tables, the reference), from the same files."""
-    folder = shared_data / "tokenizers"
+    if request.param == "shipped":
+        files = shipped.folder() / "tokenizer_2"
+        reference = transformers.CLIPTokenizer.from_pretrained(files, local_files_only=True)
+        return bpe.init(files), reference._tokenizer
+    folder = request.getfixturevalue("shared_data") / "tokenizers"
     if request.param == "clip-tokenizer.json":
         return bpe.init(folder / request.param), tokenizers.Tokenizer.from_file(str(folder / request.param))
     if request.param == "vocab and merges":
@@ -120,8 +127,8 @@ def test_decoding_equals_transformers(pair):
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
-def test_padded_and_truncated_rows_equal_transformers(shared_data, name):
-    folder = shared_data / "tokenizers" / name
+def test_padded_and_truncated_rows_equal_transformers(tokenizer_files, name):
+    folder = tokenizer_files / name
     reference = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     tables = bpe.init(folder)
     assert (tables.pad_id, tables.bos_id, tables.eos_id) == (
@@ -129,14 +136,14 @@ def test_padded_and_truncated_rows_equal_transformers(shared_data, name):
         reference.bos_token_id,
         reference.eos_token_id,
     )
-    assert tables.model_max_length == reference.model_max_length == 77
+    assert tables.model_max_length == reference.model_max_length
     for length in (2, 8, 77):
         expected = reference(CORPUS, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         assert torch.equal(bpe.apply(tables, CORPUS, length=length), expected.input_ids)
 
 
-def test_stabilitys_reading_of_the_second_tokenizer_keeps_exclamation_marks_as_text(shared_data):
-    folder = shared_data / "tokenizers"
+def test_stabilitys_reading_of_the_second_tokenizer_keeps_exclamation_marks_as_text(tokenizer_files):
+    folder = tokenizer_files
     first, second = bpe.init(folder / "tokenizer"), bpe.init(folder / "tokenizer_2")
     ends = ("<|startoftext|>", "<|endoftext|>")
     assert torch.equal(bpe.apply(second, CORPUS, special_tokens=ends), bpe.apply(first, CORPUS, pad_token="!"))
@@ -144,8 +151,8 @@ def test_stabilitys_reading_of_the_second_tokenizer_keeps_exclamation_marks_as_t
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
-def test_saving_the_released_tokenizer_gives_the_released_files(shared_data, tmp_path, name):
-    released = shared_data / "tokenizers" / name
+def test_saving_a_released_tokenizer_gives_the_released_files(tokenizer_files, tmp_path, name):
+    released = tokenizer_files / name
     bpe.save(tmp_path, bpe.init(released))
     for file in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         assert (tmp_path / file).read_bytes() == (released / file).read_bytes(), file
@@ -185,11 +192,14 @@ FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": T
     ],
     ids=str,
 )
-def test_older_and_extended_folders_are_read_as_transformers_reads_them(shared_data, tmp_path, files):
+def test_older_and_extended_folders_are_read_as_transformers_reads_them(tokenizer_files, tmp_path, files):
     for name in ("vocab.json", "merges.txt"):
-        shutil.copy(shared_data / "tokenizers" / "tokenizer" / name, tmp_path)
+        shutil.copy(tokenizer_files / "tokenizer" / name, tmp_path)
+    # The first id that no token has: 49408 of the released vocabulary.
+    first = len(json.loads((tmp_path / "vocab.json").read_text()))
     for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
+        text = json.dumps(content).replace("49408", str(first)).replace("49409", str(first + 1))
+        (tmp_path / name).write_text(text)
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
     tables = bpe.init(tmp_path)
     assert tables.pad_id == reference.pad_token_id

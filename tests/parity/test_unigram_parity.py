@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import T5TokenizerFast
 
 from functional_sd3.text import unigram, unigram_train
+from functional_sd3.weights import shipped
 
 ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
 MARKS = [c for c in ASSIGNED if unicodedata.category(c)[0] == "M"]
@@ -228,8 +229,11 @@ WORLD = [
 ]
 
 
-@pytest.fixture(scope="module", params=["plain_map", "no_map"])
+@pytest.fixture(scope="module", params=["plain_map", "no_map", "shipped"])
 def tiny(request, tmp_path_factory):
+    if request.param == "shipped":
+        folder = shipped.folder() / "tokenizer_3"
+        return unigram.init(folder), folder
     charsmap = unigram_train.plain_charsmap() if request.param == "plain_map" else b""
     trained = unigram_train.train(WORLD, 40, charsmap=charsmap)
     extra_ids = 0 if charsmap else 5
@@ -253,7 +257,7 @@ def test_a_trained_tokenizer_has_the_ids_and_the_length_that_transformers_expect
     loaded = Libraries(folder)
     theirs = loaded.transformers
     assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
-    assert (theirs.model_max_length, len(theirs)) == (32, len(tables.pieces))
+    assert (theirs.model_max_length, len(theirs)) == (tables.model_max_length, len(tables.pieces))
     processor = loaded.sentencepiece
     assert (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()) == (0, 1, 2, -1)
 
@@ -264,7 +268,14 @@ def test_what_transformers_saves_again_is_read_as_the_same_tokenizer(tiny, tmp_p
     again = unigram.init(tmp_path)
     texts = [*WORLD, *strings(seed=5)[800:]]
     assert unigram.apply(again, texts, length=None) == unigram.apply(tables, texts, length=None, mode="transformers")
-    assert again.model_max_length == 32
+    assert again.model_max_length == tables.model_max_length
+
+
+def test_saving_the_shipped_tokenizer_gives_the_shipped_files(tmp_path):
+    folder = shipped.folder() / "tokenizer_3"
+    unigram.save(tmp_path, unigram.init(folder))
+    for path in folder.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_model_trained_by_sentencepiece_is_read_as_sentencepiece_reads_it(tmp_path):

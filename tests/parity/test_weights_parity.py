@@ -219,8 +219,8 @@ def test_loaded_parameters_compute_what_the_pipelines_own_modules_compute(tmp_pa
     close(vae.decode(model.params["vae"], config.vae, encoded.mean), pipeline.vae.decode(encoded.mean).sample)
 
 
-def test_their_tokenizers_read_ours_and_the_reverse(tmp_path, shared_data):
-    source = shared_data / "tokenizers"
+def test_their_tokenizers_read_ours_and_the_reverse(tmp_path, tokenizer_files):
+    source = tokenizer_files
     tokenizers = Tokenizers(
         bpe.init(source / "tokenizer"), bpe.init(source / "tokenizer_2"), unigram.init(source / "tokenizer_3")
     )

@@ -1,5 +1,6 @@
 """How the three encoders are put together; against diffusers in tests/parity."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from functional_sd3.core import prng, tree
 from functional_sd3.text import bpe, clip, conditioning, t5, unigram
+from functional_sd3.weights import shipped
 
 CLIP_L = clip.Config(vocab=50, length=9, width=16, layers=2, heads=2, mlp_width=24, projection_width=16, eos_id=49)
 CLIP_G = clip.Config(50, 9, 20, 3, 2, 24, "gelu", 24, eos_id=2)
@@ -185,3 +187,30 @@ def test_prompts_that_do_not_match_are_refused(tokenizers):
         conditioning.tokenize(REAL, tokenizers, [])
     with pytest.raises(ValueError, match="t5_length 0 must be at least 1"):
         conditioning.tokenize(REAL, tokenizers, "a", t5_length=0)
+
+
+def test_ids_of_the_shipped_tokenizers_are_those_of_each():
+    folder = shipped.folder()
+    own = SimpleNamespace(
+        clip_l=bpe.init(folder / "tokenizer"),
+        clip_g=bpe.init(folder / "tokenizer_2"),
+        t5=unigram.init(folder / "tokenizer_3"),
+    )
+    prompts = ["a large red circle", "an unknown word, !"]
+    ids = conditioning.tokenize(REAL, own, prompts, prompts_3="a star", t5_length=16)
+    # CLIP's 77 positions are more than these tokenizers write.
+    assert torch.equal(ids.clip_l, bpe.apply(own.clip_l, prompts, length=24))
+    assert torch.equal(ids.clip_g, bpe.apply(own.clip_g, prompts, length=24))
+    assert torch.equal(ids.t5, unigram.apply(own.t5, ["a star"] * 2, length=16))
+    short = config(clip_l=replace(clip.CLIP_L, length=8), clip_g=clip.CLIP_G, t5=t5.T5_XXL, transformer=None)
+    assert conditioning.tokenize(short, own, prompts).clip_g.shape == (2, 8)
+    absent = SimpleNamespace(clip_l=None, clip_g=own.clip_g, t5=None)
+    ids = conditioning.tokenize(REAL, absent, prompts, t5_length=16)
+    assert not ids.clip_l.any() and not ids.t5.any() and ids.clip_g.shape == (2, 24)
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"a cat", {"a"}, [b"a"], [None]])
+def test_prompts_of_another_type_are_named(prompts):
+    own = SimpleNamespace(clip_l=bpe.init(shipped.folder() / "tokenizer"), clip_g=None, t5=None)
+    with pytest.raises(ValueError, match="prompts|text 0"):
+        conditioning.tokenize(REAL, own, prompts)

@@ -313,10 +313,10 @@ def test_what_is_no_model_folder_is_said(tmp_path):
     assert problems_of(tmp_path) == ["model_index.json: _class_name is 'FluxPipeline', not 'StableDiffusion3Pipeline'"]
 
 
-def test_tokenizers_travel_with_the_model(make_model, shared_data, tmp_path):
+def test_tokenizers_travel_with_the_model(make_model, tokenizer_files, tmp_path):
     from functional_sd3.text import unigram
 
-    source = shared_data / "tokenizers"
+    source = tokenizer_files
     tokenizers = Tokenizers(
         bpe.init(source / "tokenizer"), bpe.init(source / "tokenizer_2"), unigram.init(source / "tokenizer_3")
     )
