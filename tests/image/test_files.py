@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -271,6 +272,20 @@ def test_members_of_archives_are_bounded_by_what_they_declare_and_what_they_are(
     assert items["good.png"].value == (4, 4)
     assert "2,097,152 bytes, more than" in items["large.png"].reason
     assert "cannot be taken out of the archive" in items["lies.png"].reason
+
+
+def test_a_member_that_unpacks_to_more_than_it_declares_is_not_unpacked_at_once(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("lies.png", bytes(2**26))
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace(struct.pack("<I", 2**26), struct.pack("<I", 2**10)))
+    tracemalloc.start()
+    try:
+        (item,) = pictures.stream(pictures.source(tmp_path / "a.zip"), lambda image: image.size)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert item.reason and peak < 2**26 + 2**24
 
 
 def test_texts_are_read_of_every_format_that_has_them(tmp_path):

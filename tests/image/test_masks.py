@@ -110,3 +110,8 @@ def test_a_mask_that_is_transparent_everywhere_is_refused(alpha):
     mask = with_alpha(photograph(), inside().point(lambda value: alpha if value else 0))
     with pytest.raises(ValueError, match=f"transparent everywhere: its alpha is at most {alpha} of 255"):
         masks.from_image(mask)
+
+
+def test_white_strokes_are_strokes_on_a_white_image_too():
+    mask = masks.from_image(with_alpha(filled("white"), inside()), filled("white"))
+    assert numpy.array_equal(numpy.asarray(mask.image), numpy.asarray(inside()))
