@@ -15,6 +15,8 @@ REMEDIES = {
     "Linux": "run on Linux",
     "/proc": "run on Linux",
     "named pipes": "run on Linux or macOS",
+    "os.fork": "run on Linux or macOS",
+    "root": "run as a user who is not root",
 }
 """Words of a skip's reason -> how to bring what is wanting."""
 
