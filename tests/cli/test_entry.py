@@ -90,13 +90,15 @@ def test_the_nearest_name_is_suggested(capsys, words, message):
     ["", "except BaseException: pass", "except KeyboardInterrupt: raise ImportError('numpy is broken') from None"],
 )
 def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path, caught):
-    """Also where an extension module makes another error of it."""
+    """Also where an imported module swallows it or makes another error of it: nothing goes on."""
     interrupt = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(30)\n"
-    (tmp_path / "torch.py").write_text(interrupt + (caught or "finally: pass") + "\n")
+    (tmp_path / "torch.py").write_text(
+        interrupt + (caught or "finally: pass") + f"\nopen({str(tmp_path / 'went on')!r}, 'x')\n"
+    )
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from functional_sd3.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", script, "generate", PROMPT, "--out", str(tmp_path / "x.png")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr.strip() == "stopped"
+    assert done.returncode == 130 and done.stderr.strip() == "stopped" and not (tmp_path / "went on").exists()
 
 
 def test_a_handler_of_the_caller_is_left_as_it_was():
