@@ -6,6 +6,7 @@ a file or tensor, metadata or the command line; `--quiet` is known here alone.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -143,8 +144,13 @@ def progress(items: Iterable, total: int, name: str, unit: str = "picture"):
 
 
 def has_bars() -> bool:
-    """True if progress bars are drawn: on a terminal, unless --quiet."""
-    return sys.stderr is not None and sys.stderr.isatty() and not _QUIET.get()
+    """True if progress bars are drawn: on a terminal that has a width (some containers' have none), unless --quiet."""
+    if sys.stderr is None or _QUIET.get():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def progress_bar(total: int, unit: str = "step") -> Any:

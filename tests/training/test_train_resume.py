@@ -275,3 +275,27 @@ def test_a_digest_knows_every_byte_and_no_name_of_a_file(tmp_path):
     with pytest.raises(WeightsError, match="nowhere"):
         digests.file_digests([tmp_path / "nowhere"])
     assert digests.combined(["ab", "c"]) != digests.combined(["a", "bc"]) and digests.combined(["\ud800"])
+
+
+@pytest.mark.parametrize(("columns", "has_bars"), [(80, True), (0, False)])
+def test_a_terminal_without_a_width_is_given_lines(monkeypatch, columns, has_bars):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    from functional_sd3.cli import report
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert report.has_bars() == has_bars
+    os.close(ours)
+
+
+def test_every_row_of_the_log_is_a_line_where_there_is_no_terminal(command, tmp_path):
+    messages = command("--out", tmp_path / "out")[1]
+    lines = [line for line in messages.splitlines() if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == [f"step {step} of 6" for step in (2, 3, 4, 6)]
+    assert all(re.search(r"loss \d+\.\d{4}, rate \S+, \S+ steps/s, \d\d:\d\d:\d\d left", line) for line in lines)
