@@ -59,6 +59,7 @@ def apply(
     check_encoders([name for name in Ids._fields if name in params], tokenizers)
     options = {"prompts_2": prompts_2, "prompts_3": prompts_3, "t5_length": t5_length}
     told = read(config, tokenizers, prompts, **options, weighted=weighted, long_prompts=long_prompts)
+    _check_known([name for name in Ids._fields if name in params], config, told[0])
     ids, emphasis = tree.map(lambda part: part.to(_like(params).device), told)
     return encode(params, config, ids, clip_skip=clip_skip, emphasis=emphasis or None, implementation=implementation)
 
@@ -82,10 +83,22 @@ def apply_from(
     there = [name for name in Ids._fields if (getattr(config, name) is not None if names is None else name in names)]
     check_encoders(there, tokenizers)
     ids, emphasis = read(config, tokenizers, prompts, **told)
+    _check_known(there, config, ids)
     options = {"clip_skip": clip_skip, "implementation": implementation}
     # Each alone leaves zeros where the others speak, so the sum is exact.
     parts = [_encode_alone(fetch, config, name, (ids, emphasis), options) for name in there]
     return Conditioning(*(sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)))
+
+
+def _check_known(names: Sequence[str], config: Config, ids: Ids) -> None:
+    """Raises ValueError for ids that an encoder has no embedding for; they are on the CPU here."""
+    for name in names:
+        own, most = getattr(config, name), int(getattr(ids, name).max())
+        if own is not None and most >= own.vocab:
+            raise ValueError(
+                f"the tokenizer of {name} gives the token {most}, but its encoder has embeddings for {own.vocab} "
+                "tokens, so they are of different models"
+            )
 
 
 def _encode_alone(fetch, config: Config, name: str, told: tuple[Ids, Any], options: dict) -> Conditioning:

@@ -214,3 +214,17 @@ def test_prompts_of_another_type_are_named(prompts):
     own = SimpleNamespace(clip_l=bpe.init(shipped.folder() / "tokenizer"), clip_g=None, t5=None)
     with pytest.raises(ValueError, match="prompts|text 0"):
         conditioning.tokenize(REAL, own, prompts)
+
+
+def test_tokens_that_an_encoder_has_no_embedding_for_are_named_before_it_runs():
+    folder = shipped.folder()
+    own = SimpleNamespace(
+        clip_l=bpe.init(folder / "tokenizer"),
+        clip_g=bpe.init(folder / "tokenizer_2"),
+        t5=unigram.init(folder / "tokenizer_3"),
+    )
+    said = "the tokenizer of clip_l gives the token .*, but its encoder has embeddings for .* tokens"
+    with pytest.raises(ValueError, match=said):
+        conditioning.apply(PARAMS, config(), own, "a red circle", t5_length=16)
+    with pytest.raises(ValueError, match=said):
+        conditioning.apply_from(PARAMS.__getitem__, config(), own, "a red circle", t5_length=16)
