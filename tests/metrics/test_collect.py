@@ -74,7 +74,7 @@ def test_features_on_disk_say_how_they_were_made(tmp_path):
     (tmp_path / "text.npz").write_text("text")
     for name, words in {
         "bare.npz": "preprocessing is None, not str",
-        "statistics.npz": "holds statistics, from which features cannot be had back",
+        "statistics.npz": r"holds statistics \(mu and sigma\), from which features cannot be had back",
         "whole.npz": "tap is '64', not int",
         "text.npz": "is not an .npz file of features",
         "absent.npz": "cannot be opened",
