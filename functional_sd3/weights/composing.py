@@ -2,11 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from functional_sd3.flow import schedule
 from functional_sd3.formats.errors import WeightsError, attempt
+from functional_sd3.text import unigram
 from functional_sd3.weights import default_dtype, forms, reading, sources, taesd_keys
 from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
@@ -67,9 +69,29 @@ def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> t
     planned = [attempt(problems, reading.plan, piece) for piece in pieces]
     named = _named([one for one in planned if one is not None])
     problems += _twice(named)
+    problems += _beyond_tables(named, contents.tokenizers)
     if problems:
         raise WeightsError(problems)
     return contents, {one.component: one for one in named if one.component in only}
+
+
+def _beyond_tables(plans: Sequence[Plan], tokenizers: Mapping[str, Any]) -> list[str]:
+    """Tokenizers with ids for which the encoder has no row: some prompts would end in an IndexError."""
+    rows = {one.component: one.config.vocab for one in plans if one.component in Tokenizers._fields}
+    largest = {name: _largest_id(tables) for name, tables in tokenizers.items()}
+    return [
+        f"the tokenizer of {name} has ids up to {largest[name]}, but {name} has embeddings of {count} tokens: "
+        "it is another model's tokenizer"
+        for name, count in rows.items()
+        if largest.get(name, 0) >= count
+    ]
+
+
+def _largest_id(tables: Any) -> int:
+    if isinstance(tables, unigram.Tables):
+        return max((len(tables.pieces) - 1, *(token.id for token in tables.added)))
+    own = (tables.bos_id, tables.eos_id, tables.unk_id, tables.pad_id)
+    return max((*tables.vocab.values(), *own))
 
 
 def _asked(component: str, only: Collection[str]) -> bool:

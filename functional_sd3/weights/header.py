@@ -69,6 +69,10 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
         length = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{" and (found := kinds.stranger(start)):
             raise ValueError(found)
+        if start[8:9] != b"{" and file.seek(257) and file.read(5) == b"ustar":
+            raise ValueError("is an archive, not weights: unpack it, and give what is in it")
+        if start and start[8:9] != b"{" and _is_text(start):
+            raise ValueError("is a text file, not weights")
         if size < 8:
             raise ValueError(f"{size} bytes are too few for a safetensors file: truncated, or something else")
         if length > min(size - 8, _LONGEST_HEADER):
@@ -84,6 +88,10 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
         raise WeightsError([f"{path}: {problem}" for problem in error.problems]) from error
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
+
+
+def _is_text(start: bytes) -> bool:
+    return all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start)
 
 
 def parse(text: bytes) -> dict[str, Any]:

@@ -13,6 +13,17 @@ GGUF = b"GGUF"
 _PICKLES = (ZIP, *(b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5)))
 
 
+_IMAGE = "is an image, not weights: --params takes weights (images are given with --image or --control)"
+_ARCHIVE = "is an archive, not weights: unpack it, and give what is in it"
+_OTHERS = (
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF"), _IMAGE),
+    ((b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), _ARCHIVE),
+    ((b"ftrt", b"ptrt"), "is a TensorRT engine, for one kind of GPU only: give the weights it was built from"),
+    ((b"\x89HDF",), "is an HDF5 file, of which nothing is read: convert it to safetensors"),
+    ((b"%PDF",), "is a PDF, not weights"),
+)
+
+
 def stranger(start: bytes) -> str | None:
     """What a file that is no safetensors file is, as the end of a sentence; None where that is not known."""
     text = start.lstrip().lower()
@@ -22,6 +33,14 @@ def stranger(start: bytes) -> str | None:
         return "is a GGUF file: only components of a model are read from these, by weights.load"
     if text.startswith(b"version https://git-"):
         return "is a pointer of Git LFS to the weights, not the weights: fetch them with `git lfs pull`"
+    for marks, what in _OTHERS:
+        if start.startswith(marks):
+            return what
+    if start[4:8] == b"ftyp":
+        return _IMAGE
+    # Protocol buffers of an ONNX model: its version, then the name of the program that wrote it.
+    if start[:1] == b"\x08" and start[2:3] in (b"\x12", b"\x1a") and start[1] < 32:
+        return "is an ONNX model, of which nothing is read: give the weights it was made from, as safetensors"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not weights: what was downloaded is the answer to a wrong address or a missing login"
     return None

@@ -122,7 +122,7 @@ def _loose(named: Path, folder: Path, names: Collection[str], only: Collection[s
                 shard_names |= {mapped.path.name for mapped in tensors.values()}
                 found.append(attempt(problems, _contents, str(folder / name), tensors))
     for name in sorted(names - shard_names if not native else ()):
-        if name.endswith(".safetensors"):
+        if name.lower().endswith((".safetensors", ".sft", ".gguf")):
             found.append(attempt(problems, _file, folder / name))
     if native:
         weights = attempt(problems, shards.open_weights, folder / NATIVE_FOLDER, NATIVE_FOLDER, None, False)
@@ -135,7 +135,8 @@ def _loose(named: Path, folder: Path, names: Collection[str], only: Collection[s
     }
     if not found and not tokenizers and not problems:
         raise WeightsError(
-            f"{named}: holds no weights that are known: no {diffusers.INDEX}, no config.json and no safetensors file"
+            f"{named}: holds no weights that are known: no {diffusers.INDEX}, no config.json "
+            "and no safetensors or GGUF file"
         )
     whole = merged([part for part in found if part is not None])
     return whole._replace(

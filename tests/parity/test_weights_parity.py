@@ -224,7 +224,10 @@ def test_their_tokenizers_read_ours_and_the_reverse(tmp_path, tokenizer_files):
     tokenizers = Tokenizers(
         bpe.init(source / "tokenizer"), bpe.init(source / "tokenizer_2"), unigram.init(source / "tokenizer_3")
     )
-    weights.save(tmp_path / "ours", random_model(BASE)._replace(tokenizers=tokenizers))
+    # As many embeddings as the tokenizers have ids, or a load refuses them.
+    sizes = {"clip_l": 49408, "clip_g": 49408, "t5": 32128}
+    config = replace(BASE, **{name: replace(getattr(BASE, name), vocab=size) for name, size in sizes.items()})
+    weights.save(tmp_path / "ours", random_model(config)._replace(tokenizers=tokenizers))
     pipeline = from_pretrained(tmp_path / "ours")
     pipeline.save_pretrained(tmp_path / "theirs")
     again = weights.load(tmp_path / "theirs").tokenizers

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from functional_sd3.image import taesd, vae
 from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import Config, Model, WeightsError, atomic, finite, kinds, notes, sources
+from tests.models import random_model
 
 KEY = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
 
@@ -348,6 +350,23 @@ def test_json_that_is_nested_for_ever_is_named(make_model, tmp_path):
     assert str(tmp_path / "x.safetensors") in problems_of(tmp_path / "x.safetensors")[0]
     (tmp_path / "x.safetensors.index.json").write_bytes(deep)
     assert str(tmp_path / "x.safetensors.index.json") in problems_of(tmp_path / "x.safetensors.index.json")[0]
+
+
+def test_a_tokenizer_with_ids_beyond_the_encoders_table_is_refused_when_it_is_loaded(tmp_path):
+    model = random_model()
+    for name in ("clip_l", "clip_g", "t5"):
+        config = getattr(model.config, name)
+        short = replace(config, vocab=config.vocab - 1)
+        table = "embedding" if name == "t5" else "token_embedding"
+        own = model.params[name]
+        params = {**own, table: {"weight": own[table]["weight"][:-1].clone()}}
+        changed = model._replace(
+            config=replace(model.config, **{name: short}), params={**model.params, name: params}
+        )
+        weights.save(tmp_path / name, changed)
+        said = f"the tokenizer of {name} has ids up to {config.vocab - 1}, but {name} has embeddings of {short.vocab}"
+        assert any(said in problem for problem in problems_of(tmp_path / name))
+        assert weights.load(tmp_path / name, only="vae").config.vae
 
 
 def test_a_missing_shard_and_an_index_with_a_key_twice_are_named(make_model, tmp_path):

@@ -27,6 +27,7 @@ from functional_sd3.weights import (
     files,
     shards,
 )
+from tests.weights.conftest import CONFIG
 from tests.weights.strategies import DTYPES, configs
 
 
@@ -320,7 +321,10 @@ def test_tokenizers_travel_with_the_model(make_model, tokenizer_files, tmp_path)
     tokenizers = Tokenizers(
         bpe.init(source / "tokenizer"), bpe.init(source / "tokenizer_2"), unigram.init(source / "tokenizer_3")
     )
-    weights.save(tmp_path / "model", make_model()._replace(tokenizers=tokenizers))
+    # As many embeddings as the tokenizers have ids, or a load refuses them.
+    sizes = {"clip_l": 49408, "clip_g": 49408, "t5": 32128}
+    vocabs = {name: replace(getattr(CONFIG, name), vocab=size) for name, size in sizes.items()}
+    weights.save(tmp_path / "model", make_model(replace(CONFIG, **vocabs))._replace(tokenizers=tokenizers))
     found = weights.load(tmp_path / "model").tokenizers
     texts = ["A red cat, sitting!", "naïve ﬁancé 🎈", ""]
     for name, module in (("clip_l", bpe), ("clip_g", bpe), ("t5", unigram)):
