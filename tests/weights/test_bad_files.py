@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -367,6 +368,16 @@ def test_a_tokenizer_with_ids_beyond_the_encoders_table_is_refused_when_it_is_lo
         said = f"the tokenizer of {name} has ids up to {config.vocab - 1}, but {name} has embeddings of {short.vocab}"
         assert any(said in problem for problem in problems_of(tmp_path / name))
         assert weights.load(tmp_path / name, only="vae").config.vae
+
+
+def test_a_taesd_of_thousands_of_blocks_is_refused_in_a_moment(make_model, tmp_path):
+    weights.save(tmp_path, make_model(TINY)._replace(config=TINY))
+    place = tmp_path / "taesd" / "config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps({**config, "num_encoder_blocks": [200] * 16, "num_decoder_blocks": [200] * 16}))
+    started = time.process_time()
+    assert any("num_encoder_blocks" in problem and "a list of 1 to 8" in problem for problem in problems_of(tmp_path))
+    assert time.process_time() - started < 5
 
 
 def test_a_missing_shard_and_an_index_with_a_key_twice_are_named(make_model, tmp_path):
