@@ -93,6 +93,11 @@ def _component(folder: Path, variant: str | None) -> Contents:
     claims = [values.get("_class_name"), *(architectures if isinstance(architectures, list) else ())]
     claims.append(values.get("model_type"))
     name = next((_KINDS[claim] for claim in claims if isinstance(claim, str) and claim in _KINDS), None)
+    names = {entry.name for entry in os.scandir(folder)}
+    has_weights = any(entry.endswith((".safetensors", ".index.json")) for entry in names)
+    if names & {"vocab.json", "spiece.model", "tokenizer.json"} and (name is None or not has_weights):
+        # A whole CLIPModel or T5, of which the tokenizer is what SD3 uses.
+        return Contents([], _tokenizer(folder, names))
     if name is None:
         said = next((claim for claim in claims if claim), None)
         if said == "SD3ControlNetModel":

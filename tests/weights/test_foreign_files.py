@@ -1,6 +1,7 @@
 """What people give as a model and is none: one sentence that says what it is, by content."""
 
 import io
+import json
 import tarfile
 import zipfile
 
@@ -93,3 +94,15 @@ def test_a_gguf_file_in_a_folder_of_downloads_is_found(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     assert set(weights.load(tmp_path).params) == {"transformer", "vae"}
+
+
+@pytest.mark.parametrize("claim", [{"architectures": ["CLIPModel"], "model_type": "clip"}, {"model_type": "t5"}])
+def test_of_a_whole_model_of_transformers_the_tokenizer_is_taken(claim, tmp_path):
+    model = random_model()
+    weights.save(tmp_path / "model", model)
+    folder = tmp_path / "model" / ("tokenizer_3" if claim["model_type"] == "t5" else "tokenizer")
+    (folder / "config.json").write_text(json.dumps(claim))
+    if claim["model_type"] == "clip":
+        (folder / "model.safetensors").write_bytes(b"not looked at")
+    found = weights.load(folder)
+    assert found.params == {} and any(tables is not None for tables in found.tokenizers)
