@@ -54,11 +54,12 @@ def read_text(path: str | os.PathLike, limit: int) -> str:
 def decode_text(content: bytes, where: object) -> str:
     """`content` as text, as in `read_text`; `where` is named in errors."""
     encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in content:
+        # Latin letters in UTF-16 are valid UTF-8 too, with zeros between them, which no text has.
+        raise WeightsError(f"{where}: is no text in UTF-8, it holds zeros (UTF-16 needs a byte order mark to be told)")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        if b"\0" in content[:64] and encoding == "utf-8":
-            raise WeightsError(f"{where}: is no text in UTF-8 (UTF-16 needs a byte order mark to be told)") from error
         raise WeightsError(
             f"{where}: is no text in {encoding.removesuffix('-sig').upper()}: byte {error.start} "
             f"({content[error.start]:#04x}); save it as UTF-8"

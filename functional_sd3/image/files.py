@@ -11,6 +11,7 @@ Every function raises ValueError with what is wrong with the file, but not its n
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
@@ -38,6 +39,8 @@ _REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FIT
 (IPTC) or unpack without a bound (FITS)."""
 _MOST_DECODED = 2**32
 """Pixels of a JPEG times its scans: each scan goes over the whole image, and a file has room for thousands."""
+_JPEG_MARK = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])", re.DOTALL)
+"""A mark of a segment, of those that do not stand within values of the image."""
 _ORIENTATION, _DESCRIPTION, _COMMENT = 0x0112, 0x010E, 0x9286
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
@@ -174,13 +177,24 @@ def _check_header(image: "Image", stream: BinaryIO) -> None:
     if image.format in ("JPEG", "MPO"):
         place = stream.tell()
         stream.seek(0)
-        scans, last = 0, b""
-        while block := stream.read(2**20):
-            scans += (last + block).count(b"\xff\xda")
-            last = block[-1:]
+        scans = _count_scans(stream.read(MOST_BYTES))
         stream.seek(place)
         if scans * image.width * image.height > _MOST_DECODED:
             raise RefusedError(f"is a JPEG of {scans} scans of {image.width} x {image.height} pixels: too many")
+
+
+def _count_scans(content: bytes) -> int:
+    """Scans of the first image in a JPEG file: behind its end phones put videos, in which the mark stands by chance."""
+    scans, place = 0, 2
+    while mark := _JPEG_MARK.search(content, place):
+        place = mark.end()
+        if mark[1] == b"\xd9":
+            break
+        scans += mark[1] == b"\xda"
+        # Behind a mark without a length there is nothing to skip.
+        if mark[1] != b"\x01":
+            place += int.from_bytes(content[place : place + 2], "big")
+    return scans
 
 
 def _exif(image: "Image") -> dict:

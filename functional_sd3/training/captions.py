@@ -6,7 +6,7 @@ The caption of an image is the first of these that there is:
    relative to that folder, and `text` (or `caption`, or `prompt`). Images there that it does not list are left out.
 2. a file beside it, for `cat.jpg`: `cat.txt`, `cat.caption`, `cat.json` (its `text`, `caption` or `prompt`), then
    `cat.jpg.txt`, `cat.jpg.caption`, `cat.jpg.json`.
-3. the name of the folder it lies in, unless that is the folder of the whole set.
+3. the name of the folder it lies in, without kohya's number of repeats, unless that is the folder of the whole set.
 
 Text is UTF-8, or UTF-16 with a byte order mark. Files are only looked for below the folder of the set.
 """
@@ -14,6 +14,7 @@ Text is UTF-8, or UTF-16 with a byte order mark. Files are only looked for below
 import csv
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -27,6 +28,12 @@ BESIDE = (".txt", ".caption", ".json")
 KEYS = ("text", "caption", "prompt")
 LIKE_CAPTIONS = frozenset({*BESIDE, ".captions", ".tags", ".prompt", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"})
 """Suffixes of files that a trainer may take captions from; those that were not read are named."""
+NOT_READ = frozenset(
+    {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".exr", ".hdr",
+     ".xcf", ".kra"}
+)  # fmt: skip
+"""Suffixes of images that no reader here knows, as phones, cameras and editors write them; they are named."""
+_REPEATS = re.compile(r"^[0-9]+_(?=.)")
 _MOST_BYTES = 2**18
 _MOST_METADATA = 2**29
 
@@ -55,7 +62,9 @@ def metadata(path: Path, where: str) -> Iterator[Entry]:
         fields = values if isinstance(values, dict) else {}
         name = fields.get("file_name")
         present = [key for key in KEYS if key in fields]
-        caption = _one_text(fields[present[0]]) if present else None
+        # Null is no caption: another key may have one.
+        said = [fields[key] for key in present if fields[key] is not None]
+        caption = _one_text(said[0]) if said else "" if present else None
         if problem or not isinstance(name, str) or not name or caption is None:
             reason = f": {problem}" if problem else ""
             raise ValueError(f"{where}, line {number} must be {wanted}, not {shorten(repr(values))}{reason}")
@@ -80,9 +89,15 @@ class Beside:
 
     def caption(self, image: str) -> Caption | None:
         """None where no file has one. Raises ValueError, naming the file, for what cannot be read."""
-        texts = {}
+        texts: dict[str, str] = {}
         for name in self.files(image):
-            text = _beside(self.folder / name, name)
+            try:
+                text = _beside(self.folder / name, name)
+            except ValueError:
+                # Other programs write .json files for purposes of their own: behind a caption they do not matter.
+                if not texts:
+                    raise
+                continue
             if text is not None:
                 texts[name] = text
                 self.read.add(name)
@@ -93,8 +108,9 @@ class Beside:
 
 
 def folder_name(image: str) -> str:
-    """The words of the folder that an image lies in, "" at the top."""
-    return PurePosixPath(image).parent.name.replace("_", " ").replace("-", " ").strip()
+    """The words of the folder that an image lies in, "" at the top; kohya's number of repeats ("20_dog") is none."""
+    name = PurePosixPath(image).parent.name
+    return _REPEATS.sub("", name).replace("_", " ").replace("-", " ").strip()
 
 
 def decode(path: Path, where: str, limit: int = _MOST_BYTES) -> str:

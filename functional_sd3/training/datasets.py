@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MOST_NAMED = 5
+_MASK = "-masklabel"
 _ADVICE = (
     "captions are read from metadata.jsonl or metadata.csv (file_name, text), from name.txt, name.caption or name.json "
     "beside an image, and from the names of folders; --caption TEXT is one for all"
@@ -80,7 +81,7 @@ def image_folder(
             samples.append(sample if caption is None else sample._replace(caption=caption))
             sources[source if caption is None else "--caption"] += 1
         except ValueError as error:
-            skipped.append(Skipped(sample.path, str(error)))
+            skipped.append(Skipped(shorten(sample.path, 200), str(error)))
     if not samples:
         unread = f"; {len(skipped)} files could not be read, the first: {': '.join(skipped[0])}" if skipped else ""
         noted = "".join(f"; {note}" for note in (*listing.notes, *gathered.notes)[:3])
@@ -193,6 +194,13 @@ def _gather(listing: Listing, template: str) -> _Gathered:
         governing = {place: name for place, name in governing.items() if name.startswith("train/")}
         if others:
             notes.append(f"train/ has metadata of its own and is the set; left out: {_named(others)}")
+    masks = _masks_of_others(images)
+    if masks:
+        images = [name for name in images if name not in masks]
+        notes.append(f"masks of OneTrainer's ({_MASK}) are no images of the set, so left out: {_named(sorted(masks))}")
+    unknown = [name for name in listing.names if Path(name).suffix.lower() in caption_files.NOT_READ - suffixes]
+    if unknown:
+        notes.append(f"are in formats that are not read, convert them to PNG or JPEG: {_named(unknown)}")
     beside = caption_files.Beside(listing.folder, listing.names)
     samples, skipped, conflicts, repeated, unlisted = [], [], [], [], {}
     described: dict[str, str] = {}
@@ -200,7 +208,7 @@ def _gather(listing: Listing, template: str) -> _Gathered:
         for entry in caption_files.metadata(listing.folder / name, escape(listing.folder / name)):
             path, reason = listing.resolve(place, entry.name)
             if path is None:
-                skipped.append(Skipped(entry.name, reason))
+                skipped.append(Skipped(shorten(entry.name, 200), reason))
             elif path in described:
                 repeated.append(path)
             else:
@@ -246,6 +254,13 @@ def _gather(listing: Listing, template: str) -> _Gathered:
     if unread:
         notes.append(f"look like captions and were not read: {_named(unread, 'files')}")
     return _Gathered(samples, skipped, notes)
+
+
+def _masks_of_others(images: Sequence[str]) -> set[str]:
+    """The masks that OneTrainer keeps beside the images they belong to."""
+    stems = {os.path.splitext(name)[0] for name in images}
+    marked = ((name, os.path.splitext(name)[0]) for name in images)
+    return {name for name, stem in marked if stem.endswith(_MASK) and stem.removesuffix(_MASK) in stems}
 
 
 def _governing(names: Sequence[str]) -> dict[str, str]:

@@ -298,3 +298,18 @@ def test_texts_are_read_of_every_format_that_has_them(tmp_path):
     for suffix in (".gif", ".jpg"):
         image.save(tmp_path / f"b{suffix}", comment=b"words")
         assert files.read_texts(tmp_path / f"b{suffix}")["comment"] == "words"
+
+
+def test_scans_are_counted_of_the_image_alone_not_of_a_video_behind_it():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    assert content.count(b"\xff\xda") > 5
+    assert files._count_scans(content) == content.count(b"\xff\xda")
+    # Phones write "motion photos"; the mark stands in 10 MB of a video 150 times by chance.
+    assert files._count_scans(content + b"\xff\xda" * 10**6) == content.count(b"\xff\xda")
+    # A thumbnail within a segment is none of the image's scans, and scans before the end all are.
+    segment = b"\xff\xe1" + (2 + 40).to_bytes(2, "big") + b"\xff\xda" * 20
+    assert files._count_scans(content[:2] + segment + content[2:]) == content.count(b"\xff\xda")
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    assert files._count_scans(content[:-2] + scan * 1000 + content[-2:]) == content.count(b"\xff\xda") + 1000

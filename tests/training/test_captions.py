@@ -40,6 +40,7 @@ def noted(folder, **options) -> str:
         ("metadata.jsonl", '{"file_name": "a.png", "text": "a größe", "width": 8}\n\n'),
         ("metadata.jsonl", '{"file_name": "./a.png", "caption": "a größe"}\r\n'),
         ("metadata.jsonl", '{"file_name": "a.png", "text": ["a größe", "another"]}'),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": null, "caption": "a größe"}'),
         ("metadata.csv", "file_name,text\na.png,a größe\n"),
         ("metadata.csv", 'text,other,file_name\r\n"a größe",1,a.png\r\n'),
     ],
@@ -180,6 +181,8 @@ def test_special_files_are_named_and_nothing_waits(tmp_path):
         ("a.txt", "größe".encode("utf-16-le"), "a.txt: is no text in UTF-8"),
         ("a.txt", b"x" * (2**18 + 1), "a.txt: is larger than 262,144 bytes"),
         ("a.json", b'{"text": 5}', "a.json: text is 5, not a text"),
+        ("a.txt", "a red cat".encode("utf-16-le"), "UTF-16 needs a byte order mark"),
+        ("a.txt", "a red cat".encode("utf-16-be"), "UTF-16 needs a byte order mark"),
         ("a.json", b"[" * 100000, "a.json: is no JSON"),
         ("a.json", b'{"text": "\\ud83d"}', "holds half a character"),
     ],
@@ -247,3 +250,31 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     assert "folder locked cannot be read: permission denied" in noted(tmp_path)
     with pytest.raises(ValueError, match="locked cannot be read: permission denied"):
         datasets.image_folder(tmp_path / "locked")
+
+
+@pytest.mark.parametrize("content", ['{"prompt": {"is_changed": [NaN]}}', '{"prompt": {"3": 1}}', "[", "caf\udce9"])
+def test_a_json_file_of_another_program_does_not_matter_behind_a_caption(tmp_path, content):
+    images(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text("own")
+    (tmp_path / "a.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert captions(tmp_path) == {"a.png": "own"}
+    assert "look like captions and were not read: 1 file (a.json)" in noted(tmp_path)
+
+
+def test_images_in_formats_that_are_not_read_are_named(tmp_path):
+    images(tmp_path, "a.png")
+    for name in ("b.heic", "c.JXL", "d.CR2", "e.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    assert "are in formats that are not read, convert them to PNG or JPEG: 3 images (b.heic, c.JXL, d.CR2)" in noted(
+        tmp_path
+    )
+
+
+def test_folders_of_kohya_and_masks_of_onetrainer(tmp_path):
+    images(tmp_path, "20_sks dog/a.png", "20_sks dog/a-masklabel.png", "10_/b.png", "b-masklabel.png")
+    assert captions(tmp_path) == {
+        "20_sks dog/a.png": "a photo of a sks dog",
+        "10_/b.png": "a photo of a 10",
+        "b-masklabel.png": "",
+    }
+    assert "left out: 1 image (20_sks dog/a-masklabel.png)" in noted(tmp_path)
