@@ -19,7 +19,8 @@ from torch import Tensor
 from bench import plot
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng
-from functional_sd3.flow import adaptive, ode
+from functional_sd3.flow import ode
+from functional_sd3.flow.ode import adaptive
 from functional_sd3.pipeline import Conditions
 from functional_sd3.training import shapes
 from functional_sd3.weights import Model, files, shipped

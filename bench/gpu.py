@@ -19,7 +19,8 @@ import torch
 
 from bench import peers, timing
 from functional_sd3.core import prng, transform, tree
-from functional_sd3.flow import combining, ode, schedule
+from functional_sd3.flow import ode, schedule
+from functional_sd3.flow.guidance import combine as combining
 from functional_sd3.image import vae
 from functional_sd3.training import losses, optim, step
 from functional_sd3.transformer import joint_block, mmdit

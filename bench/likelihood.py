@@ -18,7 +18,8 @@ from functional_sd3 import pipeline, weights
 from functional_sd3.cli import ranking
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key
-from functional_sd3.flow import likelihood, ode
+from functional_sd3.flow import ode
+from functional_sd3.flow.analysis import likelihood
 from functional_sd3.image import pixels
 from functional_sd3.training import shapes
 from functional_sd3.training.shapes import Scene

@@ -25,7 +25,7 @@ def _modules() -> dict[str, str]:
     """Name -> the module it stands for, as the stub beside this file imports them."""
     statements = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
     imports = [statement for statement in statements if isinstance(statement, ast.ImportFrom)]
-    return {alias.name: f"{each.module}.{alias.name}" for each in imports for alias in each.names}
+    return {alias.asname: f"{each.module}.{alias.name}" for each in imports for alias in each.names if alias.asname}
 
 
 _MODULES = _modules()

@@ -7,24 +7,24 @@ from functional_sd3.core import dispatch as dispatch
 from functional_sd3.core import layers as layers
 from functional_sd3.core import prng as prng
 from functional_sd3.core import spec as spec
-from functional_sd3.core import spectral as spectral
 from functional_sd3.core import transform as transform
 from functional_sd3.core import tree as tree
-from functional_sd3.flow import adaptive as adaptive
-from functional_sd3.flow import adjoint as adjoint
-from functional_sd3.flow import dense as dense
-from functional_sd3.flow import divergence as divergence
-from functional_sd3.flow import fixed_point as fixed_point
-from functional_sd3.flow import geometry as geometry
 from functional_sd3.flow import guidance as guidance
-from functional_sd3.flow import landscape as landscape
-from functional_sd3.flow import likelihood as likelihood
-from functional_sd3.flow import matching as matching
 from functional_sd3.flow import ode as ode
 from functional_sd3.flow import path as path
-from functional_sd3.flow import reversible as reversible
 from functional_sd3.flow import schedule as schedule
-from functional_sd3.flow import stochastic as stochastic
+from functional_sd3.flow.analysis import adjoint as adjoint
+from functional_sd3.flow.analysis import divergence as divergence
+from functional_sd3.flow.analysis import geometry as geometry
+from functional_sd3.flow.analysis import landscape as landscape
+from functional_sd3.flow.analysis import likelihood as likelihood
+from functional_sd3.flow.analysis import matching as matching
+from functional_sd3.flow.analysis import spectral as spectral
+from functional_sd3.flow.ode import adaptive as adaptive
+from functional_sd3.flow.ode import dense as dense
+from functional_sd3.flow.ode import fixed_point as fixed_point
+from functional_sd3.flow.ode import reversible as reversible
+from functional_sd3.flow.ode import stochastic as stochastic
 from functional_sd3.image import clip_pixels as clip_pixels
 from functional_sd3.image import files as files
 from functional_sd3.image import pictures as pictures
@@ -47,13 +47,16 @@ from functional_sd3.metrics import prompts as prompts
 from functional_sd3.metrics import similarity as similarity
 from functional_sd3.text import bpe as bpe
 from functional_sd3.text import clip as clip
-from functional_sd3.text import clip_dual as clip_dual
-from functional_sd3.text import clip_image as clip_image
 from functional_sd3.text import conditioning as conditioning
-from functional_sd3.text import inversion as inversion
 from functional_sd3.text import t5 as t5
+
+# Modules whose flat name is longer than their own: without `__all__` a stub does not re-export these.
+from functional_sd3.text import textual_inversion as inversion
+from functional_sd3.text import textual_inversion as textual_inversion
 from functional_sd3.text import unigram as unigram
 from functional_sd3.text import weighting as weighting
+from functional_sd3.text.clip import dual as clip_dual
+from functional_sd3.text.clip import image as clip_image
 from functional_sd3.training import checkpoint as checkpoint
 from functional_sd3.training import datasets as datasets
 from functional_sd3.training import loop as loop
@@ -72,4 +75,5 @@ from functional_sd3.weights import merge as merge
 from functional_sd3.weights import quantize as quantize
 from functional_sd3.weights import shipped as shipped
 
+__all__ = ["clip_dual", "clip_image", "inversion"]
 __version__: str

@@ -12,7 +12,8 @@ from functional_sd3.flow import guidance
 from functional_sd3.image import control as control_image
 from functional_sd3.image import pixels, taesd, vae
 from functional_sd3.metrics import cmmd, frechet, kid, preprocess, similarity
-from functional_sd3.text import clip, clip_image, t5
+from functional_sd3.text import clip, t5
+from functional_sd3.text.clip import image as clip_image
 from functional_sd3.transformer import controlnet, ip_adapter, mmdit
 from tests import models
 

@@ -10,20 +10,10 @@ import torch
 
 import functional_sd3
 from functional_sd3 import pipeline, weights
-from functional_sd3.core import layers, prng, spectral, transform, tree
-from functional_sd3.flow import (
-    adaptive,
-    divergence,
-    fixed_point,
-    geometry,
-    guidance,
-    inversion,
-    likelihood,
-    ode,
-    path,
-    schedule,
-    stochastic,
-)  # fmt: skip
+from functional_sd3.core import layers, prng, transform, tree
+from functional_sd3.flow import guidance, ode, path, schedule
+from functional_sd3.flow.analysis import divergence, geometry, inversion, likelihood, spectral
+from functional_sd3.flow.ode import adaptive, fixed_point, stochastic
 from functional_sd3.image import clip_pixels, pixels, taesd, vae
 from functional_sd3.metrics import (
     cmmd,
@@ -36,7 +26,9 @@ from functional_sd3.metrics import (
     prompts,
     similarity,
 )  # fmt: skip
-from functional_sd3.text import clip, clip_dual, clip_image, conditioning, t5
+from functional_sd3.text import clip, conditioning, t5
+from functional_sd3.text.clip import dual as clip_dual
+from functional_sd3.text.clip import image as clip_image
 from functional_sd3.training import lora, losses, muon, optim, schedules, shapes, step
 from functional_sd3.transformer import control, controlnet, mmdit
 from tests import models

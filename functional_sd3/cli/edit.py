@@ -113,7 +113,7 @@ def _told(arguments: argparse.Namespace) -> dict:
     told = {"eta": 0.9 if arguments.eta is None else arguments.eta, "window": _window(arguments.window or "0-0.25")}
     told["source_cfg"] = guidance.scale(1.0 if arguments.source_cfg is None else arguments.source_cfg)
     if arguments.exact:
-        from functional_sd3.flow import fixed_point
+        from functional_sd3.flow.ode import fixed_point
 
         told["inversion"] = fixed_point.inverse
     return told

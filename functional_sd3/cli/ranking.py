@@ -12,7 +12,8 @@ from functional_sd3.cli import runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.core.types import Velocity
-from functional_sd3.flow import catalogue, likelihood
+from functional_sd3.flow.analysis import likelihood
+from functional_sd3.flow.ode import registry as catalogue
 
 UNFIT = tuple(catalogue.STOCHASTIC)
 FIT = (*catalogue.METHODS, *catalogue.ADAPTIVE)

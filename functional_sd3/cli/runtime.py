@@ -10,8 +10,8 @@ from torch import Tensor
 from functional_sd3 import weights
 from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
-from functional_sd3.flow.method import Method
-from functional_sd3.text import inversion
+from functional_sd3.flow.ode.method import Method
+from functional_sd3.text import textual_inversion
 from functional_sd3.weights.clip import Clip
 from functional_sd3.weights.model import Model
 
@@ -62,7 +62,7 @@ def with_words(model: Model, embeddings: Sequence[str]) -> Model:
         token, equals, path = text.partition("=")
         named = equals and not Path(text).exists()
         words.append(weights.load_inversion(path, token=token) if named else weights.load_inversion(text))
-    return model._replace(**inversion.add(model.params, model.config, model.tokenizers, *words)._asdict())
+    return model._replace(**textual_inversion.add(model.params, model.config, model.tokenizers, *words)._asdict())
 
 
 def check_finite(images: Tensor) -> None:

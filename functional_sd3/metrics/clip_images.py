@@ -16,7 +16,8 @@ from torch import Tensor
 from functional_sd3.core.types import Params
 from functional_sd3.image import clip_pixels
 from functional_sd3.metrics import clip_score, cmmd
-from functional_sd3.text import bpe, clip_dual
+from functional_sd3.text import bpe
+from functional_sd3.text.clip import dual as clip_dual
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,7 +13,7 @@ from torch import Tensor
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import ode, path, schedule
-from functional_sd3.flow.method import Method
+from functional_sd3.flow.ode.method import Method
 from functional_sd3.flow.path import broadcast
 from functional_sd3.pipeline.fields import Conditions, velocity
 from functional_sd3.pipeline.image_to_image import divided, paired

@@ -17,7 +17,7 @@ from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance, check_scale
-from functional_sd3.flow.method import Method, StepInfo
+from functional_sd3.flow.ode.method import Method, StepInfo
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import Conditions, sample
 from functional_sd3.text import conditioning

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Key, Params
-from functional_sd3.flow.method import StepInfo
+from functional_sd3.flow.ode.method import StepInfo
 from functional_sd3.pipeline.image_to_image import divided
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import sample

@@ -21,7 +21,7 @@ from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params
 from functional_sd3.text import clip, t5, weighting
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.text.prompt_ids import Config, Emphasis, Ids, Tokenizers, read, tokenize, tokenize_weighted
+from functional_sd3.text.tokenization import Config, Emphasis, Ids, Tokenizers, read, tokenize, tokenize_weighted
 
 __all__ = ["Conditioning", "Emphasis", "Ids", "apply", "apply_from", "encode", "tokenize", "tokenize_weighted"]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functional_sd3.core.types import Key
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
-from functional_sd3.text import bpe, bpe_train, clip, t5, unigram, unigram_train
+from functional_sd3.text import bpe, clip, t5, unigram
 from functional_sd3.training import shapes
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Config, Tokenizers
@@ -19,14 +19,14 @@ def tokenizers(key: Key) -> Tokenizers:
     """Two byte-pair tokenizers that differ in their padding, as SD3's do, and a unigram one."""
     scenes = shapes.scenes(key, 4096)
     captions = [shapes.caption(scene, wording) for wording, scene in enumerate(scenes)]
-    vocab, merges = bpe_train.train(captions, 1024)
+    vocab, merges = bpe.train(captions, 1024)
     # Every printable ASCII character gets a piece, so that no prompt typed in English is unknown.
     characters = " ".join(map(chr, range(33, 127)))
-    pieces = unigram_train.train([*captions, characters], 192, charsmap=unigram_train.plain_charsmap())
+    pieces = unigram.train([*captions, characters], 192, charsmap=unigram.plain_charsmap())
     return Tokenizers(
         clip_l=bpe.init((vocab, merges), model_max_length=LENGTH),
         clip_g=bpe.init((vocab, merges), model_max_length=LENGTH, pad_token="!"),
-        t5=unigram.from_pieces(pieces, charsmap=unigram_train.plain_charsmap(), model_max_length=LENGTH),
+        t5=unigram.from_pieces(pieces, charsmap=unigram.plain_charsmap(), model_max_length=LENGTH),
     )
 
 

@@ -18,7 +18,9 @@ from functional_sd3.formats import bounded, json_fields
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.json_fields import Object
 from functional_sd3.image import clip_pixels
-from functional_sd3.text import bpe, clip, clip_dual, clip_image
+from functional_sd3.text import bpe, clip
+from functional_sd3.text.clip import dual as clip_dual
+from functional_sd3.text.clip import image as clip_image
 from functional_sd3.weights import config_fields, default_dtype, diffusers_keys, files, layout, shards
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.default_dtype import Dtype

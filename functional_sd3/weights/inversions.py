@@ -13,7 +13,7 @@ import torch
 
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import shorten
-from functional_sd3.text.inversion import Word
+from functional_sd3.text.textual_inversion import Word
 from functional_sd3.weights import files
 
 _NAMES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from functional_sd3 import cli, weights
 from functional_sd3.core import prng, tree
-from functional_sd3.text import bpe, inversion, unigram
+from functional_sd3.text import bpe, textual_inversion, unigram
 from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.weights import Tokenizers
 from tests import models
@@ -138,7 +138,7 @@ def test_inspect_says_what_controlnets_ip_adapters_and_textual_inversions_are(tm
     weights.save_ip_adapter(tmp_path / "ip.safetensors", adapter)
     assert run("inspect", tmp_path / "ip.safetensors") == 0
     assert "IP-Adapter: " in (text := capsys.readouterr().out) and "tokens=2, mlp_width=8" in text
-    word = inversion.Word("<cat>", {"clip_l": torch.full((2, 8), torch.nan), "t5": torch.zeros(2, 16)})
+    word = textual_inversion.Word("<cat>", {"clip_l": torch.full((2, 8), torch.nan), "t5": torch.zeros(2, 16)})
     weights.save_inversion(tmp_path / "cat.safetensors", word)
     assert run("inspect", tmp_path / "cat.safetensors") == 0
     text = capsys.readouterr().out

@@ -11,7 +11,7 @@ from PIL import Image
 from functional_sd3 import cli, weights
 from functional_sd3.cli import written
 from functional_sd3.core import spec as specs
-from functional_sd3.text import inversion
+from functional_sd3.text import textual_inversion
 from functional_sd3.transformer import controlnet
 from functional_sd3.weights.controlnets import ControlNet
 from tests import models
@@ -89,7 +89,7 @@ def test_what_is_transparent_is_painted_anew(files):
 
 def test_words_of_ones_own_are_typed_like_any_other(files):
     width = weights.load(files / "model", only="clip_l").config.clip_l.width
-    word = inversion.Word("any", {"clip_l": 3 * torch.ones(2, width)})
+    word = textual_inversion.Word("any", {"clip_l": 3 * torch.ones(2, width)})
     weights.save_inversion(files / "thing.safetensors", word)
     common = ["generate", "a <thing> on a <dog>", "--params", files / "model", "--steps", 1, "--out"]
     drawn = []

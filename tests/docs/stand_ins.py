@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from functional_sd3 import weights
 from functional_sd3.core import prng, tree
 from functional_sd3.image import pixels, taesd
-from functional_sd3.text import bpe, clip, clip_dual, inversion
+from functional_sd3.text import bpe, clip, textual_inversion
+from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.training import lora, shapes
 from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.weights import controlnets, files, ip_adapters, layout, shipped
@@ -109,9 +110,9 @@ def extras(top: Path, model: weights.Model) -> None:
     weights.save_ip_adapter(top / "ip-adapter.safetensors", adapter)
 
     for name in ("cat-toy", "dog"):
-        widths = {encoder: getattr(model.config, encoder).width for encoder in inversion.ENCODERS}
+        widths = {encoder: getattr(model.config, encoder).width for encoder in textual_inversion.ENCODERS}
         vectors = {encoder: prng.normal(prng.key(3), (2, width)) for encoder, width in widths.items()}
-        weights.save_inversion(top / f"{name}.safetensors", inversion.Word(f"<{name}>", vectors))
+        weights.save_inversion(top / f"{name}.safetensors", textual_inversion.Word(f"<{name}>", vectors))
     for seed, name in enumerate(("style", "face")):
         lora.save(top / f"{name}.safetensors", lora.init(prng.key(seed), model.config, 4))
     autoencoder(top, model)

@@ -9,7 +9,8 @@ from PIL import Image
 from functional_sd3.core import prng
 from functional_sd3.image import clip_pixels, pixels
 from functional_sd3.metrics import clip_images
-from functional_sd3.text import bpe, clip, clip_dual
+from functional_sd3.text import bpe, clip
+from functional_sd3.text.clip import dual as clip_dual
 from tests import models
 
 TOKENIZER = models.tokenizers().clip_l

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_sd3.text import bpe
-from functional_sd3.text.bpe_train import train
+from functional_sd3.text.bpe.training import train
 from functional_sd3.weights import shipped
 
 tokenizers = pytest.importorskip("tokenizers")

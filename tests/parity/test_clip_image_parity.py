@@ -10,7 +10,8 @@ from PIL import Image
 
 from functional_sd3 import weights
 from functional_sd3.image import clip_pixels
-from functional_sd3.text import clip, clip_dual
+from functional_sd3.text import clip
+from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.weights import layout
 from functional_sd3.weights.clip import LAYOUT
 

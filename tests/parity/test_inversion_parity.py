@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from functional_sd3.text import bpe, clip, inversion, t5, unigram
+from functional_sd3.text import bpe, clip, t5, textual_inversion, unigram
 from functional_sd3.weights import Config, Tokenizers, layout
 from functional_sd3.weights.diffusers_keys import CLIP
 
@@ -41,19 +41,19 @@ def learned(folder):
 
     params = {"clip_l": clip.init(prng.key(0), config.clip_l), "t5": t5.init(prng.key(1), config.t5)}
     vectors = {name: random(index, COUNT, WIDTHS[name]) for index, name in enumerate(params)}
-    word = inversion.Word("<cat-toy>", vectors)
-    return inversion.add(params, config, tokenizers, word), vectors, params, config
+    word = textual_inversion.Word("<cat-toy>", vectors)
+    return textual_inversion.add(params, config, tokenizers, word), vectors, params, config
 
 
 def their_texts():
     """As diffusers writes a word of several vectors before it tokenises: "<cat> <cat>_1 <cat>_2"."""
-    spelled = " ".join(inversion.names("<cat-toy>", COUNT))
+    spelled = " ".join(textual_inversion.names("<cat-toy>", COUNT))
     return [text.replace("<cat-toy>", spelled).replace("<Cat-Toy>", spelled) for text in TEXTS]
 
 
 def test_clip_ids_equal_transformers(folder, learned):
     theirs = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    theirs.add_tokens(inversion.names("<cat-toy>", COUNT))
+    theirs.add_tokens(textual_inversion.names("<cat-toy>", COUNT))
     tables = learned[0].tokenizers.clip_l
     assert bpe.apply(tables, TEXTS, length=None) == theirs(their_texts()).input_ids
     assert bpe.apply(tables, ["<cat-toy>"], length=None) == [[49406, 49408, 49409, 49410, 49407]]
@@ -61,7 +61,7 @@ def test_clip_ids_equal_transformers(folder, learned):
 
 def test_t5_ids_equal_transformers(folder, learned):
     theirs = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer_3", local_files_only=True)
-    theirs.add_tokens(inversion.names("<cat-toy>", COUNT))
+    theirs.add_tokens(textual_inversion.names("<cat-toy>", COUNT))
     tables = learned[0].tokenizers.t5
     assert unigram.apply(tables, TEXTS[:3], length=None, mode="transformers") == theirs(their_texts()[:3]).input_ids
     assert unigram.apply(tables, "<cat-toy>", length=None) == [[32100, 32101, 32102, 1]]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import T5TokenizerFast
 
-from functional_sd3.text import unigram, unigram_train
+from functional_sd3.text import unigram
 from functional_sd3.weights import shipped
 
 ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
@@ -234,8 +234,8 @@ def tiny(request, tmp_path_factory):
     if request.param == "shipped":
         folder = shipped.folder() / "tokenizer_3"
         return unigram.init(folder), folder
-    charsmap = unigram_train.plain_charsmap() if request.param == "plain_map" else b""
-    trained = unigram_train.train(WORLD, 40, charsmap=charsmap)
+    charsmap = unigram.plain_charsmap() if request.param == "plain_map" else b""
+    trained = unigram.train(WORLD, 40, charsmap=charsmap)
     extra_ids = 0 if charsmap else 5
     tables = unigram.from_pieces(trained, charsmap=charsmap, extra_ids=extra_ids, model_max_length=32)
     folder = tmp_path_factory.mktemp("tiny")

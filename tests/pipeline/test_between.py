@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from functional_sd3 import pipeline
 from functional_sd3.core import prng
-from functional_sd3.flow import fixed_point, ode, path, schedule
+from functional_sd3.flow import ode, path, schedule
+from functional_sd3.flow.ode import fixed_point
 from functional_sd3.pipeline import regions
 from tests import models
 from tests.models import parts

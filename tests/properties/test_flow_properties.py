@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng
-from functional_sd3.flow import adaptive, dense, guidance, ode, path, schedule
+from functional_sd3.flow import guidance, ode, path, schedule
+from functional_sd3.flow.ode import adaptive, dense
 
 steps = st.integers(1, 120)
 shifts = st.floats(0.2, 12.0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng
-from functional_sd3.flow import likelihood, ode, path, schedule
+from functional_sd3.flow import ode, path, schedule
+from functional_sd3.flow.analysis import likelihood
 
 # torch itself scripts its forward-mode derivatives when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.text import bpe, charsmap, sentencepiece_file, unigram
+from functional_sd3.text import bpe, unigram
 from functional_sd3.text.token_fields import MOST_ADDED
-from functional_sd3.text.unigram_tables import LONGEST_PIECE
+from functional_sd3.text.unigram import charsmap, sentencepiece_file
+from functional_sd3.text.unigram.tables import LONGEST_PIECE
 from functional_sd3.weights import shipped
 
 FOLDERS = {"bpe": "tokenizer_2", "unigram": "tokenizer_3"}

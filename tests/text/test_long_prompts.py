@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from functional_sd3.text import bpe, bpe_text, unigram, weighting
-from functional_sd3.text.bpe_merge import Merges, merge, merge_first
+from functional_sd3.text import bpe, unigram, weighting
+from functional_sd3.text.bpe import words as bpe_text
+from functional_sd3.text.bpe.merge import Merges, merge, merge_first
+from functional_sd3.text.unigram import viterbi
 from functional_sd3.weights import shipped
 
 SIZE = 9_000
@@ -139,7 +141,7 @@ def test_first_tokens_that_the_end_of_a_word_decides_are_those_of_the_whole(size
 @pytest.mark.parametrize("size", [2000, 2001])
 def test_first_pieces_that_the_end_of_a_word_decides_are_those_of_the_whole(size, monkeypatch):
     """A single letter costs much, so that the number of letters decides how they are paired."""
-    monkeypatch.setattr(unigram, "_LONG_WORD", 0)
+    monkeypatch.setattr(viterbi, "_LONG_WORD", 0)
     built = unigram.from_pieces([("▁", -1.0), ("▁a", -9.0), ("a", -90.0), ("aa", -1.0)])
     (whole,) = unigram.apply(built, "a" * size, length=None)
     assert unigram.apply(built, "a" * size, length=4)[0].tolist() == [*whole[:3], built.eos_id]
@@ -153,7 +155,7 @@ def test_a_long_word_is_merged_from_its_beginning_alone(tables, monkeypatch):
         sizes.append(len(symbols))
         return merge(merges, symbols)
 
-    monkeypatch.setattr("functional_sd3.text.bpe_merge.merge", counted)
+    monkeypatch.setattr("functional_sd3.text.bpe.merge.merge", counted)
     symbols = [tables[0].inner[ord(letter)] for letter in "redcircle" * 20_000]
     assert merge_first(merges, symbols, 75) == merge(merges, symbols)[:75]
     assert max(sizes) < 2_000 and sum(sizes) < len(symbols)
@@ -161,7 +163,7 @@ def test_a_long_word_is_merged_from_its_beginning_alone(tables, monkeypatch):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_the_first_pieces_are_those_of_the_whole_for_any_pieces(seed, monkeypatch):
-    monkeypatch.setattr(unigram, "_LONG_WORD", 0)
+    monkeypatch.setattr(viterbi, "_LONG_WORD", 0)
     draw = random.Random(seed)
     names = {"".join(draw.choices("abc", k=draw.randrange(1, 5))) for _ in range(draw.randrange(1, 8))}
     built = unigram.from_pieces([("▁", -2.0), *((name, -draw.randrange(1, 40) / 8) for name in sorted(names))])
@@ -177,13 +179,13 @@ def test_the_first_pieces_are_those_of_the_whole_for_any_pieces(seed, monkeypatc
 
 def test_a_long_text_without_spaces_is_segmented_from_its_beginning_alone(tables, monkeypatch):
     sizes = []
-    origins = unigram._origins
+    origins = viterbi._origins
 
     def counted(lattice, text):
         sizes.append(len(text))
         return origins(lattice, text)
 
-    monkeypatch.setattr(unigram, "_origins", counted)
+    monkeypatch.setattr(viterbi, "_origins", counted)
     unigram.apply(tables[1], "redcircle" * 20_000, length=64)
     assert sizes and max(sizes) < 5_000
 

@@ -10,7 +10,7 @@ from functional_sd3.core import prng
 from functional_sd3.core import spec as specs
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
-from functional_sd3.text import bpe, bpe_train, clip, conditioning, t5, unigram, unigram_train
+from functional_sd3.text import bpe, clip, conditioning, t5, unigram
 from functional_sd3.training import shapes
 from functional_sd3.transformer import mmdit
 
@@ -53,10 +53,10 @@ def tiny() -> SimpleNamespace:
 def model_folder(tmp_path_factory):
     """A whole model with tokenizers in a folder, in float16, for pictures of 16 pixels a side."""
     captions = [shapes.caption(scene, index) for index, scene in enumerate(shapes.scenes(prng.key(0), 60))]
-    tables = bpe.init(bpe_train.train(captions, 560), model_max_length=16)
-    charsmap = unigram_train.plain_charsmap()
+    tables = bpe.init(bpe.train(captions, 560), model_max_length=16)
+    charsmap = unigram.plain_charsmap()
     pieces = unigram.from_pieces(
-        unigram_train.train(captions, 80, charsmap=charsmap), charsmap=charsmap, model_max_length=16
+        unigram.train(captions, 80, charsmap=charsmap), charsmap=charsmap, model_max_length=16
     )
     config = weights.Config(
         clip_l=clip.Config(

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from functional_sd3 import cli, pipeline, weights
 from functional_sd3.core import prng, tree
-from functional_sd3.flow import likelihood, ode
+from functional_sd3.flow import ode
+from functional_sd3.flow.analysis import likelihood
 from functional_sd3.formats.notes import Note
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import default_dtype

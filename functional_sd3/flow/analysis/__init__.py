@@ -1,0 +1,1 @@
+"""Measurements of a flow: divergence, likelihood, inversion, adjoint gradients, geometry, curvature, spectra."""

@@ -1,0 +1,136 @@
+"""From data to the noise they come from, and back: how, and how well.
+
+    noise = invert(velocity, x0, times)                      # ode.integrate(ode.EULER, velocity, noise, times) is x0
+    trip = round_trip(velocity, x0, times, by=coupled(ode.MIDPOINT))
+    trip.error                                               # |data - x0| / |x0| of each sample
+
+The flow can be followed back with any method, but a method of fixed steps does not come out where it started. Three
+ways, as values: `plain` follows it back with the method itself, `corrected` solves each of the method's steps for its
+start, `coupled` is a method of two copies of the state that can be undone exactly.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Velocity
+from functional_sd3.flow import ode
+from functional_sd3.flow.ode import fixed_point
+from functional_sd3.flow.ode.fixed_point import DEPTH, ITERATIONS, TOLERANCE
+from functional_sd3.flow.ode.reversible import COUPLING, reversible
+from functional_sd3.flow.times import Times, checked
+
+STEPS = 50
+"""Even steps, where no times are given."""
+
+
+class Inversion(NamedTuple):
+    """Two methods that undo one another, more or less; each a method of `ode`."""
+
+    there: ode.Method | ode.Adaptive
+    """From data to noise."""
+    back: ode.Method | ode.Adaptive
+    """From noise to data."""
+    carries: bool = False
+    """Whether `back` goes on from the memory that `there` ended with, without which its x is not enough."""
+
+
+class RoundTrip(NamedTuple):
+    """Data -> noise -> data."""
+
+    noise: Tensor
+    """(batch, ...)"""
+    data: Tensor
+    """(batch, ...), at best x0 again."""
+    error: Tensor
+    """|data - x0| / |x0|, Euclidean norms of each sample, (batch,)."""
+
+
+def plain(method: ode.Method | ode.Adaptive) -> Inversion:
+    """The method on the reversed grid. The error of the trip is that of the method: for Euler of the size of a step,
+    for an adaptive method of its tolerance."""
+    return Inversion(method, method)
+
+
+def corrected(
+    method: ode.Method = ode.EULER,
+    *,
+    iterations: int = ITERATIONS,
+    tolerance: float | None = TOLERANCE,
+    depth: int = DEPTH,
+) -> Inversion:
+    """Each step of the method solved for where it started: `fixed_point.inverse`, whose options and errors these are.
+
+    What comes out is plain noise, from which the method itself leads to x0.
+    """
+    inverse = fixed_point.inverse(method, iterations=iterations, tolerance=tolerance, depth=depth)
+    return Inversion(inverse, method)
+
+
+def coupled(method: ode.Method = ode.MIDPOINT, coupling: float = COUPLING) -> Inversion:
+    """Two copies of the state, exact but for rounding at two steps of the method a step: `reversible.reversible`."""
+    return Inversion(*reversible(method, coupling), carries=True)
+
+
+def invert(
+    velocity: Velocity,
+    x0: Tensor,
+    times: Times | None = None,
+    *,
+    method: ode.Method | ode.Adaptive | Inversion = ode.EULER,
+    iterations: int = ITERATIONS,
+    tolerance: float | None = TOLERANCE,
+    **options: Any,
+) -> Tensor:
+    """The noise from which `ode.integrate(method, velocity, noise, times)` leads to x0, (batch, ...) like x0.
+
+    velocity: as for `ode.integrate`. times: the grid of that run, (n + 1,) or (n + 1, batch), in either direction; by
+    default 50 even steps from 1 to 0.
+    method: of one step, which is inverted by `corrected` with these iterations and this tolerance; an adaptive one,
+    which is followed back; or an `Inversion`, whose noise of `coupled` is only one half of what leads back exactly.
+    options: of `ode.run`: on_step, check.
+
+    Raises ValueError for methods that cannot be inverted, and `fixed_point.Unsolved` where no start of a step is found.
+    Works under vmap, grad and compile where the method does; then the tolerance is not looked at.
+    """
+    pair = _pair(method, iterations, tolerance)
+    return _there(pair, velocity, x0, upwards(times, x0), **options).x
+
+
+def round_trip(
+    velocity: Velocity, x0: Tensor, times: Times | None = None, *, by: Inversion | None = None, **options: Any
+) -> RoundTrip:
+    """x0 taken to noise and back by an inversion (`corrected` Euler by default), and what was lost on the way.
+
+    times, options and errors as of `invert`.
+    """
+    pair = by or corrected()
+    grid = upwards(times, x0)
+    end = _there(pair, velocity, x0, grid, **options)
+    start = end if pair.carries else ode.start(pair.back, end.x, grid[-1])
+    data = ode.run(pair.back, velocity, start, grid.flip(0), **options).x
+    return RoundTrip(end.x, data, _norms(data - x0) / _norms(x0.to(data.dtype)))
+
+
+def upwards(times: Times | None, x: Tensor) -> Tensor:
+    """The grid from data to noise: `times`, which may ascend or descend; None for `STEPS` even steps."""
+    grid = checked(torch.linspace(0, 1, STEPS + 1, dtype=torch.float32, device="cpu") if times is None else times, x)
+    # Without reading a value: the grid may be traced, or on a device.
+    return torch.where(grid[0] > grid[-1], grid.flip(0), grid)
+
+
+def _pair(method: Any, iterations: int, tolerance: float | None) -> Inversion:
+    if isinstance(method, Inversion):
+        return method
+    if isinstance(method, ode.Adaptive):
+        return plain(method)
+    return corrected(method, iterations=iterations, tolerance=tolerance)
+
+
+def _there(pair: Inversion, velocity: Velocity, x0: Tensor, grid: Tensor, **options: Any) -> ode.State:
+    return ode.run(pair.there, velocity, ode.start(pair.there, x0, grid[0]), grid, **options)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1).norm(dim=1)

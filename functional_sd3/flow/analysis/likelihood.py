@@ -1,0 +1,182 @@
+"""How likely data are under a flow: the change of variables along it.
+
+Chen et al. 2018, arXiv:1806.07366, theorem 1, and Grathwohl et al. 2018 (FFJORD), arXiv:1810.01367: along
+dx/dt = v(x, t), d log p_t(x_t)/dt = -div v(x_t, t). With the prior N(0, 1) at t = 1
+
+    log p_0(x_0) = log N(x_1; 0, 1) + integral_0^1 div v(x_t, t) dt,
+
+where x_t and the integral are one augmented state that any method of `ode` carries from data to noise.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Velocity
+from functional_sd3.flow import ode
+from functional_sd3.flow.analysis.divergence import (
+    CHUNK,
+    Draw,
+    Estimator,
+    Forms,
+    Mode,
+    divergence,
+    exact,
+    probe_vectors,
+    quadratic_forms,
+    rademacher,
+)
+from functional_sd3.flow.analysis.inversion import (
+    Inversion,
+    RoundTrip,
+    corrected,
+    coupled,
+    invert,
+    plain,
+    round_trip,
+    upwards,
+)
+from functional_sd3.flow.analysis.matching import advantage, losses, sample_keys, standard_error
+from functional_sd3.flow.times import at_hand
+
+
+class Estimate(NamedTuple):
+    """A log-likelihood in nats and what it is made of; all (batch,) but the noise and the volumes."""
+
+    log_likelihood: Tensor
+    """log_prior + the mean of the volumes."""
+    standard_error: Tensor
+    """Of Hutchinson's estimate: the deviation of the volumes / sqrt(probes), NaN for one probe; 0 for the exact one."""
+    noise: Tensor
+    """(batch, ...): where the flow takes the data, at t = 1."""
+    log_prior: Tensor
+    """log N(noise; 0, 1)."""
+    volumes: Tensor
+    """(probes, batch), (1, batch) for the exact one: the integral of the divergence as each probe sees it. Those of
+    several conditions that share their key may be subtracted from one another probe by probe."""
+
+
+def log_likelihood(
+    velocity: Velocity,
+    x0: Tensor,
+    *,
+    method: Any,
+    times: ode.Times,
+    divergence: Estimator = "exact",
+    key: Key | None = None,
+    probes: int = 1,
+    **options: Any,
+) -> Tensor:
+    """log p_0(x0) in nats, (batch,), with a standard normal prior at t = 1. Everything else as of `estimate`."""
+    return estimate(
+        velocity, x0, method=method, times=times, divergence=divergence, key=key, probes=probes, **options
+    ).log_likelihood
+
+
+def estimate(
+    velocity: Velocity,
+    x0: Tensor,
+    *,
+    method: Any,
+    times: ode.Times,
+    divergence: Estimator = "exact",
+    key: Key | None = None,
+    probes: int = 1,
+    draw: Draw | None = None,
+    fresh: bool = False,
+    mode: Mode | None = None,
+    chunk_size: int | None = CHUNK,
+    **options: Any,
+) -> Estimate:
+    """The log-likelihood of x0 (batch, ...) and its standard error, in float32 (float64 for a float64 x0).
+
+    velocity: as for `ode.integrate`, its samples not seeing one another. method: of `ode`; times: (n + 1,) or
+    (n + 1, batch) from the data's time to 1, or the same descending, as `schedule.sigmas` gives them. The data are
+    x0 at the lesser end: 0, or the time whose density is asked for.
+    divergence: "exact", D evaluations of the Jacobian a step for D numbers a sample, or "hutchinson", one a probe; key,
+    probes, draw, mode, chunk_size: as of `divergence`.
+    fresh: new probes at every evaluation, from fold_in(key, the bits of t), instead of the same along the run. Fresh
+    ones average out over the steps, so their error is the smaller; with the same ones the run is an ODE (FFJORD,
+    section 3.1), which adaptive methods need and whose error for two conditions is nearly the same.
+    options: of `ode.integrate`: on_step, check, and rtol, atol for adaptive methods, which hold the error of x and of
+    the volumes together. The state they see is (batch, D + probes).
+
+    Works under vmap, grad (in x0, times and what the velocity closes over) and compile where the velocity does and the
+    method has fixed steps. Raises ValueError when times do not end at 1, the prior's place, and as `divergence` does.
+    """
+    if divergence not in ("exact", "hutchinson"):
+        raise ValueError(f"divergence {divergence!r} must be exact or hutchinson")
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    grid = _to_the_prior(times, x0)
+    hutchinson = divergence == "hutchinson"
+    rows = probes if hutchinson else 1
+    keys = sample_keys(key, x0) if hutchinson else None
+    vectors = probe_vectors(keys, probes, x0, draw) if hutchinson else None
+
+    def forms(x: Tensor, t: Tensor) -> Forms:
+        if not hutchinson:
+            return exact(velocity, x, t, mode=mode, chunk_size=chunk_size)
+        drawn = probe_vectors(prng.fold_in(keys, _bits(t)), probes, x, draw) if fresh else vectors
+        return quadratic_forms(velocity, x, t, drawn, mode=mode, chunk_size=chunk_size)
+
+    def augmented(state: Tensor, t: Tensor) -> Tensor:
+        value, traces = forms(state[:, :-rows].reshape(x0.shape), t)
+        return torch.cat([value.reshape(len(x0), -1), traces.T], dim=1)
+
+    start = torch.cat([x0.reshape(len(x0), -1), x0.new_zeros(len(x0), rows)], dim=1)
+    end = ode.integrate(method, augmented, start, grid, **options)
+    noise, volumes = end[:, :-rows].reshape(x0.shape), end[:, -rows:].T
+    log_prior = log_normal(noise)
+    error = standard_error(volumes) if hutchinson else torch.zeros_like(log_prior)
+    return Estimate(log_prior + volumes.mean(0), error, noise, log_prior, volumes)
+
+
+def log_normal(x: Tensor) -> Tensor:
+    """log N(x; 0, 1) of each sample, (batch,): -(|x|^2 + D log 2 pi) / 2."""
+    flat = x.reshape(len(x), -1)
+    return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
+
+
+def bits_per_dimension(log_likelihood: Tensor, dimensions: int, *, bin_width: float = 1.0) -> Tensor:
+    """-log_likelihood / (D log 2) - log2(bin_width), lower is likelier; of nats, any shape.
+
+    bin_width 1 is the density's own. For data that were rounded to bins and dequantised it is their width in the units
+    of x0 (2 / 255 for bytes scaled to [-1, 1]), and the result a bound on the bits a lossless code needs.
+    """
+    return -log_likelihood / (dimensions * math.log(2)) - math.log2(bin_width)
+
+
+def _to_the_prior(times: ode.Times, x: Tensor) -> Tensor:
+    grid = upwards(times, x)
+    if at_hand(grid) and not (grid[-1] == 1).all():
+        raise ValueError(f"times end at {grid[-1].min():.6g}; the prior, which a likelihood needs, is at t = 1")
+    return grid
+
+
+def _bits(t: Tensor) -> Tensor:
+    """Another integer for every time."""
+    return t.detach().to(torch.float32).view(torch.int32)
+
+
+__all__ = [
+    "Estimate",
+    "Inversion",
+    "RoundTrip",
+    "advantage",
+    "bits_per_dimension",
+    "corrected",
+    "coupled",
+    "divergence",
+    "estimate",
+    "invert",
+    "log_likelihood",
+    "log_normal",
+    "losses",
+    "plain",
+    "rademacher",
+    "round_trip",
+    "standard_error",
+]

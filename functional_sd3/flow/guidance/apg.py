@@ -1,0 +1,100 @@
+"""Adaptive projected guidance (APG): Sadat, Hilliges, Weber 2024, arXiv:2410.02416.
+
+The difference of the velocities gathers a momentum, is shortened where it is long, and loses (most of) its part along
+the prompt's prediction, which is what saturates pictures.
+"""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Tree
+from functional_sd3.flow.guidance import combine as combining
+from functional_sd3.flow.guidance.compose import (
+    CONDITIONAL,
+    NEGATIVE,
+    POSITIVE,
+    Answers,
+    Guidance,
+    Scale,
+    check_scale,
+    is_one,
+    value,
+    windowed,
+)
+from functional_sd3.flow.ode.method import no_memory
+from functional_sd3.flow.path import broadcast, denoised
+
+
+def apg(
+    scale: Scale,
+    *,
+    momentum: Scale = -0.5,
+    eta: Scale = 0.0,
+    longest: Scale | None = 15.0,
+    from_positive: bool = False,
+    of_data: bool = False,
+) -> Guidance:
+    """v_n + scale u, u made of d = v_p - v_n: d + momentum d_last, at most `longest` long, parallel part times `eta`.
+
+    This is diffusers' guider, whose defaults are no momentum and eta 1. The paper's algorithm is another in two ways:
+    from_positive: v_p + (scale - 1) u instead, so that scale 1 is v_p whatever u is; of_data: all of it for the
+    predictions x_0 = x - t v in place of velocities. longest: in the norm over a sample's elements, None for no limit.
+    Python's momentum 0 remembers nothing; with another the memory is one tensor like x, and `guidance.with_memory`
+    carries it. At t = 0, where x_0 is x, of_data leaves momentum and limit aside.
+    """
+    check_scale(scale)
+    check_scale(momentum, "momentum")
+    check_scale(eta, "eta")
+    if is_one(scale):
+        return CONDITIONAL
+    if isinstance(longest, (int, float)) and not longest > 0:
+        raise ValueError(f"longest {longest} of adaptive projected guidance must be above 0, or None for no limit")
+    remembers = isinstance(momentum, Tensor) or momentum != 0
+
+    def combine(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
+        negative, positive = combining.working(answers["negative"], answers["positive"])
+        seen = [denoised(x, v, t) if of_data else v for v in (negative, positive)]
+        difference = seen[1] - seen[0]
+        if remembers:
+            difference = memory = difference + broadcast(value(momentum, t), x) * memory
+        update = difference if longest is None else combining.limited(difference, value(longest, t))
+        update = combining.weigh_parallel(update, seen[1], value(eta, t))
+        if of_data:
+            at_data = combining.weigh_parallel(positive - negative, seen[1], value(eta, t))
+            time = broadcast(t, x)
+            update = torch.where(time > 0, -update / torch.where(time > 0, time, 1.0), at_data)
+        start, by = (positive, value(scale, t) - 1) if from_positive else (negative, value(scale, t))
+        return start + broadcast(by, start) * update, memory
+
+    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, nothing_yet if remembers else no_memory)
+
+
+def mixed_apg(
+    scale: Scale,
+    projected_scale: Scale = 10.0,
+    *,
+    momentum: Scale = -0.5,
+    eta: Scale = 0.0,
+    longest: Scale | None = 10.0,
+    first: int = 6,
+) -> Guidance:
+    """Classifier-free guidance by `scale` in the first steps, which APG remembers when it takes over.
+
+    diffusers' AdaptiveProjectedMixGuidance, with these defaults; its start_step is `first` - 1.
+    """
+    check_scale(scale)
+    projected = apg(projected_scale, momentum=momentum, eta=eta, longest=longest)
+    if projected.init is no_memory or is_one(scale):
+        raise ValueError("mixed_apg needs a momentum that is not 0 and scales that are not 1: use apg or cfg instead")
+
+    def combine(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
+        negative, positive = combining.working(answers["negative"], answers["positive"])
+        memory = positive - negative + broadcast(value(momentum, t), x) * memory
+        return combining.extrapolate(negative, positive, value(scale, t)), memory
+
+    return windowed(projected._replace(combine=combine), projected, lambda step, _: step < first)
+
+
+def nothing_yet(x: Tensor, t: Tensor) -> Tensor:
+    """The momentum before the first evaluation."""
+    return torch.zeros_like(x)

@@ -1,0 +1,173 @@
+"""Guidance as a value: which velocities it needs at a point, and what it makes of them.
+
+A `Guidance` holds nothing and evaluates nothing: `guidance.guided` makes a velocity of it. Here is what they are made
+of, and made into one another with; those with names of their own are in `published`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Tree
+from functional_sd3.flow.guidance import combine as combining
+from functional_sd3.flow.guidance.windows import Window
+from functional_sd3.flow.ode.method import no_memory
+from functional_sd3.flow.times import at_hand
+
+Scale = float | Tensor | Callable[[Tensor], Tensor]
+"""A number, a tensor () or (batch,), or a function of t that gives one (`per_step`)."""
+
+Answers = Mapping[str, Tensor]
+"""Velocities at one point by name, each (batch, ...)."""
+
+
+class Branch(NamedTuple):
+    """A velocity that guidance needs, by how it differs from that of the prompt."""
+
+    told: Any = "positive"
+    """"positive" or "negative" for what a run is given under this name, or a conditioning (batch or 1, ...)."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Options of the network: (("skip_layers", (7, 8, 9)),)."""
+    model: Any = None
+    """(params, config) of another network; None for the run's own."""
+
+
+class Guidance(NamedTuple):
+    """How one velocity is made of several."""
+
+    needs: dict[str, Branch]
+    """What is evaluated, by name. What differs only in what it is told is evaluated in one batch."""
+    combine: Callable[[Answers, Tensor, Tensor, Tree], tuple[Tensor, Tree]]
+    """`combine(answers, x, t, memory)` -> the velocity and the memory after it. The answers may hold more than it
+    needs."""
+    init: Callable[[Tensor, Tensor], Tree] = no_memory
+    """`init(x, t)` -> the memory before the first evaluation."""
+    windows: tuple[Window, ...] = ()
+    """What it depends on besides: while none of them opens or closes, `at` gives the same."""
+    at: Callable[[int, int], "Guidance"] | None = None
+    """`at(step, steps)` -> the guidance of that step, which has no windows; None where it is the same in all."""
+
+
+POSITIVE, NEGATIVE = Branch(), Branch("negative")
+
+CONDITIONAL = Guidance({"positive": POSITIVE}, lambda answers, x, t, memory: (answers["positive"], memory))
+"""The velocity of the prompt, unguided."""
+
+STILL = Guidance({}, lambda answers, x, t, memory: (torch.zeros_like(x), memory))
+"""No velocity, at no cost."""
+
+
+def pairwise(combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Guidance:
+    """The guidance `combine(negative, positive, x, t)` of these two velocities."""
+
+    def both(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
+        return combine(answers["negative"], answers["positive"], x, t), memory
+
+    # In this order they are evaluated in one batch.
+    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, both)
+
+
+def over(
+    guidance: Guidance, needs: Mapping[str, Branch], change: Callable[[Tensor, Answers, Tensor], Tensor]
+) -> Guidance:
+    """The guidance whose velocity is `change(v, answers, t)`, v being that of `guidance`."""
+
+    def combine(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
+        v, memory = guidance.combine(answers, x, t, memory)
+        return change(v, answers, t), memory
+
+    later = None if guidance.at is None else lambda step, steps: over(at(guidance, step, steps), needs, change)
+    return Guidance(joined(guidance.needs, needs), combine, guidance.init, guidance.windows, later)
+
+
+def plus(guidance: Guidance, scale: Scale, end: Mapping[str, Branch], start: Mapping[str, Branch]) -> Guidance:
+    """v + scale (v_end - v_start), v being that of `guidance`; end and start are one branch each, {"name": Branch}."""
+    check_scale(scale)
+    ((to, _),), ((away, _),) = end.items(), start.items()
+
+    def change(v: Tensor, answers: Answers, t: Tensor) -> Tensor:
+        return combining.shift(v, answers[away], answers[to], value(scale, t))
+
+    return over(guidance, {**start, **end}, change)
+
+
+def windowed(inside: Guidance, outside: Guidance, window: Window) -> Guidance:
+    """One guidance in the steps inside a window, and another in the others.
+
+    Both carry one memory through the run, which one of them may leave as it is. Raises ValueError where they remember
+    different things.
+    """
+    inits = {one.init for one in (inside, outside)} - {no_memory}
+    if len(inits) > 1:
+        raise ValueError("the guidance inside of a window and that outside remember different things: one memory only")
+    return Guidance(
+        joined(inside.needs, outside.needs),
+        _unresolved,
+        inits.pop() if inits else no_memory,
+        tuple(dict.fromkeys((*inside.windows, *outside.windows, window))),
+        lambda step, steps: at(inside if window(step, steps) else outside, step, steps),
+    )
+
+
+def at(guidance: Guidance, step: int, steps: int) -> Guidance:
+    """The guidance of one step of a run, 0 the first: what is outside of its window is gone."""
+    return guidance if guidance.at is None else guidance.at(step, steps)
+
+
+def segments(guidance: Guidance, steps: int) -> list[tuple[int, int, Guidance]]:
+    """Parts (first step, step after the last, guidance of these steps) of a run of `steps`, in order."""
+    inside = [tuple(window(step, steps) for window in guidance.windows) for step in range(steps)]
+    starts = [step for step in range(steps) if step == 0 or inside[step] != inside[step - 1]]
+    return [(first, stop, at(guidance, first, steps)) for first, stop in zip(starts, [*starts[1:], steps], strict=True)]
+
+
+def value(scale: Scale, t: Tensor) -> float | Tensor:
+    """The scale at time t."""
+    return scale(t) if callable(scale) else scale
+
+
+def check_scale(scale: Scale, name: str = "guidance scale") -> None:
+    """Raises ValueError for a scale that is not finite, where its value is at hand, or no number at all."""
+    if isinstance(scale, Tensor):
+        if scale.is_complex() or scale.dtype == torch.bool:
+            raise ValueError(f"{name} of dtype {scale.dtype} must be a number; 1 is no guidance")
+        if at_hand(scale) and not scale.isfinite().all():
+            raise ValueError(f"{name} {scale.tolist()} must be finite; 1 is no guidance")
+    elif not callable(scale) and (not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale)):
+        raise ValueError(f"{name} {scale!r} must be a finite number, a tensor or a function of t; 1 is no guidance")
+
+
+def is_one(scale: Scale) -> bool:
+    """Whether a scale is Python's 1, which is known without looking at a tensor."""
+    return not isinstance(scale, Tensor) and scale == 1
+
+
+def joined(first: Mapping[str, Branch], second: Mapping[str, Branch]) -> dict[str, Branch]:
+    """The branches of both. Raises ValueError where one name stands for two."""
+    for name in first.keys() & second.keys():
+        if not _same(first[name], second[name]):
+            raise ValueError(f"this guidance would need two velocities by the name {name!r}")
+    return {**first, **second}
+
+
+def same_model(first: Branch, second: Branch) -> bool:
+    """Whether two branches are of one network, by what it is and not by its values."""
+    models = (first.model or (None, None), second.model or (None, None))
+    return all(one is other for one, other in zip(*models, strict=True))
+
+
+def _same(first: Branch, second: Branch) -> bool:
+    words = isinstance(first.told, str) and isinstance(second.told, str)
+    told = first.told == second.told if words else first.told is second.told
+    return told and first.options == second.options and same_model(first, second)
+
+
+def _unresolved(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
+    raise ValueError(
+        "this guidance changes from step to step: take that of a step with `guidance.at(guidance, step, steps)`, or "
+        "leave the run to `pipeline.sample`"
+    )

@@ -1,0 +1,79 @@
+"""Integrating the flow: a plain fold of a method's step over a grid of times.
+
+    x = integrate(EULER, velocity, noise, schedule.sigmas(28))
+    x = integrate(DOPRI5, velocity, noise, [1.0, 0.0], rtol=1e-5, atol=1e-6)
+
+The state is float32 (float64 for a float64 x) whatever dtype the velocity answers in. Runs share nothing. To stop in
+the middle and go on later, use `start`, `step` or `run`, and `finish`.
+
+A method of fixed steps reads no value on the host: its run can be compiled whole, captured, vmapped, and differentiated
+with respect to x, the times and all that the velocity closes over. An adaptive one chooses its steps by values and can
+be differentiated, but neither vmapped nor compiled whole: see `adaptive`, which also tells what a run took.
+"""
+
+from functional_sd3.flow.ode.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
+from functional_sd3.flow.ode.integration import (
+    Diverged,
+    Save,
+    evaluations,
+    finish,
+    from_tensors,
+    integrate,
+    run,
+    start,
+    step,
+    to_tensors,
+)
+from functional_sd3.flow.ode.method import Advance, Method, State, StepInfo, no_memory
+from functional_sd3.flow.ode.multistep import AB2, AB3, AB4, DPMPP_2M, adams_bashforth
+from functional_sd3.flow.ode.predictor_corrector import UNIPC, unipc
+from functional_sd3.flow.ode.registry import ADAPTIVE, METHODS, NAMES, STOCHASTIC, named
+from functional_sd3.flow.ode.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4, Tableau, explicit
+from functional_sd3.flow.ode.stochastic import ancestral, churn, renoised
+from functional_sd3.flow.times import Times
+
+__all__ = [
+    "AB2",
+    "AB3",
+    "AB4",
+    "ADAPTIVE",
+    "Adaptive",
+    "Advance",
+    "BOSH3",
+    "DOPRI5",
+    "DPMPP_2M",
+    "Diverged",
+    "EULER",
+    "HEUN",
+    "HEUN_EDM",
+    "METHODS",
+    "MIDPOINT",
+    "Method",
+    "NAMES",
+    "RALSTON",
+    "RK4",
+    "STOCHASTIC",
+    "Save",
+    "State",
+    "StepInfo",
+    "TSIT5",
+    "Tableau",
+    "Times",
+    "UNIPC",
+    "adams_bashforth",
+    "ancestral",
+    "churn",
+    "evaluations",
+    "explicit",
+    "finish",
+    "from_tensors",
+    "integrate",
+    "named",
+    "no_memory",
+    "renoised",
+    "run",
+    "start",
+    "step",
+    "to_tensors",
+    "unipc",
+]

@@ -1,0 +1,272 @@
+"""Integrating with steps as long as a tolerance allows: every sample of a batch takes its own.
+
+    solution = solve(DOPRI5, velocity, noise, [1.0, 0.0], rtol=1e-5, atol=1e-6)
+
+A sample's steps depend on it alone, so that its result is the same in any batch; samples that have arrived wait for
+the others. The times in between cost nothing and change nothing: the solution at them is dense output.
+
+`solve` is a fold over `Run`, a tree of tensors: `start`, `step` until `finished`, `finish`. Between two steps a run can
+be written to disk and taken up again, with the same result to the bit. `step` is straight-line code that reads no
+value on the host: it works under `torch.compile(fullgraph=True)` and `vmap`. `solve` does not: how many steps it takes
+is decided by values, which a compiled or vmapped loop cannot wait for. Put the samples in one batch instead.
+
+Derivatives, in both modes, are those of the accepted steps with their lengths held fixed, in x, the times and all that
+the velocity closes over. Reverse mode keeps every attempt in memory, the rejected ones too where another sample of the
+batch accepted.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Velocity
+from functional_sd3.flow.ode import dense, step_size, tolerances
+from functional_sd3.flow.ode.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
+from functional_sd3.flow.ode.method import State, StepInfo
+from functional_sd3.flow.ode.runge_kutta import combine, stages
+from functional_sd3.flow.path import broadcast, denoised
+from functional_sd3.flow.times import Times, checked
+
+METHODS = {method.name: method for method in (BOSH3, DOPRI5, TSIT5)}
+"""The adaptive methods by name, for command lines."""
+
+
+class Run(NamedTuple):
+    """Where an adaptive run stands. What is not said to have another shape is (batch,), in the dtype of x."""
+
+    x: Tensor
+    """(batch, ...) at time t."""
+    t: Tensor
+    slope: Tensor
+    """The velocity at (x, t), (batch, ...)."""
+    h: Tensor
+    """The length of the step to try next, positive."""
+    error: Tensor
+    """Of the last accepted step, in units of the tolerance."""
+    tried: Tensor
+    """The error of the last attempt: above 1 it was rejected, not finite where the velocity is not."""
+    times: Tensor
+    """(n, batch): the start, where the solution is wanted, and the end."""
+    states: Tensor
+    """(n, batch, ...): the solution at those of the times that have been reached."""
+    evaluations: Tensor
+    """int64, as `accepted` and `rejected`."""
+    accepted: Tensor
+    rejected: Tensor
+
+
+class Solution(NamedTuple):
+    """The result of an adaptive run, and what it took."""
+
+    x: Tensor
+    """(n, batch, ...): the solution at `times`; `x[-1]` is the end."""
+    times: Tensor
+    """(n, batch)"""
+    evaluations: Tensor
+    """int64 (batch,): calls of the velocity that a sample needed. While it waits for others it is evaluated too."""
+    accepted: Tensor
+    """int64 (batch,): steps."""
+    rejected: Tensor
+    """int64 (batch,): attempts that were too long."""
+    dense: list[dense.Piece]
+    """Every step, for `dense.evaluate(solution.dense, t)` at any t; empty unless asked for."""
+    h: Tensor
+    """(batch,): the length that the next step would have."""
+
+
+class Failed(ArithmeticError):
+    """A sample cannot go on: `sample`, its `t`, the step length `h` that failed, and the `run` with all its states,
+    of which `state` is the last good one."""
+
+    def __init__(self, message: str, sample: int, run: Run):
+        super().__init__(message)
+        self.sample, self.run = sample, run
+        self.t, self.h, self.state = run.t[sample].item(), run.h[sample].item(), State(run.x, run.t, [])
+
+
+def solve(
+    method: Adaptive,
+    velocity: Velocity,
+    x: Tensor,
+    times: Times,
+    *,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+    max_steps: int | None = None,
+    h: float | Tensor | None = None,
+    keep: bool = False,
+    on_step: Callable[[StepInfo], Any] | None = None,
+) -> Solution:
+    """The solution from x at times[0] to times[-1], at each of `times`.
+
+    velocity: asked with t (batch,), each sample at its own time. times: (n,) or (n, batch), monotone within [0, 1].
+    rtol, atol, max_steps: instead of the method's; the error of the end is of the size of the tolerance, not below it.
+    h: the length of the first step, by default chosen with one evaluation more. keep: fill `Solution.dense`, which
+    holds 4 or 5 times x for every step. on_step: told of each of times[1:], once all samples have passed it, with the
+    straight line through it and the time before as the prediction of the data.
+
+    Raises ValueError for times as `ode.integrate` does and for tolerances that x's dtype cannot meet; `Failed`, naming
+    sample, t and h, when a step underflows, the velocity is not finite or max_steps attempts did not suffice.
+    """
+    method = tolerances.replace(method, rtol, atol, max_steps)
+    run, pieces, told = start(method, velocity, x, times, h=h), [], 1
+    while not finished(method, run):
+        run, piece = _attempt(method, velocity, run, keep)
+        pieces += [piece] if keep else []
+        if on_step is not None:
+            told = _tell(on_step, run, told)
+    return finish(run, pieces)
+
+
+def start(method: Adaptive, velocity: Velocity, x: Tensor, times: Times, *, h: float | Tensor | None = None) -> Run:
+    """The run before its first step, after one evaluation of the velocity and a second when h is not given."""
+    if x.ndim == 0:
+        raise ValueError("x is a scalar; an adaptive method takes samples, (batch, ...)")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    tolerances.check(method, x)
+    grid = checked(times, x)
+    grid = grid if grid.ndim == 2 else grid[:, None].expand(-1, len(x))
+    t, end = grid[0], grid[-1]
+    slope = velocity(x, t).to(x.dtype)
+    finite = torch.isfinite(slope.detach()).reshape(len(x), -1).all(1)
+    asked = torch.full_like(t, 1, dtype=torch.int64)
+    if h is None:
+        length = step_size.first(method, velocity, x, t, end, slope)
+        asked = asked + 1
+    else:
+        length = torch.as_tensor(h, dtype=x.dtype, device=x.device).abs().expand_as(t).clone()
+    none = torch.zeros_like(asked)
+    return Run(
+        x=x,
+        t=t,
+        slope=slope,
+        h=torch.where(finite, length, 0.0),
+        error=torch.full_like(t.detach(), 1e-4),
+        tried=torch.where(finite, 0.0, torch.nan).to(t.dtype),
+        times=grid,
+        states=x.expand(len(grid), *x.shape),
+        evaluations=asked,
+        accepted=none,
+        rejected=none,
+    )
+
+
+def step(method: Adaptive, velocity: Velocity, run: Run) -> Run:
+    """One attempt of every sample that has not arrived: it goes on where the error is within the tolerance, and tries
+    a shorter step next where it is not."""
+    return _attempt(method, velocity, run, False)[0]
+
+
+def finished(method: Adaptive, run: Run) -> bool:
+    """Whether all samples have arrived; raises `Failed` when one cannot. The one place that reads values."""
+    waiting, failing = run.t != run.times[-1], _failing(method, run)
+    try:
+        code = (waiting.any() + 2 * failing.any()).item()
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise ValueError(
+            "an adaptive method cannot run under vmap, which has one loop for all: put the samples in one batch, where "
+            "each has its own steps, or use a method of fixed steps"
+        ) from error
+    if code >= 2:
+        raise _failure(method, run, int(failing.to(torch.uint8).argmax()))
+    return code == 0
+
+
+def finish(run: Run, pieces: list[dense.Piece] | None = None) -> Solution:
+    """The solution of a run that has arrived."""
+    arrived = _samples(run.times == run.times[-1], run.states)
+    states = torch.where(arrived, run.x, run.states)
+    return Solution(states, run.times, run.evaluations, run.accepted, run.rejected, pieces or [], run.h)
+
+
+def to_tensors(run: Run) -> dict[str, Tensor]:
+    """A run as flat named tensors, for safetensors."""
+    return tree.flatten_paths(run)
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> Run:
+    """The inverse of `to_tensors`."""
+    return Run(**tensors)
+
+
+def _attempt(method: Adaptive, velocity: Velocity, run: Run, keep: bool) -> tuple[Run, dense.Piece | None]:
+    x, t, end = run.x, run.t, run.times[-1]
+    # A hair's breadth more rather than a last step of nearly no length; and the end itself, not its rounding.
+    lands = 1.01 * run.h >= (end - t).detach().abs()
+    t_next = torch.where(lands, end, t + torch.copysign(run.h, (end - t).detach()))
+    slopes = stages(method.tableau, velocity, x, t, t_next, run.slope)
+    h = broadcast(t_next - t, x)
+    x_next = x + h * combine(method.tableau.weights, slopes)
+    error = step_size.norm(h * combine(method.errors, slopes), x, x_next, method)
+    going = t != end
+    accepted, rejected = going & (error <= 1), going & ~(error <= 1)
+    length = (t_next - t).detach().abs() * step_size.factor(method, error, run.error, ~(run.tried <= 1))
+    # A step cut short by the end says nothing against the length that was meant.
+    length = torch.where(accepted & lands, torch.maximum(length, run.h), length)
+    chosen, piece, states = _samples(accepted, x), None, run.states
+    if keep or len(run.times) > 2:
+        piece = dense.piece(method, x, slopes, t, torch.where(accepted, t_next, t))
+        between = run.times[1:-1]
+        reached = _samples(dense.inside(piece, between), states)
+        inner = torch.where(reached, dense.value(piece, between), states[1:-1])
+        states = torch.cat([states[:1], inner, states[-1:]])
+    after = Run(
+        x=torch.where(chosen, x_next, x),
+        t=torch.where(accepted, t_next, t),
+        slope=torch.where(chosen, slopes[-1], run.slope),
+        h=torch.where(going, length, run.h),
+        error=torch.where(accepted, error, run.error),
+        tried=torch.where(going, error, run.tried),
+        times=run.times,
+        states=states,
+        evaluations=run.evaluations + going * (len(slopes) - 1),
+        accepted=run.accepted + accepted,
+        rejected=run.rejected + rejected,
+    )
+    return after, piece
+
+
+def _failing(method: Adaptive, run: Run) -> Tensor:
+    left = (run.times[-1] - run.t).detach().abs()
+    lost = run.h < torch.minimum(step_size.smallest(run.x, run.t, run.times[-1]), left)
+    return (left > 0) & (lost | (run.accepted + run.rejected >= method.max_steps))
+
+
+def _failure(method: Adaptive, run: Run, sample: int) -> Failed:
+    t, h, end = (float(value[sample]) for value in (run.t, run.h, run.times[-1]))
+    place = f"sample {sample} stopped at t = {t:.9g} on its way to {end:.6g} after {int(run.accepted[sample])} steps: "
+    if not math.isfinite(float(run.tried[sample])):
+        return Failed(
+            f"{place}the velocity gives values that are not finite there (tried down to h = {h:.3g})", sample, run
+        )
+    asked = ", ".join(
+        f"{name} = {float(value.expand(len(run.t))[sample] if isinstance(value, Tensor) else value):.3g}"
+        for name, value in (("rtol", method.rtol), ("atol", method.atol))
+    )
+    if int(run.accepted[sample] + run.rejected[sample]) >= method.max_steps:
+        reason = f"max_steps = {method.max_steps} attempts did not suffice at {asked} (the next has h = {h:.3g})"
+    else:
+        reason = f"even a step of h = {h:.3g} has an error beyond {asked}, which rounding may be too coarse for"
+    return Failed(f"{place}{reason}", sample, run)
+
+
+def _tell(on_step: Callable[[StepInfo], Any], run: Run, told: int) -> int:
+    """Report the times that all samples have passed since; the number of those reported."""
+    solution = finish(run)
+    ahead = (run.times - run.t) * (run.times[-1] - run.times[0]) > 0
+    passed = len(run.times) - int(ahead.any(1).sum())
+    for index in range(told, passed):
+        x, t, gone = solution.x[index], run.times[index], run.times[index] - run.times[index - 1]
+        slope = (x - solution.x[index - 1]) / broadcast(torch.where(gone == 0, 1.0, gone), x)
+        on_step(StepInfo(index - 1, len(run.times) - 1, State(x, t, []), denoised(x, slope, t)))
+    return passed
+
+
+def _samples(flags: Tensor, x: Tensor) -> Tensor:
+    return flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim))

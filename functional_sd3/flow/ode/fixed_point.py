@@ -1,0 +1,122 @@
+"""The inverse of a method's step, by fixed-point iteration: for a flow that is to be run back the way it came.
+
+A step of length h is a map y -> y + h phi(y). Following the flow the other way with the same method does not undo it;
+solving x = step(y) for y does. For Euler's method the iteration y <- x - h v(y, t) is that of backward Euler (Pan et
+al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", arXiv:2309.04907, algorithm 1,
+there for DDIM); here it is y <- y + (x - step(y)), which is the same and does for any one-step method.
+"""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.dispatch import is_concrete
+from functional_sd3.core.types import Tree, Velocity
+from functional_sd3.flow.ode.method import Advance, Method, no_memory
+from functional_sd3.flow.path import broadcast
+
+ITERATIONS = 50
+TOLERANCE = 1e-6
+DEPTH = 4
+
+
+class Unsolved(ArithmeticError):
+    """No y whose step leads to x was found: `sample` is the worst, its `residual` is relative to |x|, `t` is y's."""
+
+    def __init__(self, sample: int, residual: float, tolerance: float, iterations: int, t: float):
+        super().__init__(
+            f"sample {sample} at t = {t:.6g}: {iterations} iterations left {residual:.2g} of |x|, above the tolerance "
+            f"{tolerance:.2g}; more steps or less guidance make the equation easier, tolerance=None takes what there is"
+        )
+        self.sample, self.residual, self.t = sample, residual, t
+
+
+def inverse(
+    method: Method, *, iterations: int = ITERATIONS, tolerance: float | None = TOLERANCE, depth: int = DEPTH
+) -> Method:
+    """The method whose step from (x, t) to t_next is the y for which `method`'s step from (y, t_next) to t gives x.
+
+    It asks for the velocity only where `method` would, once for each of its stages an iteration. A sample is done when
+    |x - step(y)| <= tolerance |x| (Euclidean; float32 reaches about 1e-7), and then stays as it is, so that it does not
+    depend on its batch; the iteration ends when all are done, or after `iterations`. tolerance None: all iterations,
+    whatever they reach.
+    depth: of Anderson's acceleration (1965; Walker and Ni 2011), the number of earlier iterates that a step is combined
+    with. 0 is the plain iteration, which converges where h |dphi/dy| < 1.
+
+    Works under vmap, grad (through the iterations) and compile, where nothing can be read and so all iterations are
+    made. Elsewhere a tolerance that is not met raises `Unsolved`. Raises ValueError for a method that remembers or
+    takes its last step otherwise, and for iterations below 1.
+    """
+    check_one_step(method)
+    if iterations < 1:
+        raise ValueError(f"iterations {iterations} must be at least 1")
+
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+        y, pairs = x, []
+        enough = None if tolerance is None else tolerance * _norms(x)
+        for _ in range(iterations):
+            there = method.step(velocity, y, t_next, t, [])
+            residual = x - there.x
+            pairs = [*pairs, (y, residual)][-depth - 1 :]
+            proposed = _combined(pairs)
+            if enough is None:
+                y = proposed
+                continue
+            left = _norms(residual)
+            done = left <= enough
+            y = torch.where(broadcast(done, x), y, proposed)
+            if is_concrete(done) and done.all():
+                return Advance(y, memory, there.slope)
+        if enough is not None and is_concrete(left):
+            _refuse(left / _norms(x), tolerance, iterations, t_next)
+        return Advance(y, memory, there.slope)
+
+    return Method(
+        no_memory, step, order=method.order, evaluations=iterations * method.evaluations, name=f"{method.name}_inverse"
+    )
+
+
+def check_one_step(method: Method) -> None:
+    """Raises ValueError unless every step of the method is the same function of x and the times alone."""
+    start = torch.zeros(1, dtype=torch.float32, device="cpu")
+    half = torch.full((), 0.5, dtype=torch.float32, device="cpu")
+    if method.init(start, 2 * half) != []:
+        raise ValueError(f"{method.name} carries a state of its own; only one-step methods have inverses")
+    if method.step(lambda x, t: x, start, 2 * half, half, []).memory != []:
+        raise ValueError(f"{method.name} remembers earlier steps; only one-step methods such as heun have inverses")
+    if method.last is not None:
+        raise ValueError(
+            f"{method.name} ends with a step of {method.last.name}, so that its steps are not all alike; take the "
+            "method without its last: method._replace(last=None)"
+        )
+
+
+def _combined(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The next iterate from the last ones and their residuals, newest last: y + r - sum_j gamma_j (dy_j + dr_j), where
+    |r - sum_j gamma_j dr_j| is least for each sample."""
+    y, residual = pairs[-1]
+    if len(pairs) == 1:
+        return y + residual
+    # (batch, iterates, elements)
+    iterates, residuals = (
+        torch.stack([each.reshape(len(y), -1) for each in part], 1) for part in zip(*pairs, strict=True)
+    )
+    moves, changes, flat = iterates.diff(dim=1), residuals.diff(dim=1), residuals[:, -1]
+    # The normal equations square the condition number, so they are solved in double precision. A ridge keeps them
+    # regular where iterates have stopped to move.
+    wide = changes.double()
+    gram = wide @ wide.transpose(1, 2)
+    ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).amax(1) + torch.finfo(torch.float64).tiny
+    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    weights = torch.linalg.solve(gram, wide @ flat.double()[..., None]).to(flat.dtype)
+    return y + residual - (weights.transpose(1, 2) @ (moves + changes)).reshape(y.shape)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1).norm(dim=1)
+
+
+def _refuse(left: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:
+    # What is not finite is the velocity's fault, which `check=True` of a run names.
+    worst = int(left.nan_to_num(nan=0.0, posinf=0.0).argmax())
+    if tolerance < left[worst] < torch.inf:
+        raise Unsolved(worst, float(left[worst]), tolerance, iterations, float(t if t.ndim == 0 else t[worst]))

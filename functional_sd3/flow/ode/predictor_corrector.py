@@ -1,0 +1,89 @@
+"""A method that corrects where it is with what it sees there, at no evaluation more: UniPC.
+
+Zhao et al. 2023, arXiv:2302.04867, algorithms 5 and 6 in the prediction of the data, with B(h) = e^h - 1.
+"""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Tree, Velocity
+from functional_sd3.flow.ode.method import Advance, Method, no_memory
+from functional_sd3.flow.ode.multistep import Memory
+from functional_sd3.flow.ode.polynomial import integral
+from functional_sd3.flow.path import broadcast
+
+EDGE = 1e-6
+"""lambda is infinite at t = 0 and 1; differences of it are taken from this near, as diffusers does at 1."""
+
+
+def unipc(order: int = 2) -> Method:
+    """UniPC-p, p = `order` in 1, 2, 3, over lambda = log((1 - t) / t).
+
+    With D = x - t v, x_next = (t_next / t) x + t_next (the integral of e^lambda D). The predictor integrates the
+    polynomial through the last p values of D. When the velocity at its result is known, the corrector takes the same
+    step again with that D too, and the next step starts from there: no evaluation is asked for twice, and the last
+    state of a run is a prediction. Two values are weighed by one half, the paper's shortcut for p = 2 (predictor) and 1
+    (corrector). The first step is Euler's, and so is one to or from t = 0. A run's order is p + 1 on grids that keep
+    away from t = 1, where lambda is infinite, and 2 on those that start there.
+
+    The steps of diffusers' `UniPCMultistepScheduler` (use_flow_sigmas, flow_prediction, bh2) on the same sigmas. It
+    asks the model at times cut to whole thousandths and begins at 1 - 1e-6; for p = 3 with `lower_order_final` it takes
+    the step before the last with p = 2.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order {order} of UniPC must be 1, 2 or 3")
+
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+        slope = velocity(x, t).to(x.dtype)
+        here = {"value": x - broadcast(t, x) * slope, "t": t}
+        start, points = x, [here]
+        if memory:
+            seen = memory["seen"]
+            start = _corrected(memory["x"], seen, here, x)
+            points = [here, *seen][:order]
+        # (t_next / t) start + (1 - t_next / t) D, where t = 0 is no exception.
+        moved = broadcast(torch.where(t > 0, (t_next - t) / torch.where(t > 0, t, 1.0), 0.0), x) * (start - x)
+        x_next = start + moved + broadcast(t_next - t, x) * slope
+        return Advance(x_next + _bend(points, t_next, x), {"x": start, "seen": points}, slope)
+
+    name = "unipc" if order == 2 else f"unipc_{order}"
+    return Method(no_memory, step, order=min(order + 1, 2), evaluations=1, name=name)
+
+
+UNIPC = unipc(2)
+
+
+def _corrected(x: Tensor, seen: Memory, here: dict[str, Tensor], predicted: Tensor) -> Tensor:
+    """The step from x at the time of seen[0] to `here`, with what is seen here; `predicted` where nothing can be."""
+    last, t = seen[0]["t"], here["t"]
+    usable = (last > 0) & (t > 0) & (t != last)
+    ratio = t / torch.where(last > 0, last, 1.0)
+    line = broadcast(ratio, x) * x + broadcast(1 - ratio, x) * seen[0]["value"]
+    again = line + _bend([seen[0], here, *seen[1:]], t, x)
+    return torch.where(broadcast(usable, x), again, predicted)
+
+
+def _bend(points: Memory, t_next: Tensor, x: Tensor) -> Tensor:
+    """What the polynomial through the points adds to the step on the value of the first, from its time to t_next."""
+    if len(points) == 1:
+        return torch.zeros_like(x)
+    t = points[0]["t"]
+    bent = (t > 0) & (t_next > 0) & (t != t_next)
+    # Elsewhere harmless numbers, so that the derivatives are finite too.
+    here, after = torch.where(bent, t, 0.5), torch.where(bent, t_next, 0.25)
+    h = _apart_in_lambda(here, after)
+    nodes = [torch.zeros_like(h), *(_apart_in_lambda(here, point["t"]) / h for point in points[1:])]
+    moments = [1 - after / here]
+    for power in range(1, len(points)):
+        moments.append(1 - after - power / h * moments[-1])
+    if len(points) == 2:
+        moments[1] = moments[0] / 2
+    first = points[0]["value"]
+    added = integral([torch.zeros_like(x), *(point["value"] - first for point in points[1:])], nodes, moments, x)
+    return torch.where(broadcast(bent, x), added, 0.0)
+
+
+def _apart_in_lambda(t: Tensor, other: Tensor) -> Tensor:
+    """lambda(other) - lambda(t), to the precision of the difference of the times."""
+    t, other = t.clamp(EDGE, 1 - EDGE), other.clamp(EDGE, 1 - EDGE)
+    return torch.log1p((t - other) / other) + torch.log1p((t - other) / (1 - t))

@@ -1,0 +1,60 @@
+"""Methods that can be run back exactly: from the state at the end, the state at the start, but for rounding.
+
+McCallum and Foster 2024, "Efficient, Accurate and Stable Gradients for Neural ODEs", arXiv:2410.11648, section 3. Two
+copies y and z of the state take turns, each along the step Psi_h(t, x) of any one-step method taken at the other:
+
+    y' = lambda y + (1 - lambda) z + Psi_h(t, z)        z = z' + Psi_-h(t', y')
+    z' = z - Psi_-h(t', y')                             y = (y' - (1 - lambda) z - Psi_h(t, z)) / lambda
+
+The right column undoes the left whatever Psi is, for it recomputes the very increments. lambda < 1 couples the copies,
+which would drift apart otherwise, and is what makes the pair stable; going back it multiplies errors by 1 / lambda.
+"""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Tree, Velocity
+from functional_sd3.flow.ode.fixed_point import check_one_step
+from functional_sd3.flow.ode.method import Advance, Method
+from functional_sd3.flow.ode.runge_kutta import MIDPOINT
+from functional_sd3.flow.path import broadcast
+
+COUPLING = 0.99
+
+
+def reversible(base: Method = MIDPOINT, coupling: float = COUPLING) -> tuple[Method, Method]:
+    """(there, back): a method of the order of `base` at twice its evaluations, and the one that undoes it.
+
+    `there` is a method like any other, in either direction of time. The copy z is its memory, {"twin": (batch, ...)}:
+    to be undone, a run must be taken up with the state it ended in, not with its x alone,
+    `ode.run(back, velocity, end, times.flip(0))`. `back` is for that alone: what `there` damps it lets grow, by
+    1 / lambda a step. coupling: lambda in (0, 1].
+
+    Under vmap, grad and compile as `base`. Raises ValueError for a coupling outside (0, 1] and a base that remembers.
+    """
+    check_one_step(base)
+    if not 0 < coupling <= 1:
+        raise ValueError(f"coupling {coupling} must be above 0 and at most 1")
+
+    def increment(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
+        step = base.step(velocity, x, t, t_next, [])
+        # A method leaves x as it is in a step of no length, but x - x is not 0 where x is not finite.
+        return torch.where(broadcast(t == t_next, x), 0.0, step.x - x), step.slope
+
+    def there(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+        twin = memory["twin"]
+        gained, slope = increment(velocity, twin, t, t_next)
+        x = coupling * x + (1 - coupling) * twin + gained
+        return Advance(x, {"twin": twin - increment(velocity, x, t_next, t)[0]}, slope)
+
+    def back(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+        gained, slope = increment(velocity, x, t, t_next)
+        twin = memory["twin"] + gained
+        x = (x - (1 - coupling) * twin - increment(velocity, twin, t_next, t)[0]) / coupling
+        return Advance(x, {"twin": twin}, slope)
+
+    def init(x: Tensor, t: Tensor) -> Tree:
+        return {"twin": x}
+
+    name, cost = f"reversible_{base.name}", 2 * base.evaluations
+    return Method(init, there, base.order, cost, name), Method(init, back, base.order, cost, f"{name}_back")

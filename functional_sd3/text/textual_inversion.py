@@ -1,0 +1,136 @@
+"""Textual inversion: words of one's own, each a few vectors beside the learned embeddings of a text encoder.
+
+Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). A word becomes an added token of the tokenizers and
+new rows of the embedding tables; where it is typed, it stands for all of its vectors, one token each. Everything here
+returns new tables and new trees; nothing that was given is changed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Params
+from functional_sd3.text import bpe, unigram
+from functional_sd3.text.bpe.check import Special
+from functional_sd3.text.bpe.tables import cuts_of
+from functional_sd3.text.unigram.tables import pattern_of
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+
+
+class Word(NamedTuple):
+    """What to type, and what it means to each encoder: "clip_l", "clip_g" and "t5" -> (vectors, width)."""
+
+    token: str
+    vectors: Mapping[str, Tensor]
+
+
+class Learned(NamedTuple):
+    """A model that knows more words: what `pipeline.generate` takes first."""
+
+    params: dict[str, Params]
+    config: Any
+    tokenizers: Any
+
+
+def add(params: dict[str, Params], config: Any, tokenizers: Any, *words: Word) -> Learned:
+    """The model with words added, in order; an encoder for which a word has no vectors reads it as ordinary text.
+
+    params, config, tokenizers: of a model (`weights.Model`), whose parts may be absent. A word takes the ids that
+    follow the tokenizer's; rows of the embedding that no token has (T5 has 28 of them) are used first. CLIPs that find
+    the end of a text at its highest id (`clip.LEGACY_EOS_ID`) are told its id instead, since added tokens are higher.
+
+    Raises ValueError when a word is empty or known already, has vectors of another width than the encoder or for none
+    that is there, or different numbers of vectors for different encoders.
+    """
+    for word in words:
+        _check(word, params, config, tokenizers)
+        for name in ENCODERS:
+            if name in word.vectors and name in params:
+                tables = getattr(tokenizers, name)
+                first, count = _next_id(tables), len(word.vectors[name])
+                ids = tuple(range(first, first + count))
+                tokenizers = _with(tokenizers, name, _EXTEND[name](tables, word.token, ids))
+                params = {**params, name: _with_rows(params[name], _TABLE[name], first, word.vectors[name])}
+                rows = params[name][_TABLE[name]]["weight"].shape[0]
+                changes = {"vocab": rows} | ({} if name == "t5" else {"eos_id": tables.eos_id})
+                config = _with(config, name, replace(getattr(config, name), **changes))
+    return Learned(params, config, tokenizers)
+
+
+def names(token: str, count: int) -> list[str]:
+    """What the tokens of a word are called: itself, then <word>_1, <word>_2, ... as diffusers calls them."""
+    return [token, *(f"{token}_{index}" for index in range(1, count))]
+
+
+def _check(word: Word, params: Mapping[str, Params], config: Any, tokenizers: Any) -> None:
+    unknown = sorted(set(word.vectors) - set(ENCODERS))
+    if unknown:
+        raise ValueError(f"{word.token!r} has vectors for {unknown[0]!r}; encoders are {', '.join(ENCODERS)}")
+    if not word.token.strip() or word.token != word.token.strip():
+        raise ValueError(f"the word {word.token!r} must not be empty, nor begin or end with white space")
+    there = [name for name in word.vectors if name in params]
+    if not there:
+        meant = ", ".join(word.vectors) or "no encoder"
+        raise ValueError(f"{word.token!r} has vectors for {meant}, of which none is here")
+    counts = {name: len(word.vectors[name]) for name in word.vectors}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise ValueError(f"{word.token!r} must have as many vectors for each encoder, at least 1; it has {counts}")
+    for name in there:
+        width, shape = getattr(config, name).width, tuple(word.vectors[name].shape)
+        if len(shape) != 2 or shape[1] != width:
+            raise ValueError(f"{word.token!r} has vectors of shape {list(shape)} for {name}, whose width is {width}")
+        tables, rows = getattr(tokenizers, name), params[name][_TABLE[name]]["weight"].shape[0]
+        if tables is not None and rows < _next_id(tables):
+            raise ValueError(f"the tokenizer of {name} knows {_next_id(tables)} tokens, its encoder {rows}")
+        if tables is None:
+            raise ValueError(f"{word.token!r} has vectors for {name}, whose tokenizer is absent")
+        known = _contents(tables)
+        taken = [token for token in names(word.token, len(word.vectors[name])) if token in known]
+        if taken:
+            raise ValueError(f"{taken[0]!r} is a token of {name} already; choose another word")
+
+
+def _contents(tables: Any) -> set[str]:
+    if isinstance(tables, bpe.Tables):
+        return set(tables.names.values())
+    return {*tables.pieces, *(token.content for token in tables.added)}
+
+
+def _next_id(tables: Any) -> int:
+    if isinstance(tables, bpe.Tables):
+        return max(tables.names) + 1
+    return max(len(tables.pieces) - 1, *(token.id for token in tables.added)) + 1
+
+
+def _with_rows(params: Params, table: str, first: int, vectors: Tensor) -> Params:
+    weight = params[table]["weight"]
+    rows = [weight[:first], vectors.to(weight), weight[first + len(vectors) :]]
+    return {**params, table: {**params[table], "weight": torch.cat(rows)}}
+
+
+def _extended_bpe(tables: bpe.Tables, token: str, ids: tuple[int, ...]) -> bpe.Tables:
+    added = dict(zip(ids, names(token, len(ids)), strict=True))
+    specials = tuple(sorted((*tables.specials, *(Special(text, i, True, False) for i, text in added.items()))))
+    several = {**tables.several, **({ids[0]: ids} if len(ids) > 1 else {})}
+    found = {**tables.names, **added}
+    return replace(tables, specials=specials, names=found, cuts=cuts_of(specials), several=several)
+
+
+def _extended_unigram(tables: unigram.Tables, token: str, ids: tuple[int, ...]) -> unigram.Tables:
+    fresh = (unigram.AddedToken(i, text) for i, text in zip(ids, names(token, len(ids)), strict=True))
+    added = (*tables.added, *fresh)
+    several = {**tables.several, **({ids[0]: ids} if len(ids) > 1 else {})}
+    return replace(tables, added=added, added_pattern=pattern_of(added), several=several)
+
+
+def _with(record: Any, name: str, value: Any) -> Any:
+    """A frozen dataclass or a NamedTuple with one field replaced."""
+    return record._replace(**{name: value}) if hasattr(record, "_replace") else replace(record, **{name: value})
+
+
+_EXTEND = {"clip_l": _extended_bpe, "clip_g": _extended_bpe, "t5": _extended_unigram}
+_TABLE = {"clip_l": "token_embedding", "clip_g": "token_embedding", "t5": "embedding"}
