@@ -103,13 +103,7 @@ def _clip(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--params",
-        metavar="PATH",
-        action="append",
-        help="weights, as for generate; several are put together (default: the shipped tiny model)",
-    )
-    options.add_variant(parser)
+    options.add_params(parser)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
 
 

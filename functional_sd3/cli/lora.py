@@ -11,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     info = actions.add_parser("info", help="say what a file holds")
     info.add_argument("file", metavar="FILE", help="a LoRA, or a folder with one")
-    info.add_argument("--params", metavar="DIR", help="a model: say whether the LoRA is for it")
+    info.add_argument(
+        "--params", metavar="PATH", action="append", help="a model, as for generate: say whether the LoRA is for it"
+    )
     options.add_variant(info)
     info.add_argument("--all", action="store_true", help="a line for every layer")
     merge = actions.add_parser("merge", help="write a model with LoRAs merged into it")
@@ -52,7 +54,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.params:
         config = weights.outline(arguments.params, variant=arguments.variant).config
         loaded = lora.load_with_report(arguments.file, config, allow_absent=True)
-        report.say(f"adapts {len(adapters.nodes(loaded.lora))} weights of {arguments.params}")
+        report.say(f"adapts {len(adapters.nodes(loaded.lora))} weights of {' and '.join(arguments.params)}")
         lora_options.note_left_out(arguments.file, loaded.left_out)
     return 0
 

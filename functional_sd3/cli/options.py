@@ -28,14 +28,7 @@ _LARGEST_SIDE = 100_000
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--params",
-        metavar="PATH",
-        action="append",
-        help="a folder or file of weights of any form; given several times, they are put together (default: the "
-        "shipped tiny model)",
-    )
-    add_variant(parser)
+    add_params(parser)
     lora_options.add_arguments(parser)
     parser.add_argument(
         "--offload",
@@ -44,6 +37,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def add_params(parser: argparse.ArgumentParser) -> None:
+    """For every command that reads one model, which several paths may make up."""
+    parser.add_argument(
+        "--params",
+        metavar="PATH",
+        action="append",
+        help="a folder or file of weights of any form; given several times, they are put together (default: the "
+        "shipped tiny model)",
+    )
+    add_variant(parser)
 
 
 def add_variant(parser: argparse.ArgumentParser) -> None:

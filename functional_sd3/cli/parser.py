@@ -87,8 +87,8 @@ def parse(words: Sequence[str]) -> CommandLine:
         loose = [word for word in rest if not word.startswith("-")]
         hint = "; a text of several words needs quotes around it" if loose else ""
         flags = parsed.leaf._option_string_actions
-        near = "" if loose else suggestion(rest[0], flags)
-        parsed.leaf.error(f"unrecognized arguments: {shorten(' '.join(rest))}{near}{hint}")
+        near = suggestion(rest[0], flags) if rest[0].startswith("-") else ""
+        parsed.leaf.error(f"unrecognized arguments: {shorten(' '.join(rest))}{near or hint}")
     # A command records its options, and resumes where they are the same: those of all commands are none of them.
     own = {name: value for name, value in vars(parsed).items() if name not in ("leaf", "quiet", "debug")}
     return CommandLine(argparse.Namespace(**own), parsed.quiet, parsed.debug)

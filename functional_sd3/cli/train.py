@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="DIR|shapes", help="folder of images, or the built-in shapes")
     add("--out", required=True, metavar="DIR", help="folder for the trained model, its log and checkpoints")
-    add("--params", metavar="DIR", help="model to start from (default: the shipped tiny one)")
-    options.add_variant(parser)
+    options.add_params(parser)
     add("--part", choices=("transformer", "vae"), default="transformer", help="what is trained (default transformer)")
     add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
     add("--scratch", action="store_true", help="fresh parameters of the same sizes")

@@ -5,6 +5,8 @@ import math
 import shutil
 from pathlib import Path
 
+from functional_sd3.cli import options
+
 OURS = ("checkpoints", "samples", "log.csv")
 """What a run that did not come to its end leaves in its folder."""
 _LEAST = {
@@ -45,6 +47,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
+    options.check_params(arguments.params)
     if arguments.data != "shapes":
         _check_data(arguments.data)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():

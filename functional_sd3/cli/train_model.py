@@ -1,7 +1,7 @@
 """The model of a training run: what learns in float32, the rest as it is stored, and back to the stored dtypes."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from functional_sd3.weights import default_dtype, finite
 from functional_sd3.weights.model import Model
 
 
-def load(arguments: argparse.Namespace, source: Path) -> tuple[Model, Model, torch.dtype | None]:
+def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, Model, torch.dtype | None]:
     """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
 
     What learns is float32. The rest stays as it is stored, unless the device does not compute that well.
     """
     device = runtime.device(arguments.device)
     stored = weights.load(source, dtype="stored", variant=arguments.variant)
-    runtime.require(stored, ("transformer", "vae") if arguments.part == "transformer" else ("vae",), source)
+    needed = ("transformer", "vae") if arguments.part == "transformer" else ("vae",)
+    runtime.require(stored, needed, " and ".join(map(str, source)))
     if arguments.part == "vae":
         names, dtype = ("vae",), None
     else:

@@ -1,6 +1,7 @@
 """A training run put together from its command line: model, images, settings, the state it goes on from, its result."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
 
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
-    source = Path(arguments.params) if arguments.params else shipped.folder()
+    source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     stored, model, dtype = train_model.load(arguments, source)
     images = _images(arguments, model, say)
     options = _options(arguments, dtype)
@@ -153,7 +154,11 @@ def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> parts.
 
 
 def _settings(
-    arguments: argparse.Namespace, source: Path, stored: Model, images: parts.Pictures, ids: conditioning.Ids | None
+    arguments: argparse.Namespace,
+    source: list[Path],
+    stored: Model,
+    images: parts.Pictures,
+    ids: conditioning.Ids | None,
 ) -> dict[str, Any]:
     """What a checkpoint keeps of a run: its options, and digests of what it reads."""
     options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
@@ -165,7 +170,7 @@ def _settings(
     return {
         **options,
         "text-encoders": train_model.text_encoders(vars(arguments)),
-        "params": str(source.resolve()),
+        "params": os.pathsep.join(str(path.resolve()) for path in source),
         "fingerprint of the data": images.fingerprint,
         **{continuing.CONTENTS + name: digest for name, digest in contents.items()},
     }

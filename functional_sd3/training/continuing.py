@@ -28,8 +28,8 @@ class Difference(NamedTuple):
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Difference]:
     """The settings that differ. One that the checkpoint lacks, as it is older than the option, had its default.
 
-    Where files lie ("params", "data") is compared only where the checkpoint has no digest of what is in them; captions,
-    not the template that some were made by.
+    Where files lie ("params", "data") is no difference of its own where the checkpoint has digests of what is in them;
+    captions are compared, not the template that some were made by.
     """
     old = {**defaults, **before}
     found = [
@@ -40,7 +40,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Map
     if any(each.name == CONTENTS + "the data" for each in found):
         implied = ("fingerprint of the data", CONTENTS + "the tokens")
         found = [each for each in found if each.name not in implied]
-    if not any(name.startswith(CONTENTS) for name in before):
+    # Where the files lie is no difference of its own, but where their contents differ it says what to give.
+    is_model = any(each.name.startswith(CONTENTS) and each.name.endswith(" of the model") for each in found)
+    if is_model or not any(name.startswith(CONTENTS) for name in before):
         if before.get("params", now["params"]) != now["params"]:
             found.append(Difference("params", before["params"], now["params"]))
     return found

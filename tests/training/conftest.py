@@ -99,7 +99,8 @@ def command(model_folder, capsys):
     def run(*words):
         parser = argparse.ArgumentParser()
         train.add_arguments(parser)
-        base = ["--params", model_folder, "--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size", "4"]
+        params = [] if "--params" in words else ["--params", model_folder]
+        base = [*params, "--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size", "4"]
         small = ["--save-every", "3", "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
         status = train.run(parser.parse_args([str(word) for word in (*base, *small, *words)]))
         return status, capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_a_base_that_was_swapped_is_noticed_wherever_it_lies(command, model_fold
     model = weights.load(moved, dtype=torch.float16)
     model.params["t5"]["blocks"][0]["norm1"]["weight"][3] += 1
     weights.save(moved, model)
-    with pytest.raises(ValueError, match=r"the contents of the t5 of the model changed \(digest .* -> .*Resume with"):
+    with pytest.raises(ValueError, match=r"contents of the t5 of .* changed \(digest .*\); params /.* -> .*Resume"):
         command("--out", run, "--resume", "--params", moved)
     assert "contents of the t5" in command("--out", run, "--resume", "--force", "--params", moved)[1]
 
@@ -299,3 +299,34 @@ def test_every_row_of_the_log_is_a_line_where_there_is_no_terminal(command, tmp_
     lines = [line for line in messages.splitlines() if line.startswith("step ")]
     assert [line.partition(":")[0] for line in lines] == [f"step {step} of 6" for step in (2, 3, 4, 6)]
     assert all(re.search(r"loss \d+\.\d{4}, rate \S+, \S+ steps/s, \d\d:\d\d:\d\d left", line) for line in lines)
+
+
+def test_a_model_of_several_paths_is_the_model(command, model_folder, run, tmp_path, monkeypatch):
+    model, out = weights.load(model_folder, dtype="stored"), tmp_path / "several"
+    only = {name: model.params[name] for name in ("transformer", "vae")}
+    rest = {name: value for name, value in model.params.items() if name not in only}
+    for name, its in (("a", only), ("b", rest)):
+        weights.save(tmp_path / name, weights.Model(model.config, its, model.tokenizers), layout="native")
+    with pytest.raises(ValueError, match="--params nowhere: there is no such file or folder"):
+        command("--out", out, "--params", "nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert command("--out", out, "--params", "a", "--params", "b")[0] == 0
+    assert not tree.diff(params(out), params(run))
+    assert command("--out", out, "--resume", "--steps", 7)[0] == 0
+
+
+def test_the_word_tiny_is_the_shipped_model_in_any_folder(tmp_path, monkeypatch):
+    import argparse
+
+    from functional_sd3.cli import train
+    from functional_sd3.weights import shipped
+
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    seen = {}
+    monkeypatch.setattr(train_setup.train_model, "load", lambda arguments, source: seen.update(source=source) or 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["--params", "tiny"]):
+        with pytest.raises(ZeroDivisionError):
+            train_setup.prepare(parser.parse_args(["--data", "shapes", "--out", "o", *words]), print)
+        assert seen.pop("source") == [shipped.folder()]
