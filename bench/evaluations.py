@@ -21,9 +21,10 @@ from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng
 from functional_sd3.flow import ode
 from functional_sd3.flow.ode import adaptive
+from functional_sd3.formats import files
 from functional_sd3.pipeline import Conditions
 from functional_sd3.training import shapes
-from functional_sd3.weights import Model, files, shipped
+from functional_sd3.weights import Model, shipped
 
 BUDGETS = (4, 8, 16, 28, 56)
 SCALES = (1.0, 3.0, 5.0, 7.0)

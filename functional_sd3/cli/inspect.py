@@ -42,7 +42,7 @@ def _is_picture(path: Path) -> bool:
     """Whatever is neither a folder nor looks like weights, so that its error is the picture's."""
     if not path.is_file() or path.suffix == ".safetensors":
         return False
-    from functional_sd3.weights import files
+    from functional_sd3.formats import files
 
     start = files.start(path)
     return not (start[8:9] == b"{" or start.startswith((b"PK\3\4", b"GGUF", b"\x80", b"{")))
@@ -105,7 +105,7 @@ def _stored(part) -> Iterator[str]:
 
 
 def _header(path: Path, depth: int) -> Iterator[str]:
-    from functional_sd3.weights import files
+    from functional_sd3.formats import files
 
     header = files.read_header(path)
     yield f"{path}: {len(header.tensors)} tensors"

@@ -138,8 +138,8 @@ def _save(
     out: Path, single: bool, suffix: str, images, settings: written.Settings, arguments: argparse.Namespace
 ) -> Path:
     """Write a strip, or an animation where the suffix is of one; its path."""
+    from functional_sd3.formats import files
     from functional_sd3.image import pixels
-    from functional_sd3.weights import files
 
     if suffix in output.ANIMATIONS:
         content = output.encoded_animation(pixels.to_pil(images), suffix, settings, arguments.fps)

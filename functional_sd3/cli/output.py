@@ -93,7 +93,7 @@ def write_new(folder: Path, name: str, suffix: str, content: bytes) -> Path:
 
 def save(path: Path, picture: "Image", settings: Settings) -> None:
     """Put an image with its settings at `path`, in the form of its suffix, whole or not at all."""
-    from functional_sd3.weights import files
+    from functional_sd3.formats import files
 
     files.write_atomic(path, encoded(picture, path.suffix, settings))
 

@@ -96,7 +96,7 @@ def emit(path: str | None, report: Report) -> None:
         _print(sys.stdout, content)
         return
     if path:
-        from functional_sd3.weights import files
+        from functional_sd3.formats import files
 
         files.write_atomic(path, (content + "\n").encode())
     for line in report.text:

@@ -11,8 +11,9 @@ from functional_sd3 import weights
 from functional_sd3.cli import runtime
 from functional_sd3.core import tree
 from functional_sd3.core.types import Tree
+from functional_sd3.formats import finite
 from functional_sd3.training import parts
-from functional_sd3.weights import default_dtype, finite
+from functional_sd3.weights import default_dtype
 from functional_sd3.weights.model import Model
 
 
@@ -61,7 +62,7 @@ def as_stored(params: Tree, stored: Tree) -> Tree:
     def cast(leaf: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         # Float8 without scales would round what was learned away.
         narrow = leaf.to("cpu", torch.bfloat16 if old.dtype.itemsize < 2 else old.dtype)
-        return leaf.cpu() if finite.stranger(narrow) else narrow
+        return leaf.cpu() if finite.nonfinite_kind(narrow) else narrow
 
     return tree.map(cast, params, stored)
 

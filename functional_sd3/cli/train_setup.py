@@ -11,13 +11,14 @@ import torch
 from functional_sd3 import pipeline, weights
 from functional_sd3.cli import report, train_model
 from functional_sd3.core import prng, tree
+from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
 from functional_sd3.image import pixels, vae
 from functional_sd3.text import conditioning
 from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, parts
 from functional_sd3.training.step import TrainState
-from functional_sd3.weights import files, finite, shipped
+from functional_sd3.weights import shipped
 from functional_sd3.weights.model import SPECS, Model
 
 ENCODED = "data.safetensors"
@@ -252,6 +253,6 @@ def _kept_latents(path: Path, of: str, count: int) -> torch.Tensor:
     if entry is None or entry.shape[:1] != (count,) or entry.dtype != torch.float32:
         raise WeightsError(f"{path}: holds no latents of {count} images")
     latents = files.tensor(mapped, "latents")
-    if what := finite.stranger(latents):
+    if what := finite.nonfinite_kind(latents):
         raise WeightsError(f"{path}: holds {what}")
     return latents

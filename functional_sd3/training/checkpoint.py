@@ -16,9 +16,8 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Tree
-from functional_sd3.formats import json_fields
+from functional_sd3.formats import files, finite, json_fields
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import files, finite
 
 LEAST = 2
 """Checkpoints that are kept at least: the newest may turn out to be unreadable."""
@@ -121,7 +120,7 @@ def set_aside(path: Path) -> Path:
 def not_finite(state: Tree) -> str | None:
     """The first leaf of a state that holds NaN or an infinity, as a sentence; None when there is none."""
     for name, leaf in tree.flatten_paths(state).items():
-        if leaf.is_floating_point() and (what := finite.stranger(leaf)):
+        if leaf.is_floating_point() and (what := finite.nonfinite_kind(leaf)):
             return f"{name} holds {what}"
     return None
 

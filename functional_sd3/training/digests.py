@@ -14,9 +14,8 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params
-from functional_sd3.formats import bounded
+from functional_sd3.formats import bounded, files
 from functional_sd3.formats.errors import WeightsError, reason
-from functional_sd3.weights import files
 
 LENGTH = 32
 """Hexadecimal digits that are kept: collisions by accident are out of the question."""

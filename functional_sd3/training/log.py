@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from functional_sd3.formats import bounded
+from functional_sd3.formats import bounded, files
 from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.formats.printable import shorten
-from functional_sd3.weights import files
 
 
 class Log(NamedTuple):

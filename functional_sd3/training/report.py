@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from functional_sd3.formats import files
 from functional_sd3.image import pixels
-from functional_sd3.weights import files
 
 WIDTH, HEIGHT, MARGIN = 640, 280, 40
 

@@ -21,11 +21,11 @@ import torch
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
+from functional_sd3.formats import files
 from functional_sd3.image import pixels
 from functional_sd3.text import conditioning
 from functional_sd3.training import checkpoint, loop, shapes, step, tiny_model, tiny_report, tiny_stages
 from functional_sd3.training.tiny_stages import Stage
-from functional_sd3.weights import files
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
 
 VAE_STEPS = 1200

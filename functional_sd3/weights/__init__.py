@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from functional_sd3.core.types import Params
+from functional_sd3.formats import atomic, files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.weights import (
-    atomic,
     composing,
     default_dtype,
     diffusers,
-    files,
     forms,
     layout,
     merge,
@@ -174,7 +173,7 @@ def save(
     dtype: to convert to while writing, None keeps each parameter's. shard_bytes: weights above this size are split, in
     the layouts that others read split ("diffusers", a folder of "native"); the rest raise ValueError above it. Of the
     model in an existing folder nothing is left, its other entries stay; if the save fails or is killed, what was there
-    still loads as it was (`weights.atomic` says how). Raises WeightsError when the parameters do not fit the config or
+    still loads as it was (`formats.atomic` says how). Raises WeightsError when the parameters do not fit the config or
     the system refuses, ValueError for an unknown layout.
     """
     model = _given(model, params)

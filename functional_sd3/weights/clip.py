@@ -14,18 +14,18 @@ from torch import Tensor
 
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params
-from functional_sd3.formats import bounded, json_fields
+from functional_sd3.formats import bounded, files, json_fields, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.json_fields import Object
+from functional_sd3.formats.shards import WeightFiles
 from functional_sd3.image import clip_pixels
 from functional_sd3.text import bpe, clip
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.text.clip import image as clip_image
-from functional_sd3.weights import config_fields, default_dtype, diffusers_keys, files, layout, shards
+from functional_sd3.weights import config_fields, default_dtype, diffusers_keys, layout
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.layout import Layout, Rule, Source, renamed
-from functional_sd3.weights.shards import WeightFiles
 
 _HEAD_WIDTH = 64
 """Of every CLIP released by OpenAI: what tells the number of heads where only shapes are known."""

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from functional_sd3.weights import controlnets, files, forms, ip_adapters, lora_files, standalone
-from functional_sd3.weights.files import Mapped
+from functional_sd3.formats import files
+from functional_sd3.formats.files import Mapped
+from functional_sd3.weights import controlnets, forms, ip_adapters, lora_files, standalone
 
 
 class Companion(NamedTuple):
@@ -31,7 +32,7 @@ def find(path: Path, variant: str | None = None) -> Companion | None:
         return next((_lora(path / name, variant) for name in names if (path / name).is_file()), None)
     if not path.is_file() or files.start(path)[8:9] != b"{":
         return None
-    what = forms.stranger(files.read_header(path).tensors) or ""
+    what = forms.foreign_kind(files.read_header(path).tensors) or ""
     told = next((kind for kind in _KINDS if what.partition(",")[0].endswith(" " + kind)), None)
     return _KINDS[told](path, variant) if told else None
 

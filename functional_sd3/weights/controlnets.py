@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3.core.types import Params
+from functional_sd3.formats import atomic, files, shards
 from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.files import Mapped
 from functional_sd3.transformer import controlnet
-from functional_sd3.weights import atomic, config_fields, files, shards, standalone
+from functional_sd3.weights import config_fields, standalone
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.config_fields import Field, Fixed, Table, choice, flag, optional, whole
 from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.diffusers_keys import TRANSFORMER
-from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout, renamed
 
 OWNER = "SD3ControlNetModel"

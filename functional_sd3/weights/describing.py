@@ -13,9 +13,10 @@ import torch
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
-from functional_sd3.weights import companions, composing, files, finite
+from functional_sd3.formats import files, finite
+from functional_sd3.formats.files import Mapped
+from functional_sd3.weights import companions, composing
 from functional_sd3.weights.companions import Companion
-from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.model import SPECS, Model, Tokenizers, missing
 from functional_sd3.weights.reading import Plan
 
@@ -123,6 +124,6 @@ def _stranger(plan: Plan, name: str) -> str | None:
 
 
 def _stranger_in(mapped: Mapped, name: str) -> str | None:
-    what = finite.stranger(files.tensor(mapped, name))
+    what = finite.nonfinite_kind(files.tensor(mapped, name))
     files.release(mapped, name)
     return what

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3.core import tree
+from functional_sd3.formats import files, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import config_fields, files, forms, layout, shards
+from functional_sd3.weights import config_fields, forms, layout
 from functional_sd3.weights import diffusers_configs as configs
 from functional_sd3.weights.forms import Form
 from functional_sd3.weights.layout import Layout

@@ -158,7 +158,7 @@ FORMS = (
 
 # Beside the components of a checkpoint, and nothing to load.
 _IGNORED = re.compile(r"(.*\.)?(logit_scale|scaled_fp8)|model_ema\.(decay|num_updates)")
-_STRANGERS = (
+_FOREIGN = (
     (r".*\.(weight\.)?(quant_state\.bitsandbytes__\w+|absmax|quant_map|nested_absmax|SCB)$",
      "quantized by bitsandbytes (nf4 or int8), which is not read: give the model it was made from; "
      "`quantize` makes small weights of that"),
@@ -178,15 +178,15 @@ _STRANGERS = (
 )
 
 
-def stranger(names: Collection[str]) -> str | None:
+def foreign_kind(names: Collection[str]) -> str | None:
     """What a file with these names is, if it is something else than components of a model."""
-    return next((what for pattern, what in _STRANGERS if any(re.match(pattern, name) for name in names)), None)
+    return next((what for pattern, what in _FOREIGN if any(re.match(pattern, name) for name in names)), None)
 
 
 def recognise(names: Collection[str]) -> dict[Form, list[str]]:
     """The forms in a file -> their names. Raises WeightsError for a file of none, of what is something else, or with
     names that belong to nothing."""
-    if what := stranger(names):
+    if what := foreign_kind(names):
         raise WeightsError(f"is {what}; a model of SD3 is needed here")
     present = [form for form in FORMS if any(form.has(name) for name in names)]
     for prefix in {form.prefix for form in present}:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Params
-from functional_sd3.formats import bounded, state_dict
+from functional_sd3.formats import bounded, files, state_dict
 from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.metrics import inception
-from functional_sd3.weights import files
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

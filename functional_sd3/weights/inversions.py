@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import shorten
 from functional_sd3.text.textual_inversion import Word
-from functional_sd3.weights import files
 
 _NAMES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}
 _THEIRS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}

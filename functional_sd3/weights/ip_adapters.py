@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3.core.types import Params
+from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.files import Mapped
 from functional_sd3.transformer import ip_adapter
-from functional_sd3.weights import files, layout, standalone
+from functional_sd3.weights import layout, standalone
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout, renamed
 
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 
+from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.formats.printable import shorten
-from functional_sd3.weights import adapters, files, lora_foreign, lora_keys, lora_layers, lora_metadata
+from functional_sd3.weights import adapters, lora_foreign, lora_keys, lora_layers, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
 from functional_sd3.weights.lora_keys import Module, Table, Target
 from functional_sd3.weights.model import Config

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import adapters, files, finite
+from functional_sd3.weights import adapters
 from functional_sd3.weights.adapters import Adapter
 from functional_sd3.weights.lora_keys import FACTORS, Module, Target
 
@@ -44,7 +45,7 @@ class Layer(NamedTuple):
         if not math.prod(entry.shape):
             raise self.error(role, f"is {list(entry.shape)} and holds no values{_RANK.get(role, '')}")
         value = files.tensor(self.mapped, self.keys[role])
-        if what := finite.stranger(value):
+        if what := finite.nonfinite_kind(value):
             raise self.error(role, f"holds {what}, so it is not finite")
         # PyTorch computes nothing in float8; bfloat16 holds all its numbers.
         return value.to(torch.bfloat16) if value.dtype.itemsize < 2 else value.clone()

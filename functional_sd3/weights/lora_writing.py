@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from functional_sd3.weights import adapters, files, lora_keys, lora_metadata
+from functional_sd3.formats import files
+from functional_sd3.weights import adapters, lora_keys, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
 from functional_sd3.weights.diffusers import COMPONENTS
 from functional_sd3.weights.layout import Source

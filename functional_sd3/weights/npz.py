@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from functional_sd3.formats import bounded
+from functional_sd3.formats.atomic import replace_file
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import shorten
-from functional_sd3.weights.atomic import replace_file
 
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _LARGEST = 2**34

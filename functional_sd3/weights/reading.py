@@ -14,12 +14,13 @@ from torch import Tensor
 
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.formats import files, finite, gguf
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import default_dtype, files, finite, forms, gguf, layout
+from functional_sd3.formats.files import Mapped
+from functional_sd3.formats.header import Entry
+from functional_sd3.weights import default_dtype, forms, layout
 from functional_sd3.weights.default_dtype import Dtype, Kind
-from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.forms import Form
-from functional_sd3.weights.header import Entry
 from functional_sd3.weights.layout import Layout, Source, Sources
 from functional_sd3.weights.model import SPECS
 
@@ -199,7 +200,7 @@ def _with_scales(path: str, params: Tree, scales: Mapping[str, Tensor]) -> Tree:
 def _part(plan: Plan, name: str, dtype: torch.dtype | None, check_finite: bool) -> Tensor:
     value = files.tensor(plan.places[name], name)
     if _entry(plan.places, name).blocks:
-        if check_finite and (what := finite.stranger(value)):
+        if check_finite and (what := finite.nonfinite_kind(value)):
             raise WeightsError(_not_finite(plan, name, what))
         value = value.to(dtype=dtype)
     if name not in plan.scales:
@@ -222,7 +223,7 @@ def _check_finite(plan: Plan, names: list[str]) -> None:
         for read in (name, plan.scales.get(name)):
             # Blocks are looked at when they have been decoded, once.
             if read and not _entry(plan.places, read).blocks:
-                if what := finite.stranger(files.tensor(plan.places[read], read)):
+                if what := finite.nonfinite_kind(files.tensor(plan.places[read], read)):
                     raise WeightsError(_not_finite(plan, read, what))
 
 

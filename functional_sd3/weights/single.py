@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import tree
-from functional_sd3.weights import diffusers, files, forms, layout, notes, shards
+from functional_sd3.formats import files, shards
+from functional_sd3.weights import diffusers, forms, layout, notes
 from functional_sd3.weights.forms import Form
 from functional_sd3.weights.model import SPECS, Model, scaled_weight
 from functional_sd3.weights.sources import NATIVE_FOLDER, STABILITY_FILES

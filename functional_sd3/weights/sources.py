@@ -9,24 +9,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from functional_sd3.formats import atomic, files, gguf, magic, pickles, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
+from functional_sd3.formats.files import Mapped
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import (
-    atomic,
-    config_fields,
-    diffusers,
-    files,
-    forms,
-    gguf,
-    kinds,
-    notes,
-    pickles,
-    shards,
-    shipped,
-    taesd_keys,
-)
+from functional_sd3.weights import config_fields, diffusers, forms, notes, shipped, taesd_keys
 from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.reading import Contents, Piece
 
 NATIVE_FOLDER = "parameters"
@@ -175,9 +163,9 @@ def _tokenizer(folder: Path, names: Collection[str]) -> dict[str, Any]:
 def _file(path: Path) -> Contents:
     start = files.start(path)
     if start[8:9] != b"{":
-        if start.startswith(kinds.ZIP):
+        if start.startswith(magic.ZIP):
             return _pickled(path)
-        if start.startswith(kinds.GGUF):
+        if start.startswith(magic.GGUF):
             mapped = gguf.open_gguf(path)
             return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
         if start.lstrip().startswith(b"{"):
@@ -190,7 +178,7 @@ def _pickled(path: Path) -> Contents:
     mapped = pickles.open_pickle(path)
     tiny = [form for form in forms.FORMS if form.component == "taesd"]
     if not any(form.has(name) for form in tiny for name in mapped.header.tensors):
-        raise WeightsError(f"{path}: {kinds.HOW_TO_CONVERT}")
+        raise WeightsError(f"{path}: {magic.HOW_TO_CONVERT}")
     return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import default_dtype, files, layout, reading
+from functional_sd3.formats.files import Mapped
+from functional_sd3.weights import default_dtype, layout, reading
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.files import Mapped
 from functional_sd3.weights.layout import Layout
 
 

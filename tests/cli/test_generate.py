@@ -142,7 +142,7 @@ def test_an_out_that_cannot_be_written_is_said_before_the_work(folder, tmp_path,
 
 
 def test_a_full_disk_is_a_message_and_leaves_no_half_picture(folder, tmp_path, capsys, monkeypatch):
-    from functional_sd3.weights import files
+    from functional_sd3.formats import files
 
     def full(*arguments, **options):
         raise OSError(28, "No space left on device", "p.png")

@@ -7,9 +7,10 @@ import torch
 
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng, tree
+from functional_sd3.formats import files
 from functional_sd3.text import bpe, clip, textual_inversion, unigram
 from functional_sd3.text.textual_inversion import Word
-from functional_sd3.weights import WeightsError, files, load_inversion, save_inversion
+from functional_sd3.weights import WeightsError, load_inversion, save_inversion
 from tests import models
 from tests.models import parts
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from functional_sd3.core import tree
+from functional_sd3.formats import files
 from functional_sd3.training import checkpoint, interruption, log, loop, recorder
-from functional_sd3.weights import WeightsError, files
+from functional_sd3.weights import WeightsError
 from tests.training import interrupted
 
 PACKAGE = Path(interrupted.__file__).parents[2]

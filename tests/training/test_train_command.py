@@ -193,7 +193,7 @@ def test_a_lora_is_left_as_a_file_that_changes_the_model_it_was_trained_on(comma
 
 
 def test_a_lora_that_was_interrupted_goes_on_to_the_same_bits(command, tmp_path):
-    from functional_sd3.weights import files
+    from functional_sd3.formats import files
 
     assert command("--out", tmp_path / "whole", "--lora", 2)[0] == 0
     assert command("--out", tmp_path / "cut", "--lora", 2)[0] == 0

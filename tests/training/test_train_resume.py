@@ -12,8 +12,9 @@ from PIL import Image
 from functional_sd3 import weights
 from functional_sd3.cli import train, train_setup
 from functional_sd3.core import tree
+from functional_sd3.formats import files
 from functional_sd3.training import checkpoint, digests, lock
-from functional_sd3.weights import WeightsError, files
+from functional_sd3.weights import WeightsError
 
 # The model here has no CLIP-G, which is noted whenever prompts are encoded.
 pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")

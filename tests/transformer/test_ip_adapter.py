@@ -10,9 +10,10 @@ from torch.func import grad, vmap
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.formats import files
 from functional_sd3.transformer import ip_adapter, mmdit
 from functional_sd3.transformer.ip_adapter import ImagePrompt
-from functional_sd3.weights import WeightsError, files, load_ip_adapter
+from functional_sd3.weights import WeightsError, load_ip_adapter
 from tests import models
 from tests.models import parts
 

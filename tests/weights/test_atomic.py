@@ -13,8 +13,9 @@ import torch
 
 from functional_sd3 import weights
 from functional_sd3.core import tree
+from functional_sd3.formats import atomic, files
 from functional_sd3.image import vae
-from functional_sd3.weights import Config, Model, WeightsError, atomic, diffusers, files
+from functional_sd3.weights import Config, Model, WeightsError, diffusers
 
 SMALL = Config(vae=vae.Config(channels=(2, 2), blocks_per_level=1, groups=1, sample_size=4))
 

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.flow import schedule
+from functional_sd3.formats import atomic, finite, magic
 from functional_sd3.image import taesd, vae
 from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import Config, Model, WeightsError, atomic, finite, kinds, notes, sources
+from functional_sd3.weights import Config, Model, WeightsError, notes, sources
 from tests.models import random_model
 
 KEY = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
@@ -89,13 +90,13 @@ def test_finiteness_is_told_for_every_pattern_of_bits(dtype, bits):
     value = torch.cat([torch.full((9,), -0.5).to(dtype).view(torch.uint8), pattern]).view(dtype)
     last = value[-1].double()
     expected = "NaN" if last.isnan() else "an infinity" if last.isinf() else None
-    assert finite.stranger(value) == expected
+    assert finite.nonfinite_kind(value) == expected
 
 
 def test_a_sum_that_overflows_is_not_taken_for_an_infinity():
-    assert finite.stranger(torch.full((4,), 60000.0, dtype=torch.float16)) is None
-    assert finite.stranger(torch.full((4,), 3e38)) is None
-    assert finite.stranger(torch.zeros(0, dtype=torch.float8_e4m3fn)) is None
+    assert finite.nonfinite_kind(torch.full((4,), 60000.0, dtype=torch.float16)) is None
+    assert finite.nonfinite_kind(torch.full((4,), 3e38)) is None
+    assert finite.nonfinite_kind(torch.zeros(0, dtype=torch.float8_e4m3fn)) is None
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named_with_their_prefix(path):
@@ -208,7 +209,7 @@ def test_what_people_take_for_weights_is_named_as_what_it_is_whatever_was_to_be_
 def test_the_command_that_converts_pickles_converts_them(saved, tmp_path):
     tensors = load_file(saved)
     nested = {"image_proj": {"a": torch.ones(2)}, "b": torch.zeros(3)}
-    told = shlex.split(kinds.HOW_TO_CONVERT[kinds.HOW_TO_CONVERT.index("python -c") :])
+    told = shlex.split(magic.HOW_TO_CONVERT[magic.HOW_TO_CONVERT.index("python -c") :])
     for name, state in {"flat": tensors, "lightning": {"state_dict": tensors, "epoch": 3}, "nested": nested}.items():
         pickled, converted = tmp_path / f"{name}.pt", tmp_path / f"{name}.safetensors"
         torch.save(state, pickled)

@@ -7,10 +7,11 @@ import torch
 
 from functional_sd3 import weights
 from functional_sd3.core import prng, tree
+from functional_sd3.formats import files
 from functional_sd3.image import clip_pixels
 from functional_sd3.text import bpe, clip
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.weights import WeightsError, files, layout
+from functional_sd3.weights import WeightsError, layout
 from functional_sd3.weights.clip import LAYOUT
 from tests import models
 

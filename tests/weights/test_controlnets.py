@@ -8,8 +8,9 @@ import torch
 
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.formats import files
 from functional_sd3.transformer import controlnet
-from functional_sd3.weights import WeightsError, controlnets, files, load, load_controlnet, save_controlnet
+from functional_sd3.weights import WeightsError, controlnets, load, load_controlnet, save_controlnet
 
 JOINT = controlnet.Config(
     depth=3, heads=2, head_dim=16, context_width=12, pooled_width=10, position_size=9, extra_channels=1, qk_norm=True,

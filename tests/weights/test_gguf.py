@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from functional_sd3 import weights
 from functional_sd3.core import tree
+from functional_sd3.formats import blocks
+from functional_sd3.formats import gguf as ours
 from functional_sd3.text import t5
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import Config, WeightsError, blocks, forms, layout
-from functional_sd3.weights import gguf as ours
+from functional_sd3.weights import Config, WeightsError, forms, layout
 from tests.weights.conftest import CONFIG
 
 MODEL = Config(

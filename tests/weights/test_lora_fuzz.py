@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from functional_sd3.formats import files
 from functional_sd3.training import lora
-from functional_sd3.weights import WeightsError, adapters, files, lora_files
+from functional_sd3.weights import WeightsError, adapters, lora_files
 from tests.weights.conftest import CONFIG
 from tests.weights.test_lora_kinds import PARAMS
 

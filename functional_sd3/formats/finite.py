@@ -11,7 +11,7 @@ _CONVERTED, _SUMMED = 2**18, 2**22
 _LARGEST_FP8 = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 
 
-def stranger(value: Tensor) -> str | None:
+def nonfinite_kind(value: Tensor) -> str | None:
     """What a tensor holds besides finite values, "NaN" or "an infinity", else None. Copies what is not contiguous."""
     if not value.numel():
         return None

@@ -10,9 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from functional_sd3.formats import json_fields
+from functional_sd3.formats import json_fields, magic
 from functional_sd3.formats.errors import WeightsError, reason
-from functional_sd3.weights import kinds
 
 DTYPES = {
     "F64": torch.float64,
@@ -42,7 +41,7 @@ _MOST_DIMENSIONS = 64
 class Entry(NamedTuple):
     """One tensor of a file: `start` and `end` are places in the file.
 
-    blocks: the kind of blocks (`weights.blocks`) its bytes are, of which `dtype` is what they become; None where they
+    blocks: the kind of blocks (`formats.blocks`) its bytes are, of which `dtype` is what they become; None where they
     are the values themselves.
     """
 
@@ -67,11 +66,11 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
         size = os.fstat(file.fileno()).st_size
         start = file.read(_START)
         length = int.from_bytes(start[:8], "little")
-        if start[8:9] != b"{" and (found := kinds.stranger(start)):
+        if start[8:9] != b"{" and (found := magic.foreign_kind(start)):
             raise ValueError(found)
         if start[8:9] != b"{" and file.seek(257) and file.read(5) == b"ustar":
             raise ValueError("is an archive, not weights: unpack it, and give what is in it")
-        if start and start[8:9] != b"{" and _is_text(start):
+        if size >= 8 and start[8:9] != b"{" and _is_text(start):
             raise ValueError("is a text file, not weights")
         if size < 8:
             raise ValueError(f"{size} bytes are too few for a safetensors file: truncated, or something else")

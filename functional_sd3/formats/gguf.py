@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from functional_sd3.formats import files, magic
+from functional_sd3.formats.blocks import BLOCKS
 from functional_sd3.formats.errors import WeightsError, reason
+from functional_sd3.formats.files import Mapped
+from functional_sd3.formats.header import Entry, Header
 from functional_sd3.formats.printable import shorten
-from functional_sd3.weights import files, kinds
-from functional_sd3.weights.blocks import BLOCKS
-from functional_sd3.weights.files import Mapped
-from functional_sd3.weights.header import Entry, Header
 
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -152,7 +152,7 @@ def _map(path: Path) -> tuple[int, mmap.mmap]:
 
 
 def _read(reader: _Reader) -> _Described:
-    if reader.content(4) != kinds.GGUF:
+    if reader.content(4) != magic.GGUF:
         raise ValueError("its magic is another")
     if (version := reader.number("I")) not in _VERSIONS:
         raise ValueError(f"its version {version} must be {' or '.join(map(str, _VERSIONS))}, low bytes first")

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from functional_sd3.formats import bounded, state_dict
+from functional_sd3.formats import bounded, files, state_dict
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import files
-from functional_sd3.weights.files import Mapped
-from functional_sd3.weights.header import Entry, Header
-from functional_sd3.weights.kinds import HOW_TO_CONVERT
+from functional_sd3.formats.files import Mapped
+from functional_sd3.formats.header import Entry, Header
+from functional_sd3.formats.magic import HOW_TO_CONVERT
 
 LARGEST = 64 * 2**20
 """Bytes: several times TAESD, far below any other component."""

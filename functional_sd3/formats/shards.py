@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError, attempt, reason
-from functional_sd3.weights import files
-from functional_sd3.weights.files import Mapped
-from functional_sd3.weights.header import Entry
+from functional_sd3.formats.files import Mapped
+from functional_sd3.formats.header import Entry
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

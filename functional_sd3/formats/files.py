@@ -18,11 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.formats import bounded, json_fields
+from functional_sd3.formats import blocks, bounded, finite, json_fields
+from functional_sd3.formats.atomic import replace_file
 from functional_sd3.formats.errors import WeightsError, reason
-from functional_sd3.weights import blocks, finite
-from functional_sd3.weights.atomic import replace_file
-from functional_sd3.weights.header import DTYPES, Header, read
+from functional_sd3.formats.header import DTYPES, Header, read
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 """What the format can hold."""
@@ -182,7 +181,7 @@ def write(
 
 def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     converted = value.to("cpu", dtype)
-    if dtype != value.dtype and finite.stranger(converted) and not finite.stranger(value):
+    if dtype != value.dtype and finite.nonfinite_kind(converted) and not finite.nonfinite_kind(value):
         raise WeightsError(f"{name} holds values that {dtype} cannot: {value.abs().max().item():g} is the largest")
     return converted
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from functional_sd3.weights import WeightsError, files
+from functional_sd3.formats import files
+from functional_sd3.weights import WeightsError
 
 DTYPES = [d for d in files.DTYPES.values() if d.is_floating_point] + [torch.int64, torch.int8, torch.uint8, torch.bool]
 

@@ -1,4 +1,4 @@
-"""What a file is, told by how it begins: what people take for weights and is none, and what is read another way."""
+"""Identify file types by their leading bytes."""
 
 HOW_TO_CONVERT = (
     "is a pickle, which may run code when it is opened; where you trust it, convert it: "
@@ -24,8 +24,8 @@ _OTHERS = (
 )
 
 
-def stranger(start: bytes) -> str | None:
-    """What a file that is no safetensors file is, as the end of a sentence; None where that is not known."""
+def foreign_kind(start: bytes) -> str | None:
+    """The type of a file that is not safetensors, as the end of a sentence ("is a ..."); None if it is unknown."""
     text = start.lstrip().lower()
     if start.startswith(_PICKLES):
         return HOW_TO_CONVERT
