@@ -95,7 +95,7 @@ def _is_text(start: bytes) -> bool:
 
 def parse(text: bytes) -> dict[str, Any]:
     """A JSON object none of whose names stand twice. Raises WeightsError for anything else."""
-    return dict(json_fields.parse_object(text, "the header").values)
+    return dict(json_fields.parse_object(text.decode("utf-8"), "the header").values)
 
 
 def _metadata(table: dict[str, Any]) -> dict[str, str]:

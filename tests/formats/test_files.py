@@ -143,7 +143,7 @@ BROKEN = {
     "not json": (crafted(b"not json"), "Expecting value"),
     "not text": (crafted(b"\xff\xfe"), "utf-8"),
     "nested without end": (crafted(b"[" * 100_000), ""),
-    "a list": (crafted([]), "holds list where an object is needed"),
+    "a list": (crafted([]), "is [], not a JSON object"),
     "a name twice": (crafted(b'{"w":{}, "w":{}}'), "'w' is named twice"),
     "metadata of numbers": (crafted({"__metadata__": {"step": 3}}), "__metadata__ must map names to strings"),
     "a tensor without shape": (crafted({"w": {"dtype": "F32", "data_offsets": [0, 0]}}), "w must be described by"),
@@ -157,7 +157,7 @@ BROKEN = {
     "gap": (crafted({"a": described(), "b": described(offsets=[8, 12])}, b"1" * 12), "b (bytes 8 to 12) leaves a gap"),
     "truncated": (crafted({"w": described()}, b"123"), "is truncated"),
     "too long": (crafted({"w": described()}, b"12345"), "bytes that belong to no tensor"),
-    "more than memory": (crafted({"w": described(shape=[2**62, 2**62], offsets=[0, 2**62])}), "needs"),
+    "more than memory": (crafted({"w": described(shape=[2**62, 2**62], offsets=[0, 2**62])}), "beyond what can be counted"),
 }
 
 
@@ -179,12 +179,12 @@ def test_what_is_no_file_is_an_error_and_never_waits(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"")
     for name, sentence in {
-        "pipe": "device or pipe, not a file",
+        "pipe": "is a named pipe, not a file",
         "loop": "too many levels of symbolic links",
         "folder": "is a folder, not a file",
         "absent": "no such file",
         "file/below": "not a directory",
-        "nul\0": "is not a path",
+        "nul\0": "embedded null byte",
         "x" * 300: "too long",
     }.items():
         with pytest.raises(WeightsError, match=sentence):
