@@ -26,6 +26,13 @@ STABILITY_FILES = {
     "taesd3.safetensors": ("taesd",),
 }
 """The files of a `models/` folder, as Stability's reference and ComfyUI look for them, and what `save` puts in each."""
+_ROOMS = (
+    "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "Stable-diffusion", "VAE",
+    "text_encoder", "text_encoder_2", "text_encoder_3", "transformer",
+)  # fmt: skip
+"""Folders of a `models/` folder (ComfyUI's, AUTOMATIC1111's) or of a diffusers folder without its model_index.json that
+hold parts of a model; others (loras, controlnet, embeddings) hold what goes with one."""
+_WEIGHTS = (".safetensors", ".sft", ".gguf")
 OWNED = {
     "diffusers": diffusers.OWNED,
     "stability": (*diffusers.OWNED, NATIVE_FOLDER, *STABILITY_FILES),
@@ -71,7 +78,7 @@ def _folder(named: Path, folder: Path, only: Collection[str], variant: str | Non
         return _component(folder, variant)
     if names & {"vocab.json", "spiece.model", "tokenizer.json"}:
         return Contents([], _tokenizer(folder, names))
-    return _loose(named, folder, names, only)
+    return _loose(named, folder, names, only, [folder / name for name in sorted(names.intersection(_ROOMS))], variant)
 
 
 def _component(folder: Path, variant: str | None) -> Contents:
@@ -102,8 +109,31 @@ def _component(folder: Path, variant: str | None) -> Contents:
     return Contents([Piece(name, component.form, str(folder), weights.tensors, config)], {})
 
 
-def _loose(named: Path, folder: Path, names: Collection[str], only: Collection[str]) -> Contents:
-    """A folder of files that each say what they are, as people keep those of Stability and of ComfyUI."""
+def _room(folder: Path, variant: str | None) -> Contents | None:
+    """What lies in a folder of a `models/` folder; None where there are no weights in it."""
+    if not folder.is_dir():
+        return None
+    try:
+        names = {entry.name for entry in os.scandir(folder)}
+    except OSError as error:
+        raise WeightsError(f"{folder}: cannot be opened: {reason(error)}") from error
+    if "config.json" in names:
+        return _component(folder, variant)
+    if any(name.lower().endswith((*_WEIGHTS, ".safetensors.index.json")) for name in names):
+        return _loose(folder, folder, names, (), (), variant)
+    return None
+
+
+def _loose(
+    named: Path,
+    folder: Path,
+    names: Collection[str],
+    only: Collection[str],
+    rooms: Collection[Path],
+    variant: str | None,
+) -> Contents:
+    """A folder of files that each say what they are, as people keep those of Stability and of ComfyUI, and `rooms`, the
+    folders in it that hold such files, or a component, too."""
     problems: list[str] = []
     found: list[Contents | None] = []
     shard_names: set[str] = set()
@@ -115,8 +145,10 @@ def _loose(named: Path, folder: Path, names: Collection[str], only: Collection[s
                 shard_names |= {mapped.path.name for mapped in tensors.values()}
                 found.append(attempt(problems, _contents, str(folder / name), tensors))
     for name in sorted(names - shard_names if not native else ()):
-        if name.lower().endswith((".safetensors", ".sft", ".gguf")):
+        if name.lower().endswith(_WEIGHTS):
             found.append(attempt(problems, _file, folder / name))
+    for room in rooms if not native else ():
+        found.append(attempt(problems, _room, room, variant))
     if native:
         weights = attempt(problems, shards.open_weights, folder / NATIVE_FOLDER, NATIVE_FOLDER, None, False)
         if weights:
@@ -126,12 +158,13 @@ def _loose(named: Path, folder: Path, names: Collection[str], only: Collection[s
         for name, tokenizer in diffusers.TOKENIZERS.items()
         if tokenizer.folder in names and name in only
     }
+    found = [part for part in found if part is not None]
     if not found and not tokenizers and not problems:
         raise WeightsError(
             f"{named}: holds no weights that are known: no {diffusers.INDEX}, no config.json "
             "and no safetensors or GGUF file"
         )
-    whole = merged([part for part in found if part is not None])
+    whole = merged(found)
     return whole._replace(
         tokenizers={**whole.tokenizers, **{name: tables for name, tables in tokenizers.items() if tables}},
         problems=(*problems, *whole.problems),

@@ -112,6 +112,7 @@ UNIGRAM_CHANGES = {
     "a score that is true": lambda d: d["model"]["vocab"][5].__setitem__(1, True),
     "a piece that is a list": lambda d: d["model"]["vocab"][5].__setitem__(0, ["a"]),
     "a pair of three": lambda d: d["model"]["vocab"][5].append(1),
+    "no pieces": lambda d: d["model"]["vocab"].clear(),
     "added_tokens: 5": lambda d: d.update(added_tokens=5),
     "an added token of two ids": lambda d: d["added_tokens"].append({**d["added_tokens"][0], "id": 900}),
     "an id as a string": lambda d: d["added_tokens"][0].update(id="0"),

@@ -203,3 +203,26 @@ def test_a_note_that_contradicts_the_tensors_or_cannot_be_read_is_an_error(make_
         save_file(tensors, path, metadata={notes.KEY: note})
         with pytest.raises(WeightsError, match="its metadata functional_sd3 cannot be read"):
             weights.load(path)
+
+
+def test_folders_of_folders_are_read_as_other_programs_keep_them(make_model, same, tmp_path):
+    model = make_model()
+    weights.save(tmp_path / "flat", model, layout="stability")
+    places = {"sd3": "checkpoints", "clip_l": "text_encoders", "clip_g": "clip", "t5xxl": "text_encoders"}
+    for name, room in places.items():
+        (tmp_path / "models" / room).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "flat" / f"{name}.safetensors").rename(tmp_path / "models" / room / f"{name}.safetensors")
+    (tmp_path / "models" / "vae").mkdir()
+    (tmp_path / "models" / "checkpoints" / "put_checkpoints_here").touch()
+    # What goes with a model is no part of it, and no folder is entered from within itself.
+    (tmp_path / "models" / "loras").mkdir()
+    (tmp_path / "models" / "loras" / "broken.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "models" / "vae" / "vae").symlink_to("..")
+    loaded = weights.load(tmp_path / "models")
+    assert same(loaded.params, model.params)
+    weights.save(tmp_path / "without an index", model)
+    (tmp_path / "without an index" / "model_index.json").unlink()
+    assert same(weights.load(tmp_path / "without an index").params, model.params)
+    (tmp_path / "models" / "clip" / "broken.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(WeightsError, match="clip/broken.safetensors: is a text file"):
+        weights.load(tmp_path / "models")

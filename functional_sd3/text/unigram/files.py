@@ -90,6 +90,8 @@ def _vocabulary(pairs: Sequence[list]) -> tuple[Sequence[str], Sequence[float]]:
         pieces, scores = [piece for piece, _ in pairs], [score for _, score in pairs]
     except ValueError:
         raise ValueError("model.vocab is not a list of [piece, score] pairs") from None
+    if not pairs:
+        raise ValueError("model.vocab is empty, not a list of [piece, score] pairs")
     if set(map(type, pieces)) != {str}:
         wrong = next(piece for piece in pieces if type(piece) is not str)
         raise ValueError(f"model.vocab is not a list of [piece, score] pairs: a piece is {shorten(repr(wrong))}")
