@@ -21,12 +21,23 @@ Implementation = Literal["sdpa", "math"]
 class Stream(NamedTuple):
     """Queries, keys and values of one stream of tokens, each (batch, heads, tokens, head_dim).
 
-    `query=None`: the stream is attended to, but asks nothing (SD3's context in the last block).
+    query is None for a stream that is attended to and has no output of its own (SD3's context in the last block).
     """
 
     query: Tensor | None
     key: Tensor
     value: Tensor
+
+    @property
+    def has_queries(self) -> bool:
+        return self.query is not None
+
+
+def queries(stream: Stream) -> Tensor:
+    """The queries of a stream. Raises ValueError for a stream without."""
+    if stream.query is None:
+        raise ValueError("this stream needs queries: only streams that are attended to may have query=None")
+    return stream.query
 
 
 def attention(
@@ -60,20 +71,20 @@ def joint_attention(
     scale: float | None = None,
     implementation: Implementation = "sdpa",
 ) -> list[Tensor | None]:
-    """Attention in which every stream's queries see the keys and values of all streams.
+    """Attention in which the queries of every stream attend to the keys and values of all streams.
 
     Returns one tensor (batch, heads, tokens, head_dim) a stream, None where the stream has no queries. `mask` is over
-    the concatenated tokens: (..., sum of asking tokens, sum of tokens). Raises ValueError when no stream asks.
+    the concatenated tokens: (..., tokens with queries, all tokens). Raises ValueError when no stream has queries.
     """
-    asking = [stream.query for stream in streams if stream.query is not None]
-    if not asking:
+    with_queries = [stream.query for stream in streams if stream.query is not None]
+    if not with_queries:
         raise ValueError("joint_attention needs at least one stream with queries")
     key = torch.cat([stream.key for stream in streams], dim=2)
     value = torch.cat([stream.value for stream in streams], dim=2)
-    query = torch.cat(asking, dim=2)
+    query = torch.cat(with_queries, dim=2)
     attended = attention(query, key, value, mask=mask, scale=scale, implementation=implementation)
-    parts = iter(attended.split([query.shape[2] for query in asking], dim=2))
-    return [None if stream.query is None else next(parts) for stream in streams]
+    parts = iter(attended.split([query.shape[2] for query in with_queries], dim=2))
+    return [next(parts) if stream.has_queries else None for stream in streams]
 
 
 def identity_attention(
@@ -83,11 +94,11 @@ def identity_attention(
     scale: float | None = None,
     implementation: Implementation = "sdpa",
 ) -> list[Tensor | None]:
-    """`joint_attention` in which every token of the first stream sees, of its own stream, only itself.
+    """`joint_attention` in which a token of the first stream attends, within its own stream, only to itself.
 
-    Perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377): the map of the image over itself is
-    the identity. As in diffusers' `PAGJointAttnProcessor2_0` an image token sees the context too, and the context sees
-    all; alone, the first stream gets its values. Costs less than what it replaces: image tokens x context tokens.
+    Perturbed-attention guidance (Ahn et al. 2024, arXiv:2403.17377): the image's self-attention map is the identity. As
+    in diffusers' `PAGJointAttnProcessor2_0` an image token attends to the context too, and the context to all; without
+    other streams the result is the first stream's values. The cost is image tokens x context tokens.
     """
     first, *others = streams
     if not others:
@@ -95,15 +106,15 @@ def identity_attention(
     scale = 1.0 / math.sqrt(first.key.shape[-1]) if scale is None else scale
     key = torch.cat([stream.key for stream in others], dim=2)
     value = torch.cat([stream.value for stream in others], dim=2)
-    query = first.query * scale
+    query = queries(first) * scale
     scores = torch.cat([(query * first.key).sum(-1, keepdim=True), query @ key.transpose(-1, -2)], dim=-1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     attended = weights[..., :1] * first.value + weights[..., 1:] @ value
-    if all(stream.query is None for stream in others):
+    if not any(stream.has_queries for stream in others):
         return [attended, *(None for _ in others)]
-    seen = [first._replace(query=None), *others]
-    return [attended, *joint_attention(seen, scale=scale, implementation=implementation)[1:]]
+    rest = [first._replace(query=None), *others]
+    return [attended, *joint_attention(rest, scale=scale, implementation=implementation)[1:]]
 
 
 def blurred_attention(
@@ -121,7 +132,7 @@ def blurred_attention(
     the energy of attention. The borders are those of the mean: weights beyond are left out, the rest sum to 1.
     """
     first, *others = streams
-    query = rearrange(first.query, "batch heads (h w) width -> batch heads h w width", h=size[0])
+    query = rearrange(queries(first), "batch heads (h w) width -> batch heads h w width", h=size[0])
     for axis, length in zip((2, 3), size, strict=True):
         query = torch.movedim(torch.movedim(query, axis, -1) @ _blur(length, sigma, query), -1, axis)
     blurred = first._replace(query=rearrange(query, "batch heads h w width -> batch heads (h w) width"))
@@ -129,9 +140,9 @@ def blurred_attention(
 
 
 def _blur(length: int, sigma: float, like: Tensor) -> Tensor:
-    """(length, length), every column the weights of one place."""
-    place = torch.arange(length, dtype=torch.float32, device=like.device)
-    return torch.softmax(-0.5 * ((place[:, None] - place) / sigma).square(), dim=0).to(like.dtype)
+    """(length, length), each column the weights of one position."""
+    position = torch.arange(length, dtype=torch.float32, device=like.device)
+    return torch.softmax(-0.5 * ((position[:, None] - position) / sigma).square(), dim=0).to(like.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -147,7 +158,7 @@ def merge_heads(x: Tensor) -> Tensor:
 def _sdpa(query, key, value, mask, causal, scale) -> Tensor:
     if query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu":
         # The CPU kernel's backward takes several times as long in bfloat16 as in float32 (0.24 s against 0.04 s a step
-        # of params/tiny, PyTorch 2.13), so what is differentiated is attended in float32.
+        # of params/tiny, PyTorch 2.13), so attention that is differentiated runs in float32.
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         return _sdpa(query.float(), key.float(), value.float(), mask, causal, scale).to(query.dtype)
     if torch.compiler.is_compiling():

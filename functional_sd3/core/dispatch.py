@@ -11,7 +11,7 @@ never an answer.
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 Tracking = Literal["none", "autograd", "compiler", "other"]
-Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Kernel(NamedTuple):
@@ -49,7 +50,15 @@ _plain_depth = 0
 _table: dict[str, tuple[Kernel, ...]] | None = None
 
 
-def op(formula: Function) -> Function:
+class Operation(Protocol[Arguments, Result]):
+    """A function made by `op`: called like its formula, which stays as `formula`."""
+
+    formula: Callable[Arguments, Result]
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result: ...
+
+
+def op(formula: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
     """The operation of a formula: it runs the first kernel that fits, else the formula, which stays as `.formula`.
 
     Its name in `kernels.TABLE` is that of its module and its own, such as "layers.linear".
@@ -70,8 +79,9 @@ def op(formula: Function) -> Function:
                         return kernel.run(*arguments, **options)
         return formula(*arguments, **options)
 
-    operation.formula = formula  # type: ignore[attr-defined]
-    return operation  # type: ignore[return-value]
+    typed = cast(Operation[Arguments, Result], operation)
+    typed.formula = formula
+    return typed
 
 
 @contextmanager
@@ -92,7 +102,7 @@ def private(path: str, *trial: Any, missing: Any = None, **options: Any) -> Any:
     PyTorch promises none of these names, nor what they take, so each is called once before it is relied on.
     """
     try:
-        function = functools.reduce(getattr, path.split(".")[1:], torch)
+        function: Any = functools.reduce(getattr, path.split(".")[1:], torch)
         function(*trial, **options)
     except Exception:  # Whatever a changed function raises.
         return missing

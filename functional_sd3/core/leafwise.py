@@ -3,14 +3,12 @@
 Functions whose names end in `_inplace` write into their first argument and are for donated trees alone.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from functional_sd3.core.dispatch import op
 
-Leaves = Sequence[Tensor]
+Leaves = list[Tensor] | tuple[Tensor, ...]
 
 
 @op

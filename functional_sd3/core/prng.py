@@ -91,7 +91,8 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
     elif not -(2**31) <= data < 2**32:
         raise ValueError(f"data {data} does not fit in 32 bits; fold in its high and low words one after the other")
     data = data if isinstance(data, Tensor) else torch.tensor(data, device=key.device, dtype=torch.int64)
-    return _key(*threefry(*key.to(torch.int32).unbind(-1), data.to(torch.int32)))
+    first, second = key.to(torch.int32).unbind(-1)
+    return _key(*threefry(first, second, data.to(torch.int32)))
 
 
 def bits(key: Key, shape: Shape = ()) -> Tensor:

@@ -35,13 +35,13 @@ def value_and_grad(
     Where the gradient itself is differentiated, mapped or compiled, that is inside any transform, `value_and_grad` or
     `torch.compile`, or on arguments that require grad, it is `torch.func.grad_and_value`.
     """
-    traced = torch.func.grad_and_value(fn, argnums, has_aux)
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    traced = torch.func.grad_and_value(fn, argnums if isinstance(argnums, int) else numbers, has_aux)
 
     @functools.wraps(fn)
     def differentiated(*args, **kwargs):
         if torch.compiler.is_compiling() or in_transform() or _is_differentiated((args, kwargs)):
             return traced(*args, **kwargs)
-        numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         chosen = [tree.map_with_path(_detach, args[number]) for number in numbers]
         inputs = list(args)
         for number, detached in zip(numbers, chosen, strict=True):

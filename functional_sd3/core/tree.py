@@ -173,7 +173,8 @@ def _first_mismatch(path: str, tree: Tree, rest: Sequence[Tree]) -> str | None:
     if isinstance(tree, dict):
         children = [(name, child, [other[name] for other in rest]) for name, child in tree.items()]
     elif isinstance(tree, (list, tuple)):
-        children = list(zip(_names(tree), tree, zip(*rest, strict=True), strict=True))
+        others = [list(column) for column in zip(*rest, strict=True)]
+        children = list(zip(_names(tree), tree, others, strict=True))
     else:
         return None
     found = (_first_mismatch(_join(path, name), child, others) for name, child, others in children)

@@ -97,7 +97,7 @@ def read_texts(file: str | os.PathLike | BinaryIO) -> dict[str, str]:
 
     def convert(image: "Image") -> dict[str, str]:
         exif = _exif(image)
-        fields = {**image.info, "ImageDescription": exif.get(_DESCRIPTION), "UserComment": exif.get(_COMMENT)}
+        fields: dict = {**image.info, "ImageDescription": exif.get(_DESCRIPTION), "UserComment": exif.get(_COMMENT)}
         texts = {name: value.decode("utf-8", "replace") if isinstance(value, bytes) else value
                  for name, value in fields.items() if name not in ("exif", "icc_profile")}  # fmt: skip
         return {name: str(value) for name, value in texts.items() if isinstance(value, str)}
@@ -205,16 +205,16 @@ def _exif(image: "Image") -> dict:
         return {}
 
 
-def _orientation(image: "Image") -> object:
-    return _exif(image).get(_ORIENTATION)
+def _orientation(image: "Image") -> int:
+    orientation = _exif(image).get(_ORIENTATION)
+    return orientation if isinstance(orientation, int) else 1
 
 
-def _turned(image: "Image", orientation: object) -> "Image":
-    """Upright, by the number that EXIF has for how the camera was held."""
+def _turned(image: "Image", orientation: int) -> "Image":
+    """The image upright, by EXIF's number of the camera's orientation."""
     from PIL import Image
 
     turns = Image.Transpose
-    by_number = (None, None, turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.FLIP_TOP_BOTTOM, turns.TRANSPOSE,
-                 turns.ROTATE_270, turns.TRANSVERSE, turns.ROTATE_90)  # fmt: skip
-    known = isinstance(orientation, int) and 1 < orientation < len(by_number)
-    return image.transpose(by_number[orientation]) if known else image
+    by_number = {2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM, 5: turns.TRANSPOSE,
+                 6: turns.ROTATE_270, 7: turns.TRANSVERSE, 8: turns.ROTATE_90}  # fmt: skip
+    return image.transpose(by_number[orientation]) if orientation in by_number else image

@@ -39,12 +39,12 @@ def from_image(mask: "Image", image: "Image | None" = None) -> Mask:
     """
     from PIL import Image
 
-    least, most = mask.getchannel("A").getextrema()
+    alpha = mask.getchannel("A")
+    least, most = _extrema(alpha)
     if most < _VARIES:
         raise ValueError(f"is transparent everywhere: its alpha is at most {most} of 255, where 255 is opaque")
     if most - least < _VARIES:
         return Mask(mask.convert("RGB").convert("L"), "")
-    alpha = mask.getchannel("A")
     # A look at the mask with at most a million pixels, nearest so that no colours are mixed.
     scale = min(1.0, (2**20 / (mask.width * mask.height)) ** 0.5)
     size = [max(1, round(side * scale)) for side in mask.size]
@@ -69,13 +69,19 @@ def from_image(mask: "Image", image: "Image | None" = None) -> Mask:
 
 def check_effect(mask: "Image", least: int) -> None:
     """Raises ValueError unless some value of a mask (mode "L") is at least `least`, as one below changes nothing."""
-    most = mask.getextrema()[1]
+    most = _extrema(mask)[1]
     if most >= least:
         return
     if most == 0:
         raise ValueError("is black everywhere, so it changes nothing: what is white in a mask is drawn anew")
     ones = "; a mask of 0 and 1 must be multiplied by 255" if most == 1 else ""
     raise ValueError(f"has no value above {most}, where white is 255, so it changes nothing{ones}")
+
+
+def _extrema(channel: "Image") -> tuple[int, int]:
+    """Least and most value of an image in mode "L"."""
+    levels = [level for level, count in enumerate(channel.histogram()) if count]
+    return levels[0], levels[-1]
 
 
 def _is_of(image: "Image", look: numpy.ndarray, visible: numpy.ndarray) -> bool:

@@ -6,7 +6,7 @@ Files that cannot be read are named and passed over, never fatal.
 import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -53,6 +53,7 @@ def source(path: str | os.PathLike) -> Source:
     if not os.fspath(path):
         raise ValueError("the path of the pictures is empty")
     path = Path(path)
+    names: Iterable[str]
     if path.is_dir():
         names = _in_folder(path)
     elif not path.exists():

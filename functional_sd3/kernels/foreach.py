@@ -1,14 +1,13 @@
 """Lists of tensors in few launches: PyTorch's foreach functions and its fused AdamW."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import dispatch
+from functional_sd3.core.leafwise import Leaves
 
-Leaves = Sequence[Tensor]
 LARGE, ROWS = 1 << 15, 64
 """A leaf of so many numbers is summed in so many rows on a CPU, which its threads share."""
 

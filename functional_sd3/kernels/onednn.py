@@ -73,4 +73,4 @@ def _linear_pointwise():
 
 def _is_enabled() -> bool:
     backend = torch.backends.mkldnn
-    return backend.is_available() and backend.enabled and _linear_pointwise() is not None
+    return backend.is_available() and bool(backend.enabled) and _linear_pointwise() is not None

@@ -35,7 +35,9 @@ def _maps(points: list[Fraction]) -> tuple[Matrix, Matrix, Matrix]:
 
     The last row or column is the point at infinity. Rows are scaled by powers of two, exactly, to a norm near one.
     """
-    window, kernel, outputs = [], [], [[] for _ in range(TILE)]
+    window: Matrix = []
+    kernel: Matrix = []
+    outputs: Matrix = [[] for _ in range(TILE)]
     for point in [*points, None]:
         others = [other for other in points if other is not point]
         product = [Fraction(1)]

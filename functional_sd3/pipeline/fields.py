@@ -90,7 +90,7 @@ def velocities(
     for one in control:
         controls.check(one, config.transformer)
     batch = len(conditions.positive.pooled)
-    pictures, shown = controls.rows(control, batch), ip_adapter.rows(image_prompt, batch)
+    pictures, shown = controls.per_sample(control, batch), ip_adapter.per_sample(image_prompt, batch)
     unseen = {**shown, "features": torch.zeros_like(shown["features"])} if shown else {}
     tables: list[tuple[Branch, Tree]] = []
     fields = []

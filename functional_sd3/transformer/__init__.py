@@ -1,1 +1,1 @@
-"""The velocity network."""
+"""The velocity network (MMDiT), ControlNets and IP-Adapters."""

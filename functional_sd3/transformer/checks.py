@@ -1,4 +1,4 @@
-"""What the networks of this room refuse, in the words of whoever calls them."""
+"""Checks of the networks' inputs: ValueErrors that name the argument."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ def check_shape(name: str, x: Tensor, meaning: str, shape: tuple[int | None, ...
         raise ValueError(f"{name} {list(x.shape)} must be {meaning} = ({wanted})")
 
 
-def check_times(t: object, batch: int) -> None:
+def check_times(t: Tensor, batch: int) -> None:
     """ValueError unless t is floating and () or (batch,)."""
     check_time(t)
     if t.ndim > 1 or (t.ndim and t.shape[0] not in (1, batch)):

@@ -1,4 +1,4 @@
-"""ControlNets in a run: what one is told, when it speaks, and how several speak together."""
+"""ControlNets in a run: their inputs, active step ranges and summed residuals."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,16 +10,16 @@ from functional_sd3.core.types import Params, Tree
 from functional_sd3.transformer import controlnet, mmdit
 
 MOST = 10.0
-"""Scales beyond are refused: no released ControlNet makes a picture there."""
+"""The largest scale that is accepted; no released ControlNet makes an image near it."""
 
 
 class Control(NamedTuple):
-    """A ControlNet and its picture.
+    """A ControlNet and its control image.
 
-    image_latents (batch or 1, channels, height, width): what `pipeline.control_latents` makes of the picture. scale: of
-    the residuals, a number in [0, 10], or a tensor () or (batch,). start, end: the part of a run in which it speaks, as
-    fractions of its steps; step i of n is in it when start <= i / n and (i + 1) / n <= end (diffusers' rule).
-    after_last: its residuals are added after the transformer's last block too, as Stability's reference does.
+    image_latents (batch or 1, channels, height, width): the encoded control image (`pipeline.control_latents`). scale:
+    of the residuals, a number in [0, 10], or a tensor () or (batch,). start, end: the part of a run in which it is
+    active, as fractions of its steps; step i of n is in it when start <= i / n and (i + 1) / n <= end (diffusers'
+    rule). after_last: its residuals are added after the transformer's last block too, as Stability's reference does.
     """
 
     params: Params
@@ -32,7 +32,7 @@ class Control(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What `mmdit.apply` takes as `residuals` and `residual_after_last`."""
+    """The arguments `residuals` and `residual_after_last` of `mmdit.apply`."""
 
     residuals: Sequence[Tensor]
     after_last: bool
@@ -63,30 +63,31 @@ def check(control: Control, transformer: mmdit.Config) -> None:
 
 
 def segments(controls: Sequence[Control], steps: int) -> list[tuple[int, int, tuple[Control, ...]]]:
-    """Parts (first step, step after the last, who speaks) of a run of `steps`, in order."""
-    speaking = [
-        tuple(index for index, control in enumerate(controls) if _speaks(control, step, steps)) for step in range(steps)
+    """Parts (first step, step after the last, active ControlNets) of a run of `steps`, in order."""
+    active = [
+        tuple(index for index, control in enumerate(controls) if _is_active(control, step, steps))
+        for step in range(steps)
     ]
-    starts = [step for step in range(steps) if step == 0 or speaking[step] != speaking[step - 1]]
+    starts = [step for step in range(steps) if step == 0 or active[step] != active[step - 1]]
     return [
-        (first, stop, tuple(controls[index] for index in speaking[first]))
+        (first, stop, tuple(controls[index] for index in active[first]))
         for first, stop in zip(starts, [*starts[1:], steps], strict=True)
     ]
 
 
-def rows(controls: Sequence[Control], batch: int) -> list[dict[str, Tensor]]:
-    """The tensors of each control, one row for each sample of a batch, so that guidance can join and split them."""
+def per_sample(controls: Sequence[Control], batch: int) -> list[dict[str, Tensor]]:
+    """The tensors of each control with a row for each sample of a batch; guidance stacks and splits them."""
     return [
         {
-            "image_latents": _repeated("pictures", control.image_latents, batch),
-            "scale": _repeated("scales", _scale_row(control), batch),
+            "image_latents": _expand("control images", control.image_latents, batch),
+            "scale": _expand("scales", _scale_row(control), batch),
         }
         for control in controls
     ]
 
 
 def modulations(controls: Sequence[Control], t: Tensor, pooled: Tensor) -> list[Tree]:
-    """`controlnet.modulations` of each, with the pooled text that it was trained on."""
+    """`controlnet.modulations` of each, with the pooled embedding that it was trained with."""
     return [
         controlnet.modulations(control.params, control.config, t, _pooled(control, pooled)) for control in controls
     ]
@@ -104,25 +105,24 @@ def residuals(
     modulations: Sequence[Tree] | None = None,
     **options: Any,
 ) -> Residuals:
-    """The residuals of all controls together, for a transformer (`params`, `config`) at `latents`.
+    """Summed residuals of all controls, for a transformer (`params`, `config`) at `latents`.
 
-    latents, t, context, pooled: as in `mmdit.apply`. modulations: what `modulations` returned. Start and end are not
-    looked at: they belong to a run (`segments`). The sum of what each gives, whatever their numbers of blocks.
+    latents, t, context, pooled: as in `mmdit.apply`. modulations: those of `modulations`. The ControlNets may have
+    different numbers of blocks. start and end have no effect here: they belong to a run (`segments`).
     """
-    given = modulations or [None] * len(controls)
-    spoken = []
-    for control, modulation in zip(controls, given, strict=True):
+    each_residuals = []
+    for control, modulation in zip(controls, modulations or [None] * len(controls), strict=True):
         if control.image_latents.shape[-2:] != latents.shape[-2:]:
-            found, wanted = (" x ".join(map(str, x.shape[-2:])) for x in (control.image_latents, latents))
-            raise ValueError(f"a ControlNet's picture has latents of {found}, but what is drawn has {wanted}")
-        seen = latents
+            size, wanted = (" x ".join(map(str, x.shape[-2:])) for x in (control.image_latents, latents))
+            raise ValueError(f"a control image has latents of {size}, but the image that is drawn has {wanted}")
+        inputs = latents
         if not control.config.own_patches:
-            seen = mmdit.embed_image(params, config, latents.to(params["patch"]["weight"].dtype))
-        spoken.append(
+            inputs = mmdit.embed_image(params, config, latents.to(params["patch"]["weight"].dtype))
+        each_residuals.append(
             controlnet.apply(
                 control.params,
                 control.config,
-                seen,
+                inputs,
                 t,
                 context,
                 _pooled(control, pooled),
@@ -132,24 +132,24 @@ def residuals(
                 **options,
             )
         )
-    return combine(spoken, [control.after_last for control in controls], config.depth)
+    return combine(each_residuals, [control.after_last for control in controls], config.depth)
 
 
-def combine(spoken: Sequence[Sequence[Tensor]], after_last: Sequence[bool], depth: int) -> Residuals:
-    """Several lists of residuals as one: what `mmdit.apply` adds is the sum of what it would add of each."""
-    if not spoken:
+def combine(residuals: Sequence[Sequence[Tensor]], after_last: Sequence[bool], depth: int) -> Residuals:
+    """Several lists of residuals as one, with which `mmdit.apply` adds the sum of those it would add for each list."""
+    if not residuals:
         return Residuals((), False)
-    if len({len(part) for part in spoken}) == 1 and len(set(after_last)) == 1:
-        return Residuals([_sum(parts) for parts in zip(*spoken, strict=True)], after_last[0])
-    # One for each block; after the last, of those only that speak there.
+    if len({len(part) for part in residuals}) == 1 and len(set(after_last)) == 1:
+        return Residuals([_sum(parts) for parts in zip(*residuals, strict=True)], after_last[0])
+    # One for each block; for the last block only the sum of those with `after_last`.
     blocks = []
     for block in range(depth):
-        heard = [
+        terms = [
             part[mmdit.residual_index(block, depth, len(part))]
-            for part, last in zip(spoken, after_last, strict=True)
+            for part, last in zip(residuals, after_last, strict=True)
             if last or block < depth - 1
         ]
-        blocks.append(_sum(heard) if heard else torch.zeros_like(spoken[0][0]))
+        blocks.append(_sum(terms) if terms else torch.zeros_like(residuals[0][0]))
     return Residuals(blocks, any(after_last))
 
 
@@ -160,7 +160,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _speaks(control: Control, step: int, steps: int) -> bool:
+def _is_active(control: Control, step: int, steps: int) -> bool:
     return control.start <= step / steps and (step + 1) / steps <= control.end
 
 
@@ -175,7 +175,7 @@ def _scale_row(control: Control) -> Tensor:
     return control.scale.reshape(1) if control.scale.ndim == 0 else control.scale
 
 
-def _repeated(name: str, x: Tensor, batch: int) -> Tensor:
+def _expand(name: str, x: Tensor, batch: int) -> Tensor:
     if x.shape[0] not in (1, batch):
         raise ValueError(f"{x.shape[0]} {name} of a ControlNet for {batch} samples; give one, or one for each")
     return x.expand(batch, *x.shape[1:])

@@ -1,12 +1,13 @@
-"""ControlNet for SD3 and SD3.5: a smaller copy of the transformer that reads a picture and answers with residuals.
+"""ControlNet for SD3 and SD3.5: a smaller transformer that maps a control image to residuals of the large one.
 
 Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models" (arXiv:2302.05543). Two kinds, as in
-diffusers' `SD3ControlNetModel`: with joint blocks, which read the prompt (InstantX, Alimama), and of the image alone,
-whose patches and positions are the transformer's own (Stability's "8b" files for SD3.5-large).
+diffusers' `SD3ControlNetModel`: with joint blocks, which read the prompt (InstantX, Alimama), and with DiT blocks of
+the image alone, on the transformer's own patches and positions (Stability's "8b" files for SD3.5-large).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,27 +19,29 @@ from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_floating
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import joint_block, mmdit
-from functional_sd3.transformer.checks import check_latents, check_shape, check_times
+from functional_sd3.transformer.checks import check_latents, check_shape
 from functional_sd3.transformer.embeddings import (
     TIME_FREQUENCIES,
     embed_condition,
+    embed_image,
     embed_patches,
     embedder_spec,
     position_spec,
 )
+from functional_sd3.transformer.head import embed_context, modulate_blocks, resolve_modulations
 
 KINDS = ("blur", "canny", "depth", "pose", "tile", "inpaint")
-"""What the picture a ControlNet reads may be; Stability's files number the first three in this order."""
+"""Kinds of control image; Stability's files number the first three in this order."""
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes of a ControlNet; `SD35_LARGE` is that of the released files for SD3.5-large.
 
-    context_width: None for blocks of the image alone. own_patches: False where the transformer's patches and positions
-    are read; position_size: None for own patches without positions. extra_channels: of the picture beyond the latents'
-    (a mask). zero_pooled: the pooled text was zero, and latents of pictures were not shifted, in training; `apply`
-    leaves both to its caller, as diffusers does. kind: one of `KINDS`, where known.
+    context_width: None for blocks of the image alone. own_patches: False where the input is the transformer's patches
+    plus positions; position_size: None for own patches without positions. extra_channels: of the control image, beyond
+    those of the latents (a mask). zero_pooled: trained with a zero pooled embedding and with latents of control images
+    that were not shifted; `apply` leaves both to its caller, as diffusers does. kind: one of `KINDS`, where known.
     """
 
     depth: int
@@ -72,7 +75,7 @@ SD35_LARGE = Config(
 
 
 def spec(config: Config) -> Tree:
-    """Every parameter. What reads the picture and what writes the residuals start at zero: no effect at first."""
+    """Every parameter. The control image's patch embedding and the residuals' layers start at zero: no effect."""
     width = config.width
     tree: dict[str, Any] = {}
     if config.own_patches:
@@ -97,7 +100,7 @@ def spec(config: Config) -> Tree:
 def init(
     key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Params:
-    """Fresh parameters, whose residuals are zero; `from_transformer` copies what it can from a trained one."""
+    """Fresh parameters, whose residuals are zero; `from_transformer` starts from a trained transformer."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 
@@ -117,20 +120,21 @@ def apply(
 ) -> list[Tensor]:
     """One residual for each block, (batch, tokens, width), which `mmdit.apply(..., residuals=)` adds.
 
-    latents (batch, in_channels, height, width), or what `mmdit.embed_image` of the transformer makes of them, (batch,
-    tokens, width): a ControlNet without patches of its own needs these. t, context, pooled: as in `mmdit.apply`;
-    without a context_width the context is not read and may be None. image_latents (batch or 1, in_channels +
-    extra_channels, height, width): the picture, encoded (`pipeline.control_latents`). scale: a number, or a tensor ()
-    or (batch,); 0 gives residuals of exactly 0. modulations, implementation, block_transform: as in `mmdit.apply`.
+    latents (batch, in_channels, height, width); for a ControlNet without patches of its own their tokens instead,
+    `mmdit.embed_image` of the transformer, (batch, tokens, width). t, context, pooled: as in `mmdit.apply`; without a
+    context_width the context is not used and may be None. image_latents (batch or 1, in_channels + extra_channels,
+    height, width): the encoded control image (`pipeline.control_latents`). scale: a number, or a tensor () or (batch,);
+    0 gives residuals of exactly 0. modulations, implementation, block_transform: as in `mmdit.apply`.
 
     Raises ValueError when a shape does not fit the config or another one's, or an input is not floating.
     """
     dtype = params["picture"]["weight"].dtype
     check_floating("latents", latents)
     check_floating("image_latents", image_latents)
+    batch = latents.shape[0]
     image = embed(params, config, latents.to(dtype), image_latents.to(dtype))
-    modulation = _modulations_of(params, config, t, pooled, latents) if modulations is None else modulations
-    text = _embed_context(params, config, context, latents.shape[0], dtype)
+    text = _embed_context(params, config, context, batch, dtype)
+    modulation = resolve_modulations(modulations, partial(_compute_modulations, params, config), t, pooled, batch)
     residuals = []
     for block, out, parts in zip(params["blocks"], params["residuals"], modulation["blocks"], strict=True):
         image, text = _apply_block(block, config.heads, image, text, parts, implementation, block_transform)
@@ -139,43 +143,39 @@ def apply(
 
 
 def embed(params: Params, config: Config, latents: Tensor, image_latents: Tensor) -> Tensor:
-    """The tokens (batch, tokens, width) that the blocks read: of the noisy latents, with the picture's added."""
+    """Tokens (batch, tokens, width) of the noised latents plus those of the control image: the blocks' input."""
     check_latents("image_latents", image_latents, config.in_channels + config.extra_channels, config.patch_size)
     height, width = image_latents.shape[-2:]
     tokens = height * width // config.patch_size**2
     if latents.ndim == 4 and config.own_patches:
         check_latents("latents", latents, config.in_channels, config.patch_size)
         if latents.shape[-2:] != image_latents.shape[-2:]:
-            found = " x ".join(map(str, latents.shape[-2:]))
-            raise ValueError(f"the picture's latents are {height} x {width}, but the noisy latents are {found}")
+            size = " x ".join(map(str, latents.shape[-2:]))
+            raise ValueError(f"the control image's latents are {height} x {width}, but the noised latents are {size}")
         if config.position_size is None:
             latents = embed_patches(params["patch"], config.patch_size, latents)
         else:
-            latents = mmdit.embed_image(params, config, latents)
+            latents = embed_image(params, config.patch_size, latents)
     elif latents.ndim == 4:
         raise ValueError(
-            "this ControlNet has no patches of its own: instead of latents it reads the transformer's tokens, "
+            "this ControlNet has no patches of its own: instead of latents it takes the transformer's tokens, "
             "mmdit.embed_image(transformer, config, latents)"
         )
     check_shape("latents", latents, "(batch, tokens, width)", (None, tokens, config.width))
     if image_latents.shape[0] not in (1, latents.shape[0]):
-        raise ValueError(f"{image_latents.shape[0]} pictures for a batch of {latents.shape[0]}; give one, or as many")
+        count, batch = image_latents.shape[0], latents.shape[0]
+        raise ValueError(f"{count} control images for a batch of {batch}; give one, or as many")
     return latents + embed_patches(params["picture"], config.patch_size, image_latents)
 
 
 def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
-    """All that t and pooled have to say, for one step or for many at once: as `mmdit.modulations`, without a final."""
+    """Shifts, scales and gates of every block, for one step or for many: `mmdit.modulations` without "final"."""
     condition = embed_condition(params, config.pooled_width, t, pooled)
-    return {
-        "blocks": [
-            {stream: layers.linear(part["modulation"], condition) for stream, part in block.items()}
-            for block in params["blocks"]
-        ]
-    }
+    return {"blocks": modulate_blocks(params["blocks"], condition)}
 
 
 def from_transformer(key: Key, config: Config, transformer: Params, transformer_config: mmdit.Config) -> Params:
-    """Fresh parameters with copies of the transformer's patches, embedders and first blocks: where training starts.
+    """Initial parameters for training: copies of the transformer's patches, embedders and first blocks, the rest fresh.
 
     Raises ValueError when the two are of different widths, or the ControlNet is the deeper one.
     """
@@ -186,7 +186,7 @@ def from_transformer(key: Key, config: Config, transformer: Params, transformer_
         own, other = getattr(config, name), getattr(transformer_config, name)
         if own != other:
             raise ValueError(f"the ControlNet's {name} is {own}, the transformer's {other}: nothing can be copied")
-    # The transformer's last block lacks half of its context.
+    # The context of the transformer's last block has no queries, output layer and MLP.
     if config.depth >= transformer_config.depth:
         raise ValueError(f"depth {config.depth} must be less than the transformer's {transformer_config.depth}")
     dual = tuple(index for index in transformer_config.dual_attention_layers if index < config.depth)
@@ -194,7 +194,7 @@ def from_transformer(key: Key, config: Config, transformer: Params, transformer_
         raise ValueError(f"dual_attention_layers {config.dual_attention_layers} must be the transformer's {dual}")
     like = transformer["patch"]["weight"]
     fresh = init(key, config, dtype=like.dtype, device=like.device)
-    copied = {name: transformer[name] for name in ("patch", "time", "pooled", "context") if name in fresh}
+    copied: Params = {name: transformer[name] for name in ("patch", "time", "pooled", "context") if name in fresh}
     if config.position_size == transformer_config.position_size and "position" in fresh:
         copied["position"] = transformer["position"]
     copied["blocks"] = transformer["blocks"][: config.depth]
@@ -216,21 +216,18 @@ def _apply_block(block, heads, image, text, parts, implementation, block_transfo
     return apply_joint(block, heads, image, text, parts, implementation)
 
 
-def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None, latents: Tensor) -> Tree:
-    if t is None or pooled is None:
-        raise ValueError("apply needs t and pooled, or the modulations computed from them")
-    check_times(t, latents.shape[0])
+def _compute_modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
     return modulations(params, config, t, pooled)
 
 
-def _embed_context(params: Params, config: Config, context: Tensor | None, batch: int, dtype) -> Tensor | None:
+def _embed_context(
+    params: Params, config: Config, context: Tensor | None, batch: int, dtype: torch.dtype
+) -> Tensor | None:
     if config.context_width is None:
         return None
     if context is None:
         raise ValueError("this ControlNet reads the prompt: it needs a context")
-    check_floating("context", context)
-    check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
-    return layers.linear(params["context"], context.to(dtype))
+    return embed_context(params, config.context_width, context, batch, dtype)
 
 
 def _scaled(residual: Tensor, scale: float | Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How time, place and patches enter the transformer: sinusoids of t, a 2-D table of positions, projected patches."""
+"""Embeddings of the transformer: sinusoids of t, a 2-D table of positions, projected patches."""
 
 import math
 
@@ -65,6 +65,13 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     return square[:, top : top + height, left : left + width].flatten(1, 2)
 
 
+def embed_image(params: Params, patch_size: int, latents: Tensor) -> Tensor:
+    """Patches of `latents` (batch, channels, height, width), projected, plus positions: (batch, tokens, width)."""
+    patches = embed_patches(params["patch"], patch_size, latents)
+    height, width = (side // patch_size for side in latents.shape[-2:])
+    return (patches + crop_positions(params["position"], height, width)).to(latents.dtype)
+
+
 def embed_patches(params: Params, size: int, latents: Tensor) -> Tensor:
     """Patches of size x size of latents (batch, channels, height, width), projected: (batch, tokens, width)."""
     patches = rearrange(latents, "batch c (h p) (w q) -> batch (h w) (c p q)", p=size, q=size)
@@ -72,9 +79,10 @@ def embed_patches(params: Params, size: int, latents: Tensor) -> Tensor:
 
 
 def embed_condition(params: Params, pooled_width: int, t: Tensor, pooled: Tensor) -> Tensor:
-    """What every modulation is a linear map of: t and pooled as in `mmdit.modulations` -> ([steps,] batch, width).
+    """SiLU of the summed embeddings of t and pooled, as in `mmdit.modulations`: ([steps,] batch, width).
 
-    The sinusoids are computed in float32, or in the parameters' dtype where that is wider.
+    Every modulation is a linear map of it. The sinusoids are computed in float32, or in the parameters' dtype where
+    that is wider.
     """
     check_time(t)
     check_floating("pooled", pooled)
@@ -93,7 +101,7 @@ def embed_time(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def embedder_spec(inputs: int, width: int) -> Tree:
-    """The two layers that take time, or the pooled text, to the width of the network."""
+    """The MLP that embeds the sinusoids of t, or the pooled text, in the width of the network."""
     normal = specs.normal(0.02)
     return {"in": layers.linear_spec(inputs, width, init=normal), "out": layers.linear_spec(width, width, init=normal)}
 

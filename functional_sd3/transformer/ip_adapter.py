@@ -1,9 +1,9 @@
-"""IP-Adapter for SD3.5: an image as a prompt, which every attention of the transformer reads besides the text.
+"""IP-Adapter for SD3.5: an image prompt, to which every attention of the transformer attends beside the text.
 
 Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter" (arXiv:2308.06721), in InstantX's form for
-SD3.5-large: a resampler that knows the time turns an image encoder's features into tokens (Alayrac et al. 2022,
-Flamingo, section 3.1), and each attention gets keys and values of its own for them. As diffusers'
-`IPAdapterTimeImageProjection` and `SD3IPAdapterJointAttnProcessor2_0` compute it.
+SD3.5-large: a time-dependent resampler turns an image encoder's features into tokens (Alayrac et al. 2022, Flamingo,
+section 3.1), and each attention has its own keys and values of them. Same numerics as diffusers'
+`IPAdapterTimeImageProjection` and `SD3IPAdapterJointAttnProcessor2_0`.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from torch import Tensor
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, attention, merge_heads, split_heads
-from functional_sd3.core.checks import check_floating, check_time
+from functional_sd3.core.checks import check_floating
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import mmdit
-from functional_sd3.transformer.checks import check_shape
+from functional_sd3.transformer.checks import check_shape, check_times
 from functional_sd3.transformer.embeddings import embed_time
 from functional_sd3.transformer.joint_block import EPS, modulate, norm
 
@@ -31,9 +31,9 @@ _EPS = 1e-5
 class Config:
     """Sizes of an IP-Adapter; `SD35_LARGE` is the released one.
 
-    attentions: how many of the transformer's it has keys and values for; width, head_dim: the transformer's.
-    image_width: of the encoder's features; hidden_width, depth, heads, resampler_head_dim, tokens, mlp_width and
-    time_frequencies: of the resampler, which makes `tokens` of them.
+    attentions: number of the transformer's attentions; width, head_dim: the transformer's. image_width: of the image
+    encoder's features. hidden_width, depth, heads, resampler_head_dim, tokens (of its result), mlp_width and
+    time_frequencies: the resampler's.
     """
 
     attentions: int
@@ -53,7 +53,7 @@ SD35_LARGE = Config(attentions=38, width=2432)
 
 
 class ImagePrompt(NamedTuple):
-    """An IP-Adapter and what it is shown: features (batch or 1, tokens, image_width) of SigLIP's second last layer;
+    """An IP-Adapter and its image: features (batch or 1, tokens, image_width), SigLIP's second last hidden state;
     scale: a number, or a tensor () or (batch,)."""
 
     params: Params
@@ -98,26 +98,27 @@ def apply(
     *,
     implementation: Implementation = "sdpa",
 ) -> list[Tree]:
-    """What each block of the transformer is told, for `mmdit.apply(..., image_prompt=)`.
+    """Keys, values and norms of the image prompt for each block, for `mmdit.apply(..., image_prompt=)`.
 
-    features (batch, tokens, image_width): an image encoder's (zeros for no image, as guidance wants them); t () or
-    (batch,) in [0, 1]; scale: a number, or a tensor () or (batch,); at 0 the transformer answers as without, to the
-    bit. Raises ValueError when the adapter was made for another transformer, or a shape does not fit.
+    features (batch, tokens, image_width): an image encoder's (zeros for no image, as in the unconditional part of
+    guidance); t () or (batch,) in [0, 1]; scale: a number, or a tensor () or (batch,); at 0 the velocity is that
+    without an image prompt, to the bit. Raises ValueError when the adapter was made for another transformer, or a shape
+    does not fit.
     """
     check(config, transformer)
     tokens, time = resample(params["resampler"], config, features, t, implementation=implementation)
-    told = iter([_attended(part, config, tokens, time, _scale(scale, tokens)) for part in params["attentions"]])
+    entries = iter([_key_value(part, config, tokens, time, _scale(scale, tokens)) for part in params["attentions"]])
     return [
-        {name: next(told) for name in _names(index in transformer.dual_attention_layers)}
+        {name: next(entries) for name in _names(index in transformer.dual_attention_layers)}
         for index in range(transformer.depth)
     ]
 
 
-def rows(shown: ImagePrompt | None, batch: int) -> dict[str, Tensor]:
-    """The tensors of an image prompt, one row for each sample of a batch, so that guidance can join and split them."""
-    if shown is None:
+def per_sample(image_prompt: ImagePrompt | None, batch: int) -> dict[str, Tensor]:
+    """The tensors of an image prompt with a row for each sample of a batch; guidance stacks and splits them."""
+    if image_prompt is None:
         return {}
-    features, scale = shown.features, shown.scale
+    features, scale = image_prompt.features, image_prompt.scale
     if not isinstance(scale, Tensor):
         scale = torch.full((), float(scale), dtype=torch.float32, device=features.device)
     for name, rows in (("images", features.shape[0]), ("scales", len(scale) if scale.ndim else 1)):
@@ -127,18 +128,20 @@ def rows(shown: ImagePrompt | None, batch: int) -> dict[str, Tensor]:
 
 
 def prompt(
-    shown: ImagePrompt | None,
-    rows: Tree,
+    image_prompt: ImagePrompt | None,
+    tensors: Tree,
     t: Tensor,
     transformer: mmdit.Config,
     *,
     implementation: Implementation = "sdpa",
 ) -> list[Tree]:
-    """`apply` of an image prompt with these rows at t; [] without one."""
-    if shown is None:
+    """`apply` of an image prompt with the tensors of `per_sample` at t; [] without one."""
+    if image_prompt is None:
         return []
-    told = rows["features"], t, transformer, rows["scale"]
-    return apply(shown.params, shown.config, *told, implementation=implementation)
+    features, scale = tensors["features"], tensors["scale"]
+    return apply(
+        image_prompt.params, image_prompt.config, features, t, transformer, scale, implementation=implementation
+    )
 
 
 def check(config: Config, transformer: mmdit.Config) -> None:
@@ -157,11 +160,9 @@ def resample(
 ) -> tuple[Tensor, Tensor]:
     """Features (batch, tokens, image_width) at t -> tokens (batch, tokens, width) and time (batch, hidden_width)."""
     check_floating("features", features)
-    check_time(t)
     check_shape("features", features, "(batch, tokens, image_width)", (None, None, config.image_width))
     batch, dtype = features.shape[0], params["in"]["weight"].dtype
-    if t.ndim and t.shape != (batch,):
-        raise ValueError(f"t {list(t.shape)} must be one number or ({batch},) as the features have it")
+    check_times(t, batch)
     sinusoid = embed_time(t.expand(batch), config.time_frequencies, dtype)
     time = layers.linear(params["time"]["out"], F.silu(layers.linear(params["time"]["in"], sinusoid)))
     image = layers.linear(params["in"], features.to(dtype)) + time[:, None]
@@ -174,22 +175,23 @@ def resample(
 def _resample_block(params, heads, image, tokens, time, implementation) -> Tensor:
     parts = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(4, dim=-1)
     shift, scale, mlp_shift, mlp_scale = parts
-    asking = modulate(layers.layer_norm(params["token_norm"], tokens, _EPS), shift, scale)
-    seen = torch.cat([layers.layer_norm(params["image_norm"], image, _EPS), asking], dim=1)
-    query = split_heads(layers.linear(params["query"], asking), heads)
-    key, value = (split_heads(part, heads) for part in layers.linear(params["key_value"], seen).chunk(2, dim=-1))
+    normed = modulate(layers.layer_norm(params["token_norm"], tokens, _EPS), shift, scale)
+    attended_to = torch.cat([layers.layer_norm(params["image_norm"], image, _EPS), normed], dim=1)
+    query = split_heads(layers.linear(params["query"], normed), heads)
+    key_value = layers.linear(params["key_value"], attended_to)
+    key, value = (split_heads(part, heads) for part in key_value.chunk(2, dim=-1))
     attended = attention(query, key, value, implementation=implementation)
     tokens = tokens + layers.linear(params["out"], merge_heads(attended))
     hidden = modulate(layers.layer_norm(params["mlp_norm"], tokens, _EPS), mlp_shift, mlp_scale)
     return tokens + layers.mlp(params["mlp"], hidden, "gelu")
 
 
-def _attended(params: Params, config: Config, tokens: Tensor, time: Tensor, scale: float | Tensor) -> Tree:
-    """Keys and values (batch, heads, tokens, head_dim) of one attention, and how the image's own are to be normed."""
+def _key_value(params: Params, config: Config, tokens: Tensor, time: Tensor, scale: float | Tensor) -> Tree:
+    """Keys and values (batch, heads, tokens, head_dim) for one attention, and the norms of the image's own there."""
     shift, scales = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(2, dim=-1)
-    seen = modulate(norm(tokens), shift, scales)
+    modulated = modulate(norm(tokens), shift, scales)
     heads = config.width // config.head_dim
-    key, value = (split_heads(layers.linear(params[name], seen), heads) for name in ("key", "value"))
+    key, value = (split_heads(layers.linear(params[name], modulated), heads) for name in ("key", "value"))
     return {
         "key": layers.rms_norm(params["prompt_key_norm"], key, EPS),
         "value": value,

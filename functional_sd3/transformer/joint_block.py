@@ -13,7 +13,15 @@ from torch import Tensor
 
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
-from functional_sd3.core.attention import Implementation, Stream, attention, joint_attention, merge_heads, split_heads
+from functional_sd3.core.attention import (
+    Implementation,
+    Stream,
+    attention,
+    joint_attention,
+    merge_heads,
+    queries,
+    split_heads,
+)
 from functional_sd3.core.types import Params, Tree
 
 Attend = Callable[[list[Stream]], list[Tensor | None]]
@@ -23,7 +31,7 @@ EPS = 1e-6
 
 
 def spec(width: int, head_dim: int, *, qk_norm: bool, dual: bool, last: bool) -> Tree:
-    """Parameters of one block. `dual`: the image attends a second time; `last`: the context only answers."""
+    """Parameters of one block. dual: a second attention, over the image; last: the context has keys and values only."""
     image: dict[str, Any] = {
         "modulation": zero_linear_spec(width, (9 if dual else 6) * width),
         "attention": _attention_spec(width, head_dim, qk_norm),
@@ -41,7 +49,7 @@ def spec(width: int, head_dim: int, *, qk_norm: bool, dual: bool, last: bool) ->
 
 
 def image_spec(width: int, head_dim: int) -> Tree:
-    """Parameters of a block that knows no context: the plain DiT block of SD3.5's ControlNets, without head norms."""
+    """Parameters of a block without context: the plain DiT block of SD3.5's ControlNets, without norms of heads."""
     return {
         "image": {
             "modulation": zero_linear_spec(width, 6 * width),
@@ -63,11 +71,10 @@ def apply(
 ) -> tuple[Tensor, Tensor]:
     """One joint block: image and context (batch, tokens, width) -> the same.
 
-    `modulation` holds what t and the pooled text say to each stream, (batch, n * width): shift, scale and gate of the
-    attention, then of the MLP, then of the second attention where there is one. In the last block the context has scale
-    and shift alone: it is attended to, asks nothing and is returned as it came. `image_prompt`: what the image attends
-    to besides, one of `ip_adapter.apply`'s. `attend`: what stands for `joint_attention`, the image being the first
-    stream.
+    modulation: {stream: (batch, n * width)}: shift, scale and gate of the attention, then of the MLP, then of the
+    second attention where there is one. In the last block the context has scale and shift only: it has no queries and
+    is returned unchanged. image_prompt: keys and values of an image prompt, one of `ip_adapter.apply`'s. attend:
+    replaces `joint_attention`; the image is the first stream.
     """
     width = image.shape[-1]
     image_parts = split_modulation(modulation["image"], width)
@@ -94,7 +101,7 @@ def apply(
 def apply_image(
     params: Params, heads: int, image: Tensor, modulation: dict[str, Tensor], implementation: Implementation = "sdpa"
 ) -> Tensor:
-    """One block of the image alone (Peebles and Xie 2023, DiT): image (batch, tokens, width) -> the same."""
+    """One DiT block, without context (Peebles and Xie 2023): image (batch, tokens, width) -> the same."""
     parts = split_modulation(modulation["image"], image.shape[-1])
     attend = partial(joint_attention, implementation=implementation)
     shift, scale, gate = parts[:3]
@@ -103,7 +110,7 @@ def apply_image(
     return _add_mlp(params["image"]["mlp"], image, *parts[3:])
 
 
-# What a function computes for its result alone is freed when it returns, which bounds the memory of a block.
+# Intermediate results are freed when these functions return, which bounds the memory of a block.
 
 
 def _add_joint_attention(
@@ -121,7 +128,7 @@ def _add_joint_attention(
     own, other = params["image"]["attention"], params["context"]["attention"]
     shift, scale, gate = image_parts[:3]
     last = "out" not in other
-    # The last block's two parts are the other way round: its modulation is kept as diffusers stores it.
+    # Scale comes first here, as diffusers stores it and as trees on disk have it.
     context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
     image_stream = _project(own, heads, modulate(normed, shift, scale))
     prompted = attend_prompt(image_stream) if attend_prompt else None
@@ -129,34 +136,31 @@ def _add_joint_attention(
     context_stream = _project(other, heads, modulate(norm(context), context_shift, context_scale))
     attended, context_attended = attend([image_stream, _norm_heads(other, context_stream)])
     del image_stream, context_stream  # not needed for the products below
-    attended = attended if prompted is None else attended + prompted
-    image = torch.addcmul(image, gate, layers.linear(own["out"], merge_heads(attended)))
+    image = torch.addcmul(image, gate, _project_out(own, attended, prompted))
     if last:
         return image, context
-    projected = layers.linear(other["out"], merge_heads(context_attended))
-    return image, torch.addcmul(context, context_parts[2], projected)
+    return image, torch.addcmul(context, context_parts[2], _project_out(other, context_attended))
 
 
 def _attend_image(
     params: Params, heads: int, x: Tensor, attend: Attend, attend_prompt: AttendPrompt | None = None
 ) -> Tensor:
-    """Attention of the image over itself: x (batch, tokens, width), modulated -> the same shape."""
+    """Self-attention of the image: x (batch, tokens, width), modulated -> the same shape."""
     stream = _project(params, heads, x)
     prompted = attend_prompt(stream) if attend_prompt else None
     (attended,) = attend([_norm_heads(params, stream)])
     del stream
-    attended = attended if prompted is None else attended + prompted
-    return layers.linear(params["out"], merge_heads(attended))
+    return _project_out(params, attended, prompted)
 
 
 def _attend_prompt(prompt: Tree, stream: Stream, *, implementation: Implementation) -> Tensor:
-    """What an image prompt adds to the image's attention: of the image over itself and the prompt's tokens."""
+    """Scaled attention of the image's queries to the image and the prompt's tokens, added to the image's attention."""
     # An adapter's parameters may be of another dtype than the transformer's.
     dtype = stream.value.dtype
     key = layers.rms_norm(prompt["key_norm"], stream.key, EPS).to(dtype)
     key = torch.cat([key, prompt["key"].to(dtype)], dim=2)
     value = torch.cat([stream.value, prompt["value"].to(dtype)], dim=2)
-    query = layers.rms_norm(prompt["query_norm"], stream.query, EPS).to(dtype)
+    query = layers.rms_norm(prompt["query_norm"], queries(stream), EPS).to(dtype)
     return (prompt["scale"] * attention(query, key, value, implementation=implementation)).to(dtype)
 
 
@@ -166,7 +170,7 @@ def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Layer norm over the last axis; its scale and shift are the modulation's."""
+    """Layer norm over the last axis without scale and shift, which are the modulation's."""
     return layers.layer_norm({}, x, EPS)
 
 
@@ -181,13 +185,13 @@ def linear_spec(inputs: int, outputs: int) -> Tree:
 
 
 def zero_linear_spec(inputs: int, outputs: int) -> Tree:
-    """A linear layer that starts at zero, so that what it modulates starts as the identity."""
+    """A linear layer that starts at zero, so that the branch it modulates starts as the identity."""
     return layers.linear_spec(inputs, outputs, init=specs.zeros)
 
 
 def _project(params: Params, heads: int, x: Tensor) -> Stream:
-    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), not yet normed; no queries
-    in a stream that nothing is computed for."""
+    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), before their norms; no
+    queries in a stream without output."""
     if "out" in params:
         return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
     width = x.shape[-1]
@@ -196,15 +200,22 @@ def _project(params: Params, heads: int, x: Tensor) -> Stream:
 
 
 def _norm_heads(params: Params, stream: Stream) -> Stream:
-    """The stream with its queries and keys normed head by head, where the block has these norms."""
+    """The stream with RMS norms of its queries and keys, head by head, where the block has these norms."""
     if "key_norm" not in params:
         return stream
     query = None if stream.query is None else layers.rms_norm(params["query_norm"], stream.query, EPS)
     return stream._replace(query=query, key=layers.rms_norm(params["key_norm"], stream.key, EPS))
 
 
+def _project_out(params: Params, attended: Tensor | None, prompted: Tensor | None = None) -> Tensor:
+    """The output layer of an attention, applied to its merged heads (batch, tokens, width), plus an image prompt's."""
+    if attended is None:
+        raise ValueError("attend returned None for a stream with queries")
+    return layers.linear(params["out"], merge_heads(attended if prompted is None else attended + prompted))
+
+
 def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
-    # One after the other, not as an axis of parts: backwards that would be two copies instead of one.
+    # Split one after the other: the backward pass of an axis of parts makes two copies instead of one.
     return [split_heads(part, heads) for part in x.chunk(parts, dim=-1)]
 
 
@@ -214,7 +225,7 @@ def _add_mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tens
 
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:
-    # Three square matrices that are only stored as one.
+    # Initialised as the three square matrices that are stored as one.
     tree: dict[str, Any] = {"qkv": layers.linear_spec(width, 3 * width, init=specs.xavier_uniform(width, width))}
     if qk_norm:
         tree["query_norm"] = layers.norm_spec(head_dim, bias=False)

@@ -7,6 +7,7 @@ gives some blocks a second attention over the image alone: the SD3.5-medium mode
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -15,26 +16,19 @@ from torch import Tensor
 from functional_sd3.core import layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, identity_attention
-from functional_sd3.core.checks import check_floating
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.transformer import joint_block
-from functional_sd3.transformer.checks import check_latents, check_shape, check_times
-from functional_sd3.transformer.embeddings import (
-    TIME_FREQUENCIES,
-    crop_positions,
-    embed_condition,
-    embed_patches,
-    embedder_spec,
-    position_spec,
-)
+from functional_sd3.transformer import embeddings, joint_block
+from functional_sd3.transformer.checks import check_latents, check_shape
+from functional_sd3.transformer.embeddings import TIME_FREQUENCIES, embed_condition, embedder_spec, position_spec
+from functional_sd3.transformer.head import embed_context, modulate_blocks, resolve_modulations
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of an MMDiT; `SD35_MEDIUM` and its friends below are the released ones.
+    """Sizes of an MMDiT; `SD3_MEDIUM`, `SD35_MEDIUM` and `SD35_LARGE` are the released ones.
 
-    `position_size` is the side of the table of positions in patches, `sample_size` the side of the latents that the
-    table's unit is taken from; blocks listed in `dual_attention_layers` attend a second time, over the image alone.
+    position_size: side of the table of positions, in patches; sample_size: side of the latents at which neighbouring
+    patches are one unit apart. The blocks in dual_attention_layers have a second attention, over the image alone.
     """
 
     depth: int
@@ -121,13 +115,13 @@ def apply(
     of `latents`; the work is done in the dtype of the parameters.
 
     skip_layers: indices of blocks to leave out (skip-layer guidance).
-    perturbed_layers: indices of blocks in which `perturbation` stands for attention: `attention.identity_attention`
+    perturbed_layers: indices of blocks whose attention is replaced by `perturbation`: `attention.identity_attention`
         (perturbed-attention guidance) or `attention.blurred_attention` (smoothed energy guidance).
-    residuals: ControlNet's, each (batch, image tokens, width): spread evenly over the blocks and added to the image
-        after each but the last, also after those skipped, as diffusers does. residual_after_last: after the last block
+    residuals: a ControlNet's, each (batch, image tokens, width), spread evenly over the blocks and added to the image
+        after each but the last, skipped ones included, as diffusers does. residual_after_last: after the last block
         too, as Stability's reference does.
-    image_prompt: what `ip_adapter.apply` made of an image for each block.
-    modulations: what `modulations` returned for this t and pooled, which may then be None.
+    image_prompt: the keys and values of an image prompt for each block, from `ip_adapter.apply`.
+    modulations: those of `modulations` for this t and pooled, which may then be None.
     implementation: of attention; "math" has forward-mode derivatives and a batching rule for its backward.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
         `torch.compile` to compile one block instead of `depth` copies of it.
@@ -135,25 +129,25 @@ def apply(
     Raises ValueError when a shape does not fit the config or the batch, an input is not floating, height or width is
     not a multiple of the patch size, or the grid of patches is larger than the table of positions.
     """
-    _check_inputs(config, latents, context, skip_layers=skip_layers, perturbed_layers=perturbed_layers)
-    modulation = _modulations_of(params, config, t, pooled, latents) if modulations is None else modulations
-    _check_modulations(modulation, latents.shape[0])
+    check_latents("latents", latents, config.in_channels, config.patch_size)
+    _check_layers(config, skip_layers=skip_layers, perturbed_layers=perturbed_layers)
+    batch, dtype = latents.shape[0], params["patch"]["weight"].dtype
+    context = embed_context(params, config.context_width, context, batch, dtype)
+    modulation = resolve_modulations(modulations, partial(_compute_modulations, params, config), t, pooled, batch)
     if image_prompt and len(image_prompt) != config.depth:
         raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
     apply_block = block_transform(joint_block.apply) if block_transform else joint_block.apply
-    dtype = params["patch"]["weight"].dtype
     height, width = (side // config.patch_size for side in latents.shape[-2:])
     for residual in residuals:
-        check_shape("residuals", residual, "(batch, tokens, width)", (latents.shape[0], height * width, config.width))
+        check_shape("residuals", residual, "(batch, tokens, width)", (batch, height * width, config.width))
 
     image = embed_image(params, config, latents.to(dtype))
-    context = layers.linear(params["context"], context.to(dtype))
     for index, (weights, parts) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
         if index not in skip_layers:
-            told = (image_prompt[index],) if image_prompt else ()
+            options: dict[str, Any] = {"image_prompt": image_prompt[index]} if image_prompt else {}
             if index in perturbed_layers:
-                told = (*(told or (None,)), partial(perturbation, size=(height, width)))
-            image, context = apply_block(weights, config.heads, image, context, parts, implementation, *told)
+                options["attend"] = partial(perturbation, size=(height, width))
+            image, context = apply_block(weights, config.heads, image, context, parts, implementation, **options)
         if residuals and (residual_after_last or index < config.depth - 1):
             image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
     scale, shift = joint_block.split_modulation(modulation["final"], config.width)
@@ -162,23 +156,14 @@ def apply(
 
 
 def residual_index(block: int, depth: int, count: int) -> int:
-    """Which of `count` residuals is added after a block of `depth` (diffusers; Stability's where `depth` is even)."""
+    """Index of the residual, of `count`, that is added after a block of `depth` (as in diffusers; Stability's reference
+    agrees where `depth` is even)."""
     return int(block / (depth / count))
 
 
-def _modulations_of(params: Params, config: Config, t: Tensor | None, pooled: Tensor | None, latents: Tensor) -> Tree:
-    if t is None or pooled is None:
-        raise ValueError("apply needs t and pooled, or the modulations computed from them")
-    check_times(t, latents.shape[0])
-    return modulations(params, config, t, pooled)
-
-
 def embed_image(params: Params, config: Config, latents: Tensor) -> Tensor:
-    """Patches of `latents` (batch, in_channels, height, width), projected and placed: (batch, tokens, width)."""
-    size = config.patch_size
-    patches = embed_patches(params["patch"], size, latents)
-    positions = crop_positions(params["position"], latents.shape[-2] // size, latents.shape[-1] // size)
-    return (patches + positions).to(latents.dtype)
+    """Patches of `latents` (batch, in_channels, height, width), projected, plus positions: (batch, tokens, width)."""
+    return embeddings.embed_image(params, config.patch_size, latents)
 
 
 def unpatchify(patches: Tensor, config: Config, height: int, width: int) -> Tensor:
@@ -188,41 +173,30 @@ def unpatchify(patches: Tensor, config: Config, height: int, width: int) -> Tens
 
 
 def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
-    """Shifts, scales and gates of every block: all that t and pooled have to say, for one step or for many at once.
+    """Shifts, scales and gates of every block and of the final layer, from t and pooled, for one step or for many.
 
     t () or (batch,), or (steps, batch) or (steps, 1) for all the steps of a run; pooled (batch, pooled_width). Returns
     {"blocks": [{"image", "context"}, ...], "final"} of tensors ([steps,] batch, n * width); `at` takes one step out.
-    A third of the parameters is used nowhere else, so during a run they need not stay on the device.
+    A third of the parameters is used only here, so during a run they need not stay on the device.
     """
     condition = embed_condition(params, config.pooled_width, t, pooled)
     return {
-        "blocks": [
-            {stream: layers.linear(weights[stream]["modulation"], condition) for stream in ("image", "context")}
-            for weights in params["blocks"]
-        ],
+        "blocks": modulate_blocks(params["blocks"], condition),
         "final": layers.linear(params["final"]["modulation"], condition),
     }
 
 
 def at(modulations: Tree, step: int) -> Tree:
-    """One step of modulations computed for many: every tensor (steps, batch, ...) -> (batch, ...)."""
+    """Modulations of one step out of those of many: every tensor (steps, batch, ...) -> (batch, ...)."""
     return tree.map(lambda leaf: leaf[step], modulations)
 
 
-def _check_inputs(config, latents, context, **layers: Collection[int]) -> None:
-    check_latents("latents", latents, config.in_channels, config.patch_size)
-    batch = latents.shape[0]
-    check_floating("context", context)
-    check_shape("context", context, "(batch, tokens, width)", (batch, None, config.context_width))
+def _compute_modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
+    return modulations(params, config, t, pooled)
+
+
+def _check_layers(config: Config, **layers: Collection[int]) -> None:
     for name, indices in layers.items():
         absent = sorted(index for index in indices if not 0 <= index < config.depth)
         if absent:
             raise ValueError(f"{name} {absent} are not among the blocks 0 to {config.depth - 1}")
-
-
-def _check_modulations(modulations: Tree, batch: int) -> None:
-    final = modulations["final"]
-    if final.ndim == 3:
-        raise ValueError(f"modulations of {final.shape[0]} steps at once: take one step out with `mmdit.at`")
-    if final.shape[0] not in (1, batch):
-        raise ValueError(f"modulations of a batch of {final.shape[0]} do not fit latents with a batch of {batch}")

@@ -1,4 +1,4 @@
-"""What fewer bits cost where it counts: in the velocity."""
+"""Errors of the velocity with quantised or low-precision parameters."""
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ def velocity_errors(
 ) -> Tensor:
     """|v - v_reference| / |v_reference| at every step of a run, (steps,), the norms over the whole batch.
 
-    reference: float32 parameters, whose run by Euler's method from `noise` (batch, channels, height, width) along
-    `sigmas` (steps + 1,) is followed; params: those in question, of any dtype, quantised or with a LoRA beside them.
+    reference: float32 parameters; the states are those of their run by Euler's method from `noise` (batch, channels,
+    height, width) along `sigmas` (steps + 1,). params: compared with them, of any dtype, quantised or with a LoRA.
     context (batch, tokens, context_width), pooled (batch, pooled_width).
     """
-    x, found = noise, []
-    for t, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    x, errors = noise, []
+    for t, t_next in zip(sigmas[:-1], sigmas[1:], strict=True):
         exact = mmdit.apply(reference, config, x, t, context, pooled)
-        found.append((mmdit.apply(params, config, x, t, context, pooled) - exact).norm() / exact.norm())
-        x = x + (following - t) * exact
-    return torch.stack(found)
+        errors.append((mmdit.apply(params, config, x, t, context, pooled) - exact).norm() / exact.norm())
+        x = x + (t_next - t) * exact
+    return torch.stack(errors)

@@ -104,7 +104,7 @@ def test_residuals_do_not_depend_on_the_batch(config):
 
 
 @BOTH
-def test_one_picture_serves_a_whole_batch(config):
+def test_one_control_image_serves_a_whole_batch(config):
     image = random(6, 1, 3, 8, 6)
     one = residuals(config, NETS[config], *inputs(), image)
     assert close(one, residuals(config, NETS[config], *inputs(), image.expand(4, -1, -1, -1)))
@@ -240,14 +240,14 @@ def test_numbers_out_of_range_are_refused(change, message):
 @pytest.mark.parametrize(
     "config, picture, message",
     [
-        (JOINT, (1, 3, 8, 8), "picture's latents are 8 x 8, but the noisy latents are 8 x 6"),
+        (JOINT, (1, 3, 8, 8), "control image's latents are 8 x 8, but the noised latents are 8 x 6"),
         (JOINT, (1, 3, 9, 6), "image_latents: height 9 is not a multiple of the patch size 2"),
         (JOINT, (1, 4, 8, 6), r"image_latents \[1, 4, 8, 6\] must be \(batch, 3, height, width\)"),
-        (JOINT, (3, 3, 8, 6), "3 pictures for a batch of 4"),
+        (JOINT, (3, 3, 8, 6), "3 control images for a batch of 4"),
         (IMAGE_ONLY, (1, 3, 8, 8), r"latents \[4, 12, 16\] must be \(batch, tokens, width\) = \(any, 16, 16\)"),
     ],
 )
-def test_pictures_of_other_sizes_are_refused(config, picture, message):
+def test_control_images_of_other_sizes_are_refused(config, picture, message):
     with pytest.raises(ValueError, match=message):
         residuals(config, NETS[config], *inputs(), torch.zeros(picture))
 
@@ -261,7 +261,7 @@ def test_what_is_missing_is_named():
         controlnet.apply(NETS[JOINT], JOINT, latents, t, None, pooled, image)
     with pytest.raises(ValueError, match="kind 'cany' of ControlNet must be one of blur, canny"):
         dataclasses.replace(JOINT, kind="cany")
-    with pytest.raises(ValueError, match="a ControlNet's picture has latents of 8 x 8, but what is drawn has 8 x 6"):
+    with pytest.raises(ValueError, match="a control image has latents of 8 x 8, but the image that is drawn has 8 x 6"):
         controlled(made(IMAGE_ONLY)._replace(image_latents=torch.zeros(1, 3, 8, 8)))
     with pytest.raises(ValueError, match=r"residuals \[4, 12, 8\] must be"):
         mmdit.apply(WEIGHTS, TRANSFORMER, latents, t, context, pooled, residuals=[torch.zeros(4, 12, 8)])

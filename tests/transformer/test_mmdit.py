@@ -136,7 +136,7 @@ def test_residuals_are_spread_over_the_blocks_and_the_last_block_gets_none(param
     assert not close(two, mmdit.apply(params, CONFIG, *inputs))
 
 
-def test_only_the_last_blocks_context_asks_nothing(params, inputs):
+def test_only_the_last_blocks_context_has_no_queries(params, inputs):
     silent = []
 
     def recorded(streams, **options):

@@ -1,0 +1,50 @@
+"""Head that the transformer and its ControlNets share: conditioning of t and pooled, modulations, embedded context."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import layers
+from functional_sd3.core.checks import check_floating
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.transformer.checks import check_shape, check_times
+
+
+def embed_context(params: Params, width: int, context: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """The layer "context" of params applied to context (batch, tokens, width), in `dtype`: (batch, tokens, hidden)."""
+    check_floating("context", context)
+    check_shape("context", context, "(batch, tokens, width)", (batch, None, width))
+    return layers.linear(params["context"], context.to(dtype))
+
+
+def modulate_blocks(blocks: list[Params], condition: Tensor) -> list[Tree]:
+    """Modulations of every stream of every block: {stream: ([steps,] batch, n * width)} for each."""
+    return [
+        {stream: layers.linear(weights["modulation"], condition) for stream, weights in block.items()}
+        for block in blocks
+    ]
+
+
+def resolve_modulations(
+    modulations: Tree | None,
+    compute: Callable[[Tensor, Tensor], Tree],
+    t: Tensor | None,
+    pooled: Tensor | None,
+    batch: int,
+) -> Tree:
+    """The given modulations, or `compute(t, pooled)` where they are None.
+
+    Raises ValueError when neither can be had, or when they are of another batch or of several steps at once.
+    """
+    if modulations is None:
+        if t is None or pooled is None:
+            raise ValueError("apply needs t and pooled, or the modulations computed from them")
+        check_times(t, batch)
+        modulations = compute(t, pooled)
+    leaf = modulations["blocks"][0]["image"]
+    if leaf.ndim == 3:
+        raise ValueError(f"modulations of {leaf.shape[0]} steps at once: take one step out with `mmdit.at`")
+    if leaf.shape[0] not in (1, batch):
+        raise ValueError(f"modulations of a batch of {leaf.shape[0]} do not fit latents with a batch of {batch}")
+    return modulations
