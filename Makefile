@@ -20,7 +20,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m bench
 
 tiny: $(VENV)/installed
-	$(BIN)/python -m functional_sd3.training.tiny params/tiny --work out/tiny
+	$(BIN)/python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -6,8 +6,8 @@ import pytest
 
 from bench import peers
 from functional_sd3.core import prng
+from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip, t5, unigram
-from functional_sd3.training import shapes
 from functional_sd3.weights import shipped
 
 TOKENIZERS = shipped.folder()

@@ -23,7 +23,7 @@ from functional_sd3.flow import ode
 from functional_sd3.flow.ode import adaptive
 from functional_sd3.formats import files
 from functional_sd3.pipeline import Conditions
-from functional_sd3.training import shapes
+from functional_sd3.recipes import shapes
 from functional_sd3.weights import Model, shipped
 
 BUDGETS = (4, 8, 16, 28, 56)

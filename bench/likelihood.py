@@ -21,8 +21,8 @@ from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
 from functional_sd3.flow.analysis import likelihood
 from functional_sd3.image import pixels
-from functional_sd3.training import shapes
-from functional_sd3.training.shapes import Scene
+from functional_sd3.recipes import shapes
+from functional_sd3.recipes.shapes import Scene
 from functional_sd3.weights import Model, shipped
 
 ATTRIBUTES = ("colour", "shape", "size")

@@ -10,7 +10,7 @@ import torch
 
 from functional_sd3 import weights
 from functional_sd3.core import prng
-from functional_sd3.training import tiny_report
+from functional_sd3.recipes.shapes import report as shapes_report
 from functional_sd3.weights import shipped
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     print("| things | captions | right | count | shape | colour | size | background | relation |")
     print("|---|---|---|---|---|---|---|---|---|")
     for things in (1, 2):
-        found = tiny_report.prompt_following(
+        found = shapes_report.prompt_following(
             model, things, parsed.count, prng.key(parsed.seed), steps=parsed.steps, cfg=parsed.cfg
         )
         names = ("right", "count", "shape", "colour", "size", "background", "relation")

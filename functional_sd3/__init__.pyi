@@ -43,8 +43,9 @@ from functional_sd3.metrics import inception_score as inception_score
 from functional_sd3.metrics import kid as kid
 from functional_sd3.metrics import precision_recall as precision_recall
 from functional_sd3.metrics import preprocess as preprocess
-from functional_sd3.metrics import prompts as prompts
 from functional_sd3.metrics import similarity as similarity
+from functional_sd3.recipes import shapes as shapes
+from functional_sd3.recipes.shapes import prompts as prompts
 from functional_sd3.text import bpe as bpe
 from functional_sd3.text import clip as clip
 from functional_sd3.text import conditioning as conditioning
@@ -65,7 +66,6 @@ from functional_sd3.training import losses as losses
 from functional_sd3.training import muon as muon
 from functional_sd3.training import optim as optim
 from functional_sd3.training import schedules as schedules
-from functional_sd3.training import shapes as shapes
 from functional_sd3.training import step as step
 from functional_sd3.transformer import control as control
 from functional_sd3.transformer import controlnet as controlnet

@@ -9,19 +9,19 @@ import torch
 from functional_sd3.core import prng
 from functional_sd3.core import spec as specs
 from functional_sd3.flow import schedule
-from functional_sd3.training import tiny_model
+from functional_sd3.recipes.shapes import architecture
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import Model, model
 
 
 @cache
 def tokenizers():
-    return tiny_model.tokenizers(prng.key(0))
+    return architecture.tokenizers(prng.key(0))
 
 
 def config(**transformer):
     """The tiny model's sizes, smaller; `transformer` replaces fields of its transformer's config."""
-    small = tiny_model.config(tokenizers())
+    small = architecture.config(tokenizers())
     sizes = mmdit.Config(
         depth=3,
         heads=2,

@@ -23,13 +23,14 @@ from functional_sd3.metrics import (
     kid,
     precision_recall,
     preprocess,
-    prompts,
     similarity,
 )  # fmt: skip
+from functional_sd3.recipes import shapes
+from functional_sd3.recipes.shapes import prompts
 from functional_sd3.text import clip, conditioning, t5
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.text.clip import image as clip_image
-from functional_sd3.training import lora, losses, muon, optim, schedules, shapes, step
+from functional_sd3.training import lora, losses, muon, optim, schedules, step
 from functional_sd3.transformer import control, controlnet, mmdit
 from tests import models
 

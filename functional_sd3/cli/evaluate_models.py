@@ -19,7 +19,9 @@ from functional_sd3.image import files as image_files
 from functional_sd3.image import pictures, pixels, vae
 from functional_sd3.image.pictures import Item
 from functional_sd3.metrics import clip_images, similarity
-from functional_sd3.training import datasets, shapes, tiny_report
+from functional_sd3.recipes import shapes
+from functional_sd3.recipes.shapes import report as shapes_report
+from functional_sd3.training import datasets
 from functional_sd3.weights import Model, shipped
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
         for things in kinds:
             rows.append(
                 {"things": things}
-                | tiny_report.prompt_following(
+                | shapes_report.prompt_following(
                     model,
                     things,
                     arguments.count,

@@ -44,7 +44,7 @@ def note_unknown(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
     """Note words that the shipped model never learned, if it draws as it was shipped."""
     if not is_shipped(arguments.params) or arguments.embedding or arguments.lora:
         return
-    from functional_sd3.training import shapes
+    from functional_sd3.recipes import shapes
 
     known = shapes.vocabulary()
     words = [word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())]

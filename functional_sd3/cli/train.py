@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     out, checkpoints = Path(arguments.out), Path(arguments.out) / "checkpoints"
     setup = train_setup.prepare(arguments, _say)
-    part, state = setup.part, setup.part.state
+    task, state = setup.task, setup.task.state
     train_checks.check_disk(out, state, setup.stored, KEEP)
     if arguments.resume:
         state = train_setup.resume(arguments, setup, _say)
@@ -79,14 +79,14 @@ def _run(arguments: argparse.Namespace) -> int:
     samples = out / "samples"
 
     def on_sample(current, done: int) -> None:
-        train_setup.save_image(samples / f"{done:08d}.png", part.sample(current))
+        train_setup.save_image(samples / f"{done:08d}.png", task.sample(current))
 
     progress = report.has_bars()
     try:
         outcome = loop.run(
             state,
-            part.train_step,
-            part.batch,
+            task.train_step,
+            task.batch,
             steps=arguments.steps,
             out=out,
             settings=setup.settings,

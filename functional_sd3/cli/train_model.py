@@ -12,7 +12,7 @@ from functional_sd3.cli import runtime
 from functional_sd3.core import tree
 from functional_sd3.core.types import Tree
 from functional_sd3.formats import finite
-from functional_sd3.training import parts
+from functional_sd3.training import tasks
 from functional_sd3.weights import default_dtype
 from functional_sd3.weights.model import Model
 
@@ -30,7 +30,7 @@ def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, 
         names, dtype = ("vae",), None
     else:
         with_text = text_encoders(vars(arguments)) == "train"
-        names = tuple(name for name in stored.params if name == "transformer" or (with_text and name in parts.ENCODERS))
+        names = tuple(name for name in stored.params if name == "transformer" or (with_text and name in tasks.ENCODERS))
         dtype = _adapted_dtype(stored.params["transformer"], device) if arguments.lora else None
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]

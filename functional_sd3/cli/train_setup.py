@@ -15,8 +15,9 @@ from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
 from functional_sd3.image import pixels, vae
+from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
-from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, parts
+from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, tasks
 from functional_sd3.training.step import TrainState
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import SPECS, Model
@@ -34,10 +35,10 @@ _RECORDED = (
 class Setup(NamedTuple):
     """What a run needs. stored: the model as its files have it; settings: what its checkpoints keep."""
 
-    part: parts.Part
+    task: tasks.TrainingTask
     stored: Model
     settings: dict[str, Any]
-    options: parts.Settings
+    options: tasks.Settings
 
 
 def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
@@ -56,10 +57,11 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
         _check_continuing(arguments, settings)
     key = prng.fold_in(prng.key(arguments.seed), 1)
     if arguments.part == "vae":
-        return Setup(parts.vae_part(key, model, images, options), stored, settings, options)
+        return Setup(tasks.vae_task(key, model, images, options), stored, settings, options)
     latents = _latents(arguments, model, images, settings, say)
-    part = parts.flow_part(key, model, images, {"latents": latents, "ids": ids}, options)
-    return Setup(part, stored, settings, options)
+    data = {"latents": latents, "ids": ids}
+    task = tasks.flow_task(key, model, images, data, options, generate=pipeline.generate)
+    return Setup(task, stored, settings, options)
 
 
 def resume(arguments: argparse.Namespace, setup: Setup, say: Say) -> TrainState:
@@ -70,7 +72,7 @@ def resume(arguments: argparse.Namespace, setup: Setup, say: Say) -> TrainState:
     folder = Path(arguments.out) / "checkpoints"
     now = setup.settings
     allowed = lambda saved: continuing.check(_differences(saved, now), arguments.out, force=arguments.force)  # noqa: E731
-    resumed = checkpoint.load_newest(folder, setup.part.state, allowed)
+    resumed = checkpoint.load_newest(folder, setup.task.state, allowed)
     for path, error in resumed.passed_over:
         say(f"note: a checkpoint cannot be read: {error}")
         say(f"note: it is set aside as {checkpoint.set_aside(path)}, and the one before is taken: {resumed.path.name}")
@@ -109,19 +111,19 @@ def save_result(out: Path, state: TrainState, setup: Setup, lora_name: str) -> P
     if setup.options.lora:
         lora.save(out / lora_name, state.ema)
         return out / lora_name
-    trained, stored = setup.part.model(state), setup.stored
-    params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.part.learned}
+    trained, stored = setup.task.model(state), setup.stored
+    params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.task.trained}
     weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
     return out
 
 
-def _images(arguments: argparse.Namespace, model: Model, say: Say) -> parts.Pictures:
+def _images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages:
     if arguments.part == "vae":
         side = arguments.size or model.config.vae.sample_size
     else:
         side = pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * vae.factor(model.config.vae)
     if arguments.data == "shapes":
-        return parts.shapes_pictures(prng.key(arguments.seed), arguments.pictures, side)
+        return dataset(prng.key(arguments.seed), arguments.pictures, side)
     index = datasets.image_folder(
         arguments.data, template=arguments.template, caption=arguments.caption, follow=arguments.follow
     )
@@ -132,11 +134,11 @@ def _images(arguments: argparse.Namespace, model: Model, say: Say) -> parts.Pict
         say(f"skipped {escape(path)}: {escape(reason)}")
     if len(index.skipped) > 10:
         say(f"skipped {len(index.skipped) - 10} more, {len(index.skipped)} in all")
-    return parts.folder_pictures(index, side)
+    return tasks.folder_images(index, side)
 
 
-def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> parts.Settings:
-    return parts.Settings(
+def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tasks.Settings:
+    return tasks.Settings(
         steps=arguments.steps,
         batch=arguments.batch_size,
         rate=arguments.lr,
@@ -158,7 +160,7 @@ def _settings(
     arguments: argparse.Namespace,
     source: list[Path],
     stored: Model,
-    images: parts.Pictures,
+    images: tasks.TrainingImages,
     ids: conditioning.Ids | None,
 ) -> dict[str, Any]:
     """What a checkpoint keeps of a run: its options, and digests of what it reads."""
@@ -199,19 +201,19 @@ def _check_continuing(arguments: argparse.Namespace, settings: dict[str, Any]) -
         return
 
 
-def _say_steps(saved: dict[str, Any], options: parts.Settings, state: TrainState, say: Say) -> None:
+def _say_steps(saved: dict[str, Any], options: tasks.Settings, state: TrainState, say: Say) -> None:
     """What another number of steps means for the learning rate."""
     before, done = saved.get("steps"), int(state.step)
     if not isinstance(before, int) or before == options.steps or done >= options.steps:
         return
     sentence = f"note: {before} steps were planned, now {options.steps}"
     if options.schedule == "cosine":
-        rate = float(parts.learning_rate(options)(state.step))
+        rate = float(tasks.learning_rate(options)(state.step))
         sentence += f": the cosine of the learning rate ends there now, and the rate goes on at {rate:.3g}"
     say(sentence)
 
 
-def _tokens(model: Model, images: parts.Pictures) -> conditioning.Ids:
+def _tokens(model: Model, images: tasks.TrainingImages) -> conditioning.Ids:
     return conditioning.tokenize(model.config, model.tokenizers, images.captions, t5_length=_t5_length(model))
 
 
@@ -221,7 +223,7 @@ def _t5_length(model: Model) -> int:
 
 
 def _latents(
-    arguments: argparse.Namespace, model: Model, images: parts.Pictures, settings: dict[str, Any], say: Say
+    arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, settings: dict[str, Any], say: Say
 ) -> torch.Tensor:
     """The latents of all images: computed once for a run, and read again while images and autoencoder are the same."""
     from tqdm import tqdm

@@ -46,6 +46,14 @@ def combined(texts: Iterable[str]) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
+def fingerprint(texts: Iterable[str]) -> str:
+    """A short digest of several texts, as checkpoints keep it of names and captions."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
+
+
 def _leaf(leaf: Tensor) -> str:
     digest = hashlib.sha256(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
     if leaf.numel():

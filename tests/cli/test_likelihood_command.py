@@ -13,7 +13,7 @@ from functional_sd3.core import prng
 from functional_sd3.flow import ode
 from functional_sd3.flow.analysis import likelihood
 from functional_sd3.image import pixels
-from functional_sd3.training import shapes
+from functional_sd3.recipes import shapes
 from functional_sd3.weights import shipped
 from tests import models
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from functional_sd3 import cli, weights
 from functional_sd3.cli import prompt_words, written
-from functional_sd3.training import shapes
+from functional_sd3.recipes import shapes
 from tests import models
 
 PROMPT = "a large red circle on a white background"

@@ -14,9 +14,10 @@ from functional_sd3 import weights
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import pixels, taesd
+from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip, textual_inversion
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.training import lora, shapes
+from functional_sd3.training import lora
 from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.weights import controlnets, ip_adapters, layout, shipped
 from functional_sd3.weights.clip import LAYOUT

@@ -45,7 +45,7 @@ def test_diffusers_draws_the_same_picture(model):
 
 
 def test_backgrounds_are_drawn_as_asked(model):
-    from functional_sd3.metrics import prompts
+    from functional_sd3.recipes.shapes import prompts
 
     with torch.no_grad():
         images = pipeline.generate(model.params, model.config, model.tokenizers, PROMPTS, prng.key(0))

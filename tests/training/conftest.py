@@ -10,8 +10,8 @@ from functional_sd3.core import prng
 from functional_sd3.core import spec as specs
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
+from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip, conditioning, t5, unigram
-from functional_sd3.training import shapes
 from functional_sd3.transformer import mmdit
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 from functional_sd3 import weights
 from functional_sd3.core import prng
 from functional_sd3.image import pixels, vae
-from functional_sd3.training import datasets, shapes
+from functional_sd3.recipes import shapes
+from functional_sd3.training import datasets
 
 RED, BLUE = (220, 40, 40), (50, 80, 220)
 

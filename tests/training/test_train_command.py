@@ -220,14 +220,14 @@ def test_settings_that_do_not_go_with_a_lora_are_named(command, tmp_path, words,
 def seen(monkeypatch):
     """The models and options that runs are made of, in order."""
     made = []
-    for name in ("flow_part", "vae_part"):
-        original = getattr(train_setup.parts, name)
+    for name in ("flow_task", "vae_task"):
+        original = getattr(train_setup.tasks, name)
 
-        def spy(key, model, *rest, original=original):
+        def spy(key, model, *rest, original=original, **kwargs):
             made.append((model, rest[-1]))
-            return original(key, model, *rest)
+            return original(key, model, *rest, **kwargs)
 
-        monkeypatch.setattr(train_setup.parts, name, spy)
+        monkeypatch.setattr(train_setup.tasks, name, spy)
     return made
 
 

@@ -15,7 +15,7 @@ from functional_sd3.flow.analysis import inversion, likelihood
 from functional_sd3.flow.ode import fixed_point, reversible, stochastic
 from functional_sd3.flow.ode.fixed_point import Unsolved
 from functional_sd3.image import pixels
-from functional_sd3.training import shapes
+from functional_sd3.recipes import shapes
 from functional_sd3.weights import shipped
 from tests.flow.ode import flows
 

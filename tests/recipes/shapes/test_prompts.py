@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from functional_sd3.core import prng
 from functional_sd3.image import pixels
-from functional_sd3.metrics import prompts
-from functional_sd3.training import shapes
+from functional_sd3.recipes import shapes
+from functional_sd3.recipes.shapes import prompts
 
 COLOURS = [*shapes.COLOURS.values(), (0, 0, 0), (255, 255, 255), (127, 127, 127), (0, 255, 0)]
 SCENE = shapes.Scene((shapes.Thing("large", "red", "circle"),), "white")

@@ -13,9 +13,10 @@ from torch import Tensor
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import pixels, vae
+from functional_sd3.recipes.shapes import world
+from functional_sd3.recipes.shapes.architecture import LENGTH
 from functional_sd3.text import clip, conditioning, t5
-from functional_sd3.training import loop, losses, muon, optim, shapes, step
-from functional_sd3.training.tiny_model import LENGTH
+from functional_sd3.training import loop, losses, muon, optim, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import SPECS, Config, Tokenizers
 
@@ -58,7 +59,7 @@ def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     )
 
     def batch(index: int) -> dict[str, Tensor]:
-        pictures, _ = shapes.pictures(prng.fold_in(data_key, index), VAE_BATCH)
+        pictures, _ = world.pictures(prng.fold_in(data_key, index), VAE_BATCH)
         return {"images": pixels.to_signed(pixels.from_bytes(pictures))}
 
     return Stage(step.init(run_key, params, optimizer), train_step, batch)
@@ -69,7 +70,7 @@ def pool(key: Key, params: Params, config: Config, tables: Tokenizers, count: in
     latents, captions = [], []
     with torch.no_grad():
         for index in range(0, count, 256):
-            pictures, texts = shapes.pictures(prng.fold_in(key, index), min(256, count - index))
+            pictures, texts = world.pictures(prng.fold_in(key, index), min(256, count - index))
             images = pixels.to_signed(pixels.from_bytes(pictures))
             latents.append(vae.encode(params, config.vae, images).mean)
             captions += texts

@@ -1,12 +1,12 @@
-"""What `params/tiny` is: tokenizers made of the captions of `shapes`, and the sizes of every part."""
+"""What `params/tiny` is: tokenizers made of the captions of `world`, and the sizes of every part."""
 
 from dataclasses import replace
 
 from functional_sd3.core.types import Key
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
+from functional_sd3.recipes.shapes import world
 from functional_sd3.text import bpe, clip, t5, unigram
-from functional_sd3.training import shapes
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Config, Tokenizers
 
@@ -17,8 +17,8 @@ CONTEXT_WIDTH = 192
 
 def tokenizers(key: Key) -> Tokenizers:
     """Two byte-pair tokenizers that differ in their padding, as SD3's do, and a unigram one."""
-    scenes = shapes.scenes(key, 4096)
-    captions = [shapes.caption(scene, wording) for wording, scene in enumerate(scenes)]
+    scenes = world.scenes(key, 4096)
+    captions = [world.caption(scene, wording) for wording, scene in enumerate(scenes)]
     vocab, merges = bpe.train(captions, 1024)
     # Every printable ASCII character gets a piece, so that no prompt typed in English is unknown.
     characters = " ".join(map(chr, range(33, 127)))
@@ -60,7 +60,7 @@ def config(tables: Tokenizers) -> Config:
         ),
         # Flat colours live in the mean over a group: one group keeps all but one of them.
         vae=vae.Config(
-            channels=(16, 32, 64, 64), blocks_per_level=1, groups=1, scaling=1.0, shift=0.0, sample_size=shapes.SIDE
+            channels=(16, 32, 64, 64), blocks_per_level=1, groups=1, scaling=1.0, shift=0.0, sample_size=world.SIDE
         ),
         schedule=schedule.Config(shift=1.0),
     )

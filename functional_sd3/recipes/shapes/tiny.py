@@ -1,14 +1,14 @@
-"""The recipe of `params/tiny`: a whole SD3.5 pipeline in miniature, trained from scratch on the world of `shapes`.
+"""The recipe of `params/tiny`: a whole SD3.5 pipeline in miniature, trained from scratch on the world of `world`.
 
-    python -m functional_sd3.training.tiny params/tiny --work out/tiny
+    python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 
 or from a finished model, whose transformer learns on while all the rest of it stays:
 
-    python -m functional_sd3.training.tiny OUT --start params/tiny --bfloat16 --compile --refine-steps 12000
+    python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --compile --refine-steps 12000
 
 Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on fresh pictures; a
 pool of pictures encoded once; the transformer and the three text encoders together; then the transformer alone, which
-is what takes time (`tiny_model`, `tiny_stages`). Stopped at any moment, the same command goes on.
+is what takes time (`architecture`, `stages`). Stopped at any moment, the same command goes on.
 """
 
 import argparse
@@ -23,9 +23,10 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.formats import files
 from functional_sd3.image import pixels
+from functional_sd3.recipes.shapes import architecture, report, stages, world
+from functional_sd3.recipes.shapes.stages import Stage
 from functional_sd3.text import conditioning
-from functional_sd3.training import checkpoint, loop, shapes, step, tiny_model, tiny_report, tiny_stages
-from functional_sd3.training.tiny_stages import Stage
+from functional_sd3.training import checkpoint, loop, step
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
 
 VAE_STEPS = 1200
@@ -57,9 +58,9 @@ def train(
     root = prng.key(seed)
     tokens_key, _, pool_key, flow_key = prng.split(root, 4)
     if start is None:
-        tables = tiny_model.tokenizers(tokens_key)
-        sizes = tiny_model.config(tables)
-        stage = _run(work / "vae", tiny_stages.vae_stage(root, sizes, vae_steps), vae_steps, progress)
+        tables = architecture.tokenizers(tokens_key)
+        sizes = architecture.config(tables)
+        stage = _run(work / "vae", stages.vae_stage(root, sizes, vae_steps), vae_steps, progress)
         if stage is None:
             return None
         autoencoder = stage.ema
@@ -67,11 +68,11 @@ def train(
         tables, sizes, autoencoder = start.tokenizers, start.config, start.params["vae"]
     data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
     if start is None:
-        sizes = tiny_stages.measured(sizes, data["latents"])
+        sizes = stages.measured(sizes, data["latents"])
 
     def draw(state: step.TrainState, done: int) -> None:
         params = {**state.ema, "vae": autoencoder}
-        listed = [shapes.held_out_captions(things) for things in (1, 2)]
+        listed = [world.held_out_captions(things) for things in (1, 2)]
         captions = [every[index * len(every) // 8][0] for every in listed for index in range(8)]
         with torch.no_grad():
             images = pipeline.generate(params, sizes, tables, captions, prng.key(seed))
@@ -79,7 +80,7 @@ def train(
         pixels.to_pil(pixels.grid(images, 4))[0].save(work / "samples" / f"{done:06d}.png")
 
     def stage(steps: int, given: Params | None) -> Stage:
-        return tiny_stages.flow_stage(flow_key, sizes, tables, data, steps, start=given, dtype=dtype, compile=compile)
+        return stages.flow_stage(flow_key, sizes, tables, data, steps, start=given, dtype=dtype, compile=compile)
 
     params = None if start is None else start.params
     for name, steps in (("flow", 0 if start else flow_steps), ("refine", refine_steps)):
@@ -96,7 +97,9 @@ def train(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of the recipe; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m functional_sd3.training.tiny", description="Train params/tiny.")
+    parser = argparse.ArgumentParser(
+        prog="python -m functional_sd3.recipes.shapes.tiny", description="Train params/tiny."
+    )
     parser.add_argument("out", type=Path, help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path("out/tiny"), help="folder of logs and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
@@ -124,13 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     typed = sys.argv[1:] if arguments is None else arguments
     before = "those of the refined model" if parsed.start else f"{parsed.flow_steps} of transformer and text encoders"
-    tiny_report.describe(
+    report.describe(
         parsed.out,
         model,
         parsed.work / ("refine" if parsed.refine_steps else "flow") / "log.csv",
-        command=" ".join(["python -m functional_sd3.training.tiny", *typed]),
+        command=" ".join(["python -m functional_sd3.recipes.shapes.tiny", *typed]),
         history=f"{parsed.vae_steps} steps of the autoencoder, {before}, "
-        f"{parsed.refine_steps} of the transformer alone, {tiny_stages.FLOW_BATCH} pictures a step",
+        f"{parsed.refine_steps} of the transformer alone, {stages.FLOW_BATCH} pictures a step",
     )
     print(parsed.out)
     return 0
@@ -165,7 +168,7 @@ def _run(
 
 def _kept_pool(path: Path, key: Key, params: Params, config: Config, tables: Tokenizers) -> dict:
     if not path.exists():
-        data = tiny_stages.pool(key, params, config, tables, tiny_stages.POOL)
+        data = stages.pool(key, params, config, tables, stages.POOL)
         files.write_atomic(path, tree.flatten_paths({"latents": data["latents"], "ids": data["ids"]._asdict()}))
     mapped = files.open_mapped(path)
     ids = conditioning.Ids(*(files.tensor(mapped, f"ids.{name}") for name in conditioning.Ids._fields))

@@ -7,8 +7,9 @@ import torch
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key
-from functional_sd3.metrics import prompts
-from functional_sd3.training import log, report, shapes
+from functional_sd3.recipes import model_card
+from functional_sd3.recipes.shapes import prompts, world
+from functional_sd3.training import log
 from functional_sd3.weights.model import Model
 
 
@@ -19,7 +20,7 @@ def prompt_following(
 
     The captions are spread evenly over all held-out ones; `options` go to `pipeline.generate`.
     """
-    listed = shapes.held_out_captions(things)
+    listed = world.held_out_captions(things)
     count = min(count, len(listed))
     chosen = [listed[index * len(listed) // count] for index in range(count)]
     pictures = []
@@ -40,13 +41,13 @@ def describe(out: Path, model: Model, log_path: Path, *, command: str, history: 
     for things, found in enumerate(tables, 1):
         shares = " | ".join(f"{100 * found[name]:.1f} %" for name in names)
         lines.append(f"| {things} | {found['captions']} | {shares} |")
-    shown = [text for things in (1, 2) for text, _ in shapes.held_out_captions(things)[:: 8 + 1550 * (things - 1)][:8]]
+    shown = [text for things in (1, 2) for text, _ in world.held_out_captions(things)[:: 8 + 1550 * (things - 1)][:8]]
     with torch.no_grad():
         samples = pipeline.generate(model.params, model.config, model.tokenizers, shown, prng.key(0))
     sizes = ", ".join(f"{name} {tree.count(part):,}" for name, part in model.params.items())
     text = f"""
 A whole SD3.5 pipeline in miniature, in diffusers' folder layout, trained from scratch on the world of
-`functional_sd3/training/shapes.py` by
+`functional_sd3/recipes/shapes/world.py` by
 
     {command}
 
@@ -55,8 +56,8 @@ Parameters: {sizes}. MIT licence, as the code.
 
 ## Prompt following
 
-Held-out captions (never trained on) drawn at the default settings and read back by `functional_sd3/metrics/prompts.py`;
-`python -m bench.prompt_following` measures it again.
+Held-out captions (never trained on) drawn at the default settings and read back by
+`functional_sd3/recipes/shapes/prompts.py`; `python -m bench.prompt_following` measures it again.
 
 {chr(10).join(lines)}"""
-    report.write(out, title="params/tiny", text=text, log=rows, samples=samples, captions=shown)
+    model_card.write(out, title="params/tiny", text=text, log=rows, samples=samples, captions=shown)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sd3.training import shapes
+from functional_sd3.recipes.shapes import world
 
 LEAST_PIXELS = 20
 """Regions smaller than this (a small ring has 110, a small star 55) are blemishes."""
@@ -22,9 +22,9 @@ LEAST_OVERLAP = 0.6
 
 
 class Reading(NamedTuple):
-    """What was seen, in the words of `shapes`; things from the largest region to the smallest."""
+    """What was seen, in the words of `world`; things from the largest region to the smallest."""
 
-    things: tuple[shapes.Thing, ...]
+    things: tuple[world.Thing, ...]
     background: str
     overlaps: tuple[float, ...]
 
@@ -57,8 +57,8 @@ def read(picture: Tensor) -> Reading:
 def _read(picture: Tensor, stencils: "_Stencils") -> Reading:
     from scipy import ndimage
 
-    names = list(shapes.COLOURS)
-    palette = numpy.array([shapes.COLOURS[name] for name in names], dtype=numpy.float64)
+    names = list(world.COLOURS)
+    palette = numpy.array([world.COLOURS[name] for name in names], dtype=numpy.float64)
     pixels = _pixels(picture)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     ground = int(numpy.bincount(nearest.ravel(), minlength=len(names)).argmax())
@@ -84,12 +84,12 @@ def _pixels(image: Tensor) -> numpy.ndarray:
         raise ValueError(f"image of dtype {image.dtype} must be floating, in [0, 1], or uint8")
     image = image.detach().cpu().float() / (255.0 if image.dtype == torch.uint8 else 1.0)
     image = image.nan_to_num(nan=0.5, posinf=1.0, neginf=0.0).clamp(0.0, 1.0)
-    if tuple(image.shape[1:]) != (shapes.SIDE, shapes.SIDE):
-        image = F.interpolate(image[None], (shapes.SIDE, shapes.SIDE), mode="bilinear", antialias=True)[0]
+    if tuple(image.shape[1:]) != (world.SIDE, world.SIDE):
+        image = F.interpolate(image[None], (world.SIDE, world.SIDE), mode="bilinear", antialias=True)[0]
     return image.permute(1, 2, 0).numpy() * 255.0
 
 
-def judge(reading: Reading, scene: shapes.Scene) -> Verdict:
+def judge(reading: Reading, scene: world.Scene) -> Verdict:
     """Compares what was read with what was asked for."""
     wanted, seen = scene.things, reading.things
     count = len(seen) == len(wanted) and all(overlap >= LEAST_OVERLAP for overlap in reading.overlaps)
@@ -103,7 +103,7 @@ def judge(reading: Reading, scene: shapes.Scene) -> Verdict:
     return Verdict(count, same("shape"), same("colour"), same("size"), reading.background == scene.background, relation)
 
 
-def table(pictures: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, float]:
+def table(pictures: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
     """Share of images (batch, 3, height, width) that are right, in all and in each respect."""
     stencils = _stencils()
     verdicts = [judge(_read(picture, stencils), scene) for picture, scene in zip(pictures, scenes, strict=True)]
@@ -111,7 +111,7 @@ def table(pictures: Tensor, scenes: Sequence[shapes.Scene]) -> dict[str, float]:
     return {"right": float(numpy.mean([verdict.right for verdict in verdicts])), **shares}
 
 
-def _paired(wanted, seen) -> list[tuple[shapes.Thing, shapes.Thing]]:
+def _paired(wanted, seen) -> list[tuple[world.Thing, world.Thing]]:
     """Every wanted thing with one seen, by colour first: the colours of a scene's things differ."""
     if len(wanted) != len(seen):
         return []
@@ -122,14 +122,14 @@ def _paired(wanted, seen) -> list[tuple[shapes.Thing, shapes.Thing]]:
     return max(straight, crossed, key=lambda pairs: sum(one.colour == other.colour for one, other in pairs))
 
 
-def _stands(first: shapes.Thing, second: shapes.Thing, relation: str) -> bool:
-    across, down = shapes.RELATIONS[relation]
+def _stands(first: world.Thing, second: world.Thing, relation: str) -> bool:
+    across, down = world.RELATIONS[relation]
     dx, dy = first.x - second.x, first.y - second.y
     along = dx * across + dy * down
     return along > 0 and along >= abs(dy if across else dx)
 
 
-def _name(mask, pixels, ground, palette, names, stencils) -> tuple[shapes.Thing, float]:
+def _name(mask, pixels, ground, palette, names, stencils) -> tuple[world.Thing, float]:
     """The thing whose drawing overlaps the region best, and that overlap (intersection over union)."""
     from scipy import ndimage
 
@@ -140,7 +140,7 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[shapes.Thing,
     colour = int(((palette - pure) ** 2).sum(1).argmin())
     towards = palette[colour] - ground
     # A pixel wider than a stencil: the middle of a region at the edge lies up to half a pixel outside the image.
-    coverage = numpy.zeros((shapes.SIDE + 2 * (_MARGIN + 1),) * 2)
+    coverage = numpy.zeros((world.SIDE + 2 * (_MARGIN + 1),) * 2)
     grown = ndimage.binary_dilation(mask, structure=numpy.ones((3, 3)))
     edge = _MARGIN + 1
     inner = coverage[edge:-edge, edge:-edge]
@@ -158,7 +158,7 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[shapes.Thing,
             if overlaps.max() > best:
                 best = float(overlaps.max())
                 size, shape = stencils.kinds[int(overlaps.argmax())]
-                thing = shapes.Thing(size, names[colour], shape, float(x), float(y))
+                thing = world.Thing(size, names[colour], shape, float(x), float(y))
     return thing, best
 
 
@@ -175,14 +175,14 @@ _MARGIN = 16
 
 
 def _stencils() -> _Stencils:
-    kinds = [(size, shape) for size in shapes.RADII for shape in shapes.SHAPES]
+    kinds = [(size, shape) for size in world.RADII for shape in world.SHAPES]
     drawn = numpy.array([[[_coverage(*kind, fx / 2, fy / 2) for kind in kinds] for fy in range(2)] for fx in range(2)])
     return _Stencils(kinds, drawn, drawn.sum((-1, -2)))
 
 
 def _coverage(size: str, shape: str, x: float, y: float) -> numpy.ndarray:
-    middle = shapes.SIDE // 2
-    scene = shapes.Scene((shapes.Thing(size, "white", shape, middle + x, middle + y),), "black")
-    low, high = shapes.COLOURS["black"][0], shapes.COLOURS["white"][0]
+    middle = world.SIDE // 2
+    scene = world.Scene((world.Thing(size, "white", shape, middle + x, middle + y),), "black")
+    low, high = world.COLOURS["black"][0], world.COLOURS["white"][0]
     window = slice(middle - _MARGIN, middle + _MARGIN)
-    return (numpy.asarray(shapes.draw(scene), dtype=numpy.float64)[window, window, 0] - low) / (high - low)
+    return (numpy.asarray(world.draw(scene), dtype=numpy.float64)[window, window, 0] - low) / (high - low)

@@ -5,7 +5,7 @@ import torch
 
 from functional_sd3 import weights
 from functional_sd3.core import tree
-from functional_sd3.training import tiny, tiny_stages
+from functional_sd3.recipes.shapes import stages, tiny
 
 
 @pytest.fixture(scope="module")
@@ -13,9 +13,9 @@ def first(tmp_path_factory):
     """A model of the whole recipe, in miniature."""
     folder = tmp_path_factory.mktemp("recipe")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_stages, "POOL", 64)
-        patch.setattr(tiny_stages, "FLOW_BATCH", 4)
-        patch.setattr(tiny_stages, "VAE_BATCH", 2)
+        patch.setattr(stages, "POOL", 64)
+        patch.setattr(stages, "FLOW_BATCH", 4)
+        patch.setattr(stages, "VAE_BATCH", 2)
         steps = {"vae_steps": 4, "flow_steps": 4, "refine_steps": 4, "progress": False}
         tiny.train(folder / "model", folder / "work", seed=0, **steps)
         model = weights.load(folder / "model", dtype=torch.float32)

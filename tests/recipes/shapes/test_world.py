@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from functional_sd3.core import prng
 from functional_sd3.image import pixels
-from functional_sd3.metrics import prompts
-from functional_sd3.training import shapes
+from functional_sd3.recipes import shapes
+from functional_sd3.recipes.shapes import prompts
 
 
 def scene(size="large", colour="red", shape="circle", background="white", x=32.0, y=32.0):

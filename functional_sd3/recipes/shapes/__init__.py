@@ -1,0 +1,41 @@
+"""Coloured shapes on plain backgrounds: a procedural world with captions, and the recipe of `params/tiny` on it.
+
+`world` draws scenes, `prompts` reads images back, `architecture` and `stages` define the model and its training,
+`tiny` runs it.
+"""
+
+from functional_sd3.recipes.shapes.world import (
+    COLOURS,
+    GAP,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    Scene,
+    Thing,
+    caption,
+    draw,
+    held_out,
+    held_out_captions,
+    pictures,
+    scenes,
+    vocabulary,
+)
+
+__all__ = [
+    "COLOURS",
+    "GAP",
+    "RADII",
+    "RELATIONS",
+    "SHAPES",
+    "SIDE",
+    "Scene",
+    "Thing",
+    "caption",
+    "draw",
+    "held_out",
+    "held_out_captions",
+    "pictures",
+    "scenes",
+    "vocabulary",
+]

@@ -1,0 +1,268 @@
+"""Training tasks: first state, training step, batches and samples of what a run trains.
+
+`flow_task` trains the transformer, with or without the text encoders, or a LoRA, on latents; `vae_task` trains the
+autoencoder on images. `loop.run` runs either.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng, tree
+from functional_sd3.core import spec as specs
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.image import pixels, vae
+from functional_sd3.text import conditioning
+from functional_sd3.text.completeness import check_encoders
+from functional_sd3.training import datasets, digests, loop, lora, losses, optim, step
+from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+
+
+class TrainingImages(NamedTuple):
+    """Captioned images to train on.
+
+    load: rows -> uint8 (len(rows), 3, side, side). fingerprint: digest of names and captions. contents: digest of
+    names, captions, the images' bytes and `side`.
+    """
+
+    captions: tuple[str, ...]
+    load: Callable[[Sequence[int]], Tensor]
+    fingerprint: str
+    contents: str
+
+
+class Generate(Protocol):
+    """Images (len(prompts), 3, height, width) in [0, 1] of prompts, as `pipeline.generate` makes them."""
+
+    def __call__(
+        self,
+        params: Params,
+        config: Config,
+        tokenizers: Tokenizers,
+        prompts: Sequence[str],
+        key: Key,
+        *,
+        height: int,
+        width: int,
+        t5_length: int,
+    ) -> Tensor: ...
+
+
+class TrainingTask(NamedTuple):
+    """What `loop.run` runs, and what its states stand for.
+
+    batch: step number -> batch. model: state -> the whole model with the averaged parameters. sample: state -> images
+    (batch, 3, height, width) in [0, 1]. trained: names of the trained components, empty for a LoRA.
+    """
+
+    state: step.TrainState
+    train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, losses.Metrics]]
+    batch: Callable[[int], Tree]
+    model: Callable[[step.TrainState], Model]
+    sample: Callable[[step.TrainState], Tensor]
+    trained: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of a run.
+
+    rate: peak learning rate. schedule: "cosine" decays from `rate` to a tenth of it at `steps`; "constant" does not
+    depend on `steps`. ema: decay of the parameters' moving average. decay: AdamW's weight decay. clip: largest global
+    norm of a gradient. dropout: probability of the empty prompt. scratch: start from fresh parameters. lora: rank of a
+    LoRA that is trained instead of the parameters, 0 for none. dtype: of the computation, None for float32.
+    """
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    ema: float = 0.999
+    decay: float = 0.01
+    clip: float = 1.0
+    accumulate: int = 1
+    dropout: float = 0.1
+    scratch: bool = False
+    text_encoders: bool = False
+    decoder_only: bool = False
+    lora: int = 0
+    dtype: torch.dtype | None = None
+    compile: bool = False
+
+
+def folder_images(index: datasets.Index, side: int) -> TrainingImages:
+    """The images of a folder, read when they are loaded, which raises WeightsError for one that is gone or broken."""
+    captions = tuple(sample.caption for sample in index.samples)
+    load = lambda rows: datasets.load_batch(index, rows, side)  # noqa: E731
+    names = [f"{sample.path}\n{sample.caption}" for sample in index.samples]
+    contents = digests.file_digests(index.folder / sample.path for sample in index.samples)
+    return TrainingImages(captions, load, digests.fingerprint(names), digests.combined([str(side), *names, *contents]))
+
+
+def flow_task(
+    key: Key, model: Model, images: TrainingImages, data: Tree, settings: Settings, *, generate: Generate
+) -> TrainingTask:
+    """Rectified-flow training of the transformer, and with `settings.text_encoders` of the encoders too.
+
+    data: `datasets.encode_all` of `images`. Trained components of `model.params` are float32, the others of any dtype,
+    in which they are used; the base of a LoRA is in `settings.dtype` (None: float32). Encoders that are not trained
+    encode each batch without gradients. generate: draws the samples, `pipeline.generate`.
+    """
+    config, tokenizers = model.config, model.tokenizers
+    check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
+    init_key, run_key, order_key, sample_key = prng.split(key, 4)
+    names = [name for name in ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
+    spec = {name: SPECS[name](getattr(config, name)) for name in names}
+    if settings.lora:
+        spec = lora.spec(spec, settings.lora, [f"{name}.blocks.*attention*" for name in names])
+        names = []
+    device = tree.leaves(model.params)[0].device
+    params = (
+        specs.init(init_key, spec, device=device)
+        if settings.lora
+        else _initial_params(init_key, model, names, settings.scratch)
+    )
+    frozen = {name: tensors for name, tensors in model.params.items() if name not in names}
+    empty_ids = conditioning.tokenize(config, tokenizers, [""], t5_length=data["ids"].t5.shape[1])
+
+    def text_inputs(ids: conditioning.Ids) -> Tree:
+        ids = conditioning.Ids(*(part.to(device) for part in ids))
+        if settings.text_encoders:
+            return {"ids": ids}
+        with torch.no_grad():
+            encoded = conditioning.encode(frozen, config, ids)._asdict()
+            # The encoders may be stored in another dtype than the transformer is computed in.
+            return tree.cast(encoded, settings.dtype or torch.float32)
+
+    loss = losses.flow_loss(
+        config,
+        shift=config.schedule.shift if config.schedule else 1.0,
+        dropout=settings.dropout,
+        empty=text_inputs(empty_ids),
+        dtype=settings.dtype,
+    )
+    if settings.lora:
+        # The frozen base stays out of the state: it needs no average and no copy in checkpoints.
+        model_loss = loss
+        loss = lambda adapter, batch, keys: model_loss(lora.apply(frozen, adapter, lazy=True), batch, keys)  # noqa: E731
+    order = loop.order(order_key, settings.batch, len(data["latents"]))
+
+    def batch(number: int) -> Tree:
+        rows = order(number)
+        return {"latents": data["latents"][rows].to(device)} | text_inputs(tree.map(lambda ids: ids[rows], data["ids"]))
+
+    def averaged_model(state: step.TrainState) -> Model:
+        params = lora.apply(frozen, state.ema) if settings.lora else _in_order({**frozen, **state.ema})
+        return model._replace(params=params)
+
+    def sample(state: step.TrainState) -> Tensor:
+        prompts = [images.captions[index * len(images.captions) // 4] for index in range(4)]
+        side = data["latents"].shape[-1] * vae.factor(config.vae)
+        with torch.no_grad():
+            return generate(
+                averaged_model(state).params, config, tokenizers, prompts, sample_key, height=side, width=side,
+                t5_length=data["ids"].t5.shape[1],
+            )  # fmt: skip
+
+    return _task(run_key, params, loss, settings, step.trainable(spec), batch, averaged_model, sample, tuple(names))
+
+
+def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings) -> TrainingTask:
+    """Training of the autoencoder on images; from scratch, scaling and shift are measured when the model is read off.
+
+    A transformer needs the latents of the encoder it was trained with: `settings.decoder_only` freezes the encoder.
+    """
+    config = model.config
+    init_key, run_key, order_key = prng.split(key, 3)
+    params = _initial_params(init_key, model, ["vae"], settings.scratch)["vae"]
+    device = tree.leaves(params)[0].device
+    order = loop.order(order_key, settings.batch, len(images.captions))
+
+    def load(rows: Iterable[int]) -> Tensor:
+        return pixels.to_signed(pixels.from_bytes(images.load(rows))).to(device)
+
+    def averaged_model(state: step.TrainState) -> Model:
+        vae_config = _with_measured_scaling(state.ema) if settings.scratch else config.vae
+        return model._replace(
+            config=replace(config, vae=vae_config), params=_in_order({**model.params, "vae": state.ema})
+        )
+
+    def _with_measured_scaling(params: Params) -> vae.Config:
+        with torch.no_grad():
+            rows = range(min(len(images.captions), 256))
+            means = torch.cat([vae.encode(params, config.vae, load([row])).mean for row in rows])
+        scaling, shift = float(1.0 / means.std().clamp_min(1e-6)), float(means.mean())
+        return replace(config.vae, scaling=round(scaling, 4), shift=round(shift, 4))
+
+    def sample(state: step.TrainState) -> Tensor:
+        originals = load(range(min(len(images.captions), 4)))
+        with torch.no_grad():
+            decoded = vae.decode(state.ema, config.vae, vae.encode(state.ema, config.vae, originals).mean)
+        return pixels.from_signed(torch.cat([originals, decoded]))
+
+    trainable = step.trainable(SPECS["vae"](config.vae), "decoder.*" if settings.decoder_only else "*")
+    loss = losses.vae_loss(config.vae, dtype=settings.dtype)
+    batch = lambda number: {"images": load(order(number))}  # noqa: E731
+    return _task(run_key, params, loss, settings, trainable, batch, averaged_model, sample, ("vae",))
+
+
+def learning_rate(settings: Settings) -> optim.Schedule:
+    """The learning rate of a run as a function of the steps done."""
+    if settings.schedule == "constant":
+        return optim.warmup_constant(settings.rate, settings.warmup)
+    warmup = min(settings.warmup, settings.steps - 1)
+    return optim.warmup_cosine(settings.rate, warmup, settings.steps, 0.1 * settings.rate)
+
+
+def _task(
+    key: Key,
+    params: Params,
+    loss: losses.Loss,
+    settings: Settings,
+    trainable: Callable[[str, Any], bool],
+    batch: Callable[[int], Tree],
+    model: Callable[[step.TrainState], Model],
+    sample: Callable[[step.TrainState], Tensor],
+    trained: tuple[str, ...],
+) -> TrainingTask:
+    rate = learning_rate(settings)
+    # No weight decay of biases, norms and other vectors.
+    is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
+    optimizer = optim.chain(
+        optim.clip_by_global_norm(settings.clip), optim.adamw(rate, b2=0.99, decay=settings.decay, mask=is_decayed)
+    )
+    train_step = step.make_train_step(
+        loss,
+        optimizer,
+        trainable=trainable,
+        ema_decay=settings.ema,
+        accumulate=settings.accumulate,
+        compile=settings.compile,
+        donate=True,
+        rate=rate,
+    )
+    return TrainingTask(
+        step.init(key, params, optimizer, trainable=trainable), train_step, batch, model, sample, trained
+    )
+
+
+def _initial_params(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:
+    if not scratch:
+        return {name: model.params[name] for name in names}
+    device = tree.leaves(model.params)[0].device
+    keys = prng.split(key, len(names))
+    return {
+        name: specs.init(own, SPECS[name](getattr(model.config, name)), device=device)
+        for own, name in zip(keys, names, strict=True)
+    }
+
+
+def _in_order(params: dict[str, Params]) -> dict[str, Params]:
+    """Components in the order of `SPECS`."""
+    return {name: params[name] for name in SPECS if name in params}
