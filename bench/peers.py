@@ -6,9 +6,9 @@ import torch
 
 from functional_sd3.core.types import Params
 from functional_sd3.image import vae
+from functional_sd3.layouts import diffusers_keys, rules
 from functional_sd3.text import clip, t5
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import diffusers_keys, layout
 
 
 class Pair(NamedTuple):
@@ -32,11 +32,11 @@ def randomized(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def parameters_of(module: torch.nn.Module, keys: layout.Layout, spec: Any) -> Params:
+def parameters_of(module: torch.nn.Module, keys: rules.Layout, spec: Any) -> Params:
     """The parameters of a library's module as our tree."""
     theirs = {name: value.detach() for name, value in module.state_dict().items()}
-    theirs = {meant: theirs[name] for name, meant in layout.canonical(keys, theirs).items()}
-    return layout.to_ours(keys, spec, lambda source, _: source.transform.join([theirs[name] for name in source.names]))
+    theirs = {meant: theirs[name] for name, meant in rules.canonical(keys, theirs).items()}
+    return rules.to_ours(keys, spec, lambda source, _: source.transform.join([theirs[name] for name in source.names]))
 
 
 def transformer(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from functional_sd3.core import tree
 from functional_sd3.weights import shipped
 from tests.skips import pytest_terminal_summary
 
@@ -33,3 +34,23 @@ def tokenizer_files(request) -> Path:
     if request.param == "shipped":
         return shipped.folder()
     return request.getfixturevalue("shared_data") / "tokenizers"
+
+
+@pytest.fixture(scope="session")
+def same():
+    """Whether two trees are equal bit for bit, dtypes too."""
+
+    def compare(ours, theirs) -> bool:
+        one, other = tree.flatten_paths(ours), tree.flatten_paths(theirs)
+        return one.keys() == other.keys() and all(
+            one[path].dtype == other[path].dtype
+            and one[path].shape == other[path].shape
+            and torch.equal(_bits(one[path]), _bits(other[path]))
+            for path in one
+        )
+
+    return compare
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().reshape(-1).view(torch.uint8)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "functional_sd3"
+NETWORKS = {"core", "formats", "text", "image", "transformer", "flow"}
 ALLOWED = {
     "core": set(),
     "kernels": {"core"},
@@ -14,9 +15,10 @@ ALLOWED = {
     "image": {"core", "formats"},
     "transformer": {"core"},
     "flow": {"core"},
-    "weights": {"core", "formats", "text", "image", "transformer", "flow", "metrics"},
-    "pipeline": {"core", "formats", "text", "image", "transformer", "flow", "weights"},
-    "training": {"core", "formats", "text", "image", "transformer", "flow", "weights"},
+    "layouts": NETWORKS,
+    "weights": NETWORKS | {"layouts", "metrics"},
+    "pipeline": NETWORKS | {"layouts", "weights"},
+    "training": NETWORKS | {"layouts", "weights"},
     "metrics": {"core", "formats", "text", "image"},
 }
 """Room -> the rooms it may import."""

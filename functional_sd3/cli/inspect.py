@@ -80,7 +80,7 @@ def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
     for part in found.parts:
         yield ""
         yield f"{part.component}: {_amount(tree.leaves(part.tree))}"
-        yield f"  {part.form}, in {part.where}" + "".join(f", {words}" for words in _stored(part))
+        yield f"  {part.format}, in {part.where}" + "".join(f", {words}" for words in _stored(part))
         yield from (f"  {line}" for line in str(part.config).splitlines())
         yield from _values(part.strangers, values)
         yield from _branch(part.tree, "  ", depth or 1000)

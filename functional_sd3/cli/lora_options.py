@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from functional_sd3.core.types import Params
+    from functional_sd3.layouts.components import Config
     from functional_sd3.weights.adapters import Lora
-    from functional_sd3.weights.model import Config
 
 
 class LoraSpec(NamedTuple):

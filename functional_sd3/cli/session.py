@@ -13,9 +13,10 @@ from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.image import vae
+from functional_sd3.layouts.components import Config
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.weights import shipped
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 
 class Session(NamedTuple):

@@ -15,12 +15,13 @@ from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
 from functional_sd3.image import pixels, vae
+from functional_sd3.layouts.components import SPECS
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
 from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, tasks
 from functional_sd3.training.step import TrainState
 from functional_sd3.weights import shipped
-from functional_sd3.weights.model import SPECS, Model
+from functional_sd3.weights.model import Model
 
 ENCODED = "data.safetensors"
 """The file beside the checkpoints that keeps the latents of all images."""

@@ -15,12 +15,13 @@ from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import ode, path, schedule
 from functional_sd3.flow.ode.method import Method
 from functional_sd3.flow.path import broadcast
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.fields import Conditions, velocity
 from functional_sd3.pipeline.image_to_image import divided, paired
 from functional_sd3.pipeline.latents import decode, encode_images, sample_keys
 from functional_sd3.pipeline.sampling import sample, sigmas
 from functional_sd3.pipeline.text_to_image import encode
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 Transform = Callable[[Velocity], Velocity]
 

@@ -11,12 +11,12 @@ from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow.guidance import Answers, Branch, Guidance
+from functional_sd3.layouts.components import Config
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import ip_adapter, mmdit
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
-from functional_sd3.weights.model import Config
 
 
 class Conditions(NamedTuple):

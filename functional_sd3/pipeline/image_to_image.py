@@ -11,10 +11,11 @@ from torch import Tensor
 
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import path, schedule
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.latents import decode, encode_images, initial_noise
 from functional_sd3.pipeline.sampling import sample, sigmas
 from functional_sd3.pipeline.text_to_image import encode
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 _WORDS = ("negative", "t5_length", "weighted", "long_prompts")
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import path
 from functional_sd3.flow.path import broadcast
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline import masks
 from functional_sd3.pipeline.image_to_image import begin, divided, noise_for, paired
 from functional_sd3.pipeline.latents import decode, encode_images
 from functional_sd3.pipeline.sampling import sample, sigmas
 from functional_sd3.pipeline.text_to_image import encode
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 
 def inpaint(

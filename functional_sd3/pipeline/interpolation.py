@@ -8,13 +8,14 @@ from torch import Tensor
 
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow.path import broadcast
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.fields import Conditions, rows
 from functional_sd3.pipeline.image_to_image import divided
 from functional_sd3.pipeline.latents import decode, initial_noise, sample_keys
 from functional_sd3.pipeline.sampling import sample
 from functional_sd3.pipeline.text_to_image import encode
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(start, end, amount () or (batch,)) -> start for 0, end for 1; tensors (batch, ...)."""

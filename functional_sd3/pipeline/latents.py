@@ -7,8 +7,8 @@ from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import control as control_image
 from functional_sd3.image import pixels, vae
+from functional_sd3.layouts.components import Config
 from functional_sd3.transformer import controlnet
-from functional_sd3.weights.model import Config
 
 
 def initial_noise(

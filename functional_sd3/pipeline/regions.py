@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.image import vae
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline import masks as mask_rules
 from functional_sd3.pipeline.fields import Conditions, velocity
 from functional_sd3.pipeline.image_to_image import divided
@@ -20,7 +21,7 @@ from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import sample
 from functional_sd3.pipeline.text_to_image import encode
 from functional_sd3.transformer.control import Control
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 Field = Callable[..., Velocity]
 """Called as `velocity` is: (params, config, conditions, cfg, times, **options)."""

@@ -12,12 +12,12 @@ from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode, schedule
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode.method import Advance, Method, StepInfo, no_memory
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.fields import Conditions, velocities, velocity
 from functional_sd3.pipeline.latents import step_keys
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
-from functional_sd3.weights.model import Config
 
 
 def sample(

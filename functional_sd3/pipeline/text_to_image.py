@@ -18,6 +18,7 @@ from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance, check_scale
 from functional_sd3.flow.ode.method import Method, StepInfo
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import Conditions, sample
 from functional_sd3.text import conditioning
@@ -25,7 +26,7 @@ from functional_sd3.text.conditioning import Conditioning, Ids
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 T5_LENGTH = 256
 

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from functional_sd3.core.types import Key, Params
 from functional_sd3.flow.ode.method import StepInfo
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.image_to_image import divided
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.sampling import sample
 from functional_sd3.pipeline.text_to_image import encode
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 
 def states(info: StepInfo) -> Tensor:

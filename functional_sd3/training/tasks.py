@@ -15,10 +15,11 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import pixels, vae
+from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import datasets, digests, loop, lora, losses, optim, step
-from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
+from functional_sd3.weights.model import Model, Tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
 

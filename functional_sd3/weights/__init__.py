@@ -17,25 +17,16 @@ import torch
 from functional_sd3.core.types import Params
 from functional_sd3.formats import atomic, files
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import (
-    composing,
-    default_dtype,
-    diffusers,
-    forms,
-    layout,
-    merge,
-    quantize,
-    shipped,
-    single,
-    sources,
-)
+from functional_sd3.layouts import registry
+from functional_sd3.layouts import rules as layout
+from functional_sd3.layouts.registry import infer_config
+from functional_sd3.weights import composing, default_dtype, diffusers, merge, quantize, shipped, single, sources
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
 from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.describing import describe
 from functional_sd3.weights.features import load_features, save_features
-from functional_sd3.weights.forms import infer_config
 from functional_sd3.weights.inception import UnknownWeights, load_inception
 from functional_sd3.weights.inversions import load as load_inversion
 from functional_sd3.weights.inversions import save as save_inversion
@@ -82,7 +73,7 @@ __all__ = [
 LAYOUTS = ("diffusers", "stability", "single", "native")
 """What `save` can write."""
 _FOLDERS = {"diffusers": diffusers.write, "stability": single.write_stability, "native": single.write_native}
-_FILES = {"stability": forms.STABILITY, "single": forms.STABILITY, "native": forms.NATIVE}
+_FILES = {"stability": registry.STABILITY, "single": registry.STABILITY, "native": registry.NATIVE}
 
 
 def load(

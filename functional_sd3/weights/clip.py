@@ -19,13 +19,14 @@ from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.json_fields import Object
 from functional_sd3.formats.shards import WeightFiles
 from functional_sd3.image import clip_pixels
+from functional_sd3.layouts import config_fields, diffusers_keys, rules
+from functional_sd3.layouts import diffusers_configs as configs
+from functional_sd3.layouts.rules import Layout, Rule, Source, renamed
 from functional_sd3.text import bpe, clip
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.text.clip import image as clip_image
-from functional_sd3.weights import config_fields, default_dtype, diffusers_keys, layout
-from functional_sd3.weights import diffusers_configs as configs
+from functional_sd3.weights import default_dtype
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.layout import Layout, Rule, Source, renamed
 
 _HEAD_WIDTH = 64
 """Of every CLIP released by OpenAI: what tells the number of heads where only shapes are known."""
@@ -86,7 +87,7 @@ def load(
     folder = path.parent if single else path
     problems: list[str] = []
     weights = attempt(problems, _open, path, single)
-    names = layout.canonical(LAYOUT, weights.tensors) if weights else {}
+    names = rules.canonical(LAYOUT, weights.tensors) if weights else {}
     shapes = {name: shards.entry(weights, found).shape for name, found in names.items()}
     described = not single or os.path.lexists(folder / "config.json")
     config = attempt(problems, _read_config, folder) if described else attempt(problems, _guess, path, shapes)
@@ -161,7 +162,7 @@ def _tower(shapes: Mapping[str, tuple[int, ...]], start: str, width: int) -> dic
 
 def _problems(config: clip_dual.Config, weights: WeightFiles, names: Mapping[str, str], shapes: Mapping) -> list[str]:
     try:
-        problems = layout.check(LAYOUT, clip_dual.spec(config), shapes)
+        problems = rules.check(LAYOUT, clip_dual.spec(config), shapes)
     except (RuntimeError, OverflowError) as error:
         return [f"its config describes tensors too large to exist: {error}"]
     for name in names.values():
@@ -184,12 +185,12 @@ def _read(
 
     def fetch(source: Source, param: Param) -> Tensor:
         found = [names[name] for name in source.names]
-        together = shards.stacked(weights, found) if source.transform is layout.FUSE else None
+        together = shards.stacked(weights, found) if source.transform is rules.FUSE else None
         if together is None:
             together = source.transform.join([shards.tensor(weights, name) for name in found])
         return together.to(device=device, dtype=chosen).contiguous()
 
-    return layout.to_ours(LAYOUT, clip_dual.spec(config), fetch)
+    return rules.to_ours(LAYOUT, clip_dual.spec(config), fetch)
 
 
 def _read_pixels(folder: Path, config: clip_dual.Config) -> clip_pixels.Config:

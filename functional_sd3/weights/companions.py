@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 from functional_sd3.formats import files
 from functional_sd3.formats.files import Mapped
-from functional_sd3.weights import controlnets, forms, ip_adapters, lora_files, standalone
+from functional_sd3.layouts import registry
+from functional_sd3.weights import controlnets, ip_adapters, lora_files, standalone
 
 
 class Companion(NamedTuple):
     """kind: what it is; form: in whose names; config: what is known of its sizes; places: its tensors, unread."""
 
     kind: str
-    form: str
+    format: str
     where: str
     config: Any
     places: dict[str, Mapped]
@@ -32,7 +33,7 @@ def find(path: Path, variant: str | None = None) -> Companion | None:
         return next((_lora(path / name, variant) for name in names if (path / name).is_file()), None)
     if not path.is_file() or files.start(path)[8:9] != b"{":
         return None
-    what = forms.foreign_kind(files.read_header(path).tensors) or ""
+    what = registry.foreign_kind(files.read_header(path).tensors) or ""
     told = next((kind for kind in _KINDS if what.partition(",")[0].endswith(" " + kind)), None)
     return _KINDS[told](path, variant) if told else None
 

@@ -8,10 +8,12 @@ import torch
 
 from functional_sd3.flow import schedule
 from functional_sd3.formats.errors import WeightsError, attempt
+from functional_sd3.layouts import registry, taesd
+from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import unigram
-from functional_sd3.weights import default_dtype, forms, reading, sources, taesd_keys
+from functional_sd3.weights import default_dtype, reading, sources
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
+from functional_sd3.weights.model import Model, Tokenizers
 from functional_sd3.weights.reading import Contents, Piece, Plan
 
 
@@ -95,15 +97,15 @@ def _largest_id(tables: Any) -> int:
 
 
 def _asked(component: str, only: Collection[str]) -> bool:
-    return bool(set(forms.CLIPS) & set(only)) if component == "clip" else component in only
+    return bool(set(registry.CLIPS) & set(only)) if component == "clip" else component in only
 
 
 def _whole(pieces: Sequence[Piece]) -> list[Piece]:
     """The pieces, with an encoder and a decoder of TAESD that come in files of their own as one."""
     halves = {}
     for piece in pieces:
-        if piece.form is forms.TAESD_WHOLE:
-            starts = {name.startswith(taesd_keys.ORIGINAL.encoder) for name in piece.places}
+        if piece.format is registry.TAESD_WHOLE:
+            starts = {name.startswith(taesd.ORIGINAL.encoder) for name in piece.places}
             if len(starts) == 1:
                 halves.setdefault(starts.pop(), piece)
     if len(halves) < 2:
@@ -134,11 +136,11 @@ def _named(plans: Sequence[Plan]) -> list[Plan]:
 def _guess(one: Plan) -> str:
     if one.told:
         return "clip_g" if one.config.activation == "gelu" else "clip_l"
-    return forms.clip_named(one.config)
+    return registry.clip_named(one.config)
 
 
 def _as(name: str, one: Plan) -> Plan:
-    return one._replace(component=name, config=one.config if one.told else forms.activated(name, one.config))
+    return one._replace(component=name, config=one.config if one.told else registry.activated(name, one.config))
 
 
 def _twice(plans: Sequence[Plan]) -> list[str]:

@@ -18,13 +18,14 @@ from functional_sd3.core.types import Params
 from functional_sd3.formats import atomic, files, shards
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
+from functional_sd3.layouts import config_fields
+from functional_sd3.layouts import diffusers_configs as configs
+from functional_sd3.layouts.config_fields import Field, Fixed, Table, choice, flag, optional, whole
+from functional_sd3.layouts.diffusers_keys import TRANSFORMER
+from functional_sd3.layouts.rules import Layout, renamed
 from functional_sd3.transformer import controlnet
-from functional_sd3.weights import config_fields, standalone
-from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.config_fields import Field, Fixed, Table, choice, flag, optional, whole
+from functional_sd3.weights import standalone
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.diffusers_keys import TRANSFORMER
-from functional_sd3.weights.layout import Layout, renamed
 
 OWNER = "SD3ControlNetModel"
 # The first release that reads blocks of the image alone.

@@ -15,9 +15,10 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
 from functional_sd3.formats import files, finite
 from functional_sd3.formats.files import Mapped
+from functional_sd3.layouts.components import SPECS
 from functional_sd3.weights import companions, composing
 from functional_sd3.weights.companions import Companion
-from functional_sd3.weights.model import SPECS, Model, Tokenizers, missing
+from functional_sd3.weights.model import Model, Tokenizers, missing
 from functional_sd3.weights.reading import Plan
 
 
@@ -31,7 +32,7 @@ class Part(NamedTuple):
     """
 
     component: str
-    form: str
+    format: str
     where: str
     config: Any
     tree: Tree
@@ -78,10 +79,10 @@ def describe(
 def _part(plan: Plan, values: bool) -> Part:
     strangers = [(name, what) for name in (plan.names.values() if values else ()) if (what := _stranger(plan, name))]
     tree = specs.map_params(lambda path, param: _leaf(plan, plan.sources[path].names, param), plan.spec)
-    form = f"named as by {plan.form.owner}" + (f" below {plan.form.prefix}" if plan.form.prefix else "")
+    format = f"named as by {plan.format.owner}" + (f" below {plan.format.prefix}" if plan.format.prefix else "")
     kinds = Counter(plan.places[name].header.tensors[name].blocks for name in plan.names.values())
     stored = {kind: count for kind, count in kinds.items() if kind}
-    return Part(plan.component, form, plan.where, plan.config, tree, len(plan.scales), stored, strangers)
+    return Part(plan.component, format, plan.where, plan.config, tree, len(plan.scales), stored, strangers)
 
 
 def _companion(found: Companion, values: bool) -> Part:
@@ -92,7 +93,7 @@ def _companion(found: Companion, values: bool) -> Part:
         for name, mapped in found.places.items()
         for entry in [mapped.header.tensors[name]]
     }
-    return Part(found.kind, found.form, found.where, found.config, _nested(leaves), 0, {}, strangers)
+    return Part(found.kind, found.format, found.where, found.config, _nested(leaves), 0, {}, strangers)
 
 
 def _nested(leaves: Mapping[str, torch.Tensor]) -> Tree:

@@ -9,75 +9,31 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from functional_sd3.core import tree
 from functional_sd3.formats import files, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
-from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import config_fields, forms, layout
-from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.forms import Form
-from functional_sd3.weights.layout import Layout
-from functional_sd3.weights.model import SPECS, Model
+from functional_sd3.layouts import config_fields, rules
+from functional_sd3.layouts import diffusers_configs as configs
+from functional_sd3.layouts.components import SPECS
+from functional_sd3.layouts.diffusers_folder import (
+    COMPONENTS,
+    INDEX,
+    SCHEDULER,
+    TAESD,
+    TOKENIZERS,
+    Component,
+    Tokenizer,
+)
+from functional_sd3.weights.model import Model
 from functional_sd3.weights.reading import Contents, Piece
 
 # The first release whose transformer has everything of SD3.5 (dual attention, qk norm).
 _FORMAT = "0.31.0"
-INDEX = "model_index.json"
 _PIPELINE = "StableDiffusion3Pipeline"
-
-
-class Component(NamedTuple):
-    """Where a component lies in the folder and how it is read; `stem` names its files of weights."""
-
-    folder: str
-    library: str
-    owner: str
-    form: Form
-    stem: str
-    optional: bool
-
-    @property
-    def layout(self) -> Layout:
-        """The rules, which in diffusers' and transformers' names are the same for all sizes."""
-        return self.form.names
-
-
-class Tokenizer(NamedTuple):
-    """Where a tokenizer lies, and the module that reads it."""
-
-    folder: str
-    owners: tuple[str, ...]
-    module: Any
-
-
-_FORMS = forms.DIFFUSERS
-_CLIP = ("transformers", "CLIPTextModelWithProjection", _FORMS["clip_l"], "model", True)
-_STEM = "diffusion_pytorch_model"
-COMPONENTS = {
-    "clip_l": Component("text_encoder", *_CLIP),
-    "clip_g": Component("text_encoder_2", *_CLIP),
-    "t5": Component("text_encoder_3", "transformers", "T5EncoderModel", _FORMS["t5"], "model", True),
-    "transformer": Component(
-        "transformer", "diffusers", "SD3Transformer2DModel", _FORMS["transformer"], _STEM, False
-    ),
-    "vae": Component("vae", "diffusers", "AutoencoderKL", _FORMS["vae"], _STEM, False),
-}
-TAESD = Component("taesd", "diffusers", "AutoencoderTiny", _FORMS["taesd"], _STEM, True)
-"""In a folder the index does not name; as `vae/` where the index says that its class is this."""
-_CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
-_T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
-TOKENIZERS = {
-    "clip_l": Tokenizer("tokenizer", _CLIP_TOKENIZERS, bpe),
-    "clip_g": Tokenizer("tokenizer_2", _CLIP_TOKENIZERS, bpe),
-    "t5": Tokenizer("tokenizer_3", _T5_TOKENIZERS, unigram),
-}
-_SCHEDULER = ("scheduler", "FlowMatchEulerDiscreteScheduler")
-OWNED = (INDEX, _SCHEDULER[0], *(part.folder for part in (*COMPONENTS.values(), TAESD, *TOKENIZERS.values())))
-"""The entries of a folder that belong to the model."""
 
 
 def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Contents:
@@ -119,7 +75,7 @@ def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes:
         index[tokenizer.folder] = [None, None] if tables is None else ["transformers", tokenizer.owners[0]]
         if tables is not None:
             tokenizer.module.save(folder / tokenizer.folder, tables)
-    place, owner = _SCHEDULER
+    place, owner = SCHEDULER
     index[place] = [None, None] if model.config.schedule is None else ["diffusers", owner]
     if model.config.schedule is not None:
         values = config_fields.write(configs.SCHEDULE, model.config.schedule)
@@ -147,7 +103,7 @@ def _open(name: str, component: Component, folder: Path, variant: str | None) ->
     )
     if problems:
         raise WeightsError(problems)
-    return Piece(name, component.form, str(folder), weights.tensors, config), weights.variant
+    return Piece(name, component.format, str(folder), weights.tensors, config), weights.variant
 
 
 def _present(folder: Path, index: Mapping[str, Any], component: Component) -> bool:
@@ -177,7 +133,7 @@ def _read_config(table: config_fields.Table, path: Path, owner: str) -> Any:
 
 
 def _read_schedule(folder: Path, index: Mapping[str, Any]) -> Any:
-    place, owner = _SCHEDULER
+    place, owner = SCHEDULER
     if not _named(folder, index, place, (owner,)):
         return None
     return _read_config(configs.SCHEDULE, folder / place / "scheduler_config.json", owner)
@@ -207,7 +163,7 @@ def _write_component(
 ) -> None:
     component, config = {**COMPONENTS, "taesd": TAESD}[name], getattr(model.config, name)
     leaves = tree.flatten_paths(model.params[name])
-    tensors = layout.to_theirs(component.form.layout(config), SPECS[name](config), leaves)
+    tensors = rules.to_theirs(component.format.layout(config), SPECS[name](config), leaves)
     folder.mkdir()
     shards.write_weights(folder, component.stem, tensors, dtype=dtype, shard_bytes=shard_bytes)
     stored = str(dtype or next(iter(leaves.values())).dtype).removeprefix("torch.")

@@ -16,10 +16,11 @@ from functional_sd3.core.types import Params
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.rules import Layout, renamed
 from functional_sd3.transformer import ip_adapter
-from functional_sd3.weights import layout, standalone
+from functional_sd3.weights import standalone
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.layout import Layout, renamed
 
 
 class IPAdapter(NamedTuple):
@@ -149,7 +150,7 @@ _TOLD = {
 
 
 def _proper(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {proper: shapes[name] for proper, name in layout.canonical(INSTANTX, shapes).items()}
+    return {proper: shapes[name] for proper, name in rules.canonical(INSTANTX, shapes).items()}
 
 
 def _count(pattern: str, names: Mapping[str, Any]) -> int:

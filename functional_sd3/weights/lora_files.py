@@ -13,10 +13,10 @@ import torch
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.formats.printable import shorten
+from functional_sd3.layouts.components import Config
 from functional_sd3.weights import adapters, lora_foreign, lora_keys, lora_layers, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
 from functional_sd3.weights.lora_keys import Module, Table, Target
-from functional_sd3.weights.model import Config
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _MOST_COMPARED = 5

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from functional_sd3.core import spec as specs
-from functional_sd3.weights import layout, stability
-from functional_sd3.weights.diffusers import COMPONENTS
-from functional_sd3.weights.layout import IDENTITY, SWAP_HALVES, Source
-from functional_sd3.weights.model import Config, spec
+from functional_sd3.layouts import rules, stability
+from functional_sd3.layouts.components import Config, spec
+from functional_sd3.layouts.diffusers_folder import COMPONENTS
+from functional_sd3.layouts.rules import IDENTITY, SWAP_HALVES, Source
 
 KOHYA = {"transformer": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5": "lora_te3_"}
 """Component -> the start of kohya's names of its layers."""
@@ -54,7 +54,7 @@ class Target(NamedTuple):
     path: str
     part: int
     parts: int
-    transform: layout.Transform
+    transform: rules.Transform
 
 
 class Module(NamedTuple):
@@ -131,7 +131,7 @@ def sources(paths: Iterable[str]) -> dict[str, Source]:
             raise ValueError(f"{path} begins with no component; known are {', '.join(COMPONENTS)}")
         grouped.setdefault(component, []).append(rest)
     for component, rests in grouped.items():
-        for rest, source in layout.sources_of(COMPONENTS[component].layout, rests).items():
+        for rest, source in rules.sources_of(COMPONENTS[component].layout, rests).items():
             found[f"{component}.{rest}"] = source
     return found
 
@@ -143,7 +143,7 @@ def parts(paths: Iterable[str]) -> dict[str, int]:
 
 def stability_sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
     """As `sources` for leaves of the transformer (path -> shape), in Stability's names."""
-    found = layout.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in shapes])
+    found = rules.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in shapes])
     named = {path: found[path.removeprefix("transformer.")] for path in shapes}
     swapped = {path.rpartition(".")[0] for path, shape in shapes.items() if _is_shift_and_scale(path, shape)}
     return {path: source._replace(transform=SWAP_HALVES) if path.rpartition(".")[0] in swapped else source

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from functional_sd3.formats import files
+from functional_sd3.layouts.diffusers_folder import COMPONENTS
+from functional_sd3.layouts.rules import Source
 from functional_sd3.weights import adapters, lora_keys, lora_metadata
 from functional_sd3.weights.adapters import Adapter, Lora, Node
-from functional_sd3.weights.diffusers import COMPONENTS
-from functional_sd3.weights.layout import Source
 
 
 def save(

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from functional_sd3.formats import json_fields
-from functional_sd3.weights import config_fields
-from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.model import SPECS, Config
+from functional_sd3.layouts import config_fields
+from functional_sd3.layouts import diffusers_configs as configs
+from functional_sd3.layouts.components import SPECS, Config
 
 KEY = "functional_sd3"
 

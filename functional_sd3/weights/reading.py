@@ -18,11 +18,12 @@ from functional_sd3.formats import files, finite, gguf
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.header import Entry
-from functional_sd3.weights import default_dtype, forms, layout
+from functional_sd3.layouts import registry, rules
+from functional_sd3.layouts.components import SPECS
+from functional_sd3.layouts.registry import Format
+from functional_sd3.layouts.rules import Layout, Source, Sources
+from functional_sd3.weights import default_dtype
 from functional_sd3.weights.default_dtype import Dtype, Kind
-from functional_sd3.weights.forms import Form
-from functional_sd3.weights.layout import Layout, Source, Sources
-from functional_sd3.weights.model import SPECS
 
 # ComfyUI's scaled fp8, old and new names: a factor that a weight is multiplied by, and what only its kernels use.
 _SCALES = (".scale_weight", ".weight_scale")
@@ -40,7 +41,7 @@ class Piece(NamedTuple):
     """
 
     component: str
-    form: Form
+    format: Format
     where: str
     places: dict[str, Mapped]
     config: Any = None
@@ -61,7 +62,7 @@ class Plan(NamedTuple):
     the config is what a file says, not what shapes do; `sources`: the layout's, of the spec."""
 
     component: str
-    form: Form | None
+    format: Format | None
     where: str
     config: Any
     spec: Tree
@@ -81,14 +82,14 @@ def plan(piece: Piece) -> Plan:
     shapes = {name: _entry(places, name).shape for name in places}
     where = f"{piece.where}: "
     try:
-        config = forms.config_of(piece.form, shapes) if piece.config is None else piece.config
+        config = registry.config_of(piece.format, shapes) if piece.config is None else piece.config
         described = SPECS["clip_l" if piece.component == "clip" else piece.component](config)
-        table = piece.form.layout(config)
-        names = layout.canonical(table, places)
-        known = layout.sources(table, described)
-        places = gguf.with_leading_ones(places, names, layout.shapes_of(known))
+        table = piece.format.layout(config)
+        names = rules.canonical(table, places)
+        known = rules.sources(table, described)
+        places = gguf.with_leading_ones(places, names, rules.shapes_of(known))
         shapes = {name: _entry(places, name).shape for name in places}
-        problems += layout.check(table, described, {proper: shapes[name] for proper, name in names.items()}, known)
+        problems += rules.check(table, described, {proper: shapes[name] for proper, name in names.items()}, known)
         if not problems:
             problems += too_large_to_compute(names, shapes, known)
     except WeightsError as error:
@@ -103,9 +104,9 @@ def plan(piece: Piece) -> Plan:
     if problems:
         raise WeightsError([where + problem for problem in problems])
     told = piece.config is not None
-    form, where = piece.form, piece.where
+    format, where = piece.format, piece.where
     places = {**piece.places, **places}
-    return Plan(piece.component, form, where, config, described, table, names, places, scales, told, known)
+    return Plan(piece.component, format, where, config, described, table, names, places, scales, told, known)
 
 
 def kinds(plan: Plan, quantized: bool = False) -> set[Kind]:
@@ -146,7 +147,7 @@ def read(
     def fetch(source: Source, param: Param) -> Tensor:
         names = [plan.names[name] for name in source.names if name in plan.names]
         if not names:
-            made = layout.default(plan.layout, source.path, param)()
+            made = rules.default(plan.layout, source.path, param)()
             return made.to(device=device, dtype=dtype or stored).contiguous()
         if check_finite:
             _check_finite(plan, names)
@@ -160,7 +161,7 @@ def read(
             parts = [files.tensor(plan.places[name], name) for name in names]
             stored_as = parts[0].dtype
             return source.transform.join([part.view(torch.int8) for part in parts]).view(stored_as).to(device)
-        together = _stacked(plan, names) if source.transform is layout.FUSE else None
+        together = _stacked(plan, names) if source.transform is rules.FUSE else None
         if together is None:
             together = source.transform.join([_part(plan, name, dtype, check_finite) for name in names])
         value = together.to(device=device, dtype=dtype).contiguous()
@@ -169,7 +170,7 @@ def read(
                 files.release(plan.places[name], name)
         return value
 
-    params = layout.to_ours(plan.layout, plan.spec, fetch, plan.sources)
+    params = rules.to_ours(plan.layout, plan.spec, fetch, plan.sources)
     return _with_scales("", params, scales) if scales else params
 
 
@@ -179,7 +180,7 @@ def _stays(plan: Plan, source: Source, names: list[str]) -> bool:
     kinds = {_entry(plan.places, name).dtype for name in names}
     *layer, leaf = source.path.split(".")
     inside = "blocks" in layer and leaf == "weight" and source.param is not None and len(source.param.shape) > 1
-    plain = source.transform in (layout.IDENTITY, layout.FUSE) and inside
+    plain = source.transform in (rules.IDENTITY, rules.FUSE) and inside
     return plain and len(kinds) == 1 and all(name in plan.scales for name in names)
 
 
@@ -278,7 +279,7 @@ def too_large_to_compute(
 ) -> list[str]:
     """Tables that a file lacks and that would be larger than all it holds: what is merely claimed takes no memory."""
     held = sum(map(math.prod, shapes.values()))
-    absent = {name: shape for name, shape in layout.shapes_of(known).items() if name not in names}
+    absent = {name: shape for name, shape in rules.shapes_of(known).items() if name not in names}
     return [
         f"{name} is missing, and {list(s)} is too large to make up" for name, s in absent.items() if math.prod(s) > held
     ]

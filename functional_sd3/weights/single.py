@@ -8,16 +8,18 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.formats import files, shards
-from functional_sd3.weights import diffusers, forms, layout, notes
-from functional_sd3.weights.forms import Form
-from functional_sd3.weights.model import SPECS, Model, scaled_weight
+from functional_sd3.layouts import diffusers_folder, registry, rules
+from functional_sd3.layouts.components import SPECS
+from functional_sd3.layouts.registry import Format
+from functional_sd3.weights import notes
+from functional_sd3.weights.model import Model, scaled_weight
 from functional_sd3.weights.sources import NATIVE_FOLDER, STABILITY_FILES
 
-_ALONE = {"clip_l": forms.DIFFUSERS["clip_l"], "clip_g": forms.DIFFUSERS["clip_g"], "t5": forms.BARE["t5"]}
+_ALONE = {"clip_l": registry.DIFFUSERS["clip_l"], "clip_g": registry.DIFFUSERS["clip_g"], "t5": registry.BARE["t5"]}
 
 
 def write_file(
-    path: Path, model: Model, table: Mapping[str, Form], *, dtype: torch.dtype | None, shard_bytes: int | None
+    path: Path, model: Model, table: Mapping[str, Format], *, dtype: torch.dtype | None, shard_bytes: int | None
 ) -> None:
     """Every component in one file, each under the names of its form."""
     tensors = _together(model, table, model.params)
@@ -30,7 +32,7 @@ def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, sh
     for file, components in STABILITY_FILES.items():
         held = [name for name in components if name in model.params]
         if held:
-            tensors = _together(model, {**forms.STABILITY, **_ALONE}, held)
+            tensors = _together(model, {**registry.STABILITY, **_ALONE}, held)
             check_size(file, tensors, dtype, shard_bytes)
             files.write(folder / file, tensors, metadata=notes.write(model.config, held), dtype=dtype)
     _write_tokenizers(folder, model)
@@ -38,7 +40,7 @@ def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, sh
 
 def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
     """Fill an empty folder with the trees under their own names."""
-    tensors = _together(model, forms.NATIVE, model.params)
+    tensors = _together(model, registry.NATIVE, model.params)
     place = folder / NATIVE_FOLDER
     place.mkdir()
     metadata = notes.write(model.config, tuple(model.params))
@@ -47,10 +49,10 @@ def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard
     _write_tokenizers(folder, model)
 
 
-def tensors_of(model: Model, name: str, form: Form) -> dict[str, Tensor]:
+def tensors_of(model: Model, name: str, format: Format) -> dict[str, Tensor]:
     """The tensors of one component under the names of a form, mostly views."""
     config = getattr(model.config, name)
-    return layout.to_theirs(form.layout(config), SPECS[name](config), tree.flatten_paths(model.params[name]))
+    return rules.to_theirs(format.layout(config), SPECS[name](config), tree.flatten_paths(model.params[name]))
 
 
 def check_size(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int | None) -> None:
@@ -64,13 +66,13 @@ def check_size(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | No
 
 
 def _write_tokenizers(folder: Path, model: Model) -> None:
-    for name, tokenizer in diffusers.TOKENIZERS.items():
+    for name, tokenizer in diffusers_folder.TOKENIZERS.items():
         tables = getattr(model.tokenizers, name)
         if tables is not None:
             tokenizer.module.save(folder / tokenizer.folder, tables)
 
 
-def _together(model: Model, table: Mapping[str, Form], components: Iterable[str]) -> dict[str, Tensor]:
+def _together(model: Model, table: Mapping[str, Format], components: Iterable[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in components:
         found.update(tensors_of(model, name, table[name]))

@@ -12,9 +12,10 @@ from typing import Any
 from functional_sd3.formats import atomic, files, gguf, magic, pickles, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.files import Mapped
+from functional_sd3.layouts import config_fields, diffusers_folder, registry, taesd
+from functional_sd3.layouts import diffusers_configs as configs
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import config_fields, diffusers, forms, notes, shipped, taesd_keys
-from functional_sd3.weights import diffusers_configs as configs
+from functional_sd3.weights import diffusers, notes, shipped
 from functional_sd3.weights.reading import Contents, Piece
 
 NATIVE_FOLDER = "parameters"
@@ -34,9 +35,9 @@ _ROOMS = (
 hold parts of a model; others (loras, controlnet, embeddings) hold what goes with one."""
 _WEIGHTS = (".safetensors", ".sft", ".gguf")
 OWNED = {
-    "diffusers": diffusers.OWNED,
-    "stability": (*diffusers.OWNED, NATIVE_FOLDER, *STABILITY_FILES),
-    "native": (*diffusers.OWNED, NATIVE_FOLDER),
+    "diffusers": diffusers_folder.OWNED,
+    "stability": (*diffusers_folder.OWNED, NATIVE_FOLDER, *STABILITY_FILES),
+    "native": (*diffusers_folder.OWNED, NATIVE_FOLDER),
 }
 """Layout -> the entries of a folder that are of the old model when one is saved there; all others stay.
 
@@ -72,7 +73,7 @@ def _folder(named: Path, folder: Path, only: Collection[str], variant: str | Non
         names = {entry.name for entry in os.scandir(folder)}
     except OSError as error:
         raise WeightsError(f"{named}: cannot be opened: {reason(error)}") from error
-    if diffusers.INDEX in names:
+    if diffusers_folder.INDEX in names:
         return diffusers.open_folder(folder, only, variant)
     if "config.json" in names:
         return _component(folder, variant)
@@ -99,14 +100,15 @@ def _component(folder: Path, variant: str | None) -> Contents:
             raise WeightsError(f"{path.parent}: is a ControlNet, which weights.load_controlnet reads")
         raise WeightsError(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
     problems: list[str] = []
-    component = diffusers.COMPONENTS["clip_l" if name == "clip" else name] if name != "taesd" else diffusers.TAESD
+    folders = {**diffusers_folder.COMPONENTS, "taesd": diffusers_folder.TAESD}
+    component = folders["clip_l" if name == "clip" else name]
     config = attempt(problems, config_fields.read, configs.TABLES[name], values, path)
     weights = attempt(
         problems, shards.open_weights, folder, component.stem, variant, component.library == "transformers"
     )
     if problems:
         raise WeightsError(problems)
-    return Contents([Piece(name, component.form, str(folder), weights.tensors, config)], {})
+    return Contents([Piece(name, component.format, str(folder), weights.tensors, config)], {})
 
 
 def _room(folder: Path, variant: str | None) -> Contents | None:
@@ -155,13 +157,13 @@ def _loose(
             found.append(attempt(problems, _contents, str(folder / NATIVE_FOLDER), weights.tensors))
     tokenizers = {
         name: attempt(problems, diffusers.read_tokenizer, folder / tokenizer.folder, tokenizer)
-        for name, tokenizer in diffusers.TOKENIZERS.items()
+        for name, tokenizer in diffusers_folder.TOKENIZERS.items()
         if tokenizer.folder in names and name in only
     }
     found = [part for part in found if part is not None]
     if not found and not tokenizers and not problems:
         raise WeightsError(
-            f"{named}: holds no weights that are known: no {diffusers.INDEX}, no config.json "
+            f"{named}: holds no weights that are known: no {diffusers_folder.INDEX}, no config.json "
             "and no safetensors or GGUF file"
         )
     whole = merged(found)
@@ -188,7 +190,7 @@ def merged(parts: Collection[Contents]) -> Contents:
 
 def _tokenizer(folder: Path, names: Collection[str]) -> dict[str, Any]:
     module = unigram if "spiece.model" in names else bpe
-    tables = diffusers.read_tokenizer(folder, diffusers.TOKENIZERS["t5" if module is unigram else "clip_l"])
+    tables = diffusers.read_tokenizer(folder, diffusers_folder.TOKENIZERS["t5" if module is unigram else "clip_l"])
     # The two of CLIP differ in what they pad with: G has the token 0.
     return {"t5" if module is unigram else "clip_g" if tables.pad_id == 0 else "clip_l": tables}
 
@@ -209,8 +211,8 @@ def _file(path: Path) -> Contents:
 
 def _pickled(path: Path) -> Contents:
     mapped = pickles.open_pickle(path)
-    tiny = [form for form in forms.FORMS if form.component == "taesd"]
-    if not any(form.has(name) for form in tiny for name in mapped.header.tensors):
+    tiny = [format for format in registry.FORMATS if format.component == "taesd"]
+    if not any(format.has(name) for format in tiny for name in mapped.header.tensors):
         raise WeightsError(f"{path}: {magic.HOW_TO_CONVERT}")
     return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
 
@@ -218,29 +220,31 @@ def _pickled(path: Path) -> Contents:
 def _contents(where: str, tensors: Mapping[str, Mapped]) -> Contents:
     """The components among the tensors of one file, or of its shards."""
     try:
-        found = forms.recognise(tensors)
+        found = registry.recognise(tensors)
     except WeightsError as error:
         raise WeightsError([f"{where}: {problem}" for problem in error.problems]) from None
     said = notes.read(next(iter(tensors.values())).header.metadata, where)
     pieces = []
-    for form, names in found.items():
+    for format, names in found.items():
         places = {name: tensors[name] for name in names}
-        if form is forms.TAESD_HALF:
-            form, places = forms.TAESD_WHOLE, _half(places)
+        if format is registry.TAESD_HALF:
+            format, places = registry.TAESD_WHOLE, _half(places)
         # Of two CLIPs in stand-alone files the note says which is which.
         known = [
-            name for name in said or () if name == form.component or (name in forms.CLIPS and form.component == "clip")
+            name
+            for name in said or ()
+            if name == format.component or (name in registry.CLIPS and format.component == "clip")
         ]
-        name = known[0] if len(known) == 1 else form.component
-        pieces.append(Piece(name, form, where, places, (said or {}).get(name)))
+        name = known[0] if len(known) == 1 else format.component
+        pieces.append(Piece(name, format, where, places, (said or {}).get(name)))
     return Contents(pieces, {}, (said or {}).get("schedule"), said is not None)
 
 
 def _half(places: Mapping[str, Mapped]) -> dict[str, Mapped]:
     """One of the author's two files of TAESD under the names that files of both halves have."""
     shapes = {name: mapped.header.tensors[name].shape for name, mapped in places.items()}
-    naming = taesd_keys.ORIGINAL
-    prefix = naming.encoder if taesd_keys.is_encoder(shapes) else naming.decoder
+    naming = taesd.ORIGINAL
+    prefix = naming.encoder if taesd.is_encoder(shapes) else naming.decoder
     path, header, buffer = next(iter(places.values()))
     renamed = Mapped(path, header._replace(tensors={prefix + n: e for n, e in header.tensors.items()}), buffer)
     return dict.fromkeys(renamed.header.tensors, renamed)

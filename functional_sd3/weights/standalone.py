@@ -15,9 +15,10 @@ from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
-from functional_sd3.weights import default_dtype, layout, reading
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.rules import Layout
+from functional_sd3.weights import default_dtype, reading
 from functional_sd3.weights.default_dtype import Dtype
-from functional_sd3.weights.layout import Layout
 
 
 def open_file(path: Any) -> dict[str, Mapped]:
@@ -47,11 +48,11 @@ def read(
     Raises WeightsError naming `where` and every tensor that is missing, unexpected, misshapen or not a float, or the
     first with a NaN or an infinity.
     """
-    names = layout.canonical(table, places)
+    names = rules.canonical(table, places)
     entries = {proper: places[name].header.tensors[name] for proper, name in names.items()}
     try:
-        known = layout.sources(table, spec)
-        problems = layout.check(table, spec, {name: entry.shape for name, entry in entries.items()}, known)
+        known = rules.sources(table, spec)
+        problems = rules.check(table, spec, {name: entry.shape for name, entry in entries.items()}, known)
         problems = problems or reading.too_large_to_compute(names, shapes(places), known)
     except (RuntimeError, OverflowError) as error:
         raise WeightsError(f"{where}: its config describes tensors too large to exist: {error}") from error
@@ -77,4 +78,4 @@ def tensors(table: Layout, spec: Tree, params: Params) -> dict[str, Tensor]:
     problems = specs.check(spec, leaves)
     if problems:
         raise WeightsError(problems)
-    return layout.to_theirs(table, spec, leaves)
+    return rules.to_theirs(table, spec, leaves)

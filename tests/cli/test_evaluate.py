@@ -12,11 +12,11 @@ from PIL import Image
 from functional_sd3 import cli, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
+from functional_sd3.layouts import rules
 from functional_sd3.metrics import inception
 from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.weights import layout
 from functional_sd3.weights.clip import LAYOUT
 from tests import models
 
@@ -223,7 +223,7 @@ def tiny_clip(here):
     folder = here / "clip"
     folder.mkdir()
     leaves = tree.flatten_paths(clip_dual.init(prng.key(0), config))
-    files.write(folder / "model.safetensors", layout.to_theirs(LAYOUT, clip_dual.spec(config), leaves))
+    files.write(folder / "model.safetensors", rules.to_theirs(LAYOUT, clip_dual.spec(config), leaves))
     towers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 48}
     text = {**towers, "vocab_size": len(tables.vocab), "max_position_embeddings": 24, "eos_token_id": tables.eos_id}
     said = {"text_config": text, "vision_config": {**towers, "image_size": 16, "patch_size": 8}}

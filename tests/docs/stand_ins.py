@@ -14,12 +14,13 @@ from functional_sd3 import weights
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import pixels, taesd
+from functional_sd3.layouts import rules
 from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip, textual_inversion
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.training import lora
 from functional_sd3.transformer import controlnet, ip_adapter
-from functional_sd3.weights import controlnets, ip_adapters, layout, shipped
+from functional_sd3.weights import controlnets, ip_adapters, shipped
 from functional_sd3.weights.clip import LAYOUT
 from tests import models
 from tests.docs.markdown import ROOT
@@ -146,7 +147,7 @@ def metrics(top: Path) -> None:
     folder = top / "clip-vit-base-patch32"
     folder.mkdir()
     leaves = tree.flatten_paths(clip_dual.init(prng.key(5), config))
-    files.write(folder / "model.safetensors", layout.to_theirs(LAYOUT, clip_dual.spec(config), leaves))
+    files.write(folder / "model.safetensors", rules.to_theirs(LAYOUT, clip_dual.spec(config), leaves))
     text = tower | {"vocab_size": len(tables.vocab), "max_position_embeddings": 24, "eos_token_id": tables.eos_id}
     said = {"text_config": text, "vision_config": tower | {"image_size": 16, "patch_size": 8}}
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "projection_dim": 16, **said}))

@@ -10,9 +10,9 @@ from PIL import Image
 
 from functional_sd3 import weights
 from functional_sd3.image import clip_pixels
+from functional_sd3.layouts import rules
 from functional_sd3.text import clip
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.weights import layout
 from functional_sd3.weights.clip import LAYOUT
 
 transformers = pytest.importorskip("transformers")
@@ -112,7 +112,7 @@ def test_logits_of_both_encoders_equal_transformers(pair):
 @pytest.mark.parametrize("config", [clip_dual.VIT_B32, clip_dual.VIT_L14, clip_dual.VIT_L14_336])
 def test_the_released_layouts_have_exactly_transformers_names_and_shapes(config):
     expected = {name: tuple(value.shape) for name, value in theirs(config, empty=True).state_dict().items()}
-    assert layout.keys(LAYOUT, clip_dual.spec(config)) == expected
+    assert rules.keys(LAYOUT, clip_dual.spec(config)) == expected
 
 
 def pictures() -> list[Image.Image]:

@@ -7,9 +7,10 @@ import torch
 
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import control, controlnet, mmdit
-from functional_sd3.weights import controlnets, layout, load_controlnet, save_controlnet
-from functional_sd3.weights.diffusers_keys import TRANSFORMER
+from functional_sd3.weights import controlnets, load_controlnet, save_controlnet
 from tests.parity.test_mmdit_parity import (
     LAYOUTS,
     SMALL,
@@ -76,7 +77,7 @@ def pair(config: controlnet.Config, seed: int = 0):
     theirs = their_controlnet(config)
     spec = controlnet.spec(config)
     theirs.load_state_dict(
-        layout.to_theirs(controlnets.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True
+        rules.to_theirs(controlnets.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True
     )
     return params, theirs
 
@@ -99,7 +100,7 @@ def test_residuals_and_the_velocity_with_them_equal_diffusers(kind, implementati
     transformer = random_params(TRANSFORMER_CONFIG)
     their_transformer = their_model(TRANSFORMER_CONFIG)
     spec = mmdit.spec(TRANSFORMER_CONFIG)
-    their_transformer.load_state_dict(layout.to_theirs(TRANSFORMER, spec, tree.flatten_paths(transformer)), strict=True)
+    their_transformer.load_state_dict(rules.to_theirs(TRANSFORMER, spec, tree.flatten_paths(transformer)), strict=True)
     params, theirs = pair(config)
     latents, t, context, pooled = random_inputs(TRANSFORMER_CONFIG)
     image = picture(config)
@@ -153,7 +154,7 @@ def test_the_released_size_has_every_tensor_of_diffusers_and_the_released_number
         theirs = their_controlnet(controlnet.SD35_LARGE).state_dict()
     theirs = {name: tuple(value.shape) for name, value in theirs.items()}
     spec = controlnet.spec(controlnet.SD35_LARGE)
-    assert layout.keys(controlnets.DIFFUSERS, spec) == theirs
+    assert rules.keys(controlnets.DIFFUSERS, spec) == theirs
     # The file of the release counts a patch embedder that nothing reads.
     unread = 16 * 4 * 2432 + 2432
     assert specs.count(spec) + unread == 2_153_677_056

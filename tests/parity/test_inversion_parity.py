@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.diffusers_keys import CLIP
 from functional_sd3.text import bpe, clip, t5, textual_inversion, unigram
-from functional_sd3.weights import Config, Tokenizers, layout
-from functional_sd3.weights.diffusers_keys import CLIP
+from functional_sd3.weights import Config, Tokenizers
 
 transformers = pytest.importorskip("transformers")
 
@@ -76,7 +77,7 @@ def test_the_encoders_say_what_transformers_with_resized_embeddings_says(folder,
     theirs = transformers.CLIPTextModelWithProjection(sizes).eval()
     from functional_sd3.core import tree
 
-    state = layout.to_theirs(CLIP, clip.spec(config.clip_l), tree.flatten_paths(params["clip_l"]))
+    state = rules.to_theirs(CLIP, clip.spec(config.clip_l), tree.flatten_paths(params["clip_l"]))
     missing = theirs.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys
     theirs.resize_token_embeddings(49408 + COUNT, mean_resizing=False)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.image import taesd
+from functional_sd3.layouts import rules
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import layout
 from functional_sd3.weights.diffusers import COMPONENTS, TAESD
 from tests.parity.test_weights_parity import BASE, TRANSFORMERS, config_of, random_model, state_of, write_with_diffusers
 from tests.weights.test_gguf import write as write_gguf
@@ -186,7 +186,7 @@ def test_scaled_fp8_files_load_as_weight_times_scale(tmp_path, name, prefix):
     found = weights.load(path, dtype=torch.float32)
     spec = weights.SPECS["t5"](BASE.t5)
     table = COMPONENTS["t5"].layout
-    ours = layout.to_ours(
+    ours = rules.to_ours(
         table, spec, lambda source, _: source.transform.join([expected[n].float() for n in source.names])
     )
     assert found.config.t5 == BASE.t5

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from functional_sd3 import weights
 from functional_sd3.core import prng, tree
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.diffusers_folder import COMPONENTS
 from functional_sd3.training import lora
-from functional_sd3.weights import adapters, layout
-from functional_sd3.weights.diffusers import COMPONENTS
+from functional_sd3.weights import adapters
 from tests.parity.test_weights_parity import config_of, random_model
 from tests.weights.test_lora_files import pair, write
 
@@ -44,7 +45,7 @@ def random_lora(rank=2, alpha=3.0, targets=TARGETS):
 def assert_same(pipe, params):
     for name in ("transformer", "clip_l", "clip_g"):
         described = weights.SPECS[name](getattr(CONFIG, name))
-        ours = layout.to_theirs(COMPONENTS[name].layout, described, tree.flatten_paths(params[name]))
+        ours = rules.to_theirs(COMPONENTS[name].layout, described, tree.flatten_paths(params[name]))
         theirs = getattr(pipe, COMPONENTS[name].folder).state_dict()
         theirs = {key.replace("base_layer.", ""): value for key, value in theirs.items() if "lora_" not in key}
         for key, value in ours.items():

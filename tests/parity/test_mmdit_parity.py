@@ -5,9 +5,9 @@ import torch
 
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import layout
-from functional_sd3.weights.diffusers_keys import TRANSFORMER
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -64,7 +64,7 @@ def case(request):
     config = LAYOUTS[request.param]
     params = random_params(config)
     theirs = their_model(config)
-    theirs.load_state_dict(layout.to_theirs(TRANSFORMER, mmdit.spec(config), tree.flatten_paths(params)), strict=True)
+    theirs.load_state_dict(rules.to_theirs(TRANSFORMER, mmdit.spec(config), tree.flatten_paths(params)), strict=True)
     return config, params, theirs
 
 
@@ -134,5 +134,5 @@ def test_the_position_table_is_diffusers_buffer_bit_for_bit(size, sample_size):
 def test_presets_have_every_tensor_of_diffusers(config, tensors):
     with torch.device("meta"):
         theirs = {name: tuple(tensor.shape) for name, tensor in their_model(config).state_dict().items()}
-    assert layout.keys(TRANSFORMER, mmdit.spec(config)) == theirs
+    assert rules.keys(TRANSFORMER, mmdit.spec(config)) == theirs
     assert len(theirs) == tensors

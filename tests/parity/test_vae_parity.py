@@ -6,7 +6,7 @@ import torch
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.image import vae
-from functional_sd3.weights import diffusers_keys, layout
+from functional_sd3.layouts import diffusers_keys, rules
 
 CONFIGS = {
     "two blocks a level": vae.Config(channels=(16, 32, 32, 32), blocks_per_level=2, groups=8, sample_size=64),
@@ -38,7 +38,7 @@ def reference(config: vae.Config):
 
 def ours(config: vae.Config, model) -> dict:
     theirs = model.state_dict()
-    return layout.to_ours(
+    return rules.to_ours(
         diffusers_keys.VAE,
         vae.spec(config),
         lambda source, _: source.transform.join([theirs[name] for name in source.names]),

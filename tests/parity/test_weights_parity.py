@@ -10,10 +10,11 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.diffusers_folder import COMPONENTS
 from functional_sd3.text import bpe, clip, t5, unigram
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import Config, Model, Tokenizers, layout
-from functional_sd3.weights.diffusers import COMPONENTS
+from functional_sd3.weights import Config, Model, Tokenizers
 
 BASE = Config(
     clip_l=clip.Config(vocab=60, length=20, width=16, layers=2, heads=2, mlp_width=24, projection_width=16),
@@ -45,7 +46,7 @@ def random_model(config: Config, dtype: torch.dtype = torch.float32) -> Model:
 
 def state_of(model: Model, name: str) -> dict[str, torch.Tensor]:
     described = weights.SPECS[name](getattr(model.config, name))
-    return layout.to_theirs(COMPONENTS[name].layout, described, tree.flatten_paths(model.params[name]))
+    return rules.to_theirs(COMPONENTS[name].layout, described, tree.flatten_paths(model.params[name]))
 
 
 def differences(model: Model, pipeline) -> list[str]:

@@ -8,11 +8,11 @@ from torch.func import grad, vmap
 
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.layouts.components import Config, spec
 from functional_sd3.text import clip, t5
 from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import adapters, lora_keys
-from functional_sd3.weights.model import Config, spec
 
 CONFIG = Config(
     clip_l=clip.Config(vocab=20, length=5, width=8, layers=2, heads=2, mlp_width=12, projection_width=8),

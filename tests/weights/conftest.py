@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from functional_sd3.core import spec as specs
-from functional_sd3.core import tree
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
 from functional_sd3.text import clip, t5
@@ -41,23 +40,3 @@ def make_model():
         return Model(config, specs.map_params(leaf, spec(config)))
 
     return make
-
-
-@pytest.fixture(scope="session")
-def same():
-    """Whether two trees are equal bit for bit, dtypes too."""
-
-    def compare(ours, theirs) -> bool:
-        one, other = tree.flatten_paths(ours), tree.flatten_paths(theirs)
-        return one.keys() == other.keys() and all(
-            one[path].dtype == other[path].dtype
-            and one[path].shape == other[path].shape
-            and torch.equal(_bits(one[path]), _bits(other[path]))
-            for path in one
-        )
-
-    return compare
-
-
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous().reshape(-1).view(torch.uint8)

@@ -15,7 +15,8 @@ from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.formats import atomic, files
 from functional_sd3.image import vae
-from functional_sd3.weights import Config, Model, WeightsError, diffusers
+from functional_sd3.layouts import diffusers_folder
+from functional_sd3.weights import Config, Model, WeightsError
 
 SMALL = Config(vae=vae.Config(channels=(2, 2), blocks_per_level=1, groups=1, sample_size=4))
 
@@ -195,7 +196,7 @@ def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(make_model, tm
                 raise WeightsError("a file has gone")
         return seen[-1]
 
-    assert atomic.read_stable(tmp_path / "model", read, diffusers.OWNED) == 2.0
+    assert atomic.read_stable(tmp_path / "model", read, diffusers_folder.OWNED) == 2.0
     assert seen == [1.0, 2.0]
 
 

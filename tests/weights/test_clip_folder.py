@@ -9,9 +9,10 @@ from functional_sd3 import weights
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import clip_pixels
+from functional_sd3.layouts import rules
 from functional_sd3.text import bpe, clip
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.weights import WeightsError, layout
+from functional_sd3.weights import WeightsError
 from functional_sd3.weights.clip import LAYOUT
 from tests import models
 
@@ -35,7 +36,7 @@ CONFIG_FILE = {
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    return layout.to_theirs(LAYOUT, clip_dual.spec(CONFIG), tree.flatten_paths(PARAMS))
+    return rules.to_theirs(LAYOUT, clip_dual.spec(CONFIG), tree.flatten_paths(PARAMS))
 
 
 def write(folder, config=CONFIG_FILE, state=None):

@@ -83,9 +83,9 @@ def test_a_config_is_read_off_the_shapes(config, tmp_path):
 
 
 def test_the_released_config_is_read_off_the_shapes():
-    from functional_sd3.weights import layout
+    from functional_sd3.layouts import rules
 
-    assert controlnets.infer(layout.keys(controlnets.STABILITY, controlnet.spec(controlnet.SD35_LARGE))) == (
+    assert controlnets.infer(rules.keys(controlnets.STABILITY, controlnet.spec(controlnet.SD35_LARGE))) == (
         controlnet.SD35_LARGE
     )
 

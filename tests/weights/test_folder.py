@@ -15,10 +15,11 @@ from functional_sd3.core import tree
 from functional_sd3.flow import schedule
 from functional_sd3.formats import files, shards
 from functional_sd3.image import vae
+from functional_sd3.layouts import config_fields, diffusers_configs
 from functional_sd3.text import bpe
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.embeddings import position_table
-from functional_sd3.weights import Config, Model, Tokenizers, WeightsError, config_fields, diffusers_configs
+from functional_sd3.weights import Config, Model, Tokenizers, WeightsError
 from tests.weights.conftest import CONFIG
 from tests.weights.strategies import DTYPES, configs
 

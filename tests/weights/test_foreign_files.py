@@ -80,14 +80,14 @@ def test_a_gguf_file_in_a_folder_of_downloads_is_found(tmp_path):
     import gguf
 
     from functional_sd3.core import tree
-    from functional_sd3.weights import forms, layout
+    from functional_sd3.layouts import registry, rules
 
     model = random_model()
     weights.save(tmp_path, model._replace(params={"vae": model.params["vae"]}), layout="stability")
-    form, config = forms.BARE["transformer"], model.config.transformer
+    format, config = registry.BARE["transformer"], model.config.transformer
     leaves = tree.flatten_paths(model.params["transformer"])
     writer = gguf.GGUFWriter(tmp_path / "sd3.5.gguf", "sd3")
-    for name, value in layout.to_theirs(form.layout(config), weights.SPECS["transformer"](config), leaves).items():
+    for name, value in rules.to_theirs(format.layout(config), weights.SPECS["transformer"](config), leaves).items():
         writer.add_tensor(name, value.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

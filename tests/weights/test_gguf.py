@@ -16,9 +16,10 @@ from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.formats import blocks
 from functional_sd3.formats import gguf as ours
+from functional_sd3.layouts import registry, rules
 from functional_sd3.text import t5
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import Config, WeightsError, forms, layout
+from functional_sd3.weights import Config, WeightsError
 from tests.weights.conftest import CONFIG
 
 MODEL = Config(
@@ -27,9 +28,9 @@ MODEL = Config(
 )
 
 
-def theirs(model, name, form) -> dict[str, torch.Tensor]:
+def theirs(model, name, format) -> dict[str, torch.Tensor]:
     config = getattr(model.config, name)
-    return layout.to_theirs(form.layout(config), weights.SPECS[name](config), tree.flatten_paths(model.params[name]))
+    return rules.to_theirs(format.layout(config), weights.SPECS[name](config), tree.flatten_paths(model.params[name]))
 
 
 def write(path, tensors, kind, arch="sd3", values=(), order=1) -> dict[str, torch.Tensor]:
@@ -52,11 +53,11 @@ def write(path, tensors, kind, arch="sd3", values=(), order=1) -> dict[str, torc
     return meant
 
 
-def joined(meant, name, form, config=MODEL):
+def joined(meant, name, format, config=MODEL):
     """The tree that tensors under a form's names mean."""
     own = getattr(config, name)
     fetch = lambda source, _: source.transform.join([meant[each] for each in source.names])  # noqa: E731
-    return layout.to_ours(form.layout(own), weights.SPECS[name](own), fetch)
+    return rules.to_ours(format.layout(own), weights.SPECS[name](own), fetch)
 
 
 def renamed_as_llama_cpp(tensors):
@@ -98,12 +99,12 @@ def test_no_default_of_the_callers_changes_what_blocks_mean(kind, dtype):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_transformer_loads_as_the_values_its_blocks_mean(make_model, tmp_path, kind, prefix):
     path = tmp_path / "sd3.5_medium.gguf"
-    form = forms.BARE["transformer"] if not prefix else forms.STABILITY["transformer"]
-    meant = write(path, theirs(make_model(MODEL), "transformer", form), kind)
+    format = registry.BARE["transformer"] if not prefix else registry.STABILITY["transformer"]
+    meant = write(path, theirs(make_model(MODEL), "transformer", format), kind)
     found = weights.load(path, dtype=torch.float32)
     # What shapes do not tell is as in the released models.
     assert found.config.transformer == replace(MODEL.transformer, sample_size=128)
-    expected = joined(meant, "transformer", form)
+    expected = joined(meant, "transformer", format)
     assert tree.diff(found.params["transformer"], expected) == []
     half = weights.load(path, dtype=torch.bfloat16)
     assert tree.diff(half.params["transformer"], tree.cast(expected, torch.bfloat16)) == []
@@ -116,26 +117,26 @@ def test_a_transformer_loads_as_the_values_its_blocks_mean(make_model, tmp_path,
 
 @pytest.mark.parametrize("as_llama_cpp", [False, True])
 def test_a_t5_encoder_loads_under_transformers_and_under_llama_cpps_names(make_model, tmp_path, as_llama_cpp):
-    form = forms.DIFFUSERS["t5"]
-    tensors = theirs(make_model(MODEL), "t5", form)
+    format = registry.DIFFUSERS["t5"]
+    tensors = theirs(make_model(MODEL), "t5", format)
     given = renamed_as_llama_cpp(tensors) if as_llama_cpp else tensors
     assert ("enc.blk.0.attn_rel_b.weight" in given) == as_llama_cpp
     meant = write(tmp_path / "t5.gguf", given, Kind.Q8_0, arch="t5encoder")
     found = weights.load(tmp_path / "t5.gguf")
     assert found.config.t5 == MODEL.t5
-    expected = joined(dict(zip(tensors, meant.values(), strict=True)), "t5", form)
+    expected = joined(dict(zip(tensors, meant.values(), strict=True)), "t5", format)
     assert tree.diff(found.params["t5"], expected) == []
 
 
 def test_shapes_that_the_converter_flattened_are_those_its_note_says(make_model, tmp_path):
-    form = forms.BARE["transformer"]
-    tensors = theirs(make_model(MODEL), "transformer", form)
+    format = registry.BARE["transformer"]
+    tensors = theirs(make_model(MODEL), "transformer", format)
     name, shape = "x_embedder.proj.weight", [64, 16, 2, 2]
     note = [("comfy.gguf.orig_shape." + name, shape), ("general.author", "somebody")]
     flat = {**tensors, name: tensors[name].reshape(64, 64)}
     meant = write(tmp_path / "x.gguf", flat, Kind.Q8_0, values=note, order=-1)
     found = weights.load(tmp_path / "x.gguf")
-    expected = joined({**meant, name: meant[name].reshape(shape)}, "transformer", form)
+    expected = joined({**meant, name: meant[name].reshape(shape)}, "transformer", format)
     assert tree.diff(found.params["transformer"], expected) == []
     assert weights.describe(tmp_path / "x.gguf").metadata[str(tmp_path / "x.gguf")]["general.author"] == "somebody"
 
@@ -153,7 +154,7 @@ def shape_of_ggml(shape):
 
 def test_leading_dimensions_of_one_that_ggml_drops_are_restored(make_model, tmp_path):
     model = make_model(MODEL)
-    tensors = theirs(model, "transformer", forms.BARE["transformer"])
+    tensors = theirs(model, "transformer", registry.BARE["transformer"])
     dropped = as_ggml_writes(tensors)
     assert dropped["pos_embed"].shape == (36, 64) and tensors["pos_embed"].shape == (1, 36, 64)
     write(tmp_path / "x.gguf", dropped, Kind.F32)
@@ -162,7 +163,7 @@ def test_leading_dimensions_of_one_that_ggml_drops_are_restored(make_model, tmp_
 
 
 def test_leading_dimensions_of_one_are_missed_in_other_files(make_model, tmp_path):
-    tensors = as_ggml_writes(theirs(make_model(MODEL), "transformer", forms.BARE["transformer"]))
+    tensors = as_ggml_writes(theirs(make_model(MODEL), "transformer", registry.BARE["transformer"]))
     save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match=r"pos_embed has shape \[36, 64\], expected \[1, 36, 64\]"):
         weights.load(tmp_path / "x.safetensors")
@@ -171,7 +172,7 @@ def test_leading_dimensions_of_one_are_missed_in_other_files(make_model, tmp_pat
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
 def test_tensors_of_whole_numbers_that_mean_nothing_are_passed_over(make_model, tmp_path, dtype):
     model = make_model(Config(clip_l=CONFIG.clip_l))
-    tensors = theirs(model, "clip_l", forms.DIFFUSERS["clip_l"])
+    tensors = theirs(model, "clip_l", registry.DIFFUSERS["clip_l"])
     positions = {"text_model.embeddings.position_ids": torch.arange(20, dtype=dtype)[None]}
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "clip")
     for name, value in {**tensors, **positions}.items():
@@ -211,7 +212,7 @@ def test_the_noted_shape_may_be_a_number_and_anything_else_is_named(victim, tmp_
 
 def test_a_gguf_file_goes_with_others_and_only_what_is_asked_for_is_read(make_model, same, tmp_path):
     model = make_model(MODEL)
-    write(tmp_path / "x.gguf", theirs(model, "transformer", forms.BARE["transformer"]), Kind.Q4_0)
+    write(tmp_path / "x.gguf", theirs(model, "transformer", registry.BARE["transformer"]), Kind.Q4_0)
     weights.save(tmp_path / "t5.safetensors", model._replace(params={"t5": model.params["t5"]}), layout="single")
     both = weights.load([tmp_path / "x.gguf", tmp_path / "t5.safetensors"], dtype=torch.float32)
     assert set(both.params) == {"transformer", "t5"}
@@ -228,7 +229,7 @@ def victim(make_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("victim") / "x.gguf"
     model = make_model(config)
     note = [("comfy.gguf.orig_shape.x", [1, 2]), ("tokens", ["a", "b"])]
-    write(path, theirs(model, "transformer", forms.BARE["transformer"]), Kind.Q8_0, values=note)
+    write(path, theirs(model, "transformer", registry.BARE["transformer"]), Kind.Q8_0, values=note)
     return path
 
 

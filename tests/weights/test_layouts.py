@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from functional_sd3 import weights
 from functional_sd3.image.taesd import TAESD3
 from functional_sd3.image.vae import SD3_VAE
+from functional_sd3.layouts import registry, rules
 from functional_sd3.text.clip import CLIP_G, CLIP_L
 from functional_sd3.text.t5 import T5_XXL
 from functional_sd3.transformer.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
-from functional_sd3.weights import SPECS, WeightsError, forms, layout, notes
+from functional_sd3.weights import SPECS, WeightsError, notes
 from tests.weights.strategies import DTYPES, configs
 
 RELEASED = {
@@ -40,17 +41,17 @@ PLACES = (
 
 def names_and_shapes(table, name):
     component, config, *_ = RELEASED[name]
-    return layout.keys(table[component].layout(config), SPECS[component](config))
+    return rules.keys(table[component].layout(config), SPECS[component](config))
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_models_have_their_published_numbers_of_keys_in_both_layouts(name):
-    counts = [len(names_and_shapes(table, name)) for table in (forms.STABILITY, forms.DIFFUSERS)]
+    counts = [len(names_and_shapes(table, name)) for table in (registry.STABILITY, registry.DIFFUSERS)]
     assert counts == list(RELEASED[name][2:])
 
 
 @pytest.mark.parametrize(
-    "table", [forms.STABILITY, forms.DIFFUSERS, forms.NATIVE], ids=["stability", "diffusers", "native"]
+    "table", [registry.STABILITY, registry.DIFFUSERS, registry.NATIVE], ids=["stability", "diffusers", "native"]
 )
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_architectures_are_read_off_their_shapes(name, table):
@@ -61,7 +62,7 @@ def test_the_released_architectures_are_read_off_their_shapes(name, table):
 def test_all_components_are_read_off_one_checkpoint():
     whole = {}
     for name in ("SD3.5 medium", "VAE", "CLIP-L", "CLIP-G", "T5-XXL"):
-        whole |= names_and_shapes(forms.STABILITY, name)
+        whole |= names_and_shapes(registry.STABILITY, name)
     expected = weights.Config(clip_l=CLIP_L, clip_g=CLIP_G, t5=T5_XXL, transformer=SD35_MEDIUM, vae=SD3_VAE)
     assert weights.infer_config({**whole, "text_encoders.clip_l.logit_scale": ()}) == expected
 
@@ -166,7 +167,7 @@ def test_a_folder_of_stability_has_a_file_for_each_encoder_that_stands_alone(mak
 
 
 def test_what_shapes_cannot_be_read_without_is_named():
-    shapes = names_and_shapes(forms.STABILITY, "SD3 medium")
+    shapes = names_and_shapes(registry.STABILITY, "SD3 medium")
     key = "model.diffusion_model.context_embedder.weight"
     lacking = {name: shape for name, shape in shapes.items() if name != key}
     with pytest.raises(WeightsError, match=f"{key} is missing, and the sizes of the model cannot be read"):

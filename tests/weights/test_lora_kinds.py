@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
+from functional_sd3.layouts.components import spec
 from functional_sd3.text import clip
 from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import WeightsError, adapters, lora_keys, quantize
-from functional_sd3.weights.model import spec
 from tests.weights.conftest import CONFIG
 
 GENERATOR = torch.Generator().manual_seed(11)

@@ -5,10 +5,11 @@ from dataclasses import replace
 from functional_sd3.core.types import Key
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
+from functional_sd3.layouts.components import Config
 from functional_sd3.recipes.shapes import world
 from functional_sd3.text import bpe, clip, t5, unigram
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights.model import Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 LENGTH = 24
 """Tokens of each text encoder: the longest caption has 19."""

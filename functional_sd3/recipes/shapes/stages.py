@@ -13,12 +13,13 @@ from torch import Tensor
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import pixels, vae
+from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.recipes.shapes import world
 from functional_sd3.recipes.shapes.architecture import LENGTH
 from functional_sd3.text import clip, conditioning, t5
 from functional_sd3.training import loop, losses, muon, optim, step
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights.model import SPECS, Config, Tokenizers
+from functional_sd3.weights.model import Tokenizers
 
 POOL = 131072
 """Pictures that are encoded once and drawn from."""

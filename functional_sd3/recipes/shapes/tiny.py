@@ -23,11 +23,12 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.formats import files
 from functional_sd3.image import pixels
+from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.recipes.shapes import architecture, report, stages, world
 from functional_sd3.recipes.shapes.stages import Stage
 from functional_sd3.text import conditioning
 from functional_sd3.training import checkpoint, loop, step
-from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers
+from functional_sd3.weights.model import Model, Tokenizers
 
 VAE_STEPS = 1200
 FLOW_STEPS = 2200

@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterable
 
 from functional_sd3.flow import schedule
 from functional_sd3.image import taesd, vae
-from functional_sd3.text import clip, t5
-from functional_sd3.text.clip import image as clip_image
-from functional_sd3.transformer import mmdit
-from functional_sd3.weights.config_fields import (
+from functional_sd3.layouts.config_fields import (
     LARGEST_SIZE,
     MOST_LAYERS,
     Field,
@@ -26,6 +23,9 @@ from functional_sd3.weights.config_fields import (
     size,
     whole,
 )
+from functional_sd3.text import clip, t5
+from functional_sd3.text.clip import image as clip_image
+from functional_sd3.transformer import mmdit
 
 
 def unsound_transformer(config: mmdit.Config) -> Iterable[str]:

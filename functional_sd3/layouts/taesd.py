@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import taesd
-from functional_sd3.weights.layout import Layout, renamed
+from functional_sd3.layouts.rules import Layout, renamed
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -8,12 +8,13 @@ import torch
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.image.vae import SD3_VAE
+from functional_sd3.layouts import rules
+from functional_sd3.layouts.diffusers_folder import COMPONENTS
+from functional_sd3.layouts.rules import FROM_CONV, FUSE, IDENTITY, SWAP_HALVES, TRANSPOSE, Layout, Rule, renamed, then
 from functional_sd3.text.clip import CLIP_G, CLIP_L
 from functional_sd3.text.t5 import T5_XXL
 from functional_sd3.transformer.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
-from functional_sd3.weights import SPECS, layout
-from functional_sd3.weights.diffusers import COMPONENTS
-from functional_sd3.weights.layout import FROM_CONV, FUSE, IDENTITY, SWAP_HALVES, TRANSPOSE, Layout, Rule, renamed, then
+from functional_sd3.weights import SPECS
 
 TRANSFORMS = {
     "identity": (IDENTITY, 1, (6, 4)),
@@ -59,21 +60,21 @@ def test_placeholders_carry_over_and_the_first_rule_that_matches_counts():
         )
     )
     spec = {"blocks": [{"w": param(4, 2)}, {"w": param(4, 2)}], "deep": {"er": param(3)}}
-    found = layout.keys(table, spec)
+    found = rules.keys(table, spec)
     assert found == {"layer.0.a": (2, 2), "layer.0.b": (2, 2), "last.w": (4, 2), "outer.deep.er": (3,)}
-    assert set(layout.keys(layout.prefixed(table, "model."), spec)) == {"model." + name for name in found}
+    assert set(rules.keys(rules.prefixed(table, "model."), spec)) == {"model." + name for name in found}
 
 
 def test_dots_in_patterns_are_dots():
     with pytest.raises(ValueError, match="no rule of the layout says where ab comes from"):
-        layout.keys(Layout(renamed(("a.b", "x"), ("a.{i}", "x.{i}"))), {"ab": param(1)})
+        rules.keys(Layout(renamed(("a.b", "x"), ("a.{i}", "x.{i}"))), {"ab": param(1)})
 
 
 def test_missing_unexpected_and_misshapen_names_are_all_said_with_the_closest():
     table = Layout(renamed(("{*rest}", "{*rest}")))
     spec = {"weight": param(2, 3), "bias": param(2), "table": param(9, trainable=False)}
-    assert layout.check(table, spec, {"weight": (2, 3), "bias": (2,)}) == []
-    assert layout.check(table, spec, {"weights": (2, 3), "bias": (3,)}) == [
+    assert rules.check(table, spec, {"weight": (2, 3), "bias": (2,)}) == []
+    assert rules.check(table, spec, {"weights": (2, 3), "bias": (3,)}) == [
         "weight is missing (shape [2, 3])",
         "weights is unexpected; is it weight?",
         "bias has shape [3], expected [2]",
@@ -83,14 +84,14 @@ def test_missing_unexpected_and_misshapen_names_are_all_said_with_the_closest():
 def test_a_file_of_another_model_is_refused_in_a_moment():
     spec = SPECS["transformer"](SD35_LARGE)
     table = COMPONENTS["transformer"].layout
-    problems = layout.check(table, spec, {name + ".x": shape for name, shape in layout.keys(table, spec).items()})
+    problems = rules.check(table, spec, {name + ".x": shape for name, shape in rules.keys(table, spec).items()})
     assert len(problems) == 2 * 1227 - 1
 
 
 def test_a_proper_name_counts_before_its_alias_and_ignored_names_are_dropped():
     table = Layout((), aliases=(("old.{*rest}", "new.{*rest}"),), ignored=("{*any}.ids",))
-    assert layout.canonical(table, ["old.a", "new.b.c", "old.b.c", "x.ids"]) == {"new.a": "old.a", "new.b.c": "new.b.c"}
-    assert layout.canonical(table, ["old.b.c", "new.b.c"]) == {"new.b.c": "new.b.c"}
+    assert rules.canonical(table, ["old.a", "new.b.c", "old.b.c", "x.ids"]) == {"new.a": "old.a", "new.b.c": "new.b.c"}
+    assert rules.canonical(table, ["old.b.c", "new.b.c"]) == {"new.b.c": "new.b.c"}
 
 
 RELEASED = {
@@ -107,7 +108,7 @@ RELEASED = {
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_released_models_have_their_published_numbers_of_tensors_and_parameters(name):
     component, config, tensors, parameters = RELEASED[name]
-    found = layout.keys(COMPONENTS[component].layout, SPECS[component](config))
+    found = rules.keys(COMPONENTS[component].layout, SPECS[component](config))
     assert (len(found), sum(map(math.prod, found.values()))) == (tensors, parameters)
 
 
@@ -115,7 +116,7 @@ def test_the_released_models_have_their_published_numbers_of_tensors_and_paramet
 def test_every_component_goes_to_their_names_and_back_bit_for_bit(make_model, same, component):
     model = make_model()
     table, spec = COMPONENTS[component].layout, SPECS[component](getattr(model.config, component))
-    theirs = layout.to_theirs(table, spec, tree.flatten_paths(model.params[component]))
-    assert {name: tuple(value.shape) for name, value in theirs.items()} == layout.keys(table, spec)
-    ours = layout.to_ours(table, spec, lambda source, _: source.transform.join([theirs[n] for n in source.names]))
+    theirs = rules.to_theirs(table, spec, tree.flatten_paths(model.params[component]))
+    assert {name: tuple(value.shape) for name, value in theirs.items()} == rules.keys(table, spec)
+    ours = rules.to_ours(table, spec, lambda source, _: source.transform.join([theirs[n] for n in source.names]))
     assert same(ours, model.params[component])

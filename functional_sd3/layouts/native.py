@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 
 from functional_sd3.image import taesd as taesd_module
-from functional_sd3.weights.infer import Unreadable
-from functional_sd3.weights.layout import Layout, renamed
+from functional_sd3.layouts.infer import Unreadable
+from functional_sd3.layouts.rules import Layout, renamed
 
 LAYOUT = Layout(renamed(("{*path}", "{*path}")))
 SIGNS = {

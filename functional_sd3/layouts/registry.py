@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import config_fields, diffusers_keys, infer, layout, native, stability, taesd_keys
-from functional_sd3.weights import diffusers_configs as configs
-from functional_sd3.weights.layout import Layout
-from functional_sd3.weights.model import Config
+from functional_sd3.layouts import config_fields, diffusers_keys, infer, native, rules, stability, taesd
+from functional_sd3.layouts import diffusers_configs as configs
+from functional_sd3.layouts.components import Config
+from functional_sd3.layouts.rules import Layout
 
 Shapes = Mapping[str, tuple[int, ...]]
 CLIPS = ("clip_l", "clip_g")
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
+class Format:
     """`component` is "clip" where the names do not tell L from G. `names`: the layout as far as it does not depend on
     sizes; `sized`: the whole, given the config; `infer`: the config from shapes below the prefix."""
 
@@ -35,10 +35,10 @@ class Form:
         return name.startswith(self.prefix) and re.match(self.sign, name[len(self.prefix) :]) is not None
 
     def layout(self, config: Any) -> Layout:
-        return layout.prefixed(self.sized(config), self.prefix)
+        return rules.prefixed(self.sized(config), self.prefix)
 
 
-def _form(
+def _format(
     owner: str,
     component: str,
     prefix: str,
@@ -46,9 +46,9 @@ def _form(
     names: Layout,
     read: Callable[[Shapes], Any],
     sized: Callable[[Any], Layout] | None = None,
-) -> Form:
+) -> Format:
     sized = sized or (lambda config: names)
-    return Form(owner, component, prefix, sign, names, sized, lambda s: read(layout.read_backwards(names, s)))
+    return Format(owner, component, prefix, sign, names, sized, lambda s: read(rules.read_backwards(names, s)))
 
 
 _JOINT, _BLOCKS = r"joint_blocks\.\d+\.", r"transformer_blocks\.\d+\."
@@ -66,33 +66,33 @@ _INFER = {
 }
 
 
-def _taesd(owner: str, prefix: str, sign: str, naming: taesd_keys.Naming) -> Form:
-    return Form(
+def _taesd(owner: str, prefix: str, sign: str, naming: taesd.Naming) -> Format:
+    return Format(
         owner,
         "taesd",
         prefix,
         sign,
         Layout(()),
-        lambda config: taesd_keys.layout(naming, config),
-        lambda shapes: taesd_keys.infer(naming, shapes),
+        lambda config: taesd.layout(naming, config),
+        lambda shapes: taesd.infer(naming, shapes),
     )
 
 
-TAESD_HALF = _taesd("the author", "", r"\d+\.conv\.\d+\.(weight|bias)$", taesd_keys.ORIGINAL)
+TAESD_HALF = _taesd("the author", "", r"\d+\.conv\.\d+\.(weight|bias)$", taesd.ORIGINAL)
 """One of two files; `sources` joins them to what `TAESD_WHOLE` reads."""
-TAESD_WHOLE = _taesd("ComfyUI", "", r"taesd_(en|de)coder\.\d+\.", taesd_keys.ORIGINAL)
+TAESD_WHOLE = _taesd("ComfyUI", "", r"taesd_(en|de)coder\.\d+\.", taesd.ORIGINAL)
 DIFFUSERS = {
-    "clip_l": _form("transformers", "clip", "", _CLIP, diffusers_keys.CLIP, infer.clip),
-    "t5": _form("transformers", "t5", "", _T5, diffusers_keys.T5, infer.t5),
-    "transformer": _form("diffusers", "transformer", "", _BLOCKS, diffusers_keys.TRANSFORMER, infer.transformer),
-    "vae": _form("diffusers", "vae", "", _VAE, diffusers_keys.VAE, infer.vae),
-    "taesd": _taesd("diffusers", "", r"(en|de)coder\.layers\.\d+\.(conv\.\d+\.)?(weight|bias)$", taesd_keys.DIFFUSERS),
+    "clip_l": _format("transformers", "clip", "", _CLIP, diffusers_keys.CLIP, infer.clip),
+    "t5": _format("transformers", "t5", "", _T5, diffusers_keys.T5, infer.t5),
+    "transformer": _format("diffusers", "transformer", "", _BLOCKS, diffusers_keys.TRANSFORMER, infer.transformer),
+    "vae": _format("diffusers", "vae", "", _VAE, diffusers_keys.VAE, infer.vae),
+    "taesd": _taesd("diffusers", "", r"(en|de)coder\.layers\.\d+\.(conv\.\d+\.)?(weight|bias)$", taesd.DIFFUSERS),
 }
 DIFFUSERS["clip_g"] = DIFFUSERS["clip_l"]
 
 
-def _stability_transformer(prefix: str) -> Form:
-    return _form(
+def _stability_transformer(prefix: str) -> Format:
+    return _format(
         "Stability",
         "transformer",
         prefix,
@@ -103,9 +103,9 @@ def _stability_transformer(prefix: str) -> Form:
     )
 
 
-def _stability_vae(prefix: str) -> Form:
+def _stability_vae(prefix: str) -> Format:
     # The order of the decoder's levels makes no difference to what is inferred.
-    return _form(
+    return _format(
         "Stability",
         "vae",
         prefix,
@@ -117,18 +117,18 @@ def _stability_vae(prefix: str) -> Form:
 
 
 STABILITY = {
-    "clip_l": _form("Stability", "clip_l", stability.ENCODER_PREFIXES["clip_l"], _CLIP, stability.CLIP, infer.clip),
-    "clip_g": _form("Stability", "clip_g", stability.ENCODER_PREFIXES["clip_g"], _CLIP, stability.CLIP, infer.clip),
-    "t5": _form("Stability", "t5", stability.ENCODER_PREFIXES["t5"], _T5, stability.T5, infer.t5),
+    "clip_l": _format("Stability", "clip_l", stability.ENCODER_PREFIXES["clip_l"], _CLIP, stability.CLIP, infer.clip),
+    "clip_g": _format("Stability", "clip_g", stability.ENCODER_PREFIXES["clip_g"], _CLIP, stability.CLIP, infer.clip),
+    "t5": _format("Stability", "t5", stability.ENCODER_PREFIXES["t5"], _T5, stability.T5, infer.t5),
     "transformer": _stability_transformer(stability.TRANSFORMER_PREFIX),
     "vae": _stability_vae(stability.VAE_PREFIX),
     "taesd": TAESD_WHOLE,
 }
 NATIVE = {
-    name: _form("functional_sd3", name, f"{name}.", native.SIGNS[name], native.LAYOUT, read)
+    name: _format("functional_sd3", name, f"{name}.", native.SIGNS[name], native.LAYOUT, read)
     for name, read in _INFER.items()
 }
-NATIVE["taesd"] = Form(
+NATIVE["taesd"] = Format(
     "functional_sd3",
     "taesd",
     "taesd.",
@@ -138,18 +138,18 @@ NATIVE["taesd"] = Form(
     native.taesd,
 )
 BARE = {
-    "t5": _form("Stability", "t5", "", _T5, stability.T5, infer.t5),
+    "t5": _format("Stability", "t5", "", _T5, stability.T5, infer.t5),
     "transformer": _stability_transformer(""),
     "vae": _stability_vae(""),
 }
-FORMS = (
+FORMATS = (
     *STABILITY.values(),
     *NATIVE.values(),
     # ComfyUI takes diffusers' names below Stability's prefixes too.
-    _form(
+    _format(
         "diffusers", "transformer", stability.TRANSFORMER_PREFIX, _BLOCKS, diffusers_keys.TRANSFORMER, infer.transformer
     ),
-    _form("diffusers", "vae", stability.VAE_PREFIX, _VAE, diffusers_keys.VAE, infer.vae),
+    _format("diffusers", "vae", stability.VAE_PREFIX, _VAE, diffusers_keys.VAE, infer.vae),
     BARE["transformer"],
     BARE["vae"],
     *(DIFFUSERS[name] for name in ("clip_l", "t5", "transformer", "vae", "taesd")),
@@ -183,21 +183,21 @@ def foreign_kind(names: Collection[str]) -> str | None:
     return next((what for pattern, what in _FOREIGN if any(re.match(pattern, name) for name in names)), None)
 
 
-def recognise(names: Collection[str]) -> dict[Form, list[str]]:
+def recognise(names: Collection[str]) -> dict[Format, list[str]]:
     """The forms in a file -> their names. Raises WeightsError for a file of none, of what is something else, or with
     names that belong to nothing."""
     if what := foreign_kind(names):
         raise WeightsError(f"is {what}; a model of SD3 is needed here")
-    present = [form for form in FORMS if any(form.has(name) for name in names)]
-    for prefix in {form.prefix for form in present}:
-        signs = [next(name for name in names if form.has(name)) for form in present if form.prefix == prefix]
+    present = [format for format in FORMATS if any(format.has(name) for name in names)]
+    for prefix in {format.prefix for format in present}:
+        signs = [next(name for name in names if format.has(name)) for format in present if format.prefix == prefix]
         if len(signs) > 1:
             raise WeightsError(f"mixes tensors of several layouts, {' and '.join(signs)}")
-    found: dict[Form, list[str]] = {form: [] for form in present}
+    found: dict[Format, list[str]] = {format: [] for format in present}
     lost = []
     for name in names:
         owner = max(
-            (form for form in present if name.startswith(form.prefix)), key=lambda f: len(f.prefix), default=None
+            (format for format in present if name.startswith(format.prefix)), key=lambda f: len(f.prefix), default=None
         )
         if owner:
             found[owner].append(name)
@@ -214,26 +214,26 @@ def infer_config(shapes: Shapes) -> Config:
     """The configs of every component among tensors (name -> shape) of any layout, read off names and shapes alone.
 
     SD3-medium, 3.5-medium, 3.5-large and any depth, width, dual attention and table of positions in between; the text
-    encoders, the VAE and TAESD. What shapes cannot say is as in the released models (`weights.infer`). A stand-alone
+    encoders, the VAE and TAESD. What shapes cannot say is as in the released models (`layouts.infer`). A stand-alone
     CLIP is G where it is as large as G, else L. Raises WeightsError for tensors of no known layout, and naming the one
     without which the sizes cannot be read.
     """
     found: dict[str, Any] = {}
-    for form, names in recognise(shapes).items():
-        config = config_of(form, {name: shapes[name] for name in names})
-        name = clip_named(config) if form.component == "clip" else form.component
+    for format, names in recognise(shapes).items():
+        config = config_of(format, {name: shapes[name] for name in names})
+        name = clip_named(config) if format.component == "clip" else format.component
         found[name] = activated(name, config)
     return Config(**found)
 
 
-def config_of(form: Form, shapes: Shapes) -> Any:
+def config_of(format: Format, shapes: Shapes) -> Any:
     """The config of the one component these tensors (names with the prefix) are of."""
-    proper = layout.canonical(form.names, (name[len(form.prefix) :] for name in shapes))
+    proper = rules.canonical(format.names, (name[len(format.prefix) :] for name in shapes))
     try:
-        config = form.infer({one: shapes[form.prefix + found] for one, found in proper.items()})
-        return _checked(form.component, config)
+        config = format.infer({one: shapes[format.prefix + found] for one, found in proper.items()})
+        return _checked(format.component, config)
     except infer.Unreadable as error:
-        name = form.prefix + layout.name_of(form.names, error.args[0])
+        name = format.prefix + rules.name_of(format.names, error.args[0])
         found = f"has shape {list(shapes[name])}" if name in shapes else "is missing"
         raise WeightsError(f"{name} {found}, and the sizes of the model cannot be read without it") from None
     except WeightsError:
