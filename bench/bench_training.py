@@ -6,7 +6,7 @@ import torch
 from bench import peers
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.flow import path
-from functional_sd3.training import losses, optim, step
+from functional_sd3.training import objectives, optim, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import Config
 
@@ -51,7 +51,7 @@ def test_step(versus, compiled):
     rule = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(1e-5, decay=0.01))
     learned = step.trainable({"transformer": mmdit.spec(CONFIG)})
     train = step.make_train_step(
-        losses.flow_loss(Config(transformer=CONFIG)),
+        objectives.flow_loss(Config(transformer=CONFIG)),
         rule,
         trainable=learned,
         ema_decay=0.999,

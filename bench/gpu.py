@@ -22,7 +22,7 @@ from functional_sd3.core import prng, transform, tree
 from functional_sd3.flow import ode, schedule
 from functional_sd3.flow.guidance import combine as combining
 from functional_sd3.image import vae
-from functional_sd3.training import losses, optim, step
+from functional_sd3.training import objectives, optim, step
 from functional_sd3.transformer import joint_block, mmdit
 from functional_sd3.weights import Config
 
@@ -261,7 +261,7 @@ def training(place: Place) -> Iterator[Row]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, weight_decay=0.01, fused=True)
     average = EMAModel(module.parameters(), decay=0.999, foreach=True)
     for compiled in (False, True):
-        loss = losses.flow_loss(Config(transformer=config), dtype=torch.bfloat16)
+        loss = objectives.flow_loss(Config(transformer=config), dtype=torch.bfloat16)
         options: dict[str, Any] = {"ema_decay": 0.999, "donate": True, "compile": compiled, "trainable": learned}
         train = step.make_train_step(loss, rule, **options)
         held = [step.init(prng.key(0, device=place.device), {"transformer": pair.params}, rule, trainable=learned)]

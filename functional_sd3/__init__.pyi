@@ -36,6 +36,7 @@ from functional_sd3.metrics import clip_score as clip_score
 from functional_sd3.metrics import cmmd as cmmd
 from functional_sd3.metrics import collect as collect
 from functional_sd3.metrics import density_coverage as density_coverage
+from functional_sd3.metrics import features as features
 from functional_sd3.metrics import fid as fid
 from functional_sd3.metrics import frechet as frechet
 from functional_sd3.metrics import inception as inception
@@ -62,7 +63,6 @@ from functional_sd3.training import checkpoint as checkpoint
 from functional_sd3.training import datasets as datasets
 from functional_sd3.training import loop as loop
 from functional_sd3.training import lora as lora
-from functional_sd3.training import losses as losses
 from functional_sd3.training import muon as muon
 from functional_sd3.training import optim as optim
 from functional_sd3.training import schedules as schedules

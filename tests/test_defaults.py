@@ -30,7 +30,7 @@ from functional_sd3.recipes.shapes import prompts
 from functional_sd3.text import clip, conditioning, t5
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.text.clip import image as clip_image
-from functional_sd3.training import lora, losses, muon, optim, schedules, step
+from functional_sd3.training import lora, muon, objectives, optim, schedules, step
 from functional_sd3.transformer import control, controlnet, mmdit
 from tests import models
 
@@ -180,7 +180,7 @@ def check_training(model) -> list:
     }  # fmt: skip
     empty = {name: part[:1] for name, part in batch.items() if name != "latents"}
     rate = schedules.warmup_cosine(1e-3, 2, 10)
-    loss = losses.flow_loss(config, shift=2.0, dropout=0.5, empty=empty)
+    loss = objectives.flow_loss(config, shift=2.0, dropout=0.5, empty=empty)
     trained = []
     rules = {"matrices": muon.muon(rate), "rest": optim.adamw(rate)}
     both = optim.partitioned(rules, lambda _, leaf: "matrices" if leaf.ndim == 2 else "rest")
@@ -194,7 +194,7 @@ def check_training(model) -> list:
     return [
         trained, lora.init(key(), config, 2), transform.hvp(lambda x: x.square().sum(), noise(3), noise(3)),
         [schedules.trapezoid(1e-3, 2, 10)(n) for n in steps], [rate(n) for n in steps],
-        losses.vae_loss(config.vae, edges=0.1)(
+        objectives.vae_loss(config.vae, edges=0.1)(
             model.params["vae"], {"images": pixels.to_signed(prng.uniform(key(), (1, 3, 64, 64)))}, prng.split(key(), 1)
         ),
         shapes.pictures(key(), 2),

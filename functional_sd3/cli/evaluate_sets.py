@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from functional_sd3 import weights
 from functional_sd3.cli import report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.image import clip_pixels, pictures
 from functional_sd3.image.pictures import Skipped, Source
-from functional_sd3.metrics import clip_images, cmmd, collect, fid, frechet, inception, kid, preprocess
-from functional_sd3.metrics.collect import Batch, Collected, Features
+from functional_sd3.metrics import clip_images, cmmd, collect, features, fid, frechet, inception, kid, preprocess
+from functional_sd3.metrics.collect import Batch, Collected
+from functional_sd3.metrics.features import Features
 from functional_sd3.weights import WeightsError
-from functional_sd3.weights.inception import FILE, SHA256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{inception.FILE}"
 _UNSTATED = "unstated"
 
 
@@ -57,7 +56,7 @@ class Making(NamedTuple):
 
 def run_fid(arguments: argparse.Namespace) -> Report:
     kind = Kind(
-        collect.statistics, fid.Record, lambda record: record.statistics.n, weights.save_statistics, _load_statistics
+        collect.statistics, fid.Record, lambda record: record.statistics.n, fid.save, _load_statistics
     )
     sides, data = _measured(arguments, kind)
     if len(sides) == 1:
@@ -72,8 +71,8 @@ def run_kid(arguments: argparse.Namespace) -> Report:
         collect.features,
         Features,
         lambda record: len(record.values),
-        weights.save_features,
-        lambda path, arguments, fingerprint: weights.load_features(path),
+        features.save,
+        lambda path, arguments, fingerprint: features.load(path),
     )
     sides, data = _measured(arguments, kind)
     if len(sides) == 1:
@@ -161,11 +160,11 @@ def _network(arguments: argparse.Namespace) -> Any:
     if arguments.inception is None:
         raise ValueError(
             f"{arguments.metric} needs the weights of the Inception network, which do not come with this program and "
-            f"are never downloaded by it. Get {FILE} (95,628,359 bytes, SHA-256 {SHA256}) from {_URL}, and pass "
-            "--inception FILE"
+            f"are never downloaded by it. Get {inception.FILE} (95,628,359 bytes, SHA-256 {inception.SHA256}) from "
+            f"{_URL}, and pass --inception FILE"
         )
     with report.warnings_as_notes():
-        return weights.load_inception(arguments.inception, device=runtime.device(arguments.device))
+        return inception.load(arguments.inception, device=runtime.device(arguments.device))
 
 
 def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str) -> fid.Record:
@@ -173,14 +172,14 @@ def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str)
         if arguments.mode is None:
             raise ValueError("--count is for statistics that do not say how they were made either: pass --mode too")
         tap = arguments.features or inception.TAPS[-1]
-        return weights.load_statistics(
+        return fid.load(
             path, n=arguments.count, preprocessing=arguments.mode, weights=fingerprint, tap=tap
         )
     with suppress(WeightsError):
-        found = weights.load_features(path)
+        found = features.load(path)
         return fid.Record(frechet.statistics(found.values), found.preprocessing, found.weights, found.tap)
     try:
-        return weights.load_statistics(path)
+        return fid.load(path)
     except WeightsError as error:
         if all("does not say" in problem for problem in error.problems):
             hint = "if pytorch-fid wrote it, pass --count N --mode pytorch_fid"

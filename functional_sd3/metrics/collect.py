@@ -30,15 +30,6 @@ class Collected(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
-class Features(NamedTuple):
-    """Features (n, d) and their making, as `fid.Record` says it of statistics; `fid.check_alike` compares both."""
-
-    values: Tensor
-    preprocessing: str
-    weights: str
-    tap: int
-
-
 def walk(embed: Callable[[Tensor], Tensor], items: Iterable[Item], *, batch_size: int = 32) -> Iterator[Batch]:
     """Batches of at most `batch_size` pictures through `embed` (batch, ...) -> (batch, d), as they are asked for."""
     if batch_size < 1:

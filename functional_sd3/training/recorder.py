@@ -12,7 +12,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.training import checkpoint, log
-from functional_sd3.training.losses import Metrics
+from functional_sd3.training.objectives import Metrics
 
 Row = dict[str, float]
 Summary = Callable[[dict[str, list[float] | float]], Row]

@@ -12,7 +12,7 @@ from torch import Tensor
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.training import optim
-from functional_sd3.training.losses import Loss, Metrics, flow_loss, vae_loss
+from functional_sd3.training.objectives import Loss, Metrics, flow_loss, vae_loss
 
 __all__ = ["Loss", "Metrics", "TrainState", "flow_loss", "init", "make_train_step", "trainable", "vae_loss"]
 

@@ -18,7 +18,7 @@ from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import datasets, digests, loop, lora, losses, optim, step
+from functional_sd3.training import datasets, digests, loop, lora, objectives, optim, step
 from functional_sd3.weights.model import Model, Tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
@@ -62,7 +62,7 @@ class TrainingTask(NamedTuple):
     """
 
     state: step.TrainState
-    train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, losses.Metrics]]
+    train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, objectives.Metrics]]
     batch: Callable[[int], Tree]
     model: Callable[[step.TrainState], Model]
     sample: Callable[[step.TrainState], Tensor]
@@ -141,7 +141,7 @@ def flow_task(
             # The encoders may be stored in another dtype than the transformer is computed in.
             return tree.cast(encoded, settings.dtype or torch.float32)
 
-    loss = losses.flow_loss(
+    loss = objectives.flow_loss(
         config,
         shift=config.schedule.shift if config.schedule else 1.0,
         dropout=settings.dropout,
@@ -208,7 +208,7 @@ def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings)
         return pixels.from_signed(torch.cat([originals, decoded]))
 
     trainable = step.trainable(SPECS["vae"](config.vae), "decoder.*" if settings.decoder_only else "*")
-    loss = losses.vae_loss(config.vae, dtype=settings.dtype)
+    loss = objectives.vae_loss(config.vae, dtype=settings.dtype)
     batch = lambda number: {"images": load(order(number))}  # noqa: E731
     return _task(run_key, params, loss, settings, trainable, batch, averaged_model, sample, ("vae",))
 
@@ -224,7 +224,7 @@ def learning_rate(settings: Settings) -> optim.Schedule:
 def _task(
     key: Key,
     params: Params,
-    loss: losses.Loss,
+    loss: objectives.Loss,
     settings: Settings,
     trainable: Callable[[str, Any], bool],
     batch: Callable[[int], Tree],

@@ -26,21 +26,17 @@ from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
 from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.describing import describe
-from functional_sd3.weights.features import load_features, save_features
-from functional_sd3.weights.inception import UnknownWeights, load_inception
 from functional_sd3.weights.inversions import load as load_inversion
 from functional_sd3.weights.inversions import save as save_inversion
 from functional_sd3.weights.ip_adapters import load as load_ip_adapter
 from functional_sd3.weights.ip_adapters import save as save_ip_adapter
 from functional_sd3.weights.model import SPECS, Config, Model, Tokenizers, check, missing, spec
-from functional_sd3.weights.statistics import load_statistics, save_statistics
 
 __all__ = [
     "LAYOUTS",
     "Config",
     "Model",
     "Tokenizers",
-    "UnknownWeights",
     "WeightsError",
     "check",
     "describe",
@@ -51,21 +47,16 @@ __all__ = [
     "load",
     "load_clip",
     "load_controlnet",
-    "load_features",
-    "load_inception",
     "load_inversion",
     "load_ip_adapter",
-    "load_statistics",
     "merge",
     "missing",
     "outline",
     "quantize",
     "save",
     "save_controlnet",
-    "save_features",
     "save_inversion",
     "save_ip_adapter",
-    "save_statistics",
     "shipped",
     "spec",
 ]

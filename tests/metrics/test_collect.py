@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from functional_sd3 import weights
 from functional_sd3.core import prng
 from functional_sd3.image import pictures
 from functional_sd3.image.pictures import Item, Skipped
-from functional_sd3.metrics import collect, frechet, inception, preprocess
-from functional_sd3.metrics.collect import Features
+from functional_sd3.metrics import collect, features, frechet, inception, preprocess
+from functional_sd3.metrics.features import Features
 from functional_sd3.weights import WeightsError
 from tests import models
 
@@ -65,8 +64,8 @@ def test_a_set_without_a_readable_picture_is_refused_by_name():
 def test_features_on_disk_say_how_they_were_made(tmp_path):
     path = tmp_path / "features.npz"
     found = Features(VALUES, "tf1", "ab" * 32, 192)
-    weights.save_features(path, found)
-    again = weights.load_features(path)
+    features.save(path, found)
+    again = features.load(path)
     assert torch.equal(again.values, VALUES) and again[1:] == found[1:]
     numpy.savez(tmp_path / "bare.npz", features=VALUES.numpy())
     numpy.savez(tmp_path / "statistics.npz", mu=numpy.zeros(3), sigma=numpy.eye(3))
@@ -80,7 +79,7 @@ def test_features_on_disk_say_how_they_were_made(tmp_path):
         "absent.npz": "cannot be opened",
     }.items():
         with pytest.raises(WeightsError, match=words):
-            weights.load_features(tmp_path / name)
+            features.load(tmp_path / name)
 
 
 def test_a_folder_becomes_the_features_of_its_pictures(tmp_path):

@@ -215,22 +215,21 @@ def test_what_cannot_be_compared_is_refused_by_name():
 
 SCRIPT = """
 import sys, torch
-from functional_sd3 import fid, frechet, weights
+from functional_sd3 import fid, frechet
 from tests.metrics import references
 part, parts, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 features = references.features(101, 12, 1)[part::parts]
-weights.save_statistics(path, fid.Record(frechet.statistics(features), "clean", "any"))
+fid.save(path, fid.Record(frechet.statistics(features), "clean", "any"))
 """
 
 
 def test_processes_add_up_to_one(tmp_path):
     from functional_sd3.metrics import fid
-    from functional_sd3.weights import load_statistics
 
     paths = [tmp_path / f"{part}.npz" for part in range(3)]
     for part, path in enumerate(paths):
         subprocess.run([sys.executable, "-c", SCRIPT, str(part), "3", str(path)], check=True)
-    records = [load_statistics(path) for path in paths]
+    records = [fid.load(path) for path in paths]
     merged = fid.merge(fid.merge(records[2], records[0]), records[1])
     whole = fid.Record(frechet.statistics(references.features(101, 12, 1)), "clean", "any")
     close(merged.statistics, whole.statistics)

@@ -8,6 +8,7 @@ import torch
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.metrics import inception
+from functional_sd3.metrics.inception import network as network_definition
 from tests.metrics import references
 
 
@@ -54,19 +55,19 @@ def test_taps_have_their_widths_and_features_do_not_depend_on_the_batch(network,
 def test_the_last_block_pools_the_maximum_and_no_average_counts_the_padding(network):
     # The goldens would show it too; here is what they would show.
     padded = torch.ones(1, 1, 4, 4)
-    averages = [step for step in _pools(inception._NETWORK) if step is inception._mean]
-    maxima = [step for step in _pools(inception._NETWORK) if step is inception._maximum]
+    averages = [step for step in _pools(network_definition._NETWORK) if step is network_definition._mean]
+    maxima = [step for step in _pools(network_definition._NETWORK) if step is network_definition._maximum]
     assert len(averages) == 8 and len(maxima) == 1
-    assert torch.equal(inception._mean(padded), padded)
+    assert torch.equal(network_definition._mean(padded), padded)
 
 
 def _pools(steps):
     for step in steps:
-        if isinstance(step, inception.Pool):
+        if isinstance(step, network_definition.Pool):
             yield step.apply
-        elif isinstance(step, inception.Block):
+        elif isinstance(step, network_definition.Block):
             yield from _pools((step.branches,))
-        elif isinstance(step, inception.Branches):
+        elif isinstance(step, network_definition.Branches):
             for branch in step.steps:
                 yield from _pools(branch)
 
@@ -101,7 +102,8 @@ def test_the_norms_are_the_affine_map_of_their_stored_statistics(network, images
     wanted = torch.nn.functional.batch_norm(
         plain, norm["running_mean"], norm["running_var"], norm["weight"], norm["bias"], training=False, eps=1e-3
     ).relu()
-    torch.testing.assert_close(inception._unit(unit, inception._NETWORK[0], images), wanted, rtol=1e-4, atol=1e-5)
+    answer = network_definition._unit(unit, network_definition._NETWORK[0], images)
+    torch.testing.assert_close(answer, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_images_are_refused(network):

@@ -9,7 +9,7 @@ from functional_sd3 import pipeline
 from functional_sd3.core import attention, prng, transform, tree
 from functional_sd3.image import vae
 from functional_sd3.text import clip, conditioning, t5
-from functional_sd3.training import losses
+from functional_sd3.training import objectives
 from functional_sd3.transformer import controlnet, mmdit
 from tests import models
 
@@ -63,7 +63,7 @@ def close(ours, theirs):
 def test_per_sample_gradients_of_the_flow_loss_are_those_of_a_loop(model):
     batch, keys = batch_of(model), prng.split(prng.key(4), BATCH)
     empty = {name: part[:1] for name, part in batch.items() if name != "latents"}
-    loss = losses.flow_loss(model.config, shift=2.0, dropout=0.5, empty=empty, implementation="math")
+    loss = objectives.flow_loss(model.config, shift=2.0, dropout=0.5, empty=empty, implementation="math")
     params = {"transformer": model.params["transformer"]}
     assert close(mapped(loss, params, batch, keys), one_by_one(loss, params, batch, keys))
     # The metrics come out of the map too, each interval counted.
@@ -77,14 +77,14 @@ def test_per_sample_gradients_go_through_the_text_encoders(model):
     batch = {"latents": drawn(BATCH, 16, 8, 8, seed=1), "ids": ids}
     keys = prng.split(prng.key(4), BATCH)
     params = {name: part for name, part in model.params.items() if name != "vae"}
-    loss = losses.flow_loss(model.config, implementation="math")
+    loss = objectives.flow_loss(model.config, implementation="math")
     assert close(mapped(loss, params, batch, keys), one_by_one(loss, params, batch, keys))
 
 
 def test_per_sample_gradients_of_the_vae_loss_are_those_of_a_loop(model):
     batch = {"images": drawn(BATCH, 3, 16, 16).tanh()}
     keys = prng.split(prng.key(4), BATCH)
-    loss = losses.vae_loss(model.config.vae, edges=0.1, implementation="math")
+    loss = objectives.vae_loss(model.config.vae, edges=0.1, implementation="math")
     params = model.params["vae"]
     assert close(mapped(loss, params, batch, keys), one_by_one(loss, params, batch, keys))
 
@@ -93,10 +93,10 @@ def test_per_sample_gradients_of_the_vae_loss_are_those_of_a_loop(model):
 def test_the_forward_derivative_of_a_loss_is_its_gradients_product(model, name):
     keys = prng.split(prng.key(4), BATCH)
     if name == "flow":
-        loss, batch = losses.flow_loss(model.config, implementation="math"), batch_of(model)
+        loss, batch = objectives.flow_loss(model.config, implementation="math"), batch_of(model)
         params = {"transformer": model.params["transformer"]}
     else:
-        loss, params = losses.vae_loss(model.config.vae, edges=0.1, implementation="math"), model.params["vae"]
+        loss, params = objectives.vae_loss(model.config.vae, edges=0.1, implementation="math"), model.params["vae"]
         batch = {"images": drawn(BATCH, 3, 16, 16).tanh()}
     tangent = tree.map(lambda leaf: 0.1 * leaf.cos(), params)
     run = lambda params: loss(params, batch, keys)[0]  # noqa: E731
@@ -131,7 +131,7 @@ def fields(model):
 
     def loss(x, **options):
         batch = {"latents": x, "context": context, "pooled": pooled}
-        return losses.flow_loss(config, **options)(params, batch, prng.split(prng.key(4), 1))[0]
+        return objectives.flow_loss(config, **options)(params, batch, prng.split(prng.key(4), 1))[0]
 
     def attend(x, **options):
         return attention.attention(x, x, x, **options)

@@ -4,14 +4,15 @@ import torch
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import path
 from functional_sd3.image import vae
-from functional_sd3.training import losses
+from functional_sd3.training import objectives
+from functional_sd3.training.objectives import flow
 from functional_sd3.transformer import mmdit
 
 KEYS = prng.split(prng.key(3), 4)
 
 
 def test_the_bins_add_up_to_the_loss_and_to_all_samples(tiny):
-    value, metrics = losses.flow_loss(tiny.config, bins=5)(tiny.params, tiny.batch, KEYS)
+    value, metrics = objectives.flow_loss(tiny.config, bins=5)(tiny.params, tiny.batch, KEYS)
     torch.testing.assert_close(metrics["bin_loss"].sum(), value)
     torch.testing.assert_close(metrics["bin_share"].sum(), torch.tensor(1.0))
     assert metrics["bin_loss"].shape == (5,)
@@ -20,13 +21,13 @@ def test_the_bins_add_up_to_the_loss_and_to_all_samples(tiny):
 
 def test_a_bin_holds_the_samples_with_its_times(tiny):
     fixed = torch.tensor([0.0, 0.15, 0.95, 1.0])
-    loss = losses.flow_loss(tiny.config, density=lambda key, shape: fixed)
+    loss = objectives.flow_loss(tiny.config, density=lambda key, shape: fixed)
     _, metrics = loss(tiny.params, tiny.batch, KEYS)
     torch.testing.assert_close(metrics["bin_share"], torch.tensor([1, 1, 0, 0, 0, 0, 0, 0, 0, 2]) / 4)
 
 
 def test_a_sample_is_drawn_by_its_own_key_alone(tiny):
-    loss = losses.flow_loss(tiny.config, dropout=0.5, empty=tiny.empty)
+    loss = objectives.flow_loss(tiny.config, dropout=0.5, empty=tiny.empty)
     whole, _ = loss(tiny.params, tiny.batch, KEYS)
     alone = [
         loss(tiny.params, tree.map(lambda leaf, i=i: leaf[i : i + 1], tiny.batch), KEYS[i : i + 1])[0] for i in range(4)
@@ -37,7 +38,7 @@ def test_a_sample_is_drawn_by_its_own_key_alone(tiny):
 def test_the_loss_is_that_of_the_path_for_the_noise_of_the_keys(tiny):
     params = {"transformer": tiny.params["transformer"]}
     batch = {"latents": tiny.batch["latents"], "context": torch.ones(4, 3, 32), "pooled": torch.ones(4, 32)}
-    value, _ = losses.flow_loss(tiny.config, shift=3.0)(params, batch, KEYS)
+    value, _ = objectives.flow_loss(tiny.config, shift=3.0)(params, batch, KEYS)
     times, noises, _ = prng.split(KEYS, 3).unbind(1)
     t = torch.sigmoid(prng.normal(times))
     t = 3 * t / (1 + 2 * t)
@@ -54,10 +55,10 @@ def test_the_loss_is_that_of_the_path_for_the_noise_of_the_keys(tiny):
 
 
 def test_dropping_every_caption_leaves_the_empty_prompt(tiny):
-    dropped, _ = losses.flow_loss(tiny.config, dropout=1.0, empty=tiny.empty)(tiny.params, tiny.batch, KEYS)
+    dropped, _ = objectives.flow_loss(tiny.config, dropout=1.0, empty=tiny.empty)(tiny.params, tiny.batch, KEYS)
     blank = {"latents": tiny.batch["latents"], "ids": tree.map(torch.zeros_like, tiny.batch["ids"])}
-    expected, _ = losses.flow_loss(tiny.config)(tiny.params, blank, KEYS)
-    given, _ = losses.flow_loss(tiny.config)(tiny.params, tiny.batch, KEYS)
+    expected, _ = objectives.flow_loss(tiny.config)(tiny.params, blank, KEYS)
+    given, _ = objectives.flow_loss(tiny.config)(tiny.params, tiny.batch, KEYS)
     torch.testing.assert_close(dropped, expected)
     assert not torch.allclose(dropped, given)
 
@@ -65,21 +66,21 @@ def test_dropping_every_caption_leaves_the_empty_prompt(tiny):
 def test_dropout_drops_its_share_of_the_samples(tiny):
     text = {"pooled": torch.ones(2000, 1)}
     drop = prng.bernoulli(prng.split(prng.key(0), 2000), 0.3, ())
-    kept = losses._dropped(text, {"pooled": torch.zeros(1, 1)}, drop)["pooled"]
+    kept = flow._dropped(text, {"pooled": torch.zeros(1, 1)}, drop)["pooled"]
     assert float(kept.mean()) == pytest.approx(0.7, abs=0.04)
 
 
 def test_dropout_without_an_empty_prompt_is_refused(tiny):
     with pytest.raises(ValueError, match="dropout 0.1 needs `empty`"):
-        losses.flow_loss(tiny.config, dropout=0.1)
+        objectives.flow_loss(tiny.config, dropout=0.1)
     with pytest.raises(ValueError, match="dropout 1.5 is a probability"):
-        losses.flow_loss(tiny.config, dropout=1.5, empty=tiny.empty)
+        objectives.flow_loss(tiny.config, dropout=1.5, empty=tiny.empty)
 
 
 def test_bfloat16_computes_nearly_the_same_with_float32_gradients(tiny):
-    exact, _ = losses.flow_loss(tiny.config)(tiny.params, tiny.batch, KEYS)
+    exact, _ = objectives.flow_loss(tiny.config)(tiny.params, tiny.batch, KEYS)
     inputs = tree.map(lambda leaf: leaf.clone().requires_grad_(), tiny.params)
-    coarse, metrics = losses.flow_loss(tiny.config, dtype=torch.bfloat16)(inputs, tiny.batch, KEYS)
+    coarse, metrics = objectives.flow_loss(tiny.config, dtype=torch.bfloat16)(inputs, tiny.batch, KEYS)
     assert coarse.dtype == torch.float32 and metrics["bin_loss"].dtype == torch.float32
     torch.testing.assert_close(coarse.detach(), exact, rtol=2e-2, atol=0)
     coarse.backward()
@@ -92,16 +93,16 @@ IMAGES = {"images": 2 * prng.uniform(prng.key(1), (4, 3, 8, 8)) - 1}
 
 def test_the_autoencoders_loss_is_reconstruction_and_a_little_divergence():
     params = vae.init(prng.key(0), CONFIG)
-    value, metrics = losses.vae_loss(CONFIG, divergence=0.0)(params, IMAGES, KEYS)
+    value, metrics = objectives.vae_loss(CONFIG, divergence=0.0)(params, IMAGES, KEYS)
     torch.testing.assert_close(value, metrics["reconstruction"])
-    weighed, metrics = losses.vae_loss(CONFIG, divergence=0.5)(params, IMAGES, KEYS)
+    weighed, metrics = objectives.vae_loss(CONFIG, divergence=0.5)(params, IMAGES, KEYS)
     # 4 x 4 x 4 latents to 3 x 8 x 8 pixel values.
     torch.testing.assert_close(weighed, metrics["reconstruction"] + 0.5 * metrics["kl"] * 64 / 192)
 
 
 def test_the_divergence_of_the_standard_normal_is_nothing():
     params = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG))
-    _, metrics = losses.vae_loss(CONFIG)(params, IMAGES, KEYS)
+    _, metrics = objectives.vae_loss(CONFIG)(params, IMAGES, KEYS)
     assert float(metrics["kl"]) == 0.0
     assert float(metrics["reconstruction"]) == pytest.approx(float(IMAGES["images"].abs().mean()))
     assert float(metrics["latent_mean"]) == 0.0 and float(metrics["latent_square"]) == pytest.approx(1.0)
@@ -109,7 +110,7 @@ def test_the_divergence_of_the_standard_normal_is_nothing():
 
 def test_psnr_of_a_black_answer_is_that_of_its_error_in_unit_range():
     params = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG))
-    _, metrics = losses.vae_loss(CONFIG)(params, {"images": torch.full((4, 3, 8, 8), 0.2)}, KEYS)
+    _, metrics = objectives.vae_loss(CONFIG)(params, {"images": torch.full((4, 3, 8, 8), 0.2)}, KEYS)
     assert float(metrics["psnr"]) == pytest.approx(20.0, abs=1e-3)
 
 
@@ -117,6 +118,6 @@ def test_edges_cost_only_where_pictures_change():
     params = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG))
     flat = {"images": torch.full((4, 3, 8, 8), 0.2)}
     for images, more in ((flat, False), (IMAGES, True)):
-        plain, _ = losses.vae_loss(CONFIG)(params, images, KEYS)
-        sharp, _ = losses.vae_loss(CONFIG, edges=1.0)(params, images, KEYS)
+        plain, _ = objectives.vae_loss(CONFIG)(params, images, KEYS)
+        sharp, _ = objectives.vae_loss(CONFIG, edges=1.0)(params, images, KEYS)
         assert bool(sharp > plain) is more

@@ -17,7 +17,7 @@ from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.recipes.shapes import world
 from functional_sd3.recipes.shapes.architecture import LENGTH
 from functional_sd3.text import clip, conditioning, t5
-from functional_sd3.training import loop, losses, muon, optim, step
+from functional_sd3.training import loop, muon, objectives, optim, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Tokenizers
 
@@ -56,7 +56,7 @@ def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     rate = optim.trapezoid(3e-3, min(30, steps // 4), steps, int(0.6 * steps))
     optimizer = _optimizer(rate, rate, b2=0.99)
     train_step = step.make_train_step(
-        losses.vae_loss(config.vae, divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
+        objectives.vae_loss(config.vae, divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
     )
 
     def batch(index: int) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ def flow_stage(
     learned = step.trainable(specs, "*" if start is None else "transformer.*")
     empty = {"ids": conditioning.tokenize(config, tables, [""], t5_length=LENGTH)}
     train_step = step.make_train_step(
-        losses.flow_loss(config, dropout=DROPOUT, empty=empty, dtype=dtype),
+        objectives.flow_loss(config, dropout=DROPOUT, empty=empty, dtype=dtype),
         optimizer,
         trainable=learned,
         ema_decay=0.999,

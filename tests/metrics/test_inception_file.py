@@ -8,11 +8,11 @@ import torch
 from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.metrics import inception
+from functional_sd3.metrics.inception import file as files
 from functional_sd3.weights import WeightsError
-from functional_sd3.weights import inception as files
 from tests.metrics import references
 
-unknown = pytest.mark.filterwarnings("ignore::functional_sd3.weights.inception.UnknownWeights")
+unknown = pytest.mark.filterwarnings("ignore::functional_sd3.metrics.inception.file.UnknownWeights")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def same(params, state) -> bool:
 
 @unknown
 def test_the_published_form_loads(published, state):
-    assert same(weights.load_inception(published), state)
+    assert same(inception.load(published), state)
 
 
 @unknown
@@ -47,28 +47,28 @@ def test_a_file_without_counters_and_one_of_safetensors_hold_the_same(tmp_path, 
     torch.save(state, tmp_path / "x.pth")
     weights.files.write_atomic(tmp_path / "x.safetensors", state)
     for name in ("x.pth", "x.safetensors"):
-        params = weights.load_inception(tmp_path / name)
+        params = inception.load(tmp_path / name)
         assert same(params, state), name
-    assert inception.fingerprint(params) == inception.fingerprint(weights.load_inception(published))
+    assert inception.fingerprint(params) == inception.fingerprint(inception.load(published))
 
 
 @unknown
 def test_the_dtype_is_as_asked(published):
-    params = weights.load_inception(published, dtype=torch.bfloat16)
+    params = inception.load(published, dtype=torch.bfloat16)
     assert {leaf.dtype for leaf in tree.leaves(params)} == {torch.bfloat16}
 
 
 def test_unknown_weights_are_said_and_refused_when_strict(published):
     found = files.sha256(published)
-    with pytest.warns(weights.UnknownWeights, match=f"SHA-256 {found} is not that of {files.FILE}"):
-        weights.load_inception(published)
+    with pytest.warns(inception.UnknownWeights, match=f"SHA-256 {found} is not that of {files.FILE}"):
+        inception.load(published)
     with pytest.raises(WeightsError, match=found):
-        weights.load_inception(published, strict=True)
+        inception.load(published, strict=True)
 
 
 def test_known_weights_load_silently(published, monkeypatch):
     monkeypatch.setattr(files, "SHA256", files.sha256(published))
-    weights.load_inception(published, strict=True)
+    inception.load(published, strict=True)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named_together(tmp_path, state):
@@ -77,7 +77,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_together(tmp_path, s
     broken["Conv2d_1a_3x3.bn.bias"] = torch.zeros(32, dtype=torch.int64)
     torch.save(broken, tmp_path / "x.pth")
     with pytest.raises(WeightsError) as caught:
-        weights.load_inception(tmp_path / "x.pth")
+        inception.load(tmp_path / "x.pth")
     said = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 4
     for part in ("fc.bias is missing", "AuxLogits.fc.weight is unexpected", "branch1x1.conv.weight has shape", "int64"):
@@ -102,7 +102,7 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path, published):
     (tmp_path / "folder.pth").mkdir()
     for path in [*tmp_path.iterdir(), tmp_path / "absent.pth", tmp_path / "absent.safetensors"]:
         with pytest.raises(WeightsError, match=path.name):
-            weights.load_inception(path)
+            inception.load(path)
 
 
 def test_nothing_in_a_file_is_executed(tmp_path, capsys):
@@ -112,5 +112,5 @@ def test_nothing_in_a_file_is_executed(tmp_path, capsys):
 
     torch.save({"fc.bias": Trap()}, tmp_path / "x.pth")
     with pytest.raises(WeightsError):
-        weights.load_inception(tmp_path / "x.pth")
+        inception.load(tmp_path / "x.pth")
     assert "executed" not in capsys.readouterr().out

@@ -67,23 +67,6 @@ def read(path: str | os.PathLike, what: str, names: Collection[str]) -> dict[str
         return {name: _array(path, name, archive, members[name]) for name in names if name in members}
 
 
-def described(path: str | os.PathLike, what: str) -> str:
-    """What a file holds that is none of `what`, for an error: how people's other .npz files came about."""
-    found = headers(path, what)
-    if "mu" in found and "sigma" in found:
-        return "statistics (mu and sigma), from which features cannot be had back"
-    if "features" in found:
-        return "features, as `evaluate kid --save` writes them, not statistics"
-    images = found.get("arr_0")
-    if images and images.dtype == "uint8" and len(images.shape) == 4:
-        return (
-            f"{images.shape[0]} images of {images.shape[2]}x{images.shape[1]} (arr_0, a sample batch of "
-            "guided-diffusion), which are read from a folder: save each as a .png, "
-            "PIL.Image.fromarray(numpy.load(FILE)['arr_0'][i]).save(f'{i}.png')"
-        )
-    return f"{', '.join(shorten(name, 40) for name in list(found)[:5])} and no {what}"
-
-
 def write(path: str | os.PathLike, entries: Mapping[str, Any]) -> None:
     """Arrays, numbers and texts; the name of the file is kept as it is. Raises WeightsError when the system refuses."""
     import numpy

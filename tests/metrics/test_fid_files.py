@@ -4,7 +4,6 @@ import numpy
 import pytest
 import torch
 
-from functional_sd3 import weights
 from functional_sd3.metrics import fid, frechet
 from functional_sd3.weights import WeightsError
 from tests.metrics import references
@@ -17,8 +16,8 @@ def record():
 
 def test_a_record_comes_back(tmp_path, record):
     path = tmp_path / "real.stats"
-    weights.save_statistics(path, record)
-    loaded = weights.load_statistics(path)
+    fid.save(path, record)
+    loaded = fid.load(path)
     assert loaded[1:] == record[1:] and loaded.statistics.n == 20
     torch.testing.assert_close(loaded.statistics.mean, record.statistics.mean, rtol=0, atol=0)
     torch.testing.assert_close(loaded.statistics.m2, record.statistics.m2, rtol=1e-15, atol=1e-15)
@@ -28,13 +27,13 @@ def test_a_record_comes_back(tmp_path, record):
 @pytest.mark.parametrize("n", [0, 1])
 def test_records_of_none_and_of_one_come_back(tmp_path, n):
     record = fid.Record(frechet.statistics(references.features(1, 7, 1)[:n]), "clean", "abc")
-    weights.save_statistics(tmp_path / "x.npz", record)
-    loaded = weights.load_statistics(tmp_path / "x.npz").statistics
+    fid.save(tmp_path / "x.npz", record)
+    loaded = fid.load(tmp_path / "x.npz").statistics
     assert loaded.n == n and torch.equal(loaded.mean, record.statistics.mean) and not loaded.m2.any()
 
 
 def test_pytorch_fid_finds_its_entries(tmp_path, record):
-    weights.save_statistics(tmp_path / "x.npz", record)
+    fid.save(tmp_path / "x.npz", record)
     with numpy.load(tmp_path / "x.npz", allow_pickle=False) as file:
         values = references.features(20, 7, 1).double().numpy()
         numpy.testing.assert_allclose(file["mu"], values.mean(0), rtol=1e-12)
@@ -45,17 +44,17 @@ def test_files_of_pytorch_fid_need_to_be_told_how_they_were_made(tmp_path, recor
     values = references.features(20, 7, 1).double().numpy()
     numpy.savez(tmp_path / "x.npz", mu=values.mean(0), sigma=numpy.cov(values, rowvar=False))
     with pytest.raises(WeightsError, match="does not say n;") as caught:
-        weights.load_statistics(tmp_path / "x.npz", weights="abc")
+        fid.load(tmp_path / "x.npz", weights="abc")
     assert len(caught.value.problems) == 3
-    loaded = weights.load_statistics(tmp_path / "x.npz", n=20, preprocessing="clean", weights="abc", tap=192)
+    loaded = fid.load(tmp_path / "x.npz", n=20, preprocessing="clean", weights="abc", tap=192)
     torch.testing.assert_close(loaded.statistics.m2, record.statistics.m2, rtol=1e-9, atol=1e-9)
     assert fid.score(loaded, record).value < 1e-9
 
 
 def test_a_file_that_says_otherwise_is_refused(tmp_path, record):
-    weights.save_statistics(tmp_path / "x.npz", record)
+    fid.save(tmp_path / "x.npz", record)
     with pytest.raises(WeightsError, match="says preprocessing 'clean', not 'tf1'"):
-        weights.load_statistics(tmp_path / "x.npz", preprocessing="tf1")
+        fid.load(tmp_path / "x.npz", preprocessing="tf1")
 
 
 @pytest.mark.parametrize(
@@ -72,21 +71,21 @@ def test_a_file_that_says_otherwise_is_refused(tmp_path, record):
 def test_wrong_files_are_refused(tmp_path, entries, said):
     numpy.savez(tmp_path / "x.npz", **{"n": 5, "preprocessing": "clean", "weights": "abc", "tap": 192} | entries)
     with pytest.raises(WeightsError, match=said):
-        weights.load_statistics(tmp_path / "x.npz")
+        fid.load(tmp_path / "x.npz")
 
 
 def test_broken_and_missing_files_are_refused(tmp_path, record):
     path = tmp_path / "x.npz"
     with pytest.raises(WeightsError, match="cannot be opened: no such file"):
-        weights.load_statistics(path)
-    weights.save_statistics(path, record)
+        fid.load(path)
+    fid.save(path, record)
     whole = path.read_bytes()
     for content in (b"", b"not a zip", whole[: len(whole) // 2], whole[:200] + b"\x07" * 40 + whole[240:]):
         path.write_bytes(content)
         with pytest.raises(WeightsError, match="x.npz: "):
-            weights.load_statistics(path)
+            fid.load(path)
     numpy.save(tmp_path / "y.npy", numpy.zeros(3))
     with pytest.raises(WeightsError, match="y.npy: "):
-        weights.load_statistics(tmp_path / "y.npy")
+        fid.load(tmp_path / "y.npy")
     with pytest.raises(WeightsError, match="is a folder, not a file"):
-        weights.load_statistics(tmp_path)
+        fid.load(tmp_path)

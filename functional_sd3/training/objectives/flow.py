@@ -1,7 +1,6 @@
-"""What training descends: the rectified-flow loss of a whole model, and the autoencoder's.
+"""Rectified-flow objective of the transformer and its text encoders.
 
-A loss is `(params, batch, keys) -> (scalar, metrics)`: batch a tree of tensors (batch, ...), keys (batch, 2) one random
-key a sample, metrics a dict of tensors that are means over the batch.
+Esser et al. 2024, "Scaling Rectified Flow Transformers", sections 2 and 3.1.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +13,9 @@ from functional_sd3.core import layers, prng, tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path, schedule
-from functional_sd3.image import vae
 from functional_sd3.text import conditioning
+from functional_sd3.training.objectives.types import Loss, Metrics
 from functional_sd3.transformer import mmdit
-
-Metrics = dict[str, Tensor]
-Loss = Callable[[Params, Tree, Key], tuple[Tensor, Metrics]]
 
 
 def flow_loss(
@@ -81,46 +77,3 @@ def _dropped(text: Tree, empty: Tree, drop: Tensor) -> Tree:
         return tree.map(lambda leaf: torch.where(drop.reshape(-1, *(1,) * (leaf.ndim - 1)), next(blanks), leaf), given)
 
     return {name: pick(given, iter(tree.leaves(empty[name]))) for name, given in text.items()}
-
-
-def vae_loss(
-    config: vae.Config,
-    *,
-    distance: Callable[[Tensor, Tensor], Tensor] = lambda a, b: (a - b).abs(),
-    divergence: float = 1e-6,
-    edges: float = 0.0,
-    dtype: torch.dtype | None = None,
-    implementation: Implementation = "sdpa",
-) -> Loss:
-    """Reconstruction + `divergence` * KL + `edges` * |difference of the gradients of the pictures|.
-
-    batch: {"images": (batch, 3, height, width) in [-1, 1]}. `distance` is elementwise (default L1). KL(posterior ||
-    N(0, 1)) is summed over a sample's latents and divided by its number of pixel values: the balance of Rombach et al.
-    2022, who sum both. `implementation`: as of `flow_loss`. Metrics: reconstruction, kl (nats a latent), psnr in dB,
-    latent_mean and latent_square, from which the transformer's scaling and shift are set.
-    """
-
-    def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
-        params = params if dtype is None else layers.cast(params, dtype)
-        images = batch["images"]
-        given = images if dtype is None else images.to(dtype)
-        mean, logvar = vae.encode(params, config, given, implementation=implementation)
-        latents = mean + torch.exp(0.5 * logvar) * prng.normal(keys, tuple(mean.shape[1:]), dtype=mean.dtype)
-        decoded = vae.decode(params, config, latents, implementation=implementation).to(images.dtype)
-        mean, logvar = mean.float(), logvar.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
-        reconstruction = distance(decoded, images).mean()
-        # Numbers before the sums: torch 2.13 makes the tangent of a scalar float64 where a number multiplies it.
-        total = reconstruction + (divergence / images.numel() * kl).sum()
-        if edges:
-            total = total + sum((edges * (decoded.diff(dim=d) - images.diff(dim=d)).abs()).mean() for d in (-2, -1))
-        squares = (decoded - images).square().flatten(1).mean(1)
-        return total, {
-            "reconstruction": reconstruction,
-            "kl": kl.mean(),
-            "psnr": (10.0 * torch.log10(4.0 / squares.clamp_min(1e-10))).mean(),
-            "latent_mean": mean.mean(),
-            "latent_square": mean.square().mean() + logvar.exp().mean(),
-        }
-
-    return loss

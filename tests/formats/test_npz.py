@@ -12,8 +12,9 @@ import numpy
 import pytest
 import torch
 
-from functional_sd3 import weights
-from functional_sd3.weights import WeightsError, npz
+from functional_sd3.formats import npz
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.metrics import features, fid
 from tests.text.test_hostile_tokenizers import address_space
 
 LABELS = {"n": 5, "preprocessing": "clean", "weights": "abc", "tap": 192}
@@ -40,7 +41,7 @@ def archive(path, members, method=zipfile.ZIP_DEFLATED):
     return path
 
 
-def refused(path, reader=weights.load_statistics) -> str:
+def refused(path, reader=fid.load) -> str:
     with pytest.raises(WeightsError) as caught:
         reader(path)
     assert str(path) in str(caught.value) and str(caught.value).isprintable()
@@ -52,13 +53,13 @@ def refused(path, reader=weights.load_statistics) -> str:
 def test_floats_of_either_order_of_bytes_and_indices_are_read(tmp_path, dtype, order):
     sigma = numpy.arange(9.0).reshape(3, 3)
     path = archive(tmp_path / "x.npz", {"mu": MU.astype(dtype), "sigma": numpy.array(sigma, dtype, order=order)})
-    found = weights.load_statistics(path)
+    found = fid.load(path)
     assert torch.equal(found.statistics.mean, torch.from_numpy(MU))
     assert torch.equal(found.statistics.m2, torch.from_numpy(sigma) * 4)
     values = numpy.arange(6.0).reshape(2, 3).astype(dtype)
     path = archive(tmp_path / "y.npz", {"features": numpy.array(values, order=order)})
-    assert weights.load_features(path).values.tolist() == values.tolist()
-    assert weights.load_features(path).values.dtype == getattr(torch, f"float{8 * int(dtype[2])}")
+    assert features.load(path).values.tolist() == values.tolist()
+    assert features.load(path).values.dtype == getattr(torch, f"float{8 * int(dtype[2])}")
 
 
 HOSTILE = {
@@ -96,7 +97,7 @@ def test_a_hostile_member_is_refused_by_name(tmp_path, members, said):
 @pytest.mark.parametrize("value", [numpy.nan, numpy.inf])
 def test_features_that_are_not_finite_are_refused(tmp_path, value):
     path = archive(tmp_path / "x.npz", {"features": numpy.full((4, 3), value)})
-    assert "features are not all finite" in refused(path, weights.load_features)
+    assert "features are not all finite" in refused(path, features.load)
 
 
 def test_encrypted_unknown_and_doubled_members_are_refused(tmp_path):
@@ -127,7 +128,7 @@ def test_special_files_are_never_waited_for(tmp_path):
 
 def test_a_sample_batch_of_guided_diffusion_is_named(tmp_path):
     numpy.savez(tmp_path / "x.npz", numpy.zeros((7, 4, 6, 3), numpy.uint8))
-    for reader in (weights.load_statistics, weights.load_features):
+    for reader in (fid.load, features.load):
         said = "holds 7 images of 6x4 (arr_0, a sample batch of guided-diffusion), which are read from a folder"
         assert said in refused(tmp_path / "x.npz", reader)
     numpy.savez(tmp_path / "y.npz", numpy.zeros(3), other=numpy.zeros(3))
@@ -140,15 +141,15 @@ def test_the_reference_batches_of_guided_diffusion_give_their_statistics(tmp_pat
         tmp_path / "x.npz",
         {"arr_0": header("(10000, 256, 256, 3)", "'|u1'"), "mu_s": MU, "notes": b"x", **dict.fromkeys(LABELS)},
     )
-    found = weights.load_statistics(path, **LABELS)
+    found = fid.load(path, **LABELS)
     assert found.statistics.n == 5 and found.statistics.mean.tolist() == MU.tolist()
 
 
 def test_a_file_written_here_and_a_compressed_one_read_back(tmp_path):
     npz.write(tmp_path / "x.npz", {"features": numpy.ones((3, 4), numpy.float32), **LABELS})
     numpy.savez_compressed(tmp_path / "y.npz", features=numpy.ones((3, 4), numpy.float32), **LABELS)
-    assert torch.equal(weights.load_features(tmp_path / "x.npz").values, torch.ones(3, 4))
-    assert torch.equal(weights.load_features(tmp_path / "y.npz").values, torch.ones(3, 4))
+    assert torch.equal(features.load(tmp_path / "x.npz").values, torch.ones(3, 4))
+    assert torch.equal(features.load(tmp_path / "y.npz").values, torch.ones(3, 4))
 
 
 def test_a_mutated_file_is_read_or_one_error(tmp_path):
@@ -165,7 +166,7 @@ def test_a_mutated_file_is_read_or_one_error(tmp_path):
             if not draw.randrange(5):
                 del content[draw.randrange(len(content)) :]
             path.write_bytes(bytes(content))
-            for reader in (weights.load_statistics, lambda path: npz.headers(path, "statistics")):
+            for reader in (fid.load, lambda path: npz.headers(path, "statistics")):
                 try:
                     reader(path)
                 except WeightsError as error:

@@ -12,7 +12,7 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Params
 from functional_sd3.formats import bounded, files, state_dict
 from functional_sd3.formats.errors import WeightsError, reason
-from functional_sd3.metrics import inception
+from functional_sd3.metrics.inception import network
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -28,7 +28,7 @@ class UnknownWeights(UserWarning):
     """The file is not the one that published scores were computed with, as far as its hash tells."""
 
 
-def load_inception(
+def load(
     path: str | os.PathLike,
     *,
     dtype: torch.dtype = torch.float32,
@@ -45,7 +45,7 @@ def load_inception(
     # Opened first: a file that cannot be read has no hash to complain of.
     tensors = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
     tensors = {name: value for name, value in tensors.items() if not name.endswith(_COUNTER)}
-    spec = inception.spec()
+    spec = network.spec()
     problems = specs.check(spec, tensors)
     problems += [
         f"{name} is {value.dtype} ({value.layout}), not dense and floating"
@@ -68,10 +68,10 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def _check_hash(path: Path, strict: bool) -> None:
-    found = sha256(path)
-    if found == SHA256:
+    digest = sha256(path)
+    if digest == SHA256:
         return
-    message = f"{path}: SHA-256 {found} is not that of {FILE} ({SHA256}); scores may not compare with published ones"
+    message = f"{path}: SHA-256 {digest} is not that of {FILE} ({SHA256}); scores may not compare with published ones"
     if strict:
         raise WeightsError(message)
     warnings.warn(message, UnknownWeights, stacklevel=3)
