@@ -20,7 +20,7 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be opened: {reason(error)}") from error
     except ValueError as error:  # A zero character within a path.
-        raise WeightsError(f"{path!r}: cannot be opened: {error}") from error
+        raise WeightsError(f"{path}: is not a path: {error}") from error
     try:
         kind = file_kind(os.fstat(descriptor).st_mode)
         if kind != "file":

@@ -20,7 +20,7 @@ from functional_sd3.formats import files, magic
 from functional_sd3.formats.blocks import BLOCKS
 from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.formats.files import Mapped
-from functional_sd3.formats.header import Entry, Header
+from functional_sd3.formats.header import MOST_TENSORS, Entry, Header, too_many
 from functional_sd3.formats.printable import shorten
 
 _VERSIONS = (2, 3)
@@ -33,6 +33,9 @@ _BLOCKS = {**_SMALL, 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
 _UNREAD = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S"}
 _UNREAD |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
 _MOST_DIMENSIONS = 8
+_MOST_VALUES = 2**16
+# The words of large tokenizers are some hundred thousand.
+_MOST_STRINGS = 2**20
 _LONGEST_HEADER = 2**27
 _ALIGNMENT = "general.alignment"
 # ComfyUI's converter flattens what ggml has no place for, and notes the shape it had.
@@ -131,6 +134,8 @@ class _Reader:
             return self._single(kind)
         kind, count = self.number("I"), self.number("Q")
         if kind == _STRING:
+            if count > _MOST_STRINGS:
+                raise ValueError(f"a list in it has {count:,} texts, more than {_MOST_STRINGS:,}")
             for _ in range(count):
                 self.content(self.number("Q"))
             return None
@@ -157,6 +162,10 @@ def _read(reader: _Reader) -> _Described:
     if (version := reader.number("I")) not in _VERSIONS:
         raise ValueError(f"its version {version} must be {' or '.join(map(str, _VERSIONS))}, low bytes first")
     tensors, values = reader.number("Q"), reader.number("Q")
+    if tensors > MOST_TENSORS:
+        raise ValueError(too_many(tensors))
+    if values > _MOST_VALUES:
+        raise ValueError(f"has {values:,} values by name, more than {_MOST_VALUES:,}")
     found: dict[str, Any] = {}
     for _ in range(values):
         name = reader.text()

@@ -35,6 +35,7 @@ _LONGEST_HEADER = 2**25
 MOST_TENSORS = 2**15
 """Ten times as many as the largest model with all its encoders and a LoRA have; looking at names takes time."""
 _START = 32
+_OFFSETS = b'"data_offsets"'
 _MOST_DIMENSIONS = 64
 
 
@@ -70,16 +71,22 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
             raise ValueError(found)
         if start[8:9] != b"{" and file.seek(257) and file.read(5) == b"ustar":
             raise ValueError("is an archive, not weights: unpack it, and give what is in it")
-        if size >= 8 and start[8:9] != b"{" and _is_text(start):
-            raise ValueError("is a text file, not weights")
         if size < 8:
             raise ValueError(f"{size} bytes are too few for a safetensors file: truncated, or something else")
-        if length > min(size - 8, _LONGEST_HEADER):
+        if start[8:9] != b"{" and _is_text(start):
+            raise ValueError("is a text file, not weights")
+        if _LONGEST_HEADER < length <= size - 8:
+            raise ValueError(f"header length {length} is more than {_LONGEST_HEADER:,} bytes, the most that is read")
+        if length > size - 8:
             raise ValueError(f"header length {length} exceeds the file ({size} bytes): truncated, or something else")
         file.seek(8)
-        table = parse(file.read(length))
-        if len(table) > MOST_TENSORS:
-            raise ValueError(f"names {len(table):,} tensors, more than {MOST_TENSORS:,}")
+        text = file.read(length)
+        # Counted before it is parsed, which takes seconds where there are hundreds of thousands.
+        if (count := text.count(_OFFSETS)) > MOST_TENSORS:
+            raise ValueError(too_many(count))
+        table = parse(text)
+        if len(table) > MOST_TENSORS + 1:
+            raise ValueError(too_many(len(table)))
         return Header(_entries(table, 8 + length, size), _metadata(table))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {reason(error)}") from error
@@ -87,6 +94,11 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
         raise WeightsError([f"{path}: {problem}" for problem in error.problems]) from error
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
+
+
+def too_many(count: int) -> str:
+    """The problem of a file that names more tensors than `MOST_TENSORS`."""
+    return f"names {count:,} tensors, more than {MOST_TENSORS:,}"
 
 
 def _is_text(start: bytes) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.files import Mapped
-from functional_sd3.formats.header import Entry
+from functional_sd3.formats.header import MOST_TENSORS, Entry, too_many
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -49,6 +49,8 @@ def open_indexed(index: Path) -> dict[str, Mapped]:
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise WeightsError(f"{index}: weight_map must say in which file each tensor is")
+    if len(places) > MOST_TENSORS:
+        raise WeightsError(f"{index}: {too_many(len(places))}")
     wrong = {key: name for key, name in places.items() if not _plain(name)}
     if wrong:
         raise WeightsError([f"{index}: {key} is in {name!r}, which is no file name" for key, name in wrong.items()])

@@ -246,7 +246,10 @@ def test_what_is_wrong_with_a_file_is_said(victim, tmp_path):
     assert "goes beyond its end" in problem_of(path, content[:-40])
     assert "its version 1 must be 2 or 3" in problem_of(path, content[:4] + struct.pack("<I", 1) + content[8:])
     assert "its version 50331648" in problem_of(path, content[:4] + struct.pack(">I", 3) + content[8:])
-    assert "are more than it has" in problem_of(path, content[:8] + struct.pack("<QQ", 2**60, 0) + content[24:])
+    assert "names 1,152,921,504,606,846,976 tensors, more than" in problem_of(
+        path, content[:8] + struct.pack("<QQ", 2**60, 0) + content[24:]
+    )
+    assert "are more than it has" in problem_of(path, content[:24] + struct.pack("<Q", 2**60) + content[32:])
     name = struct.pack("<Q", len("final_layer.linear.weight")) + b"final_layer.linear.weight"
     at = content.index(name) + len(name) + 4 + 16
     assert "of ggml's kind 19 (IQ1_S); known are F32, F16, BF16, Q4_0" in problem_of(

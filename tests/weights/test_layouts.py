@@ -202,7 +202,7 @@ def test_a_note_that_contradicts_the_tensors_or_cannot_be_read_is_an_error(make_
         weights.load(path)
     for note in ("{", "[]", '{"vae": 3}', '{"vae": {}, "vae": {}}'):
         save_file(tensors, path, metadata={notes.KEY: note})
-        with pytest.raises(WeightsError, match="its metadata functional_sd3 cannot be read"):
+        with pytest.raises(WeightsError, match="its metadata functional_sd3: "):
             weights.load(path)
 
 

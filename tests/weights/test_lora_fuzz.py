@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from functional_sd3.formats import files
 from functional_sd3.training import lora
 from functional_sd3.weights import WeightsError, adapters, lora_files
 from tests.weights.conftest import CONFIG
@@ -92,7 +92,7 @@ def load_or_error(file):
 def test_a_file_of_any_content_loads_or_is_named(tmp_path_factory, content, metadata):
     file = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
     tensors = {name: tensor(*described) for name, described in content.items()}
-    files.write(file, tensors, metadata={} if metadata is None else {"lora_adapter_metadata": metadata})
+    save_file(tensors, file, metadata={} if metadata is None else {"lora_adapter_metadata": metadata})
     one = load_or_error(file)
     if one is not None and adapters.nodes(one):
         lora.apply(PARAMS, one, 0.5)
@@ -112,7 +112,7 @@ def test_fitting_factors_of_every_kind_load_whatever_their_dtypes(tmp_path_facto
     ]))  # fmt: skip
     dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
     tensors = {f"{layer}.{name}": torch.ones(shape).to(data.draw(dtypes)) for name, shape in sizes.items()}
-    files.write(file, tensors)
+    save_file(tensors, file)
     one = lora.load(file, CONFIG)
     lora.apply(PARAMS, one, lazy=True)
     changed = lora.apply(PARAMS, one)["transformer"]["blocks"][1]["image"]["attention"]["qkv"]["weight"]
