@@ -1,1 +1,1 @@
-"""What everything is made of: keys, trees, specs, layers, attention, transforms."""
+"""Foundations of every room: keys, trees, specs, layers, attention, transforms, dispatch."""

@@ -1,11 +1,12 @@
 """One switch for speed: which kernel, if any, computes an operation.
 
-An operation is written as its formula and decorated with `@op`. When it is called, `tracking` says once who follows its
-tensors, and the first kernel of `kernels.TABLE` that accepts this and fits the arguments runs; else the formula does.
+An operation is written as its formula and decorated with `@op`. When it is called, `tracking` determines once what
+tracks its tensors, and the first kernel of `kernels.TABLE` that accepts this and fits the arguments runs; else the
+formula does.
 `with plain():` turns every kernel off.
 
-This module and `kernels/` are the only places that use private names of PyTorch. One that is missing costs speed,
-never an answer.
+This module and `kernels/` are the only places that use private names of PyTorch. A missing one costs speed, never a
+result.
 """
 
 import functools
@@ -26,8 +27,8 @@ Result = TypeVar("Result")
 class Kernel(NamedTuple):
     """A faster form of an operation.
 
-    run: called with the operation's arguments. fits: whether it computes these arguments (device, dtype, sizes) and
-    pays. tracking: the kinds of `tracking` under which it may run. tolerance: the largest relative error against the
+    run: called with the operation's arguments. fits: True if it supports these arguments (device, dtype, sizes) and is
+    faster. tracking: the kinds of `tracking` under which it may run. tolerance: the largest relative error against the
     formula, norm over norm, at the sizes of its test.
     """
 
@@ -45,7 +46,7 @@ class Kernel(NamedTuple):
 UNTRACKED: frozenset[Tracking] = frozenset({"none"})
 DIFFERENTIABLE: frozenset[Tracking] = frozenset({"none", "autograd"})
 COMPILED: frozenset[Tracking] = frozenset({"compiler"})
-# Plain numbers and dicts, which a compiler can read; `plain` in one thread costs the others speed, never an answer.
+# Module globals, which a compiler can read; `plain` in one thread costs the others speed, never a result.
 _plain_depth = 0
 _table: dict[str, tuple[Kernel, ...]] | None = None
 
@@ -68,7 +69,7 @@ def op(formula: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
     @functools.wraps(formula)
     def operation(*arguments: Any, **options: Any) -> Any:
         kernels = () if _plain_depth else (_table or _load_table()).get(name, ())
-        # Sizes are read only outside of transforms and compilers: some have no answer, some make it part of a graph.
+        # Sizes are read only outside of transforms and compilers: under some they are unknown or enter the graph.
         surroundings = _surroundings() if kernels else None
         for kernel in kernels:
             if surroundings is None or surroundings in kernel.tracking:
@@ -86,7 +87,7 @@ def op(formula: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Every operation is its formula here."""
+    """Context manager in which every operation computes its formula."""
     global _plain_depth
     _plain_depth += 1
     try:
@@ -104,22 +105,22 @@ def private(path: str, *trial: Any, missing: Any = None, **options: Any) -> Any:
     try:
         function: Any = functools.reduce(getattr, path.split(".")[1:], torch)
         function(*trial, **options)
-    except Exception:  # Whatever a changed function raises.
+    except Exception:  # A changed function may raise anything.
         return missing
     return function
 
 
 def tracking(*tensors: Tensor) -> Tracking:
-    """Who follows these tensors: "none"; "autograd", eager reverse mode alone; "compiler"; or "other".
+    """What tracks these tensors: "none"; "autograd", eager reverse mode only; "compiler"; or "other".
 
-    Other is everything with rules of its own: a transform of torch.func, forward-mode derivatives, mapped backward
+    "other" is everything with rules of its own: a transform of torch.func, forward-mode derivatives, mapped backward
     passes, autocast, any dispatch mode (FlopCounterMode) or function mode, tensor subclasses.
     """
     return _surroundings() or _tracked_by(tensors)
 
 
 def _surroundings() -> Tracking | None:
-    """"compiler" or "other" where that follows from where the call is made; None where the tensors decide."""
+    """Tracking that follows from the context of the call, "compiler" or "other"; None where the tensors decide."""
     if torch.compiler.is_compiling():
         return "compiler"
     if in_transform() or in_mode() or in_forward_mode() or _autocast():
@@ -128,28 +129,28 @@ def _surroundings() -> Tracking | None:
 
 
 def _tracked_by(tensors: Iterable[Tensor]) -> Tracking:
-    found: Tracking = "none"
+    result: Tracking = "none"
     differentiable = torch.is_grad_enabled()
     for x in tensors:
         if type(x) not in _ORDINARY or _is_mapped(x):
             return "other"
         if differentiable and x.requires_grad:
-            found = "autograd"
-    return found
+            result = "autograd"
+    return result
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func is at work."""
+    """True inside a transform of torch.func."""
     return _transforms() is not None
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are taken: `torch.func.jvp` and what is made of it, `forward_ad.dual_level`."""
+    """True under forward-mode differentiation: `torch.func.jvp` and its derivatives, `forward_ad.dual_level`."""
     return _dual_level() >= 0
 
 
 def in_mode() -> bool:
-    """Whether a dispatch mode (`FlopCounterMode`, a tracer) or a function mode is active, which must see PyTorch's own
+    """True if a dispatch mode (`FlopCounterMode`, a tracer) or a function mode is active, which must see PyTorch's own
     operations.
 
     The function mode of a default device is none of these: it changes where tensors are created, no result.
@@ -163,17 +164,17 @@ def in_mode() -> bool:
 
 
 def is_concrete(x: Tensor) -> bool:
-    """Whether the values of x may be read: it is neither traced nor wrapped by a transform of torch.func."""
+    """True if the values of x may be read: it is neither traced nor wrapped by a transform of torch.func."""
     return not torch.compiler.is_compiling() and not _is_wrapped(x)
 
 
 def can_replace_saved_tensors() -> bool:
-    """Whether what autograd keeps for a backward pass can be replaced, as checkpoints do."""
+    """True if the tensors saved for a backward pass can be replaced, as checkpointing does."""
     return _hooks_enabled()
 
 
 def _always(*_: Any) -> bool:
-    """In place of a function that this PyTorch lacks: everything is then followed by something."""
+    """Stands in for a function that this PyTorch lacks: everything then counts as tracked."""
     return True
 
 
@@ -185,7 +186,7 @@ _function_modes = private("torch._C._len_torch_function_stack", missing=lambda: 
 _function_mode = getattr(torch._C, "_get_function_stack_at", _always)
 _autocast = private("torch._C._is_any_autocast_enabled", missing=_always)
 _is_wrapped = private("torch._C._functorch.is_functorch_wrapped_tensor", _NUMBER, missing=_always)
-# What autograd.grad's is_grads_batched maps with.
+# Tensors mapped by is_grads_batched of autograd.grad.
 _is_mapped = private("torch._C._functorch.is_legacy_batchedtensor", _NUMBER, missing=_always)
 _hooks_enabled = private("torch._C._autograd._saved_tensors_hooks_is_enabled", missing=_always)
 _dual_level = (lambda: forward_ad._current_level) if hasattr(forward_ad, "_current_level") else (lambda: 0)

@@ -53,7 +53,7 @@ def mlp(params: Params, x: Tensor, activation: str) -> Tensor:
 
 
 def dequantized_weight(params: Params, dtype: torch.dtype) -> Tensor:
-    """The weight as it is, or, where it is stored with a scale, dequantised: rounded once, to `dtype`."""
+    """The weight; dequantised and rounded once, to `dtype`, where it is stored with a scale."""
     weight, scale = params["weight"], params.get("scale")
     if scale is None:
         return weight
@@ -61,7 +61,7 @@ def dequantized_weight(params: Params, dtype: torch.dtype) -> Tensor:
 
 
 def split_outputs(params: Params, sizes: Sequence[int]) -> list[Params]:
-    """A linear layer as several, of `sizes` outputs each: views, whose gradients are joined in one copy."""
+    """A linear layer split by outputs into layers of `sizes` outputs: views, whose gradients join in one copy."""
     parts = {name: leaf.split(sizes) for name, leaf in params.items() if name != "low_rank"}
     layers = [dict(zip(parts, leaves, strict=True)) for leaves in zip(*parts.values(), strict=True)]
     if "low_rank" in params:
@@ -128,15 +128,17 @@ def residual_block_spec(inputs: int, outputs: int) -> Tree:
 
 @op
 def residual_block(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
-    """x + conv(silu(norm(conv(silu(norm(x)))))) with group norms and 3x3 convolutions (He et al. 2016, pre-activation);
-    the shortcut is a 1x1 convolution where there is one."""
+    """Residual block with pre-activation (He et al. 2016): x + conv(silu(norm(conv(silu(norm(x)))))).
+
+    Group norms and 3x3 convolutions; where "shortcut" is there, x goes through this 1x1 convolution.
+    """
     h = conv2d(params["conv1"], group_norm_silu(params["norm1"], x, groups, eps), padding=1)
     h = conv2d(params["conv2"], group_norm_silu(params["norm2"], h, groups, eps), padding=1)
     return h + (conv2d(params["shortcut"], x) if "shortcut" in params else x)
 
 
 def patches_linear(params: Params) -> Params:
-    """A convolution whose stride is its kernel as the linear layer it is on patches (channels, height, width)."""
+    """A convolution whose stride equals its kernel, as a linear layer on flat patches (channels, height, width)."""
     flat = {**params, "weight": params["weight"].flatten(1)}
     if "low_rank" in params:
         flat["low_rank"] = {**params["low_rank"], "down": params["low_rank"]["down"].flatten(1)}
@@ -215,4 +217,4 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
-"""What stands between the two layers of an MLP."""
+"""Activation functions of an MLP, by name."""

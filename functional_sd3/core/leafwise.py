@@ -1,4 +1,4 @@
-"""Arithmetic on lists of tensors, leaf by leaf: what optimisers and averages of whole trees are made of.
+"""Arithmetic on lists of tensors, leaf by leaf, for optimisers and averages of whole trees.
 
 Functions whose names end in `_inplace` write into their first argument and are for donated trees alone.
 """

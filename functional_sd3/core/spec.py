@@ -1,7 +1,6 @@
 """A parameter tree described once: every leaf a `Param` of shape, initialiser and logical axes.
 
-Initialisation, loading, counting, sharding and LoRA targets are read off the same description, which costs no memory
-until it is realised.
+Initialisation, loading, counting, sharding and LoRA targets derive from the same description, which holds no tensors.
 """
 
 import math
@@ -20,9 +19,9 @@ Initializer = Callable[[Key, tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Param:
-    """One leaf: its shape, how it starts (`(key, shape) -> float32 tensor`), and a logical name for each axis.
+    """One leaf: shape, initialiser (`(key, shape) -> float32 tensor`), and a logical name for each axis.
 
-    `trainable=False` marks a table that travels with the weights but is not learned (SD3's positions).
+    trainable=False: a table that is stored with the weights but not learned (SD3's positions).
     """
 
     shape: tuple[int, ...]
@@ -66,7 +65,7 @@ def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
 
 
 def map_params(fn: Callable[[str, Param], Any], spec: Tree, path: str = "") -> Tree:
-    """The tree of `fn(path, param)` over every leaf of a spec."""
+    """The tree of `fn(path, param)` for every leaf of a spec."""
     if isinstance(spec, Param):
         return fn(path, spec)
     prefix = path + "." if path else ""
@@ -77,9 +76,9 @@ def map_params(fn: Callable[[str, Param], Any], spec: Tree, path: str = "") -> T
 
 def paths(spec: Tree) -> dict[str, Param]:
     """Every leaf by its dotted path, in the order of the tree."""
-    found: dict[str, Param] = {}
-    map_params(found.__setitem__, spec)
-    return found
+    params: dict[str, Param] = {}
+    map_params(params.__setitem__, spec)
+    return params
 
 
 def count(spec: Tree) -> int:
@@ -88,7 +87,7 @@ def count(spec: Tree) -> int:
 
 
 def init(key: Key, spec: Tree, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """The spec realised, every leaf from a key of its own; `device="meta"` allocates nothing."""
+    """Initial parameters of a spec, each leaf from a key of its own; `device="meta"` allocates nothing."""
     if torch.device(device).type == "meta":
         return map_params(lambda path, param: torch.empty(param.shape, dtype=dtype, device="meta"), spec)
     order = {path: index for index, path in enumerate(paths(spec))}
@@ -97,9 +96,9 @@ def init(key: Key, spec: Tree, *, dtype: torch.dtype = torch.float32, device: to
 
 
 def check(spec: Tree, tensors: dict[str, Any]) -> list[str]:
-    """What stands between `tensors` (path -> anything with a `.shape`) and the spec: missing, unexpected, misshapen.
+    """Missing, unexpected and misshapen leaves of `tensors` (path -> anything with a `.shape`) against the spec.
 
-    Returns one sentence a problem, naming the path; empty when they fit.
+    Returns one sentence for each problem, naming the path; empty when they fit.
     """
     wanted = paths(spec)
     problems = [f"{path} is missing (shape {list(wanted[path].shape)})" for path in wanted if path not in tensors]

@@ -1,4 +1,4 @@
-"""Transforms of functions: gradients that stay lean, rematerialisation, per-sample gradients, Hessians, compilation."""
+"""Transforms of functions: lean gradients, rematerialisation, per-sample gradients, Hessians, compilation."""
 
 import functools
 import os
@@ -62,7 +62,7 @@ def value_and_grad(
 
 
 def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, whose activations are computed again in the backward pass instead of kept: equal gradients, less memory.
+    """`fn` with its activations recomputed in the backward pass instead of saved: equal gradients, less memory.
 
     `fn` must be pure, which makes the second run equal to the first. Saves memory under `value_and_grad` and plain
     autograd; inside a torch.func transform, where saved tensors cannot be replaced, it is `fn` itself.
@@ -120,7 +120,7 @@ def check_compiler() -> None:
 
 
 def compiler_available() -> bool:
-    """Whether `torch.compile` can build its kernels: the C++ compiler it would call and Python's headers are there."""
+    """True if `torch.compile` can build its kernels: its C++ compiler and Python's headers are installed."""
     return shutil.which(_compiler()) is not None and _python_header().is_file()
 
 

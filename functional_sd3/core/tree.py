@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_sd3.core.types import Tree
 
 Chooser = str | Sequence[str] | Callable[[str, Any], bool]
-"""Which leaves: a glob over whole paths (`*` crosses dots), several of them, or `(path, leaf) -> bool`."""
+"""A choice of leaves: a glob over whole paths (`*` crosses dots), several of them, or `(path, leaf) -> bool`."""
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
@@ -37,9 +37,9 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """Every leaf, in order."""
-    found: list[Any] = []
-    _gather(tree, found)
-    return found
+    collected: list[Any] = []
+    _gather(tree, collected)
+    return collected
 
 
 def flatten_paths(tree: Tree) -> dict[str, Any]:
@@ -126,27 +126,28 @@ class Difference(NamedTuple):
 
 
 def diff(first: Tree, second: Tree, rtol: float = 0.0, atol: float = 0.0) -> list[Difference]:
-    """What differs, worst first: presence, shape, dtype, then values by their largest difference.
+    """Differences of two trees, worst first: presence, shape, dtype, then values by their largest difference.
 
     A value differs when |first - second| > atol + rtol |second|; NaN equals NaN and infinity itself. Leaves of
     different dtypes have their values compared as well. Empty when the trees agree.
     """
     ours, theirs = flatten_paths(first), flatten_paths(second)
-    found = [Difference(path, "presence", math.inf, "in the first tree only") for path in ours.keys() - theirs.keys()]
-    found += [Difference(path, "presence", math.inf, "in the second tree only") for path in theirs.keys() - ours.keys()]
+    only_first, only_second = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+    differences = [Difference(path, "presence", math.inf, "in the first tree only") for path in only_first]
+    differences += [Difference(path, "presence", math.inf, "in the second tree only") for path in only_second]
     for path in ours.keys() & theirs.keys():
-        found += _compare(path, ours[path], theirs[path], rtol, atol)
+        differences += _compare(path, ours[path], theirs[path], rtol, atol)
     kinds = ("presence", "shape", "dtype", "value")
-    return sorted(found, key=lambda one: (kinds.index(one.kind), -one.amount, one.path))
+    return sorted(differences, key=lambda one: (kinds.index(one.kind), -one.amount, one.path))
 
 
 def allclose(first: Tree, second: Tree, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-    """Whether `diff` finds nothing: same paths, shapes and dtypes, values within atol + rtol |second|."""
+    """True if `diff` is empty: same paths, shapes and dtypes, values within atol + rtol |second|."""
     return not diff(first, second, rtol, atol)
 
 
 class _StructureError(Exception):
-    """Trees differ in structure; where is looked for only then, so that mapping pays nothing for paths."""
+    """Trees differ in structure; the path is determined only then, so that mapping pays nothing for paths."""
 
 
 def _map(fn: Callable[..., Any], tree: Tree, rest: Sequence[Tree]) -> Tree:
@@ -177,38 +178,38 @@ def _first_mismatch(path: str, tree: Tree, rest: Sequence[Tree]) -> str | None:
         children = list(zip(_names(tree), tree, others, strict=True))
     else:
         return None
-    found = (_first_mismatch(_join(path, name), child, others) for name, child, others in children)
-    return next(filter(None, found), None)
+    mismatches = (_first_mismatch(_join(path, name), child, others) for name, child, others in children)
+    return next(filter(None, mismatches), None)
 
 
 def _walk(path: str, tree: Tree) -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    _collect(path, tree, found)
-    return found
+    leaves: list[tuple[str, Any]] = []
+    _collect(path, tree, leaves)
+    return leaves
 
 
-def _collect(path: str, tree: Tree, found: list[tuple[str, Any]]) -> None:
+def _collect(path: str, tree: Tree, leaves: list[tuple[str, Any]]) -> None:
     # Into one list: generators of generators pass every leaf up through every level.
     if not isinstance(tree, _NODES):
-        found.append((path, tree))
+        leaves.append((path, tree))
         return
     prefix = f"{path}." if path else ""
     for name, child in _children(path, tree):
         if isinstance(child, _NODES):
-            _collect(prefix + name, child, found)
+            _collect(prefix + name, child, leaves)
         else:
-            found.append((prefix + name, child))
+            leaves.append((prefix + name, child))
 
 
-def _gather(tree: Tree, found: list[Any]) -> None:
+def _gather(tree: Tree, leaves: list[Any]) -> None:
     if not isinstance(tree, _NODES):
-        found.append(tree)
+        leaves.append(tree)
         return
     for child in tree.values() if isinstance(tree, dict) else tree:
         if isinstance(child, _NODES):
-            _gather(child, found)
+            _gather(child, leaves)
         else:
-            found.append(child)
+            leaves.append(child)
 
 
 def _children(path: str, tree: Tree) -> Iterable[tuple[str, Any]]:
@@ -233,7 +234,7 @@ _NODES = dict, list, tuple
 
 
 class _Branch(dict):
-    """A node being unflattened, told from a leaf that happens to be a dict."""
+    """A node under construction, to distinguish it from a leaf that is a dict."""
 
 
 def _settle(node: Any, path: str) -> Tree:
@@ -274,9 +275,9 @@ def _combine(path: str, first: Tree, second: Tree) -> Tree:
 def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) -> list[Difference]:
     if ours.shape != theirs.shape:
         return [Difference(path, "shape", math.inf, f"{list(ours.shape)} against {list(theirs.shape)}")]
-    found = []
+    differences = []
     if ours.dtype != theirs.dtype:
-        found.append(Difference(path, "dtype", math.inf, f"{ours.dtype} against {theirs.dtype}"))
+        differences.append(Difference(path, "dtype", math.inf, f"{ours.dtype} against {theirs.dtype}"))
     wide = torch.promote_types(_at_least_float32(ours.dtype), _at_least_float32(theirs.dtype))
     ours, theirs = ours.detach().to(wide), theirs.detach().to(theirs.device, wide).to(ours.device)
     off = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
@@ -284,8 +285,8 @@ def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) 
         gaps = (ours[off].double() - theirs[off].double()).abs()
         amount = float(gaps.nan_to_num(math.inf).max())
         detail = f"{int(off.sum())} of {off.numel()} elements differ, by at most {amount:.3g}"
-        found.append(Difference(path, "value", amount, detail))
-    return found
+        differences.append(Difference(path, "value", amount, detail))
+    return differences
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

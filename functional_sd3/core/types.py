@@ -1,4 +1,4 @@
-"""The words every module shares: trees, parameters, keys and velocity fields."""
+"""Types that every module shares: trees, parameters, keys and velocities."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,7 @@
-"""Pictures -> what CLIP's image encoder reads: shorter side resized, middle cut out, normalised.
+"""Preprocessing of images for CLIP's image encoder: shorter side resized, centre cropped, normalised.
 
-To the bit what transformers' `CLIPImageProcessorPil` (`CLIPImageProcessor` without torchvision) makes of a picture.
-Resizing is Pillow's, on bytes: an image that is a tensor is rounded to bytes first, as if it had been saved as PNG.
+Equal to the bit to transformers' `CLIPImageProcessorPil` (`CLIPImageProcessor` without torchvision). Resizing is
+Pillow's, on bytes: a tensor is rounded to bytes first, as if it had been saved as PNG.
 """
 
 import math
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """`resize`: the shorter side, in pixels; `crop`: the side of the square cut out of the middle. Mean and standard
-    deviation are of pixels in [0, 1], red, green and blue; the defaults are OpenAI's."""
+    """resize: the shorter side, in pixels; crop: the side of the central square. mean, std: of pixels in [0, 1], red,
+    green and blue; the defaults are OpenAI's."""
 
     resize: int = 224
     crop: int = 224
@@ -38,41 +38,41 @@ class Config:
             raise ValueError(f"mean {self.mean} must be finite")
 
 
-def apply(config: Config, pictures: "Image | Sequence[Image] | Tensor", *, square: bool = False) -> Tensor:
-    """Pictures of any sizes and modes, or images (batch, 3, height, width) in [0, 1] -> (batch, 3, crop, crop) float32.
+def apply(config: Config, images: "Image | Sequence[Image] | Tensor", *, square: bool = False) -> Tensor:
+    """Preprocessed images (batch, 3, crop, crop), float32.
 
-    Transparency is laid over white. `square`: the middle is cut out before resizing, as CMMD's authors do it, and not
-    after.
+    images: PIL images of any sizes and modes, or a tensor (batch, 3, height, width) in [0, 1]. Transparency is composed
+    over white. square: the centre is cropped before resizing, as CMMD's authors do, instead of after.
     """
     from PIL import Image
 
-    if isinstance(pictures, Tensor):
-        pictures = pixels.to_pil(pictures)
-    pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    if not pictures:
+    if isinstance(images, Tensor):
+        images = pixels.to_pil(images)
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not images:
         return torch.empty(0, 3, config.crop, config.crop, dtype=torch.float32, device="cpu")
-    return torch.stack([_one(config, _middle(picture) if square else picture) for picture in pictures])
+    return torch.stack([_preprocess(config, _centre_square(image) if square else image) for image in images])
 
 
-def _middle(picture: "Image") -> "Image":
-    width, height = picture.size
+def _centre_square(image: "Image") -> "Image":
+    width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
+    return image.crop((left, top, left + side, top + side))
 
 
-def _one(config: Config, picture: "Image") -> Tensor:
+def _preprocess(config: Config, image: "Image") -> Tensor:
     from PIL import Image
 
-    picture = pixels.opaque(picture)
-    width, height = picture.size
+    image = pixels.opaque(image)
+    width, height = image.size
     short = min(width, height)
-    # Cut off, not rounded: a longer side of 299.7 pixels becomes 299.
+    # Truncated, not rounded: a longer side of 299.7 pixels becomes 299.
     size = (int(config.resize * width / short), int(config.resize * height / short))
-    resized = numpy.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    resized = numpy.asarray(image.resize(size, Image.Resampling.BICUBIC))
     top, left = (size[1] - config.crop) // 2, (size[0] - config.crop) // 2
     cut = resized[top : top + config.crop, left : left + config.crop]
-    # In their order of operations and roundings: bytes to float32 by way of float64, then mean and deviation.
+    # Operations and roundings in transformers' order: bytes to float32 by way of float64, then mean and deviation.
     scaled = (cut.astype(numpy.float64) * (1 / 255)).astype(numpy.float32)
     normalised = (scaled - numpy.array(config.mean, numpy.float32)) / numpy.array(config.std, numpy.float32)
     return torch.from_numpy(numpy.ascontiguousarray(normalised.transpose(2, 0, 1)))

@@ -1,4 +1,4 @@
-"""Pictures as ControlNets read them: latents of the VAE, with the odd ranges that released ones were trained on."""
+"""Control images encoded to latents, with the value ranges that the released ControlNets were trained on."""
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +21,22 @@ def encode(
 ) -> Tensor:
     """images (batch, 3, height, width) in [0, 1] -> float32 latents (batch, channels [+ 1], height / 8, width / 8).
 
-    shifted: less the VAE's shift, as the transformer's latents are; diffusers leaves it out for ControlNets that were
-    trained without the pooled text. wide: the values that the VAE sees are 0.5 to 128 rather than -1 to 1, which is
-    what Stability's reference gives its canny file, and diffusers with it. mask (batch or 1, 1, height, width): what is
-    above 0.5 is hidden from the VAE, and one channel more is 1 where the picture is kept. key: draws from the posterior
-    (diffusers); by default its mean is taken. Raises ValueError for other shapes.
+    shifted: normalised with the VAE's shift, as the transformer's latents are; diffusers leaves the shift out for
+    ControlNets that were trained without the pooled embedding. wide: the VAE's input spans 0.5 to 128 instead of -1 to
+    1, as in Stability's reference for its canny file, and in diffusers. mask (batch or 1, 1, height, width): pixels
+    above 0.5 are replaced by -1 before encoding, and an additional channel is 1 where the image is kept. key: samples
+    the posterior (diffusers); its mean by default. Raises ValueError for other shapes.
     """
     check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
-    seen = images * 255.0 * 0.5 + 0.5 if wide else pixels.to_signed(images)
+    inputs = images * 255.0 * 0.5 + 0.5 if wide else pixels.to_signed(images)
     if mask is not None:
         if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[-2:] != images.shape[-2:]:
             size = ", ".join(map(str, images.shape[-2:]))
             raise ValueError(f"mask of shape {list(mask.shape)} must be (batch or 1, 1, {size})")
-        seen = torch.where(mask > 0.5, -1.0, seen)
-    posterior = vae.encode(params, config, seen.to(params["encoder"]["conv_in"]["weight"].dtype))
+        inputs = torch.where(mask > 0.5, -1.0, inputs)
+    posterior = vae.encode(params, config, inputs.to(params["encoder"]["conv_in"]["weight"].dtype))
     latents = (posterior.mean if key is None else vae.sample(posterior, key)).float()
     latents = vae.normalize(config, latents) if shifted else latents * config.scaling
     if mask is None:

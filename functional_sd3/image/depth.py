@@ -15,7 +15,7 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
 
 class RefusedError(ValueError):
-    """An image that could be decoded, but is beyond what is read; the words are ours, not a decoder's."""
+    """An image that could be decoded, but is beyond the bounds; its message is this program's, not a decoder's."""
 
 
 def is_deep(image: "Image") -> bool:

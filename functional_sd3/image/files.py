@@ -1,8 +1,8 @@
 """Image files of any format and mode, read within bounds: the one place of this program that opens an image.
 
-Greyscale, palettes, CMYK, 16 bits, transparency and cameras that were turned become what a person sees:
+Greyscale, palettes, CMYK, 16 bits, transparency and EXIF orientation are converted to upright RGB:
 
-- The image is upright (EXIF orientation); of an animation it is the first frame.
+- EXIF's orientation is applied; of an animation the first frame is read.
 - 16-bit greyscale spans 0 to 65535, or as many bits as a TIFF says it has. `read` rounds it to 8 bits, `read_deep`
   keeps it. Integers of 32 bits span 0 to 65535 too, floats 0 to 1; a file with values outside is refused, not clipped.
 - `MOST_PIXELS` and `MOST_BYTES` are checked before anything is decoded.
@@ -70,7 +70,7 @@ def suffix_words() -> str:
 
 
 def read(file: str | os.PathLike | BinaryIO) -> "Image":
-    """The image in RGB, 8 bits a channel, transparent parts laid over white."""
+    """The image in RGB, 8 bits a channel, composed over white."""
     return _decoded(file, lambda image: pixels.opaque(_turned(depth.eight_bits(image), _orientation(image))))
 
 
@@ -106,11 +106,11 @@ def read_texts(file: str | os.PathLike | BinaryIO) -> dict[str, str]:
 
 
 def _decoded(file, function: Callable[["Image"], Result], *, decode: bool = True) -> Result:
-    """`function(image)` of the image in a file, once its header was found to be within bounds."""
+    """`function(image)` of the image in a file, after its header has passed the checks of size."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # Complaints about a file that is read all the same (broken EXIF, for instance) help nobody here.
+        # Warnings about a file that is read all the same (broken EXIF, for instance) are of no use here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _stream(file) as stream:
@@ -124,15 +124,15 @@ def _decoded(file, function: Callable[["Image"], Result], *, decode: bool = True
     except RefusedError:
         raise
     except UnidentifiedImageError:
-        raise ValueError("not a readable picture (of no known format)") from None
+        raise ValueError("not a readable image (of no known format)") from None
     except Image.DecompressionBombError:
         raise ValueError(f"has more than {MOST_PIXELS:,} pixels, the most that is read; reduce it first") from None
     except MemoryError:
-        raise ValueError("not a readable picture (there is not enough memory for it)") from None
+        raise ValueError("not a readable image (there is not enough memory for it)") from None
     # Decoders meet broken files with many kinds of errors, SyntaxError and struct.error among them.
     except Exception as error:
         reason = shorten(str(error) or type(error).__name__, 200)
-        raise ValueError(f"not a readable picture ({reason})") from None
+        raise ValueError(f"not a readable image ({reason})") from None
 
 
 def _stream(file: str | os.PathLike | BinaryIO) -> BinaryIO:
@@ -167,7 +167,7 @@ def _check_pixels(image: "Image") -> None:
 
 
 def _check_header(image: "Image", stream: BinaryIO) -> None:
-    """What a decoder would make of a small file beyond the pixels that its header declares."""
+    """Refuse headers that cost a decoder more than the pixels they declare: tiles of TIFF, scans of JPEG."""
     _check_pixels(image)
     tags = getattr(image, "tag_v2", {})
     if tags:

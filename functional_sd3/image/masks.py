@@ -1,4 +1,4 @@
-"""Masks as people have them, with and without transparency, as one channel: 255 is drawn anew, 0 is kept.
+"""Inpainting masks, with and without transparency, as one channel: 255 is drawn anew, 0 is kept.
 
 White is drawn anew and black is kept. Where alpha varies, alpha decides, by what its visible part shows:
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _VARIES = 8
-"""Levels of 255 between the least and the most alpha, from which on it says something."""
+"""Least difference between the smallest and the largest alpha, of 255, for alpha to count."""
 _NEAR = 32
-"""Levels of 255 within which a colour is taken for another: compression moves them."""
+"""Largest difference of two equal colours, of 255: lossy compression changes them."""
 _SHARE = 0.98
-"""Part of the visible pixels that must be of a colour: edges are between two."""
+"""Least share of the visible pixels that must have a colour: pixels at edges are mixed."""
 
 
 class Mask(NamedTuple):
@@ -45,7 +45,7 @@ def from_image(mask: "Image", image: "Image | None" = None) -> Mask:
         raise ValueError(f"is transparent everywhere: its alpha is at most {most} of 255, where 255 is opaque")
     if most - least < _VARIES:
         return Mask(mask.convert("RGB").convert("L"), "")
-    # A look at the mask with at most a million pixels, nearest so that no colours are mixed.
+    # Decided on at most a million pixels, resized to the nearest so that no colours are mixed.
     scale = min(1.0, (2**20 / (mask.width * mask.height)) ** 0.5)
     size = [max(1, round(side * scale)) for side in mask.size]
     look = numpy.asarray(mask.resize(size, Image.Resampling.NEAREST))

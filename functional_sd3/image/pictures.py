@@ -1,6 +1,6 @@
 """Folders and zip archives of images, in order and lazily; each image is read by `files.read`.
 
-Files that cannot be read are named and passed over, never fatal.
+Unreadable files become items with a reason instead of errors.
 """
 
 import io
@@ -20,25 +20,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CHUNK = 8
-"""Pictures that a process is given at a time."""
+"""Number of images in a chunk of work for a process."""
 
 
 class Skipped(NamedTuple):
-    """A file that is no readable picture, and why."""
+    """A file that is not a readable image, and the reason."""
 
     path: str
     reason: str
 
 
 class Source(NamedTuple):
-    """A folder, or a zip archive, and the names of the pictures in it, sorted; nothing of them was read yet."""
+    """A folder, or a zip archive, and the names of the images in it, sorted; none is read yet."""
 
     path: Path
     names: tuple[str, ...]
 
 
 class Item(NamedTuple):
-    """What became of one picture: a value, or the reason why there is none."""
+    """The result for one image: a value, or the reason why there is none."""
 
     name: str
     value: Tensor | None
@@ -46,12 +46,12 @@ class Item(NamedTuple):
 
 
 def source(path: str | os.PathLike) -> Source:
-    """The pictures below a folder, or in a zip archive, by the suffixes of their names; hidden ones are passed by.
+    """The images below a folder, or in a zip archive, by the suffixes of their names; hidden ones are passed by.
 
-    Raises FileNotFoundError when there is no such path, ValueError when it is neither or has no pictures.
+    Raises FileNotFoundError when there is no such path, ValueError when it is neither or has no images.
     """
     if not os.fspath(path):
-        raise ValueError("the path of the pictures is empty")
+        raise ValueError("the path of the images is empty")
     path = Path(path)
     names: Iterable[str]
     if path.is_dir():
@@ -62,16 +62,16 @@ def source(path: str | os.PathLike) -> Source:
         with _archive(path) as archive:
             names = archive.namelist()
     else:
-        raise ValueError(f"{path} is neither a folder of pictures nor a zip archive of them")
+        raise ValueError(f"{path} is neither a folder of images nor a zip archive of them")
     suffixes = files.suffixes()
     chosen = sorted({name for name in names if is_shown(name) and Path(name).suffix.lower() in suffixes})
     if not chosen:
-        raise ValueError(f"{path} holds no pictures ({files.suffix_words()})")
+        raise ValueError(f"{path} holds no images ({files.suffix_words()})")
     return Source(path, tuple(chosen))
 
 
 def stream(source: Source, transform: Callable[["Image"], Tensor], *, workers: int = 0) -> Iterator[Item]:
-    """`transform(picture)` of every picture, in the order of `source.names`, read only as far as they are asked for.
+    """`transform(image)` of every image, in the order of `source.names`, read lazily.
 
     `workers` processes read ahead (0: this one reads); they import the program anew, so `transform` must be a function
     of a module, or a partial of one, and a script must keep to `if __name__ == "__main__"`. A ValueError of the
@@ -107,7 +107,7 @@ def _in_folder(folder: Path) -> Iterator[str]:
 
 
 def is_shown(name: str) -> bool:
-    """Whether nobody meant to hide a file; archives made on a Mac shadow every picture with a file of its metadata."""
+    """False for hidden files, and for the metadata file that archives made on a Mac have beside each image."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
@@ -120,7 +120,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Callable[[str], "Image"]]:
-    """A function from names to pictures."""
+    """A function from names to images."""
     if path.is_dir():
         yield lambda name: files.read(path / name)
         return
@@ -154,7 +154,7 @@ def _item(fetch: Callable[[str], "Image"], name: str, transform: Callable[["Imag
 
 
 def _in_processes(source: Source, transform: Callable, workers: int) -> Iterator[list[tuple]]:
-    """Chunks of items as arrays, in order; never more than a few chunks a process ahead of what was asked for."""
+    """Chunks of items as arrays, in order; at most a few chunks a process ahead of the consumer."""
     from collections import deque
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import active_children, get_context
@@ -166,7 +166,7 @@ def _in_processes(source: Source, transform: Callable, workers: int) -> Iterator
     pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _start_worker, (source.path, transform))
     finished = False
     try:
-        with _deaf_to_interrupts():
+        with _ignoring_interrupts():
             pending = deque(pool.submit(_work, chunk) for chunk in chunks[: 3 * workers])
         for chunk in chunks[3 * workers :]:
             yield pending.popleft().result()
@@ -176,17 +176,17 @@ def _in_processes(source: Source, transform: Callable, workers: int) -> Iterator
         finished = True
     finally:
         pool.shutdown(wait=finished, cancel_futures=True)
-        # Who stops early, by Ctrl-C above all, does not wait for pictures that nobody will look at.
+        # After an early end, by Ctrl-C for instance, the images under way are not waited for.
         for process in set(active_children()) - others:
             process.terminate()
 
 
 _worker: list = []
-"""Of a reading process, and nowhere else: an archive's table is read once, not once a picture."""
+"""State of a reading process only: an archive's table is read once, not once for each image."""
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _ignoring_interrupts() -> Iterator[None]:
     """Processes started meanwhile ignore Ctrl-C from their first instant: it reaches every process of a terminal, and
     the first one ends the others."""
     import signal

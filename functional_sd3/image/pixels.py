@@ -1,4 +1,4 @@
-"""Pictures as files and arrays <-> images as tensors.
+"""Conversions between PIL images, bytes and tensors.
 
 One rounding rule everywhere: a float in [0, 1] becomes the byte round(255 * x), halves to even, after clamping; a byte
 becomes byte / 255. Every byte survives the round trip. (Stability's reference truncates instead; diffusers rounds.)
@@ -34,18 +34,18 @@ def from_bytes(images: Tensor) -> Tensor:
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1]: what the VAE encodes. Raises ValueError for integers."""
+    """[0, 1] -> [-1, 1], the range of the VAE's inputs. Raises ValueError for integers."""
     check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
     return images * 2.0 - 1.0
 
 
 def from_signed(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], clamped: what the VAE decoded."""
+    """[-1, 1] -> [0, 1], clamped: for the VAE's outputs."""
     return (images * 0.5 + 0.5).clamp(0.0, 1.0)
 
 
 def to_pil(images: Tensor) -> list["Image"]:
-    """images (batch, 3, height, width) in [0, 1] -> one RGB picture each."""
+    """images (batch, 3, height, width) in [0, 1] -> one RGB PIL image each."""
     from PIL import Image
 
     if images.ndim != 4 or images.shape[1] != 3:
@@ -54,43 +54,43 @@ def to_pil(images: Tensor) -> list["Image"]:
     return [Image.fromarray(array) for array in arrays]
 
 
-def from_pil(pictures: "Image | Sequence[Image]") -> Tensor:
-    """Pictures of one size -> images (batch, 3, height, width) float32 in [0, 1].
+def from_pil(images: "Image | Sequence[Image]") -> Tensor:
+    """PIL images of one size -> (batch, 3, height, width) float32 in [0, 1].
 
-    Greyscale, of 16 bits too, and palettes become RGB; transparency is laid over white.
+    Greyscale, 16 bits included, and palettes become RGB; transparency is composed over white.
     """
     from PIL import Image
 
-    pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    sizes = {picture.size for picture in pictures}
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    sizes = {image.size for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"pictures must be of one size to form a batch, got {sorted(sizes)}")
-    arrays = [numpy.array(opaque(picture), dtype=numpy.uint8) for picture in pictures]
+        raise ValueError(f"images must be of one size to form a batch, got {sorted(sizes)}")
+    arrays = [numpy.array(opaque(image), dtype=numpy.uint8) for image in images]
     return from_bytes(torch.from_numpy(numpy.stack(arrays)).permute(0, 3, 1, 2).contiguous())
 
 
-def opaque(picture: "Image") -> "Image":
-    """The picture in RGB, transparent parts laid over white; greyscale of more than 8 bits as `depth` reads it."""
+def opaque(image: "Image") -> "Image":
+    """The image in RGB, composed over white; greyscale of more than 8 bits as `depth` reads it."""
     from PIL import Image
 
-    picture = depth.eight_bits(picture)
-    if picture.mode == "RGB":
-        return picture
-    if "A" not in picture.getbands() and "a" not in picture.getbands() and "transparency" not in picture.info:
-        return picture.convert("RGB")
-    width, height = picture.size
-    result = Image.new("RGB", picture.size)
+    image = depth.eight_bits(image)
+    if image.mode == "RGB":
+        return image
+    if "A" not in image.getbands() and "a" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    width, height = image.size
+    result = Image.new("RGB", image.size)
     # Some rows at a time: composing makes four copies.
     rows = max(1, 2**20 // max(1, width))
     for top in range(0, height, rows):
-        part = picture.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        part = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
         ground = Image.new("RGBA", part.size, (255, 255, 255, 255))
         result.paste(Image.alpha_composite(ground, part).convert("RGB"), (0, top))
     return result
 
 
 def grid(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Tensor:
-    """images (batch, 3, height, width) -> one picture (1, 3, ...), row by row on white; `columns` near a square."""
+    """images (batch, 3, height, width) -> one image (1, 3, ...), row by row on white; `columns` near a square."""
     count, channels, height, width = images.shape
     columns = columns or int(numpy.ceil(numpy.sqrt(count)))
     rows = -(-count // columns)

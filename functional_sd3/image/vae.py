@@ -23,8 +23,8 @@ from functional_sd3.core.types import Key, Params, Tree
 class Config:
     """Sizes of the autoencoder; `SD3_VAE` is the released one.
 
-    `channels` go from full resolution to the latents'; `scaling` and `shift` take latents to the transformer's range;
-    `sample_size` is the side of the training pictures in pixels.
+    channels: of each level, from full resolution to the latents'. scaling and shift: normalize latents for the
+    transformer. sample_size: the side of the training images in pixels.
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -53,12 +53,12 @@ def factor(config: Config) -> int:
 
 
 def spec(config: Config) -> Tree:
-    """Encoder and decoder; the decoder's levels stand in the order they run, smallest pictures first."""
+    """Encoder and decoder; the decoder's levels are in the order they run, lowest resolution first."""
     return {"encoder": _encoder_spec(config), "decoder": _decoder_spec(config)}
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters: PyTorch's default scale, but every residual branch starts at zero, which trains far faster."""
+    """Fresh parameters: PyTorch's default scale, but every residual branch starts at zero, which trains much faster."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 
@@ -107,10 +107,10 @@ def decode(params: Params, config: Config, latents: Tensor, *, implementation: I
 
 
 def decode_tiled(params: Params, config: Config, latents: Tensor, *, tile: int = 64, overlap: int = 16) -> Tensor:
-    """`decode` in overlapping tiles, blended linearly: memory grows with the tile, not with the picture.
+    """`decode` in overlapping tiles, blended linearly: memory grows with the tile, not with the image.
 
     `tile` and `overlap` are sides in latents, 0 <= overlap < tile. Near seams the result differs a little from
-    `decode`, whose middle attention sees the whole picture. A picture no larger than a tile is decoded whole.
+    `decode`, whose middle attention is over the whole image. An image no larger than a tile is decoded whole.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap {overlap} must be at least 0 and below the tile size {tile}")
@@ -139,12 +139,12 @@ def sample(posterior: Posterior, key: Key) -> Tensor:
 
 
 def normalize(config: Config, latents: Tensor) -> Tensor:
-    """(latents - shift) * scaling: what the transformer sees."""
+    """(latents - shift) * scaling: latents in the transformer's range."""
     return (latents - config.shift) * config.scaling
 
 
 def denormalize(config: Config, latents: Tensor) -> Tensor:
-    """latents / scaling + shift: what `decode` wants."""
+    """latents / scaling + shift: unnormalised latents, as `decode` takes them."""
     return latents / config.scaling + config.shift
 
 

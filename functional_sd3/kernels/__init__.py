@@ -1,8 +1,8 @@
-"""The same functions as `core`'s as the hardware likes them: one table from an operation to its kernels.
+"""Faster forms of the operations of `core`: one table from an operation to its kernels.
 
-A kernel has the signature of its operation, a function that says whether it fits the arguments, and the kinds of
-`dispatch.tracking` under which it may run; each equals its formula (`tests/kernels`). Kernels know no model. Private
-names of PyTorch are called once before they are relied on; a missing one costs speed only.
+A kernel has the signature of its operation, a predicate of the arguments it fits, and the kinds of `dispatch.tracking`
+under which it may run; each equals its formula (`tests/kernels`). Kernels are independent of any model. Private names
+of PyTorch are called once before they are relied on; a missing one costs speed only.
 """
 
 from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, UNTRACKED, Kernel
@@ -48,4 +48,4 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "leafwise.adam": (Kernel(foreach.adam, foreach.fits, UNTRACKED | COMPILED),),
     "leafwise.adamw_inplace": (Kernel(foreach.adamw_inplace, foreach.fits_adamw_inplace, UNTRACKED),),
 }
-"""Operation -> its kernels, the first that fits runs."""
+"""Operation -> its kernels; the first that fits runs."""

@@ -9,11 +9,11 @@ from functional_sd3.core import dispatch
 from functional_sd3.core.leafwise import Leaves
 
 LARGE, ROWS = 1 << 15, 64
-"""A leaf of so many numbers is summed in so many rows on a CPU, which its threads share."""
+"""A leaf of at least LARGE numbers is summed in ROWS rows on a CPU, which its threads share."""
 
 
 def fits(leaves: Leaves, *_: Any) -> bool:
-    """Where the foreach functions of this module are there."""
+    """True if this PyTorch has the foreach functions of this module."""
     return bool(leaves) and _ALL_PRESENT
 
 
@@ -87,8 +87,8 @@ def adamw_inplace(
     weights: Leaves, gradients: Leaves, mean: Leaves, square: Leaves, count: Tensor, divisor: Tensor | None,
     rate: Tensor, b1: float, b2: float, eps: float, decay: float,
 ) -> None:  # fmt: skip
-    """`leafwise.adamw_inplace` as one kernel, which walks through memory: all four lists are laid out alike."""
-    # It only reads the number of this step, of which it wants one a leaf.
+    """`leafwise.adamw_inplace` as one kernel; the tensors of all four lists have the same strides."""
+    # It only reads the step count, one tensor for each leaf.
     _FUSED_ADAMW(
         list(weights), list(gradients), list(mean), list(square), [], [count] * len(weights), lr=rate, beta1=b1,
         beta2=b2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False, grad_scale=divisor,

@@ -1,4 +1,4 @@
-"""Formulas as inductor compiles them best; only the compiler is given them."""
+"""Formulas that inductor compiles to faster code; they run under the compiler only."""
 
 import math
 

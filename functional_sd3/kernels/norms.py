@@ -1,4 +1,4 @@
-"""Norms on CPUs in fewer passes over memory, for float32 tensors that nothing tracks."""
+"""Norms on CPUs in fewer passes over memory, for untracked float32 tensors."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ NAIVE_SUM = 1 << 16
 """Numbers of a group beyond which PyTorch's group norm of channels_last images, which adds them one after another on a
 CPU, is wrong in the sixth decimal."""
 NUMBERS_AT_ONCE = 1 << 17
-"""Numbers summed together: what stays in a core's cache."""
+"""Numbers summed together, few enough for a core's cache."""
 
 
 def fits_rms_norm(params: Params, x: Tensor, eps: float) -> bool:

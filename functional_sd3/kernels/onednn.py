@@ -1,4 +1,4 @@
-"""Linear layers on CPUs by oneDNN and BLAS, for float32 tensors that nothing tracks.
+"""Linear layers on CPUs by oneDNN and BLAS, for untracked float32 tensors.
 
 oneDNN computes an activation while its input is in the cache, which PyTorch does not offer of eager code; on its GELU a
 CPU otherwise spends a third of the time of the product.
@@ -16,14 +16,14 @@ ROWS = range(16, 513)
 """Rows of a matrix whose product oneDNN computes faster than PyTorch's BLAS: a fifth faster for 77 to 256 rows of 1,024
 to 6,144 numbers, a twentieth for 512 (two cores with AVX-512, PyTorch 2.13)."""
 SMALLEST_WEIGHT = 1 << 16
-"""Numbers of a weight below which oneDNN costs more than it gains: a call takes 20 microseconds, PyTorch's 4."""
+"""Least size of a weight for which oneDNN is faster: a call takes 20 microseconds, PyTorch's 4."""
 _QUICK = 1.702
 # Activation -> (oneDNN's name, its algorithm, s), with activation(x) = f(s x) / s.
 _FUSED = {"quick_gelu": ("swish", "", _QUICK), "gelu": ("gelu", "none", 1.0), "gelu_tanh": ("gelu", "tanh", 1.0)}
 
 
 def fits_linear(params: Params, x: Tensor) -> bool:
-    """Float32 rows on a CPU, at least as many as oneDNN pays for, and a weight and bias alone."""
+    """True for enough float32 rows on a CPU and a layer of weight and bias only."""
     return _is_large(params) and x.ndim > 1 and x.shape[:-1].numel() >= ROWS[0] and _is_plain_layer(params, x)
 
 
@@ -41,7 +41,7 @@ def linear(params: Params, x: Tensor) -> Tensor:
 
 
 def fits_linear_activation(params: Params, x: Tensor, activation: str) -> bool:
-    """Float32 rows on a CPU, and a weight and bias alone."""
+    """True for float32 rows on a CPU and a layer of weight and bias only."""
     return _is_large(params) and x.ndim > 1 and _is_plain_layer(params, x) and _is_enabled()
 
 

@@ -1,7 +1,7 @@
 """3x3 convolutions with a quarter of the multiplications.
 
 Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.3, F(4x4, 3x3): a 6x6 window of the
-picture and the kernel are each mapped to 36 numbers, in which the convolution to 4x4 outputs is a product of numbers,
+image and the kernel are each mapped to 36 numbers, in which the convolution to 4x4 outputs is a product of numbers,
 so 36 products do the work of 144. The maps are Toom and Cook's: values of polynomials at six points, one of them
 infinity. With the points below a result of 256 channels is within 1.5e-6 of the exact one; with the usual 0, 1, -1, 2
 and -2 within 3e-6, by the direct sum in channels_last within 8e-7.
@@ -150,10 +150,10 @@ def convolve(
     )
     steps = [(kernel, *pair) for kernel, pair in zip(kernels, pairs, strict=True)]
     tiles = x.new_empty(TILE, TILE, step, columns, outputs)
-    pictures = x.permute(0, 2, 3, 1)
-    found = pictures if inplace else x.new_empty(batch, rows * TILE, columns * TILE, outputs)
+    images = x.permute(0, 2, 3, 1)
+    result = images if inplace else x.new_empty(batch, rows * TILE, columns * TILE, outputs)
     added = [None] * batch if residual is None else _in_tiles(residual.permute(0, 2, 3, 1))
-    for image, picture, more in zip(pictures, _in_tiles(found), added, strict=True):
+    for image, out, more in zip(images, _in_tiles(result), added, strict=True):
         done = None
         for start in range(0, rows, step):
             start = min(start, rows - step)
@@ -162,7 +162,7 @@ def convolve(
                 torch.mm(into, strip.view(WINDOW, -1), out=mapped.view(WINDOW, -1))
                 windows.view(WINDOW, WINDOW, step, columns, inputs)[:, :, row] = _windows(mapped, columns)
             # Only here, since these windows have read the last rows of what may be overwritten.
-            _put(tiles, picture, done, more)
+            _put(tiles, out, done, more)
             torch.mm(into, windows.view(WINDOW, -1), out=mixed.view(WINDOW, -1))
             for kernel, part, product in steps:
                 torch.bmm(part, kernel, out=product)
@@ -170,8 +170,8 @@ def convolve(
             torch.bmm(back.expand(TILE, -1, -1), halves.view(TILE, WINDOW, -1), out=tiles.view(TILE, TILE, -1))
             tiles += bias
             done = slice(start, start + step)
-        _put(tiles, picture, done, more)
-    return found.permute(0, 3, 1, 2)
+        _put(tiles, out, done, more)
+    return result.permute(0, 3, 1, 2)
 
 
 def _map_kernel(kernel_map: Tensor, weight: Tensor) -> list[Tensor]:
@@ -183,20 +183,20 @@ def _map_kernel(kernel_map: Tensor, weight: Tensor) -> list[Tensor]:
     return [(part @ flat).view(-1, inputs, outputs) for part in parts]
 
 
-def _in_tiles(pictures: Tensor) -> Tensor:
+def _in_tiles(images: Tensor) -> Tensor:
     """(batch, height, width, channels) as a view (batch, rows, columns, 4 down, 4 across, channels)."""
-    return pictures.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).transpose(2, 3)
+    return images.unflatten(2, (-1, TILE)).unflatten(1, (-1, TILE)).transpose(2, 3)
 
 
-def _put(tiles: Tensor, picture: Tensor, rows: slice | None, added: Tensor | None) -> None:
-    """Tiles (across, down, rows, columns, channels) into these rows of a picture, which are None for none."""
+def _put(tiles: Tensor, out: Tensor, rows: slice | None, residual: Tensor | None) -> None:
+    """Tiles (across, down, rows, columns, channels) into these rows of the result; None: no rows."""
     if rows is None:
         return
-    turned = tiles.permute(2, 3, 1, 0, 4)
-    if added is None:
-        picture[rows] = turned
+    transposed = tiles.permute(2, 3, 1, 0, 4)
+    if residual is None:
+        out[rows] = transposed
     else:
-        torch.add(turned, added[rows], out=picture[rows])
+        torch.add(transposed, residual[rows], out=out[rows])
 
 
 def _cut(image: Tensor, top: int, strip: Tensor, scale: int) -> None:
@@ -207,7 +207,7 @@ def _cut(image: Tensor, top: int, strip: Tensor, scale: int) -> None:
     if scale == 1:
         inside.copy_(image[first:last])
     else:
-        # Every row by itself: one of the picture is several of the strip.
+        # Row by row: a row of the image is several of the strip.
         for row, place in zip(inside, range(first, last), strict=True):
             row.unflatten(0, (-1, scale)).copy_(image[place // scale].unsqueeze(1))
     if above:

@@ -147,7 +147,7 @@ def test_other_pictures_have_no_settings(tmp_path):
     ("words", "message"),
     [
         (("edit", "{}/none.png"), "{}/none.png is no file"),
-        (("edit", "{}/text.png"), "{}/text.png: not a readable picture"),
+        (("edit", "{}/text.png"), "{}/text.png: not a readable image"),
         (("edit", "{}/in.png", "--eta", 2), "--eta 2.0 must be between 0 and 1"),
         (("edit", "{}/in.png", "--window", "half"), "--window 'half' must be START-END"),
         (("edit", "{}/in.png", "--window", "0.5-0.25"), "--window 0.5-0.25 must be START <= END <= 1"),

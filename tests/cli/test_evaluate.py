@@ -127,7 +127,7 @@ def test_broken_pictures_are_named_and_counted(run, here):
     mixed = draw(here / "mixed", 4, 3)
     (mixed / "torn.png").write_bytes(b"torn")
     status, out, err = run("fid", "mixed", "fake", *FID, "--json", "mixed.json")
-    assert status == 0 and "1 of 5 pictures of mixed were skipped:\n  torn.png: not a readable picture" in err
+    assert status == 0 and "1 of 5 pictures of mixed were skipped:\n  torn.png: not a readable image" in err
     told = json.loads((here / "mixed.json").read_text())["real"]
     assert told["pictures"] == 4 and told["skipped"][0]["path"] == "torn.png" and "Frechet" in out
 
@@ -141,11 +141,11 @@ def test_broken_pictures_are_named_and_counted(run, here):
         (("fid", "real", "fake", "--inception", "real/0/0.png"), "is not a file of tensors"),
         (("fid", "real", *FID), "give FAKE too, or --save"),
         (("fid", "absent", "fake", *FID), "no such folder or zip archive: absent"),
-        (("fid", "", "fake", *FID), "the path of the pictures is empty"),
-        (("fid", "real", "empty", *FID), "empty holds no pictures"),
-        (("fid", "real", "torn", *FID), "none of 2 pictures could be read; the first, a.png: not a readable picture"),
-        (("fid", "real", "nothing.zip", *FID), "nothing.zip holds no pictures"),
-        (("fid", "real", "inception.pth", *FID), "inception.pth holds no pictures"),
+        (("fid", "", "fake", *FID), "the path of the images is empty"),
+        (("fid", "real", "empty", *FID), "empty holds no images"),
+        (("fid", "real", "torn", *FID), "none of 2 pictures could be read; the first, a.png: not a readable image"),
+        (("fid", "real", "nothing.zip", *FID), "nothing.zip holds no images"),
+        (("fid", "real", "inception.pth", *FID), "inception.pth holds no images"),
         (("fid", "real", "torn.npz", *FID), "torn.npz: is not an .npz file of statistics"),
         (("fid", "real", "fake", *FID, "--batch-size", 0), "--batch-size 0 must be at least 1"),
         (("fid", "real", "fake", *FID, "--workers", -1), "--workers -1 must be 0 (none"),

@@ -176,6 +176,6 @@ def test_inspect_says_what_is_no_picture_of_ours(tmp_path, capsys):
     assert "without the settings" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("hello")
     assert run("inspect", tmp_path / "text.png") == 1
-    assert "not a readable picture" in capsys.readouterr().err
+    assert "not a readable image" in capsys.readouterr().err
     assert run("inspect", tmp_path / "none.png") == 1
     assert "does not exist" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_emphasis_and_long_prompts_are_settings_of_a_picture(files, monkeypatch)
         (["--control", "canny={}/edges.png:1:0.6-0.4", "--controlnet", "{}/any"], "start 0.6 and end 0.4"),
         (["--control", "canny={}/edges.png:1.2.3", "--controlnet", "{}/any"], "its scale '1.2.3' must be a number"),
         (["--control", "canny={}/no.png", "--controlnet", "{}/any"], "{}/no.png: the file is missing"),
-        (["--control", "canny={}/model/model_index.json", "--controlnet", "{}/any"], "not a readable picture"),
+        (["--control", "canny={}/model/model_index.json", "--controlnet", "{}/any"], "not a readable image"),
         (["--control", "canny={}/wide.png", "--controlnet", "{}/any"], "wide.png is 64x32, but what is drawn is 64x64"),
         (["--control", "canny={}/edges.png", "--controlnet", "{}/other"], "made for another model: its width is 48"),
         (["--control", "blur={}/edges.png", "--controlnet", "blur={}/canny.safetensors"], "reads pictures of canny"),

@@ -133,7 +133,7 @@ def test_cropping_keeps_the_middle(files):
         (("--mask", "{}/mask.png", "--restore"), "--mask and --restore needs --image"),
         (("--image", "{}/in.png", "--strength", 1.5), "--strength 1.5 must be between 0"),
         (("--image", "{}/none.png"), "--image {}/none.png is no file"),
-        (("--image", "{}/text.png"), "{}/text.png: not a readable picture"),
+        (("--image", "{}/text.png"), "{}/text.png: not a readable image"),
         (("--image", "{}/in.png", "--mask", "{}/tall.png"), "tall.png is 32x64, but the picture is 64x64"),
         (("--image", "{}/in.png", "--mask", "{}/mask.png", "--outpaint", "right=16"), "give one of them"),
         (("--image", "{}/in.png", "--restore"), "--soften and --restore need --mask or --outpaint"),

@@ -140,6 +140,6 @@ def test_mutated_captions_and_metadata_give_an_index_or_a_named_error(tmp_path):
             assert "images" in datasets.summary(index) and all(skipped.reason for skipped in index.skipped)
         except ValueError as error:
             outcomes["error"] += 1
-            assert "metadata" in str(error) or "no pictures" in str(error)
+            assert "metadata" in str(error) or "no images" in str(error)
         (tmp_path / name).unlink()
     assert min(outcomes.values()) > 20, outcomes

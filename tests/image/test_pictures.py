@@ -88,8 +88,8 @@ def test_a_folder_is_read_in_order_and_what_is_broken_is_named(folder):
     assert [item.name for item in items] == list(NAMES)
     assert [item.value.shape[1:] for item in items if item.reason is None] == [(8, 8), (30, 41), (9, 5), (3, 3)]
     assert {item.name for item in items if item.value is None} == {"a/cut.jpg", "broken.png"}
-    assert items[4].reason == "not a readable picture (of no known format)"
-    assert "not a readable picture" in items[0].reason
+    assert items[4].reason == "not a readable image (of no known format)"
+    assert "not a readable image" in items[0].reason
 
 
 def test_links_are_followed_and_no_folder_is_entered_twice(folder, tmp_path):
@@ -144,14 +144,14 @@ def test_a_picture_that_the_transform_refuses_is_named(folder):
 def test_what_holds_no_pictures_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         pictures.source(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         pictures.source(tmp_path)
     (tmp_path / "file.txt").write_text("text")
-    with pytest.raises(ValueError, match="neither a folder of pictures nor a zip"):
+    with pytest.raises(ValueError, match="neither a folder of images nor a zip"):
         pictures.source(tmp_path / "file.txt")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
-    with pytest.raises(ValueError, match="empty.zip holds no pictures"):
+    with pytest.raises(ValueError, match="empty.zip holds no images"):
         pictures.source(tmp_path / "empty.zip")
     with pytest.raises(ValueError, match="workers -1"):
         next(pictures.stream(pictures.Source(tmp_path, ("a.png",)), pixels_of, workers=-1))

@@ -66,7 +66,7 @@ def test_broken_files_are_named_and_skipped(tmp_path):
     index = datasets.image_folder(tmp_path)
     assert [sample.path for sample in index.samples] == ["good.png", "whole.jpg"]
     assert sorted(skipped.path for skipped in index.skipped) == ["cut.jpg", "empty.gif", "text.png"]
-    assert all(skipped.reason.startswith("not a readable picture") for skipped in index.skipped)
+    assert all(skipped.reason.startswith("not a readable image") for skipped in index.skipped)
 
 
 def test_a_caption_that_is_not_text_skips_its_picture(tmp_path):

@@ -89,7 +89,7 @@ def test_a_folder_of_pictures_is_learned_and_its_broken_files_named(command, tmp
     (tmp_path / "data" / "broken.png").write_text("nothing")
     status, messages = command("--out", tmp_path / "out", "--data", tmp_path / "data", "--part", "vae")
     assert status == 0
-    assert "5 images in" in messages and "skipped broken.png: not a readable picture" in messages
+    assert "5 images in" in messages and "skipped broken.png: not a readable image" in messages
 
 
 def test_images_without_captions_are_counted_in_one_line(command, tmp_path):
