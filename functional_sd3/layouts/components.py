@@ -1,6 +1,7 @@
 """The components of SD3, by the names of their trees: one config for all of them, and the spec it describes."""
 
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 from functional_sd3.core.types import Tree
 from functional_sd3.flow.schedule import Config as ScheduleConfig
@@ -24,6 +25,17 @@ SPECS = {
 """Component -> its `spec(config)`, in the order of the tree."""
 
 
+WHERE = {
+    "clip_l": "text_encoder/, clip_l.safetensors, an all-in-one file",
+    "clip_g": "text_encoder_2/, clip_g.safetensors, an all-in-one file",
+    "t5": "text_encoder_3/, t5xxl.safetensors, an all-in-one file; SD3 also works without",
+    "transformer": "transformer/, a file of Stability's",
+    "vae": "vae/, a file of Stability's, a stand-alone VAE",
+    "taesd": "taesd3, a repository of its own",
+}
+"""Component -> the files in which it is found, for messages."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The config of every component, None for those that are absent."""
@@ -35,6 +47,26 @@ class Config:
     vae: VaeConfig | None = None
     schedule: ScheduleConfig | None = None
     taesd: TaesdConfig | None = None
+
+
+@overload
+def require(config: Config, name: Literal["clip_l", "clip_g"]) -> ClipConfig: ...
+@overload
+def require(config: Config, name: Literal["t5"]) -> T5Config: ...
+@overload
+def require(config: Config, name: Literal["transformer"]) -> TransformerConfig: ...
+@overload
+def require(config: Config, name: Literal["vae"]) -> VaeConfig: ...
+@overload
+def require(config: Config, name: Literal["taesd"]) -> TaesdConfig: ...
+
+
+def require(config: Config, name: str) -> Any:
+    """The config of a component. Raises ValueError, saying where people find it, for a model without."""
+    part = getattr(config, name)
+    if part is None:
+        raise ValueError(f"this model has no {name} (found in: {WHERE[name]})")
+    return part
 
 
 def spec(config: Config) -> Tree:

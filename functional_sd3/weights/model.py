@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.layouts.components import SPECS, Config, spec
+from functional_sd3.layouts.components import SPECS, WHERE, Config, spec
+
+_DRAWING = ("clip_l", "clip_g", "t5", "transformer", "vae")
+"""Components with which images are drawn."""
 
 
 class Tokenizers(NamedTuple):
@@ -24,36 +27,27 @@ class Model(NamedTuple):
     tokenizers: Tokenizers = Tokenizers()
 
 
-_WHERE = {
-    "clip_l": "text_encoder/, clip_l.safetensors, an all-in-one file",
-    "clip_g": "text_encoder_2/, clip_g.safetensors, an all-in-one file",
-    "t5": "text_encoder_3/, t5xxl.safetensors, an all-in-one file; SD3 also works without",
-    "transformer": "transformer/, a file of Stability's",
-    "vae": "vae/, a file of Stability's, a stand-alone VAE",
-}
-
-
 def missing(model: Model) -> list[str]:
-    """What a model lacks to draw pictures of prompts, one sentence for each component; empty when it is whole."""
-    found = [f"{name} is missing (found in: {where})" for name, where in _WHERE.items() if name not in model.params]
-    found += [
+    """Components and tokenizers that are missing for drawing images, one sentence each; empty when none is."""
+    sentences = [f"{name} is missing (found in: {WHERE[name]})" for name in _DRAWING if name not in model.params]
+    sentences += [
         f"the tokenizer of {name} is missing (found in: {folder}/ of a diffusers folder)"
         for name, folder in zip(Tokenizers._fields, ("tokenizer", "tokenizer_2", "tokenizer_3"), strict=True)
         if name in model.params and getattr(model.tokenizers, name) is None
     ]
-    return found
+    return sentences
 
 
 def check(model: Model) -> list[str]:
-    """What stands between a model's parameters and its config, one sentence each; empty when they fit."""
+    """Problems of a model's parameters against its config, one sentence each; empty when they fit."""
     known = ", ".join(SPECS)
-    strangers = [f"{name} is not a component; known are {known}" for name in model.params if name not in SPECS]
-    homeless = [
+    unknown = [f"{name} is not a component; known are {known}" for name in model.params if name not in SPECS]
+    without_config = [
         f"{name} has parameters but no config"
         for name in model.params
         if name in SPECS and getattr(model.config, name) is None
     ]
-    problems = strangers + homeless
+    problems = unknown + without_config
     for name, part in spec(model.config).items():
         if name in model.params:
             problems += _check_leaves(name, part, tree.flatten_paths(model.params[name]))
