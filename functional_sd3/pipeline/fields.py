@@ -10,7 +10,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree, Velocity
 from functional_sd3.flow import guidance as guidances
-from functional_sd3.flow.guidance import Answers, Branch, Guidance
+from functional_sd3.flow.guidance import Branch, Guidance, Velocities
 from functional_sd3.layouts.components import Config
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
@@ -53,7 +53,7 @@ def velocity(
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
-    guidance: `guidance.cfg(cfg)` by default; one without memory, and of one step (`guidance.at`) where it changes from
+    guidance: `guidance.cfg(cfg)` by default; one that carries no state, of one step (`guidance.at`) where it changes from
     step to step: `sample` takes any. The rest as in `velocities`.
     """
     guiding = guidances.cfg(cfg) if guidance is None else guidance
@@ -74,7 +74,7 @@ def velocities(
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
     implementation: Implementation = "sdpa",
-) -> Callable[[Tensor, Tensor], Answers]:
+) -> Callable[[Tensor, Tensor], Velocities]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
 
     needs: by name, how each differs from that of the prompts (`Guidance.needs`); those that differ only in what they
@@ -100,8 +100,8 @@ def velocities(
         sizes = sizes or config.transformer
         arguments = {}
         for name, one in group.items():
-            condition = _conditioning(one.told, conditions, batch)
-            seen = unseen if one.told == "negative" else shown
+            condition = _conditioning(one.conditioning, conditions, batch)
+            seen = unseen if one.conditioning == "negative" else shown
             rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
             arguments[name] = (*condition, pictures, seen, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
@@ -175,7 +175,7 @@ def _conditioning(told: Any, conditions: Conditions, batch: int) -> Conditioning
 def _table(tables: list[tuple[Branch, Tree]], branch: Branch, weights, sizes, pooled, times, control) -> Tree:
     """Modulations at all times, batch first as everything that guidance joins: once for all that are told the same."""
     for other, table in tables:
-        if other.told is branch.told and guidances.same_model(other, branch):
+        if other.conditioning is branch.conditioning and guidances.same_model(other, branch):
             return table
     made = {
         "transformer": mmdit.modulations(weights, sizes, times[:, None], pooled),

@@ -11,7 +11,7 @@ from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode, schedule
 from functional_sd3.flow.guidance import Guidance
-from functional_sd3.flow.ode.method import Advance, Method, StepInfo, no_memory
+from functional_sd3.flow.ode.method import Advance, Method, StepInfo, no_carry
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.fields import Conditions, velocities, velocity
 from functional_sd3.pipeline.latents import step_keys
@@ -46,21 +46,21 @@ def sample(
     method: by default Euler's, or `ode.renoised` where the model's scheduler config says `stochastic_sampling`; this
     draws noise at every step, from `key`: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2).
     guidance: how the velocities of a step are made one, instead of `guidance.cfg(cfg)`; may change from step to step,
-    and have a memory. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
+    and carry a state. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
     first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
     velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
     what becomes of the guided velocity (a picture held where a mask says, for instance). implementation: of attention,
-    as of `velocities`. Raises ValueError for a cfg that is not finite, a field with a guidance that has a memory, and
-    where a key is needed and none is given.
+    as of `velocities`. Raises ValueError for a cfg that is not finite, a field with a guidance that carries a state,
+    and where a key is needed and none is given.
     """
     guidances.check_scale(cfg, "cfg")
     method = chosen_method(config, len(noise), method, key)
     times = sigmas(config, noise, steps) if times is None else times
-    steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_memory
+    steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_carry
     if field is not None and remembers:
-        raise ValueError("a guidance with a memory cannot be given to a field of its own: choose one without")
+        raise ValueError("a guidance that carries a state cannot be given to a field of its own: choose one without")
     bent = transform or (lambda velocity: velocity)
-    runner = guidances.with_memory(_through(method, bent), guidance) if remembers else method
+    runner = guidances.with_carry(_through(method, bent), guidance) if remembers else method
     state = ode.start(runner, noise, times[0])
     # What is silent costs nothing: the run is cut where a ControlNet or a part of the guidance starts or ends.
     for first, stop, speaking, guiding in _segments(control, guidance, steps):
@@ -72,7 +72,7 @@ def sample(
         told |= {} if implementation == "sdpa" else {"implementation": implementation}
         if remembers:
             needed = velocities(params, config, conditions, guiding.needs, asked, **told)
-            guided = guidances.remembering(guiding, needed)
+            guided = guidances.guided_with_carry(guiding, needed)
         else:
             told |= {} if guiding is None else {"guidance": guiding}
             guided = bent((field or velocity)(params, config, conditions, cfg, asked, **told))
@@ -130,7 +130,7 @@ def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: in
 
 
 def _through(method: Method, transform: Callable[[Velocity], Velocity]) -> Method:
-    """The method on transformed velocities; an adaptive one as it is, for `with_memory` to refuse."""
+    """The method on transformed velocities; an adaptive one as it is, for `with_carry` to refuse."""
     if isinstance(method, ode.Adaptive):
         return method
 

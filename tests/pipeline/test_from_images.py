@@ -248,7 +248,7 @@ def test_controls_are_heard_where_pictures_come_from_pictures(model, images, rig
         (lambda p, x, m: pipeline.interpolate(*p, "a", prng.key(0)), "8 frames between 1 stops"),
         (lambda p, x, m: pipeline.interpolate(*p, ["a", "b"], prng.split(prng.key(0), 3)), "3 keys for 2 prompts"),
         (lambda p, x, m: pipeline.tiles(8, 8), "overlap 8 must be at least 0 and below"),
-        (lambda p, x, m: pipeline.regional(*p, "a", [], prng.key(0), guidance=guidance.apg(3.0)), "with a memory"),
+        (lambda p, x, m: pipeline.regional(*p, "a", [], prng.key(0), guidance=guidance.apg(3.0)), "carries a state"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_named(model, images, right_half, call, message):

@@ -123,11 +123,11 @@ def test_a_run_cut_by_windows_is_the_steps_one_after_the_other_with_what_they_re
         "skip_layers (1,)": plainly(model, conditions, conditions.positive, skip_layers=(1,)),
     }
     times, method = pipeline.sigmas(model.config, noise, 5), ode.METHODS[method]
-    runner = guidance.with_memory(method, guiding)
+    runner = guidance.with_carry(method, guiding)
     state = ode.start(runner, noise, times[0])
     with torch.no_grad():
         for step in range(5):
-            velocity = guidance.remembering(guidance.at(guiding, step, 5), fields)
+            velocity = guidance.guided_with_carry(guidance.at(guiding, step, 5), fields)
             state = ode.run(runner, velocity, state, times[step : step + 2], ends=step == 4)
     steps = []
     found = sample(
@@ -203,9 +203,9 @@ def test_adaptive_methods_take_guidance_in_windows_but_none_with_a_memory(model,
     limited = guidance.interval(guidance.zero_star(5.0), 0.25, 1.0)
     loose = ode.BOSH3._replace(rtol=1e-1, atol=1e-1)
     assert sample(model, conditions, noise[:, :, :4, :4], limited, steps=4, method=loose).isfinite().all()
-    with pytest.raises(ValueError, match="tries steps and takes them back"):
+    with pytest.raises(ValueError, match="may reject steps"):
         sample(model, conditions, noise, guidance.apg(5.0), method=ode.DOPRI5)
-    with pytest.raises(ValueError, match="has a memory"):
+    with pytest.raises(ValueError, match="carries a state"):
         pipeline.velocity(model.params, model.config, conditions, guidance=guidance.apg(5.0))
     with pytest.raises(ValueError, match="a field of its own"):
         sample(model, conditions, noise, guidance.apg(5.0), field=pipeline.velocity)

@@ -31,7 +31,7 @@ Field = Callable[[Tree, Tensor, Tensor], Tensor]
 def checkpointed(method: Method) -> Method:
     """The method, whose steps are computed again in the backward pass instead of kept: equal gradients, less memory.
 
-    The backward pass keeps x, t and the method's memory between the steps, and what one step keeps while it is
+    The backward pass keeps x, t and the method's carry between the steps, and what one step keeps while it is
     differentiated. A velocity may close over what is differentiated. Saves memory under `transform.value_and_grad` and
     plain autograd; inside a torch.func transform it is the method itself (see `transform.remat`). Raises ValueError for
     an adaptive method, which would choose its steps anew: `continuous` takes those.
@@ -39,8 +39,8 @@ def checkpointed(method: Method) -> Method:
     if isinstance(method, Adaptive):
         raise ValueError(f"{method.name} chooses its steps, and those are not taken twice: use `continuous`")
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
-        return transform.remat(method.step)(velocity, x, t, t_next, memory)
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
+        return transform.remat(method.step)(velocity, x, t, t_next, carry)
 
     return method._replace(step=step, last=method.last and checkpointed(method.last))
 

@@ -91,8 +91,8 @@ def invert(
     which is followed back; or an `Inversion`, whose noise of `coupled` is only one half of what leads back exactly.
     options: of `ode.run`: on_step, check.
 
-    Raises ValueError for methods that cannot be inverted, and `fixed_point.Unsolved` where no start of a step is found.
-    Works under vmap, grad and compile where the method does; then the tolerance is not looked at.
+    Raises ValueError for methods that cannot be inverted, and `fixed_point.InversionFailed` where no start of a step
+    is found. Works under vmap, grad and compile where the method does; then the tolerance is not looked at.
     """
     pair = _pair(method, iterations, tolerance)
     return _there(pair, velocity, x0, upwards(times, x0), **options).x

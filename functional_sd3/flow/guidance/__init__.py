@@ -1,6 +1,6 @@
 """Guidance as functions from velocities to a velocity, so that they compose.
 
-    velocity = guided(rescaled(zero_star(5.0), 0.7), {"positive": told, "negative": told_to_keep_away_from})
+    velocity = guided(rescaled(zero_star(5.0), 0.7), {"positive": prompt_field, "negative": negative_field})
 
 Which velocities are needed and what is made of them is a value (`Guidance`), made by the functions named here after
 their papers: `cfg`, `zero_star`, `tangential`, `magnitude_aware`, `apg`, `auto` begin one, and `skip_layer`,
@@ -8,7 +8,7 @@ their papers: `cfg`, `zero_star`, `tangential`, `magnitude_aware`, `apg`, `auto`
 it as `guidance=` and evaluates only what a step needs.
 
 Scales are Python numbers, or tensors of shape () or (batch,): differentiable, one for each sample if need be; or
-functions of t (`per_step`). What is combined is combined in float32, whatever dtype the network answers in.
+functions of t (`per_step`). Velocities are combined in float32, whatever the network's dtype.
 """
 
 from functional_sd3.flow.guidance.apg import apg, mixed_apg
@@ -17,11 +17,11 @@ from functional_sd3.flow.guidance.compose import (
     CONDITIONAL,
     NEGATIVE,
     POSITIVE,
-    STILL,
-    Answers,
+    ZERO,
     Branch,
     Guidance,
     Scale,
+    Velocities,
     at,
     check_scale,
     pairwise,
@@ -45,28 +45,28 @@ from functional_sd3.flow.guidance.literature import (
     zero_star,
 )
 from functional_sd3.flow.guidance.velocities import (
-    Remembering,
-    Velocities,
+    StatefulVelocity,
+    VelocityFields,
     batched,
     classifier_free,
     guided,
-    remembering,
+    guided_with_carry,
     together,
-    with_memory,
+    with_carry,
 )
 from functional_sd3.flow.guidance.windows import fraction, per_step, step_fractions, strictly
 
 __all__ = [
-    "Answers",
     "Branch",
     "CONDITIONAL",
     "Guidance",
     "NEGATIVE",
     "POSITIVE",
-    "Remembering",
-    "STILL",
+    "StatefulVelocity",
+    "ZERO",
     "Scale",
     "Velocities",
+    "VelocityFields",
     "apg",
     "at",
     "auto",
@@ -85,7 +85,7 @@ __all__ = [
     "per_step",
     "perturbed",
     "plus",
-    "remembering",
+    "guided_with_carry",
     "rescaled",
     "same_model",
     "segments",
@@ -96,7 +96,7 @@ __all__ = [
     "tangential",
     "together",
     "windowed",
-    "with_memory",
+    "with_carry",
     "zero_init",
     "zero_star",
 ]

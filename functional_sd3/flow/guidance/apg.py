@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Tree
-from functional_sd3.flow.guidance import combine as combining
+from functional_sd3.flow.guidance.combine import clip_norm, extrapolate, promoted, scale_parallel
 from functional_sd3.flow.guidance.compose import (
     CONDITIONAL,
     NEGATIVE,
     POSITIVE,
-    Answers,
     Guidance,
     Scale,
+    Velocities,
     check_scale,
     is_one,
     value,
     windowed,
 )
-from functional_sd3.flow.ode.method import no_memory
+from functional_sd3.flow.ode.method import no_carry
 from functional_sd3.flow.path import broadcast, denoised
 
 
@@ -39,7 +39,7 @@ def apg(
     This is diffusers' guider, whose defaults are no momentum and eta 1. The paper's algorithm is another in two ways:
     from_positive: v_p + (scale - 1) u instead, so that scale 1 is v_p whatever u is; of_data: all of it for the
     predictions x_0 = x - t v in place of velocities. longest: in the norm over a sample's elements, None for no limit.
-    Python's momentum 0 remembers nothing; with another the memory is one tensor like x, and `guidance.with_memory`
+    Python's momentum 0 remembers nothing; with another the carry is one tensor like x, and `guidance.with_carry`
     carries it. At t = 0, where x_0 is x, of_data leaves momentum and limit aside.
     """
     check_scale(scale)
@@ -51,22 +51,22 @@ def apg(
         raise ValueError(f"longest {longest} of adaptive projected guidance must be above 0, or None for no limit")
     remembers = isinstance(momentum, Tensor) or momentum != 0
 
-    def combine(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
-        negative, positive = combining.working(answers["negative"], answers["positive"])
+    def combine(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
+        negative, positive = promoted(velocities["negative"], velocities["positive"])
         seen = [denoised(x, v, t) if of_data else v for v in (negative, positive)]
         difference = seen[1] - seen[0]
         if remembers:
-            difference = memory = difference + broadcast(value(momentum, t), x) * memory
-        update = difference if longest is None else combining.limited(difference, value(longest, t))
-        update = combining.weigh_parallel(update, seen[1], value(eta, t))
+            difference = carry = difference + broadcast(value(momentum, t), x) * carry
+        update = difference if longest is None else clip_norm(difference, value(longest, t))
+        update = scale_parallel(update, seen[1], value(eta, t))
         if of_data:
-            at_data = combining.weigh_parallel(positive - negative, seen[1], value(eta, t))
+            at_data = scale_parallel(positive - negative, seen[1], value(eta, t))
             time = broadcast(t, x)
             update = torch.where(time > 0, -update / torch.where(time > 0, time, 1.0), at_data)
         start, by = (positive, value(scale, t) - 1) if from_positive else (negative, value(scale, t))
-        return start + broadcast(by, start) * update, memory
+        return start + broadcast(by, start) * update, carry
 
-    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, nothing_yet if remembers else no_memory)
+    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, nothing_yet if remembers else no_carry)
 
 
 def mixed_apg(
@@ -84,13 +84,13 @@ def mixed_apg(
     """
     check_scale(scale)
     projected = apg(projected_scale, momentum=momentum, eta=eta, longest=longest)
-    if projected.init is no_memory or is_one(scale):
+    if projected.init is no_carry or is_one(scale):
         raise ValueError("mixed_apg needs a momentum that is not 0 and scales that are not 1: use apg or cfg instead")
 
-    def combine(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
-        negative, positive = combining.working(answers["negative"], answers["positive"])
-        memory = positive - negative + broadcast(value(momentum, t), x) * memory
-        return combining.extrapolate(negative, positive, value(scale, t)), memory
+    def combine(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
+        negative, positive = promoted(velocities["negative"], velocities["positive"])
+        carry = positive - negative + broadcast(value(momentum, t), x) * carry
+        return extrapolate(negative, positive, value(scale, t)), carry
 
     return windowed(projected._replace(combine=combine), projected, lambda step, _: step < first)
 

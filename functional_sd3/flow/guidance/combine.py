@@ -14,33 +14,33 @@ Factor = float | Tensor
 
 def extrapolate(start: Tensor, end: Tensor, scale: Factor) -> Tensor:
     """start + scale (end - start)."""
-    start, end = working(start, end)
+    start, end = promoted(start, end)
     return start + broadcast(scale, start) * (end - start)
 
 
-def shift(guided: Tensor, start: Tensor, end: Tensor, scale: Factor) -> Tensor:
+def add_difference(guided: Tensor, start: Tensor, end: Tensor, scale: Factor) -> Tensor:
     """guided + scale (end - start)."""
-    guided, start, end = working(guided, start, end)
+    guided, start, end = promoted(guided, start, end)
     return guided + broadcast(scale, start) * (end - start)
 
 
-def aligned(negative: Tensor, positive: Tensor) -> Tensor:
+def project_onto(negative: Tensor, positive: Tensor) -> Tensor:
     """The multiple of the negative velocity that comes nearest to the positive one: s* v_n, s* = <v_p, v_n> / |v_n|^2.
 
     CFG-Zero* (Fan et al. 2025, arXiv:2503.18886), with diffusers' 1e-8 added to |v_n|^2.
     """
-    negative, positive = working(negative, positive)
+    negative, positive = promoted(negative, positive)
     return broadcast(dot(positive, negative) / (dot(negative, negative) + 1e-8), negative) * negative
 
 
-def tangent(negative: Tensor, positive: Tensor) -> Tensor:
+def tangential_component(negative: Tensor, positive: Tensor) -> Tensor:
     """The negative velocity along the first right singular vector of the two: what both agree on is kept of it.
 
     Tangential guidance (Kwon et al. 2025, arXiv:2503.18137). With the Gram matrix G of (v_p, v_n) and P the projector
     onto its first eigenvector, it is P_12 v_p + P_22 v_n: no decomposition of a matrix as wide as a picture, and
     derivatives wherever the two singular values differ.
     """
-    negative, positive = working(negative, positive)
+    negative, positive = promoted(negative, positive)
     half = (dot(positive, positive) - dot(negative, negative)) / 2
     cross = dot(positive, negative)
     # Half the distance of the eigenvalues; 0 where the vectors are orthogonal and of one length, and none is first.
@@ -49,27 +49,27 @@ def tangent(negative: Tensor, positive: Tensor) -> Tensor:
     return broadcast(along, positive) * positive + broadcast(own, negative) * negative
 
 
-def limited(difference: Tensor, longest: Factor) -> Tensor:
+def clip_norm(difference: Tensor, longest: Factor) -> Tensor:
     """The difference, shortened to the length `longest` > 0 where it is longer."""
     squares = dot(difference, difference)
     longest = torch.as_tensor(longest, dtype=squares.dtype, device=squares.device)
     return broadcast(longest / torch.maximum(squares, longest.square()).sqrt(), difference) * difference
 
 
-def weigh_parallel(difference: Tensor, direction: Tensor, weight: Factor) -> Tensor:
+def scale_parallel(difference: Tensor, direction: Tensor, weight: Factor) -> Tensor:
     """The difference, its part along `direction` times `weight`; 1 changes nothing."""
-    difference, direction = working(difference, direction)
+    difference, direction = promoted(difference, direction)
     squares = dot(direction, direction).clamp(min=torch.finfo(direction.dtype).tiny)
     parallel = broadcast(dot(difference, direction) / squares, direction) * direction
     return difference - parallel + broadcast(weight, parallel) * parallel
 
 
-def damped(negative: Tensor, positive: Tensor, scale: Factor, rate: Factor) -> Tensor:
+def damped_scale(negative: Tensor, positive: Tensor, scale: Factor, rate: Factor) -> Tensor:
     """1 + (scale - 1) exp(-rate |v_p - v_n| / |v_n|), (batch,): less where guidance would change much.
 
     Magnitude-aware guidance (MAMBO-G, arXiv:2508.03442).
     """
-    negative, positive = working(negative, positive)
+    negative, positive = promoted(negative, positive)
     difference = positive - negative
     # The root has no derivative at 0: there it is that of a constant.
     squares = (dot(difference, difference) / dot(negative, negative).clamp(min=1e-20)).clamp(min=1e-20)
@@ -81,8 +81,8 @@ def rescale(guided: Tensor, positive: Tensor, factor: Factor) -> Tensor:
 
     factor v_g std(v_p) / std(v_g) + (1 - factor) v_g (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     """
-    guided, positive = working(guided, positive)
-    ratio = deviation(positive) / deviation(guided)
+    guided, positive = promoted(guided, positive)
+    ratio = standard_deviation(positive) / standard_deviation(guided)
     return extrapolate(guided, broadcast(ratio, guided) * guided, factor)
 
 
@@ -91,12 +91,12 @@ def dot(first: Tensor, second: Tensor) -> Tensor:
     return (first * second).reshape(first.shape[0], -1).sum(1)
 
 
-def deviation(x: Tensor) -> Tensor:
+def standard_deviation(x: Tensor) -> Tensor:
     """The standard deviation (unbiased) of each sample's elements, (batch,), never quite 0."""
     return x.reshape(x.shape[0], -1).var(1).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
-def working(*tensors: Tensor) -> list[Tensor]:
+def promoted(*tensors: Tensor) -> list[Tensor]:
     """All in float32, or in the widest of their dtypes if that is wider."""
     dtype = torch.float32
     for tensor in tensors:

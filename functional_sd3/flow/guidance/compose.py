@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Tree
-from functional_sd3.flow.guidance import combine as combining
+from functional_sd3.flow.guidance.combine import add_difference
 from functional_sd3.flow.guidance.windows import Window
-from functional_sd3.flow.ode.method import no_memory
+from functional_sd3.flow.ode.method import no_carry
 from functional_sd3.flow.times import at_hand
 
 Scale = float | Tensor | Callable[[Tensor], Tensor]
 """A number, a tensor () or (batch,), or a function of t that gives one (`per_step`)."""
 
-Answers = Mapping[str, Tensor]
+Velocities = Mapping[str, Tensor]
 """Velocities at one point by name, each (batch, ...)."""
 
 
 class Branch(NamedTuple):
     """A velocity that guidance needs, by how it differs from that of the prompt."""
 
-    told: Any = "positive"
+    conditioning: Any = "positive"
     """"positive" or "negative" for what a run is given under this name, or a conditioning (batch or 1, ...)."""
     options: tuple[tuple[str, Any], ...] = ()
     """Options of the network: (("skip_layers", (7, 8, 9)),)."""
@@ -40,12 +40,12 @@ class Guidance(NamedTuple):
     """How one velocity is made of several."""
 
     needs: dict[str, Branch]
-    """What is evaluated, by name. What differs only in what it is told is evaluated in one batch."""
-    combine: Callable[[Answers, Tensor, Tensor, Tree], tuple[Tensor, Tree]]
-    """`combine(answers, x, t, memory)` -> the velocity and the memory after it. The answers may hold more than it
+    """What is evaluated, by name. What differs only in its conditioning is evaluated in one batch."""
+    combine: Callable[[Velocities, Tensor, Tensor, Tree], tuple[Tensor, Tree]]
+    """`combine(velocities, x, t, carry)` -> the velocity and the carry after it. The velocities may hold more than it
     needs."""
-    init: Callable[[Tensor, Tensor], Tree] = no_memory
-    """`init(x, t)` -> the memory before the first evaluation."""
+    init: Callable[[Tensor, Tensor], Tree] = no_carry
+    """`init(x, t)` -> the carry before the first evaluation."""
     windows: tuple[Window, ...] = ()
     """What it depends on besides: while none of them opens or closes, `at` gives the same."""
     at: Callable[[int, int], "Guidance"] | None = None
@@ -54,33 +54,33 @@ class Guidance(NamedTuple):
 
 POSITIVE, NEGATIVE = Branch(), Branch("negative")
 
-CONDITIONAL = Guidance({"positive": POSITIVE}, lambda answers, x, t, memory: (answers["positive"], memory))
+CONDITIONAL = Guidance({"positive": POSITIVE}, lambda velocities, x, t, carry: (velocities["positive"], carry))
 """The velocity of the prompt, unguided."""
 
-STILL = Guidance({}, lambda answers, x, t, memory: (torch.zeros_like(x), memory))
+ZERO = Guidance({}, lambda velocities, x, t, carry: (torch.zeros_like(x), carry))
 """No velocity, at no cost."""
 
 
 def pairwise(combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Guidance:
     """The guidance `combine(negative, positive, x, t)` of these two velocities."""
 
-    def both(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
-        return combine(answers["negative"], answers["positive"], x, t), memory
+    def both(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
+        return combine(velocities["negative"], velocities["positive"], x, t), carry
 
     # In this order they are evaluated in one batch.
     return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, both)
 
 
-def over(
-    guidance: Guidance, needs: Mapping[str, Branch], change: Callable[[Tensor, Answers, Tensor], Tensor]
+def map_velocity(
+    guidance: Guidance, needs: Mapping[str, Branch], change: Callable[[Tensor, Velocities, Tensor], Tensor]
 ) -> Guidance:
-    """The guidance whose velocity is `change(v, answers, t)`, v being that of `guidance`."""
+    """The guidance whose velocity is `change(v, velocities, t)`, v being that of `guidance`."""
 
-    def combine(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
-        v, memory = guidance.combine(answers, x, t, memory)
-        return change(v, answers, t), memory
+    def combine(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
+        v, carry = guidance.combine(velocities, x, t, carry)
+        return change(v, velocities, t), carry
 
-    later = None if guidance.at is None else lambda step, steps: over(at(guidance, step, steps), needs, change)
+    later = None if guidance.at is None else lambda step, steps: map_velocity(at(guidance, step, steps), needs, change)
     return Guidance(joined(guidance.needs, needs), combine, guidance.init, guidance.windows, later)
 
 
@@ -89,25 +89,25 @@ def plus(guidance: Guidance, scale: Scale, end: Mapping[str, Branch], start: Map
     check_scale(scale)
     ((to, _),), ((away, _),) = end.items(), start.items()
 
-    def change(v: Tensor, answers: Answers, t: Tensor) -> Tensor:
-        return combining.shift(v, answers[away], answers[to], value(scale, t))
+    def change(v: Tensor, velocities: Velocities, t: Tensor) -> Tensor:
+        return add_difference(v, velocities[away], velocities[to], value(scale, t))
 
-    return over(guidance, {**start, **end}, change)
+    return map_velocity(guidance, {**start, **end}, change)
 
 
 def windowed(inside: Guidance, outside: Guidance, window: Window) -> Guidance:
     """One guidance in the steps inside a window, and another in the others.
 
-    Both carry one memory through the run, which one of them may leave as it is. Raises ValueError where they remember
+    Both carry one carry through the run, which one of them may leave as it is. Raises ValueError where they remember
     different things.
     """
-    inits = {one.init for one in (inside, outside)} - {no_memory}
+    inits = {one.init for one in (inside, outside)} - {no_carry}
     if len(inits) > 1:
-        raise ValueError("the guidance inside of a window and that outside remember different things: one memory only")
+        raise ValueError("the guidance inside of a window and that outside remember different things: one carry only")
     return Guidance(
         joined(inside.needs, outside.needs),
         _unresolved,
-        inits.pop() if inits else no_memory,
+        inits.pop() if inits else no_carry,
         tuple(dict.fromkeys((*inside.windows, *outside.windows, window))),
         lambda step, steps: at(inside if window(step, steps) else outside, step, steps),
     )
@@ -161,12 +161,12 @@ def same_model(first: Branch, second: Branch) -> bool:
 
 
 def _same(first: Branch, second: Branch) -> bool:
-    words = isinstance(first.told, str) and isinstance(second.told, str)
-    told = first.told == second.told if words else first.told is second.told
-    return told and first.options == second.options and same_model(first, second)
+    named = isinstance(first.conditioning, str) and isinstance(second.conditioning, str)
+    same = first.conditioning == second.conditioning if named else first.conditioning is second.conditioning
+    return same and first.options == second.options and same_model(first, second)
 
 
-def _unresolved(answers: Answers, x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
+def _unresolved(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
     raise ValueError(
         "this guidance changes from step to step: take that of a step with `guidance.at(guidance, step, steps)`, or "
         "leave the run to `pipeline.sample`"

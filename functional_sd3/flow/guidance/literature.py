@@ -8,19 +8,19 @@ from torch import Tensor
 
 from functional_sd3.core.attention import blurred_attention
 from functional_sd3.core.types import Tree
-from functional_sd3.flow.guidance import combine as combining
+from functional_sd3.flow.guidance.combine import damped_scale, extrapolate, project_onto, rescale, tangential_component
 from functional_sd3.flow.guidance.compose import (
     CONDITIONAL,
     NEGATIVE,
     POSITIVE,
-    STILL,
-    Answers,
+    ZERO,
     Branch,
     Guidance,
     Scale,
+    Velocities,
     check_scale,
     is_one,
-    over,
+    map_velocity,
     pairwise,
     plus,
     value,
@@ -42,12 +42,12 @@ def zero_star(scale: Scale) -> Guidance:
 
     The paper's zero-init, no velocity in the first steps, is `zero_init`; diffusers' guider does both.
     """
-    return _from(combining.aligned, scale)
+    return _from(project_onto, scale)
 
 
 def tangential(scale: Scale) -> Guidance:
     """Tangential guidance (Kwon et al. 2025, arXiv:2503.18137): from what of v_n lies along both, per sample."""
-    return _from(combining.tangent, scale)
+    return _from(tangential_component, scale)
 
 
 def magnitude_aware(scale: Scale, rate: Scale = 8.0) -> Guidance:
@@ -58,8 +58,8 @@ def magnitude_aware(scale: Scale, rate: Scale = 8.0) -> Guidance:
         return CONDITIONAL
 
     def combine(negative: Tensor, positive: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        less = combining.damped(negative, positive, value(scale, t), value(rate, t))
-        return combining.extrapolate(negative, positive, less)
+        less = damped_scale(negative, positive, value(scale, t), value(rate, t))
+        return extrapolate(negative, positive, less)
 
     return pairwise(combine)
 
@@ -67,16 +67,16 @@ def magnitude_aware(scale: Scale, rate: Scale = 8.0) -> Guidance:
 def auto(scale: Scale, params: Tree, config: Any = None) -> Guidance:
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): v_w + scale (v_p - v_w), away from a weaker model.
 
-    params, config: of the weaker transformer, told the same; config None where its sizes are the same.
+    params, config: of the weaker transformer, with the same conditioning; config None where its sizes are the same.
     """
     check_scale(scale)
     if is_one(scale):
         return CONDITIONAL
 
-    def change(v: Tensor, answers: Answers, t: Tensor) -> Tensor:
-        return combining.extrapolate(answers["weak"], v, value(scale, t))
+    def change(v: Tensor, velocities: Velocities, t: Tensor) -> Tensor:
+        return extrapolate(velocities["weak"], v, value(scale, t))
 
-    return over(CONDITIONAL, {"weak": Branch(model=(params, config))}, change)
+    return map_velocity(CONDITIONAL, {"weak": Branch(model=(params, config))}, change)
 
 
 def composed(guidance: Guidance, *prompts: tuple[Any, Scale]) -> Guidance:
@@ -84,9 +84,9 @@ def composed(guidance: Guidance, *prompts: tuple[Any, Scale]) -> Guidance:
 
     prompts: (conditioning (batch or 1, ...), weight); a weight below 0 keeps away from that prompt.
     """
-    for told, weight in prompts:
+    for conditioning, weight in prompts:
         number = 1 + sum(name.startswith("prompt ") for name in guidance.needs)
-        guidance = plus(guidance, weight, {f"prompt {number}": Branch(told)}, {"negative": NEGATIVE})
+        guidance = plus(guidance, weight, {f"prompt {number}": Branch(conditioning)}, {"negative": NEGATIVE})
     return guidance
 
 
@@ -141,13 +141,13 @@ def rescaled(guidance: Guidance, factor: Scale = 0.7) -> Guidance:
     check_scale(factor, "factor of rescaled guidance")
     if isinstance(factor, (int, float)) and not 0 <= factor <= 1:
         raise ValueError(f"factor {factor} of rescaled guidance must be in [0, 1]")
-    if guidance is STILL:
-        return STILL
+    if guidance is ZERO:
+        return ZERO
 
-    def change(v: Tensor, answers: Answers, t: Tensor) -> Tensor:
-        return combining.rescale(v, answers["positive"], value(factor, t))
+    def change(v: Tensor, velocities: Velocities, t: Tensor) -> Tensor:
+        return rescale(v, velocities["positive"], value(factor, t))
 
-    changed = over(guidance, {"positive": POSITIVE}, change)
+    changed = map_velocity(guidance, {"positive": POSITIVE}, change)
     if guidance.at is None:
         return changed
     return changed._replace(at=lambda step, steps: rescaled(guidance.at(step, steps), factor))
@@ -166,7 +166,7 @@ def zero_init(guidance: Guidance, steps: int = 1) -> Guidance:
     """No velocity, and no evaluation, in the first steps of a run (CFG-Zero*, Fan et al. 2025, arXiv:2503.18886)."""
     if steps < 0:
         raise ValueError(f"zero_init of {steps} steps must be of 0 or more")
-    return windowed(STILL, guidance, lambda step, _: step < steps)
+    return windowed(ZERO, guidance, lambda step, _: step < steps)
 
 
 def _from(start: Callable[[Tensor, Tensor], Tensor], scale: Scale) -> Guidance:
@@ -175,7 +175,7 @@ def _from(start: Callable[[Tensor, Tensor], Tensor], scale: Scale) -> Guidance:
     if is_one(scale):
         return CONDITIONAL
     return pairwise(
-        lambda negative, positive, x, t: combining.extrapolate(start(negative, positive), positive, value(scale, t))
+        lambda negative, positive, x, t: extrapolate(start(negative, positive), positive, value(scale, t))
     )
 
 

@@ -9,70 +9,70 @@ from functional_sd3.core import tree
 from functional_sd3.core.types import Tree, Velocity
 from functional_sd3.flow.guidance.combine import extrapolate
 from functional_sd3.flow.guidance.compose import (
-    Answers,
     Guidance,
     Scale,
+    Velocities,
     check_scale,
     is_one,
     value,
 )
-from functional_sd3.flow.ode.method import Advance, Method, no_memory
+from functional_sd3.flow.ode.method import Advance, Method, no_carry
 
-Velocities = Mapping[str, Velocity] | Callable[[Tensor, Tensor], Answers]
-"""Velocities by name, evaluated one after the other, or `(x, t)` -> what they all answer (`pipeline.velocities`)."""
+VelocityFields = Mapping[str, Velocity] | Callable[[Tensor, Tensor], Velocities]
+"""Velocity fields by name, evaluated one by one, or `(x, t)` -> all of their velocities (`pipeline.velocities`)."""
 
-Remembering = Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tree]]
-"""A velocity with a memory: `(x, t, memory)` -> dx/dt and the memory after it."""
+StatefulVelocity = Callable[[Tensor, Tensor, Tree], tuple[Tensor, Tree]]
+"""A velocity that carries a state: `(x, t, carry)` -> dx/dt and the next carry."""
 
 
-def guided(guidance: Guidance, velocities: Velocities) -> Velocity:
-    """The velocity that a guidance makes of others. Raises ValueError where one is missing or it has a memory."""
-    if guidance.init is not no_memory:
-        raise ValueError("this guidance has a memory: use `remembering`, and `with_memory` of the method")
-    velocity = remembering(guidance, velocities)
+def guided(guidance: Guidance, fields: VelocityFields) -> Velocity:
+    """Guided velocity field. Raises ValueError where a field is missing, and for a guidance that carries a state."""
+    if guidance.init is not no_carry:
+        raise ValueError("this guidance carries a state: use `guided_with_carry`, and `with_carry` of the method")
+    velocity = guided_with_carry(guidance, fields)
     return lambda x, t: velocity(x, t, [])[0]
 
 
-def remembering(guidance: Guidance, velocities: Velocities) -> Remembering:
-    """As `guided`, with the memory an argument and a result; `guidance.init(x, t)` is the first."""
-    if callable(velocities):
-        return lambda x, t, memory: guidance.combine(velocities(x, t), x, t, memory)
-    missing = sorted(guidance.needs.keys() - velocities.keys())
+def guided_with_carry(guidance: Guidance, fields: VelocityFields) -> StatefulVelocity:
+    """Guided velocity field whose carry is an argument and a result; `guidance.init(x, t)` is the first carry."""
+    if callable(fields):
+        return lambda x, t, carry: guidance.combine(fields(x, t), x, t, carry)
+    missing = sorted(guidance.needs.keys() - fields.keys())
     if missing:
         raise ValueError(f"guidance needs the velocities {sorted(guidance.needs)}; there is none for {missing}")
 
-    def velocity(x: Tensor, t: Tensor, memory: Tree) -> tuple[Tensor, Tree]:
-        return guidance.combine({name: velocities[name](x, t) for name in guidance.needs}, x, t, memory)
+    def velocity(x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
+        return guidance.combine({name: fields[name](x, t) for name in guidance.needs}, x, t, carry)
 
     return velocity
 
 
-def with_memory(method: Method, guidance: Guidance) -> Method:
-    """The method for velocities that remember as `guidance` does (`Remembering`): for `ode.integrate` and `ode.run`.
+def with_carry(method: Method, guidance: Guidance) -> Method:
+    """The method for a `StatefulVelocity` of `guidance`, for `ode.integrate` and `ode.run`.
 
-    Both memories are the run's: {"method", "velocity"}, written to disk and taken up again like any. The velocity's
-    goes from one evaluation to the next, in the order in which the method asks. Raises ValueError for an adaptive
-    method, whose rejected attempts would be remembered.
+    Its carry is {"method", "velocity"}, saved and resumed like any other. The velocity's part passes from one
+    evaluation to the next, in the method's order. Raises ValueError for an adaptive method, whose rejected attempts
+    would change it.
     """
     if not isinstance(method, Method):
-        raise ValueError(f"{method.name} tries steps and takes them back, but a guidance with a memory would remember")
+        raise ValueError(f"{method.name} may reject steps, and a guidance that carries a state cannot undo one")
 
     def init(x: Tensor, t: Tensor) -> Tree:
         return {"method": method.init(x, t), "velocity": guidance.init(x, t)}
 
-    def step(velocity: Remembering, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
-        carried = memory["velocity"]
+    def step(velocity: StatefulVelocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
+        carried = carry["velocity"]
 
-        def remembered(x: Tensor, t: Tensor) -> Tensor:
+        def evaluate(x: Tensor, t: Tensor) -> Tensor:
             nonlocal carried
-            answer, carried = velocity(x, t, carried)
-            return answer
+            dx, carried = velocity(x, t, carried)
+            return dx
 
-        # A memory that was on disk has lost what was empty.
-        advance = method.step(remembered, x, t, t_next, memory.get("method", []))
-        return advance._replace(memory={"method": advance.memory, "velocity": carried})
+        # An empty carry leaves no tensor in a file.
+        advance = method.step(evaluate, x, t, t_next, carry.get("method", []))
+        return advance._replace(carry={"method": advance.carry, "velocity": carried})
 
-    last = None if method.last is None else with_memory(method.last, guidance)
+    last = None if method.last is None else with_carry(method.last, guidance)
     return method._replace(init=init, step=step, last=last)
 
 
@@ -104,17 +104,17 @@ def batched(
     check_scale(scale)
     if is_one(scale):
         return lambda x, t: fn(x, t, *cond_args)
-    answers = together(fn, {"uncond": uncond_args, "cond": cond_args})
+    both = together(fn, {"uncond": uncond_args, "cond": cond_args})
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        answer = answers(x, t)
-        return extrapolate(answer["uncond"], answer["cond"], value(scale, t))
+        velocities = both(x, t)
+        return extrapolate(velocities["uncond"], velocities["cond"], value(scale, t))
 
     return guided
 
 
 def together(fn: Callable[..., Tensor], arguments: Mapping[str, tuple[Tree, ...]]) -> Callable[[Tensor, Tensor], dict]:
-    """`fn(x, t, *args)` for several args in one evaluation: (x, t) -> {name: answer}.
+    """`fn(x, t, *args)` for several args in one evaluation: (x, t) -> {name: velocity}.
 
     arguments: for each name trees of tensors whose first dimension is the batch, joined here in their order, once for
     a whole run. fn sees x (n batch, ...) and t () or (n batch,).
@@ -124,9 +124,9 @@ def together(fn: Callable[..., Tensor], arguments: Mapping[str, tuple[Tree, ...]
         return lambda x, t: {names[0]: fn(x, t, *arguments[names[0]])}
     joined = tree.map(lambda *parts: torch.cat(parts), *(tuple(arguments[name]) for name in names))
 
-    def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def evaluate(x: Tensor, t: Tensor) -> dict[str, Tensor]:
         count = len(names)
-        answer = fn(torch.cat([x] * count), torch.cat([t] * count) if t.ndim else t, *joined)
-        return dict(zip(names, answer.chunk(count), strict=True))
+        stacked = fn(torch.cat([x] * count), torch.cat([t] * count) if t.ndim else t, *joined)
+        return dict(zip(names, stacked.chunk(count), strict=True))
 
-    return answers
+    return evaluate

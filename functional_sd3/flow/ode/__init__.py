@@ -13,7 +13,7 @@ be differentiated, but neither vmapped nor compiled whole: see `adaptive`, which
 
 from functional_sd3.flow.ode.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
 from functional_sd3.flow.ode.integration import (
-    Diverged,
+    NonFiniteError,
     Save,
     evaluations,
     finish,
@@ -24,7 +24,7 @@ from functional_sd3.flow.ode.integration import (
     step,
     to_tensors,
 )
-from functional_sd3.flow.ode.method import Advance, Method, State, StepInfo, no_memory
+from functional_sd3.flow.ode.method import Advance, Method, State, StepInfo, no_carry
 from functional_sd3.flow.ode.multistep import AB2, AB3, AB4, DPMPP_2M, adams_bashforth
 from functional_sd3.flow.ode.predictor_corrector import UNIPC, unipc
 from functional_sd3.flow.ode.registry import ADAPTIVE, METHODS, NAMES, STOCHASTIC, named
@@ -42,7 +42,7 @@ __all__ = [
     "BOSH3",
     "DOPRI5",
     "DPMPP_2M",
-    "Diverged",
+    "NonFiniteError",
     "EULER",
     "HEUN",
     "HEUN_EDM",
@@ -69,7 +69,7 @@ __all__ = [
     "from_tensors",
     "integrate",
     "named",
-    "no_memory",
+    "no_carry",
     "renoised",
     "run",
     "start",

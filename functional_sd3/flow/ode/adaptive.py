@@ -78,7 +78,7 @@ class Solution(NamedTuple):
     """(batch,): the length that the next step would have."""
 
 
-class Failed(ArithmeticError):
+class StepFailed(ArithmeticError):
     """A sample cannot go on: `sample`, its `t`, the step length `h` that failed, and the `run` with all its states,
     of which `state` is the last good one."""
 
@@ -109,8 +109,8 @@ def solve(
     holds 4 or 5 times x for every step. on_step: told of each of times[1:], once all samples have passed it, with the
     straight line through it and the time before as the prediction of the data.
 
-    Raises ValueError for times as `ode.integrate` does and for tolerances that x's dtype cannot meet; `Failed`, naming
-    sample, t and h, when a step underflows, the velocity is not finite or max_steps attempts did not suffice.
+    Raises ValueError for times as `ode.integrate` does and for tolerances that x's dtype cannot meet; `StepFailed`,
+    naming sample, t and h, when a step underflows, the velocity is not finite or max_steps attempts did not suffice.
     """
     method = tolerances.replace(method, rtol, atol, max_steps)
     run, pieces, told = start(method, velocity, x, times, h=h), [], 1
@@ -162,7 +162,7 @@ def step(method: Adaptive, velocity: Velocity, run: Run) -> Run:
 
 
 def finished(method: Adaptive, run: Run) -> bool:
-    """Whether all samples have arrived; raises `Failed` when one cannot. The one place that reads values."""
+    """Whether all samples have arrived; raises `StepFailed` when one cannot. The one place that reads values."""
     waiting, failing = run.t != run.times[-1], _failing(method, run)
     try:
         code = (waiting.any() + 2 * failing.any()).item()
@@ -238,11 +238,11 @@ def _failing(method: Adaptive, run: Run) -> Tensor:
     return (left > 0) & (lost | (run.accepted + run.rejected >= method.max_steps))
 
 
-def _failure(method: Adaptive, run: Run, sample: int) -> Failed:
+def _failure(method: Adaptive, run: Run, sample: int) -> StepFailed:
     t, h, end = (float(value[sample]) for value in (run.t, run.h, run.times[-1]))
     place = f"sample {sample} stopped at t = {t:.9g} on its way to {end:.6g} after {int(run.accepted[sample])} steps: "
     if not math.isfinite(float(run.tried[sample])):
-        return Failed(
+        return StepFailed(
             f"{place}the velocity gives values that are not finite there (tried down to h = {h:.3g})", sample, run
         )
     asked = ", ".join(
@@ -253,7 +253,7 @@ def _failure(method: Adaptive, run: Run, sample: int) -> Failed:
         reason = f"max_steps = {method.max_steps} attempts did not suffice at {asked} (the next has h = {h:.3g})"
     else:
         reason = f"even a step of h = {h:.3g} has an error beyond {asked}, which rounding may be too coarse for"
-    return Failed(f"{place}{reason}", sample, run)
+    return StepFailed(f"{place}{reason}", sample, run)
 
 
 def _tell(on_step: Callable[[StepInfo], Any], run: Run, told: int) -> int:

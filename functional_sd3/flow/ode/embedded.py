@@ -19,7 +19,7 @@ class Control(NamedTuple):
     """The most a step is shortened by."""
     most: float = 10.0
     """The most a step is lengthened by."""
-    memory: float = 0.2
+    beta_q: float = 0.2
     """beta q of the PI controller; 0 is the elementary one."""
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functional_sd3.core.dispatch import is_concrete
 from functional_sd3.core.types import Tree, Velocity
-from functional_sd3.flow.ode.method import Advance, Method, no_memory
+from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.path import broadcast
 
 ITERATIONS = 50
@@ -19,7 +19,7 @@ TOLERANCE = 1e-6
 DEPTH = 4
 
 
-class Unsolved(ArithmeticError):
+class InversionFailed(ArithmeticError):
     """No y whose step leads to x was found: `sample` is the worst, its `residual` is relative to |x|, `t` is y's."""
 
     def __init__(self, sample: int, residual: float, tolerance: float, iterations: int, t: float):
@@ -43,14 +43,14 @@ def inverse(
     with. 0 is the plain iteration, which converges where h |dphi/dy| < 1.
 
     Works under vmap, grad (through the iterations) and compile, where nothing can be read and so all iterations are
-    made. Elsewhere a tolerance that is not met raises `Unsolved`. Raises ValueError for a method that remembers or
-    takes its last step otherwise, and for iterations below 1.
+    made. Elsewhere a tolerance that is not met raises `InversionFailed`. Raises ValueError for a
+    method that carries a state or takes its last step otherwise, and for iterations below 1.
     """
     check_one_step(method)
     if iterations < 1:
         raise ValueError(f"iterations {iterations} must be at least 1")
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         y, pairs = x, []
         enough = None if tolerance is None else tolerance * _norms(x)
         for _ in range(iterations):
@@ -65,13 +65,13 @@ def inverse(
             done = left <= enough
             y = torch.where(broadcast(done, x), y, proposed)
             if is_concrete(done) and done.all():
-                return Advance(y, memory, there.slope)
+                return Advance(y, carry, there.slope)
         if enough is not None and is_concrete(left):
             _refuse(left / _norms(x), tolerance, iterations, t_next)
-        return Advance(y, memory, there.slope)
+        return Advance(y, carry, there.slope)
 
     return Method(
-        no_memory, step, order=method.order, evaluations=iterations * method.evaluations, name=f"{method.name}_inverse"
+        no_carry, step, order=method.order, evaluations=iterations * method.evaluations, name=f"{method.name}_inverse"
     )
 
 
@@ -81,7 +81,7 @@ def check_one_step(method: Method) -> None:
     half = torch.full((), 0.5, dtype=torch.float32, device="cpu")
     if method.init(start, 2 * half) != []:
         raise ValueError(f"{method.name} carries a state of its own; only one-step methods have inverses")
-    if method.step(lambda x, t: x, start, 2 * half, half, []).memory != []:
+    if method.step(lambda x, t: x, start, 2 * half, half, []).carry != []:
         raise ValueError(f"{method.name} remembers earlier steps; only one-step methods such as heun have inverses")
     if method.last is not None:
         raise ValueError(
@@ -119,4 +119,4 @@ def _refuse(left: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:
     # What is not finite is the velocity's fault, which `check=True` of a run names.
     worst = int(left.nan_to_num(nan=0.0, posinf=0.0).argmax())
     if tolerance < left[worst] < torch.inf:
-        raise Unsolved(worst, float(left[worst]), tolerance, iterations, float(t if t.ndim == 0 else t[worst]))
+        raise InversionFailed(worst, float(left[worst]), tolerance, iterations, float(t if t.ndim == 0 else t[worst]))

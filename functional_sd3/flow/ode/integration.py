@@ -17,7 +17,7 @@ from functional_sd3.flow.times import Times, checked
 Save = str | Collection[int] | Callable[[StepInfo], Any]
 
 
-class Diverged(ArithmeticError):
+class NonFiniteError(ArithmeticError):
     """The state is not finite after step `index` (0 is the first), from time `t`; `state` is the last good one."""
 
     def __init__(self, index: int, steps: int, state: State):
@@ -48,8 +48,8 @@ def integrate(
     save: None returns the last x (batch, ...); "all" the n + 1 states at `times`, (n + 1, batch, ...); indices into
     `times` those states only, stacked in the order given; a function the list of what it returned for each `StepInfo`.
     on_step: called with the `StepInfo` after each step; what it returns is ignored.
-    check: look at every state and raise `Diverged` where one is not finite (which waits for the device at each step).
-    rtol, atol: of an adaptive method, which raises `adaptive.Failed` when it cannot go on; 1e-5 and 1e-6 by default.
+    check: raise `NonFiniteError` after the first step whose state is not finite (which waits for the device each step).
+    rtol, atol: of an adaptive method, which raises `adaptive.StepFailed` when it cannot go on; default 1e-5 and 1e-6.
 
     Raises ValueError for grids of the wrong shape and, when the values are at hand (in CPU memory, not being traced),
     for grids that are not monotone or leave [0, 1].
@@ -88,8 +88,8 @@ def step(method: Method | Adaptive, velocity: Velocity, state: State, t_next: Te
     t_next = torch.as_tensor(t_next, dtype=state.t.dtype, device=state.t.device)
     if isinstance(method, Adaptive):
         return run(method, velocity, state, torch.stack(torch.broadcast_tensors(state.t, t_next)))
-    x, memory, _ = method.step(velocity, state.x, state.t, t_next, state.memory)
-    return State(x, t_next, memory)
+    x, carry, _ = method.step(velocity, state.x, state.t, t_next, state.carry)
+    return State(x, t_next, carry)
 
 
 def finish(method: Method | Adaptive, velocity: Velocity, state: State, t_next: Tensor | float) -> State:
@@ -119,30 +119,30 @@ def run(
     grid = checked(times, state.x)
     if isinstance(method, Adaptive):
         grid = grid if on_step is not None else grid[[0, -1]]
-        h = state.memory["h"] if state.memory else None
+        h = state.carry["h"] if state.carry else None
         solution = adaptive.solve(method, velocity, state.x, grid, h=h, on_step=on_step)
         return State(solution.x[-1], grid[-1], {"h": solution.h})
     steps = len(grid) - 1
     for index, t_next in enumerate(grid[1:].unbind(0)):
         stepper = method.last if method.last and ends and index == steps - 1 else method
-        x, memory, slope = stepper.step(velocity, state.x, state.t, t_next, state.memory)
-        before, state = state, State(x, t_next, memory)
+        x, carry, slope = stepper.step(velocity, state.x, state.t, t_next, state.carry)
+        before, state = state, State(x, t_next, carry)
         if check and not torch.isfinite(x).all():
-            raise Diverged(index, steps, before)
+            raise NonFiniteError(index, steps, before)
         if on_step is not None:
             on_step(StepInfo(index, steps, state, denoised(before.x, slope, before.t)))
     return state
 
 
 def to_tensors(state: State) -> dict[str, Tensor]:
-    """A state as flat named tensors, for safetensors: x, t, memory.0.value, ..."""
+    """A state as flat named tensors, for safetensors: x, t, carry.0.value, ..."""
     return tree.flatten_paths(state)
 
 
 def from_tensors(tensors: dict[str, Tensor]) -> State:
     """The inverse of `to_tensors`."""
     nested = tree.unflatten_paths(tensors)
-    return State(nested["x"], nested["t"], nested.get("memory", []))
+    return State(nested["x"], nested["t"], nested.get("carry", []))
 
 
 def evaluations(method: Method, steps: int) -> int:

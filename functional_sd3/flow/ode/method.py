@@ -16,7 +16,7 @@ class Advance(NamedTuple):
     """What one step gives."""
 
     x: Tensor
-    memory: Tree
+    carry: Tree
     slope: Tensor
     """The velocity at the start of the step, in the dtype of x; `path.denoised` of it is what the step aimed at."""
 
@@ -25,9 +25,9 @@ class Method(NamedTuple):
     """An integrator of dx/dt = velocity(x, t) over a given grid."""
 
     init: Callable[[Tensor, Tensor], Tree]
-    """`init(x, t)` -> memory: a tensor, or dicts and lists of tensors, [] for none."""
+    """`init(x, t)` -> carry: a tensor, or dicts and lists of tensors, [] for none."""
     step: Callable[[Velocity, Tensor, Tensor, Tensor, Tree], Advance]
-    """`step(velocity, x, t, t_next, memory)` -> Advance. t, t_next scalar or (batch,), in either direction of
+    """`step(velocity, x, t, t_next, carry)` -> Advance. t, t_next scalar or (batch,), in either direction of
     time; a step of no length (t_next = t) leaves x as it is."""
     order: int
     """p: twice as many steps divide the error at the end by 2^p."""
@@ -43,7 +43,7 @@ class State(NamedTuple):
 
     x: Tensor
     t: Tensor
-    memory: Tree
+    carry: Tree
 
 
 class StepInfo(NamedTuple):
@@ -66,6 +66,6 @@ class StepInfo(NamedTuple):
         return self.state.t
 
 
-def no_memory(x: Tensor, t: Tensor) -> list[Tree]:
-    """The memory of a one-step method, and of a multistep method that has seen nothing yet."""
+def no_carry(x: Tensor, t: Tensor) -> list[Tree]:
+    """The carry of a one-step method, and of a multistep method that has seen nothing yet."""
     return []

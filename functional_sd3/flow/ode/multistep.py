@@ -1,6 +1,6 @@
 """Methods that remember: one evaluation a step, and their order from what earlier steps saw.
 
-The memory is a list of what the last steps saw and when, newest first: empty at the start, then longer by one a step
+The carry is a list of what the last steps saw and when, newest first: empty at the start, then longer by one a step
 until it is full. Its length tells how far a run has come, so nothing is read from the device.
 """
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Velocity
-from functional_sd3.flow.ode.method import Advance, Method, no_memory
+from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.ode.polynomial import integral
 from functional_sd3.flow.ode.runge_kutta import EULER, MIDPOINT, RK4
 from functional_sd3.flow.path import broadcast
 
-Memory = list[dict[str, Tensor]]
+History = list[dict[str, Tensor]]
 """Each {"value": (batch, ...), "t": scalar or (batch,)}."""
 
 
-def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Memory) -> Advance:
+def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: History) -> Advance:
     """DPM-Solver++(2M) in k-diffusion's form, with lambda = -log t.
 
     With D = x - t v, h = lambda_next - lambda and D' = D + (h / 2 h_last) (D - D_last):
@@ -28,9 +28,9 @@ def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memo
     slope = velocity(x, t).to(x.dtype)
     prediction = x - broadcast(t, x) * slope
     seen = [{"value": prediction, "t": t}]
-    if not memory:
+    if not carry:
         return Advance(x + broadcast(t_next - t, x) * slope, seen, slope)
-    last, t_last = memory[0]["value"], memory[0]["t"]
+    last, t_last = carry[0]["value"], carry[0]["t"]
     finite = (t > 0) & (t_next > 0) & (t_last > 0) & (t_last != t)
     # Where lambda is infinite the logarithms are taken of harmless numbers, so that their derivatives are finite too.
     before, here, after = (torch.where(finite, time, safe) for time, safe in ((t_last, 2.0), (t, 1.0), (t_next, 1.0)))
@@ -39,7 +39,7 @@ def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memo
     return Advance(x + broadcast(t_next - t, x) * (slope - bend), seen, slope)
 
 
-DPMPP_2M = Method(no_memory, dpmpp_2m_step, order=2, evaluations=1, name="dpmpp_2m")
+DPMPP_2M = Method(no_carry, dpmpp_2m_step, order=2, evaluations=1, name="dpmpp_2m")
 """Lu et al. 2022, arXiv:2211.01095, algorithm 2; the sampler of Stability's reference for all but the turbo model."""
 
 
@@ -50,15 +50,15 @@ def adams_bashforth(order: int, starter: Method) -> Method:
     order must be at least order - 1 for the error of the whole to have the order it says.
     """
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Memory) -> Advance:
-        if len(memory) < order - 1:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: History) -> Advance:
+        if len(carry) < order - 1:
             x_next, _, slope = starter.step(velocity, x, t, t_next, [])
-            return Advance(x_next, [{"value": slope, "t": t}, *memory], slope)
+            return Advance(x_next, [{"value": slope, "t": t}, *carry], slope)
         slope = velocity(x, t).to(x.dtype)
-        points = [{"value": slope, "t": t}, *memory]
+        points = [{"value": slope, "t": t}, *carry]
         return Advance(x + _integral(points, t_next, x), points[:-1], slope)
 
-    return Method(no_memory, step, order, evaluations=1, name=f"adams_bashforth_{order}")
+    return Method(no_carry, step, order, evaluations=1, name=f"adams_bashforth_{order}")
 
 
 AB2 = adams_bashforth(2, EULER)
@@ -66,7 +66,7 @@ AB3 = adams_bashforth(3, MIDPOINT)
 AB4 = adams_bashforth(4, RK4)
 
 
-def _integral(points: Memory, t_next: Tensor, x: Tensor) -> Tensor:
+def _integral(points: History, t_next: Tensor, x: Tensor) -> Tensor:
     """From the time of the first point to t_next, of the polynomial through the points."""
     t = points[0]["t"]
     moments = [(t_next - t) ** (power + 1) / (power + 1) for power in range(len(points))]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Tree, Velocity
-from functional_sd3.flow.ode.method import Advance, Method, no_memory
-from functional_sd3.flow.ode.multistep import Memory
+from functional_sd3.flow.ode.method import Advance, Method, no_carry
+from functional_sd3.flow.ode.multistep import History
 from functional_sd3.flow.ode.polynomial import integral
 from functional_sd3.flow.path import broadcast
 
@@ -33,13 +33,13 @@ def unipc(order: int = 2) -> Method:
     if order not in (1, 2, 3):
         raise ValueError(f"order {order} of UniPC must be 1, 2 or 3")
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         slope = velocity(x, t).to(x.dtype)
         here = {"value": x - broadcast(t, x) * slope, "t": t}
         start, points = x, [here]
-        if memory:
-            seen = memory["seen"]
-            start = _corrected(memory["x"], seen, here, x)
+        if carry:
+            seen = carry["seen"]
+            start = _corrected(carry["x"], seen, here, x)
             points = [here, *seen][:order]
         # (t_next / t) start + (1 - t_next / t) D, where t = 0 is no exception.
         moved = broadcast(torch.where(t > 0, (t_next - t) / torch.where(t > 0, t, 1.0), 0.0), x) * (start - x)
@@ -47,13 +47,13 @@ def unipc(order: int = 2) -> Method:
         return Advance(x_next + _bend(points, t_next, x), {"x": start, "seen": points}, slope)
 
     name = "unipc" if order == 2 else f"unipc_{order}"
-    return Method(no_memory, step, order=min(order + 1, 2), evaluations=1, name=name)
+    return Method(no_carry, step, order=min(order + 1, 2), evaluations=1, name=name)
 
 
 UNIPC = unipc(2)
 
 
-def _corrected(x: Tensor, seen: Memory, here: dict[str, Tensor], predicted: Tensor) -> Tensor:
+def _corrected(x: Tensor, seen: History, here: dict[str, Tensor], predicted: Tensor) -> Tensor:
     """The step from x at the time of seen[0] to `here`, with what is seen here; `predicted` where nothing can be."""
     last, t = seen[0]["t"], here["t"]
     usable = (last > 0) & (t > 0) & (t != last)
@@ -63,7 +63,7 @@ def _corrected(x: Tensor, seen: Memory, here: dict[str, Tensor], predicted: Tens
     return torch.where(broadcast(usable, x), again, predicted)
 
 
-def _bend(points: Memory, t_next: Tensor, x: Tensor) -> Tensor:
+def _bend(points: History, t_next: Tensor, x: Tensor) -> Tensor:
     """What the polynomial through the points adds to the step on the value of the first, from its time to t_next."""
     if len(points) == 1:
         return torch.zeros_like(x)

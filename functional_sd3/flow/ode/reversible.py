@@ -25,7 +25,7 @@ COUPLING = 0.99
 def reversible(base: Method = MIDPOINT, coupling: float = COUPLING) -> tuple[Method, Method]:
     """(there, back): a method of the order of `base` at twice its evaluations, and the one that undoes it.
 
-    `there` is a method like any other, in either direction of time. The copy z is its memory, {"twin": (batch, ...)}:
+    `there` is a method like any other, in either direction of time. The copy z is its carry, {"twin": (batch, ...)}:
     to be undone, a run must be taken up with the state it ended in, not with its x alone,
     `ode.run(back, velocity, end, times.flip(0))`. `back` is for that alone: what `there` damps it lets grow, by
     1 / lambda a step. coupling: lambda in (0, 1].
@@ -41,15 +41,15 @@ def reversible(base: Method = MIDPOINT, coupling: float = COUPLING) -> tuple[Met
         # A method leaves x as it is in a step of no length, but x - x is not 0 where x is not finite.
         return torch.where(broadcast(t == t_next, x), 0.0, step.x - x), step.slope
 
-    def there(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
-        twin = memory["twin"]
+    def there(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
+        twin = carry["twin"]
         gained, slope = increment(velocity, twin, t, t_next)
         x = coupling * x + (1 - coupling) * twin + gained
         return Advance(x, {"twin": twin - increment(velocity, x, t_next, t)[0]}, slope)
 
-    def back(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+    def back(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         gained, slope = increment(velocity, x, t, t_next)
-        twin = memory["twin"] + gained
+        twin = carry["twin"] + gained
         x = (x - (1 - coupling) * twin - increment(velocity, twin, t_next, t)[0]) / coupling
         return Advance(x, {"twin": twin}, slope)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from functional_sd3.core.types import Tree, Velocity
-from functional_sd3.flow.ode.method import Advance, Method, no_memory
+from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.path import broadcast
 
 
@@ -45,11 +45,11 @@ def combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
 def explicit(name: str, order: int, tableau: Tableau) -> Method:
     """The method of a tableau."""
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Tree) -> Advance:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         slopes = stages(tableau, velocity, x, t, t_next)
-        return Advance(x + broadcast(t_next - t, x) * combine(tableau.weights, slopes), memory, slopes[0])
+        return Advance(x + broadcast(t_next - t, x) * combine(tableau.weights, slopes), carry, slopes[0])
 
-    return Method(no_memory, step, order=order, evaluations=len(tableau.nodes), name=name)
+    return Method(no_carry, step, order=order, evaluations=len(tableau.nodes), name=name)
 
 
 def second_order(alpha: float) -> Tableau:

@@ -28,7 +28,7 @@ def factor(method: Adaptive, error: Tensor, last: Tensor, retrying: Tensor) -> T
     error is not finite.
     """
     control, q = method.control, method.estimate
-    beta = control.memory / q
+    beta = control.beta_q / q
     error, last = error.clamp(min=1e-10), last.clamp(min=1e-4)
     grown = (control.safety * error ** (0.75 * beta - 1 / q) * last**beta).clamp(control.least, control.most)
     grown = torch.where(retrying, grown.clamp(max=1.0), grown)

@@ -2,7 +2,7 @@
 
     x = integrate(ancestral(prng.key(0)), velocity, noise, schedule.sigmas(28))
 
-The keys are in the method's memory, one for each sample, and each step takes its own from them: a run stays a fold
+The keys are in the method's carry, one for each sample, and each step takes its own from them: a run stays a fold
 over explicit state, resumes to the bit, and a sample's noise depends on its key and the step alone. For grids that
 descend; an ascending step draws nothing. Give the key of the starting noise to nobody else: `prng.split` it.
 """
@@ -27,9 +27,9 @@ def ancestral(key: Key, eta: float | Tensor = 1.0, scale: float | Tensor = 1.0) 
     noise. Of order 1 in distribution, one evaluation a step.
     """
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Key) -> Advance:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Key) -> Advance:
         slope = velocity(x, t).to(x.dtype)
-        memory, noise = _draw(memory, x)
+        carry, noise = _draw(carry, x)
         descends = (t_next < t) & (t_next > 0)
         # Where nothing is drawn the square root has a harmless argument, so that its derivative is finite too.
         here, after = torch.where(descends, t, 0.75), torch.where(descends, t_next, 0.5)
@@ -39,7 +39,7 @@ def ancestral(key: Key, eta: float | Tensor = 1.0, scale: float | Tensor = 1.0) 
         to = torch.where(descends, down, t_next)
         kept, added = torch.where(descends, kept, 1.0), torch.where(descends, added, 0.0)
         x_next = broadcast(kept, x) * (x + broadcast(to - t, x) * slope) + broadcast(scale * added, x) * noise
-        return Advance(x_next, memory, slope)
+        return Advance(x_next, carry, slope)
 
     return Method(_keys(key), step, order=1, evaluations=1, name="euler_ancestral")
 
@@ -52,12 +52,12 @@ def renoised(key: Key) -> Method:
     too smooth, and more steps do not bring the flow's distribution, so its order is 0. One evaluation a step.
     """
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Key) -> Advance:
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Key) -> Advance:
         slope = velocity(x, t).to(x.dtype)
-        memory, noise = _draw(memory, x)
+        carry, noise = _draw(carry, x)
         drawn = interpolate(x - broadcast(t, x) * slope, noise, t_next)
         plain = x + broadcast(t_next - t, x) * slope
-        return Advance(torch.where(broadcast(t_next < t, x), drawn, plain), memory, slope)
+        return Advance(torch.where(broadcast(t_next < t, x), drawn, plain), carry, slope)
 
     return Method(_keys(key), step, order=0, evaluations=1, name="euler_renoised")
 
@@ -76,7 +76,7 @@ def churn(
     There sigma = t / (1 - t) is raised to (1 + gamma) sigma, which is t_raised = t (1 + gamma) / (1 + gamma t), and
     x_raised = (x + t sqrt(gamma (2 + gamma)) noise) / (1 + gamma t). gamma >= 0: S_churn / steps of the paper, which
     keeps it below sqrt(2) - 1; drawn where lowest <= t <= highest (S_tmin, S_tmax as times); scale: S_noise.
-    base: a method without memory; its order is that in distribution as long as gamma falls like the length of the
+    base: a method without carry; its order is that in distribution as long as gamma falls like the length of the
     steps. The level raised to is a time that is not of the grid.
 
     diffusers' `FlowMatchHeunDiscreteScheduler` adds noise of variance t_raised^2 - t^2 for s_churn, without shrinking
@@ -84,10 +84,10 @@ def churn(
     """
     one = torch.zeros(1, dtype=torch.float32, device="cpu")
     if base.init(one, one[0]) != []:
-        raise ValueError(f"churn takes a method without memory as its base, and {base.name} remembers")
+        raise ValueError(f"churn takes a method without carry as its base, and {base.name} remembers")
 
-    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, memory: Key) -> Advance:
-        memory, noise = _draw(memory, x)
+    def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Key) -> Advance:
+        carry, noise = _draw(carry, x)
         drawn = (t_next < t) & (lowest <= t) & (t <= highest)
         amount = torch.where(drawn, torch.as_tensor(gamma, dtype=t.dtype, device=t.device), 0.0)
         raised = t * (1 + amount) / (1 + amount * t)
@@ -97,7 +97,7 @@ def churn(
         # The data that the step aims at, seen from where x was: x - t slope = start - raised slope'.
         aim = start - broadcast(raised, x) * slope
         seen = torch.where(broadcast(t > 0, x), (x - aim) / broadcast(torch.where(t > 0, t, 1.0), x), slope)
-        return Advance(x_next, memory, seen)
+        return Advance(x_next, carry, seen)
 
     return Method(_keys(key), step, order=base.order, evaluations=base.evaluations, name=f"{base.name}_churn")
 

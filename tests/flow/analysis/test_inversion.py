@@ -13,7 +13,7 @@ from functional_sd3.core import prng
 from functional_sd3.flow import ode, schedule
 from functional_sd3.flow.analysis import inversion, likelihood
 from functional_sd3.flow.ode import fixed_point, reversible, stochastic
-from functional_sd3.flow.ode.fixed_point import Unsolved
+from functional_sd3.flow.ode.fixed_point import InversionFailed
 from functional_sd3.image import pixels
 from functional_sd3.recipes import shapes
 from functional_sd3.weights import shipped
@@ -91,14 +91,14 @@ def test_a_stiff_linear_step_is_solved_only_with_acceleration():
     # h |A| = 2.4: the plain iteration diverges, Anderson's finds the solution in as many steps as there are directions.
     matrix = torch.diag(torch.tensor([12.0, 8.0], dtype=torch.float64))
     field = lambda x, t: x @ matrix  # noqa: E731
-    x, told = data(), {"iterations": 12, "tolerance": 1e-9}
+    x, options = data(), {"iterations": 12, "tolerance": 1e-9}
     t, t_next = torch.tensor([0.0, 0.2], dtype=torch.float64)
-    y = fixed_point.inverse(ode.EULER, **told).step(field, x, t, t_next, []).x
+    y = fixed_point.inverse(ode.EULER, **options).step(field, x, t, t_next, []).x
     torch.testing.assert_close(y @ (torch.eye(2).double() - 0.2 * matrix), x, rtol=0, atol=1e-8)
     with pytest.raises(
-        Unsolved, match=r"sample \d at t = 0.2: 12 iterations left .* above the tolerance 1e-09"
+        InversionFailed, match=r"sample \d at t = 0.2: 12 iterations left .* above the tolerance 1e-09"
     ) as caught:
-        fixed_point.inverse(ode.EULER, depth=0, **told).step(field, x, t, t_next, [])
+        fixed_point.inverse(ode.EULER, depth=0, **options).step(field, x, t, t_next, [])
     assert caught.value.residual > 1 and caught.value.t == pytest.approx(0.2)
     fixed_point.inverse(ode.EULER, depth=0, iterations=3, tolerance=None).step(field, x, t, t_next, [])
 
@@ -130,7 +130,7 @@ def test_the_way_back_undoes_a_coupled_run_whatever_the_method(method, coupling)
     end = ode.run(there, flows.field, start, grid)
     again = ode.run(back, flows.field, end, grid.flip(0))
     torch.testing.assert_close(again.x, x, rtol=0, atol=1e-12)
-    torch.testing.assert_close(again.memory["twin"], start.memory["twin"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(again.carry["twin"], start.carry["twin"], rtol=0, atol=1e-12)
     assert (end.x - ode.integrate(method, flows.field, x, grid)).norm() < 0.5
 
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_inverted_is_refused_by_name(make, message):
 
 def test_a_velocity_that_is_not_finite_is_found_by_the_run():
     field = lambda x, t: torch.where(t > 0.5, math.nan, x)  # noqa: E731
-    with pytest.raises(ode.Diverged, match="step 3 of 4"):
+    with pytest.raises(ode.NonFiniteError, match="step 3 of 4"):
         likelihood.invert(field, data(), torch.linspace(0, 1, 5), check=True)
 
 

@@ -5,7 +5,7 @@ import torch
 from functional_sd3.core import prng
 from functional_sd3.flow import guidance
 
-TOLD = ("told", "one")
+CONDITIONING = ("context", "pooled")
 
 
 def velocities(seed: int, batch: int = 3, shape=(4, 6, 5)) -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ MORE = {
     "skip_layer": lambda scale: guidance.at(guidance.skip_layer(guidance.cfg(4.0), (1,), scale, 0.0, 1.0), 1, 3),
     "perturbed": lambda scale: guidance.perturbed(guidance.zero_star(4.0), (1,), scale),
     "smoothed": lambda scale: guidance.smoothed(guidance.cfg(4.0), (1,), scale),
-    "composed": lambda scale: guidance.composed(guidance.cfg(4.0), (TOLD, scale)),
+    "composed": lambda scale: guidance.composed(guidance.cfg(4.0), (CONDITIONING, scale)),
     "rescaled": lambda scale: guidance.rescaled(guidance.cfg(4.0), scale),
 }
 """What makes a guidance of one: scale or factor -> Guidance."""

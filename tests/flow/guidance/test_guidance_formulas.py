@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_sd3.flow import guidance
-from functional_sd3.flow.guidance import combine as combining
+from functional_sd3.flow.guidance import combine as formulas
 from functional_sd3.flow.path import denoised
-from tests.flow.guidance.guidances import ALL, BASES, MORE, TOLD, combine, point, velocities
+from tests.flow.guidance.guidances import ALL, BASES, CONDITIONING, MORE, combine, point, velocities
 
 SEEDS = st.integers(0, 2**31 - 1)
 SCALES = st.floats(-5, 15)
@@ -107,7 +107,7 @@ def test_the_gradient_is_finite_where_velocities_vanish_or_agree(name):
 @settings(max_examples=20)
 def test_zero_star_starts_from_the_projection_onto_the_negative_velocity_whatever_its_length(seed, factor):
     answers, negative, positive = both(seed)
-    start = combining.aligned(negative, positive)
+    start = formulas.project_onto(negative, positive)
     close(dot(positive - start, negative), torch.zeros(3), atol=1e-3, rtol=0)
     close(combine(guidance.zero_star(0.0), answers, *point(seed)), start)
     longer = {**answers, "negative": factor * negative}
@@ -126,8 +126,8 @@ def test_the_tangent_is_the_projection_onto_the_first_singular_vector(seed):
     _, _, right = torch.linalg.svd(torch.stack([positive, negative], 1).flatten(2).double(), full_matrices=False)
     first = right[:, 0]
     expected = (negative.flatten(1).double() * first).sum(1, keepdim=True) * first
-    close(combining.tangent(negative, positive).flatten(1), expected.float(), atol=1e-5, rtol=1e-5)
-    close(combining.tangent(0.3 * positive, positive), 0.3 * positive, atol=1e-5, rtol=1e-4)
+    close(formulas.tangential_component(negative, positive).flatten(1), expected.float(), atol=1e-5, rtol=1e-5)
+    close(formulas.tangential_component(0.3 * positive, positive), 0.3 * positive, atol=1e-5, rtol=1e-4)
 
 
 @given(seed=SEEDS, scale=SCALES)
@@ -159,8 +159,8 @@ def test_the_projected_update_is_orthogonal_to_the_prompts_prediction_and_not_to
 
 def test_the_limit_shortens_what_is_longer_and_nothing_else():
     long = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
-    close(combining.limited(long, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
-    close(combining.limited(long, torch.tensor([2.5, 0.1, 1.0])), torch.tensor([[1.5, 2], [0.06, 0.08], [0, 0]]))
+    close(formulas.clip_norm(long, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    close(formulas.clip_norm(long, torch.tensor([2.5, 0.1, 1.0])), torch.tensor([[1.5, 2], [0.06, 0.08], [0, 0]]))
 
 
 @given(seed=SEEDS, scale=SCALES, rate=st.floats(0, 10))
@@ -189,18 +189,18 @@ def test_rescaled_velocities_have_the_deviation_of_the_prompts_and_the_direction
 @settings(max_examples=20)
 def test_prompts_compose_by_a_sum_of_their_differences_in_any_order(seed, weights):
     answers, negative, _ = both(seed)
-    told = [velocities(seed + 1 + i)["positive"] for i in range(len(weights))]
+    further = [velocities(seed + 1 + i)["positive"] for i in range(len(weights))]
     expected = combine(guidance.cfg(3.0), answers, *point(seed))
-    expected = expected + sum(weight * (v - negative) for weight, v in zip(weights, told, strict=True))
+    expected = expected + sum(weight * (v - negative) for weight, v in zip(weights, further, strict=True))
     for order in (list(range(len(weights))), list(reversed(range(len(weights))))):
         composed = guidance.composed(guidance.cfg(3.0), *((object(), weights[i]) for i in order))
-        named = {f"prompt {place + 1}": told[i] for place, i in enumerate(order)}
+        named = {f"prompt {place + 1}": further[i] for place, i in enumerate(order)}
         close(combine(composed, {**answers, **named}, *point(seed)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_prompt_composed_with_nothing_is_classifier_free_guidance_of_it():
     answers, x_t = velocities(4), point(4)
-    of_prompt = combine(guidance.composed(guidance.cfg(0.0), (TOLD, 6.0)), answers, *x_t)
+    of_prompt = combine(guidance.composed(guidance.cfg(0.0), (CONDITIONING, 6.0)), answers, *x_t)
     close(of_prompt, combine(guidance.cfg(6.0), {**answers, "positive": answers["prompt 1"]}, *x_t))
 
 

@@ -285,9 +285,9 @@ def test_interleaved_runs_and_runs_in_threads_equal_separate_ones(method):
 @METHODS
 def test_forth_and_back_returns_to_the_start_within_the_tolerance(method):
     x = noise((3, 4))
-    told = {"rtol": 1e-7, "atol": 1e-7}
-    there = ode.integrate(method, restless, x, ENDS, **told)
-    torch.testing.assert_close(ode.integrate(method, restless, there, [0.0, 1.0], **told), x, rtol=0, atol=1e-5)
+    options = {"rtol": 1e-7, "atol": 1e-7}
+    there = ode.integrate(method, restless, x, ENDS, **options)
+    torch.testing.assert_close(ode.integrate(method, restless, there, [0.0, 1.0], **options), x, rtol=0, atol=1e-5)
 
 
 def test_samples_may_start_and_end_at_times_of_their_own_and_one_that_has_nothing_to_do_stays():
@@ -365,21 +365,21 @@ def test_what_integrate_saves_and_tells_is_the_solution_at_the_times():
     assert torch.equal(ode.integrate(ode.TSIT5, restless, x, times), solution.x[-1])
     assert torch.equal(ode.integrate(ode.TSIT5, restless, x, times, save="all"), solution.x)
     assert torch.equal(ode.integrate(ode.TSIT5, restless, x, times, save=[2, -1]), solution.x[[2, -1]])
-    told = []
-    means = ode.integrate(ode.TSIT5, restless, x, times, save=lambda info: info.x.mean(), on_step=told.append)
+    infos = []
+    means = ode.integrate(ode.TSIT5, restless, x, times, save=lambda info: info.x.mean(), on_step=infos.append)
     assert torch.equal(torch.stack(means), solution.x[1:].mean((1, 2)))
-    assert [info.index for info in told] == list(range(6)) and all(info.steps == 6 for info in told)
-    for i, info in enumerate(told):
+    assert [info.index for info in infos] == list(range(6)) and all(info.steps == 6 for info in infos)
+    for i, info in enumerate(infos):
         assert torch.equal(info.x, solution.x[i + 1]) and torch.equal(info.t, times[i + 1].double().expand(3))
     # The last two times and the straight line through them, which ends at the last state itself.
-    torch.testing.assert_close(told[-1].denoised, solution.x[-1])
+    torch.testing.assert_close(infos[-1].denoised, solution.x[-1])
     slope = (solution.x[2] - solution.x[1]) / (times[2] - times[1]).double()
-    torch.testing.assert_close(told[1].denoised, solution.x[2] - times[2].double() * slope)
+    torch.testing.assert_close(infos[1].denoised, solution.x[2] - times[2].double() * slope)
 
 
 def test_parts_of_a_run_give_the_whole_within_the_tolerance_and_take_their_step_length_along():
-    x, told = noise((3, 4)), {"rtol": 1e-6, "atol": 1e-6}
-    method = ode.DOPRI5._replace(**told)
+    x, options = noise((3, 4)), {"rtol": 1e-6, "atol": 1e-6}
+    method = ode.DOPRI5._replace(**options)
     state = ode.run(method, restless, ode.start(method, x, 1.0), [1.0, 0.7, 0.5], ends=False)
     assert torch.equal(state.t, torch.tensor(0.5).double())
     calls = []
@@ -408,26 +408,27 @@ def test_a_velocity_that_is_not_finite_is_named_with_its_sample_and_time_and_the
         return torch.where(bad & (broadcast(t, x) < 0.5), torch.nan, x)
 
     with pytest.raises(
-        adaptive.Failed, match=r"sample 1 stopped at t = 0\.5\d* on its way to 0 .* not finite"
+        adaptive.StepFailed, match=r"sample 1 stopped at t = 0\.5\d* on its way to 0 .* not finite"
     ) as caught:
         ode.integrate(ode.DOPRI5, velocity, x, ENDS)
     failure = caught.value
     assert failure.sample == 1 and failure.t == pytest.approx(0.5, abs=1e-12) and 0 < failure.h < 1e-14
     torch.testing.assert_close(failure.state.x[1], x[1] * math.exp(-0.5), rtol=1e-4, atol=0)
     assert torch.isfinite(failure.state.x).all()
-    with pytest.raises(adaptive.Failed, match="sample 0 stopped at t = 1 on its way to 0 after 0 steps.*not finite"):
+    message = "sample 0 stopped at t = 1 on its way to 0 after 0 steps.*not finite"
+    with pytest.raises(adaptive.StepFailed, match=message):
         ode.integrate(ode.DOPRI5, lambda x, t: torch.inf * x, x, ENDS)
 
 
 def test_a_step_that_underflows_says_that_the_tolerance_is_out_of_reach():
     # x = 1 / (1 - 3 (1 - t)) leaves every bound at t = 2/3.
-    with pytest.raises(adaptive.Failed, match=r"sample 0 stopped at t = 0\.6666\d*.*even a step of h = .* rtol"):
+    with pytest.raises(adaptive.StepFailed, match=r"sample 0 stopped at t = 0\.6666\d*.*even a step of h = .* rtol"):
         ode.integrate(ode.DOPRI5, lambda x, t: -3 * x**2, torch.ones(1, 1).double(), ENDS)
 
 
 def test_too_many_attempts_are_a_failure_with_the_number_and_the_step_that_was_next():
     with pytest.raises(
-        adaptive.Failed, match=r"max_steps = 7 attempts did not suffice at rtol = 1e-09.*h = "
+        adaptive.StepFailed, match=r"max_steps = 7 attempts did not suffice at rtol = 1e-09.*h = "
     ) as caught:
         adaptive.solve(ode.BOSH3, restless, noise(), ENDS, rtol=1e-9, atol=1e-9, max_steps=7)
     run = caught.value.run
@@ -441,7 +442,7 @@ def test_too_many_attempts_are_a_failure_with_the_number_and_the_step_that_was_n
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("options", "message"),
     [
         ({"rtol": 1e-8}, "rtol 1e-08 cannot be met in float32; it must be at least 4.8e-07"),
         ({"rtol": -1e-3}, "rtol -0.001 must be a number of at least 0"),
@@ -455,10 +456,10 @@ def test_too_many_attempts_are_a_failure_with_the_number_and_the_step_that_was_n
         ({"max_steps": 0}, "max_steps 0"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(told, message):
-    told = {"x": noise(dtype=torch.float32), "times": ENDS, **told}
+def test_what_cannot_be_run_is_refused_by_name(options, message):
+    options = {"x": noise(dtype=torch.float32), "times": ENDS, **options}
     with pytest.raises(ValueError, match=message):
-        adaptive.solve(ode.DOPRI5, field, **told)
+        adaptive.solve(ode.DOPRI5, field, **options)
 
 
 def test_tolerances_of_a_method_of_fixed_steps_and_counts_of_an_adaptive_one_are_refused():

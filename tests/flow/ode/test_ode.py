@@ -196,7 +196,7 @@ def test_unipc_starts_its_next_step_from_the_corrected_state():
 
     grid = torch.tensor([0.9, 0.7, 0.45, 0.2], dtype=torch.float64)
     first, last = (
-        ode.run(ode.UNIPC, velocity, ode.start(ode.UNIPC, noise(), grid[0]), part).memory["x"]
+        ode.run(ode.UNIPC, velocity, ode.start(ode.UNIPC, noise(), grid[0]), part).carry["x"]
         for part in (grid[:3], grid)
     )
     torch.testing.assert_close(last, exact(first, *grid[1:3]))
@@ -208,14 +208,14 @@ def test_every_name_is_found_and_what_does_not_fit_it_is_refused():
     assert ode.named("dopri5", rtol=1e-3)._replace(rtol=1e-5) == ode.DOPRI5
     assert ode.named("euler_ancestral", key=prng.key(0)).name == "euler_ancestral"
     assert set(ode.NAMES) == {*ode.METHODS, *ode.ADAPTIVE, *ode.STOCHASTIC}
-    for told, message in (
+    for options, message in (
         ({"name": "eulr"}, "method 'eulr' must be one of euler, midpoint"),
         ({"name": "euler", "rtol": 1e-3}, "rtol and atol are for the adaptive methods, bosh3, dopri5, tsit5; euler is"),
         ({"name": "heun_churn"}, "heun_churn draws noise at every step and needs a key"),
         ({"name": "heun_churn", "key": prng.key(0), "atol": 1.0}, "heun_churn is none"),
     ):
         with pytest.raises(ValueError, match=message):
-            ode.named(**told)
+            ode.named(**options)
     with pytest.raises(ValueError, match="order 4 of UniPC"):
         ode.unipc(4)
 
@@ -243,11 +243,11 @@ def test_save_returns_what_was_asked():
 
 def test_callbacks_are_told_every_step_with_the_prediction_it_started_from():
     x, grid = noise(), schedule.sigmas(4)
-    told = []
-    final = ode.integrate(ode.HEUN, field, x, grid, on_step=told.append)
+    infos = []
+    final = ode.integrate(ode.HEUN, field, x, grid, on_step=infos.append)
     states = ode.integrate(ode.HEUN, field, x, grid, save="all")
-    assert [info.index for info in told] == [0, 1, 2, 3] and all(info.steps == 4 for info in told)
-    for i, info in enumerate(told):
+    assert [info.index for info in infos] == [0, 1, 2, 3] and all(info.steps == 4 for info in infos)
+    for i, info in enumerate(infos):
         assert torch.equal(info.x, states[i + 1]) and info.t == grid[i + 1]
         t = grid[i].double()
         assert torch.equal(info.denoised, states[i] - t * field(states[i], t))
@@ -313,7 +313,7 @@ def test_a_state_that_is_not_finite_is_named_with_its_step_and_time_and_the_last
     def velocity(x, t):
         return torch.where(t < 0.7, torch.nan, x)
 
-    with pytest.raises(ode.Diverged, match=r"step 4 of 5, from t = 0\.50\d+") as caught:
+    with pytest.raises(ode.NonFiniteError, match=r"step 4 of 5, from t = 0\.50\d+") as caught:
         ode.integrate(ode.EULER, velocity, x, grid, check=True)
     good = ode.integrate(ode.EULER, velocity, x, grid[:4])
     assert torch.equal(caught.value.state.x, good) and caught.value.index == 3

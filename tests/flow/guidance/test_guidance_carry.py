@@ -1,4 +1,4 @@
-"""Guidance that remembers: its memory is a part of the run's state, and of nothing else."""
+"""Guidance that carries a state: its carry is a part of the run's, and of nothing else."""
 
 import threading
 
@@ -7,8 +7,8 @@ import torch
 
 from functional_sd3.core import prng
 from functional_sd3.flow import guidance, ode, schedule
-from functional_sd3.flow.guidance import combine as combining
-from functional_sd3.flow.ode.method import no_memory
+from functional_sd3.flow.guidance.combine import clip_norm, scale_parallel
+from functional_sd3.flow.ode.method import no_carry
 
 X = prng.normal(prng.key(0), (3, 2, 4))
 TIMES = schedule.sigmas(6)
@@ -20,19 +20,19 @@ close = torch.testing.assert_close
 
 def run(method=ode.EULER, guiding=APG, x=X, times=TIMES, **options):
     return ode.integrate(
-        guidance.with_memory(method, guiding), guidance.remembering(guiding, FIELDS), x, times, **options
+        guidance.with_carry(method, guiding), guidance.guided_with_carry(guiding, FIELDS), x, times, **options
     )
 
 
 def test_the_momentum_is_the_sum_of_past_differences_each_times_a_power():
-    beta, x, seen, memory = -0.4, X, [], APG.init(X, TIMES[0])
+    beta, x, seen, carry = -0.4, X, [], APG.init(X, TIMES[0])
     guiding = guidance.apg(3.0, momentum=beta, eta=1.0, longest=None)
     for t in TIMES[:-1]:
         positive, negative = FIELDS["positive"](x, t), FIELDS["negative"](x, t)
         seen.append(positive - negative)
-        v, memory = guiding.combine({"positive": positive, "negative": negative}, x, t, memory)
+        v, carry = guiding.combine({"positive": positive, "negative": negative}, x, t, carry)
         momentum = sum(beta**age * difference for age, difference in enumerate(reversed(seen)))
-        close(memory, momentum)
+        close(carry, momentum)
         close(v, negative + 3.0 * momentum)
         x = x - 0.1 * v
 
@@ -42,7 +42,7 @@ def test_a_run_by_eulers_method_is_the_fold_written_out():
     for t, following in zip(TIMES[:-1], TIMES[1:], strict=True):
         positive, negative = FIELDS["positive"](x, t), FIELDS["negative"](x, t)
         momentum = positive - negative - 0.5 * momentum
-        update = combining.weigh_parallel(combining.limited(momentum, 2.0), positive, 0.0)
+        update = scale_parallel(clip_norm(momentum, 2.0), positive, 0.0)
         x = x + (following - t) * (negative + 5.0 * update)
     close(run(), x)
     assert (run() - run(guiding=guidance.apg(5.0, momentum=0.5, longest=2.0))).abs().max() > 1e-2
@@ -54,7 +54,7 @@ def test_a_guidance_that_forgets_gives_the_run_of_its_velocity(name):
     expected = ode.integrate(method, guidance.guided(plain, FIELDS), X, TIMES)
     assert torch.equal(run(method, plain), expected)
     forgetful = guidance.apg(4.0, momentum=torch.tensor(0.0), longest=2.0)
-    assert forgetful.init is not no_memory and guidance.apg(4.0, momentum=0).init is no_memory
+    assert forgetful.init is not no_carry and guidance.apg(4.0, momentum=0).init is no_carry
     expected = ode.integrate(method, guidance.guided(guidance.apg(4.0, momentum=0, longest=2.0), FIELDS), X, TIMES)
     assert torch.equal(run(method, forgetful), expected)
 
@@ -64,7 +64,7 @@ def test_a_guidance_that_forgets_gives_the_run_of_its_velocity(name):
 def test_a_run_stopped_written_to_disk_and_taken_up_again_is_the_run_to_the_bit(name, stop, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    method, velocity = guidance.with_memory(ode.METHODS[name], APG), guidance.remembering(APG, FIELDS)
+    method, velocity = guidance.with_carry(ode.METHODS[name], APG), guidance.guided_with_carry(APG, FIELDS)
     state = ode.run(method, velocity, ode.start(method, X, TIMES[0]), TIMES[: stop + 1], ends=False)
     save_file({name: leaf.clone() for name, leaf in ode.to_tensors(state).items()}, tmp_path / "state.safetensors")
     again = ode.from_tensors(load_file(tmp_path / "state.safetensors"))
@@ -72,7 +72,7 @@ def test_a_run_stopped_written_to_disk_and_taken_up_again_is_the_run_to_the_bit(
 
 
 def test_interleaved_runs_equal_separate_ones_also_from_two_threads():
-    method, velocity = guidance.with_memory(ode.DPMPP_2M, APG), guidance.remembering(APG, FIELDS)
+    method, velocity = guidance.with_carry(ode.DPMPP_2M, APG), guidance.guided_with_carry(APG, FIELDS)
     starts = [X, X.flip(0) + 1]
     expected = [run(ode.DPMPP_2M, x=x) for x in starts]
     states = [ode.start(method, x, TIMES[0]) for x in starts]
@@ -122,24 +122,24 @@ def test_the_momentum_gathers_while_it_is_not_yet_heard_and_rests_outside_of_an_
     answers = {name: field(X, TIMES[0]) for name, field in FIELDS.items()}
     difference = answers["positive"] - answers["negative"]
     mixed = guidance.mixed_apg(4.0, 8.0, momentum=-0.5, first=2)
-    memory, start = mixed.init(X, TIMES[0]), torch.zeros_like(X)
+    carry, start = mixed.init(X, TIMES[0]), torch.zeros_like(X)
     for step in range(4):
-        v, memory = guidance.at(mixed, step, 10).combine(answers, X, TIMES[0], memory)
+        v, carry = guidance.at(mixed, step, 10).combine(answers, X, TIMES[0], carry)
         start = difference - 0.5 * start
-        close(memory, start)
+        close(carry, start)
         by_cfg = guidance.cfg(4.0).combine(answers, X, TIMES[0], [])[0]
         assert torch.allclose(v, by_cfg) == (step < 2)
     limited = guidance.interval(APG, 0.5, 1.0)
     assert limited.init is APG.init
-    v, rested = guidance.at(limited, 0, 10).combine(answers, X, TIMES[0], memory)
-    assert rested is memory and v is answers["positive"]
+    v, rested = guidance.at(limited, 0, 10).combine(answers, X, TIMES[0], carry)
+    assert rested is carry and v is answers["positive"]
 
 
-def test_memories_are_not_left_out_by_mistake():
-    with pytest.raises(ValueError, match="has a memory: use `remembering`"):
+def test_a_carry_is_not_left_out_by_mistake():
+    with pytest.raises(ValueError, match="carries a state: use `guided_with_carry`"):
         guidance.guided(APG, FIELDS)
-    with pytest.raises(ValueError, match="dopri5 tries steps and takes them back"):
-        guidance.with_memory(ode.DOPRI5, APG)
+    with pytest.raises(ValueError, match="dopri5 may reject steps"):
+        guidance.with_carry(ode.DOPRI5, APG)
     other = APG._replace(init=lambda x, t: {"own": x})
     with pytest.raises(ValueError, match="remember different things"):
         guidance.windowed(APG, other, guidance.fraction(0.0, 0.5))
