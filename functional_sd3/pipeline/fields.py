@@ -53,8 +53,8 @@ def velocity(
 ) -> Velocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
 
-    guidance: `guidance.cfg(cfg)` by default; one that carries no state, of one step (`guidance.at`) where it changes from
-    step to step: `sample` takes any. The rest as in `velocities`.
+    guidance: `guidance.cfg(cfg)` by default; one that carries no state, and of one step (`guidance.at`) where it
+    changes from step to step: `sample` takes any. The rest as in `velocities`.
     """
     guiding = guidances.cfg(cfg) if guidance is None else guidance
     told: dict[str, Any] = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}

@@ -58,9 +58,9 @@ def apply(
     """
     check_encoders([name for name in Ids._fields if name in params], tokenizers)
     options = {"prompts_2": prompts_2, "prompts_3": prompts_3, "t5_length": t5_length}
-    told = read(config, tokenizers, prompts, **options, weighted=weighted, long_prompts=long_prompts)
-    _check_known([name for name in Ids._fields if name in params], config, told[0])
-    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), told)
+    tokens = read(config, tokenizers, prompts, **options, weighted=weighted, long_prompts=long_prompts)
+    _check_known([name for name in Ids._fields if name in params], config, tokens[0])
+    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), tokens)
     return encode(params, config, ids, clip_skip=clip_skip, emphasis=emphasis or None, implementation=implementation)
 
 
@@ -73,7 +73,7 @@ def apply_from(
     names: Sequence[str] | None = None,
     clip_skip: int = 0,
     implementation: Implementation = "sdpa",
-    **told: Any,
+    **text_options: Any,
 ) -> Conditioning:
     """As `apply`, whose other options these are, with one encoder in memory at a time.
 
@@ -82,7 +82,7 @@ def apply_from(
     """
     there = [name for name in Ids._fields if (getattr(config, name) is not None if names is None else name in names)]
     check_encoders(there, tokenizers)
-    ids, emphasis = read(config, tokenizers, prompts, **told)
+    ids, emphasis = read(config, tokenizers, prompts, **text_options)
     _check_known(there, config, ids)
     options = {"clip_skip": clip_skip, "implementation": implementation}
     # Each alone leaves zeros where the others speak, so the sum is exact.
@@ -101,9 +101,9 @@ def _check_known(names: Sequence[str], config: Config, ids: Ids) -> None:
             )
 
 
-def _encode_alone(fetch, config: Config, name: str, told: tuple[Ids, Any], options: dict) -> Conditioning:
+def _encode_alone(fetch, config: Config, name: str, tokens: tuple[Ids, Any], options: dict) -> Conditioning:
     params = {name: fetch(name)}
-    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), told)
+    ids, emphasis = tree.map(lambda part: part.to(_like(params).device), tokens)
     found = []
     for start in range(0, len(ids.t5), _AT_ONCE):
         some = tree.map(lambda part, first=start: part[first : first + _AT_ONCE], ids)

@@ -115,16 +115,16 @@ def _with_rows(params: Params, table: str, first: int, vectors: Tensor) -> Param
 def _extended_bpe(tables: bpe.Tables, token: str, ids: tuple[int, ...]) -> bpe.Tables:
     added = dict(zip(ids, names(token, len(ids)), strict=True))
     specials = tuple(sorted((*tables.specials, *(Special(text, i, True, False) for i, text in added.items()))))
-    several = {**tables.several, **({ids[0]: ids} if len(ids) > 1 else {})}
+    multi_token = {**tables.multi_token, **({ids[0]: ids} if len(ids) > 1 else {})}
     found = {**tables.names, **added}
-    return replace(tables, specials=specials, names=found, cuts=cuts_of(specials), several=several)
+    return replace(tables, specials=specials, names=found, cuts=cuts_of(specials), multi_token=multi_token)
 
 
 def _extended_unigram(tables: unigram.Tables, token: str, ids: tuple[int, ...]) -> unigram.Tables:
     fresh = (unigram.AddedToken(i, text) for i, text in zip(ids, names(token, len(ids)), strict=True))
     added = (*tables.added, *fresh)
-    several = {**tables.several, **({ids[0]: ids} if len(ids) > 1 else {})}
-    return replace(tables, added=added, added_pattern=pattern_of(added), several=several)
+    multi_token = {**tables.multi_token, **({ids[0]: ids} if len(ids) > 1 else {})}
+    return replace(tables, added=added, added_pattern=pattern_of(added), multi_token=multi_token)
 
 
 def _with(record: Any, name: str, value: Any) -> Any:

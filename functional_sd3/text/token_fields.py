@@ -15,7 +15,7 @@ MOST_ADDED = 2**13
 LONGEST_ADDED = 2**10
 HIGHEST_ID = 2**31 - 1
 
-SEVERAL = "several_vectors"
+MULTI_TOKEN = "several_vectors"
 """Our own key of a tokenizer_config.json, which transformers skips: lists of tokens that their first stands for."""
 
 
@@ -27,13 +27,13 @@ def token(config: Object, name: str, default: str | None) -> str | None:
     return config.text(name, default, longest=LONGEST_ADDED) or default
 
 
-def several(config: Object, known: Collection[str]) -> list[list[str]]:
+def multi_token(config: Object, known: Collection[str]) -> list[list[str]]:
     """The lists of tokens that their first stands for. Raises WeightsError unless they are tokens that are `known`."""
-    groups = config.items(SEVERAL, (), list, most=MOST_ADDED)
+    groups = config.items(MULTI_TOKEN, (), list, most=MOST_ADDED)
     if sum(map(len, groups)) > MOST_ADDED:
-        raise config.error(SEVERAL, f"names more than {MOST_ADDED:,} tokens")
+        raise config.error(MULTI_TOKEN, f"names more than {MOST_ADDED:,} tokens")
     for names in groups:
         wrong = next((name for name in names if not isinstance(name, str) or name not in known), None)
         if wrong is not None or not names:
-            raise WeightsError(f"{config.where}: {SEVERAL} names {wrong!r:.80}, which is no added token")
+            raise WeightsError(f"{config.where}: {MULTI_TOKEN} names {wrong!r:.80}, which is no added token")
     return list(groups)

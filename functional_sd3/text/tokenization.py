@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.text import bpe, clip, t5, unigram, weighting
+from functional_sd3.text.batches import text_batch
 
 
 class Config(Protocol):
@@ -49,13 +50,14 @@ def read(
     *,
     weighted: bool = False,
     long_prompts: bool = False,
-    **told: Any,
+    **options: Any,
 ) -> tuple[Ids, Emphasis | tuple]:
     """The ids of prompts, by `tokenize` or `tokenize_weighted` as need be, and what is emphasised, () for nothing."""
     if not (weighted or long_prompts):
-        return tokenize(config, tokenizers, prompts, **told), ()
-    options = {"weighted": weighted, "long_prompts": long_prompts}
-    ids, emphasis = tokenize_weighted(config, tokenizers, prompts, **told, **options)
+        return tokenize(config, tokenizers, prompts, **options), ()
+    ids, emphasis = tokenize_weighted(
+        config, tokenizers, prompts, weighted=weighted, long_prompts=long_prompts, **options
+    )
     return ids, emphasis if weighted else ()
 
 
@@ -122,11 +124,9 @@ def tokenize_weighted(
 
 def _texts(*prompts: str | Sequence[str]) -> list[list[str]]:
     """Every encoder's texts, equally many; a single string is repeated."""
-    for texts in prompts:
-        if isinstance(texts, bytes) or not isinstance(texts, Sequence):
-            raise ValueError(f"prompts are {type(texts).__name__}, {texts!r:.60}; a string or several are right")
-    rows = max(1 if isinstance(texts, str) else len(texts) for texts in prompts)
-    lists = [[texts] * rows if isinstance(texts, str) else list(texts) for texts in prompts]
+    batches = [text_batch(texts, "prompt") for texts in prompts]
+    rows = max(map(len, batches))
+    lists = [batch * rows if isinstance(texts, str) else batch for texts, batch in zip(prompts, batches, strict=True)]
     if not rows or any(len(texts) != rows for texts in lists):
         counts = [len(texts) for texts in lists]
         raise ValueError(f"{counts} prompts for the three encoders; give each as many, or one string")

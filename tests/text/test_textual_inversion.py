@@ -98,7 +98,7 @@ def test_a_saved_model_keeps_its_words(tmp_path):
     for before, after in zip(pipeline.encode(*parts(ours), texts), pipeline.encode(*parts(again), texts), strict=True):
         assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     assert again.tokenizers.t5 == ours.tokenizers.t5
-    assert again.tokenizers.clip_l.several == ours.tokenizers.clip_l.several
+    assert again.tokenizers.clip_l.multi_token == ours.tokenizers.clip_l.multi_token
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])

@@ -39,7 +39,7 @@ def apg(
     This is diffusers' guider, whose defaults are no momentum and eta 1. The paper's algorithm is another in two ways:
     from_positive: v_p + (scale - 1) u instead, so that scale 1 is v_p whatever u is; of_data: all of it for the
     predictions x_0 = x - t v in place of velocities. longest: in the norm over a sample's elements, None for no limit.
-    Python's momentum 0 remembers nothing; with another the carry is one tensor like x, and `guidance.with_carry`
+    Python's momentum 0 carries nothing; with another the carry is one tensor like x, and `guidance.with_carry`
     carries it. At t = 0, where x_0 is x, of_data leaves momentum and limit aside.
     """
     check_scale(scale)
@@ -49,13 +49,13 @@ def apg(
         return CONDITIONAL
     if isinstance(longest, (int, float)) and not longest > 0:
         raise ValueError(f"longest {longest} of adaptive projected guidance must be above 0, or None for no limit")
-    remembers = isinstance(momentum, Tensor) or momentum != 0
+    has_carry = isinstance(momentum, Tensor) or momentum != 0
 
     def combine(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
         negative, positive = promoted(velocities["negative"], velocities["positive"])
         seen = [denoised(x, v, t) if of_data else v for v in (negative, positive)]
         difference = seen[1] - seen[0]
-        if remembers:
+        if has_carry:
             difference = carry = difference + broadcast(value(momentum, t), x) * carry
         update = difference if longest is None else clip_norm(difference, value(longest, t))
         update = scale_parallel(update, seen[1], value(eta, t))
@@ -66,7 +66,7 @@ def apg(
         start, by = (positive, value(scale, t) - 1) if from_positive else (negative, value(scale, t))
         return start + broadcast(by, start) * update, carry
 
-    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, nothing_yet if remembers else no_carry)
+    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, nothing_yet if has_carry else no_carry)
 
 
 def mixed_apg(
@@ -78,7 +78,7 @@ def mixed_apg(
     longest: Scale | None = 10.0,
     first: int = 6,
 ) -> Guidance:
-    """Classifier-free guidance by `scale` in the first steps, which APG remembers when it takes over.
+    """Classifier-free guidance in the first steps, then APG, whose momentum includes those steps.
 
     diffusers' AdaptiveProjectedMixGuidance, with these defaults; its start_step is `first` - 1.
     """

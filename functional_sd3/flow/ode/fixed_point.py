@@ -82,7 +82,7 @@ def check_one_step(method: Method) -> None:
     if method.init(start, 2 * half) != []:
         raise ValueError(f"{method.name} carries a state of its own; only one-step methods have inverses")
     if method.step(lambda x, t: x, start, 2 * half, half, []).carry != []:
-        raise ValueError(f"{method.name} remembers earlier steps; only one-step methods such as heun have inverses")
+        raise ValueError(f"{method.name} carries earlier steps; only one-step methods such as heun have inverses")
     if method.last is not None:
         raise ValueError(
             f"{method.name} ends with a step of {method.last.name}, so that its steps are not all alike; take the "

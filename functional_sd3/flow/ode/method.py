@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where a run stands: x (batch, ...) at time t, scalar or (batch,), and what the method remembers."""
+    """Where a run stands: x (batch, ...) at time t, scalar or (batch,), and the method's carry."""
 
     x: Tensor
     t: Tensor

@@ -30,7 +30,7 @@ def reversible(base: Method = MIDPOINT, coupling: float = COUPLING) -> tuple[Met
     `ode.run(back, velocity, end, times.flip(0))`. `back` is for that alone: what `there` damps it lets grow, by
     1 / lambda a step. coupling: lambda in (0, 1].
 
-    Under vmap, grad and compile as `base`. Raises ValueError for a coupling outside (0, 1] and a base that remembers.
+    Under vmap, grad and compile as `base`. Raises ValueError for a coupling outside (0, 1] and a multistep base.
     """
     check_one_step(base)
     if not 0 < coupling <= 1:

@@ -76,7 +76,7 @@ def churn(
     There sigma = t / (1 - t) is raised to (1 + gamma) sigma, which is t_raised = t (1 + gamma) / (1 + gamma t), and
     x_raised = (x + t sqrt(gamma (2 + gamma)) noise) / (1 + gamma t). gamma >= 0: S_churn / steps of the paper, which
     keeps it below sqrt(2) - 1; drawn where lowest <= t <= highest (S_tmin, S_tmax as times); scale: S_noise.
-    base: a method without carry; its order is that in distribution as long as gamma falls like the length of the
+    base: a one-step method; its order is that in distribution as long as gamma falls like the length of the
     steps. The level raised to is a time that is not of the grid.
 
     diffusers' `FlowMatchHeunDiscreteScheduler` adds noise of variance t_raised^2 - t^2 for s_churn, without shrinking
@@ -84,7 +84,7 @@ def churn(
     """
     one = torch.zeros(1, dtype=torch.float32, device="cpu")
     if base.init(one, one[0]) != []:
-        raise ValueError(f"churn takes a method without carry as its base, and {base.name} remembers")
+        raise ValueError(f"churn takes a one-step method as its base, and {base.name} carries a state")
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Key) -> Advance:
         carry, noise = _draw(carry, x)

@@ -17,9 +17,9 @@ def decode(tables: "Tables", ids: Tensor | Sequence[Any], *, skip_special: bool 
     `skip_special` leaves out the start, end and padding tokens and every other special one. Bytes that are not UTF-8
     (half a character) become U+FFFD. Raises ValueError for an id outside the vocabulary.
     """
-    several = ids.ndim > 1 if isinstance(ids, Tensor) else any(not isinstance(row, int) for row in ids)
+    is_batch = ids.ndim > 1 if isinstance(ids, Tensor) else any(not isinstance(row, int) for row in ids)
     rows = [row.tolist() if isinstance(row, Tensor) else row for row in ids]
-    return [_decode(tables, row, skip_special) for row in rows] if several else _decode(tables, rows, skip_special)
+    return [_decode(tables, row, skip_special) for row in rows] if is_batch else _decode(tables, rows, skip_special)
 
 
 def _decode(tables: "Tables", ids: Sequence[int], skip_special: bool) -> str:

@@ -9,6 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from functional_sd3.text.batches import text_batch
 from functional_sd3.text.bpe.merge import END_OF_WORD, merge, merge_first, symbols_of
 from functional_sd3.text.bpe.tables import Cuts, Tables, cuts_of
 from functional_sd3.text.bpe.words import WORDS, normalize, normalize_aligned, spans, words
@@ -37,7 +38,7 @@ def apply(
     cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
     memo: dict[str, list[int]] = {}
     room = None if length is None else length - 2
-    batch = [_encode(tables, cuts, clean(text) if clean else text, memo, room) for text in _batch(texts)]
+    batch = [_encode(tables, cuts, clean(text) if clean else text, memo, room) for text in text_batch(texts)]
     bos, eos = [tables.bos_id], [tables.eos_id]
     if length is None:
         return [bos + content + eos for content in batch]
@@ -54,21 +55,6 @@ def _check_length(length: Any) -> None:
         raise ValueError(f"length {length} has no room for the start and the end token; at least 2 is right")
 
 
-def _batch(texts: str | Sequence[str]) -> Sequence[str]:
-    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
-        raise ValueError(f"texts are {type(texts).__name__}, {texts!r:.60}; a string or several are right")
-    batch = [texts] if isinstance(texts, str) else list(texts)
-    for index, text in enumerate(batch):
-        if not isinstance(text, str):
-            raise ValueError(f"text {index} is a {type(text).__name__}, {text!r:.60}; a string is right")
-        if not text.isascii() and _SURROGATE.search(text):
-            raise ValueError(f"text {index} holds a lone surrogate, which UTF-8 cannot write: {text!r:.60}")
-    return batch
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 def _pad_id(tables: Tables, pad_token: str | int) -> int:
     if isinstance(pad_token, str):
         ids = {**tables.vocab, **{special.content: special.id for special in tables.specials}}
@@ -83,7 +69,7 @@ def _pad_id(tables: Tables, pad_token: str | int) -> int:
 def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]], room: int | None) -> list[int]:
     """The ids of a text, or the first of them, `room` at least if it has so many."""
     ids: list[int] = []
-    whole = tables.words.get
+    id_of_word = tables.whole_word_ids.get
     for raw in _cut(cuts.raw, text):
         if raw.special:
             ids += _ids_of(tables, cuts, raw.text)
@@ -93,9 +79,9 @@ def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]], r
                 continue
             # Every word has one id at least.
             for word in words(tables.pattern, part.text, room):
-                known = whole(word)
-                if known is not None:
-                    ids.append(known)
+                whole = id_of_word(word)
+                if whole is not None:
+                    ids.append(whole)
                     continue
                 if word not in memo:
                     memo[word] = _word(tables, word, room)
@@ -109,7 +95,7 @@ def _encode(tables: Tables, cuts: Cuts, text: str, memo: dict[str, list[int]], r
 
 def _ids_of(tables: Tables, cuts: Cuts, token: str) -> Sequence[int]:
     first = cuts.ids[token]
-    return tables.several.get(first, (first,))
+    return tables.multi_token.get(first, (first,))
 
 
 class _Part(NamedTuple):
@@ -160,7 +146,7 @@ def offsets(
     cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
     _check_length(length)
     room = None if length is None else length - 2
-    return [[(0, 0), *islice(_offsets(tables, cuts, text), room), (0, 0)] for text in _batch(texts)]
+    return [[(0, 0), *islice(_offsets(tables, cuts, text), room), (0, 0)] for text in text_batch(texts)]
 
 
 def _offsets(tables: Tables, cuts: Cuts, text: str) -> Iterator[tuple[int, int]]:

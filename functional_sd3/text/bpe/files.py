@@ -15,7 +15,7 @@ from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.formats.json_fields import Object
 from functional_sd3.formats.printable import shorten
 from functional_sd3.text.bpe.check import NAMED, Special, length_of, merge_problems, pair, tokens_of, vocab_problems
-from functional_sd3.text.token_fields import FILE_LIMIT, HIGHEST_ID, MOST_ADDED, SEVERAL, several, token
+from functional_sd3.text.token_fields import FILE_LIMIT, HIGHEST_ID, MOST_ADDED, MULTI_TOKEN, multi_token, token
 
 _LITERAL = r"<\|startoftext\|>"
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -30,7 +30,7 @@ class Files(NamedTuple):
     names: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
     model_max_length: int
     keeps_literals: bool  # whether the words pattern holds the special tokens as literals, as transformers 5 has it
-    several: tuple[tuple[str, ...], ...] = ()  # tokens that stand for themselves and others
+    multi_token: tuple[tuple[str, ...], ...] = ()  # tokens that stand for themselves and others
 
 
 def read(source: Any, *, pad_token: str | None, model_max_length: int | None) -> Files:
@@ -54,7 +54,7 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
     tokens, in_tokens = tokens_of(vocab, config, raw.added)
     problems = [*problems, *in_vocab, *merge_problems(vocab, raw.merges), *in_tokens]
     length = attempt(problems, length_of, config)
-    groups = attempt(problems, several, config, tokens)
+    groups = attempt(problems, multi_token, config, tokens)
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(f"{label}: is not a CLIP byte-pair tokenizer: {shown}")
@@ -65,7 +65,7 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
         names={name: token(config, name, default) for name, default in NAMED.items()},
         model_max_length=length,
         keeps_literals=raw.keeps_literals,
-        several=tuple(map(tuple, groups)),
+        multi_token=tuple(map(tuple, groups)),
     )
 
 
@@ -165,7 +165,7 @@ def write(folder: str | os.PathLike[str], files: Files) -> None:
         "errors": "replace",
         "model_max_length": files.model_max_length,
         "tokenizer_class": "CLIPTokenizer",
-        **({SEVERAL: [list(names) for names in files.several]} if files.several else {}),
+        **({MULTI_TOKEN: [list(names) for names in files.multi_token]} if files.multi_token else {}),
     }
     named = {name: tokens[content] for name, content in files.names.items()}
     _write(folder / "vocab.json", _dumps(files.vocab))

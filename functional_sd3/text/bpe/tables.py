@@ -18,7 +18,7 @@ class Tables:
 
     vocab: Mapping[str, int]
     merges: Merges
-    words: Mapping[str, int]  # words that are one token as a whole
+    whole_word_ids: Mapping[str, int]  # words that are one token
     inner: tuple[int, ...]  # id of each byte inside a word
     final: tuple[int, ...]  # id of each byte at the end of a word
     names: Mapping[int, str]
@@ -30,7 +30,7 @@ class Tables:
     unk_id: int
     pad_id: int
     model_max_length: int
-    several: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # tokens that stand for several ids
+    multi_token: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # first id -> every id of such a token
 
 
 class Cuts(NamedTuple):
@@ -66,7 +66,7 @@ def init(
     return Tables(
         vocab=vocab,
         merges=merge_ids,
-        words=whole_words(vocab, merge_ids, inner, final),
+        whole_word_ids=whole_words(vocab, merge_ids, inner, final),
         inner=inner,
         final=final,
         names={i: token for token, i in vocab.items()} | {i: content for content, i in ids.items()},
@@ -78,7 +78,7 @@ def init(
         unk_id=unk,
         pad_id=ids[contents.names["pad_token"]],
         model_max_length=contents.model_max_length,
-        several={ids[names[0]]: tuple(ids[name] for name in names) for names in contents.several},
+        multi_token={ids[names[0]]: tuple(ids[name] for name in names) for names in contents.multi_token},
     )
 
 
@@ -112,6 +112,6 @@ def save(folder: str | os.PathLike[str], tables: Tables) -> None:
         names={f"{name}_token": tables.names[i] for name, i in ids.items()},
         model_max_length=tables.model_max_length,
         keeps_literals=tables.pattern == WORDS_AND_LITERALS,
-        several=tuple(tuple(tables.names[i] for i in ids) for ids in tables.several.values()),
+        multi_token=tuple(tuple(tables.names[i] for i in ids) for ids in tables.multi_token.values()),
     )
     files.write(folder, contents)

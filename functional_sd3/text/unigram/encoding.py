@@ -1,13 +1,13 @@
 """Texts to ids and back, and where each id stands in its text: the unigram tokenizer in its three modes."""
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from functional_sd3.text.batches import text_batch
 from functional_sd3.text.unigram.normalizer import Span, aligned_words, sentence, words
 from functional_sd3.text.unigram.tables import SPACE, WHITE_SPACE, AddedToken, Tables
 from functional_sd3.text.unigram.viterbi import boundaries, segment
@@ -31,7 +31,8 @@ def apply(
     unknown mode, or text that has no UTF-8.
     """
     room = _room(length)
-    rows = [[*_ids(tables, text, mode, typed_specials, room), tables.eos_id] for text in _checked(texts, mode)]
+    _check_mode(mode)
+    rows = [[*_ids(tables, text, mode, typed_specials, room), tables.eos_id] for text in text_batch(texts)]
     if length is None:
         return rows
     kept = [row if len(row) <= length else [*row[: length - 1], tables.eos_id] for row in rows]
@@ -70,12 +71,14 @@ def offsets(
     end token among them, padding not.
     """
     room = _room(length)
-    return [[*_spans(tables, text, mode, typed_specials, room)[:room], (0, 0)] for text in _checked(texts, mode)]
+    _check_mode(mode)
+    return [[*_spans(tables, text, mode, typed_specials, room)[:room], (0, 0)] for text in text_batch(texts)]
 
 
 def normalize(tables: Tables, text: str, *, mode: Mode = "hf") -> str:
     """The text that is segmented, special tokens aside, with its spaces as they are typed: what `decode` gives back."""
-    (text,) = _checked(text, mode)
+    _check_mode(mode)
+    (text,) = text_batch(text)
     if mode == "sentencepiece":
         return sentence(tables, text)[0][1:].replace(SPACE, " ")
     return " ".join(words(tables, text, mode == "transformers" or tables.spacing.split))
@@ -90,38 +93,29 @@ def _room(length: Any) -> int | None:
     return length - 1
 
 
-def _checked(texts: str | Sequence[str], mode: str) -> list[str]:
+def _check_mode(mode: str) -> None:
     if mode not in ("hf", "transformers", "sentencepiece"):
         raise ValueError(f"mode is {mode!r}; 'hf', 'transformers' or 'sentencepiece' is right")
-    if isinstance(texts, bytes | bytearray) or not isinstance(texts, Iterable):
-        raise ValueError(f"texts are {type(texts).__name__}, {texts!r:.60}; a string or several are right")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"texts hold {text!r:.60}; strings are right")
-        if not text.isascii() and _SURROGATE.search(text):
-            raise ValueError(f"text {text[:40]!r} holds half of a surrogate pair, which is no character")
-    return texts
 
 
 def _ids(tables: Tables, text: str, mode: Mode, typed_specials: bool, room: int | None) -> list[int]:
     """The ids of a text, or the first of them, `room` at least if it has so many."""
     if mode == "sentencepiece":
-        return [index for index, _ in segment(tables, tables.single, sentence(tables, text)[0], room)]
+        return [index for index, _ in segment(tables, tables.float32_lattice, sentence(tables, text)[0], room)]
     ids: list[int] = []
-    lattice = tables.every if typed_specials else tables.ordinary
-    whole = tables.whole.get
+    lattice = tables.full_lattice if typed_specials else tables.ordinary_lattice
+    id_of_word = tables.whole_word_ids.get
     split = mode == "transformers" or tables.spacing.split
     for _, part, token in _parts(tables, text, typed_specials):
         if token is not None:
-            ids += tables.several.get(token.id, (token.id,))
+            ids += tables.multi_token.get(token.id, (token.id,))
         # Every word has one id at least.
         for word in () if token is not None else words(tables, part, split)[:room]:
-            found = whole(word)
-            if found is None:
+            whole = id_of_word(word)
+            if whole is None:
                 ids += [index for index, _ in segment(tables, lattice, SPACE + word, room)]
             else:
-                ids.append(found)
+                ids.append(whole)
         if room is not None and len(ids) >= room:
             break
     return ids
@@ -130,14 +124,14 @@ def _ids(tables: Tables, text: str, mode: Mode, typed_specials: bool, room: int 
 def _spans(tables: Tables, text: str, mode: Mode, typed_specials: bool, room: int | None) -> list[Span]:
     if mode == "sentencepiece":
         written, origins = sentence(tables, text)
-        cuts = boundaries(segment(tables, tables.single, written))
+        cuts = boundaries(segment(tables, tables.float32_lattice, written))
         return [(origins[start], origins[end]) for start, end in pairwise(cuts)]
     spans: list[Span] = []
-    lattice = tables.every if typed_specials else tables.ordinary
+    lattice = tables.full_lattice if typed_specials else tables.ordinary_lattice
     split = mode == "transformers" or tables.spacing.split
     for start, part, token in _parts(tables, text, typed_specials):
         if token is not None:
-            spans += [(start, start + len(part))] * len(tables.several.get(token.id, (token.id,)))
+            spans += [(start, start + len(part))] * len(tables.multi_token.get(token.id, (token.id,)))
         for word in () if token is not None else aligned_words(tables, part, split)[:room]:
             cuts = boundaries(segment(tables, lattice, "".join(character for character, _ in word)))
             spans += [(start + word[i][1][0], start + word[j - 1][1][1]) for i, j in pairwise(cuts)]
@@ -165,6 +159,3 @@ def _parts(tables: Tables, text: str, typed_specials: bool) -> Iterator[tuple[in
             done = end
     if done < len(text):
         yield done, text[done:], None
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")

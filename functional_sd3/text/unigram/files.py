@@ -20,7 +20,7 @@ from functional_sd3.text.token_fields import (
     LONGEST_ADDED,
     MOST_ADDED,
     MOST_PIECES,
-    several,
+    multi_token,
     token,
 )
 from functional_sd3.text.unigram import sentencepiece_file
@@ -81,7 +81,7 @@ def _from_json(content: Object, config: Object) -> Tables:
         eos_id=names.get(_end_token(content.mapping("post_processor", None), config), -1),
         pad_id=names.get(_name(config, "pad_token"), -1),
         model_max_length=_max_length(config),
-        several=_several(config, {token.content: token.id for token in added}),
+        multi_token=_multi_token(config, {token.content: token.id for token in added}),
     )
 
 
@@ -104,8 +104,8 @@ def _vocabulary(pairs: Sequence[list]) -> tuple[Sequence[str], Sequence[float]]:
         raise ValueError("model.vocab holds scores that are not finite") from None
 
 
-def _several(config: Object, ids: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
-    return {ids[names[0]]: tuple(ids[name] for name in names) for names in several(config, ids)}
+def _multi_token(config: Object, ids: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    return {ids[names[0]]: tuple(ids[name] for name in names) for names in multi_token(config, ids)}
 
 
 def _from_model(model: SentencePieceModel, config: Object) -> Tables:

@@ -52,14 +52,14 @@ T5_SPACING = Spacing()
 class Lattice(NamedTuple):
     """Edges of the segmentation graph: `scores` and `ids` of pieces, and the score of one unknown character.
 
-    `scores` is a trie too: what begins a piece but is none has the score -inf. `single` keeps the sums along
+    `scores` is a trie too: what begins a piece but is none has the score -inf. `float32` keeps the sums along
     a path in float32 as sentencepiece does, otherwise in float64 as `tokenizers` does.
     """
 
     scores: Mapping[str, float]
     ids: Mapping[str, int]
     unknown: float
-    single: bool = False
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,16 @@ class Tables:
     pad_id: int
     model_max_length: int
 
-    every: Lattice = field(repr=False, compare=False)  # all pieces, special ones too
-    ordinary: Lattice = field(repr=False, compare=False)  # without special pieces
-    single: Lattice = field(repr=False, compare=False)  # without special pieces, in float32
-    whole: Mapping[str, int] = field(repr=False, compare=False)  # words that are their own best segmentation
+    full_lattice: Lattice = field(repr=False, compare=False)  # all pieces, special ones too
+    ordinary_lattice: Lattice = field(repr=False, compare=False)  # without special pieces
+    float32_lattice: Lattice = field(repr=False, compare=False)  # without special pieces, in float32
+    # Ids of the words that are their own best segmentation, without their leading space.
+    whole_word_ids: Mapping[str, int] = field(repr=False, compare=False)
     characters: Charsmap | None = field(repr=False, compare=False)
     ascii: Mapping[int, str] | None = field(repr=False, compare=False)  # see charsmap.ascii_map
     added_pattern: re.Pattern[str] | None = field(repr=False, compare=False)
-    # Added tokens that stand for several ids, by the first of them.
-    several: Mapping[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
+    # First id of each added token that stands for several, with all of its ids.
+    multi_token: Mapping[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
 
     def __repr__(self) -> str:
         return f"unigram.Tables({len(self.pieces)} pieces, {len(self.added)} added tokens, max {self.model_max_length})"
@@ -105,7 +106,7 @@ def build(
     eos_id: int = 1,
     pad_id: int = 0,
     model_max_length: int = UNBOUNDED,
-    several: Mapping[int, tuple[int, ...]] | None = None,
+    multi_token: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Tables:
     """Tables from their parts. Raises ValueError naming all that is inconsistent, or more than is read of any file:
     524,288 pieces, 128 characters of a piece, 8,192 added tokens."""
@@ -113,10 +114,10 @@ def build(
     _check(pieces, scores, added, {"unk_id": unk_id, "eos_id": eos_id, "pad_id": pad_id})
     characters = parse(charsmap) if charsmap else None
     ids = {piece: index for index, piece in enumerate(pieces)}
-    every = Lattice(_trie(pieces, scores), ids, min(scores) - _UNKNOWN_PENALTY)
+    full = Lattice(_trie(pieces, scores), ids, min(scores) - _UNKNOWN_PENALTY)
     special = {pieces[unk_id], *(token.content for token in added)}
-    ordinary = every._replace(
-        scores=every.scores | dict.fromkeys(special & ids.keys(), -math.inf),
+    ordinary = full._replace(
+        scores=full.scores | dict.fromkeys(special & ids.keys(), -math.inf),
         ids={piece: index for piece, index in ids.items() if piece not in special},
     )
     return Tables(
@@ -129,14 +130,14 @@ def build(
         eos_id=eos_id,
         pad_id=pad_id,
         model_max_length=model_max_length,
-        every=every,
-        ordinary=ordinary,
-        single=_single(ordinary),
-        whole=_whole_words(ordinary, every),
+        full_lattice=full,
+        ordinary_lattice=ordinary,
+        float32_lattice=_in_float32(ordinary),
+        whole_word_ids=_whole_words(ordinary, full),
         characters=characters,
         ascii=ascii_map(characters) if characters else {},
         added_pattern=pattern_of(added),
-        several=dict(several or {}),
+        multi_token=dict(multi_token or {}),
     )
 
 
@@ -231,15 +232,15 @@ def _trie(pieces: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
     return trie
 
 
-def _single(lattice: Lattice) -> Lattice:
+def _in_float32(lattice: Lattice) -> Lattice:
     """The same edges with scores in float32."""
     values = array("f", lattice.scores.values())
     lowest = min((score for score in values if score > -math.inf), default=0.0)
     unknown = array("f", [lowest - _UNKNOWN_PENALTY])[0]
-    return Lattice(dict(zip(lattice.scores, values, strict=True)), lattice.ids, unknown, single=True)
+    return Lattice(dict(zip(lattice.scores, values, strict=True)), lattice.ids, unknown, float32=True)
 
 
-def _whole_words(ordinary: Lattice, every: Lattice) -> dict[str, int]:
+def _whole_words(ordinary: Lattice, full: Lattice) -> dict[str, int]:
     """Words, written without their leading space, that no other segmentation beats, with their ids.
 
     Most words of most texts are such, and one lookup then stands for the search. The search is done here for all of
@@ -248,7 +249,7 @@ def _whole_words(ordinary: Lattice, every: Lattice) -> dict[str, int]:
     whole word.
     """
     whole = {}
-    score = every.scores.get
+    score = full.scores.get
     previous, best, open_starts = "", [0.0], [[]]
     for word in sorted(piece for piece in ordinary.ids if piece[0] == SPACE and SPACE not in piece[1:]):
         shared = 0
@@ -259,7 +260,7 @@ def _whole_words(ordinary: Lattice, every: Lattice) -> dict[str, int]:
         del best[shared + 1 :], open_starts[shared + 1 :]
         for end in range(shared + 1, len(word) + 1):
             step = score(word[end - 1], -math.inf)
-            highest = best[end - 1] + (step if step > -math.inf else every.unknown)
+            highest = best[end - 1] + (step if step > -math.inf else full.unknown)
             still_open = [end - 1]
             for start in open_starts[-1]:
                 step = score(word[start:end])
@@ -269,7 +270,7 @@ def _whole_words(ordinary: Lattice, every: Lattice) -> dict[str, int]:
                         highest = best[start] + step
             best.append(highest)
             open_starts.append(still_open)
-        if best[-1] == every.scores[word]:
+        if best[-1] == full.scores[word]:
             whole[word[1:]] = ordinary.ids[word]
         previous = word
     return whole

@@ -39,7 +39,7 @@ def _origins(lattice: Lattice, text: str) -> list[int]:
     piece. Sums that differ in float64 may tie in float32, which is why they are compared as they are kept.
     """
     size = len(text)
-    best = array("f", [-inf]) * (size + 1) if lattice.single else [-inf] * (size + 1)
+    best = array("f", [-inf]) * (size + 1) if lattice.float32 else [-inf] * (size + 1)
     best[0] = 0.0
     origin = [0] * (size + 1)
     score = lattice.scores.get

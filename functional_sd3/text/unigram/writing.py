@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from functional_sd3.text.token_fields import SEVERAL
+from functional_sd3.text.token_fields import MULTI_TOKEN
 from functional_sd3.text.unigram import sentencepiece_file
 from functional_sd3.text.unigram.files import COLLAPSE, CONFIG, JSON, METASPACE, MODEL, STRIP, WHITESPACE
 from functional_sd3.text.unigram.sentencepiece_file import Piece, SentencePieceModel
@@ -93,7 +93,7 @@ def _sentinels(tables: Tables) -> list[str]:
 
 def _config(tables: Tables) -> dict[str, Any]:
     decoder = {str(t.id): {k: v for k, v in sorted(_token(t).items()) if k != "id"} for t in tables.added}
-    several = [[decoder[str(index)]["content"] for index in ids] for ids in tables.several.values()]
+    multi_token = [[decoder[str(index)]["content"] for index in ids] for ids in tables.multi_token.values()]
     return {
         "add_prefix_space": True,
         "added_tokens_decoder": decoder,
@@ -107,7 +107,7 @@ def _config(tables: Tables) -> dict[str, Any]:
         "sp_model_kwargs": {},
         "tokenizer_class": "T5Tokenizer",
         "unk_token": tables.pieces[tables.unk_id],
-        **({SEVERAL: several} if several else {}),
+        **({MULTI_TOKEN: multi_token} if multi_token else {}),
     }
 
 

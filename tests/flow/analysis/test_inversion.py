@@ -209,8 +209,8 @@ def test_under_vmap_all_iterations_are_made_and_samples_that_are_done_stay_as_th
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fixed_point.inverse(ode.DPMPP_2M), "dpmpp_2m remembers earlier steps"),
-        (lambda: fixed_point.inverse(ode.AB3), "adams_bashforth_3 remembers"),
+        (lambda: fixed_point.inverse(ode.DPMPP_2M), "dpmpp_2m carries earlier steps"),
+        (lambda: fixed_point.inverse(ode.AB3), "adams_bashforth_3 carries"),
         (lambda: fixed_point.inverse(ode.HEUN_EDM), "ends with a step of euler"),
         (lambda: fixed_point.inverse(stochastic.ancestral(prng.key(0))), "carries a state of its own"),
         (lambda: reversible.reversible(reversible.reversible()[0]), "carries a state of its own"),

@@ -295,7 +295,7 @@ def test_forward_and_reverse_derivatives_agree_and_vmap_equals_a_loop(method):
 @METHODS
 def test_a_whole_run_compiles_to_one_graph_with_the_values_and_gradients_of_eager(method):
     weight, x = noise((4, 4), torch.float32), noise((4, 4), torch.float32, 1)
-    # As many steps as it takes until the method remembers all that it can.
+    # As many steps as it takes to fill the method's carry.
     grid = schedule.sigmas(4 if method is ode.AB4 else 3)
 
     def objective(weight, x, times):

@@ -181,7 +181,7 @@ def test_a_whole_word_is_looked_up_only_where_merging_reaches_it():
     vocab["<|endoftext|>"] = len(vocab)
     tables = bpe.init(vocab, [("b", "c</w>"), ("a", "b"), ("ab", "c</w>")])
     assert bpe.apply(tables, "abc", length=None) == [[6, vocab["a"], vocab["bc</w>"], 7]]
-    assert "abc" not in tables.words
+    assert "abc" not in tables.whole_word_ids
 
 
 def test_bytes_that_a_vocabulary_lacks_become_its_unknown_token():
@@ -227,7 +227,7 @@ def test_the_first_merge_joins_the_most_frequent_pair():
     ("call", "message"),
     [
         (lambda: bpe.apply(TABLES, "a", length=1), "length 1 .* at least 2"),
-        (lambda: bpe.apply(TABLES, ["a", 3]), "text 1 is a int"),
+        (lambda: bpe.apply(TABLES, ["a", 3]), "text 1 is of type int"),
         (lambda: bpe.apply(TABLES, "\ud800"), "lone surrogate"),
         (lambda: bpe.apply(TABLES, "a", pad_token="<pad>"), "'<pad>' is not in the vocabulary"),
         (lambda: bpe.apply(TABLES, "a", pad_token=10_000), "10000 is not an id"),

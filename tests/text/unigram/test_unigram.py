@@ -80,8 +80,8 @@ def test_an_unknown_character_costs_ten_more_than_the_least_probable_piece(mode,
 @given(text=st.text(alphabet="ab ", max_size=30))
 def test_a_word_looked_up_whole_gets_the_ids_that_the_search_gives(bare, text):
     # "▁a" ties with "▁ a" and comes first; "▁ab" loses to "▁ ab".
-    assert bare.whole == {"": bare.pieces.index("▁"), "a": bare.pieces.index("▁a")}
-    searched = dataclasses.replace(bare, whole={})
+    assert bare.whole_word_ids == {"": bare.pieces.index("▁"), "a": bare.pieces.index("▁a")}
+    searched = dataclasses.replace(bare, whole_word_ids={})
     assert unigram.apply(bare, text, length=None) == unigram.apply(searched, text, length=None)
 
 
@@ -237,7 +237,7 @@ def test_arguments_that_make_no_sense_are_named(tables):
         unigram.apply(tables, "a", length=0)
     with pytest.raises(ValueError, match="mode is 'slow'"):
         unigram.apply(tables, "a", mode="slow")
-    with pytest.raises(ValueError, match="texts hold 3"):
+    with pytest.raises(ValueError, match="text 1 is of type int, 3; a string is right"):
         unigram.apply(tables, ["a", 3])
     with pytest.raises(ValueError, match="surrogate"):
         unigram.apply(tables, "\ud83d")

@@ -1,0 +1,28 @@
+"""A batch of texts, checked before anything is tokenized."""
+
+import re
+from collections.abc import Iterable, Sequence, Set
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def text_batch(texts: str | Sequence[str], name: str = "text") -> list[str]:
+    """`texts` as a list; one string is a batch of one.
+
+    Raises ValueError, naming the first text that is wrong, for anything but strings in order and for lone surrogates,
+    which UTF-8 cannot write. `name`: what the caller calls one of them.
+    """
+    if isinstance(texts, bytes | bytearray | Set) or not isinstance(texts, Iterable):
+        raise ValueError(f"{name}s are {_shown(texts)}; a string or a list of strings is right")
+    batch = [texts] if isinstance(texts, str) else list(texts)
+    for index, text in enumerate(batch):
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {index} is {_shown(text)}; a string is right")
+        if not text.isascii() and _SURROGATE.search(text):
+            raise ValueError(f"{name} {index} holds a lone surrogate, which UTF-8 cannot write: {text!r:.60}")
+    return batch
+
+
+def _shown(value: Any) -> str:
+    return f"of type {type(value).__name__}, {value!r:.60}"
