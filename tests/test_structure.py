@@ -33,22 +33,85 @@ LOOKED_UP_LATER = {("core/dispatch.py", "kernels")}
 """The one pointer up the page: the table of kernels, read when an operation is first called."""
 
 
-def rooms_imported(path: Path) -> set[str]:
-    room_of = path.relative_to(PACKAGE).parts
-    found = set()
+STILL_CIRCULAR = {("cli/guidance.py", "cli/session.py")}
+"""Imports against the current that are left: `guidance` reads the type of a session, which holds a guidance."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imported_names(path: Path) -> set[str]:
+    """The full names that a file imports anywhere in it, inside functions and for the type checker too."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.ImportFrom) and node.level:
-            package = ["functional_sd3", *room_of[:-1]]
-            base = package[: len(package) - node.level + 1]
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
+            package = path.relative_to(PACKAGE.parent).parts[: -node.level]
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("functional_sd3.")}
-    return found
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported_names(path) if name.startswith("functional_sd3.")}
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports: the longest part of each name that is one."""
+    modules = set()
+    for name in imported_names(path):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        modules.add(name)
+    own = str(path.relative_to(PACKAGE))
+    later = {f"functional_sd3.{room}" for file, room in LOOKED_UP_LATER if file == own}
+    later |= {module_name(PACKAGE / target) for file, target in STILL_CIRCULAR if file == own}
+    return modules - {"", "functional_sd3"} - later
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of a circle of a graph, in order; none if it has no circle."""
+    finished: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return path[path.index(node) :]
+        if node not in finished:
+            for target in sorted(graph.get(node, ())):
+                if round_trip := visit(target, [*path, node]):
+                    return round_trip
+            finished.add(node)
+        return []
+
+    return next((nodes for node in sorted(graph) if (nodes := visit(node, []))), [])
+
+
+def test_circles_are_seen():
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({"a": {"a"}}) == ["a"]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circle({name: modules_imported(path) for name, path in MODULES.items()}) == []
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    rooms: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        if name.count("."):
+            room = name.split(".")[1]
+            targets = {module.split(".")[1] for module in modules_imported(path)}
+            rooms[room] = rooms.get(room, set()) | (targets - {room})
+    assert circle(rooms) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import guidance, lora_options, options, report
+from functional_sd3.cli import guidance, lora_options, options, output, report
 
 MODES = ("clean", "pytorch_fid", "tf1")
 TAPS = (64, 192, 768, 2048)
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    report.check_writable(arguments.json, getattr(arguments, "save", None))
+    output.check_files(arguments.json, getattr(arguments, "save", None))
     options.check_params(getattr(arguments, "params", None))
     if arguments.metric == "prompts":
         options.check_method(arguments.method)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import guidance, inputs, options, prompt_words, report
+from functional_sd3.cli import guidance, inputs, options, output, prompt_words, report
 from functional_sd3.cli.timing import Timer, progress
 
 HELP = "rank prompts for a picture by how likely each makes it"
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
     size = options.size(arguments.size)
-    report.check_writable(arguments.json)
+    output.check_files(arguments.json)
     options.check_file(arguments.picture, arguments.picture)
     options.check_run(arguments)
 

@@ -56,6 +56,19 @@ def check_fits(path: Path, width: int, height: int) -> None:
         )
 
 
+def check_files(*paths: str | None) -> None:
+    """Raise ValueError or OSError for a file that cannot be written, before the work rather than after it."""
+    for path in paths:
+        if path is None or path == "-":
+            continue
+        parent = Path(path).absolute().parent
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder; a file is needed")
+        if not parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {parent}")
+        check_writable(parent)
+
+
 def check_writable(folder: Path) -> None:
     """Raise OSError where no file can be made in `folder`, or in what exists of the path to it; nothing changes."""
     folder = folder.absolute()

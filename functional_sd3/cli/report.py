@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from functional_sd3.formats import printable
@@ -72,21 +71,6 @@ def note(text: object) -> None:
 def error(text: object) -> None:
     """Print a text of one or more lines on standard error."""
     _print(sys.stderr, printable.escape(text, keep="\n"))
-
-
-def check_writable(*paths: str | None) -> None:
-    """Raise ValueError or OSError for a file that cannot be written, before the work rather than after it."""
-    from functional_sd3.cli import output
-
-    for path in paths:
-        if path is None or path == "-":
-            continue
-        parent = Path(path).absolute().parent
-        if Path(path).is_dir():
-            raise ValueError(f"{path} is a folder; a file is needed")
-        if not parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {parent}")
-        output.check_writable(parent)
 
 
 def emit(path: str | None, report: Report) -> None:

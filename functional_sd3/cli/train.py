@@ -5,54 +5,16 @@ import contextlib
 import sys
 from pathlib import Path
 
-from functional_sd3.cli import options, report
+from functional_sd3.cli import report
+from functional_sd3.cli.train_options import add_arguments
+
+__all__ = ["HELP", "add_arguments", "run"]
 
 HELP = "train the transformer or the autoencoder of a model, or a LoRA"
 KEEP = 3
 """Checkpoints kept."""
 LORA = "pytorch_lora_weights.safetensors"
 """The name under which diffusers finds a LoRA in a folder."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data", required=True, metavar="DIR|shapes", help="folder of images, or the built-in shapes")
-    add("--out", required=True, metavar="DIR", help="folder for the trained model, its log and checkpoints")
-    options.add_params(parser)
-    add("--part", choices=("transformer", "vae"), default="transformer", help="what is trained (default transformer)")
-    add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
-    add("--scratch", action="store_true", help="fresh parameters of the same sizes")
-    add("--steps", type=int, default=1000, help="steps in all, those before --resume included (default 1000)")
-    add("--batch-size", type=int, default=16, help="images a step (default 16)")
-    add("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
-    add(
-        "--schedule",
-        choices=("cosine", "constant"),
-        default="cosine",
-        help="of the learning rate: a cosine down to a tenth at --steps, or constant (default cosine)",
-    )
-    add("--warmup", type=int, default=50, help="steps up to the peak (default 50)")
-    add("--seed", type=int, default=0, help="of the data, the order and the noise (default 0)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, to the same bits")
-    add("--force", action="store_true", help="with --resume: go on although options, weights or images are others now")
-    add("--accumulate", type=int, default=1, help="parts that a batch is taken in, to save memory (default 1)")
-    add("--dropout", type=float, default=0.1, help="share of captions emptied, for guidance (default 0.1)")
-    add("--ema", type=float, default=0.999, help="decay of the averaged parameters (default 0.999)")
-    trained = "whether they learn with the transformer (default: frozen, with --scratch train)"
-    add("--text-encoders", choices=("frozen", "train"), help=trained)
-    add("--decoder-only", action="store_true", help="leave the autoencoder's encoder alone, so that latents stay")
-    add("--size", type=int, help="side of the images in pixels (default: the model's own)")
-    add("--template", default="a photo of a {}", help="caption of a class folder (default 'a photo of a {}')")
-    add("--caption", metavar="TEXT", help="the caption of every image of --data, in place of any that it has")
-    add("--follow", action="store_true", help="read what links and metadata name outside of --data too")
-    add("--pictures", type=int, default=8192, help="how many of the shapes (default 8192)")
-    add("--save-every", type=int, default=250, help="steps between checkpoints (default 250)")
-    add("--log-every", type=int, default=10, help="steps between rows of log.csv (default 10)")
-    add("--sample-every", type=int, default=250, help="steps between sample images, 0 for none (default 250)")
-    computed = "of the computation (default float32, of a LoRA what the model is stored in)"
-    add("--dtype", choices=("float32", "bfloat16"), help=computed)
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--compile", action="store_true", help="compile the step: minutes once, then faster")
 
 
 def run(arguments: argparse.Namespace) -> int:

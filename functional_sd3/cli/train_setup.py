@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import report, train_model
+from functional_sd3.cli import report, train_model, train_options
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
@@ -181,10 +181,8 @@ def _settings(
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
-    import functional_sd3.cli.train as command
-
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    train_options.add_arguments(parser)
     defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
     defaults["dtype"] = "float32"
     before = {**defaults, **saved}

@@ -8,7 +8,7 @@ from torch import Tensor
 from functional_sd3.text.bpe.merge import BYTES, END_OF_WORD
 
 if TYPE_CHECKING:
-    from functional_sd3.text.bpe import Tables
+    from functional_sd3.text.bpe.tables import Tables
 
 
 def decode(tables: "Tables", ids: Tensor | Sequence[Any], *, skip_special: bool = True) -> str | list[str]:
