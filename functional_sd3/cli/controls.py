@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KIND=IMAGE[:SCALE[:START-END]]",
-        help="a picture to follow, such as canny=edges.png:0.8 (blur, canny, depth, ...); START and END are fractions "
+        help="an image to follow, such as canny=edges.png:0.8 (blur, canny, depth, ...); START and END are fractions "
         "of the run. May be repeated; needs --controlnet",
     )
     parser.add_argument(
@@ -120,13 +120,13 @@ def _nets(asked: list[Asked], paths: list[str], dtype, device) -> "list[ControlN
         called = kind if equals and kind in controlnet.KINDS else None
         net = weights.load_controlnet(path if called else text, dtype=dtype, device=device)
         if called and net.config.kind not in (None, called):
-            raise ValueError(f"--controlnet {text}: its file says that it reads pictures of {net.config.kind}")
+            raise ValueError(f"--controlnet {text}: its file says that it reads images of {net.config.kind}")
         if called or net.config.kind:
             named[called or net.config.kind] = net
         else:
             unnamed.append(net)
     if len(paths) > len(asked):
-        raise ValueError(f"{len(paths)} --controlnet for {len(asked)} pictures; give a --control KIND=IMAGE for each")
+        raise ValueError(f"{len(paths)} --controlnet for {len(asked)} images; give a --control KIND=IMAGE for each")
     found = []
     for one in asked:
         if one.kind not in named and not unnamed:

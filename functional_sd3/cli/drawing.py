@@ -1,4 +1,4 @@
-"""The pictures of `generate`: batch by batch with the whole model, or part by part of the model with all batches."""
+"""The images of `generate`: batch by batch with the whole model, or part by part of the model with all batches."""
 
 import argparse
 import itertools

@@ -1,4 +1,4 @@
-"""Draw a picture as another prompt tells it, keeping the rest of it."""
+"""Draw an image as another prompt tells it, keeping the rest of it."""
 
 import argparse
 import re
@@ -6,16 +6,16 @@ import re
 from functional_sd3.cli import controls, guidance, inputs, options, output, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
 
-HELP = "draw a picture as another prompt tells it"
+HELP = "draw an image as another prompt tells it"
 _RECORDED = ("seed", "size", "eta", "window", "source_cfg", "exact", "direct", "strength")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("picture", metavar="IMAGE", help="the picture")
+    parser.add_argument("picture", metavar="IMAGE", help="the image")
     parser.add_argument("--from", dest="source", metavar="PROMPT", required=True, help="what it shows")
     parser.add_argument("--to", dest="target", metavar="PROMPT", required=True, help="what it is to show")
     parser.add_argument(
-        "--eta", type=float, help="in [0, 1], how much the way back is drawn to the picture (default 0.9)"
+        "--eta", type=float, help="in [0, 1], how much the way back is drawn to the image (default 0.9)"
     )
     parser.add_argument(
         "--window", metavar="START-END", help="when it is drawn so, as fractions of the run (default 0-0.25)"
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--direct",
         action="store_true",
-        help="FlowEdit: follow the difference of the prompts' flows from the picture, without going back to noise",
+        help="FlowEdit: follow the difference of the prompts' flows from the image, without going back to noise",
     )
     parser.add_argument("--strength", type=float, help="with --direct: the part of the steps taken (default 0.66)")
     parser.add_argument("--source-cfg", type=float, help="guidance scale of --from (default 1; 2 with --direct)")
     parser.add_argument("--seed", type=int, default=0, help="with --direct: of its noise (default 0)")
-    options.add_size(parser, "that of the picture")
+    options.add_size(parser, "that of the image")
     options.add_words(parser)
     options.add_run(parser)
     options.add_model(parser)
@@ -105,7 +105,7 @@ def _told(arguments: argparse.Namespace) -> dict:
     if arguments.direct and (arguments.eta is not None or arguments.window or arguments.exact):
         raise ValueError("--eta, --window and --exact are of the way to noise and back, which --direct does not go")
     if not arguments.direct and arguments.strength is not None:
-        raise ValueError("--strength needs --direct: without it the picture goes all the way to noise")
+        raise ValueError("--strength needs --direct: without it the image goes all the way to noise")
     if arguments.direct:
         usual = {"strength": 0.66, "source_cfg": 2.0}
         told = {name: value if (value := getattr(arguments, name)) is not None else usual[name] for name in usual}

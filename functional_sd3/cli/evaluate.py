@@ -1,4 +1,4 @@
-"""Measure sets of pictures, and models by the pictures they make."""
+"""Measure sets of images, and models by the images they make."""
 
 import argparse
 
@@ -7,32 +7,32 @@ from functional_sd3.cli import guidance, lora_options, options, output, report
 MODES = ("clean", "pytorch_fid", "tf1")
 TAPS = (64, 192, 768, 2048)
 """Names of `preprocess.MODES` and `inception.TAPS`, known here without torch."""
-HELP = "measure pictures and models: fid, kid, cmmd, clip, prompts, vae"
+HELP = "measure images and models: fid, kid, cmmd, clip, prompts, vae"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     metrics = parser.add_subparsers(dest="metric", metavar="METRIC", required=True)
 
-    fid = _metric(metrics, "fid", "Frechet inception distance of two sets of pictures (lower is better)")
+    fid = _metric(metrics, "fid", "Frechet inception distance of two sets of images (lower is better)")
     _two_sets(fid)
-    _inception(fid, "REAL's statistics, to be given in place of its pictures later")
+    _inception(fid, "REAL's statistics, to be given in place of its images later")
     fid.add_argument(
-        "--count", type=int, metavar="N", help="pictures behind a statistics file of pytorch-fid, which does not say"
+        "--count", type=int, metavar="N", help="images behind a statistics file of pytorch-fid, which does not say"
     )
 
-    kid = _metric(metrics, "kid", "kernel inception distance of two sets of pictures (lower is better)")
+    kid = _metric(metrics, "kid", "kernel inception distance of two sets of images (lower is better)")
     _two_sets(kid)
-    _inception(kid, "REAL's features, to be given in place of its pictures later")
+    _inception(kid, "REAL's features, to be given in place of its images later")
     kid.add_argument("--subsets", type=int, default=100, help="random subsets whose estimates are averaged (100)")
-    kid.add_argument("--subset-size", type=int, metavar="N", help="pictures in each (1000, or as many as there are)")
+    kid.add_argument("--subset-size", type=int, metavar="N", help="images in each (1000, or as many as there are)")
     kid.add_argument("--seed", type=int, default=0, help="of the subsets (default 0)")
 
     cmmd = _metric(metrics, "cmmd", "maximum mean discrepancy of CLIP embeddings of two sets (lower is better)")
     _two_sets(cmmd, optional=False)
     _clip(cmmd)
 
-    clip = _metric(metrics, "clip", "CLIP score of captioned pictures (higher is better)")
-    clip.add_argument("folder", metavar="FOLDER", help="pictures with captions, as for `train --data`")
+    clip = _metric(metrics, "clip", "CLIP score of captioned images (higher is better)")
+    clip.add_argument("folder", metavar="FOLDER", help="images with captions, as for `train --data`")
     clip.add_argument("--follow", action="store_true", help="read what links and metadata name outside of FOLDER too")
     _clip(clip)
     _batches(clip, 32)
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--method", help="integrator: euler, heun, dpmpp_2m, ... (default: the model's)")
     _batches(prompts, 25)
 
-    vae = _metric(metrics, "vae", "how well an autoencoder gives pictures back: PSNR and SSIM (higher is better)")
-    vae.add_argument("folder", metavar="FOLDER", help="pictures, or a zip archive of them")
+    vae = _metric(metrics, "vae", "how well an autoencoder gives images back: PSNR and SSIM (higher is better)")
+    vae.add_argument("folder", metavar="FOLDER", help="images, or a zip archive of them")
     _model(vae)
     vae.add_argument("--size", type=int, metavar="N", help="cut to squares of N pixels (default: each at its own size)")
     _batches(vae, 8)
@@ -78,11 +78,11 @@ def _metric(metrics, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _two_sets(parser: argparse.ArgumentParser, *, optional: bool = True) -> None:
-    kinds = "folder of pictures, zip archive" + (", or .npz that --save wrote" if optional else "")
-    parser.add_argument("real", metavar="REAL", help=f"the pictures to compare with: {kinds}")
+    kinds = "folder of images, zip archive" + (", or .npz that --save wrote" if optional else "")
+    parser.add_argument("real", metavar="REAL", help=f"the images to compare with: {kinds}")
     count = {"nargs": "?"} if optional else {}
     also = "; may be left out with --save" if optional else ""
-    parser.add_argument("fake", metavar="FAKE", help=f"the pictures to measure{also}", **count)
+    parser.add_argument("fake", metavar="FAKE", help=f"the images to measure{also}", **count)
     _batches(parser, 32)
     _workers(parser)
 
@@ -92,7 +92,7 @@ def _inception(parser: argparse.ArgumentParser, saved: str) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        help="how pictures are resized and scaled, as by clean-fid (default), pytorch-fid or torch-fidelity",
+        help="how images are resized and scaled, as by clean-fid (default), pytorch-fid or torch-fidelity",
     )
     parser.add_argument("--features", type=int, choices=TAPS, help="layer to compare (default 2048)")
     parser.add_argument("--save", metavar="FILE.npz", help=f"write {saved}")
@@ -108,10 +108,10 @@ def _model(parser: argparse.ArgumentParser) -> None:
 
 
 def _batches(parser: argparse.ArgumentParser, default: int) -> None:
-    parser.add_argument("--batch-size", type=int, default=default, help=f"pictures at a time (default {default})")
+    parser.add_argument("--batch-size", type=int, default=default, help=f"images at a time (default {default})")
 
 
 def _workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", "--processes", type=int, default=0, metavar="N", help="processes that read pictures (default 0)"
+        "--workers", "--processes", type=int, default=0, metavar="N", help="processes that read images (default 0)"
     )

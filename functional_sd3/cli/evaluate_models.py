@@ -47,7 +47,7 @@ def run_clip(arguments: argparse.Namespace) -> Report:
     report.note_skipped(arguments.folder, len(index.samples) + len(index.skipped), index.skipped)
     empty = sum(not sample.caption for sample in index.samples)
     if empty:
-        raise ValueError(f"{empty} of {len(index.samples)} pictures of {arguments.folder} have no caption")
+        raise ValueError(f"{empty} of {len(index.samples)} images of {arguments.folder} have no caption")
     model = runtime.clip(arguments.clip, arguments.device)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.clip} has no tokenizer, which captions need: vocab.json and merges.txt")
@@ -134,7 +134,7 @@ def run_vae(arguments: argparse.Namespace) -> Report:
     skipped = tuple(skipped)
     report.note_skipped(arguments.folder, len(found.names), skipped)
     if not likenesses:
-        raise ValueError(f"none of the {len(skipped)} pictures of {arguments.folder} can be measured")
+        raise ValueError(f"none of the {len(skipped)} images of {arguments.folder} can be measured")
     finite = [one.psnr for one in likenesses if math.isfinite(one.psnr)]
     psnr = math.fsum(finite) / len(finite) if finite else math.inf
     ssim = math.fsum(one.ssim for one in likenesses) / len(likenesses)

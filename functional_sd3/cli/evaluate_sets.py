@@ -1,4 +1,4 @@
-"""Distances between two sets of pictures: `evaluate fid`, `kid` and `cmmd`."""
+"""Distances between two sets of images: `evaluate fid`, `kid` and `cmmd`."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -151,7 +151,7 @@ def _making(arguments: argparse.Namespace, params: Any, fingerprint: str, saved:
     if params is None:
         return making
     if preprocessing not in preprocess.MODES or tap not in inception.TAPS:
-        raise ValueError(f"pictures cannot be prepared by {preprocessing!r} for layer {tap}, as what was saved says")
+        raise ValueError(f"images cannot be prepared by {preprocessing!r} for layer {tap}, as what was saved says")
     place = params["fc"]["weight"].device
     return making._replace(embed=lambda images: inception.apply(params, images.to(place), last=tap)[tap])
 
@@ -183,7 +183,7 @@ def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str)
     except WeightsError as error:
         if all("does not say" in problem for problem in error.problems):
             hint = "if pytorch-fid wrote it, pass --count N --mode pytorch_fid"
-            raise ValueError(f"{path} does not say of how many pictures it is and how it was made; {hint}") from None
+            raise ValueError(f"{path} does not say of how many images it is and how it was made; {hint}") from None
         raise
 
 

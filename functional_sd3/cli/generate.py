@@ -1,4 +1,4 @@
-"""Draw pictures of prompts."""
+"""Draw images of prompts."""
 
 import argparse
 
@@ -6,17 +6,17 @@ from functional_sd3.cli import controls, inputs, numbers, options, output, promp
 from functional_sd3.cli.timing import Timer, progress
 from functional_sd3.cli.written import Job
 
-HELP = "draw pictures of prompts"
+HELP = "draw images of prompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw; several give a picture each")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw; several give an image each")
     parser.add_argument(
         "--prompts", metavar="FILE", help="a text file with a prompt on each line; - for standard input"
     )
     options.add_words(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of a prompt (default 0)")
-    parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, with successive seeds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image of a prompt (default 0)")
+    parser.add_argument("--count", type=int, default=1, help="images of each prompt, with successive seeds")
     parser.add_argument(
         "--variation",
         metavar="SEED:AMOUNT",
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
     options.add_model(parser)
     parser.add_argument(
-        "--batch", type=int, default=options.BATCH, help=f"pictures drawn at once (default {options.BATCH})"
+        "--batch", type=int, default=options.BATCH, help=f"images drawn at once (default {options.BATCH})"
     )
     parser.add_argument(
         "--out",
         metavar="FILE-or-DIR",
-        help="a .png, .jpg or .webp file (several pictures become a grid), or a folder for one file a picture "
+        help="a .png, .jpg or .webp file (several images become a grid), or a folder for one file an image "
         "(default: out/)",
     )
 

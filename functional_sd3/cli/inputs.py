@@ -1,8 +1,8 @@
-"""Pictures that a run begins from: `--image IN --strength 0.6`, `--mask MASK`, `--outpaint right=64`.
+"""Images that a run begins from: `--image IN --strength 0.6`, `--mask MASK`, `--outpaint right=64`.
 
-A picture is read upright and in RGB. With `--size` it is scaled to cover that size and cropped about its centre.
+An image is read upright and in RGB. With `--size` it is scaled to cover that size and cropped about its centre.
 Without, it is scaled down where it has more pixels than the model's own size, and each side is cropped about the centre
-to a multiple of what the model can draw. A mask goes the way of its picture; `image.masks` has the rule of its
+to a multiple of what the model can draw. A mask goes the way of its image; `image.masks` has the rule of its
 transparency.
 """
 
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", metavar="IN", help="a picture to begin from")
+    parser.add_argument("--image", metavar="IN", help="an image to begin from")
     parser.add_argument(
         "--strength", type=float, help="in [0, 1], how much of it is drawn anew (default 0.6; 1 with a mask)"
     )
@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--soften", type=float, metavar="PX", help="blur the mask by so many pixels and take its grey for a strength"
     )
-    parser.add_argument("--restore", action="store_true", help="lay what is kept of the picture over the result")
+    parser.add_argument("--restore", action="store_true", help="lay what is kept of the image over the result")
     parser.add_argument(
-        "--outpaint", metavar="SIDE=PX,...", help="continue the picture: right=64,left=32 (left, right, top, bottom)"
+        "--outpaint", metavar="SIDE=PX,...", help="continue the image: right=64,left=32 (left, right, top, bottom)"
     )
     parser.add_argument(
         "--overlap", type=int, metavar="PX", help="with --outpaint: draw so much inside the border anew too (default 0)"
@@ -73,9 +73,9 @@ def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options that make no sense, before anything is loaded."""
     alone = [f"--{name}" for name in written.given(arguments, _RECORDED) if name != "image"]
     if arguments.image is None and alone:
-        raise ValueError(f"{' and '.join(alone)} needs --image: the picture to begin from")
+        raise ValueError(f"{' and '.join(alone)} needs --image: the image to begin from")
     if arguments.strength is not None and not 0 <= arguments.strength <= 1:
-        raise ValueError(f"--strength {arguments.strength} must be between 0 (the picture as it is) and 1 (all anew)")
+        raise ValueError(f"--strength {arguments.strength} must be between 0 (the image as it is) and 1 (all anew)")
     if arguments.mask and arguments.outpaint:
         raise ValueError("--mask and --outpaint each say what is drawn anew: give one of them")
     masked = arguments.mask or arguments.outpaint
@@ -213,5 +213,5 @@ def _proportioned(path: str, mask: "Image", picture: "Image") -> "Image":
 
     if mask.width * picture.height != mask.height * picture.width:
         sizes = ["x".join(map(str, sides)) for sides in (mask.size, picture.size)]
-        raise ValueError(f"{path} is {sizes[0]}, but the picture is {sizes[1]}: a mask must have its proportions")
+        raise ValueError(f"{path} is {sizes[0]}, but the image is {sizes[1]}: a mask must have its proportions")
     return mask.resize(picture.size, Image.Resampling.BILINEAR)

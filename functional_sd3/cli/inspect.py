@@ -1,4 +1,4 @@
-"""Say what weights of any form hold, how they differ from others, or how a picture was made."""
+"""Say what weights of any form hold, how they differ from others, or how an image was made."""
 
 import argparse
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from functional_sd3.cli import options, report
 
-HELP = "say what weights of any form hold, how they differ from others, or how a picture was made"
+HELP = "say what weights of any form hold, how they differ from others, or how an image was made"
 _MOST_SHOWN = 20
 
 
@@ -57,7 +57,7 @@ def _picture(path: Path) -> Iterator[str]:
         unknown = "of no known format" in str(error)
         raise ValueError(f"{error}, and no weights that are known" if unknown else str(error)) from None
     if settings is None:
-        raise ValueError(f"{path} is a picture without the settings of functional-sd3 generate")
+        raise ValueError(f"{path} is an image without the settings of functional-sd3 generate")
     for name, value in settings.items():
         yield f"{name}: {value}"
     yield ""

@@ -1,4 +1,4 @@
-"""Draw the pictures between prompts or seeds, or the steps of one picture, as a strip and an animation."""
+"""Draw the images between prompts or seeds, or the steps of one image, as a strip and an animation."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from functional_sd3.cli import controls, numbers, options, output, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
 
-HELP = "draw the pictures between prompts or seeds, or the steps of one"
+HELP = "draw the images between prompts or seeds, or the steps of one"
 _SUFFIXES = (".png", ".jpg", ".jpeg", *output.ANIMATIONS)
 _RECORDED = ("seeds", "frames", "slerp", "trajectory", "denoised", "fps")
 
@@ -14,21 +14,21 @@ _RECORDED = ("seeds", "frames", "slerp", "trajectory", "denoised", "fps")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="the stops; one stays the same throughout")
     parser.add_argument("--seeds", default="0", metavar="SEED,...", help="the stops; one stays the same (default 0)")
-    parser.add_argument("--frames", type=int, help="pictures from the first stop to the last (default 8)")
+    parser.add_argument("--frames", type=int, help="images from the first stop to the last (default 8)")
     parser.add_argument("--slerp", action="store_true", help="mix the prompts' embeddings along arcs, as noise is")
     parser.add_argument(
-        "--trajectory", action="store_true", help="the steps of one picture instead, of one prompt and one seed"
+        "--trajectory", action="store_true", help="the steps of one image instead, of one prompt and one seed"
     )
     parser.add_argument(
-        "--denoised", action="store_true", help="with --trajectory: what each step takes the picture to be"
+        "--denoised", action="store_true", help="with --trajectory: what each step takes the image to be"
     )
-    parser.add_argument("--fps", type=float, default=8.0, help="pictures a second of an animation (default 8)")
+    parser.add_argument("--fps", type=float, default=8.0, help="images a second of an animation (default 8)")
     options.add_size(parser)
     options.add_words(parser)
     options.add_run(parser)
     options.add_model(parser)
     parser.add_argument(
-        "--batch", type=int, default=options.BATCH, help=f"pictures drawn at once (default {options.BATCH})"
+        "--batch", type=int, default=options.BATCH, help=f"images drawn at once (default {options.BATCH})"
     )
     parser.add_argument(
         "--out",

@@ -1,15 +1,15 @@
-"""Rank prompts for a picture by how likely each makes it."""
+"""Rank prompts for an image by how likely each makes it."""
 
 import argparse
 
 from functional_sd3.cli import guidance, inputs, options, output, prompt_words, report
 from functional_sd3.cli.timing import Timer, progress
 
-HELP = "rank prompts for a picture by how likely each makes it"
+HELP = "rank prompts for an image by how likely each makes it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("picture", metavar="IMAGE", help="the picture")
+    parser.add_argument("picture", metavar="IMAGE", help="the image")
     parser.add_argument(
         "--prompt", dest="prompts", metavar="TEXT", action="append", required=True, help="a prompt; may be repeated"
     )
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the log-likelihood of the latents under the flow (default), or the loss that the model was trained on, "
         "which is cheaper and no likelihood",
     )
-    parser.add_argument("--steps", type=int, default=20, help="steps from the picture to noise (default 20)")
+    parser.add_argument("--steps", type=int, default=20, help="steps from the image to noise (default 20)")
     parser.add_argument(
         "--method", default="heun", help="integrator: euler, heun, rk4, dopri5, ... (default heun, two evaluations)"
     )
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn, the same for all prompts (default 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="prompts at a time (default 16)")
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
-    options.add_size(parser, "that of the picture")
+    options.add_size(parser, "that of the image")
     options.add_words(parser)
     options.add_model(parser)
     parser.set_defaults(guidance=[], compile=False)

@@ -1,4 +1,4 @@
-"""Options that every command which draws has: the model, the words, the run, and where the pictures go."""
+"""Options that every command which draws has: the model, the words, the run, and where the images go."""
 
 import argparse
 import os
@@ -84,7 +84,7 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int = 28, cfg: float = 5.
             f"--{name}", type=float, metavar="TOL", help="of bosh3, dopri5 and tsit5, which choose their own steps"
         )
     parser.add_argument(
-        "--compile", action="store_true", help="compile the transformer's blocks first: for large pictures and many"
+        "--compile", action="store_true", help="compile the transformer's blocks first: for large images and many"
     )
     guidance.add_arguments(parser)
     controls.add_arguments(parser)

@@ -1,4 +1,4 @@
-"""Prompts for parts of a picture, and pictures in tiles: `--region 0,0,512x1024="a red circle"`, `--tile 1024`."""
+"""Prompts for parts of an image, and images in tiles: `--region 0,0,512x1024="a red circle"`, `--tile 1024`."""
 
 import argparse
 import re
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="BOX[@WEIGHT]=PROMPT",
-        help="a prompt for a part of the picture: LEFT,TOP,WIDTHxHEIGHT=PROMPT in pixels, or MASK.png=PROMPT, where "
+        help="a prompt for a part of the image: LEFT,TOP,WIDTHxHEIGHT=PROMPT in pixels, or MASK.png=PROMPT, where "
         "the mask is white (or, with transparency, as in --mask). Its weight against PROMPT is 0.5, where PROMPT tells "
         "the whole. May be repeated",
     )
     parser.add_argument(
         "--tile",
         metavar="PX[:OVERLAP]",
-        help="draw in overlapping tiles of this side, so that a picture may be larger than the model can see "
+        help="draw in overlapping tiles of this side, so that an image may be larger than the model can see "
         "(overlap: a quarter)",
     )
 
@@ -125,7 +125,7 @@ def _mask(asked: Asked, size: tuple[int, int]) -> "Tensor":
         return pixels.from_pil(inputs.read_mask(asked.place, least=4))[:, :1]
     left, top, wide, high = asked.place
     if left + wide > size[0] or top + high > size[1] or not wide * high:
-        raise ValueError(f"the region {left},{top},{wide}x{high} is not in the picture of {size[0]}x{size[1]}")
+        raise ValueError(f"the region {left},{top},{wide}x{high} is not in the image of {size[0]}x{size[1]}")
     mask = torch.zeros(1, 1, size[1], size[0], dtype=torch.float32, device="cpu")
     mask[..., top : top + high, left : left + wide] = 1
     return mask

@@ -101,7 +101,7 @@ def note_skipped(where: str, count: int, skipped: "tuple[Skipped, ...]") -> None
     """Says on standard error which of the `count` pictures of a set were left out."""
     if not skipped:
         return
-    note(f"{len(skipped)} of {count} pictures of {where} were skipped:")
+    note(f"{len(skipped)} of {count} images of {where} were skipped:")
     for path, reason in skipped[:_MOST_NAMED]:
         message(f"  {path}: {reason}")
     if len(skipped) > _MOST_NAMED:
@@ -120,7 +120,7 @@ def warnings_as_notes():
         note(text)
 
 
-def progress(items: Iterable, total: int, name: str, unit: str = "picture"):
+def progress(items: Iterable, total: int, name: str, unit: str = "image"):
     """The items, counted by a bar on a terminal."""
     from tqdm import tqdm
 

@@ -81,7 +81,7 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
 
     `data`: an int in [-2**31, 2**32), taken mod 2**32, or an integer tensor that broadcasts with the key's batch.
     """
-    _check(key)
+    check_key(key)
     if isinstance(data, Tensor):
         if data.is_floating_point() or data.is_complex():
             raise ValueError(f"data has dtype {data.dtype}; fold_in takes integers")
@@ -208,7 +208,7 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
         return x[permutation(key, x.shape[0])]
     if x < 0:
         raise ValueError(f"length {x} of a permutation must be at least 0")
-    _check(key)
+    check_key(key)
     order = torch.arange(x, device=key.device, dtype=torch.int64).expand(*key.shape[:-1], x)
     for _ in range(math.ceil(3 * math.log(max(1, x)) / math.log(_WORD))):
         keys = split(key)
@@ -226,7 +226,8 @@ def _check_floating(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype {dtype} is not a floating point type; use bits or randint for integers")
 
 
-def _check(key: Key) -> None:
+def check_key(key: Key) -> None:
+    """Raise ValueError for what is no key: an int64 tensor (..., 2)."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
         given = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
         raise ValueError(f"key is {given}; a key is an int64 tensor (..., 2), made by prng.key(seed)")
@@ -256,7 +257,7 @@ def _bits(key: Key, shape: tuple[int, ...]) -> Tensor:
 
 def _draw(key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The two words of the cipher of the counters 0, 1, 2, ...: each (..., *shape)."""
-    _check(key)
+    check_key(key)
     batch, size = key.shape[:-1], math.prod(shape)
     if size <= 2**31:
         high, low = None, torch.arange(size, device=key.device, dtype=torch.int32)

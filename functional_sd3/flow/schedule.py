@@ -8,6 +8,7 @@ once. Shifts: Esser et al. 2024, arXiv:2403.03206, section 5.3.2, eq. 23. Kept t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsInt
 
 import torch
 from torch import Tensor
@@ -172,7 +173,7 @@ def partial(grid: Tensor, strength: float) -> Tensor:
     from `path.interpolate(x0, noise, partial(grid, strength)[0])`. Raises ValueError for a strength outside [0, 1].
     """
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength {strength} must be between 0 (the picture as it is) and 1 (all noise)")
+        raise ValueError(f"strength {strength} must be between 0 (the image as it is) and 1 (all noise)")
     steps = len(grid) - 1
     return grid[steps - math.ceil(round(steps * strength, 6)) :]
 
@@ -196,8 +197,8 @@ def position(grid: Tensor, t: Tensor) -> Tensor:
 
 def check_steps(steps: int) -> None:
     """Raise ValueError unless `steps` is a whole number of at least 1."""
-    if isinstance(steps, bool) or steps != int(steps) or steps < 1:
-        raise ValueError(f"steps {steps} must be a whole number of at least 1")
+    if isinstance(steps, bool | str) or not isinstance(steps, SupportsInt) or steps != int(steps) or steps < 1:
+        raise ValueError(f"steps {steps!r} must be a whole number of at least 1")
 
 
 def check_levels(levels: Tensor) -> None:

@@ -31,7 +31,7 @@ def fits_group_norm(params: Params, x: Tensor, groups: int, eps: float) -> bool:
     """Large channels_last images, float32 on a CPU."""
     if any(not each.is_cpu or each.dtype is not torch.float32 for each in (x, *params.values())):
         return False
-    large = x.ndim == 4 and x.shape[1] % groups == 0 and x[0].numel() >= NAIVE_SUM * groups
+    large = x.ndim == 4 and len(x) > 0 and x.shape[1] % groups == 0 and x.shape[1:].numel() >= NAIVE_SUM * groups
     return large and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -82,6 +82,6 @@ def _batch(embed: Callable[[Tensor], Tensor], values: list[Tensor], skipped: lis
 def _nothing(skipped: Iterable[Skipped]) -> ValueError:
     skipped = tuple(skipped)
     if not skipped:
-        return ValueError("there are no pictures")
+        return ValueError("there are no images")
     first = f"{skipped[0].path}: {skipped[0].reason}"
-    return ValueError(f"none of {len(skipped)} pictures could be read; the first, {first}")
+    return ValueError(f"none of {len(skipped)} images could be read; the first, {first}")

@@ -26,9 +26,9 @@ def score(logits: Tensor, *, splits: int = 10, key: Key | None = None) -> Incept
     shuffles the pictures first, for sets that are sorted by class. Raises ValueError with fewer pictures than splits.
     """
     if logits.ndim != 2 or not logits.is_floating_point():
-        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; they must be floating, (pictures, classes)")
+        raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; they must be floating, (images, classes)")
     if not 1 <= splits <= len(logits):
-        raise ValueError(f"{len(logits)} pictures cannot be scored in {splits} splits")
+        raise ValueError(f"{len(logits)} images cannot be scored in {splits} splits")
     if key is not None:
         logits = logits[prng.permutation(key, len(logits)).to(logits.device)]
     bounds = [index * len(logits) // splits for index in range(splits + 1)]

@@ -114,7 +114,7 @@ def drawn_to(
     Raises ValueError for an eta outside, where it is a number.
     """
     if not isinstance(eta, Tensor) and not 0 <= eta <= 1:
-        raise ValueError(f"eta {eta} must be between 0 (the flow alone) and 1 (straight to the picture)")
+        raise ValueError(f"eta {eta} must be between 0 (the flow alone) and 1 (straight to the image)")
 
     def transform(velocity: Velocity) -> Velocity:
         def drawn(x: Tensor, t: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def grown(
         raise ValueError(f"margins {margins} and overlap {overlap} must be at least 0 pixels")
     height, width = images.shape[-2:]
     if 2 * overlap >= min(height, width):
-        raise ValueError(f"an overlap of {overlap} pixels leaves nothing of a picture of {width} x {height}")
+        raise ValueError(f"an overlap of {overlap} pixels leaves nothing of an image of {width} x {height}")
     kept = torch.zeros(1, 1, height, width, dtype=images.dtype, device=images.device)
     for axis, (before, after) in ((-1, (left, right)), (-2, (top, bottom))):
         size = kept.shape[axis]

@@ -32,6 +32,7 @@ def initial_noise(
 
 def sample_keys(key: Key, count: int) -> Key:
     """(count, 2): the keys given, or those that one key folds into; ValueError for another number of them."""
+    prng.check_key(key)
     keys = key if key.ndim > 1 else prng.fold_in(key, torch.arange(count, device=key.device, dtype=torch.int64))
     if len(keys) != count:
         raise ValueError(f"{len(keys)} keys for {count} prompts; give one key, or one for each prompt")
@@ -124,7 +125,7 @@ def latent_size(
         if bounded and side > largest:
             raise ValueError(
                 f"{name} {side} is beyond the {largest} pixels that the model has positions for; "
-                "a larger picture can be drawn in tiles (--tile)"
+                "a larger image can be drawn in tiles (--tile)"
             )
         sides.append(side // factor)
     return sides[0], sides[1]

@@ -14,7 +14,7 @@ def checked(mask: Tensor, height: int, width: int, batch: int) -> Tensor:
     tall, wide = mask.shape[-2:]
     if tall * width != wide * height:
         raise ValueError(
-            f"mask of {wide} x {tall} for pictures of {width} x {height}: any size will do, but of the same proportions"
+            f"mask of {wide} x {tall} for images of {width} x {height}: any size will do, but of the same proportions"
         )
     return mask
 

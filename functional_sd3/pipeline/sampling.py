@@ -54,6 +54,8 @@ def sample(
     and where a key is needed and none is given.
     """
     guidances.check_scale(cfg, "cfg")
+    if isinstance(cfg, Tensor) and cfg.ndim and len(cfg) not in (1, len(noise)):
+        raise ValueError(f"cfg {list(cfg.shape)} must be one number, or ({len(noise)},): one for each sample")
     method = chosen_method(config, len(noise), method, key)
     times = sigmas(config, noise, steps) if times is None else times
     steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_carry

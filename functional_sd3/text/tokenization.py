@@ -127,7 +127,9 @@ def _texts(*prompts: str | Sequence[str]) -> list[list[str]]:
     batches = [text_batch(texts, "prompt") for texts in prompts]
     rows = max(map(len, batches))
     lists = [batch * rows if isinstance(texts, str) else batch for texts, batch in zip(prompts, batches, strict=True)]
-    if not rows or any(len(texts) != rows for texts in lists):
+    if not rows:
+        raise ValueError("there are no prompts; give a string or several, and an empty one for no prompt")
+    if any(len(texts) != rows for texts in lists):
         counts = [len(texts) for texts in lists]
         raise ValueError(f"{counts} prompts for the three encoders; give each as many, or one string")
     return lists

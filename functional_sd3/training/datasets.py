@@ -69,7 +69,7 @@ def image_folder(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder of pictures" if folder.exists() else f"{folder} does not exist")
+        raise ValueError(f"{folder} is not a folder of images" if folder.exists() else f"{folder} does not exist")
     _check_template(template)
     listing = list_files(folder, follow=follow)
     gathered = _gather(listing, template)
@@ -85,7 +85,7 @@ def image_folder(
     if not samples:
         unread = f"; {len(skipped)} files could not be read, the first: {': '.join(skipped[0])}" if skipped else ""
         noted = "".join(f"; {note}" for note in (*listing.notes, *gathered.notes)[:3])
-        raise ValueError(f"{folder} holds no pictures ({files.suffix_words()}){unread}{noted}")
+        raise ValueError(f"{folder} holds no images ({files.suffix_words()}){unread}{noted}")
     return Index(folder, tuple(samples), tuple(skipped), tuple(sources.items()), (*listing.notes, *gathered.notes))
 
 

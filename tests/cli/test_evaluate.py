@@ -127,7 +127,7 @@ def test_broken_pictures_are_named_and_counted(run, here):
     mixed = draw(here / "mixed", 4, 3)
     (mixed / "torn.png").write_bytes(b"torn")
     status, out, err = run("fid", "mixed", "fake", *FID, "--json", "mixed.json")
-    assert status == 0 and "1 of 5 pictures of mixed were skipped:\n  torn.png: not a readable image" in err
+    assert status == 0 and "1 of 5 images of mixed were skipped:\n  torn.png: not a readable image" in err
     told = json.loads((here / "mixed.json").read_text())["real"]
     assert told["pictures"] == 4 and told["skipped"][0]["path"] == "torn.png" and "Frechet" in out
 
@@ -143,7 +143,7 @@ def test_broken_pictures_are_named_and_counted(run, here):
         (("fid", "absent", "fake", *FID), "no such folder or zip archive: absent"),
         (("fid", "", "fake", *FID), "the path of the images is empty"),
         (("fid", "real", "empty", *FID), "empty holds no images"),
-        (("fid", "real", "torn", *FID), "none of 2 pictures could be read; the first, a.png: not a readable image"),
+        (("fid", "real", "torn", *FID), "none of 2 images could be read; the first, a.png: not a readable image"),
         (("fid", "real", "nothing.zip", *FID), "nothing.zip holds no images"),
         (("fid", "real", "inception.pth", *FID), "inception.pth holds no images"),
         (("fid", "real", "torn.npz", *FID), "torn.npz: is not an .npz file of statistics"),
@@ -155,11 +155,11 @@ def test_broken_pictures_are_named_and_counted(run, here):
         (("kid", "real", "fake", *FID, "--subset-size", 11), "subsets of 11 cannot be drawn from 12 and 10"),
         (("cmmd", "real", "fake"), "pass --clip DIR"),
         (("clip", "absent", "--clip", "x"), "no such folder: absent"),
-        (("clip", "flat", "--clip", "x"), "1 of 1 pictures of flat have no caption"),
+        (("clip", "flat", "--clip", "x"), "1 of 1 images of flat have no caption"),
         (("cmmd", "real", "fake", "--clip", "absent"), "absent: does not exist"),
         (("vae", "absent"), "no such folder or zip archive: absent"),
         (("vae", "real", "--size", 60), "--size 60 must be a multiple of 8"),
-        (("vae", "small"), "none of the 1 pictures of small can be measured"),
+        (("vae", "small"), "none of the 1 images of small can be measured"),
         (("prompts", "--method", "eulre"), "--method 'eulre' must be one of"),
         (("prompts", "--params", "absent"), "absent"),
     ],

@@ -126,7 +126,7 @@ def test_emphasis_and_long_prompts_are_settings_of_a_picture(files, monkeypatch)
         (["--control", "edges.png"], "--control 'edges.png' must be KIND=IMAGE"),
         (["--control", "edge=edges.png"], "kind 'edge' must be one of blur, canny, depth"),
         (["--control", "canny={}/edges.png"], "needs --controlnet canny=PATH"),
-        (["--controlnet", "{}/any"], "1 --controlnet for 0 pictures"),
+        (["--controlnet", "{}/any"], "1 --controlnet for 0 images"),
         (["--control", "canny={}/edges.png:11", "--controlnet", "{}/any"], "scale 11.0 of a ControlNet must be in"),
         (["--control", "canny={}/edges.png:1:0.6-0.4", "--controlnet", "{}/any"], "start 0.6 and end 0.4"),
         (["--control", "canny={}/edges.png:1.2.3", "--controlnet", "{}/any"], "its scale '1.2.3' must be a number"),
@@ -134,7 +134,7 @@ def test_emphasis_and_long_prompts_are_settings_of_a_picture(files, monkeypatch)
         (["--control", "canny={}/model/model_index.json", "--controlnet", "{}/any"], "not a readable image"),
         (["--control", "canny={}/wide.png", "--controlnet", "{}/any"], "wide.png is 64x32, but what is drawn is 64x64"),
         (["--control", "canny={}/edges.png", "--controlnet", "{}/other"], "made for another model: its width is 48"),
-        (["--control", "blur={}/edges.png", "--controlnet", "blur={}/canny.safetensors"], "reads pictures of canny"),
+        (["--control", "blur={}/edges.png", "--controlnet", "blur={}/canny.safetensors"], "reads images of canny"),
         (["--control", "canny={}/edges.png", "--controlnet", "{}/model"], "config.json: cannot be opened"),
     ],
 )

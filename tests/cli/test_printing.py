@@ -234,3 +234,11 @@ def test_results_go_to_standard_output_and_notes_to_standard_error(model, tmp_pa
     assert "note: 2 prompts of one word each" in error and "s in all" in error
     assert shlex.split(written.command(written.read_settings(printed.splitlines()[0])))[1] == "generate"
     assert output.slug("a/../b") == "a-b"
+
+
+def test_help_has_one_word_for_images():
+    from functional_sd3.cli import parser
+
+    for leaf in [parser.build(), *parser.leaves(parser.build())]:
+        words = leaf.format_help().replace("--pictures", "").replace("PICTURES", "")
+        assert "picture" not in words, leaf.prog

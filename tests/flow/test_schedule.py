@@ -181,3 +181,9 @@ def test_configs_are_hashable_values():
 def test_what_makes_no_grid_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("steps", [None, "3", [3], 2.5, 0, -1, True])
+def test_steps_that_are_no_whole_number_of_at_least_1_are_refused(steps):
+    with pytest.raises(ValueError, match=r"steps .* must be a whole number of at least 1"):
+        schedule.check_steps(steps)

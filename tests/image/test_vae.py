@@ -114,3 +114,13 @@ def test_nothing_given_is_changed(params):
     vae.decode(params, CONFIG, vae.encode(params, CONFIG, images).mean)
     assert tree.allclose(before, params, rtol=0, atol=0) and torch.equal(copy, images)
     assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == torch.float32
+
+
+def test_no_images_are_no_latents_and_no_latents_no_images(params):
+    # channels_last, as a decoded batch is: what the CPU's own group norm takes, where it is large.
+    for channels_last in (False, True):
+        images, latents = torch.zeros(0, 3, 32, 32), torch.zeros(0, 16, 4, 4)
+        if channels_last:
+            images, latents = (x.to(memory_format=torch.channels_last) for x in (images, latents))
+        assert vae.encode(params, CONFIG, images).mean.shape == (0, 16, 4, 4)
+        assert vae.decode(params, CONFIG, latents).shape == (0, 3, 32, 32)

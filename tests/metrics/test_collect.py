@@ -53,9 +53,9 @@ def test_pictures_are_read_one_batch_ahead_at_most():
 
 def test_a_set_without_a_readable_picture_is_refused_by_name():
     for gather in (collect.features, collect.statistics):
-        with pytest.raises(ValueError, match="none of 2 pictures could be read; the first, x: torn"):
+        with pytest.raises(ValueError, match="none of 2 images could be read; the first, x: torn"):
             gather(collect.walk(embed, [Item("x", None, "torn"), Item("y", None, "wet")]))
-        with pytest.raises(ValueError, match="there are no pictures"):
+        with pytest.raises(ValueError, match="there are no images"):
             gather(collect.walk(embed, []))
     with pytest.raises(ValueError, match="batch_size 0"):
         next(collect.walk(embed, ITEMS, batch_size=0))

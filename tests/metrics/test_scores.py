@@ -55,7 +55,7 @@ def test_a_key_shuffles():
 
 
 def test_too_few_pictures_cannot_be_split():
-    with pytest.raises(ValueError, match="3 pictures cannot be scored in 10 splits"):
+    with pytest.raises(ValueError, match="3 images cannot be scored in 10 splits"):
         inception_score.score(draw(0, 3, 5))
 
 

@@ -236,7 +236,7 @@ def test_controls_are_heard_where_pictures_come_from_pictures(model, images, rig
         (lambda p, x, m: pipeline.image_to_image(*p, [], x[:1], prng.key(0)), "1 images for 0 prompts"),
         (lambda p, x, m: pipeline.image_to_image(*p, "a", x[:, 0], prng.key(0)), "must be .batch, 3, height, width"),
         (lambda p, x, m: pipeline.image_to_image(*p, "a", x[..., 8:], prng.key(0)), "width 56 is not a multiple of 16"),
-        (lambda p, x, m: pipeline.inpaint(*p, "a", x, m[..., 1:], prng.key(0)), "mask of 63 x 64 for pictures"),
+        (lambda p, x, m: pipeline.inpaint(*p, "a", x, m[..., 1:], prng.key(0)), "mask of 63 x 64 for images"),
         (lambda p, x, m: pipeline.inpaint(*p, "a", x, m[0], prng.key(0)), "must be .batch or 1, 1, height, width"),
         (lambda p, x, m: pipeline.inpaint(*p, "a", x, m, prng.key(0), soften=-1.0), "a blur of -1.0 pixels"),
         (lambda p, x, m: pipeline.outpaint(*p, "a", x, prng.key(0), left=-16), "must be at least 0 pixels"),

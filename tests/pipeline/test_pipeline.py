@@ -96,3 +96,17 @@ def test_a_transform_of_the_block_is_applied_to_every_block_of_every_step_and_ch
     found = pipeline.generate(*parts(model), "a red circle", prng.key(0), steps=3, block_transform=counted)
     assert torch.equal(found, plain)
     assert len(calls) == 3 * model.config.transformer.depth
+
+
+@pytest.mark.parametrize(
+    ("prompts", "key", "options", "message"),
+    [
+        (["a"], 0, {}, r"key is 0; a key is an int64 tensor .*prng.key\(seed\)"),
+        (["a"], prng.key(0), {"cfg": torch.tensor([2.0, 3.0])}, r"cfg \[2\] must be one number, or \(1,\): one"),
+        (["a"], prng.key(0), {"steps": "3"}, "steps '3' must be a whole number"),
+        ([], prng.key(0), {}, "there are no prompts"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(model, prompts, key, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.generate(*parts(model), prompts, key, **{"steps": 1, **options})

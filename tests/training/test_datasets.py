@@ -80,12 +80,12 @@ def test_a_caption_that_is_not_text_skips_its_picture(tmp_path):
 def test_a_folder_that_is_missing_or_has_no_picture_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         datasets.image_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         datasets.image_folder(tmp_path)
     (tmp_path / "text.png").write_text("this is no picture")
     with pytest.raises(ValueError, match="1 files could not be read, the first: text.png"):
         datasets.image_folder(tmp_path)
-    with pytest.raises(ValueError, match="is not a folder of pictures"):
+    with pytest.raises(ValueError, match="is not a folder of images"):
         datasets.image_folder(tmp_path / "text.png")
 
 

@@ -121,3 +121,13 @@ def test_edges_cost_only_where_pictures_change():
         plain, _ = objectives.vae_loss(CONFIG)(params, images, KEYS)
         sharp, _ = objectives.vae_loss(CONFIG, edges=1.0)(params, images, KEYS)
         assert bool(sharp > plain) is more
+
+
+@pytest.mark.parametrize("part", ["flow", "vae"])
+def test_keys_are_one_a_sample(part):
+    batch = {"images": torch.zeros(3, 3, 8, 8), "latents": torch.zeros(3, 4, 2, 2)}
+    loss = objectives.vae_loss(None) if part == "vae" else objectives.flow_loss(None)
+    with pytest.raises(ValueError, match=r"keys \[2\] must be \(3, 2\), one a sample: prng.split\(key, 3\)"):
+        loss({}, batch, prng.key(0))
+    with pytest.raises(ValueError, match="key is 7; a key is an int64 tensor"):
+        loss({}, batch, 7)

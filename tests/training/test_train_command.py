@@ -150,7 +150,7 @@ def test_wrong_arguments_are_named(command, tmp_path, options, message):
 
 def test_an_empty_folder_is_refused(command, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no pictures"):
+    with pytest.raises(ValueError, match="empty holds no images"):
         command("--out", tmp_path / "out", "--data", tmp_path / "empty")
 
 

@@ -14,7 +14,7 @@ from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path, schedule
 from functional_sd3.text import conditioning
-from functional_sd3.training.objectives.types import Loss, Metrics
+from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
 from functional_sd3.transformer import mmdit
 
 
@@ -38,7 +38,7 @@ def flow_loss(
     computation; gradients stay the parameters'. `implementation`: of attention; "math" has every derivative and every
     batching rule, for jvp, Hessians and per-sample gradients by vmap. Metrics: bin_loss and bin_share (bins,), the part
     of the loss, and of the samples, with t in each of `bins` equal intervals; their quotient is the loss of an
-    interval.
+    interval. keys (batch, 2), a key for each sample: `prng.split(key, batch)`; ValueError for others.
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout {dropout} is a probability, between 0 and 1")
@@ -48,6 +48,7 @@ def flow_loss(
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         params = params if dtype is None else layers.cast(params, dtype)
         batch = batch if dtype is None else tree.cast(batch, dtype)
+        check_keys(keys, batch["latents"])
         latents, text = batch["latents"], {name: part for name, part in batch.items() if name != "latents"}
         time_key, noise_key, drop_key = prng.split(keys, 3).unbind(-2)
         t = schedule.shift(density(time_key, ()), shift)

@@ -9,7 +9,7 @@ from functional_sd3.core import layers, prng
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import vae
-from functional_sd3.training.objectives.types import Loss, Metrics
+from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
 
 
 def vae_loss(
@@ -21,7 +21,7 @@ def vae_loss(
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
 ) -> Loss:
-    """Reconstruction + `divergence` * KL + `edges` * |difference of the gradients of the pictures|.
+    """Reconstruction + `divergence` * KL + `edges` * |difference of the gradients of the images|.
 
     batch: {"images": (batch, 3, height, width) in [-1, 1]}. `distance` is elementwise (default L1). KL(posterior ||
     N(0, 1)) is summed over a sample's latents and divided by its number of pixel values: the balance of Rombach et al.
@@ -32,6 +32,7 @@ def vae_loss(
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         params = params if dtype is None else layers.cast(params, dtype)
         images = batch["images"]
+        check_keys(keys, images)
         given = images if dtype is None else images.to(dtype)
         mean, logvar = vae.encode(params, config, given, implementation=implementation)
         latents = mean + torch.exp(0.5 * logvar) * prng.normal(keys, tuple(mean.shape[1:]), dtype=mean.dtype)
