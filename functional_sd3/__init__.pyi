@@ -1,5 +1,6 @@
 """The names of `import functional_sd3 as sd3`: editors read them here, and the package finds its modules by them."""
 
+from functional_sd3 import lora as lora
 from functional_sd3 import pipeline as pipeline
 from functional_sd3 import weights as weights
 from functional_sd3.core import attention as attention
@@ -62,7 +63,6 @@ from functional_sd3.text.clip import image as clip_image
 from functional_sd3.training import checkpoint as checkpoint
 from functional_sd3.training import datasets as datasets
 from functional_sd3.training import loop as loop
-from functional_sd3.training import lora as lora
 from functional_sd3.training import muon as muon
 from functional_sd3.training import optim as optim
 from functional_sd3.training import schedules as schedules

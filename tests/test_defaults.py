@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import functional_sd3
-from functional_sd3 import pipeline, weights
+from functional_sd3 import lora, pipeline, weights
 from functional_sd3.core import layers, prng, transform, tree
 from functional_sd3.flow import guidance, ode, path, schedule
 from functional_sd3.flow.analysis import divergence, geometry, inversion, likelihood, spectral
@@ -30,7 +30,7 @@ from functional_sd3.recipes.shapes import prompts
 from functional_sd3.text import clip, conditioning, t5
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.text.clip import image as clip_image
-from functional_sd3.training import lora, muon, objectives, optim, schedules, step
+from functional_sd3.training import muon, objectives, optim, schedules, step
 from functional_sd3.transformer import control, controlnet, mmdit
 from tests import models
 

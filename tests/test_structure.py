@@ -16,9 +16,10 @@ ALLOWED = {
     "transformer": {"core"},
     "flow": {"core"},
     "layouts": NETWORKS,
-    "weights": NETWORKS | {"layouts"},
-    "pipeline": NETWORKS | {"layouts", "weights"},
-    "training": NETWORKS | {"layouts", "weights"},
+    "lora": {"core", "formats", "layouts"},
+    "weights": NETWORKS | {"layouts", "lora"},
+    "pipeline": NETWORKS | {"layouts", "lora", "weights"},
+    "training": NETWORKS | {"layouts", "lora", "weights"},
     "metrics": {"core", "formats", "text", "image"},
 }
 """Room -> the rooms it may import."""

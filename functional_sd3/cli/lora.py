@@ -40,28 +40,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from functional_sd3 import weights
-    from functional_sd3.training import lora
-    from functional_sd3.weights import adapters, lora_files
+    from functional_sd3 import lora, weights
+    from functional_sd3.lora import read as lora_read
+    from functional_sd3.lora import tree as adapters
 
     layers = lora.layers(arguments.file)
     numbers = sum(layer.numbers for layer in layers)
     report.say(f"{arguments.file}: {len(layers)} layers, {numbers:,} numbers")
-    for line in lora_files.summary(layers):
+    for line in lora_read.summary(layers):
         report.say(f"  {line}")
     for layer in layers if arguments.all else ():
         report.say(f"  {_described(layer)}")
     if arguments.params:
         config = weights.outline(arguments.params, variant=arguments.variant).config
         loaded = lora.load_with_report(arguments.file, config, allow_absent=True)
-        report.say(f"adapts {len(adapters.nodes(loaded.lora))} weights of {' and '.join(arguments.params)}")
+        report.say(f"adapts {len(adapters.entries(loaded.lora))} weights of {' and '.join(arguments.params)}")
         lora_options.note_left_out(arguments.file, loaded.left_out)
     return 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from functional_sd3 import weights
-    from functional_sd3.training import lora
+    from functional_sd3 import lora, weights
 
     files = [lora_options.parse(word, "") for word in arguments.files]
     model = weights.load(arguments.model, dtype="stored", variant=arguments.variant)
@@ -77,11 +76,11 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _extract(arguments: argparse.Namespace) -> int:
     import torch
 
-    from functional_sd3 import weights
+    from functional_sd3 import lora, weights
     from functional_sd3.cli import runtime
     from functional_sd3.core import tree
-    from functional_sd3.training import lora
-    from functional_sd3.weights import lora_keys, merge
+    from functional_sd3.lora import keys as lora_keys
+    from functional_sd3.weights import merge
 
     device = runtime.device(arguments.device)
     paths, stored = (arguments.tuned, arguments.base), {"dtype": "stored", "variant": arguments.variant}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from functional_sd3.core.types import Params
     from functional_sd3.layouts.components import Config
-    from functional_sd3.weights.adapters import Lora
+    from functional_sd3.lora.tree import Lora
 
 
 class LoraSpec(NamedTuple):
@@ -58,7 +58,7 @@ def parse(text: str, option: str = "--lora ") -> LoraSpec:
 
 def check(texts: Sequence[str]) -> None:
     """Raise ValueError for options that make no sense, WeightsError for files that hold no LoRA: before models load."""
-    from functional_sd3.training import lora
+    from functional_sd3 import lora
 
     for spec in map(parse, texts):
         lora.layers(spec.path)
@@ -70,7 +70,7 @@ def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "lis
     Parts for a component that the model lacks (T5 is often given up), and embeddings that OneTrainer stores beside, are
     left out and named on standard error.
     """
-    from functional_sd3.training import lora
+    from functional_sd3 import lora
 
     found = []
     for spec in map(parse, texts):
@@ -90,7 +90,7 @@ def note_left_out(path: str | Path, keys: Sequence[str]) -> None:
 
 def added_to(fetch: "Callable[[str], Params]", loras: "Sequence[tuple[Lora, float]]") -> "Callable[[str], Params]":
     """A component's name -> its parameters as `fetch` reads them, with the LoRAs' parts for that component added."""
-    from functional_sd3.training import lora
+    from functional_sd3 import lora
 
     def fetch_with_loras(name: str) -> "Params":
         params = fetch(name)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functional_sd3 import pipeline, weights
+from functional_sd3 import lora, pipeline, weights
 from functional_sd3.cli import report, train_model, train_options
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files, finite
@@ -18,7 +18,7 @@ from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import SPECS
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
-from functional_sd3.training import checkpoint, continuing, datasets, digests, lora, tasks
+from functional_sd3.training import checkpoint, continuing, datasets, digests, tasks
 from functional_sd3.training.step import TrainState
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Model

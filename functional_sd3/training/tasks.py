@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from functional_sd3 import lora
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
@@ -18,7 +19,7 @@ from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import datasets, digests, loop, lora, objectives, optim, step
+from functional_sd3.training import datasets, digests, loop, objectives, optim, step
 from functional_sd3.weights.model import Model, Tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")

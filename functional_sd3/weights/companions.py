@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from functional_sd3.formats import files
 from functional_sd3.formats.files import Mapped
 from functional_sd3.layouts import registry
-from functional_sd3.weights import controlnets, ip_adapters, lora_files, standalone
+from functional_sd3.lora import read as lora_read
+from functional_sd3.weights import controlnets, ip_adapters, standalone
 
 
 class Companion(NamedTuple):
@@ -29,7 +30,7 @@ def find(path: Path, variant: str | None = None) -> Companion | None:
         if (path / "config.json").is_file():
             claims = files.read_json(path / "config.json").get("_class_name")
             return _controlnet(path, variant) if claims == controlnets.OWNER else None
-        names = () if (path / "model_index.json").exists() else lora_files.NAMES
+        names = () if (path / "model_index.json").exists() else lora_read.NAMES
         return next((_lora(path / name, variant) for name in names if (path / name).is_file()), None)
     if not path.is_file() or files.start(path)[8:9] != b"{":
         return None
@@ -50,8 +51,8 @@ def _ip_adapter(path: Path, variant: str | None) -> Companion:
 
 
 def _lora(path: Path, variant: str | None) -> Companion:
-    found = lora_files.layers(path)
-    kinds = "\n".join(lora_files.summary(found))
+    found = lora_read.layers(path)
+    kinds = "\n".join(lora_read.summary(found))
     return Companion("LoRA", f"of layers named as {found[0].name}", str(path), kinds, standalone.open_file(path))
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from functional_sd3.core import layers, tree
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.lora.keys import adaptable
 from functional_sd3.weights import merge
-from functional_sd3.weights.lora_keys import adaptable
 from functional_sd3.weights.merge import Change
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}

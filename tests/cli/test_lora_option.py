@@ -9,10 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from functional_sd3 import cli, weights
+from functional_sd3 import cli, lora, weights
 from functional_sd3.cli import lora_options, written
 from functional_sd3.core import tree
-from functional_sd3.training import lora
 from tests import models
 
 PROMPT = "a large red circle on a white background"

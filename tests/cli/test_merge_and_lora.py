@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from functional_sd3 import cli, weights
+from functional_sd3 import cli, lora, weights
 from functional_sd3.core import tree
-from functional_sd3.training import lora
-from functional_sd3.weights import adapters, merge
+from functional_sd3.lora import tree as adapters
+from functional_sd3.weights import merge
 from tests import models
 
 
@@ -89,7 +89,7 @@ def test_what_was_merged_is_extracted_again(folders, tuned, base, tmp_path, layo
     assert "of which the LoRA holds 100.0%" in capsys.readouterr().err
     found = lora.load(out, base.config)
     assert close(lora.apply(base.params, found)["transformer"], tuned.params["transformer"])
-    assert adapters.nodes(found).keys() == adapters.nodes(random_lora(base)).keys()
+    assert adapters.entries(found).keys() == adapters.entries(random_lora(base)).keys()
 
 
 def test_info_says_what_a_file_holds_and_whether_it_fits(folders, capsys):

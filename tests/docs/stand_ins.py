@@ -10,7 +10,7 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from functional_sd3 import weights
+from functional_sd3 import lora, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import pixels, taesd
@@ -18,7 +18,6 @@ from functional_sd3.layouts import rules
 from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip, textual_inversion
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.training import lora
 from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.weights import controlnets, ip_adapters, shipped
 from functional_sd3.weights.clip import LAYOUT

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from functional_sd3 import lora
 from functional_sd3.core import tree
-from functional_sd3.training import lora
-from functional_sd3.weights import WeightsError, lora_keys
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.weights import WeightsError
 from tests.weights.conftest import CONFIG
 
 peft = pytest.importorskip("peft")

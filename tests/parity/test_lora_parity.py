@@ -8,14 +8,13 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.utils import state_dict_utils
 from safetensors.torch import load_file
 
-from functional_sd3 import weights
+from functional_sd3 import lora, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_folder import COMPONENTS
-from functional_sd3.training import lora
-from functional_sd3.weights import adapters
+from functional_sd3.lora import tree as adapters
+from tests.lora.test_files import pair, write
 from tests.parity.test_weights_parity import config_of, random_model
-from tests.weights.test_lora_files import pair, write
 
 CONFIG = replace(config_of("SD3.5-medium"), t5=None)
 MODEL = random_model(CONFIG)
@@ -57,9 +56,9 @@ def assert_same(pipe, params):
 @pytest.mark.parametrize("alpha", [2.0, 3.0])
 def test_what_we_write_diffusers_fuses_as_we_apply(folder, tmp_path, alpha):
     one = adapters.build(
-        adapters.nodes(random_lora(alpha=alpha))
-        | adapters.nodes(random_lora(rank=3, alpha=alpha, targets="transformer.blocks.*.mlp.*"))
-        | adapters.nodes(random_lora(rank=2, alpha=0.5, targets="transformer.blocks.1.image.attention.*"))
+        adapters.entries(random_lora(alpha=alpha))
+        | adapters.entries(random_lora(rank=3, alpha=alpha, targets="transformer.blocks.*.mlp.*"))
+        | adapters.entries(random_lora(rank=2, alpha=0.5, targets="transformer.blocks.1.image.attention.*"))
     )
     lora.save(tmp_path / "pytorch_lora_weights.safetensors", one)
     pipe = pipeline(folder)
@@ -87,7 +86,7 @@ def test_what_diffusers_writes_we_read_as_it_computes(folder, tmp_path):
     loaded = lora.load(tmp_path, CONFIG)
     pipe.fuse_lora(components=["transformer"])
     assert_same(pipe, lora.apply(MODEL.params, loaded))
-    parts = [part for node in adapters.nodes(loaded).values() for part in adapters.members(node)]
+    parts = [part for node in adapters.entries(loaded).values() for part in adapters.members(node)]
     assert {float(part["alpha"]) for part in parts} == {5, 6} and {adapters.rank(part) for part in parts} == {2, 4}
 
 
@@ -103,7 +102,7 @@ def test_old_spellings_of_the_transformer_are_what_diffusers_converts_them_to(tm
     old = lora.load(write(tmp_path / "old.safetensors", tensors), CONFIG)
     converted = state_dict_utils.convert_unet_state_dict_to_peft(tensors)
     new = lora.load(write(tmp_path / "new.safetensors", converted), CONFIG)
-    assert not tree.diff(old, new) and len(adapters.nodes(old)) == 2
+    assert not tree.diff(old, new) and len(adapters.entries(old)) == 2
 
 
 @pytest.mark.parametrize("names, spelling", [
@@ -118,7 +117,7 @@ def test_old_spellings_of_the_text_encoders_are_what_diffusers_converts_them_to(
     old = lora.load(write(tmp_path / "old.safetensors", tensors), CONFIG)
     converted = state_dict_utils.convert_state_dict_to_peft(tensors)
     new = lora.load(write(tmp_path / "new.safetensors", converted), CONFIG)
-    assert not tree.diff(old, new) and len(adapters.nodes(old)) == 2
+    assert not tree.diff(old, new) and len(adapters.entries(old)) == 2
 
 
 def test_our_keys_are_those_of_diffusers_own_modules(folder, tmp_path):

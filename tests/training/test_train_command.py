@@ -174,8 +174,8 @@ def test_training_leaves_the_global_generator_alone(command, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--text-encoders", "train"], ["--dtype", "bfloat16"]])
 def test_a_lora_is_left_as_a_file_that_changes_the_model_it_was_trained_on(command, tmp_path, options):
-    from functional_sd3.training import lora
-    from functional_sd3.weights import adapters
+    from functional_sd3 import lora
+    from functional_sd3.lora import tree as adapters
     from tests import models
 
     # In a fresh transformer every gate is shut, and nothing reaches the attentions.
@@ -184,7 +184,7 @@ def test_a_lora_is_left_as_a_file_that_changes_the_model_it_was_trained_on(comma
     assert command("--params", tmp_path / "model", "--out", tmp_path / "out", "--lora", 2, *options)[0] == 0
     trained = lora.load(tmp_path / "out", model.config)
     parts = {"transformer", *(("clip_l", "clip_g", "t5") if "train" in options else ())}
-    assert {path.partition(".")[0] for path in adapters.nodes(trained)} == parts
+    assert {path.partition(".")[0] for path in adapters.entries(trained)} == parts
     assert not (tmp_path / "out" / "transformer").exists()
     changed = lora.apply(model.params, trained)
     assert {name for name in model.params if tree.diff(model.params[name], changed[name])} == parts

@@ -18,12 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from functional_sd3 import weights
+from functional_sd3 import lora, weights
 from functional_sd3.core import tree
 from functional_sd3.flow import schedule
 from functional_sd3.formats import atomic, finite, magic
 from functional_sd3.image import taesd, vae
-from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import Config, Model, WeightsError, notes, sources
 from tests.models import random_model

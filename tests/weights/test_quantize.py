@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.func import grad, vmap
 
-from functional_sd3 import weights
+from functional_sd3 import lora, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
+from functional_sd3.lora import keys as lora_keys
 from functional_sd3.text import clip, t5
-from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit, precision
-from functional_sd3.weights import WeightsError, lora_keys, quantize
+from functional_sd3.weights import WeightsError, quantize
 from tests import models
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]

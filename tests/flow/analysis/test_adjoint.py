@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
 from bench.timing import allocated_peak
-from functional_sd3 import pipeline
+from functional_sd3 import lora, pipeline
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.flow import ode, path, schedule
 from functional_sd3.flow.analysis import adjoint
 from functional_sd3.image import vae
-from functional_sd3.training import lora
 from tests import models
 
 METHODS = pytest.mark.parametrize("method", ode.METHODS.values(), ids=ode.METHODS)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from functional_sd3.formats import json_fields, patterns
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import shorten
-from functional_sd3.weights import adapters
-from functional_sd3.weights.adapters import Adapter
+from functional_sd3.lora import tree as adapters
+from functional_sd3.lora.tree import Adapter
 
 _KEY = "lora_adapter_metadata"
 _PEFT = "base_model.model."

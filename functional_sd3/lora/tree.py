@@ -28,30 +28,30 @@ from torch import Tensor
 from functional_sd3.core.types import Tree
 
 Adapter = dict[str, Tensor]
-Node = Any
+LoraEntry = Any
 """What stands at the path of one weight: an adapter, or a list of adapters and {}."""
 
 Lora = Tree
-"""Nested dicts and lists with a node at the path of every adapted weight."""
+"""Nested dicts and lists with a entry at the path of every adapted weight."""
 
 _MARKS = ("down", "w1_a", "left", "diff")
 """One name of each kind, by which an adapter is recognised among the branches of a tree."""
 
 
-def nodes(lora: Lora) -> dict[str, Node]:
-    """Every node by the path of the weight it adapts ("transformer.blocks.0.image.attention.qkv.weight")."""
+def entries(lora: Lora) -> dict[str, LoraEntry]:
+    """Every entry by the path of the weight it adapts ("transformer.blocks.0.image.attention.qkv.weight")."""
     return dict(_walk("", lora))
 
 
-def build(found: Mapping[str, Node]) -> Lora:
-    """The tree of nodes by path; the inverse of `nodes`."""
+def build(found: Mapping[str, LoraEntry]) -> Lora:
+    """The tree of entries by path; the inverse of `entries`."""
     root: dict[str, Any] = {}
-    for path, node in found.items():
+    for path, entry in found.items():
         *branches, name = path.split(".")
         place = root
         for branch in branches:
             place = place.setdefault(branch, {})
-        place[name] = _Leaf(node)
+        place[name] = _Leaf(entry)
     return _settle(root)
 
 
@@ -65,75 +65,75 @@ def scaling(adapter: Adapter) -> Tensor:
     return adapter["alpha"] / rank(adapter)
 
 
-def members(node: Node) -> list[Adapter]:
-    """The adapters of a node, one or several."""
-    return [node] if isinstance(node, dict) else [part for part in node if part]
+def members(entry: LoraEntry) -> list[Adapter]:
+    """The adapters of a entry, one or several."""
+    return [entry] if isinstance(entry, dict) else [part for part in entry if part]
 
 
-def is_low_rank(node: Node) -> bool:
-    """True if the node is a plain LoRA, whose factors a layer can apply beside its weight."""
-    return all("down" in part and "magnitude" not in part for part in members(node))
+def is_low_rank(entry: LoraEntry) -> bool:
+    """True if the entry is a plain LoRA, whose factors a layer can apply beside its weight."""
+    return all("down" in part and "magnitude" not in part for part in members(entry))
 
 
-def has_magnitude(node: Node) -> bool:
-    """True if what the node adds depends on the weight (DoRA)."""
-    return any("magnitude" in part for part in members(node))
+def has_magnitude(entry: LoraEntry) -> bool:
+    """True if what the entry adds depends on the weight (DoRA)."""
+    return any("magnitude" in part for part in members(entry))
 
 
-def separate(node: Node, parts: int) -> list[Adapter]:
-    """The low-rank node as a list of `parts`: an adapter over all gives each the same `down` and a part of its `up`.
+def separate(entry: LoraEntry, parts: int) -> list[Adapter]:
+    """The low-rank entry as a list of `parts`: an adapter over all gives each the same `down` and a part of its `up`.
 
-    Raises ValueError when the node is of another number of parts.
+    Raises ValueError when the entry is of another number of parts.
     """
-    if isinstance(node, dict):
-        return [{**node, "up": up} for up in node["up"].chunk(parts)]
-    if len(node) != parts:
-        raise ValueError(f"a list of {len(node)} adapters cannot be one of {parts}")
-    return list(node)
+    if isinstance(entry, dict):
+        return [{**entry, "up": up} for up in entry["up"].chunk(parts)]
+    if len(entry) != parts:
+        raise ValueError(f"a list of {len(entry)} adapters cannot be one of {parts}")
+    return list(entry)
 
 
-def factors(node: Node) -> tuple[Tensor, Tensor]:
-    """(down, up) of a low-rank node, whose product, up @ down, is what it adds: scaling is in `up`, separate parts lie
+def factors(entry: LoraEntry) -> tuple[Tensor, Tensor]:
+    """(down, up) of a low-rank entry, whose product, up @ down, is what it adds: scaling is in `up`, separate parts lie
     diagonally."""
-    if isinstance(node, dict):
-        return node["down"], node["up"] * scaling(node)
-    ranks = [rank(part) if part else 0 for part in node]
-    rows = members(node)[0]["up"].shape[0]
+    if isinstance(entry, dict):
+        return entry["down"], entry["up"] * scaling(entry)
+    ranks = [rank(part) if part else 0 for part in entry]
+    rows = members(entry)[0]["up"].shape[0]
     ups, before = [], 0
-    for part, own in zip(node, ranks, strict=True):
-        up = part["up"] * scaling(part) if part else members(node)[0]["up"].new_zeros(rows, 0)
+    for part, own in zip(entry, ranks, strict=True):
+        up = part["up"] * scaling(part) if part else members(entry)[0]["up"].new_zeros(rows, 0)
         ups.append(F.pad(up, (before, sum(ranks) - before - own)))
         before += own
-    return torch.cat([part["down"] for part in members(node)]), torch.cat(ups)
+    return torch.cat([part["down"] for part in members(entry)]), torch.cat(ups)
 
 
-def product(node: Node) -> Tensor:
-    """What a node without magnitudes adds to its weight, (outputs, inputs, ...), in float32 at least."""
-    if not isinstance(node, dict):
-        some = product(members(node)[0])
-        return torch.cat([product(part) if part else torch.zeros_like(some) for part in node])
-    if has_magnitude(node):
+def product(entry: LoraEntry) -> Tensor:
+    """What a entry without magnitudes adds to its weight, (outputs, inputs, ...), in float32 at least."""
+    if not isinstance(entry, dict):
+        some = product(members(entry)[0])
+        return torch.cat([product(part) if part else torch.zeros_like(some) for part in entry])
+    if has_magnitude(entry):
         raise ValueError("what a DoRA adds depends on the weight: apply it to the weights it was trained on")
-    return _sum(node)
+    return _sum(entry)
 
 
-def change(node: Node, weight: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """`scale` times the difference that the node makes to `weight`, in float32 at least.
+def change(entry: LoraEntry, weight: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """`scale` times the difference that the entry makes to `weight`, in float32 at least.
 
     Of a DoRA it is the whole difference that is scaled, so that 0 is the weight itself and 1 what was trained.
     """
-    if not isinstance(node, dict):
-        rows = weight.chunk(len(node))
+    if not isinstance(entry, dict):
+        rows = weight.chunk(len(entry))
         return torch.cat([change(part, own, scale) if part else torch.zeros_like(own, dtype=_wide(own))
-                          for part, own in zip(node, rows, strict=True)])  # fmt: skip
-    if not has_magnitude(node):
-        return product(node) * scale
+                          for part, own in zip(entry, rows, strict=True)])  # fmt: skip
+    if not has_magnitude(entry):
+        return product(entry) * scale
     before = weight.to(_wide(weight))
-    after = before + _sum(node)
-    by_row = node["magnitude"].shape[0] == weight.shape[0]
+    after = before + _sum(entry)
+    by_row = entry["magnitude"].shape[0] == weight.shape[0]
     others = [axis for axis in range(weight.ndim) if axis != (0 if by_row else 1)]
     norms = torch.linalg.vector_norm(after, dim=others, keepdim=True).clamp_min(torch.finfo(after.dtype).tiny)
-    return (after * (node["magnitude"].to(after.dtype) / norms) - before) * scale
+    return (after * (entry["magnitude"].to(after.dtype) / norms) - before) * scale
 
 
 def reordered(adapter: Adapter, rows) -> Adapter:
@@ -162,12 +162,12 @@ def shape(adapter: Adapter) -> tuple[int, ...]:
     return tuple(adapter["diff"].shape)
 
 
-def check(path: str, node: Node, shape_of_weight: tuple[int, ...]) -> list[str]:
-    """What keeps a node from adapting a weight of this shape, one sentence each."""
-    parts = 1 if isinstance(node, dict) else len(node)
+def check(path: str, entry: LoraEntry, shape_of_weight: tuple[int, ...]) -> list[str]:
+    """What keeps a entry from adapting a weight of this shape, one sentence each."""
+    parts = 1 if isinstance(entry, dict) else len(entry)
     wanted = (shape_of_weight[0] // parts, *shape_of_weight[1:])
     problems = []
-    for part in members(node):
+    for part in members(entry):
         if "down" in part and (part["up"].shape[1:] != part["down"].shape[:1] or not part["down"].shape[0]):
             down, up = list(part["down"].shape), list(part["up"].shape)
             problems.append(f"{path}: down {down} and up {up} must have one rank, at least 1")
@@ -201,13 +201,13 @@ def _wide(value: Tensor) -> torch.dtype:
 
 
 class _Leaf:
-    """A node among branches, which are dicts too."""
+    """A entry among branches, which are dicts too."""
 
-    def __init__(self, node: Node) -> None:
-        self.node = node
+    def __init__(self, entry: LoraEntry) -> None:
+        self.entry = entry
 
 
-def _walk(path: str, tree: Tree) -> Iterator[tuple[str, Node]]:
+def _walk(path: str, tree: Tree) -> Iterator[tuple[str, LoraEntry]]:
     if _is_node(tree):
         yield path, tree
         return
@@ -224,7 +224,7 @@ def _is_node(tree: Tree) -> bool:
 
 def _settle(tree: Any) -> Tree:
     if isinstance(tree, _Leaf):
-        return tree.node
+        return tree.entry
     settled = {name: _settle(child) for name, child in tree.items()}
     if settled and all(name.isdecimal() for name in settled):
         return [settled.get(str(index), {}) for index in range(max(map(int, settled)) + 1)]

@@ -10,8 +10,10 @@ from torch import Tensor
 from functional_sd3.formats import files
 from functional_sd3.layouts.diffusers_folder import COMPONENTS
 from functional_sd3.layouts.rules import Source
-from functional_sd3.weights import adapters, lora_keys, lora_metadata
-from functional_sd3.weights.adapters import Adapter, Lora, Node
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.lora import metadata as lora_metadata
+from functional_sd3.lora import tree as adapters
+from functional_sd3.lora.tree import Adapter, Lora, LoraEntry
 
 
 def save(
@@ -32,33 +34,33 @@ def save(
     """
     if layout not in _WRITERS:
         raise ValueError(f"layout {layout!r} must be one of {', '.join(_WRITERS)}")
-    nodes = adapters.nodes(lora)
-    if not nodes:
+    entries = adapters.entries(lora)
+    if not entries:
         raise ValueError("a LoRA without adapters cannot be saved")
-    strangers = sorted({place.partition(".")[0] for place in nodes} - set(lora_keys.KOHYA))
+    strangers = sorted({place.partition(".")[0] for place in entries} - set(lora_keys.KOHYA))
     if strangers:
         raise ValueError(f"files have no names for LoRAs of {', '.join(strangers)}; only {', '.join(lora_keys.KOHYA)}")
-    for place, node in nodes.items():
-        if not adapters.is_low_rank(node):
+    for place, entry in entries.items():
+        if not adapters.is_low_rank(entry):
             raise ValueError(
                 f"{place} changes by more than a low-rank product, which these layouts cannot hold: `lora.resize` "
                 f"makes a LoRA of a LoHa, a LoKr or a difference of matrices; or save the merged model"
             )
-        if any(value.ndim != 0 for value in (part["alpha"] for part in adapters.members(node))):
+        if any(value.ndim != 0 for value in (part["alpha"] for part in adapters.members(entry))):
             raise ValueError(f"{place} is a stack of LoRAs; save one of them at a time")
-    tensors, metadata = _WRITERS[layout](nodes)
+    tensors, metadata = _WRITERS[layout](entries)
     for name, value in tensors.items():
         if dtype and not name.endswith(".alpha"):
             tensors[name] = value.to(dtype)
     files.write_atomic(path, tensors, metadata={"format": "pt", **metadata})
 
 
-def _peft(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _peft(entries: Mapping[str, LoraEntry]) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Adapter]] = {}
-    for place, source in lora_keys.sources(nodes).items():
+    for place, source in lora_keys.sources(entries).items():
         component = place.partition(".")[0]
-        for name, adapter in zip(source.names, _in_their_order(nodes[place], source), strict=True):
+        for name, adapter in zip(source.names, _in_their_order(entries[place], source), strict=True):
             if not adapter:
                 continue
             module = name.removesuffix(".weight")
@@ -69,20 +71,20 @@ def _peft(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, lora_metadata.write(modules)
 
 
-def _in_their_order(node: Node, source: Source) -> list[Adapter]:
+def _in_their_order(entry: LoraEntry, source: Source) -> list[Adapter]:
     if len(source.names) > 1:
-        return adapters.separate(node, len(source.names))
-    return [{**node, "up": source.transform.split(node["up"], 1)[0]}]
+        return adapters.separate(entry, len(source.names))
+    return [{**entry, "up": source.transform.split(entry["up"], 1)[0]}]
 
 
-def _kohya(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    inside = {place: _shape(node) for place, node in nodes.items() if place.startswith("transformer.")}
+def _kohya(entries: Mapping[str, LoraEntry]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    inside = {place: _shape(entry) for place, entry in entries.items() if place.startswith("transformer.")}
     named = lora_keys.stability_sources(inside)
-    named |= lora_keys.sources(place for place in nodes if place not in inside)
+    named |= lora_keys.sources(place for place in entries if place not in inside)
     tensors: dict[str, Tensor] = {}
     for place, source in named.items():
-        node = nodes[place] if len(source.names) > 1 else _whole(nodes[place])
-        for name, adapter in zip(source.names, _in_their_order(node, source), strict=True):
+        entry = entries[place] if len(source.names) > 1 else _whole(entries[place])
+        for name, adapter in zip(source.names, _in_their_order(entry, source), strict=True):
             if adapter:
                 flat = lora_keys.KOHYA[place.partition(".")[0]] + name.removesuffix(".weight").replace(".", "_")
                 down, up = adapter["down"], adapter["up"]
@@ -95,29 +97,29 @@ def _kohya(nodes: Mapping[str, Node]) -> tuple[dict[str, Tensor], dict[str, str]
 _WRITERS = {"peft": _peft, "kohya": _kohya}
 
 
-def _whole(node: Node) -> Adapter:
+def _whole(entry: LoraEntry) -> Adapter:
     """One adapter for several: the one they were split from where they share their `down`, else a block diagonal."""
-    if isinstance(node, dict):
-        return node
-    parts = adapters.members(node)
+    if isinstance(entry, dict):
+        return entry
+    parts = adapters.members(entry)
     first, scalings = parts[0], {float(adapters.scaling(part)) for part in parts}
     if len(scalings) > 1:
-        down, up = adapters.factors(node)
+        down, up = adapters.factors(entry)
         return {"down": down, "up": up, "alpha": torch.tensor(float(len(down)), dtype=torch.float32, device="cpu")}
-    if len(parts) == len(node) and all(torch.equal(part["down"], first["down"]) for part in parts):
+    if len(parts) == len(entry) and all(torch.equal(part["down"], first["down"]) for part in parts):
         return {**first, "up": torch.cat([part["up"] for part in parts])}
     # Their common scaling stays in alpha, so that the values are written as they are.
     unscaled = [
         part and {**part, "alpha": torch.tensor(float(adapters.rank(part)), dtype=torch.float32, device="cpu")}
-        for part in node
+        for part in entry
     ]
     down, up = adapters.factors(unscaled)
     return {"down": down, "up": up, "alpha": first["alpha"] * (len(down) / adapters.rank(first))}
 
 
-def _shape(node: Node) -> tuple[int, ...]:
-    first = adapters.members(node)[0]
-    count = 1 if isinstance(node, dict) else len(node)
+def _shape(entry: LoraEntry) -> tuple[int, ...]:
+    first = adapters.members(entry)[0]
+    count = 1 if isinstance(entry, dict) else len(entry)
     return (first["up"].shape[0] * count, *first["down"].shape[1:])
 
 

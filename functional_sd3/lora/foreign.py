@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from functional_sd3.weights import lora_keys
+from functional_sd3.lora import keys as lora_keys
 
 _SIGNS = (
     (r"\.(absmax|quant_state\.\S+|nested_absmax|SCB|weight_format)$", "weights quantized by bitsandbytes, not a LoRA"),

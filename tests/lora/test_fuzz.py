@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from functional_sd3.training import lora
-from functional_sd3.weights import WeightsError, adapters, lora_files
+from functional_sd3 import lora
+from functional_sd3.lora import read as lora_read
+from functional_sd3.lora import tree as adapters
+from functional_sd3.weights import WeightsError
+from tests.lora.test_kinds import PARAMS
 from tests.weights.conftest import CONFIG
-from tests.weights.test_lora_kinds import PARAMS
 
 LAYERS = (
     "transformer.transformer_blocks.1.attn.to_q", "lora_unet_joint_blocks_1_x_block_attn_qkv",
@@ -74,7 +76,7 @@ def tensor(shape, dtype, value):
 
 def load_or_error(file):
     """A LoRA, or None where a WeightsError says what is wrong with its file."""
-    for read in (lambda: lora_files.summary(lora.layers(file)), lambda: lora.load(file, CONFIG, strict=False)):
+    for read in (lambda: lora_read.summary(lora.layers(file)), lambda: lora.load(file, CONFIG, strict=False)):
         try:
             found = read()
         except WeightsError as error:
@@ -94,7 +96,7 @@ def test_a_file_of_any_content_loads_or_is_named(tmp_path_factory, content, meta
     tensors = {name: tensor(*described) for name, described in content.items()}
     save_file(tensors, file, metadata={} if metadata is None else {"lora_adapter_metadata": metadata})
     one = load_or_error(file)
-    if one is not None and adapters.nodes(one):
+    if one is not None and adapters.entries(one):
         lora.apply(PARAMS, one, 0.5)
         lora.apply(PARAMS, one, 0.5, lazy=True)
 

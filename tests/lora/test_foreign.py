@@ -4,8 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from functional_sd3 import weights
-from functional_sd3.training import lora
+from functional_sd3 import lora, weights
 from functional_sd3.weights import WeightsError
 from tests.weights.conftest import CONFIG
 

@@ -14,9 +14,23 @@ from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.formats.printable import shorten
 from functional_sd3.layouts.components import Config
-from functional_sd3.weights import adapters, lora_foreign, lora_keys, lora_layers, lora_metadata
-from functional_sd3.weights.adapters import Adapter, Lora, Node
-from functional_sd3.weights.lora_keys import Module, Table, Target
+from functional_sd3.lora import (
+    foreign,
+)
+from functional_sd3.lora import (
+    keys as lora_keys,
+)
+from functional_sd3.lora import (
+    kinds as adapter_kinds,
+)
+from functional_sd3.lora import (
+    metadata as lora_metadata,
+)
+from functional_sd3.lora import (
+    tree as adapters,
+)
+from functional_sd3.lora.keys import Module, Table, Target
+from functional_sd3.lora.tree import Adapter, Lora, LoraEntry
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _MOST_COMPARED = 5
@@ -74,16 +88,16 @@ def load_with_report(
     pieces: dict[str, dict[Target, Adapter]] = {}
     for (layer, module), keys in grouped.items():
         alpha = lambda rank, layer=layer: lora_metadata.alpha(metadata, layer, rank, str(path))  # noqa: E731
-        found = attempt(problems, lora_layers.read, lora_layers.Layer(path, mapped, keys), module, shapes, alpha)
+        found = attempt(problems, adapter_kinds.read, adapter_kinds.Layer(path, mapped, keys), module, shapes, alpha)
         for target, adapter in (found or {}).items():
             moved = {name: _moved(name, value, dtype, device) for name, value in adapter.items()}
             if target in pieces.setdefault(target.path, {}):
                 problems.append(f"{path}: {layer} adapts {target.path} a second time, under another name")
             pieces[target.path][target] = moved
-    nodes = {place: _node(path, place, parts, problems) for place, parts in pieces.items()}
+    entries = {place: _entry(path, place, parts, problems) for place, parts in pieces.items()}
     if problems:
         raise WeightsError(problems)
-    return Loaded(adapters.build({place: nodes[place] for place in shapes if place in nodes}), left_out)
+    return Loaded(adapters.build({place: entries[place] for place in shapes if place in entries}), left_out)
 
 
 class Layer(NamedTuple):
@@ -112,7 +126,7 @@ def layers(path: str | os.PathLike) -> list[Layer]:
         found += attempt(problems, _described, path, mapped, layer, keys, metadata) or []
     if not found:
         names = list(mapped.header.tensors)
-        what = lora_foreign.described({name: entry.shape for name, entry in mapped.header.tensors.items()})
+        what = foreign.described({name: entry.shape for name, entry in mapped.header.tensors.items()})
         some = ", ".join(shorten(name) for name in names[:3]) or "it is empty"
         raise WeightsError(f"{path}: holds no LoRA: {what or some}")
     return found
@@ -154,7 +168,7 @@ def _sorted_keys(
         layer, role = lora_keys.parse(key)
         component, module = table.find(layer) if role else (None, None)
         if module is None:
-            is_beside = lora_foreign.extra(key) or (component and component not in table.components)
+            is_beside = foreign.extra(key) or (component and component not in table.components)
             (absent if is_beside else unknown).append((key, component))
         elif role in (roles := found.setdefault((layer, module), {})):
             problems.append(f"{path}: {key} and {roles[role]} are the same tensor under two names")
@@ -163,10 +177,10 @@ def _sorted_keys(
     if problems:
         raise WeightsError(problems)
     if not found:
-        what = lora_foreign.described({name: entry.shape for name, entry in header.tensors.items()})
+        what = foreign.described({name: entry.shape for name, entry in header.tensors.items()})
         some = f"it holds {', '.join(shorten(key) for key in keys[:3])}" if keys else "it is empty"
         raise WeightsError(f"{path}: nothing in it adapts a layer of this model: {what or some}")
-    if strict and (what := lora_foreign.described({key: header.tensors[key].shape for key, _ in unknown})):
+    if strict and (what := foreign.described({key: header.tensors[key].shape for key, _ in unknown})):
         raise WeightsError(f"{path}: {what} ({len(unknown)} of its {len(keys)} tensors adapt no layer of this model)")
     refused = unknown if strict else []
     refused = refused + (absent if strict and not allow_absent else [])
@@ -179,7 +193,7 @@ def _sorted_keys(
 def _reason(key: str, component: str | None, table: Table, compared: bool) -> str:
     if component and component not in table.components:
         return f"adapts {component}, which this model lacks"
-    if what := lora_foreign.extra(key):
+    if what := foreign.extra(key):
         return f"is {what}"
     near = table.closest(lora_keys.parse(key).layer) if compared else None
     return "adapts no layer of this model" + (f"; the closest is {near}" if near else "")
@@ -196,7 +210,7 @@ def _without_magnitudes(path: Path, metadata: lora_metadata.Values, grouped: Map
 
 def _described(path: Path, mapped: files.Mapped, layer: str, keys: dict[str, str], metadata) -> list[Layer]:
     shapes = {role: mapped.header.tensors[key].shape for role, key in keys.items()}
-    kind, numbers = lora_layers.kind_of(keys), sum(math.prod(shapes[role]) for role in shapes if role != "alpha")
+    kind, numbers = adapter_kinds.kind_of(keys), sum(math.prod(shapes[role]) for role in shapes if role != "alpha")
     if kind is None:
         return []
     first, last = next(((shapes[one], shapes[two]) for one, two in _ENDS if one in shapes and two in shapes), ((), ()))
@@ -221,7 +235,7 @@ def _moved(name: str, value: torch.Tensor, dtype: torch.dtype | None, device: to
     return value.to(device=device, dtype=value.dtype if name in ("alpha", "scale") else dtype or value.dtype)
 
 
-def _node(path: Path, place: str, pieces: Mapping[Target, Adapter], problems: list[str]) -> Node:
+def _entry(path: Path, place: str, pieces: Mapping[Target, Adapter], problems: list[str]) -> LoraEntry:
     whole = [adapter for target, adapter in pieces.items() if target.parts == 1]
     if whole:
         if len(pieces) > 1:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.weights import adapters
-from functional_sd3.weights.adapters import Adapter
-from functional_sd3.weights.lora_keys import FACTORS, Module, Target
+from functional_sd3.lora import tree as adapters
+from functional_sd3.lora.keys import FACTORS, Module, Target
+from functional_sd3.lora.tree import Adapter
 
 Alpha = Callable[[int | None], float | None]
 """Rank -> alpha by the file's metadata; for None (no factor tells it) alpha / rank; None where it says nothing."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from functional_sd3 import lora
 from functional_sd3.core import tree
-from functional_sd3.training import lora
-from functional_sd3.weights import WeightsError, adapters, lora_keys
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.lora import tree as adapters
+from functional_sd3.weights import WeightsError
 from tests.weights.conftest import CONFIG
 
 # Written down here once more, from the trainers' sources, so that a slip in the tables shows.
@@ -165,7 +167,7 @@ def test_halves_are_swapped_where_stabilitys_are_whatever_the_kind(tmp_path, pla
         name = name if prefix.endswith(".") else name.replace(".", "_")
         file = tmp_path / "lora.safetensors"
         save_file({prefix + name + suffix: value for suffix, value in tensors.items()}, file)
-        node = adapters.nodes(lora.load(file, CONFIG))[path]
+        node = adapters.entries(lora.load(file, CONFIG))[path]
         # Stability's file is for Stability's weight, so it changes that weight as ours changes ours.
         results.append(rearrange(adapters.change(node, rearrange(weight))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)

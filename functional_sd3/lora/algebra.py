@@ -7,8 +7,9 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params
-from functional_sd3.weights import adapters, lora_keys
-from functional_sd3.weights.adapters import Adapter, Lora, Node
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.lora import tree as adapters
+from functional_sd3.lora.tree import Adapter, Lora, LoraEntry
 
 Weight = float | Tensor
 
@@ -23,10 +24,10 @@ def combine(loras: Sequence[Lora], weights: Sequence[Weight] | None = None) -> L
     weights = [1.0] * len(loras) if weights is None else list(weights)
     if len(weights) != len(loras):
         raise ValueError(f"{len(weights)} weights do not fit {len(loras)} LoRAs")
-    found: dict[str, list[tuple[Node, Weight]]] = {}
+    found: dict[str, list[tuple[LoraEntry, Weight]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
-        for path, node in adapters.nodes(lora).items():
-            found.setdefault(path, []).append((node, weight))
+        for path, entry in adapters.entries(lora).items():
+            found.setdefault(path, []).append((entry, weight))
     return adapters.build({path: _sum(pairs) for path, pairs in found.items()})
 
 
@@ -43,7 +44,7 @@ def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "
     before = tree.flatten_paths(base)
     tree.map(lambda one, other: None, tuned, base)
     chosen = {path: leaf for path, leaf in tree.select(tuned, targets).items() if lora_keys.adaptable(path, leaf.ndim)}
-    found: dict[str, Node] = {}
+    found: dict[str, LoraEntry] = {}
     for path, count in lora_keys.parts(chosen).items():
         wide = torch.promote_types(chosen[path].dtype, torch.float32)
         change = chosen[path].detach().to(wide) - before[path].detach().to(chosen[path].device, wide)
@@ -65,24 +66,24 @@ def resize(lora: Lora, rank: int) -> Lora:
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")
 
-    def resized(node: Node) -> Node:
-        if not isinstance(node, dict):
-            return [resized(part) if part else {} for part in node]
-        if adapters.is_low_rank(node):
-            return _resized(node, rank)
-        change = adapters.product(node)
-        return _truncated(change, rank) if change.ndim > 1 else node
+    def resized(entry: LoraEntry) -> LoraEntry:
+        if not isinstance(entry, dict):
+            return [resized(part) if part else {} for part in entry]
+        if adapters.is_low_rank(entry):
+            return _resized(entry, rank)
+        change = adapters.product(entry)
+        return _truncated(change, rank) if change.ndim > 1 else entry
 
-    return adapters.build({path: resized(node) for path, node in adapters.nodes(lora).items()})
+    return adapters.build({path: resized(entry) for path, entry in adapters.entries(lora).items()})
 
 
-def _sum(found: Sequence[tuple[Node, Weight]]) -> Node:
-    if not all(adapters.is_low_rank(node) for node, _ in found):
-        return {"diff": sum(adapters.product(node) * weight for node, weight in found)}
-    lists = [node for node, _ in found if not isinstance(node, dict)]
+def _sum(found: Sequence[tuple[LoraEntry, Weight]]) -> LoraEntry:
+    if not all(adapters.is_low_rank(entry) for entry, _ in found):
+        return {"diff": sum(adapters.product(entry) * weight for entry, weight in found)}
+    lists = [entry for entry, _ in found if not isinstance(entry, dict)]
     if not lists:
         return _sum_of_adapters(found)
-    columns = zip(*[adapters.separate(node, len(lists[0])) for node, _ in found], strict=True)
+    columns = zip(*[adapters.separate(entry, len(lists[0])) for entry, _ in found], strict=True)
     scales = [scale for _, scale in found]
     return [_sum_of_adapters([pair for pair in zip(column, scales, strict=True) if pair[0]]) for column in columns]
 

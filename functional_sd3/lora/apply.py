@@ -1,11 +1,4 @@
-"""LoRA (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models") as trees beside the parameters.
-
-    style = lora.load("style.safetensors", model.config)
-    params = lora.apply(model.params, style, 0.8)
-
-A Lora (`weights.adapters` says what is in it) is a tree of its own: it is applied to parameters, trained, vmapped over,
-merged, extracted and saved without the base ever being written to. All functions here but `load` and `save` are pure.
-"""
+"""A LoRA added to parameters: exactly, lazily beside the weights, or so that it can be taken out again."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,16 +11,10 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.training.lora_algebra import combine, extract, resize
-from functional_sd3.weights import adapters, lora_keys, model
-from functional_sd3.weights.adapters import Lora, Node
-from functional_sd3.weights.lora_files import Layer, Loaded, layers, load, load_with_report
-from functional_sd3.weights.lora_writing import save
-
-__all__ = [
-    "ATTENTION", "Layer", "Loaded", "Lora", "Merged", "apply", "combine", "extract", "init", "layers", "load",
-    "load_with_report", "merge", "resize", "save", "spec", "unmerge",
-]  # fmt: skip
+from functional_sd3.layouts import components
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.lora import tree as adapters
+from functional_sd3.lora.tree import Lora, LoraEntry
 
 ATTENTION = "transformer.blocks.*.attention*"
 """Every attention of the transformer: query, key, value and output of both streams, and of second attentions."""
@@ -43,7 +30,9 @@ class Merged(NamedTuple):
     originals: dict[str, Tensor]
 
 
-def spec(described: model.Config | Tree, rank: int, targets: tree.Chooser = ATTENTION, *, alpha: float | None = None):
+def spec(
+    described: components.Config | Tree, rank: int, targets: tree.Chooser = ATTENTION, *, alpha: float | None = None
+) -> Tree:
     """Spec of a LoRA for a model, given by its config or its spec: an adapter for every matrix that `targets` chooses.
 
     targets: of the linear and convolution weights, by path; query, key and value get adapters of their own. alpha: the
@@ -52,17 +41,17 @@ def spec(described: model.Config | Tree, rank: int, targets: tree.Chooser = ATTE
     """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")
-    leaves = tree.select(model.spec(described) if isinstance(described, model.Config) else described, targets)
+    leaves = tree.select(components.spec(described) if isinstance(described, components.Config) else described, targets)
     chosen = {path: leaf for path, leaf in leaves.items() if lora_keys.adaptable(path, len(leaf.shape))}
     if not chosen:
         raise ValueError(f"targets {targets!r} choose no weight of a linear or convolution layer")
     parts = lora_keys.parts(chosen)
-    return adapters.build({path: _node_spec(leaf, rank, parts[path], alpha or rank) for path, leaf in chosen.items()})
+    return adapters.build({path: _entry_spec(leaf, rank, parts[path], alpha or rank) for path, leaf in chosen.items()})
 
 
 def init(
     key: Key,
-    described: model.Config | Tree,
+    described: components.Config | Tree,
     rank: int,
     targets: tree.Chooser = ATTENTION,
     *,
@@ -107,7 +96,7 @@ def unmerge(merged: Merged) -> Params:
     return tree.map_with_path(lambda path, leaf: merged.originals.get(path, leaf), merged.params)
 
 
-def _node_spec(leaf: Param, rank: int, parts: int, alpha: float) -> Tree:
+def _entry_spec(leaf: Param, rank: int, parts: int, alpha: float) -> Tree:
     inputs, rows = leaf.shape[1:], leaf.shape[0] // parts
     size = 1
     for side in inputs:
@@ -120,7 +109,7 @@ def _node_spec(leaf: Param, rank: int, parts: int, alpha: float) -> Tree:
     return adapter if parts == 1 else [adapter] * parts
 
 
-Given = list[tuple[dict[str, Node], Scale]]
+Given = list[tuple[dict[str, LoraEntry], Scale]]
 
 
 def _given(lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale]) -> Given:
@@ -128,11 +117,11 @@ def _given(lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale]) -> Given
     scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(loras)
     if len(scales) != len(loras):
         raise ValueError(f"{len(scales)} scales do not fit {len(loras)} LoRAs")
-    return [(adapters.nodes(one), own) for one, own in zip(loras, scales, strict=True)]
+    return [(adapters.entries(one), own) for one, own in zip(loras, scales, strict=True)]
 
 
 def _pairs(given: Given) -> list[tuple[int, str]]:
-    return [(index, path) for index, (nodes, _) in enumerate(given) for path in nodes]
+    return [(index, path) for index, (entries, _) in enumerate(given) for path in entries]
 
 
 def _at(scale: Scale, path: str) -> float | Tensor:
@@ -142,12 +131,12 @@ def _at(scale: Scale, path: str) -> float | Tensor:
 def _check(params: Params, given: Given) -> None:
     leaves = tree.flatten_paths(params)
     problems = []
-    for nodes, _ in given:
-        for path, node in nodes.items():
+    for entries, _ in given:
+        for path, entry in entries.items():
             if path not in leaves:
                 problems.append(f"{path}, which the LoRA adapts, is not among the parameters")
             else:
-                problems += adapters.check(path, node, tuple(leaves[path].shape))
+                problems += adapters.check(path, entry, tuple(leaves[path].shape))
     if not _pairs(given):
         raise ValueError("a LoRA without adapters cannot be applied")
     if problems:
@@ -162,7 +151,7 @@ def _adapted(path: str, params: Tree, given: Given, lazy: bool) -> Tree:
         return [_adapted(f"{path}{index}.", child, given, lazy) for index, child in enumerate(params)]
     layer = {name: _adapted(f"{path}{name}.", child, given, lazy) for name, child in params.items()}
     for name in params:
-        pairs = [(nodes[path + name], _at(scale, path + name)) for nodes, scale in given if path + name in nodes]
+        pairs = [(entries[path + name], _at(scale, path + name)) for entries, scale in given if path + name in entries]
         if pairs and lazy and lora_keys.adaptable(path + name, layer[name].ndim):
             layer |= _lazily(path + name, layer, pairs)
         elif pairs:
@@ -170,18 +159,18 @@ def _adapted(path: str, params: Tree, given: Given, lazy: bool) -> Tree:
     return layer
 
 
-Pairs = list[tuple[Node, float | Tensor]]
+Pairs = list[tuple[LoraEntry, float | Tensor]]
 
 
 def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
     """What a layer becomes: factors beside its weight for what has few; the rest is added to the weight or, where that
     is stored with a scale, stands beside it as a product with the identity."""
-    factors = [adapters.factors(node) + (scale,) for node, scale in pairs if adapters.is_low_rank(node)]
-    dense = [(node, scale) for node, scale in pairs if not adapters.is_low_rank(node)]
+    factors = [adapters.factors(entry) + (scale,) for entry, scale in pairs if adapters.is_low_rank(entry)]
+    dense = [(entry, scale) for entry, scale in pairs if not adapters.is_low_rank(entry)]
     changed = {}
     if dense and "scale" in layer:
         weight = layers_of_model.dequantized_weight(layer, torch.float32)
-        change = sum(adapters.change(node, weight, scale) for node, scale in dense)
+        change = sum(adapters.change(entry, weight, scale) for entry, scale in dense)
         identity = torch.eye(change[0].numel(), dtype=layer["scale"].dtype, device=change.device)
         factors.append((identity.unflatten(1, change.shape[1:]), change.flatten(1).to(layer["scale"].dtype), 1.0))
     elif dense:
@@ -205,5 +194,5 @@ def _added(path: str, layer: Params, name: str, pairs: Pairs) -> Tensor:
             f"{path} is stored in {leaf.dtype} without a scale, too coarse for a LoRA to be added: load it with "
             f"dtype=torch.bfloat16, or `convert --dtype bfloat16` first"
         )
-    changes = [adapters.change(node, leaf, scale) for node, scale in pairs]
+    changes = [adapters.change(entry, leaf, scale) for entry, scale in pairs]
     return (leaf.to(torch.promote_types(leaf.dtype, changes[0].dtype)) + sum(changes)).to(leaf.dtype)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from functional_sd3 import lora
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
-from functional_sd3.training import lora
-from functional_sd3.weights import WeightsError, adapters, lora_keys
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.lora import tree as adapters
+from functional_sd3.weights import WeightsError
 from tests.weights.conftest import CONFIG
 
 FILES = ("transformer.*", "clip_l.*", "clip_g.*", "t5.*")
@@ -28,7 +30,7 @@ def random_lora(targets=FILES, rank=2, alpha=3.0, seed=1):
 
 def added(one):
     """What a LoRA adds, by path: equal for LoRAs that mean the same."""
-    return {path: adapters.product(node) for path, node in adapters.nodes(one).items()}
+    return {path: adapters.product(node) for path, node in adapters.entries(one).items()}
 
 
 def same_meaning(first, second):
@@ -57,7 +59,7 @@ def test_peft_files_are_read_as_they_were_written(tmp_path, targets):
 
 def test_alphas_and_ranks_that_differ_survive_in_the_metadata(tmp_path):
     first, second = random_lora("*.blocks.*.attention*"), random_lora("*.blocks.*.mlp.in.weight", rank=3)
-    nodes = adapters.nodes(first) | adapters.nodes(second)
+    nodes = adapters.entries(first) | adapters.entries(second)
     for index, node in enumerate(nodes.values()):
         for part in adapters.members(node)[:2]:
             part["alpha"] = torch.tensor(0.5 + index % 3)
@@ -166,7 +168,7 @@ def test_spellings_of_outputs_and_of_stability():
 
 
 def alpha_of(loaded):
-    (node,) = adapters.nodes(loaded).values()
+    (node,) = adapters.entries(loaded).values()
     return float(adapters.members(node)[0]["alpha"])
 
 
@@ -275,7 +277,7 @@ def test_keys_that_do_not_match_are_named_unless_told_otherwise(tmp_path):
     file = write(tmp_path / "lora.safetensors", tensors | more)
     said = problems(file)
     assert all(key in said for key in more) and SPELLINGS["PEFT"][0] not in said
-    assert list(adapters.nodes(lora.load(file, CONFIG, strict=False))) == [CASES[0][0]]
+    assert list(adapters.entries(lora.load(file, CONFIG, strict=False))) == [CASES[0][0]]
 
 
 @pytest.mark.parametrize("suffix, what", [

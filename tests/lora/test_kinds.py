@@ -6,13 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from functional_sd3 import lora
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.layouts.components import spec
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.lora import tree as adapters
 from functional_sd3.text import clip
-from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import WeightsError, adapters, lora_keys, quantize
+from functional_sd3.weights import WeightsError, quantize
 from tests.weights.conftest import CONFIG
 
 GENERATOR = torch.Generator().manual_seed(11)
@@ -247,7 +249,7 @@ def test_sums_and_low_rank_forms_of_other_kinds(tmp_path):
     assert tree.allclose(lora.apply(PARAMS, lora.combine([one, two], [0.5, -2.0])), together, rtol=1e-4, atol=1e-4)
     whole = lora.resize(one, 64)
     assert tree.allclose(lora.apply(PARAMS, whole), lora.apply(PARAMS, one), rtol=1e-4, atol=1e-4)
-    assert adapters.is_low_rank(adapters.nodes(whole)[WIDE[1]])
+    assert adapters.is_low_rank(adapters.entries(whole)[WIDE[1]])
     with pytest.raises(ValueError, match="`lora.resize` makes a LoRA"):
         lora.save(tmp_path / "out.safetensors", one)
     for wrong in (lora.resize, lambda dora, rank: lora.combine([dora, dora])):

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
 
+from functional_sd3 import lora
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.layouts.components import Config, spec
+from functional_sd3.lora import keys as lora_keys
+from functional_sd3.lora import tree as adapters
 from functional_sd3.text import clip, t5
-from functional_sd3.training import lora
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import adapters, lora_keys
 
 CONFIG = Config(
     clip_l=clip.Config(vocab=20, length=5, width=8, layers=2, heads=2, mlp_width=12, projection_width=8),
@@ -77,7 +78,7 @@ def test_a_lora_of_scale_zero_changes_nothing(seed, targets):
 def test_a_fresh_lora_changes_nothing():
     fresh = lora.init(prng.key(3), CONFIG, 4)
     assert same(lora.apply(PARAMS, fresh), PARAMS)
-    assert all(node[0]["down"].std() > 0 for node in adapters.nodes(fresh).values() if isinstance(node, list))
+    assert all(node[0]["down"].std() > 0 for node in adapters.entries(fresh).values() if isinstance(node, list))
 
 
 @few
@@ -85,7 +86,7 @@ def test_a_fresh_lora_changes_nothing():
 def test_what_is_added_is_the_product_of_the_factors(seed, scale, targets):
     one = random_lora(seed, targets=targets)
     changed = tree.flatten_paths(lora.apply(PARAMS, one, scale))
-    nodes = adapters.nodes(one)
+    nodes = adapters.entries(one)
     for path, leaf in tree.flatten_paths(PARAMS).items():
         if path not in nodes:
             assert changed[path] is leaf
@@ -146,7 +147,7 @@ def test_several_at_once_are_one_after_the_other_are_their_sum(seed, first, seco
 
 def test_one_adapter_over_query_key_and_value_sums_with_separate_ones():
     separate = random_lora(1, targets="transformer.blocks.0.image.attention.qkv.weight")
-    path, (down, up) = next((path, adapters.factors(node)) for path, node in adapters.nodes(separate).items())
+    path, (down, up) = next((path, adapters.factors(node)) for path, node in adapters.entries(separate).items())
     fused = adapters.build({path: {"down": down, "up": up, "alpha": torch.tensor(float(len(down)))}})
     assert close(lora.apply(PARAMS, fused), lora.apply(PARAMS, separate))
     assert close(lora.apply(PARAMS, lora.combine([fused, separate])), lora.apply(PARAMS, separate, 2.0))
@@ -157,7 +158,7 @@ def test_the_scale_may_depend_on_the_path():
     one = random_lora(2, targets="transformer.blocks.*")
     applied = lora.apply(PARAMS, one, lambda path: 0.5 if ".blocks.1." in path else 0.0)
     changed = {difference.path for difference in tree.diff(applied, PARAMS)}
-    assert changed == {path for path in adapters.nodes(one) if ".blocks.1." in path}
+    assert changed == {path for path in adapters.entries(one) if ".blocks.1." in path}
 
 
 @few
@@ -175,8 +176,8 @@ def test_extraction_finds_a_lora_that_was_merged_and_no_other_of_its_rank_is_nea
     one = random_lora(seed, rank=3, targets=lora.ATTENTION)
     tuned = lora.apply(PARAMS, one)
     found = lora.extract(tuned, PARAMS, rank)
-    assert adapters.nodes(found).keys() == adapters.nodes(one).keys()
-    path, node = next(iter(adapters.nodes(found).items()))
+    assert adapters.entries(found).keys() == adapters.entries(one).keys()
+    path, node = next(iter(adapters.entries(found).items()))
     change = tree.flatten_paths(tuned)[path] - tree.flatten_paths(PARAMS)[path]
     for part, own in zip(change.chunk(3), node, strict=True):
         assert adapters.rank(own) == rank
@@ -186,12 +187,12 @@ def test_extraction_finds_a_lora_that_was_merged_and_no_other_of_its_rank_is_nea
 
 def test_extraction_leaves_out_what_did_not_change():
     one = random_lora(1, targets="transformer.blocks.1.image.attention.out.weight")
-    assert list(adapters.nodes(lora.extract(lora.apply(PARAMS, one), PARAMS, 2))) == list(adapters.nodes(one))
+    assert list(adapters.entries(lora.extract(lora.apply(PARAMS, one), PARAMS, 2))) == list(adapters.entries(one))
     rows = tree.flatten_paths(PARAMS)["clip_l.blocks.0.attention.qkv.weight"].clone()
     rows[8:16] += 1.0
     place = "clip_l.blocks.0.attention.qkv.weight"
     tuned = tree.map_with_path(lambda path, leaf: rows if path == place else leaf, PARAMS)
-    (node,) = adapters.nodes(lora.extract(tuned, PARAMS, 2)).values()
+    (node,) = adapters.entries(lora.extract(tuned, PARAMS, 2)).values()
     assert [bool(part) for part in node] == [False, True, False]
     assert close(lora.apply(PARAMS, lora.extract(tuned, PARAMS, 2)), tuned)
     assert close(velocity(lora.apply(PARAMS, lora.extract(tuned, PARAMS, 2), lazy=True)), velocity(tuned))
@@ -203,8 +204,8 @@ def test_extraction_leaves_out_what_did_not_change():
 def test_resizing_up_changes_nothing_and_down_cuts_the_smallest_singular_values(seed, rank):
     one = random_lora(seed, rank=3, alpha=2.0)
     resized = lora.resize(one, rank)
-    for path, node in adapters.nodes(resized).items():
-        for part, before in zip(adapters.members(node), adapters.members(adapters.nodes(one)[path]), strict=True):
+    for path, node in adapters.entries(resized).items():
+        for part, before in zip(adapters.members(node), adapters.members(adapters.entries(one)[path]), strict=True):
             assert adapters.rank(part) == rank and float(part["alpha"]) == rank
             error = (adapters.product(before) - adapters.product(part)).norm()
             cut = torch.linalg.svdvals(adapters.product(before).flatten(1))[rank:].norm()
@@ -267,7 +268,7 @@ def test_what_can_be_adapted_is_what_the_specs_call_a_matrix_of_a_layer():
 
 
 def test_default_targets_are_all_attentions_of_the_transformer():
-    paths = adapters.nodes(lora.spec(Config(transformer=mmdit.SD35_MEDIUM), 4))
+    paths = adapters.entries(lora.spec(Config(transformer=mmdit.SD35_MEDIUM), 4))
     # 24 blocks of two streams, the last context without output, and 13 second attentions.
     assert len(paths) == 24 * 4 - 1 + 13 * 2
     assert sum("attention2" in path for path in paths) == 26
