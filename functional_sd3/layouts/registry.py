@@ -178,6 +178,10 @@ _FOREIGN = (
 )
 
 
+class ForeignWeights(WeightsError):
+    """Weights that are whole, but of another model than SD3 or of what goes with one."""
+
+
 def foreign_kind(names: Collection[str]) -> str | None:
     """What a file with these names is, if it is something else than components of a model."""
     return next((what for pattern, what in _FOREIGN if any(re.match(pattern, name) for name in names)), None)
@@ -187,7 +191,7 @@ def recognise(names: Collection[str]) -> dict[Format, list[str]]:
     """The forms in a file -> their names. Raises WeightsError for a file of none, of what is something else, or with
     names that belong to nothing."""
     if what := foreign_kind(names):
-        raise WeightsError(f"is {what}; a model of SD3 is needed here")
+        raise ForeignWeights(f"is {what}; a model of SD3 is needed here")
     present = [format for format in FORMATS if any(format.has(name) for name in names)]
     for prefix in {format.prefix for format in present}:
         signs = [next(name for name in names if format.has(name)) for format in present if format.prefix == prefix]
@@ -204,7 +208,7 @@ def recognise(names: Collection[str]) -> dict[Format, list[str]]:
         elif not _IGNORED.fullmatch(name):
             lost.append(name)
     if not present:
-        raise WeightsError(f"is nothing known of SD3: {len(names)} tensors such as {', '.join(list(names)[:3])}")
+        raise ForeignWeights(f"is nothing known of SD3: {len(names)} tensors such as {', '.join(list(names)[:3])}")
     if lost:
         raise WeightsError([f"{name} is unexpected" for name in lost])
     return found

@@ -8,6 +8,7 @@ import torch
 
 from functional_sd3.flow import schedule
 from functional_sd3.formats.errors import WeightsError, attempt
+from functional_sd3.formats.notes import note
 from functional_sd3.layouts import registry, taesd
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import unigram
@@ -15,6 +16,8 @@ from functional_sd3.weights import default_dtype, reading, sources
 from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.model import Model, Tokenizers
 from functional_sd3.weights.reading import Contents, Piece, Plan
+
+_MOST_SHOWN = 5
 
 
 def load(
@@ -67,6 +70,9 @@ def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> t
     parts = [attempt(problems, sources.open_path, path, only, variant) for path in paths]
     contents = sources.merged([part for part in parts if part is not None])
     problems += contents.problems
+    if contents.passed:
+        shown, more = contents.passed[:_MOST_SHOWN], len(contents.passed) - _MOST_SHOWN
+        note(f"passed over: {'; '.join(shown)}" + (f"; and {more} more" if more > 0 else ""))
     pieces = [piece for piece in _whole(contents.pieces) if _asked(piece.component, only)]
     planned = [attempt(problems, reading.plan, piece) for piece in pieces]
     named = _named([one for one in planned if one is not None])

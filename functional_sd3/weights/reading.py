@@ -48,13 +48,15 @@ class Piece(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What lies at a path. schedule_told: whether something there would have said if there were a schedule."""
+    """What lies at a path. schedule_told: whether something there would have said if there were a schedule;
+    passed: what lies beside a model and is no part of one, a sentence each."""
 
     pieces: list[Piece]
     tokenizers: dict[str, Any]
     schedule: Any = None
     schedule_told: bool = False
     problems: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
 
 
 class Plan(NamedTuple):

@@ -15,7 +15,7 @@ from functional_sd3.formats.files import Mapped
 from functional_sd3.layouts import config_fields, diffusers_folder, registry, taesd
 from functional_sd3.layouts import diffusers_configs as configs
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import diffusers, notes, shipped
+from functional_sd3.weights import diffusers, nested, notes, shipped
 from functional_sd3.weights.reading import Contents, Piece
 
 NATIVE_FOLDER = "parameters"
@@ -27,13 +27,7 @@ STABILITY_FILES = {
     "taesd3.safetensors": ("taesd",),
 }
 """The files of a `models/` folder, as Stability's reference and ComfyUI look for them, and what `save` puts in each."""
-_ROOMS = (
-    "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "Stable-diffusion", "VAE",
-    "text_encoder", "text_encoder_2", "text_encoder_3", "transformer",
-)  # fmt: skip
-"""Folders of a `models/` folder (ComfyUI's, AUTOMATIC1111's) or of a diffusers folder without its model_index.json that
-hold parts of a model; others (loras, controlnet, embeddings) hold what goes with one."""
-_WEIGHTS = (".safetensors", ".sft", ".gguf")
+_MOST_LISTED = 5
 OWNED = {
     "diffusers": diffusers_folder.OWNED,
     "stability": (*diffusers_folder.OWNED, NATIVE_FOLDER, *STABILITY_FILES),
@@ -77,9 +71,9 @@ def _folder(named: Path, folder: Path, only: Collection[str], variant: str | Non
         return diffusers.open_folder(folder, only, variant)
     if "config.json" in names:
         return _component(folder, variant)
-    if names & {"vocab.json", "spiece.model", "tokenizer.json"}:
+    if names & nested.TOKENIZER:
         return Contents([], _tokenizer(folder, names))
-    return _loose(named, folder, names, only, [folder / name for name in sorted(names.intersection(_ROOMS))], variant)
+    return _loose(named, folder, names, only, [folder / name for name in sorted(names & set(nested.ROOMS))], variant)
 
 
 def _component(folder: Path, variant: str | None) -> Contents:
@@ -91,14 +85,14 @@ def _component(folder: Path, variant: str | None) -> Contents:
     name = next((_KINDS[claim] for claim in claims if isinstance(claim, str) and claim in _KINDS), None)
     names = {entry.name for entry in os.scandir(folder)}
     has_weights = any(entry.endswith((".safetensors", ".index.json")) for entry in names)
-    if names & {"vocab.json", "spiece.model", "tokenizer.json"} and (name is None or not has_weights):
+    if names & nested.TOKENIZER and (name is None or not has_weights):
         # A whole CLIPModel or T5, of which the tokenizer is what SD3 uses.
         return Contents([], _tokenizer(folder, names))
     if name is None:
         said = next((claim for claim in claims if claim), None)
         if said == "SD3ControlNetModel":
-            raise WeightsError(f"{path.parent}: is a ControlNet, which weights.load_controlnet reads")
-        raise WeightsError(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
+            raise registry.ForeignWeights(f"{path.parent}: is a ControlNet, which weights.load_controlnet reads")
+        raise registry.ForeignWeights(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
     problems: list[str] = []
     folders = {**diffusers_folder.COMPONENTS, "taesd": diffusers_folder.TAESD}
     component = folders["clip_l" if name == "clip" else name]
@@ -111,19 +105,37 @@ def _component(folder: Path, variant: str | None) -> Contents:
     return Contents([Piece(name, component.format, str(folder), weights.tensors, config)], {})
 
 
-def _room(folder: Path, variant: str | None) -> Contents | None:
-    """What lies in a folder of a `models/` folder; None where there are no weights in it."""
-    if not folder.is_dir():
-        return None
-    try:
-        names = {entry.name for entry in os.scandir(folder)}
-    except OSError as error:
-        raise WeightsError(f"{folder}: cannot be opened: {reason(error)}") from error
+def _room(folder: Path, names: frozenset[str], only: Collection[str], variant: str | None) -> Contents:
+    """What lies in a folder of a `models/` folder."""
+    if diffusers_folder.INDEX in names:
+        return diffusers.open_folder(folder, only, variant)
     if "config.json" in names:
         return _component(folder, variant)
-    if any(name.lower().endswith((*_WEIGHTS, ".safetensors.index.json")) for name in names):
-        return _loose(folder, folder, names, (), (), variant)
-    return None
+    if names & nested.TOKENIZER:
+        return Contents([], _tokenizer(folder, names))
+    return _loose(folder, folder, names, (), None, variant)
+
+
+def _rooms(
+    rooms: Collection[Path], only: Collection[str], variant: str | None, problems: list[str], passed: list[str]
+) -> list[Contents]:
+    """What lies in the folders of a `models/` folder. passed: what is no part of SD3 joins it."""
+    found: list[Contents] = []
+    tokenizers: dict[str, tuple[Path, Any]] = {}
+    for folder, names in attempt(problems, nested.folders, rooms, passed) or ():
+        try:
+            found.append(_room(folder, names, only, variant))
+        except registry.ForeignWeights as error:
+            passed.extend(error.problems)
+            continue
+        except WeightsError as error:
+            problems.extend(error.problems)
+            continue
+        for name, tables in found[-1].tokenizers.items():
+            first, others = tokenizers.setdefault(name, (folder, tables))
+            if others != tables:
+                problems.append(f"a tokenizer of {name} is in {first} and another in {folder}: give one by its path")
+    return found
 
 
 def _loose(
@@ -131,26 +143,34 @@ def _loose(
     folder: Path,
     names: Collection[str],
     only: Collection[str],
-    rooms: Collection[Path],
+    rooms: Collection[Path] | None,
     variant: str | None,
 ) -> Contents:
     """A folder of files that each say what they are, as people keep those of Stability and of ComfyUI, and `rooms`, the
-    folders in it that hold such files, or a component, too."""
+    folders in it that hold such files, models or components too; None for such a folder, in which files that are no
+    part of SD3 are passed over."""
     problems: list[str] = []
+    passed: list[str] = []
+    own = _of_variant(names, variant)
     found: list[Contents | None] = []
     shard_names: set[str] = set()
     native = NATIVE_FOLDER in names
-    for name in sorted(names if not native else ()):
+    for name in sorted(own if not native else ()):
         if ".safetensors.index." in name and name.endswith(".json"):
             tensors = attempt(problems, shards.open_indexed, folder / name)
             if tensors is not None:
                 shard_names |= {mapped.path.name for mapped in tensors.values()}
                 found.append(attempt(problems, _contents, str(folder / name), tensors))
-    for name in sorted(names - shard_names if not native else ()):
-        if name.lower().endswith(_WEIGHTS):
-            found.append(attempt(problems, _file, folder / name))
-    for room in rooms if not native else ():
-        found.append(attempt(problems, _room, room, variant))
+    for name in sorted(own - shard_names if not native else ()):
+        if name.lower().endswith(nested.WEIGHTS):
+            try:
+                found.append(_file(folder / name))
+            except registry.ForeignWeights as error:
+                (passed if rooms is None else problems).extend(error.problems)
+            except WeightsError as error:
+                problems.extend(error.problems)
+    if rooms and not native:
+        found += _rooms(rooms, only, variant, problems, passed)
     if native:
         weights = attempt(problems, shards.open_weights, folder / NATIVE_FOLDER, NATIVE_FOLDER, None, False)
         if weights:
@@ -161,16 +181,31 @@ def _loose(
         if tokenizer.folder in names and name in only
     }
     found = [part for part in found if part is not None]
-    if not found and not tokenizers and not problems:
+    if not any(part.pieces or part.tokenizers or part.problems for part in found) and not (tokenizers or problems):
+        if rooms is None:
+            return merged(found)._replace(passed=tuple(passed))
+        passed += [sentence for part in found for sentence in part.passed]
         raise WeightsError(
             f"{named}: holds no weights that are known: no {diffusers_folder.INDEX}, no config.json "
-            "and no safetensors or GGUF file"
+            "and no safetensors or GGUF file" + _listed(passed)
         )
     whole = merged(found)
     return whole._replace(
         tokenizers={**whole.tokenizers, **{name: tables for name, tables in tokenizers.items() if tables}},
         problems=(*problems, *whole.problems),
+        passed=(*passed, *whole.passed),
     )
+
+
+def _of_variant(names: Collection[str], variant: str | None) -> set[str]:
+    """The names without those of plain files beside which there are files of the variant."""
+    middles = (f".{variant}.", f".{variant}-")
+    plain = {name.replace(middle, middle[-1], 1) for middle in middles for name in names if variant and middle in name}
+    return set(names) - plain
+
+
+def _listed(passed: Collection[str]) -> str:
+    return f"; passed over: {'; '.join(list(passed)[:_MOST_LISTED])}" if passed else ""
 
 
 def merged(parts: Collection[Contents]) -> Contents:
@@ -185,6 +220,7 @@ def merged(parts: Collection[Contents]) -> Contents:
         schedule,
         any(part.schedule_told for part in parts),
         tuple(problem for part in parts for problem in part.problems),
+        tuple(sentence for part in parts for sentence in part.passed),
     )
 
 
@@ -222,7 +258,7 @@ def _contents(where: str, tensors: Mapping[str, Mapped]) -> Contents:
     try:
         found = registry.recognise(tensors)
     except WeightsError as error:
-        raise WeightsError([f"{where}: {problem}" for problem in error.problems]) from None
+        raise type(error)([f"{where}: {problem}" for problem in error.problems]) from None
     said = notes.read(next(iter(tensors.values())).header.metadata, where)
     pieces = []
     for format, names in found.items():
