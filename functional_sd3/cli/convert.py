@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    suffix = Path(arguments.out).suffix
+    if arguments.layout == "diffusers" and suffix in (".safetensors", ".sft") and not Path(arguments.out).is_dir():
+        raise ValueError(f"OUT {arguments.out}: --layout diffusers writes a folder; --layout single a {suffix} file")
     shard_bytes = None if arguments.shard_size is None else _bytes(arguments.shard_size)
     import torch
 

@@ -32,6 +32,8 @@ def destination(text: str | None, suffixes: Sequence[str] = IMAGES) -> tuple[Pat
     path = Path(text) if text else Path("out")
     if text is not None and not text.strip():
         raise ValueError(f"--out {text!r} must be a file ({', '.join(suffixes)}) or a folder")
+    if text is not None and (text == "-" or path.name.lower() in suffixes):
+        raise ValueError(f"--out {text} must be a file ({', '.join(suffixes)}) with a name, or a folder such as out/")
     suffix = path.suffix.lower()
     folder = path.is_dir() or (text is not None and text.endswith(("/", os.sep)))
     if not folder and suffix and suffix not in suffixes:

@@ -134,8 +134,8 @@ def leaves(parser: argparse.ArgumentParser) -> Iterable[argparse.ArgumentParser]
 def suggestion(word: str, names: Iterable[str]) -> str:
     """ "; did you mean NAME?" of the name nearest to `word`, or an empty text."""
     names = list(names)
-    if word == "help":
-        return "; did you mean --help?"
+    if word in ("help", "version"):
+        return f"; did you mean --{word}?"
     # An option typed with one hyphen, or in other letters, is the option.
     close = difflib.get_close_matches(word.lower()[:80], names, 1, 0.6)
     starting = [name for name in names if len(word) > 2 and name.startswith(word)]

@@ -74,6 +74,8 @@ def _text(file: str) -> str:
         if not Path(file).exists():
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
         return bounded.read_text(file, _MOST_BYTES)
+    if sys.stdin is None:
+        raise ValueError("--prompts -: standard input is closed; give a file, or pipe the prompts in")
     if sys.stdin.isatty():
         report.note("prompts are read from the terminal, one a line, until Ctrl-D")
     stream = getattr(sys.stdin, "buffer", None)

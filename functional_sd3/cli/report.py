@@ -124,7 +124,7 @@ def progress(items: Iterable, total: int, name: str, unit: str = "image"):
     """The items, counted by a bar on a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, total=total, desc=printable.escape(name), unit=unit, leave=False, disable=_QUIET.get() or None)
+    return tqdm(items, total=total, desc=printable.escape(name), unit=unit, leave=False, disable=_disable())
 
 
 def has_bars() -> bool:
@@ -141,7 +141,12 @@ def progress_bar(total: int, unit: str = "step") -> Any:
     """A bar on a terminal, moved by its `update`."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, leave=False, disable=_QUIET.get() or None)
+    return tqdm(total=total, unit=unit, leave=False, disable=_disable())
+
+
+def _disable() -> bool | None:
+    """True where no bar is drawn; None leaves it to tqdm, which draws them on terminals."""
+    return _QUIET.get() or sys.stderr is None or None
 
 
 def _print(stream: TextIO | None, text: str) -> None:

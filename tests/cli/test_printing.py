@@ -242,3 +242,33 @@ def test_help_has_one_word_for_images():
     for leaf in [parser.build(), *parser.leaves(parser.build())]:
         words = leaf.format_help().replace("--pictures", "").replace("PICTURES", "")
         assert "picture" not in words, leaf.prog
+
+
+def test_streams_that_are_closed_end_no_drawing(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert run("generate", "--prompts", "-", "--params", model) == 1
+    assert "--prompts -: standard input is closed" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr", None)
+    assert run("generate", "a", "--params", model, "--steps", 1, "--out", tmp_path / "x.png") == 0
+    assert (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("generate", "a", "--out", "-"), "--out - must be a file"),
+        (("generate", "a", "--out", ".png"), "--out .png must be a file"),
+        (("convert", "tiny", "x.safetensors", "--layout", "diffusers"), "--layout diffusers writes a folder"),
+    ],
+)
+def test_names_of_files_do_not_become_folders(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(*words) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_options_with_one_hyphen_and_words_for_options_are_suggested(capsys):
+    for words, near in ((("generate", "a b", "-steps", "3"), "--steps"), (("version",), "--version")):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert f"did you mean {near}?" in capsys.readouterr().err
