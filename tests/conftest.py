@@ -1,5 +1,7 @@
-"""What every test shares."""
+"""Settings and fixtures of all tests."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ __all__ = ["pytest_terminal_summary"]
 
 # Two workers on two cores: more threads in each only get in one another's way.
 torch.set_num_threads(1)
+# Inductor's cache does not tell instruction sets apart: code compiled under another ATEN_CPU_CAPABILITY gives garbage.
+_CACHE = f"torchinductor-tests-{torch.backends.cpu.get_cpu_capability()}-{torch.__version__}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _CACHE))
 # Wall time says nothing on a shared machine; derandomised so that every run tests the same examples.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")

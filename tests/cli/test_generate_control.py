@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from functional_sd3 import cli, weights
 from functional_sd3.cli import written
@@ -116,7 +116,9 @@ def test_emphasis_and_long_prompts_are_settings_of_a_picture(files, monkeypatch)
         assert cli.main([str(word) for word in ("generate", prompts[1], *common, files / "alone.png", *words)]) == 0
         with Image.open(out) as both, Image.open(files / "alone.png") as alone:
             drawn[words] = both.tobytes()
-            assert alone.tobytes() == both.crop((66, 0, 130, 64)).tobytes()
+            again = both.crop((66, 0, 130, 64))
+            # A batch of another size may be summed in another order.
+            assert max(high for _, high in ImageChops.difference(alone, again).getextrema()) <= 1
     assert len(set(drawn.values())) == 4
 
 

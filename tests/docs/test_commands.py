@@ -36,6 +36,8 @@ def program(words: list[str], monkeypatch):
     """Runs `python ...` here: a module or a file with its arguments."""
     monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
     if words[0] == "-m":
+        # A module that another test imported before would be run a second time with a warning.
+        monkeypatch.delitem(sys.modules, words[1], raising=False)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(str(markdown.ROOT / words[0]), run_name="__main__")
