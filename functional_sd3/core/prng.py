@@ -95,6 +95,22 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
     return _key(*threefry(first, second, data.to(torch.int32)))
 
 
+def sample_keys(key: Key | None, count: int, each: str = "sample") -> Key:
+    """A key for each of `count` samples, (count, 2): `fold_in(key, i)` of one key (2,), or keys (count, 2) as they are.
+
+    So what a sample draws does not depend on its batch. `each`: what one of them is called in the ValueError for keys
+    of another number and for None.
+    """
+    if key is None:
+        raise ValueError(f"no key to draw from for each {each}: give key=prng.key(seed)")
+    check_key(key)
+    if key.ndim == 1:
+        return fold_in(key, torch.arange(count, device=key.device, dtype=torch.int64))
+    if key.ndim > 2 or len(key) != count:
+        raise ValueError(f"{len(key)} keys for {count} {each}s; give one key, or one for each {each}")
+    return key
+
+
 def bits(key: Key, shape: Shape = ()) -> Tensor:
     """32 random bits an element: int64 (..., *shape) in [0, 2**32)."""
     return _unsigned(_bits(key, _shape(shape)))

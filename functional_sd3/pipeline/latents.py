@@ -32,11 +32,7 @@ def initial_noise(
 
 def sample_keys(key: Key, count: int) -> Key:
     """(count, 2): the keys given, or those that one key folds into; ValueError for another number of them."""
-    prng.check_key(key)
-    keys = key if key.ndim > 1 else prng.fold_in(key, torch.arange(count, device=key.device, dtype=torch.int64))
-    if len(keys) != count:
-        raise ValueError(f"{len(keys)} keys for {count} prompts; give one key, or one for each prompt")
-    return keys
+    return prng.sample_keys(key, count, "prompt")
 
 
 def step_keys(key: Key, count: int) -> Key:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.core.sequences import equal_runs
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.transformer import controlnet, mmdit
 
@@ -68,11 +69,7 @@ def segments(controls: Sequence[Control], steps: int) -> list[tuple[int, int, tu
         tuple(index for index, control in enumerate(controls) if _is_active(control, step, steps))
         for step in range(steps)
     ]
-    starts = [step for step in range(steps) if step == 0 or active[step] != active[step - 1]]
-    return [
-        (first, stop, tuple(controls[index] for index in active[first]))
-        for first, stop in zip(starts, [*starts[1:], steps], strict=True)
-    ]
+    return [(first, stop, tuple(controls[index] for index in active[first])) for first, stop in equal_runs(active)]
 
 
 def per_sample(controls: Sequence[Control], batch: int) -> list[dict[str, Tensor]]:

@@ -264,9 +264,18 @@ def test_the_device_of_a_draw_is_the_keys_unless_given(key):
     assert prng.uniform(key, 3, device="meta").device.type == "meta"
 
 
+def test_sample_keys_are_folded_from_one_key_and_kept_when_there_is_one_for_each(key):
+    keys = prng.sample_keys(key, 3)
+    assert torch.equal(keys, torch.stack([prng.fold_in(key, index) for index in range(3)]))
+    assert torch.equal(prng.sample_keys(key, 5)[:3], keys) and prng.sample_keys(keys, 3) is keys
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
+        (lambda key: prng.sample_keys(prng.split(key, 3), 2, "image"), "3 keys for 2 images; .* one for each image"),
+        (lambda key: prng.sample_keys(prng.split(key, (2, 3)), 2), "2 keys for 2 samples"),
+        (lambda key: prng.sample_keys(None, 2), "give key=prng.key"),
         (lambda key: prng.key(2**64), "seed 18446744073709551616 does not fit in 64 bits"),
         (lambda key: prng.key(1.5), "seed 1.5 is not an integer"),
         (lambda key: prng.key(torch.tensor(1.5)), "seed has dtype torch.float32"),

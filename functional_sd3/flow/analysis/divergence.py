@@ -19,7 +19,7 @@ from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Velocity
-from functional_sd3.flow.analysis.matching import sample_keys
+from functional_sd3.flow.per_sample import dot
 
 Draw = Callable[[Key, tuple[int, ...]], Tensor]
 """`draw(keys (..., 2), shape) -> (..., *shape)`, of mean 0 and covariance 1: `rademacher`, `prng.normal`."""
@@ -66,7 +66,7 @@ def divergence(
     x, t = _working(x, t)
     if (estimator or ("exact" if key is None else "hutchinson")) == "exact":
         return exact(velocity, x, t, mode=mode, chunk_size=chunk_size).values[0]
-    drawn = probe_vectors(sample_keys(key, x), probes, x, draw)
+    drawn = probe_vectors(prng.sample_keys(key, len(x)), probes, x, draw)
     return quadratic_forms(velocity, x, t, drawn, mode=mode, chunk_size=chunk_size).values.mean(0)
 
 
@@ -133,7 +133,7 @@ def _products(velocity: Velocity, x: Tensor, t: Tensor, vectors: Tensor, mode: M
 def _forward(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Forms:
     def product(vector: Tensor) -> tuple[Tensor, Tensor]:
         value, pushed = torch.func.jvp(field, (x,), (vector,))
-        return value, _dot(pushed, vector)
+        return value, dot(pushed, vector)
 
     if len(vectors) == 1:
         value, form = product(vectors[0])
@@ -146,11 +146,7 @@ def _forward(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> F
 def _reverse(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Forms:
     value, pullback = torch.func.vjp(field, x)
     # One by one: fused attention has no batching rule in reverse.
-    return Forms(value, torch.stack([_dot(pullback(vector)[0], vector) for vector in vectors.unbind()]))
-
-
-def _dot(first: Tensor, second: Tensor) -> Tensor:
-    return (first * second).reshape(len(first), -1).sum(1)
+    return Forms(value, torch.stack([dot(pullback(vector)[0], vector) for vector in vectors.unbind()]))
 
 
 def _working(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:

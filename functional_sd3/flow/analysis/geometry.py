@@ -140,7 +140,7 @@ def singular_values(
     def transpose(columns: Tensor) -> Tensor:
         return _each(lambda cotangent: pull(cotangent)[0], columns, x, chunk_size)
 
-    keys = prng.fold_in(key, torch.arange(len(x), device=key.device, dtype=torch.int64))
+    keys = prng.sample_keys(key, len(x))
     start = prng.normal(keys, (size, probes), x.dtype).to(x.device)
     found = spectral.singular(forward, transpose, start, iterations=iterations)
     left, right = (side[:, :count].transpose(0, 1).reshape(count, *x.shape) for side in (found.left, found.right))

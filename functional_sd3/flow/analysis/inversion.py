@@ -19,6 +19,7 @@ from functional_sd3.flow import ode
 from functional_sd3.flow.ode import fixed_point
 from functional_sd3.flow.ode.fixed_point import DEPTH, ITERATIONS, TOLERANCE
 from functional_sd3.flow.ode.reversible import COUPLING, reversible
+from functional_sd3.flow.per_sample import norm
 from functional_sd3.flow.times import Times, checked
 
 STEPS = 50
@@ -110,7 +111,7 @@ def round_trip(
     end = _there(pair, velocity, x0, grid, **options)
     start = end if pair.carries else ode.start(pair.back, end.x, grid[-1])
     data = ode.run(pair.back, velocity, start, grid.flip(0), **options).x
-    return RoundTrip(end.x, data, _norms(data - x0) / _norms(x0.to(data.dtype)))
+    return RoundTrip(end.x, data, norm(data - x0) / norm(x0.to(data.dtype)))
 
 
 def upwards(times: Times | None, x: Tensor) -> Tensor:
@@ -130,7 +131,3 @@ def _pair(method: Any, iterations: int, tolerance: float | None) -> Inversion:
 
 def _there(pair: Inversion, velocity: Velocity, x0: Tensor, grid: Tensor, **options: Any) -> ode.State:
     return ode.run(pair.there, velocity, ode.start(pair.there, x0, grid[0]), grid, **options)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1).norm(dim=1)

@@ -39,7 +39,7 @@ from functional_sd3.flow.analysis.inversion import (
     round_trip,
     upwards,
 )
-from functional_sd3.flow.analysis.matching import advantage, losses, sample_keys, standard_error
+from functional_sd3.flow.analysis.matching import advantage, losses, standard_error
 from functional_sd3.flow.times import at_hand
 
 
@@ -113,7 +113,7 @@ def estimate(
     grid = _to_the_prior(times, x0)
     hutchinson = divergence == "hutchinson"
     rows = probes if hutchinson else 1
-    keys = sample_keys(key, x0) if hutchinson else None
+    keys = prng.sample_keys(key, len(x0)) if hutchinson else None
     vectors = probe_vectors(keys, probes, x0, draw) if hutchinson else None
 
     def forms(x: Tensor, t: Tensor) -> Forms:

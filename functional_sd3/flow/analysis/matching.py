@@ -36,7 +36,7 @@ def losses(
     """
     if draws < 1:
         raise ValueError(f"draws {draws} must be at least 1")
-    keys = sample_keys(key, x0)
+    keys = prng.sample_keys(key, len(x0))
     found = []
     for index in range(draws):
         place, noise = prng.split(prng.fold_in(keys, index)).unbind(-2)
@@ -45,15 +45,6 @@ def losses(
         if on_draw is not None:
             on_draw(index)
     return torch.stack(found)
-
-
-def sample_keys(key: Key | None, x: Tensor) -> Key:
-    """(batch, 2), a key for each sample of x, from one key (2,) or from (batch, 2); ValueError for anything else."""
-    if key is None:
-        raise ValueError("what is drawn is drawn from a key: give key=prng.key(seed)")
-    if key.ndim > 2 or (key.ndim == 2 and len(key) != len(x)):
-        raise ValueError(f"keys of shape {tuple(key.shape)} must be (2,) or ({len(x)}, 2), one for each sample")
-    return prng.fold_in(key, torch.arange(len(x), device=key.device, dtype=torch.int64)) if key.ndim == 1 else key
 
 
 def advantage(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.flow.path import broadcast
+from functional_sd3.flow.per_sample import dot
 
 Factor = float | Tensor
 
@@ -84,11 +85,6 @@ def rescale(guided: Tensor, positive: Tensor, factor: Factor) -> Tensor:
     guided, positive = promoted(guided, positive)
     ratio = standard_deviation(positive) / standard_deviation(guided)
     return extrapolate(guided, broadcast(ratio, guided) * guided, factor)
-
-
-def dot(first: Tensor, second: Tensor) -> Tensor:
-    """<first, second> of each sample, (batch,)."""
-    return (first * second).reshape(first.shape[0], -1).sum(1)
 
 
 def standard_deviation(x: Tensor) -> Tensor:

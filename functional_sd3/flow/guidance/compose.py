@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.core.sequences import equal_runs
 from functional_sd3.core.types import Tree
 from functional_sd3.flow.guidance.combine import add_difference
 from functional_sd3.flow.guidance.windows import Window
@@ -121,8 +122,7 @@ def at(guidance: Guidance, step: int, steps: int) -> Guidance:
 def segments(guidance: Guidance, steps: int) -> list[tuple[int, int, Guidance]]:
     """Parts (first step, step after the last, guidance of these steps) of a run of `steps`, in order."""
     inside = [tuple(window(step, steps) for window in guidance.windows) for step in range(steps)]
-    starts = [step for step in range(steps) if step == 0 or inside[step] != inside[step - 1]]
-    return [(first, stop, at(guidance, first, steps)) for first, stop in zip(starts, [*starts[1:], steps], strict=True)]
+    return [(first, stop, at(guidance, first, steps)) for first, stop in equal_runs(inside)]
 
 
 def value(scale: Scale, t: Tensor) -> float | Tensor:

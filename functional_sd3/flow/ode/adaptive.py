@@ -180,7 +180,7 @@ def finished(method: Adaptive, run: Run) -> bool:
 
 def finish(run: Run, pieces: list[dense.Piece] | None = None) -> Solution:
     """The solution of a run that has arrived."""
-    arrived = _samples(run.times == run.times[-1], run.states)
+    arrived = broadcast(run.times == run.times[-1], run.states)
     states = torch.where(arrived, run.x, run.states)
     return Solution(states, run.times, run.evaluations, run.accepted, run.rejected, pieces or [], run.h)
 
@@ -209,11 +209,11 @@ def _attempt(method: Adaptive, velocity: Velocity, run: Run, keep: bool) -> tupl
     length = (t_next - t).detach().abs() * step_size.factor(method, error, run.error, ~(run.tried <= 1))
     # A step cut short by the end says nothing against the length that was meant.
     length = torch.where(accepted & lands, torch.maximum(length, run.h), length)
-    chosen, piece, states = _samples(accepted, x), None, run.states
+    chosen, piece, states = broadcast(accepted, x), None, run.states
     if keep or len(run.times) > 2:
         piece = dense.piece(method, x, slopes, t, torch.where(accepted, t_next, t))
         between = run.times[1:-1]
-        reached = _samples(dense.inside(piece, between), states)
+        reached = broadcast(dense.inside(piece, between), states)
         inner = torch.where(reached, dense.value(piece, between), states[1:-1])
         states = torch.cat([states[:1], inner, states[-1:]])
     after = Run(
@@ -266,7 +266,3 @@ def _tell(on_step: Callable[[StepInfo], Any], run: Run, told: int) -> int:
         slope = (x - solution.x[index - 1]) / broadcast(torch.where(gone == 0, 1.0, gone), x)
         on_step(StepInfo(index - 1, len(run.times) - 1, State(x, t, []), denoised(x, slope, t)))
     return passed
-
-
-def _samples(flags: Tensor, x: Tensor) -> Tensor:
-    return flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim))

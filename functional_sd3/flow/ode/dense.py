@@ -56,11 +56,7 @@ def evaluate(steps: Sequence[Piece], t: Tensor | float) -> Tensor:
     """x at t, a number or (batch,), of a whole solution: (batch, ...); NaN before its start and beyond its end."""
     start = steps[0].coefficients[0]
     t = torch.as_tensor(t, dtype=start.dtype, device=start.device).expand(len(start))
-    x = torch.where(_like(t == steps[0].t, start), start, torch.nan)
+    x = torch.where(broadcast(t == steps[0].t, start), start, torch.nan)
     for step in steps:
-        x = torch.where(_like(inside(step, t), x), value(step, t), x)
+        x = torch.where(broadcast(inside(step, t), x), value(step, t), x)
     return x
-
-
-def _like(flags: Tensor, x: Tensor) -> Tensor:
-    return flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim))

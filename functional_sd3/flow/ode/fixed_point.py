@@ -13,6 +13,7 @@ from functional_sd3.core.dispatch import is_concrete
 from functional_sd3.core.types import Tree, Velocity
 from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.path import broadcast
+from functional_sd3.flow.per_sample import norm
 
 ITERATIONS = 50
 TOLERANCE = 1e-6
@@ -52,7 +53,7 @@ def inverse(
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         y, pairs = x, []
-        enough = None if tolerance is None else tolerance * _norms(x)
+        enough = None if tolerance is None else tolerance * norm(x)
         for _ in range(iterations):
             there = method.step(velocity, y, t_next, t, [])
             residual = x - there.x
@@ -61,13 +62,13 @@ def inverse(
             if enough is None:
                 y = proposed
                 continue
-            left = _norms(residual)
+            left = norm(residual)
             done = left <= enough
             y = torch.where(broadcast(done, x), y, proposed)
             if is_concrete(done) and done.all():
                 return Advance(y, carry, there.slope)
         if enough is not None and is_concrete(left):
-            _refuse(left / _norms(x), tolerance, iterations, t_next)
+            _refuse(left / norm(x), tolerance, iterations, t_next)
         return Advance(y, carry, there.slope)
 
     return Method(
@@ -109,10 +110,6 @@ def _combined(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve(gram, wide @ flat.double()[..., None]).to(flat.dtype)
     return y + residual - (weights.transpose(1, 2) @ (moves + changes)).reshape(y.shape)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return x.reshape(len(x), -1).norm(dim=1)
 
 
 def _refuse(left: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:

@@ -110,12 +110,7 @@ def _keys(key: Key):
     """The `init` of a method that carries a key for each sample."""
 
     def init(x: Tensor, t: Tensor) -> Key:
-        keys = key.to(x.device)
-        if keys.ndim == 1:
-            return prng.fold_in(keys, torch.arange(len(x), device=x.device, dtype=torch.int64))
-        if keys.shape[:-1] != x.shape[:1]:
-            raise ValueError(f"{len(keys)} keys for {len(x)} samples; give one key, or one for each sample")
-        return keys
+        return prng.sample_keys(key.to(x.device), len(x))
 
     return init
 
