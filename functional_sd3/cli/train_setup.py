@@ -18,6 +18,7 @@ from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import SPECS
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
+from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import checkpoint, continuing, datasets, digests, tasks
 from functional_sd3.training.step import TrainState
 from functional_sd3.weights import shipped
@@ -49,6 +50,9 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     """
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     stored, model, dtype = train_model.load(arguments, source)
+    if arguments.part != "vae":
+        # Before images are drawn and encoded, which takes minutes.
+        check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     images = _images(arguments, model, say)
     options = _options(arguments, dtype)
     ids = None if arguments.part == "vae" else _tokens(model, images)

@@ -5,7 +5,8 @@ HOW_TO_CONVERT = (
     'python -c "import sys, torch; from safetensors.torch import save_file; '
     "state = torch.load(sys.argv[1], weights_only=True, map_location='cpu'); state = state.get('state_dict', state); "
     "parts = [(k, x if isinstance(x, dict) else {'': x}) for k, x in state.items()]; "
-    "save_file({f'{k}.{n}' if n else k: v.clone() for k, x in parts for n, v in x.items()}, sys.argv[2])\" "
+    "save_file({f'{k}.{n}' if n else k: v.clone() for k, x in parts for n, v in x.items() if hasattr(v, 'clone')}, "
+    'sys.argv[2])" '
     "IN OUT.safetensors"
 )
 ZIP = b"PK\3\4"

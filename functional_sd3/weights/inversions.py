@@ -22,17 +22,17 @@ _WIDTHS = {768: "clip_l", 1280: "clip_g", 4096: "t5"}
 """Of the released encoders: what tells for which one a vector is that has no encoder's name."""
 _MOST_VECTORS = 512
 """Tokens of the longest text that T5 reads here; CLIP has room for 75."""
-_PLACEHOLDER = "emb_params"
-"""AUTOMATIC1111's name of the vectors of any word; diffusers writes the word itself."""
+_PLACEHOLDERS = frozenset({"emb_params", "string_to_param.*", "*"})
+"""AUTOMATIC1111's names of the vectors of any word, the last two of its .pt files; diffusers writes the word itself."""
 
 
 def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtype | None = None) -> Word:
     """The word in a file. token: what to type for it; by default the file's name in angle brackets.
 
     Files name the encoders (`clip_l`, `clip_g`, `t5xxl`: OneTrainer, kohya-ss, ComfyUI), or have the vectors of one
-    encoder that is told by their width, under `emb_params` (AUTOMATIC1111) or under the word itself (diffusers), which
-    is then what to type by default. Raises WeightsError when the file cannot be read, holds other names, output
-    embeddings, or no floats of shape (vectors, width).
+    encoder that is told by their width, under `emb_params` or `string_to_param.*` (AUTOMATIC1111) or under the word
+    itself (diffusers), which is then what to type by default. Raises WeightsError when the file cannot be read, holds
+    other names, output embeddings, or no floats of shape (vectors, width).
     """
     path = Path(path)
     mapped = files.open_mapped(path)
@@ -45,7 +45,7 @@ def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtyp
     if not all(torch.isfinite(value.float()).all() for value in vectors.values()):
         raise WeightsError(f"{path}: holds values that are not finite")
     together = {name: torch.atleast_2d(value).to(dtype or value.dtype) for name, value in vectors.items()}
-    own = [name for name in encoders if name not in _NAMES and name != _PLACEHOLDER]
+    own = [name for name in encoders if name not in _NAMES and name not in _PLACEHOLDERS]
     typed = token if token is not None else own[0] if own else f"<{path.stem}>"
     if not typed.isprintable() or typed != typed.strip():
         said = "cannot be typed in a prompt; say what to type: token=..., or WORD=FILE"

@@ -124,7 +124,10 @@ def test_a_file_is_a_word(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "encoder"), [(768, "clip_l"), (1280, "clip_g"), (4096, "t5")])
-@pytest.mark.parametrize(("name", "typed"), [("emb_params", "<x>"), ("<cat-toy>", "<cat-toy>"), ("sks", "sks")])
+@pytest.mark.parametrize(
+    ("name", "typed"),
+    [("emb_params", "<x>"), ("string_to_param.*", "<x>"), ("*", "<x>"), ("<cat-toy>", "<cat-toy>"), ("sks", "sks")],
+)
 def test_vectors_without_the_name_of_an_encoder_are_told_by_their_width(tmp_path, width, encoder, name, typed):
     files.write_atomic(tmp_path / "x.safetensors", {name: torch.ones(2, width)})
     found = load_inversion(tmp_path / "x.safetensors")

@@ -285,3 +285,12 @@ def test_numbers_that_outgrew_their_dtype_are_stored_in_a_wider_one():
     saved = train_model.as_stored(grown, stored)
     assert saved["a"].dtype == torch.float32 and saved["b"].dtype == torch.float16
     assert train_model.as_stored(grown, tree.cast(stored, torch.float8_e4m3fn))["b"].dtype == torch.bfloat16
+
+
+def test_a_model_without_text_encoders_is_refused_before_images_are_drawn(command, model_folder, tmp_path, monkeypatch):
+    weights.save(tmp_path / "bare", weights.load(model_folder, only=["transformer", "vae"]))
+    drawn = []
+    monkeypatch.setattr(train_setup, "_images", lambda *_: drawn.append(1))
+    with pytest.raises(ValueError, match="no text encoder, so it cannot read prompts"):
+        command("--params", tmp_path / "bare", "--out", tmp_path / "out")
+    assert not drawn

@@ -209,11 +209,17 @@ def test_the_command_that_converts_pickles_converts_them(saved, tmp_path):
     tensors = load_file(saved)
     nested = {"image_proj": {"a": torch.ones(2)}, "b": torch.zeros(3)}
     told = shlex.split(magic.HOW_TO_CONVERT[magic.HOW_TO_CONVERT.index("python -c") :])
-    for name, state in {"flat": tensors, "lightning": {"state_dict": tensors, "epoch": 3}, "nested": nested}.items():
+    word = {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 4)}, "name": "cat", "step": 9}
+    lightning = {"state_dict": tensors, "epoch": 3}
+    states = {"flat": tensors, "lightning": lightning, "nested": nested, "automatic1111": word}
+    for name, state in states.items():
         pickled, converted = tmp_path / f"{name}.pt", tmp_path / f"{name}.safetensors"
         torch.save(state, pickled)
         subprocess.run([sys.executable, "-W", "ignore", *told[1:3], pickled, converted], check=True)
-        expected = {"image_proj.a": torch.ones(2), "b": torch.zeros(3)} if name == "nested" else tensors
+        expected = {
+            "nested": {"image_proj.a": torch.ones(2), "b": torch.zeros(3)},
+            "automatic1111": {"string_to_param.*": torch.ones(2, 4)},
+        }.get(name, tensors)
         found = load_file(converted)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
