@@ -42,7 +42,7 @@ def pairs(key: Key, count: int) -> list[Pair]:
     found: list[Scene] = []
     while len(found) < count:
         key, drawn = prng.split(key)
-        found += [scene for scene in shapes.scenes(drawn, 512, hold_out=False) if shapes.held_out(scene)]
+        found += [scene for scene in shapes.scenes(drawn, 512, hold_out=False) if shapes.is_held_out(scene)]
     choices = prng.uniform(key, count).tolist()
     return [_pair(scene, choice) for scene, choice in zip(found[:count], choices, strict=True)]
 

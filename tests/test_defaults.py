@@ -197,7 +197,7 @@ def check_training(model) -> list:
         objectives.vae_loss(config.vae, edges=0.1)(
             model.params["vae"], {"images": pixels.to_signed(prng.uniform(key(), (1, 3, 64, 64)))}, prng.split(key(), 1)
         ),
-        shapes.pictures(key(), 2),
+        shapes.images(key(), 2),
     ]  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], di
         if path in saved:
             sides.append(Side(path, saved[path], kind.count(saved[path])))
             continue
-        transform = partial(preprocess.picture, mode=making.preprocessing)
+        transform = partial(preprocess.image, mode=making.preprocessing)
         found = kind.collect(_batches(path, sources[path], transform, making.embed, arguments))
         record = kind.record(found.values, making.preprocessing, making.weights, making.tap)
         sides.append(Side(path, record, kind.count(record), found.skipped))

@@ -109,4 +109,4 @@ def _check_data(data: str) -> None:
 def _checkpoints(arguments: argparse.Namespace) -> list[int]:
     from functional_sd3.training import checkpoint
 
-    return [checkpoint.step_of(path) for path in checkpoint.found(Path(arguments.out) / "checkpoints")]
+    return [checkpoint.step_of(path) for path in checkpoint.paths(Path(arguments.out) / "checkpoints")]

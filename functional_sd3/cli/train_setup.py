@@ -91,12 +91,12 @@ def resume(arguments: argparse.Namespace, setup: Setup, say: Say) -> TrainState:
 
 def newest(folder: Path) -> str:
     """A sentence that names the newest checkpoint."""
-    found = checkpoint.found(folder)
+    found = checkpoint.paths(folder)
     return f"--resume goes on from the newest checkpoint, {found[-1]}" if found else "there is no checkpoint yet"
 
 
 def has_checkpoint(folder: Path) -> bool:
-    return bool(checkpoint.found(folder))
+    return bool(checkpoint.paths(folder))
 
 
 def save_image(path: Path, images: torch.Tensor) -> None:
@@ -195,7 +195,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
 
 def _check_continuing(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Before images are encoded: the settings of the newest checkpoint, where they can be read."""
-    for path in reversed(checkpoint.found(Path(arguments.out) / "checkpoints")):
+    for path in reversed(checkpoint.paths(Path(arguments.out) / "checkpoints")):
         try:
             saved = checkpoint.settings(path)
         except WeightsError:

@@ -1,1 +1,1 @@
-"""How good pictures are."""
+"""Metrics of image quality, diversity and prompt alignment."""

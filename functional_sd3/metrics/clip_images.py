@@ -1,4 +1,4 @@
-"""CLIP score and CMMD from pictures and captions to the figure, given CLIP's two encoders.
+"""CLIP score and CMMD of images and captions, given CLIP's two encoders.
 
     model = weights.load_clip("clip-vit-large-patch14-336")
     clip_images.scores(model.params, model.config, model.tokenizer, model.pixels, images, captions)
@@ -33,7 +33,7 @@ def scores(
 ) -> Tensor:
     """The CLIP score of each image with its caption, 0 to 100: float64 (n,); their mean is what is published.
 
-    images: (n, 3, height, width) in [0, 1], or n pictures of any sizes. Captions longer than CLIP reads are cut off.
+    images: (n, 3, height, width) in [0, 1], or n images of any sizes. Captions longer than CLIP reads are cut off.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions must be as many")
@@ -49,7 +49,7 @@ def cmmd_distance(
     images: "Tensor | Sequence[Image]",
     others: "Tensor | Sequence[Image]",
 ) -> float:
-    """CMMD of two sets of images, (n, 3, height, width) in [0, 1] or pictures of any sizes, cut as the authors do."""
+    """CMMD of two sets of images, (n, 3, height, width) in [0, 1] or images of any sizes, cropped as the authors do."""
     embed = partial(image_embeddings, params, config)
     return cmmd.distance(
         embed(clip_pixels.apply(pixels, images, square=True)), embed(clip_pixels.apply(pixels, others, square=True))

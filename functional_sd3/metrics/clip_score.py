@@ -1,4 +1,4 @@
-"""The CLIP score: does a picture show what its caption says, by the angle between their embeddings?
+"""CLIP score: cosine similarity of the CLIP embeddings of an image and its caption.
 
 Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning", with 100 in place of the
 paper's 2.5, as is custom for generated images.

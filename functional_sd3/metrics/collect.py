@@ -1,9 +1,9 @@
-"""From a stream of pictures to features: batches through a network, what could not be read kept apart.
+"""Features of a stream of images: batches through a network; unreadable images are listed.
 
-    items = pictures.stream(pictures.source("folder"), partial(preprocess.picture, mode="clean"))
-    found = collect.statistics(collect.walk(lambda images: inception.apply(params, images)[2048], items))
+    items = pictures.stream(pictures.source("folder"), partial(preprocess.image, mode="clean"))
+    collected = collect.statistics(collect.walk(lambda images: inception.apply(params, images)[2048], items))
 
-The streams are lazy and the statistics are merged as they come, so memory does not grow with the number of pictures.
+The streams are lazy and the statistics are merged as they come, so memory does not grow with the number of images.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from functional_sd3.metrics import frechet
 
 
 class Batch(NamedTuple):
-    """Features (k, d) of the readable pictures of a batch, float32 on the CPU, and the others; k may be 0."""
+    """Features (k, d) of the readable images of a batch, float32 on the CPU, and the unreadable ones; k may be 0."""
 
     features: Tensor
     skipped: tuple[Skipped, ...]
@@ -31,7 +31,7 @@ class Collected(NamedTuple):
 
 
 def walk(embed: Callable[[Tensor], Tensor], items: Iterable[Item], *, batch_size: int = 32) -> Iterator[Batch]:
-    """Batches of at most `batch_size` pictures through `embed` (batch, ...) -> (batch, d), as they are asked for."""
+    """Batches of at most `batch_size` images through `embed` (batch, ...) -> (batch, d), lazily."""
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} must be at least 1")
     values: list[Tensor] = []
@@ -65,18 +65,18 @@ def features(batches: Iterable[Batch]) -> Collected:
     """All features. Raises ValueError, naming the first, when none could be read."""
     kept = list(batches)
     skipped = tuple(one for batch in kept for one in batch.skipped)
-    found = [batch.features for batch in kept if len(batch.features)]
-    if not found:
+    parts = [batch.features for batch in kept if len(batch.features)]
+    if not parts:
         raise _nothing(skipped)
-    return Collected(torch.cat(found), skipped)
+    return Collected(torch.cat(parts), skipped)
 
 
 def _batch(embed: Callable[[Tensor], Tensor], values: list[Tensor], skipped: list[Skipped]) -> Batch:
     if not values:
         return Batch(torch.empty(0, 0, dtype=torch.float32, device="cpu"), tuple(skipped))
     with torch.no_grad():
-        found = embed(torch.stack(values)).float().cpu()
-    return Batch(found, tuple(skipped))
+        features = embed(torch.stack(values)).float().cpu()
+    return Batch(features, tuple(skipped))
 
 
 def _nothing(skipped: Iterable[Skipped]) -> ValueError:

@@ -1,4 +1,4 @@
-"""Density and coverage: precision and recall that a single outlier cannot raise.
+"""Density and coverage: precision and recall that are robust to single outliers.
 
 Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models", equations 3 and 4.
 """

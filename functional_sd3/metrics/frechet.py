@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, from statistics that add up over batches and machines.
+"""Frechet distance between two sets of features, from statistics that merge over batches and machines.
 
 Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", equation 6: with means m and covariances C
 (of N - 1) of both sets, |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)). All in float64: float32 is off by 0.2 %
@@ -15,7 +15,7 @@ _ROWS = 4096
 
 
 class Statistics(NamedTuple):
-    """What is kept of `n` feature vectors: their mean (d,) and M2 (d, d), the sum of the outer products of the
+    """Sufficient statistics of `n` feature vectors: their mean (d,) and M2 (d, d), the sum of the outer products of the
     deviations from it; both float64. The covariance is m2 / (n - 1)."""
 
     n: int
@@ -114,7 +114,7 @@ def root_trace(a: Tensor, b: Tensor, *, rank_a: int | None = None, rank_b: int |
 
 
 def few_samples(n: int, m: int, width: int) -> str:
-    """The warning of a score that too few samples were drawn for."""
+    """Text of the warning of a score of too few samples."""
     return (
         f"N = {n} and {m} samples are few for {width} dimensions: the distance is biased upwards by about 1 / N; "
         f"draw at least {2 * width}, and compare only scores of equal N"

@@ -1,4 +1,4 @@
-"""The inception score: are pictures recognisable one by one and different from one another?
+"""Inception score: confidence of the predicted class of each image and diversity of the classes of all.
 
 Salimans et al. 2016, "Improved Techniques for Training GANs", section 4: exp(E_x KL(p(y|x) || p(y))).
 """
@@ -23,7 +23,7 @@ def score(logits: Tensor, *, splits: int = 10, key: Key | None = None) -> Incept
     """The score of logits (n, classes); custom takes Inception's without the bias, `inception.unbiased`.
 
     splits: parts of nearly equal size that are scored one by one; their size matters (Barratt and Sharma 2018). key:
-    shuffles the pictures first, for sets that are sorted by class. Raises ValueError with fewer pictures than splits.
+    shuffles the images first, for sets that are sorted by class. Raises ValueError with fewer images than splits.
     """
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; they must be floating, (images, classes)")
@@ -40,5 +40,5 @@ def _part(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     ratio = log_p - p.mean(0).log()
-    # What is never predicted contributes nothing: the limit of p log p, not 0 times infinity.
+    # A probability of 0 contributes nothing: the limit of p log p, not 0 times infinity.
     return torch.where(p > 0, p * ratio, 0.0).sum(1).mean().exp()

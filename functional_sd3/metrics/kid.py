@@ -1,4 +1,4 @@
-"""The kernel inception distance: the squared maximum mean discrepancy of two sets of features, without bias.
+"""Kernel inception distance (KID): unbiased squared maximum mean discrepancy of two sets of features.
 
 Binkowski et al. 2018, "Demystifying MMD GANs", section 4; the kernel is k(x, y) = (x . y / d + 1)^3. Computed in
 float64, a block of rows at a time.
@@ -35,13 +35,13 @@ def estimates(x: Tensor, y: Tensor, key: Key, *, subsets: int = SUBSETS, size: i
     size = min(SIZE, len(x), len(y)) if size is None else size
     if not 2 <= size <= min(len(x), len(y)) or subsets < 1:
         raise ValueError(f"{subsets} subsets of {size} cannot be drawn from {len(x)} and {len(y)} samples")
-    found = []
+    distances = []
     for key_x, key_y in prng.split(key, (subsets, 2)):
         # Features may be on another device than the key.
         chosen_x = prng.permutation(key_x, len(x))[:size].to(x.device)
         chosen_y = prng.permutation(key_y, len(y))[:size].to(y.device)
-        found.append(unbiased(x[chosen_x], y[chosen_y]))
-    return torch.stack(found)
+        distances.append(unbiased(x[chosen_x], y[chosen_y]))
+    return torch.stack(distances)
 
 
 def unbiased(x: Tensor, y: Tensor) -> Tensor:

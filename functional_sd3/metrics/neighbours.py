@@ -1,4 +1,4 @@
-"""Distances between samples and to the k-th neighbour: what the metrics that count samples within balls share.
+"""Distances between samples and to the k-th neighbour, shared by precision, recall, density and coverage.
 
 Blocks of rows at a time, so that memory grows with the samples and not with their pairs; float64.
 """

@@ -1,4 +1,4 @@
-"""Improved precision and recall: how many generated samples look real, how much of the real is generated.
+"""Improved precision and recall: the share of generated samples within the real manifold, and the converse.
 
 Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", equation 1. The paper
 uses features of VGG-16; torch-fidelity, and most since, those of Inception.

@@ -1,4 +1,4 @@
-"""Pictures -> what the Inception network of FID reads, in each of the ways that published scores were computed.
+"""Preprocessing of images for the Inception network of FID, as published scores were computed.
 
 The ways differ in resizing to 299 x 299 and in scaling, so scores of different modes must not be compared:
 
@@ -8,8 +8,8 @@ The ways differ in resizing to 299 x 299 and in scaling, so scores of different 
 - `tf1` (torch-fidelity, and torchmetrics with antialias=False): the bilinear resizing of TensorFlow 1, which samples
   at i * size / 299 without a half pixel's offset, (x - 128) / 128.
 
-All are bit for bit what those packages make of an upright, opaque 8-bit picture. Of others they make less: they drop
-transparency, clip 16 bits to 8 and leave turned photographs lying; `pictures.read` does none of that.
+All are bit for bit what those packages make of an upright, opaque 8-bit image. Others they read worse: they drop
+transparency, clip 16 bits to 8 and ignore the orientation of photographs; `pictures.read` does none of that.
 """
 
 from collections.abc import Callable
@@ -57,9 +57,9 @@ def tf1(images: Tensor) -> Tensor:
 MODES: dict[str, Callable[[Tensor], Tensor]] = {"pytorch_fid": pytorch_fid, "clean": clean, "tf1": tf1}
 
 
-def picture(picture: "Image", *, mode: str = "clean") -> Tensor:
-    """One RGB picture of any size -> (3, 299, 299) float32 in [-1, 1]."""
-    return MODES[mode](torch.from_numpy(numpy.array(picture)).permute(2, 0, 1))
+def image(image: "Image", *, mode: str = "clean") -> Tensor:
+    """One RGB image of any size -> (3, 299, 299) float32 in [-1, 1]."""
+    return MODES[mode](torch.from_numpy(numpy.array(image)).permute(2, 0, 1))
 
 
 def _batch(images: Tensor) -> Tensor:

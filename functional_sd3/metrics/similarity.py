@@ -1,7 +1,7 @@
-"""How alike two images are, pixel by pixel: PSNR and SSIM.
+"""PSNR and SSIM of images against references.
 
-What conventions a figure follows is half the figure: both functions work on RGB as it is, without gamma, luma or
-cropping, and on floats as they are; round with `pixels.to_bytes` first to measure what a PNG would hold.
+Both work on RGB without gamma, luma or cropping, and on floats without rounding: round with `pixels.to_bytes` first to
+measure the images that a PNG would hold.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What a training run says of itself beside its weights: a README with the command, the log, its curve and samples."""
+"""Model card of a training run beside its weights: a README with the command, the loss curve and samples."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ WIDTH, HEIGHT, MARGIN = 640, 280, 40
 def write(
     folder: Path, *, title: str, text: str, log: Sequence[tuple[int, float]], samples: Tensor, captions: Sequence[str]
 ) -> None:
-    """Writes README.md, loss.png and samples.png into `folder`.
+    """Write README.md, loss.png and samples.png into `folder`.
 
     log: (step, loss) in order; samples: (count, 3, height, width) in [0, 1] of `captions`, four a row.
     """
@@ -37,15 +37,15 @@ def write(
 
 
 def curve(log: Sequence[tuple[int, float]]):
-    """The loss against the steps, logarithmic upwards, as a picture."""
+    """The loss against the steps, logarithmic upwards, as a Pillow image."""
     import math
 
     from PIL import Image, ImageDraw
 
     if not log:
         raise ValueError("log is empty; a curve needs at least one row")
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(image)
     last = max(log[-1][0], 1)
     low, high = (math.log(bound(loss for _, loss in log)) for bound in (min, max))
     span = max(high - low, 1e-6)
@@ -62,10 +62,10 @@ def curve(log: Sequence[tuple[int, float]]):
             (place(last * share / 4, math.exp(low))[0] - 12, HEIGHT - MARGIN + 6), f"{last * share // 4}", fill="black"
         )
     pen.line([place(step, loss) for step, loss in log], fill=(50, 80, 220), width=2)
-    return picture
+    return image
 
 
-def _png(picture) -> bytes:
+def _png(image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()

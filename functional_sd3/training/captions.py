@@ -47,7 +47,7 @@ class Caption(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A line of metadata: an image, relative to the folder of the metadata, and what it shows."""
+    """A line of metadata: an image, relative to the folder of the metadata, and its caption."""
 
     name: str
     text: str
@@ -63,8 +63,8 @@ def metadata(path: Path, where: str) -> Iterator[Entry]:
         name = fields.get("file_name")
         present = [key for key in KEYS if key in fields]
         # Null is no caption: another key may have one.
-        said = [fields[key] for key in present if fields[key] is not None]
-        caption = _one_text(said[0]) if said else "" if present else None
+        captions = [fields[key] for key in present if fields[key] is not None]
+        caption = _one_text(captions[0]) if captions else "" if present else None
         if problem or not isinstance(name, str) or not name or caption is None:
             reason = f": {problem}" if problem else ""
             raise ValueError(f"{where}, line {number} must be {wanted}, not {shorten(repr(values))}{reason}")

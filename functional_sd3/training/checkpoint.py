@@ -1,4 +1,4 @@
-"""Training states on disk: one safetensors file a checkpoint, written whole or not at all.
+"""Checkpoints: one safetensors file for each training state, written atomically.
 
 `step-00001200.safetensors` holds every leaf under its path ("params.transformer.blocks.0...", "optimizer.1.0.mean...")
 and, in its metadata, the settings of the run as JSON.
@@ -31,7 +31,7 @@ def save(folder: str | os.PathLike, step: int, state: Tree, settings: dict[str, 
     return path
 
 
-def found(folder: str | os.PathLike) -> list[Path]:
+def paths(folder: str | os.PathLike) -> list[Path]:
     """The checkpoints of a folder, oldest first; empty when the folder does not exist."""
     folder = Path(folder)
     names = os.listdir(folder) if folder.is_dir() else []
@@ -90,7 +90,7 @@ def load_newest(folder: str | os.PathLike, like: Tree, check: Callable[[dict[str
     WeightsError, naming each file, when there is none that can be read.
     """
     passed_over: list[tuple[Path, WeightsError]] = []
-    for path in reversed(found(folder)):
+    for path in reversed(paths(folder)):
         try:
             saved = settings(path)
         except WeightsError as error:
@@ -111,7 +111,7 @@ def load_newest(folder: str | os.PathLike, like: Tree, check: Callable[[dict[str
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that cannot be read, so that it is none any more; its new name."""
+    """Rename an unreadable checkpoint so that it no longer counts as one; returns its new path."""
     target = path.with_name(path.name + ".unreadable")
     os.replace(path, target)
     return target
@@ -127,7 +127,7 @@ def not_finite(state: Tree) -> str | None:
 
 def prune(folder: str | os.PathLike, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints, at least one."""
-    for path in found(folder)[: -max(keep, 1)]:
+    for path in paths(folder)[: -max(keep, 1)]:
         path.unlink(missing_ok=True)
 
 

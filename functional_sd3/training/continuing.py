@@ -1,4 +1,4 @@
-"""What a run that goes on may have otherwise than the checkpoint it goes on from."""
+"""Differences between the settings of a resumed run and those of its checkpoint, and which are allowed."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

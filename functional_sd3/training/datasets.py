@@ -1,7 +1,7 @@
-"""Folders of images with captions, as an index and functions of it; latents computed once.
+"""Folders of captioned images as an index; images as tensors; latents of a whole set.
 
-`image_folder` finds the images and their captions, `load` makes one of them a tensor, `encode_all` turns the whole
-set into what the transformer is trained on.
+`image_folder` finds the images and their captions, `load` reads one as a tensor, `encode_all` computes latents and ids
+of a whole set.
 """
 
 import os
@@ -36,7 +36,7 @@ _ADVICE = (
 
 
 class Sample(NamedTuple):
-    """An image, relative to the folder, and what it is said to show."""
+    """An image, relative to the folder, and its caption."""
 
     path: str
     caption: str
@@ -96,27 +96,27 @@ def summary(index: Index, *, captioned: bool = True) -> str:
         return f"{len(index.samples)} images in {escape(index.folder)}"
     count, empty = len(index.samples), sum(not sample.caption.strip() for sample in index.samples)
     sources = ", ".join(f"{number} {source}" for source, number in index.sources if source)
-    said = f"{count} images in {escape(index.folder)}, "
+    start = f"{count} images in {escape(index.folder)}, "
     if not empty:
-        return f"{said}all with captions ({sources})"
-    return f"{said}{empty} of {count} images have no caption{f' ({sources})' if sources else ''}; {_ADVICE}"
+        return f"{start}all with captions ({sources})"
+    return f"{start}{empty} of {count} images have no caption{f' ({sources})' if sources else ''}; {_ADVICE}"
 
 
 def load(index: Index, i: int, size: int) -> Tensor:
-    """Picture `i` as uint8 (3, size, size): turned upright, over white, shorter side to `size`, middle cut out.
+    """Image `i` as uint8 (3, size, size): turned upright, over white, shorter side to `size`, middle cut out.
 
     Raises ValueError naming the file when it cannot be read any more.
     """
     path = index.folder / index.samples[i].path
     try:
-        picture = files.read(path)
+        image = files.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return torch.from_numpy(numpy.array(square(picture, size), dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(numpy.array(square(image, size), dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
 
 
 def load_batch(index: Index, rows: Sequence[int], size: int) -> Tensor:
-    """Several pictures, uint8 (batch, 3, size, size)."""
+    """Several images, uint8 (batch, 3, size, size)."""
     return torch.stack([load(index, int(row), size) for row in rows])
 
 
@@ -125,15 +125,15 @@ def encode_all(
     config: conditioning.Config,
     tokenizers: conditioning.Tokenizers,
     captions: Sequence[str],
-    pictures: Callable[[range], Tensor],
+    images: Callable[[range], Tensor],
     *,
     batch: int = 16,
     t5_length: int = 256,
     track: Callable[[Iterator[range]], Iterator[range]] = iter,
 ) -> Tree:
-    """{"latents": (pictures, channels, h, w), "ids"}: what `losses.flow_loss` reads, for a whole set, on the CPU.
+    """{"latents": (images, channels, h, w), "ids"} of a whole set, on the CPU, as `flow_loss` takes them.
 
-    `pictures(rows)` gives uint8 (len(rows), 3, side, side). Latents are the means of their posteriors, normalised.
+    `images(rows)` gives uint8 (len(rows), 3, side, side). Latents are the means of their posteriors, normalised.
     `track` wraps the iteration over batches, as tqdm does.
     """
     like = tree.leaves(params["vae"])[0]
@@ -141,8 +141,8 @@ def encode_all(
     latents = []
     with torch.no_grad():
         for rows in track([range(start, min(start + batch, len(captions))) for start in starts]):
-            images = pixels.to_signed(pixels.from_bytes(pictures(rows)))
-            mean = vae.encode(params["vae"], config.vae, images.to(like.device, like.dtype)).mean
+            signed = pixels.to_signed(pixels.from_bytes(images(rows)))
+            mean = vae.encode(params["vae"], config.vae, signed.to(like.device, like.dtype)).mean
             latents.append(vae.normalize(config.vae, mean.float()).cpu())
     return {
         "latents": torch.cat(latents),
@@ -150,16 +150,16 @@ def encode_all(
     }
 
 
-def square(picture: "Image", size: int) -> "Image":
-    """The picture with its shorter side resized (Lanczos) to `size` pixels and its middle cut out."""
+def square(image: "Image", size: int) -> "Image":
+    """The image with its shorter side resized (Lanczos) to `size` pixels, centre-cropped to a square."""
     from PIL import Image
 
-    width, height = picture.size
+    width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    if picture.size == (size, size):
-        return picture
-    return picture.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    if image.size == (size, size):
+        return image
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def _check_template(template: str) -> None:
@@ -227,18 +227,18 @@ def _gather(listing: Listing, template: str) -> _Gathered:
             if place is not None and image not in described:
                 unlisted.setdefault(governing[place], []).append(image)
                 continue
-            found = beside.caption(image)
+            caption = beside.caption(image)
             if image in described:
-                if found is not None and found.text != " ".join(described[image].split()):
+                if caption is not None and caption.text != " ".join(described[image].split()):
                     conflicts.append(image)
-            elif found is not None:
-                conflicts += [image] if found.others else []
-                samples.append((Sample(image, found.text), "beside the image" if found.text else ""))
+            elif caption is not None:
+                conflicts += [image] if caption.others else []
+                samples.append((Sample(image, caption.text), "beside the image" if caption.text else ""))
             else:
                 words = caption_files.folder_name(image)
                 # Not str.format, whose fields reach into objects.
-                said = template.replace("{}", words) if words else ""
-                samples.append((Sample(image, said), "by the name of the folder" if said else ""))
+                text = template.replace("{}", words) if words else ""
+                samples.append((Sample(image, text), "by the name of the folder" if text else ""))
         except ValueError as error:
             skipped.append(Skipped(image, f"its caption cannot be read: {error}"))
     for name, left in unlisted.items():
@@ -265,13 +265,13 @@ def _masks_of_others(images: Sequence[str]) -> set[str]:
 
 def _governing(names: Sequence[str]) -> dict[str, str]:
     """Folder -> its file of metadata, relative to the set; "" is the set's own folder."""
-    found: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for kind in caption_files.METADATA:
         for name in names:
             place, _, file = name.rpartition("/")
             if file == kind:
-                found.setdefault(place, name)
-    return found
+                metadata.setdefault(place, name)
+    return metadata
 
 
 def _nearest(image: str, governing: dict[str, str]) -> str | None:

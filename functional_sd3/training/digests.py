@@ -1,7 +1,7 @@
-"""Digests of contents: whether a run that goes on still learns from the same weights and images.
+"""Digests of weights and images, by which a resumed run sees whether they changed.
 
-Every byte counts, names and places do not. SHA-256 in as many threads as there are processors: about a gigabyte a
-second and processor, so that 16 GB take seconds, less than the search for NaN that loading them makes anyway.
+They depend on every byte and not on where it is stored. SHA-256 in as many threads as there are processors: about a
+gigabyte a second and processor, so that 16 GB take seconds, less than the search for NaN of loading them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _BLOCK = 2**20
 
 
 def params_digest(params: Params) -> str:
-    """Of the paths, dtypes, shapes and values of a parameter tree, whatever files it was read from."""
+    """Digest of the paths, dtypes, shapes and values of a parameter tree."""
     leaves = tree.flatten_paths(params)
     names = sorted(leaves)
     with _pool() as pool:
@@ -32,7 +32,7 @@ def params_digest(params: Params) -> str:
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:
-    """Of the bytes of each file. Raises WeightsError, naming the file, when one cannot be read."""
+    """Digests of the bytes of each file. Raises WeightsError, naming the file, when one cannot be read."""
     with _pool() as pool:
         return list(pool.map(_file, paths))
 

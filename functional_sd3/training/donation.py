@@ -1,4 +1,4 @@
-"""What must hold of memory before a step may overwrite it, and what happens to those who use it afterwards."""
+"""Checks of memory that a step updates in place, and invalidation of donated trees."""
 
 import torch
 from torch import Tensor
@@ -8,21 +8,21 @@ from functional_sd3.core.types import Tree
 
 
 def check_donated(trees: Tree) -> None:
-    """Raises ValueError, naming the paths, unless every leaf has memory of its own and no graph."""
+    """Raise ValueError, naming the paths, unless every leaf has memory of its own and takes part in no graph."""
     flat = tree.flatten_paths(trees)
     for path, leaf in flat.items():
         if leaf.requires_grad:
             raise ValueError(f"{path} requires grad, so a graph may still read it; donate detached leaves")
-    if pair := _overlapping(flat):
+    if pair := _overlap(flat):
         raise ValueError(f"{pair[0]} and {pair[1]} share memory; clone one of them before donating")
 
 
-def sharing(trees: Tree) -> tuple[str, str] | None:
-    """The paths of two leaves that lie over one another in memory, None where each has its own."""
-    return _overlapping(tree.flatten_paths(trees))
+def overlapping(trees: Tree) -> tuple[str, str] | None:
+    """The paths of two leaves that overlap in memory; None if there are none."""
+    return _overlap(tree.flatten_paths(trees))
 
 
-def _overlapping(flat: dict[str, Tensor]) -> tuple[str, str] | None:
+def _overlap(flat: dict[str, Tensor]) -> tuple[str, str] | None:
     spans = []
     for path, leaf in flat.items():
         if leaf.numel():
@@ -38,24 +38,24 @@ def _overlapping(flat: dict[str, Tensor]) -> tuple[str, str] | None:
 
 
 def poison(tensors: Tree) -> Tree:
-    """The same tensors under new handles; the old handles are emptied, so that using a donated tree fails at once."""
+    """The same tensors as new objects; the old objects are emptied, so that using a donated tree fails at once."""
 
     def move(leaf: Tensor) -> Tensor:
-        fresh = leaf.detach()
+        moved = leaf.detach()
         leaf.set_(torch.empty(0, dtype=leaf.dtype, device=leaf.device))
-        return fresh
+        return moved
 
     return tree.map(move, tensors)
 
 
-def check_layout(paths: list[str], weights: dict[str, Tensor], *moments: dict[str, Tensor]) -> None:
-    """Raises ValueError, naming the path, unless each weight is dense and its moments are laid out as it is."""
+def check_strides(paths: list[str], weights: dict[str, Tensor], *moments: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming the path, unless each weight is dense and its moments have its strides."""
     for path in paths:
         strides = weights[path].stride()
         if strides != torch.empty_like(weights[path]).stride() or any(own[path].stride() != strides for own in moments):
             raise ValueError(f"{path} has gaps in memory, or another order than its moments; make both contiguous")
 
 
-def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` with the strides of `like`, copied only where it has others."""
+def with_strides_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the strides of `like`; copied only if its own differ."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)

@@ -1,4 +1,4 @@
-"""The files below a folder of data, and which of them may be read: what leads out of the folder only on request."""
+"""Files below a data folder; links and names that lead out of it are refused unless they may be followed."""
 
 import os
 from pathlib import Path

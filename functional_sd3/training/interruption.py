@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and a closed terminal during training: a request to save and stop, not the end of the process.
+"""Signals during training: Ctrl-C, SIGTERM and SIGHUP request that the run saves and stops.
 
-A step is never cut in two, since a donated one would be lost, and a checkpoint is never given up: only what can be done
-again (a sample image) is left at once.
+A step is always finished, since half of a donated one would lose the state, and so is a checkpoint; only a sample
+image, which can be drawn again, is abandoned at once.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _TERMINATIONS = tuple(number for number in (signal.SIGTERM, _HANGUP) if number i
 
 
 class Interruption:
-    """Whether a run was asked to stop. `catch` makes the one of a run."""
+    """Whether a signal has requested that a run stops; made by `catch`."""
 
     def __init__(self) -> None:
         self._signals = 0
@@ -33,7 +33,7 @@ class Interruption:
 
     @contextmanager
     def abortable(self) -> Iterator[None]:
-        """Work that may be given up: a signal within raises KeyboardInterrupt, once."""
+        """Context of work that may be abandoned: a signal within it raises KeyboardInterrupt, once."""
         self._abortable = True
         try:
             yield
@@ -60,9 +60,9 @@ class Interruption:
 
 @contextmanager
 def catch() -> Iterator[Interruption]:
-    """SIGINT, SIGTERM and SIGHUP counted instead of obeyed, from the third Ctrl-C on obeyed; none in other threads.
+    """Context in which SIGINT, SIGTERM and SIGHUP are recorded; the third Ctrl-C raises KeyboardInterrupt.
 
-    A SIGHUP that is ignored (`nohup`) stays so.
+    Only in the main thread; a SIGHUP that is ignored (`nohup`) stays ignored.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():

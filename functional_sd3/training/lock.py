@@ -1,7 +1,7 @@
-"""One training run at a time in a folder: a lock file that names its holder, and that a killed holder does not keep.
+"""Lock of a training folder: one run at a time; a killed run does not keep it.
 
-The system's own lock (flock) ends with the process that holds it. What the file says names the holder in errors, and
-decides alone where flock is missing or does not reach: another machine that shares the folder.
+The system's lock (flock) ends with the process that holds it. The content of the lock file names the holder in errors,
+and decides alone where flock is missing or does not reach: another machine that shares the folder.
 """
 
 import json
@@ -132,7 +132,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _read(path: Path, has_lock: bool | None) -> Holder | None:
-    """Who wrote the file; None for an empty one that nobody has locked. Raises WeightsError for other content."""
+    """The holder that the file names; None for an empty unlocked file. Raises WeightsError for other content."""
     content = bounded.read_bytes(path, _LARGEST)
     if not content:
         if has_lock:

@@ -1,4 +1,4 @@
-"""A CSV log that grows by a row at a time and agrees with the checkpoint a run resumes from."""
+"""The CSV log of a run, appended row by row, cut back on resume to the checkpoint's step."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from functional_sd3.formats.printable import shorten
 
 
 class Log(NamedTuple):
-    """Where the log is, its columns (empty before the first row), and the seconds that earlier processes spent."""
+    """Path of the log, its columns (empty before the first row), and the seconds of earlier processes."""
 
     path: Path
     names: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""The loop around a training step: what it reads, logs, saves and how it stops.
+"""The training loop: batches, log, checkpoints, samples, and how a run stops.
 
-A run is a function of its first state and of `batch_of_step`, itself a function of the step's number: nothing else is
-remembered. So a run that was killed goes on from its last checkpoint to the very same bits.
+A run is a function of its first state and of `batch_of_step`, a function of the step's number. So a killed run goes on
+from its last checkpoint bit for bit as if it had not been killed.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ __all__ = ["DivergedError", "Outcome", "UnsavedError", "columns", "order", "prin
 
 
 def print_note(text: str) -> None:
-    """A line on standard error, above a progress bar where there is one; nothing where nobody reads it any more."""
+    """Print a line on standard error, above a progress bar if there is one; nothing if that stream is closed."""
     from tqdm import tqdm
 
     with contextlib.suppress(OSError, ValueError):
@@ -76,9 +76,9 @@ def run(
 
     Ctrl-C, SIGTERM or SIGHUP finish the step at hand, or give up the sample at hand, save and return; a third Ctrl-C
     raises KeyboardInterrupt. A batch that cannot be read ends the run after its state is saved. A sample, a row or a
-    checkpoint that cannot be made is said by `note`, and the run goes on, unless it is the last checkpoint. Raises
-    DivergedError at a loss, gradient or state that is not finite, leaving the last good checkpoint, and UnsavedError
-    when the disk refuses the last checkpoint.
+    checkpoint that cannot be written is reported by `note`, and the run goes on, unless it is the last checkpoint.
+    Raises DivergedError at a loss, gradient or state that is not finite, leaving the last good checkpoint, and
+    UnsavedError when the disk refuses the last checkpoint.
     """
     from tqdm import tqdm
 
@@ -129,10 +129,10 @@ def run(
 
 
 def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
-    """step -> the indices of its batch, int64 (batch,): every epoch is a permutation of range(size) by its own key.
+    """step -> indices of its batch, int64 (batch,); every epoch is a permutation of range(size) by its own key.
 
-    A batch that reaches the end of an epoch goes on into the next, so that none is ever short. The answers depend on
-    the step alone; the order of the epoch at hand is kept, as drawing it costs as much as many steps.
+    A batch that reaches the end of an epoch goes on into the next, so that all have the same size. Indices depend on
+    the step alone; the permutations of two epochs are kept, since one costs as much as many steps.
     """
 
     @functools.lru_cache(maxsize=2)
@@ -157,7 +157,7 @@ def _save(
     try:
         checkpoint.save(folder, step, state, settings)
     except WeightsError as error:
-        if not is_disk_full(error) or len(checkpoint.found(folder)) <= least:
+        if not is_disk_full(error) or len(checkpoint.paths(folder)) <= least:
             return _unsaved(error, folder, step, note, final)
         # The oldest ones would go after this one was written; on a full disk they make room for it.
         checkpoint.prune(folder, least)
@@ -170,7 +170,7 @@ def _save(
 
 
 def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool) -> bool:
-    kept = [path.name for path in checkpoint.found(folder)]
+    kept = [path.name for path in checkpoint.paths(folder)]
     newest = f"the newest one is {kept[-1]}" if kept else "there is none yet"
     message = f"the checkpoint of step {step} could not be written, {newest}: {error}"
     if final:
@@ -180,7 +180,7 @@ def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool)
 
 
 def _sample(on_sample: Sampler, state: TrainState, done: int, stop: Interruption, note: Note) -> None:
-    """A sample, unless it fails or a signal ends it: training is worth more than its images."""
+    """Make a sample; errors are noted and signals end it, neither of which may end the run."""
     try:
         with stop.abortable():
             if not stop.is_requested():

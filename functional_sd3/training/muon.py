@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalised before they are applied.
+"""Muon: momentum, orthogonalised for every matrix before it is applied.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the quintic Newton-Schulz iteration and
 its coefficients); the scale of the update that lets it share AdamW's learning rate: Liu et al. 2025, "Muon is scalable
@@ -72,7 +72,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def _orthogonalized(flat: dict[str, Tensor], iterations: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Matrices of one shape go through the iteration together: a few large products instead of many small ones."""
+    """Orthogonalised leaves by path; matrices of one shape are stacked, for few large products instead of many."""
     groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     parts: dict[str, Tensor] = {}
     for path, leaf in flat.items():
@@ -80,11 +80,11 @@ def _orthogonalized(flat: dict[str, Tensor], iterations: int, dtype: torch.dtype
         rows, columns = matrix.shape
         parts[path] = matrix.reshape(3, columns, columns) if rows == 3 * columns and leaf.ndim == 2 else matrix[None]
         groups[tuple(parts[path].shape[1:])].append(path)
-    found: dict[str, Tensor] = {}
+    updates: dict[str, Tensor] = {}
     for shape, names in groups.items():
         scale = UPDATE_RMS * math.sqrt(max(shape))
         together = torch.cat([parts[name] for name in names])
         stacked = scale * orthogonalize(together.to(dtype or together.dtype), iterations).to(together.dtype)
         for name, part in zip(names, stacked.split([len(parts[name]) for name in names]), strict=True):
-            found[name] = part.reshape(flat[name].shape)
-    return {path: found[path] for path in flat}
+            updates[name] = part.reshape(flat[name].shape)
+    return {path: updates[path] for path in flat}

@@ -1,7 +1,7 @@
 """Optimisers as values: `init(params) -> state`, `update(grads, state, params) -> (updates, state)`, joined by `chain`.
 
 The shape of optax on PyTorch trees. Updates are added to the parameters, so a descent step is negative. Everything is
-pure; `donate` reuses the memory of what it is given and is the one exception.
+pure but `donate`, which updates in place.
 AdamW: Loshchilov and Hutter 2019, "Decoupled weight decay regularization", equal to `torch.optim.AdamW`.
 """
 
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.training.donation import check_donated, check_layout, laid_out, poison, sharing  # noqa: F401
+from functional_sd3.training.donation import (  # noqa: F401
+    check_donated,
+    check_strides,
+    overlapping,
+    poison,
+    with_strides_of,
+)
 from functional_sd3.training.schedules import (  # noqa: F401
     Schedule,
     as_schedule,
@@ -25,9 +31,9 @@ from functional_sd3.training.schedules import (  # noqa: F401
 )
 
 
-class Gradients(NamedTuple):
-    """Gradients that nobody has multiplied yet: `scale` (None: 1) times `tree` is meant, whose norm is `norm` (None:
-    not known)."""
+class ScaledGradients(NamedTuple):
+    """Gradients with a deferred factor: `scale` (None: 1) times `tree`. norm: global norm of the product, None where
+    it is not known."""
 
     tree: Tree
     scale: Tensor | None = None
@@ -35,15 +41,16 @@ class Gradients(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """`donate(gradients, state, params) -> (params, state)`: the whole step in place, where the rule has its own
-    kernel; `factor(norm)`: the number that a rule which does no more than that multiplies all gradients by.
+    """An update rule as functions.
 
-    Call the function `donate` below, which checks what may be overwritten, rather than these members.
+    donate: (gradients, state, params) -> (params, state), the whole step in place, for rules with a fused kernel.
+    factor: norm -> number, for rules that only multiply all gradients by it. The function `donate` below calls both
+    after checking what may be overwritten.
     """
 
     init: Callable[[Params], Tree]
     update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
-    donate: Callable[[Gradients, Tree, Params], tuple[Params, Tree]] | None = None
+    donate: Callable[[ScaledGradients, Tree, Params], tuple[Params, Tree]] | None = None
     factor: Callable[[Tensor], Tensor] | None = None
 
 
@@ -62,7 +69,7 @@ class AdamState(NamedTuple):
 
 
 def chain(*optimizers: Optimizer) -> Optimizer:
-    """One after the other; the state is the tuple of theirs."""
+    """Optimisers applied one after the other; the state is the tuple of their states."""
 
     def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
         states = []
@@ -71,14 +78,14 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             states.append(own)
         return grads, tuple(states)
 
-    def donate(gradients: Gradients, state: tuple, params: Params) -> tuple[Params, tuple]:
+    def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
         states = []
         for optimizer, own in zip(optimizers[:-1], state, strict=False):
             if optimizer.factor:
                 gradients = _times(gradients, optimizer.factor)
             else:
-                grads, own = optimizer.update(_meant(gradients), own, params)
-                gradients = Gradients(grads)
+                grads, own = optimizer.update(unscaled(gradients), own, params)
+                gradients = ScaledGradients(grads)
             states.append(own)
         params, last = optimizers[-1].donate(gradients, state[-1], params)
         return params, (*states, last)
@@ -102,21 +109,23 @@ def clip_by_global_norm(limit: float) -> Optimizer:
     return Optimizer(lambda params: (), update, factor=factor)
 
 
-def _times(gradients: Gradients, factor: Callable[[Tensor], Tensor]) -> Gradients:
-    norm = global_norm(_meant(gradients)) if gradients.norm is None else gradients.norm
+def _times(gradients: ScaledGradients, factor: Callable[[Tensor], Tensor]) -> ScaledGradients:
+    norm = global_norm(unscaled(gradients)) if gradients.norm is None else gradients.norm
     scale = factor(norm)
-    return Gradients(gradients.tree, scale if gradients.scale is None else gradients.scale * scale, norm * scale)
+    return ScaledGradients(gradients.tree, scale if gradients.scale is None else gradients.scale * scale, norm * scale)
 
 
-def _divisor(gradients: Gradients) -> Tensor | None:
-    """What a fused kernel may divide gradients by on its way. It writes the quotients to memory, which must then be the
-    gradients' alone."""
-    if gradients.scale is None or gradients.scale.device.type not in ("cpu", "cuda") or sharing(gradients.tree):
+def _divisor(gradients: ScaledGradients) -> Tensor | None:
+    """The number by which a fused kernel may divide gradients; None where it may not.
+
+    The kernel writes the quotients over the gradients, whose memory must then belong to them alone.
+    """
+    if gradients.scale is None or gradients.scale.device.type not in ("cpu", "cuda") or overlapping(gradients.tree):
         return None
     return 1 / gradients.scale
 
 
-def _meant(gradients: Gradients) -> Tree:
+def unscaled(gradients: ScaledGradients) -> Tree:
     if gradients.scale is None:
         return gradients.tree
     return _like(gradients.tree, leafwise.multiply(tree.leaves(gradients.tree), gradients.scale))
@@ -158,7 +167,7 @@ def scale_by_schedule(schedule: Schedule) -> Optimizer:
 
 
 def scale_by_learning_rate(rate: float | Schedule) -> Optimizer:
-    """updates * -rate: from a direction of ascent to a step of descent."""
+    """updates * -rate: turns a direction of ascent into a step of descent."""
     schedule = as_schedule(rate)
     return scale_by_schedule(lambda count: -schedule(count))
 
@@ -179,19 +188,19 @@ def adamw(
     pure = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(decay, mask), scale_by_learning_rate(rate))
     schedule = as_schedule(rate)
 
-    def donate(gradients: Gradients, state: tuple, params: Params) -> tuple[Params, tuple]:
+    def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
         adam, rest, counted = state
         divisor = _divisor(gradients)
-        grads = gradients.tree if divisor is not None else _meant(gradients)
+        grads = gradients.tree if divisor is not None else unscaled(gradients)
         weights, flat, mean, square = map(tree.flatten_paths, (params, grads, adam.mean, adam.square))
         count = (adam.count + 1).float()
         chosen = tree.select(params, mask) if decay else {}
         for paths, amount in ((list(chosen), decay), ([path for path in weights if path not in chosen], 0.0)):
             if paths:
-                check_layout(paths, weights, mean, square)
+                check_strides(paths, weights, mean, square)
                 owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
-                # It walks through memory and not through indices, so all four must be laid out alike.
-                lists = [owned[0], [laid_out(flat[path], weights[path]) for path in paths], *owned[1:]]
+                # The kernel walks through memory and not through indices, so all four need the same strides.
+                lists = [owned[0], [with_strides_of(flat[path], weights[path]) for path in paths], *owned[1:]]
                 rate = schedule(counted.count)
                 leafwise.adamw_inplace(*lists, count, divisor, rate, b1, b2, eps, amount)
         return params, (adam._replace(count=adam.count + 1), rest, CountState(counted.count + 1))
@@ -200,7 +209,7 @@ def adamw(
 
 
 def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor], str]) -> Optimizer:
-    """Each leaf to the optimiser that `label(path, parameter)` names, such as matrices to Muon and the rest to AdamW.
+    """One optimiser for each label of leaves, `label(path, parameter)`: matrices by Muon and the rest by AdamW, say.
 
     Raises ValueError naming the leaf whose label has no optimiser.
     """
@@ -263,17 +272,17 @@ def donate(
     norm: Tensor | None = None,
     checked: bool = False,
 ) -> tuple[Params, Tree]:
-    """One step that overwrites `params` and `state`; the returned trees share their memory. `grads` are spent too.
+    """One step in place: `params` and `state` are overwritten, and the returned trees share their memory.
 
-    norm: `global_norm(grads)`, where it is known already. Raises ValueError when two of those leaves share memory, or
-    one still takes part in a graph: the result would be wrong without any other sign; `checked`: the caller has made
-    sure of that with `check_donated`.
+    `grads` may be overwritten too. norm: `global_norm(grads)` if it is known. checked: True if the caller has called
+    `check_donated`. Raises ValueError when two leaves share memory or one takes part in a graph, either of which would
+    silently give a wrong result.
     """
     if not checked:
         check_donated({"params": params, "state": state})
     with torch.no_grad():
         if optimizer.donate:
-            return optimizer.donate(Gradients(grads, norm=norm), state, params)
+            return optimizer.donate(ScaledGradients(grads, norm=norm), state, params)
         updates, state = optimizer.update(grads, state, params)
         leafwise.add_inplace(tree.leaves(params), tree.leaves(updates))
         return params, state

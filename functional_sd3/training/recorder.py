@@ -1,4 +1,4 @@
-"""The metrics of a run as rows of its log, and the end of a run whose metrics are no longer finite numbers."""
+"""Means of a run's metrics as rows of its log, and the check that they are finite."""
 
 import math
 import time
@@ -36,20 +36,20 @@ class Recorder:
     ) -> None:
         self._table, self._summary, self._on_row, self._note, self._folder = table, summary, on_row, note, folder
         self._sums: Metrics | None = None
-        self._watched: list[dict[str, Tensor]] = []
+        self._checked: list[dict[str, Tensor]] = []
         self._row = done
         self._started = time.monotonic()
 
     def add(self, metrics: Metrics) -> None:
         self._sums = metrics if self._sums is None else tree.map(torch.add, self._sums, metrics)
-        self._watched.append({name: metrics[name] for name in ("loss", "grad_norm") if name in metrics})
+        self._checked.append({name: metrics[name] for name in ("loss", "grad_norm") if name in metrics})
 
     def write(self, done: int, *, durable: bool) -> float:
         """Write the row of step `done`, where steps were added since the last; returns their mean loss, else NaN.
 
         Raises DivergedError, naming the step, where a loss or a gradient is not finite.
         """
-        count = len(self._watched)
+        count = len(self._checked)
         if not count:
             return math.nan
         means = {name: (value / count).tolist() for name, value in self._sums.items()}
@@ -61,27 +61,27 @@ class Recorder:
             self._note(f"note: the row of step {done} is not in the log: {error}")
         if self._on_row:
             self._on_row(done, row)
-        self._sums, self._watched, self._row = None, [], done
+        self._sums, self._checked, self._row = None, [], done
         return means["loss"]
 
     def _check_finite(self, means: dict[str, Any]) -> None:
         for name in ("loss", "grad_norm"):
             if name in means and not math.isfinite(means[name]):
-                values = [float(metrics[name]) for metrics in self._watched]
-                # A sum of finite numbers may be none; then the largest of them did it.
+                values = [float(metrics[name]) for metrics in self._checked]
+                # A sum of finite numbers may overflow; then the last one is named.
                 index = next((i for i, value in enumerate(values) if not math.isfinite(value)), len(values) - 1)
                 raise diverged(f"{name} is {values[index]}", self._row + index + 1, self._folder)
 
 
 def diverged(what: str, step: int, folder: Path) -> DivergedError:
     """The error of a run whose checkpoints are in `folder`, to be raised."""
-    saved = checkpoint.found(folder)
+    saved = checkpoint.paths(folder)
     kept = f"the last good state is {saved[-1]}" if saved else "nothing was saved yet"
     return DivergedError(f"{what} at step {step}, so training stopped; {kept}. Try a lower learning rate.")
 
 
 def columns(means: dict[str, list[float] | float]) -> dict[str, float]:
-    """Metrics as columns: vectors are numbered; bin_loss over bin_share is each bin's own loss, from `bin_0` on."""
+    """Metrics as columns: entries of vectors are numbered; `bin_0` and on are bin_loss / bin_share, each bin's loss."""
     means = dict(means)
     shares, losses = means.pop("bin_share", []), means.pop("bin_loss", [])
     row: dict[str, float] = {}

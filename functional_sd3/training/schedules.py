@@ -1,4 +1,4 @@
-"""Values that change over a run, as functions of the number of steps done."""
+"""Schedules: a learning rate or another value as a function of the number of steps done."""
 
 import math
 from collections.abc import Callable
@@ -11,15 +11,17 @@ Schedule = Callable[[Tensor], Tensor]
 
 
 def as_schedule(value: float | Schedule) -> Schedule:
+    """A number as the constant schedule; a schedule as it is."""
     return value if callable(value) else constant(value)
 
 
 def constant(value: float) -> Schedule:
+    """`value` at every step."""
     return lambda step: torch.full((), value, device=step.device, dtype=torch.float32)
 
 
 def warmup_constant(peak: float, warmup: int) -> Schedule:
-    """Linear up to `peak` over the first `warmup` steps (the first of them is not 0), then `peak`."""
+    """Linear warm-up to `peak` over the first `warmup` steps (not 0 at the first), then `peak`."""
     return lambda step: peak * _rise(step, warmup)
 
 
@@ -36,7 +38,8 @@ def warmup_cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> S
 
 
 def trapezoid(peak: float, warmup: int, total: int, decay: int | None = None, floor: float = 0.0) -> Schedule:
-    """Up over `warmup` steps, level, then linearly down to `floor` over the last `decay` (by default all the rest)."""
+    """Linear warm-up over `warmup` steps, constant, then linear decay to `floor` over the last `decay` (None: all the
+    others)."""
     _check_span(warmup, total)
     decay = total - warmup if decay is None else decay
     if not 0 < decay <= total - warmup:

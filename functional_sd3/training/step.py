@@ -1,6 +1,6 @@
 """One training step as a pure function: `train_step(state, batch) -> (state, metrics)` for a loss and an optimiser.
 
-The losses of `losses` draw with one key a sample, so a batch taken in parts gives the gradient of the whole.
+Objectives draw from one key a sample, so a batch computed in parts gives the gradient of the whole batch.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Gradient = Callable[[Params, Params, Tree, Key], tuple[Params, tuple[Tensor, Met
 
 
 class TrainState(NamedTuple):
-    """All that a run is, as trees: parameters, optimiser state, their moving average, steps done (int64 ()), key.
+    """State of a run: parameters, optimiser state, moving average of the parameters, steps done (int64 ()), key.
 
     The optimiser's state covers the trainable leaves only; `ema` is a whole parameter tree.
     """
@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 def init(key: Key, params: Params, optimizer: optim.Optimizer, *, trainable: tree.Chooser = "*") -> TrainState:
-    """The state before the first step. Parameters are copied, so that a donated step leaves the caller's alone."""
+    """The state before the first step. Parameters are copied, so a donated step does not overwrite the caller's."""
     device = next(iter(tree.leaves(params))).device
     copies, ema = (tree.map(_copy, params) for _ in range(2))
     learned, _ = tree.partition(copies, trainable)
@@ -42,12 +42,12 @@ def init(key: Key, params: Params, optimizer: optim.Optimizer, *, trainable: tre
 
 
 def _copy(leaf: Tensor) -> Tensor:
-    # Contiguous whatever came in: a file keeps no strides, and a resumed run has to compute in the same order.
+    # Always contiguous: a file keeps no strides, and a resumed run has to add in the same order.
     return leaf.detach().clone(memory_format=torch.contiguous_format)
 
 
 def trainable(spec: Tree, only: tree.Chooser = "*") -> Callable[[str, Any], bool]:
-    """The leaves that are learned: those of the spec not marked otherwise, that `only` chooses."""
+    """Chooser of the trained leaves: those that the spec marks trainable and `only` chooses."""
     names = {name for name, param in tree.select(spec, only).items() if param.trainable}
     return lambda name, leaf: name in names
 
@@ -64,12 +64,15 @@ def make_train_step(
     donate: bool | Literal["debug"] = False,
     rate: optim.Schedule | None = None,
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
-    """The step of a loss and an optimiser. Metrics: loss, grad_norm, what the loss reports, and `rate` if given.
+    """`train_step(state, batch) -> (state, metrics)` of a loss and an optimiser.
 
-    Sample i of step n draws from `split(fold_in(state.key, n), batch)[i]`. `accumulate` parts of a batch, one after the
-    other, give the same step in less memory. `gradient`: "func" is torch.func.grad_and_value, by default when compiled,
-    then as one graph; "autograd" is `transform.value_and_grad`, which in eager mode takes half of its memory and is the
-    default. `donate` overwrites the memory of the state it is given, which is then spent; "debug" makes using it fail.
+    Sample i of step n draws from `split(fold_in(state.key, n), batch)[i]`. Metrics: loss, grad_norm, those of the loss,
+    and the learning rate if `rate` is given.
+
+    accumulate: number of parts a batch is computed in, for less memory and the same step. gradient: "func"
+    (torch.func.grad_and_value; the default when compiled, as one graph) or "autograd" (`transform.value_and_grad`; the
+    default in eager mode, where it takes half of the memory). donate: update the given state in place, after which it
+    must not be used; "debug" makes using it raise.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1")
@@ -111,9 +114,9 @@ def _advance(
     ema = optim.ema_update(state.ema, params, ema_decay, state.step, donate=True)
     advanced = TrainState(params, optimizer_state, ema, state.step + 1, state.key)
     if donate == "debug":
-        # Steps and key are small and never overwritten, so the old ones stay readable.
-        spent = optim.poison((advanced.params, advanced.optimizer, advanced.ema))
-        advanced = TrainState(*spent, advanced.step, advanced.key)
+        # Step count and key are never overwritten, so the old ones stay readable.
+        moved = optim.poison((advanced.params, advanced.optimizer, advanced.ema))
+        advanced = TrainState(*moved, advanced.step, advanced.key)
     return advanced
 
 
@@ -135,7 +138,7 @@ def _gradient(loss: Loss, gradient: str, compile: bool) -> Gradient:
 
 
 def _first(gradient: Callable[..., Any]) -> Gradient:
-    """Without the value that carries a graph: the detached ones are in the second half."""
+    """The gradients and the detached loss and metrics; the loss that carries a graph is dropped."""
 
     def without(*arguments: Any) -> tuple[Params, tuple[Tensor, Metrics]]:
         grads, (_, reported) = gradient(*arguments)
@@ -154,8 +157,8 @@ def _accumulated(differentiate: Gradient, parts: int) -> Gradient:
         size, total = len(keys) // parts, None
         for start in range(0, len(keys), size):
             part = tree.map(lambda leaf, start=start: leaf[start : start + size], batch)
-            found = differentiate(learned, fixed, part, keys[start : start + size])
-            total = found if total is None else tree.map(torch.add, total, found)
+            result = differentiate(learned, fixed, part, keys[start : start + size])
+            total = result if total is None else tree.map(torch.add, total, result)
         return tree.map(lambda leaf: leaf / parts, total)
 
     return accumulated

@@ -51,7 +51,7 @@ def make(top: Path) -> None:
 def images(folder: Path, count: int, seed: int) -> None:
     """Images of the shapes world, each with its caption beside it."""
     folder.mkdir(parents=True)
-    drawn, captions = shapes.pictures(prng.key(seed), count)
+    drawn, captions = shapes.images(prng.key(seed), count)
     for index, (image, caption) in enumerate(zip(pixels.to_pil(pixels.from_bytes(drawn)), captions, strict=True)):
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption, encoding="utf-8")

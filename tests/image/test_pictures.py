@@ -116,7 +116,7 @@ def test_processes_read_what_one_reads_in_the_same_order(folder, tmp_path):
     # Several portions for each process.
     for index in range(60):
         Image.new("L", (1 + index, 3), index).save(folder / f"{index}.png")
-    transform = partial(preprocess.picture, mode="tf1")
+    transform = partial(preprocess.image, mode="tf1")
     alone = list(pictures.stream(pictures.source(folder), transform))
     for path, workers in ((folder, 2), (zipped(folder, tmp_path / "pictures.zip"), 1)):
         for one, other in zip(pictures.stream(pictures.source(path), transform, workers=workers), alone, strict=True):

@@ -88,7 +88,7 @@ def test_a_folder_becomes_the_features_of_its_pictures(tmp_path):
     for index, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / f"{index}.png")
     params = models.random_inception()
-    items = pictures.stream(pictures.source(tmp_path), partial(preprocess.picture, mode="pytorch_fid"))
+    items = pictures.stream(pictures.source(tmp_path), partial(preprocess.image, mode="pytorch_fid"))
     found = collect.features(
         collect.walk(lambda images: inception.apply(params, images, last=64)[64], items, batch_size=2)
     )

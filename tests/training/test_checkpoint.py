@@ -80,7 +80,7 @@ def test_a_newest_checkpoint_that_is_damaged_gives_way_to_the_one_before(tmp_pat
     assert not tree.diff(resumed.state, state._replace(step=torch.tensor(5)))
     ((path, error),) = resumed.passed_over
     assert isinstance(error, WeightsError) and str(path) in str(error)
-    assert checkpoint.set_aside(path).exists() and checkpoint.found(tmp_path) == [paths[5]]
+    assert checkpoint.set_aside(path).exists() and checkpoint.paths(tmp_path) == [paths[5]]
 
 
 def test_where_none_can_be_read_every_one_is_named(tmp_path, state):

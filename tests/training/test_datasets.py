@@ -172,7 +172,7 @@ def test_a_picture_lost_later_is_named(tmp_path):
 
 
 def test_images_in_ten_class_folders_all_load(tmp_path):
-    drawn, _ = shapes.pictures(prng.key(0), 50)
+    drawn, _ = shapes.images(prng.key(0), 50)
     for number, image in enumerate(pixels.to_pil(pixels.from_bytes(drawn))):
         folder = tmp_path / f"class {number % 10}"
         folder.mkdir(exist_ok=True)

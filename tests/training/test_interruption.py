@@ -31,7 +31,7 @@ def interrupt(number=signal.SIGINT):
 
 
 def newest_step(out):
-    return checkpoint.step_of(checkpoint.found(out / "checkpoints")[-1])
+    return checkpoint.step_of(checkpoint.paths(out / "checkpoints")[-1])
 
 
 def test_runs_killed_at_random_moments_go_on_to_the_same_bits(tmp_path, whole):
@@ -41,7 +41,7 @@ def test_runs_killed_at_random_moments_go_on_to_the_same_bits(tmp_path, whole):
     assert child.returncode == 0, child.stderr
     left = []
     for index in range(8):
-        found = checkpoint.found(tmp_path / str(index) / "checkpoints")
+        found = checkpoint.paths(tmp_path / str(index) / "checkpoints")
         left.append(checkpoint.step_of(found[-1]) if found else 0)
         assert not tree.diff(interrupted.train(tmp_path / str(index)).state, whole)
     assert len(set(left)) > 1, left
@@ -172,7 +172,7 @@ def full_disk(monkeypatch, is_full):
 
     def write_atomic(path, content, **options):
         if Path(path).name.startswith("step-"):
-            there = checkpoint.found(Path(path).parent)
+            there = checkpoint.paths(Path(path).parent)
             if is_full(checkpoint.step_of(Path(path)), there):
                 raise WeightsError(f"{path}: cannot be written: no space left") from OSError(errno.ENOSPC, "no space")
         return original(path, content, **options)
@@ -194,7 +194,7 @@ def test_old_checkpoints_make_room_for_the_last_one(tmp_path, whole, monkeypatch
     full_disk(monkeypatch, lambda step, there: step == 23 and len(there) > 1)
     outcome = interrupted.train(tmp_path, note=pytest.fail)
     assert not tree.diff(outcome.state, whole)
-    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path / "checkpoints")] == [20, 23]
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path / "checkpoints")] == [20, 23]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_with_the_state(tmp_path, whole, monkeypatch):
@@ -249,4 +249,4 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path):
 
 def test_two_checkpoints_are_kept_whatever_was_asked_for(tmp_path):
     interrupted.train(tmp_path, keep=1)
-    assert [checkpoint.step_of(path) for path in checkpoint.found(tmp_path / "checkpoints")] == [20, 23]
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path / "checkpoints")] == [20, 23]

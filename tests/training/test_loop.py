@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, whole, when, number, le
     command = [sys.executable, str(CHILD), str(tmp_path), when, str(number)]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PACKAGE)})
     assert child.returncode == -signal.SIGKILL, child.stderr
-    found = checkpoint.found(tmp_path / "checkpoints")
+    found = checkpoint.paths(tmp_path / "checkpoints")
     assert [int(path.stem[5:]) for path in found[-1:]] == [left] * bool(left)
     outcome = interrupted.train(tmp_path)
     assert outcome.reason == "done"
@@ -59,7 +59,7 @@ def test_ctrl_c_finishes_the_step_saves_and_goes_on_to_the_same_bits(tmp_path, w
     outcome = interrupted.train(tmp_path, stopping)
     assert outcome.reason == "interrupted" and int(outcome.state.step) == 8
     assert signal.getsignal(signal.SIGINT) is before
-    assert checkpoint.found(tmp_path / "checkpoints")[-1].name == "step-00000008.safetensors"
+    assert checkpoint.paths(tmp_path / "checkpoints")[-1].name == "step-00000008.safetensors"
     assert not tree.diff(interrupted.train(tmp_path).state, whole[1])
 
 
@@ -70,7 +70,7 @@ def test_a_finished_run_has_nothing_left_to_do(whole):
 
 
 def test_the_newest_checkpoints_are_kept(whole):
-    assert [path.name for path in checkpoint.found(whole[0] / "checkpoints")] == [
+    assert [path.name for path in checkpoint.paths(whole[0] / "checkpoints")] == [
         "step-00000020.safetensors",
         "step-00000023.safetensors",
     ]
@@ -87,7 +87,7 @@ def test_nan_stops_the_run_with_the_last_good_checkpoint(tmp_path):
 
     with pytest.raises(loop.DivergedError, match="loss is nan at step 14.*step-00000010.safetensors"):
         interrupted.train(tmp_path, failing)
-    assert [path.name for path in checkpoint.found(tmp_path / "checkpoints")][-1] == "step-00000010.safetensors"
+    assert [path.name for path in checkpoint.paths(tmp_path / "checkpoints")][-1] == "step-00000010.safetensors"
 
 
 def test_the_log_has_the_mean_of_every_window(tmp_path):
@@ -179,4 +179,4 @@ def test_a_checkpoint_cut_short_is_refused(tmp_path):
 def test_other_files_are_no_checkpoints(tmp_path):
     for name in ("step-1.safetensors.tmp", "data.safetensors", "step-x.safetensors"):
         (tmp_path / name).write_bytes(b"")
-    assert checkpoint.found(tmp_path) == [] and checkpoint.found(tmp_path / "nowhere") == []
+    assert checkpoint.paths(tmp_path) == [] and checkpoint.paths(tmp_path / "nowhere") == []

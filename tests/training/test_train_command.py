@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_in_the_same_bits(command, tmp_path, part):
     (tmp_path / "cut" / "checkpoints" / "step-00000006.safetensors").unlink()
     status, messages = command("--out", tmp_path / "cut", "--part", part, "--resume")
     assert status == 0 and "resuming at step 3 of 6" in messages
-    one, other = (checkpoint.found(tmp_path / name / "checkpoints")[-1].read_bytes() for name in ("whole", "cut"))
+    one, other = (checkpoint.paths(tmp_path / name / "checkpoints")[-1].read_bytes() for name in ("whole", "cut"))
     assert one == other
     assert not tree.diff(weights.load(tmp_path / "whole").params, weights.load(tmp_path / "cut").params)
 
@@ -201,7 +201,7 @@ def test_a_lora_that_was_interrupted_goes_on_to_the_same_bits(command, tmp_path)
     assert "resuming at step 3" in command("--out", tmp_path / "cut", "--lora", 2, "--resume")[1]
     names = [tmp_path / name / train.LORA for name in ("whole", "cut")]
     assert names[0].read_bytes() == names[1].read_bytes()
-    saved = checkpoint.found(tmp_path / "whole" / "checkpoints")[-1]
+    saved = checkpoint.paths(tmp_path / "whole" / "checkpoints")[-1]
     assert all(".down" in name or ".up" in name or ".alpha" in name for name in files.read_header(saved).tensors
                if name.startswith("params."))  # fmt: skip
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missi
 
 
 def checkpoints(out):
-    return {checkpoint.step_of(path): path for path in checkpoint.found(out / "checkpoints")}
+    return {checkpoint.step_of(path): path for path in checkpoint.paths(out / "checkpoints")}
 
 
 def params(out):

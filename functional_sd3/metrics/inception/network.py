@@ -22,7 +22,7 @@ from functional_sd3.core.types import Key, Params, Tree
 SIZE = 299
 """Height and width of the images."""
 TAPS = (64, 192, 768, 2048)
-"""Where features are taken; a tap is called by its width."""
+"""Layers whose features are returned, named by their width."""
 CLASSES = 1008
 
 _EPS = 1e-3
@@ -56,7 +56,7 @@ class Block(NamedTuple):
 
 
 class Tap(NamedTuple):
-    """The mean over all pixels of what flows by here is a feature."""
+    """Features: the mean over all pixels of the activations here."""
 
     width: int
 
@@ -81,8 +81,8 @@ def apply(params: Params, images: Tensor, *, last: int = TAPS[-1]) -> dict[int |
 
     Returns the taps 64, 192, 768 and 2048, each (batch, tap), averaged over the pixels, and "logits" (batch, 1008),
     in the dtype of the parameters; with a smaller `last` only the taps as far as that one, and no more work than they
-    take. How pictures of other sizes and bytes become such images differs between packages and changes the scores: it
-    is the caller's to choose and to say. Raises ValueError for another shape, for integers and for a tap that does not
+    take. Packages differ in how they resize and scale images to these, which changes the scores: see
+    `preprocess`. Raises ValueError for another shape, for integers and for a tap that does not
     exist.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
@@ -116,7 +116,7 @@ def fingerprint(params: Params) -> str:
 
 
 def _describe(params: Tree, steps: tuple[Step, ...], channels: int) -> int:
-    """Adds the leaves of `steps` to a fresh tree and returns how many channels come out of them."""
+    """Add the specs of `steps` to the new tree `params`; returns the number of output channels."""
     for step in steps:
         if isinstance(step, Unit):
             params[step.name] = _unit_spec(step, channels)
@@ -139,7 +139,7 @@ def _unit_spec(unit: Unit, inputs: int) -> Tree:
 
 
 def _flow(params: Params, steps: tuple[Step, ...], x: Tensor, features: dict[int | str, Tensor]) -> Tensor:
-    """What comes out of `steps`; the features on the way are added to a fresh dict."""
+    """Output of `steps`; the features on the way are added to the new dict `features`."""
     for step in steps:
         if isinstance(step, Unit):
             x = _unit(params[step.name], step, x)
@@ -159,8 +159,8 @@ def _unit(params: Params, unit: Unit, x: Tensor) -> Tensor:
     norm = params["bn"]
     scale = norm["weight"] * torch.rsqrt(norm["running_var"] + _EPS)
     weight = params["conv"]["weight"] * scale[:, None, None, None]
-    fresh = F.conv2d(x, weight, norm["bias"] - norm["running_mean"] * scale, unit.stride, unit.padding)
-    return F.relu(fresh, inplace=True)
+    x = F.conv2d(x, weight, norm["bias"] - norm["running_mean"] * scale, unit.stride, unit.padding)
+    return F.relu(x, inplace=True)
 
 
 def _mean(x: Tensor) -> Tensor:

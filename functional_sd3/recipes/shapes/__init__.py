@@ -15,9 +15,9 @@ from functional_sd3.recipes.shapes.world import (
     Thing,
     caption,
     draw,
-    held_out,
     held_out_captions,
-    pictures,
+    images,
+    is_held_out,
     scenes,
     vocabulary,
 )
@@ -33,9 +33,9 @@ __all__ = [
     "Thing",
     "caption",
     "draw",
-    "held_out",
     "held_out_captions",
-    "pictures",
+    "images",
+    "is_held_out",
     "scenes",
     "vocabulary",
 ]

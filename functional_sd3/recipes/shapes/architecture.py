@@ -1,4 +1,4 @@
-"""What `params/tiny` is: tokenizers made of the captions of `world`, and the sizes of every part."""
+"""Tokenizers of `params/tiny`, trained on the captions of `world`, and the sizes of its components."""
 
 from dataclasses import replace
 

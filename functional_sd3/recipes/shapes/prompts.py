@@ -1,7 +1,7 @@
-"""Reading pictures of the shapes world back: does a picture show what its caption asks for?
+"""Prompt following in the shapes world: images read back as scenes and compared with their captions.
 
-The reader knows nothing of how the picture was made. It finds the background (the commonest palette colour), cuts the
-rest into connected regions, and names each region by the drawn shape that overlaps it best. A picture is right when
+The reader knows nothing of how the image was made. It finds the background (the commonest palette colour), cuts the
+rest into connected regions, and names each region by the drawn shape that overlaps it best. An image is right when
 count, shapes, colours, sizes, background and relation all are.
 """
 
@@ -22,7 +22,7 @@ LEAST_OVERLAP = 0.6
 
 
 class Reading(NamedTuple):
-    """What was seen, in the words of `world`; things from the largest region to the smallest."""
+    """Content of an image in the terms of `world`; things from the largest region to the smallest."""
 
     things: tuple[world.Thing, ...]
     background: str
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Which of the things asked for are there; `right` is all of them."""
+    """Which properties of the scene the image has; `right`: all of them."""
 
     count: bool
     shape: bool
@@ -44,36 +44,36 @@ class Verdict(NamedTuple):
         return all(self)
 
 
-def read(picture: Tensor) -> Reading:
+def read(image: Tensor) -> Reading:
     """The background and the things of an image (3, height, width), float in [0, 1] or uint8.
 
     It reads any such image, whatever its values: those beyond [0, 1] are clamped, NaN is grey, which is no colour of
     the palette, and other sizes than 64 x 64 are resized to it. Raises ValueError for a tensor of another shape or
     dtype, which is no image.
     """
-    return _read(picture, _stencils())
+    return _read(image, _stencils())
 
 
-def _read(picture: Tensor, stencils: "_Stencils") -> Reading:
+def _read(image: Tensor, stencils: "_Stencils") -> Reading:
     from scipy import ndimage
 
     names = list(world.COLOURS)
     palette = numpy.array([world.COLOURS[name] for name in names], dtype=numpy.float64)
-    pixels = _pixels(picture)
+    pixels = _pixels(image)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     ground = int(numpy.bincount(nearest.ravel(), minlength=len(names)).argmax())
     distance = numpy.sqrt(((pixels - palette[ground]) ** 2).sum(-1))
     # What differs from the ground forms regions; colours at soft edges lie between two of the palette's, so a region
     # takes the colour of its inner pixels.
     regions, count = ndimage.label(distance > 40.0, structure=numpy.ones((3, 3)))
-    found = []
+    named = []
     for index in range(1, count + 1):
         mask = regions == index
         if mask.sum() < LEAST_PIXELS:
             continue
-        found.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names, stencils)))
-    found.sort(key=lambda entry: -entry[0])
-    return Reading(tuple(entry[1] for entry in found), names[ground], tuple(entry[2] for entry in found))
+        named.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names, stencils)))
+    named.sort(key=lambda entry: -entry[0])
+    return Reading(tuple(entry[1] for entry in named), names[ground], tuple(entry[2] for entry in named))
 
 
 def _pixels(image: Tensor) -> numpy.ndarray:
@@ -90,29 +90,29 @@ def _pixels(image: Tensor) -> numpy.ndarray:
 
 
 def judge(reading: Reading, scene: world.Scene) -> Verdict:
-    """Compares what was read with what was asked for."""
+    """Compare a reading with the scene of the caption."""
     wanted, seen = scene.things, reading.things
     count = len(seen) == len(wanted) and all(overlap >= LEAST_OVERLAP for overlap in reading.overlaps)
-    pairs = _paired(wanted, seen)
+    pairs = _pair_things(wanted, seen)
     matched = len(pairs) == len(wanted)
 
     def same(attribute: str) -> bool:
         return matched and all(getattr(one, attribute) == getattr(other, attribute) for one, other in pairs)
 
-    relation = scene.relation is None or (matched and _stands(pairs[0][1], pairs[1][1], scene.relation))
+    relation = scene.relation is None or (matched and _has_relation(pairs[0][1], pairs[1][1], scene.relation))
     return Verdict(count, same("shape"), same("colour"), same("size"), reading.background == scene.background, relation)
 
 
-def table(pictures: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
+def table(images: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
     """Share of images (batch, 3, height, width) that are right, in all and in each respect."""
     stencils = _stencils()
-    verdicts = [judge(_read(picture, stencils), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    verdicts = [judge(_read(image, stencils), scene) for image, scene in zip(images, scenes, strict=True)]
     shares = {name: float(numpy.mean([getattr(verdict, name) for verdict in verdicts])) for name in Verdict._fields}
     return {"right": float(numpy.mean([verdict.right for verdict in verdicts])), **shares}
 
 
-def _paired(wanted, seen) -> list[tuple[world.Thing, world.Thing]]:
-    """Every wanted thing with one seen, by colour first: the colours of a scene's things differ."""
+def _pair_things(wanted, seen) -> list[tuple[world.Thing, world.Thing]]:
+    """Each wanted thing with a seen one, matched by colour: the colours of a scene's things differ."""
     if len(wanted) != len(seen):
         return []
     if len(wanted) == 1:
@@ -122,7 +122,7 @@ def _paired(wanted, seen) -> list[tuple[world.Thing, world.Thing]]:
     return max(straight, crossed, key=lambda pairs: sum(one.colour == other.colour for one, other in pairs))
 
 
-def _stands(first: world.Thing, second: world.Thing, relation: str) -> bool:
+def _has_relation(first: world.Thing, second: world.Thing, relation: str) -> bool:
     across, down = world.RELATIONS[relation]
     dx, dy = first.x - second.x, first.y - second.y
     along = dx * across + dy * down

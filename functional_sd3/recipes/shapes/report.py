@@ -1,4 +1,4 @@
-"""How well a model of the shapes world follows captions, and what stands beside the weights of params/tiny."""
+"""Prompt following of a model of the shapes world, and the model card of params/tiny."""
 
 from pathlib import Path
 
@@ -16,31 +16,31 @@ from functional_sd3.weights.model import Model
 def prompt_following(
     model: Model, things: int, count: int, key: Key, *, batch: int = 25, **options
 ) -> dict[str, float]:
-    """Shares of pictures that are right (see `prompts.table`), of `count` held-out captions of one or two things.
+    """Shares of images that are right (see `prompts.table`), of `count` held-out captions of one or two things.
 
     The captions are spread evenly over all held-out ones; `options` go to `pipeline.generate`.
     """
     listed = world.held_out_captions(things)
     count = min(count, len(listed))
     chosen = [listed[index * len(listed) // count] for index in range(count)]
-    pictures = []
+    images = []
     with torch.no_grad():
         for start in range(0, count, batch):
             captions = [caption for caption, _ in chosen[start : start + batch]]
             keys = prng.fold_in(key, torch.arange(start, start + len(captions), dtype=torch.int64, device="cpu"))
-            pictures.append(pipeline.generate(model.params, model.config, model.tokenizers, captions, keys, **options))
-    return prompts.table(torch.cat(pictures), [scene for _, scene in chosen]) | {"captions": count}
+            images.append(pipeline.generate(model.params, model.config, model.tokenizers, captions, keys, **options))
+    return prompts.table(torch.cat(images), [scene for _, scene in chosen]) | {"captions": count}
 
 
 def describe(out: Path, model: Model, log_path: Path, *, command: str, history: str, captions: int = 200) -> None:
-    """Writes what the run was and how good its model is beside the weights: README.md, loss.png, samples.png."""
+    """Write the model card: README.md, loss.png and samples.png with the run, its loss and its prompt following."""
     rows = [(int(row["step"]), float(row["loss"])) for row in log.read(log_path)]
     tables = [prompt_following(model, things, captions, prng.key(0)) for things in (1, 2)]
     names = ("right", "count", "shape", "colour", "size", "background", "relation")
     lines = [f"| things | captions | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for things, found in enumerate(tables, 1):
-        shares = " | ".join(f"{100 * found[name]:.1f} %" for name in names)
-        lines.append(f"| {things} | {found['captions']} | {shares} |")
+    for things, table in enumerate(tables, 1):
+        shares = " | ".join(f"{100 * table[name]:.1f} %" for name in names)
+        lines.append(f"| {things} | {table['captions']} | {shares} |")
     shown = [text for things in (1, 2) for text, _ in world.held_out_captions(things)[:: 8 + 1550 * (things - 1)][:8]]
     with torch.no_grad():
         samples = pipeline.generate(model.params, model.config, model.tokenizers, shown, prng.key(0))

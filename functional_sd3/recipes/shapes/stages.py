@@ -1,6 +1,6 @@
-"""What `params/tiny` learns, stage by stage: the autoencoder, a pool of latents, and the transformer on that.
+"""Training stages of `params/tiny`: the autoencoder, a pool of latents, and the transformer on that pool.
 
-Hidden matrices learn by Muon, which at this size needs several times fewer steps than AdamW.
+Hidden matrices are trained by Muon, which at this size needs several times fewer steps than AdamW.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Tokenizers
 
 POOL = 131072
-"""Pictures that are encoded once and drawn from."""
+"""Number of images in the pool."""
 VAE_BATCH = 32
 FLOW_BATCH = 64
 DROPOUT = 0.1
@@ -42,7 +42,7 @@ ADAMW_ONLY = (
 
 
 class Stage(NamedTuple):
-    """What the loop runs: `train_step(state, batch)` on `batch(step)` from `state`."""
+    """Arguments of `loop.run`: `train_step(state, batch)` on `batch(step)` from `state`."""
 
     state: step.TrainState
     train_step: Callable
@@ -50,9 +50,9 @@ class Stage(NamedTuple):
 
 
 def vae_stage(key: Key, config: Config, steps: int) -> Stage:
-    """The autoencoder, on pictures drawn anew for every step."""
+    """The autoencoder, on new images in every step."""
     params_key, run_key, data_key = (prng.fold_in(key, place) for place in (1, 2, 3))
-    params = tree.map_with_path(_precise, vae.init(params_key, config.vae))
+    params = tree.map_with_path(_narrow_posterior, vae.init(params_key, config.vae))
     rate = optim.trapezoid(3e-3, min(30, steps // 4), steps, int(0.6 * steps))
     optimizer = _optimizer(rate, rate, b2=0.99)
     train_step = step.make_train_step(
@@ -60,26 +60,26 @@ def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     )
 
     def batch(index: int) -> dict[str, Tensor]:
-        pictures, _ = world.pictures(prng.fold_in(data_key, index), VAE_BATCH)
-        return {"images": pixels.to_signed(pixels.from_bytes(pictures))}
+        images, _ = world.images(prng.fold_in(data_key, index), VAE_BATCH)
+        return {"images": pixels.to_signed(pixels.from_bytes(images))}
 
     return Stage(step.init(run_key, params, optimizer), train_step, batch)
 
 
 def pool(key: Key, params: Params, config: Config, tables: Tokenizers, count: int) -> dict:
-    """`count` pictures as latents, not normalised, with the ids of their captions: what `flow_stage` draws from."""
+    """Latents of `count` images, not normalised, and the ids of their captions: the training set of `flow_stage`."""
     latents, captions = [], []
     with torch.no_grad():
         for index in range(0, count, 256):
-            pictures, texts = world.pictures(prng.fold_in(key, index), min(256, count - index))
-            images = pixels.to_signed(pixels.from_bytes(pictures))
-            latents.append(vae.encode(params, config.vae, images).mean)
+            images, texts = world.images(prng.fold_in(key, index), min(256, count - index))
+            signed = pixels.to_signed(pixels.from_bytes(images))
+            latents.append(vae.encode(params, config.vae, signed).mean)
             captions += texts
     ids = conditioning.tokenize(config, tables, captions, t5_length=LENGTH)
     return {"latents": torch.cat(latents), "ids": ids}
 
 
-def measured(config: Config, latents: Tensor) -> Config:
+def with_measured_scaling(config: Config, latents: Tensor) -> Config:
     """The config whose scaling and shift give these latents mean 0 and variance 1."""
     scaling, shift = round(float(1.0 / latents.std()), 4), round(float(latents.mean()), 4)
     return replace(config, vae=replace(config.vae, scaling=scaling, shift=shift))
@@ -135,8 +135,8 @@ def flow_stage(
     return Stage(step.init(run_key, params, optimizer, trainable=learned), train_step, batch)
 
 
-def _precise(path: str, leaf: Tensor) -> Tensor:
-    """A posterior that starts narrow: learning to be precise from a variance of 1 takes most of a short run."""
+def _narrow_posterior(path: str, leaf: Tensor) -> Tensor:
+    """Encoder output with a small initial variance: starting from a variance of 1 takes most of a short run."""
     if path == "encoder.conv_out.bias":
         mean, logvar = leaf.chunk(2)
         return torch.cat([mean, logvar - 4.0])

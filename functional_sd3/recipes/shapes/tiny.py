@@ -2,12 +2,12 @@
 
     python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 
-or from a finished model, whose transformer learns on while all the rest of it stays:
+or further training of a finished model's transformer alone:
 
     python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --compile --refine-steps 12000
 
-Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on fresh pictures; a
-pool of pictures encoded once; the transformer and the three text encoders together; then the transformer alone, which
+Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on new images; a
+pool of images encoded once; the transformer and the three text encoders together; then the transformer alone, which
 is what takes time (`architecture`, `stages`). Stopped at any moment, the same command goes on.
 """
 
@@ -69,7 +69,7 @@ def train(
         tables, sizes, autoencoder = start.tokenizers, start.config, start.params["vae"]
     data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
     if start is None:
-        sizes = stages.measured(sizes, data["latents"])
+        sizes = stages.with_measured_scaling(sizes, data["latents"])
 
     def draw(state: step.TrainState, done: int) -> None:
         params = {**state.ema, "vae": autoencoder}
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.work / ("refine" if parsed.refine_steps else "flow") / "log.csv",
         command=" ".join(["python -m functional_sd3.recipes.shapes.tiny", *typed]),
         history=f"{parsed.vae_steps} steps of the autoencoder, {before}, "
-        f"{parsed.refine_steps} of the transformer alone, {stages.FLOW_BATCH} pictures a step",
+        f"{parsed.refine_steps} of the transformer alone, {stages.FLOW_BATCH} images a step",
     )
     print(parsed.out)
     return 0
@@ -148,7 +148,7 @@ def _run(
     on_sample: Callable[[step.TrainState, int], None] | None = None,
 ) -> step.TrainState | None:
     """The stage's last state, from wherever its checkpoints stand; None when it was interrupted."""
-    saved = checkpoint.found(out / "checkpoints")
+    saved = checkpoint.paths(out / "checkpoints")
     state = checkpoint.load(saved[-1], like=stage.state) if saved else stage.state
     if int(state.step) >= steps:
         return state

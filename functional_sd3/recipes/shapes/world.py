@@ -1,6 +1,6 @@
 """The world `params/tiny` is trained on: coloured shapes on plain backgrounds, with captions.
 
-A scene is one object anywhere fully inside the picture, or two objects of different colours that do not touch, one
+A scene is one object anywhere fully inside the image, or two objects of different colours that do not touch, one
 "left of", "right of", "above" or "below" the other. Every scene is a pure function of a key. Captions whose canonical
 form hashes into the first tenth are held out: `scenes` never yields them, `held_out_captions` lists them for tests.
 """
@@ -32,7 +32,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 RADII = {"small": 7.0, "large": 13.0}
-"""Half the extent in pixels of a picture 64 pixels wide; every shape fits the square of this half side."""
+"""Half the extent in pixels of an image 64 pixels wide; every shape fits the square of this half side."""
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 """Direction from the second object to the first, x to the right and y down."""
 SIDE = 64
@@ -43,7 +43,7 @@ HELD_OUT_BYTE = 26
 
 @dataclass(frozen=True)
 class Thing:
-    """One object; the centre is in pixels of a 64-pixel picture."""
+    """One object; the centre is in pixels of a 64-pixel image."""
 
     size: str
     colour: str
@@ -54,7 +54,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `relation` says where the first thing stands from the second, None for one thing."""
+    """Content of an image; `relation` is that of the first thing to the second, None for one thing."""
 
     things: tuple[Thing, ...]
     background: str
@@ -83,8 +83,8 @@ def vocabulary() -> frozenset[str]:
     return frozenset(word for text in texts for word in re.findall(r"\w+", text))
 
 
-def held_out(scene: Scene) -> bool:
-    """Whether the canonical caption belongs to the tenth that is never trained on."""
+def is_held_out(scene: Scene) -> bool:
+    """True if the canonical caption belongs to the tenth that is never trained on."""
     canonical = caption(scene)
     # People write "a orange background" too; a scene is held out when either spelling is.
     spellings = {canonical, canonical.replace(" an ", " a ")}
@@ -92,7 +92,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def held_out_captions(things: int) -> list[tuple[str, Scene]]:
-    """Every held-out canonical caption of one or two things with what it asks for (positions are placeholders)."""
+    """Every held-out canonical caption of one or two things with its scene (positions are placeholders)."""
     kinds = [Thing(size, colour, shape) for size in RADII for colour in COLOURS for shape in SHAPES]
     if things == 1:
         scenes = [Scene((thing,), ground) for thing in kinds for ground in COLOURS if ground != thing.colour]
@@ -107,7 +107,7 @@ def held_out_captions(things: int) -> list[tuple[str, Scene]]:
         ]
     else:
         raise ValueError(f"things {things} must be 1 or 2")
-    return [(caption(scene), scene) for scene in scenes if held_out(scene)]
+    return [(caption(scene), scene) for scene in scenes if is_held_out(scene)]
 
 
 def scenes(key: Key, count: int, *, two: float = 0.7, hold_out: bool = True) -> list[Scene]:
@@ -119,26 +119,26 @@ def scenes(key: Key, count: int, *, two: float = 0.7, hold_out: bool = True) -> 
             return drawn[:count]
         rows = prng.uniform(prng.fold_in(key, attempt), (missing + 16, 16)).tolist()
         candidates = (_scene(row, two) for row in rows)
-        drawn += [scene for scene in candidates if not (hold_out and held_out(scene))]
+        drawn += [scene for scene in candidates if not (hold_out and is_held_out(scene))]
     raise AssertionError("unreachable")
 
 
 def draw(scene: Scene, side: int = SIDE, *, supersample: int = 4) -> "Image":
-    """The scene as an RGB picture `side` pixels wide, drawn larger and reduced by averaging."""
+    """The scene as an RGB image `side` pixels wide, drawn larger and reduced by averaging."""
     from PIL import Image, ImageDraw
 
     scale = side * supersample / SIDE
-    picture = Image.new("RGB", (side * supersample, side * supersample), COLOURS[scene.background])
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side * supersample, side * supersample), COLOURS[scene.background])
+    pen = ImageDraw.Draw(image)
     for thing in scene.things:
         _PENS[thing.shape](
             pen, thing.x * scale, thing.y * scale, RADII[thing.size] * scale, COLOURS[thing.colour], scene.background
         )
-    return picture.reduce(supersample)
+    return image.reduce(supersample)
 
 
-def pictures(key: Key, count: int, *, side: int = SIDE, two: float = 0.7) -> tuple[torch.Tensor, list[str]]:
-    """uint8 pictures (count, 3, side, side) and captions, six of ten canonical and the rest reworded."""
+def images(key: Key, count: int, *, side: int = SIDE, two: float = 0.7) -> tuple[torch.Tensor, list[str]]:
+    """uint8 images (count, 3, side, side) and captions, six of ten canonical and the rest reworded."""
     import numpy
 
     scene_key, wording_key = prng.split(key)

@@ -61,8 +61,8 @@ def flow_loss(
             context, pooled = text["context"], text["pooled"]
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            given = x.to(latents.dtype), t, context, pooled
-            return mmdit.apply(params["transformer"], config.transformer, *given, implementation=implementation)
+            inputs = x.to(latents.dtype), t, context, pooled
+            return mmdit.apply(params["transformer"], config.transformer, *inputs, implementation=implementation)
 
         losses = path.loss(velocity, latents, noise, t)
         # Not by one_hot, which reads its largest index and so cannot be mapped.
@@ -74,7 +74,8 @@ def flow_loss(
 
 
 def _dropped(text: Tree, empty: Tree, drop: Tensor) -> Tree:
-    def pick(given: Tree, blanks: Iterator[Tensor]) -> Tree:
-        return tree.map(lambda leaf: torch.where(drop.reshape(-1, *(1,) * (leaf.ndim - 1)), next(blanks), leaf), given)
+    """`text` with the rows where `drop` (batch,) is True replaced by `empty`."""
+    def pick(inputs: Tree, blanks: Iterator[Tensor]) -> Tree:
+        return tree.map(lambda leaf: torch.where(drop.reshape(-1, *(1,) * (leaf.ndim - 1)), next(blanks), leaf), inputs)
 
-    return {name: pick(given, iter(tree.leaves(empty[name]))) for name, given in text.items()}
+    return {name: pick(inputs, iter(tree.leaves(empty[name]))) for name, inputs in text.items()}

@@ -33,8 +33,8 @@ def vae_loss(
         params = params if dtype is None else layers.cast(params, dtype)
         images = batch["images"]
         check_keys(keys, images)
-        given = images if dtype is None else images.to(dtype)
-        mean, logvar = vae.encode(params, config, given, implementation=implementation)
+        inputs = images if dtype is None else images.to(dtype)
+        mean, logvar = vae.encode(params, config, inputs, implementation=implementation)
         latents = mean + torch.exp(0.5 * logvar) * prng.normal(keys, tuple(mean.shape[1:]), dtype=mean.dtype)
         decoded = vae.decode(params, config, latents, implementation=implementation).to(images.dtype)
         mean, logvar = mean.float(), logvar.float()

@@ -1,4 +1,4 @@
-"""The world of shapes, and the reader of its pictures."""
+"""The world of shapes, and the reader of its images."""
 
 import hashlib
 
