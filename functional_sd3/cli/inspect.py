@@ -82,7 +82,7 @@ def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
         yield f"{part.component}: {_amount(tree.leaves(part.tree))}"
         yield f"  {part.format}, in {part.where}" + "".join(f", {words}" for words in _stored(part))
         yield from (f"  {line}" for line in str(part.config).splitlines())
-        yield from _values(part.strangers, values)
+        yield from _values(part.nonfinite, values)
         yield from _branch(part.tree, "  ", depth or 1000)
     for name, tables in found.tokenizers._asdict().items():
         if tables is not None:
@@ -117,13 +117,13 @@ def _header(path: Path, depth: int) -> Iterator[str]:
     yield from _metadata("metadata", header.metadata)
 
 
-def _values(strangers, looked: bool) -> Iterator[str]:
-    if looked and not strangers:
+def _values(nonfinite, looked: bool) -> Iterator[str]:
+    if looked and not nonfinite:
         yield "  all values are finite"
-    for name, what in strangers[:_MOST_SHOWN]:
+    for name, what in nonfinite[:_MOST_SHOWN]:
         yield f"  {name} holds {what}"
-    if len(strangers) > _MOST_SHOWN:
-        yield f"  and {len(strangers) - _MOST_SHOWN} more tensors"
+    if len(nonfinite) > _MOST_SHOWN:
+        yield f"  and {len(nonfinite) - _MOST_SHOWN} more tensors"
 
 
 def _metadata(title: str, said) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Every form a component's tensors come in, and which of them a file holds: told by names inside it, never by its own.
+"""Every format of a component's tensors, and which of them a file holds, by the names inside the file.
 
-A form is a layout below a prefix. Its sign is a pattern that some of its names match and no other form's do.
+A format is a layout below a prefix. Its sign is a pattern that matches some of its names and those of no other format.
 """
 
 import re
@@ -79,7 +79,7 @@ def _taesd(owner: str, prefix: str, sign: str, naming: taesd.Naming) -> Format:
 
 
 TAESD_HALF = _taesd("the author", "", r"\d+\.conv\.\d+\.(weight|bias)$", taesd.ORIGINAL)
-"""One of two files; `sources` joins them to what `TAESD_WHOLE` reads."""
+"""One of two files; `weights.discover` joins them to what `TAESD_WHOLE` reads."""
 TAESD_WHOLE = _taesd("ComfyUI", "", r"taesd_(en|de)coder\.\d+\.", taesd.ORIGINAL)
 DIFFUSERS = {
     "clip_l": _format("transformers", "clip", "", _CLIP, diffusers_keys.CLIP, infer.clip),

@@ -20,7 +20,16 @@ from functional_sd3.formats.errors import WeightsError
 from functional_sd3.layouts import registry
 from functional_sd3.layouts import rules as layout
 from functional_sd3.layouts.registry import infer_config
-from functional_sd3.weights import composing, default_dtype, diffusers, merge, quantize, shipped, single, sources
+from functional_sd3.weights import (
+    assemble,
+    checkpoint_file,
+    default_dtype,
+    diffusers,
+    discover,
+    merge,
+    quantize,
+    shipped,
+)
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
@@ -63,7 +72,11 @@ __all__ = [
 
 LAYOUTS = ("diffusers", "stability", "single", "native")
 """What `save` can write."""
-_FOLDERS = {"diffusers": diffusers.write, "stability": single.write_stability, "native": single.write_native}
+_FOLDERS = {
+    "diffusers": diffusers.write,
+    "stability": checkpoint_file.write_stability,
+    "native": checkpoint_file.write_native,
+}
 _FILES = {"stability": registry.STABILITY, "single": registry.STABILITY, "native": registry.NATIVE}
 
 
@@ -103,7 +116,7 @@ def load(
     """
     chosen = _components(only)
     default_dtype.check(dtype)
-    return composing.load(
+    return assemble.load(
         _paths(path),
         dtype=dtype,
         device=device,
@@ -124,7 +137,7 @@ def outline(
 
     Raises what `load` raises, but for values that are not finite.
     """
-    return composing.outline(_paths(path), only=_components(only), variant=variant)
+    return assemble.outline(_paths(path), only=_components(only), variant=variant)
 
 
 def fetcher(path: str | os.PathLike | Sequence[str | os.PathLike], **options: Any) -> Callable[[str], Params]:
@@ -171,11 +184,11 @@ def save(
         raise ValueError('quantised weights are saved with layout="native" and as they are; dequantize them for others')
     path = Path(path)
     if layout in _FILES and (layout not in _FOLDERS or path.suffix == ".safetensors"):
-        single.write_file(path, model, _FILES[layout], dtype=dtype, shard_bytes=shard_bytes)
+        checkpoint_file.write_file(path, model, _FILES[layout], dtype=dtype, shard_bytes=shard_bytes)
         return
     write = _FOLDERS[layout]
     atomic.replace_folder(
-        path, lambda folder: write(folder, model, dtype=dtype, shard_bytes=shard_bytes), sources.OWNED[layout]
+        path, lambda folder: write(folder, model, dtype=dtype, shard_bytes=shard_bytes), discover.OWNED[layout]
     )
 
 

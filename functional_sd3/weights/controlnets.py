@@ -24,7 +24,7 @@ from functional_sd3.layouts.config_fields import Field, Fixed, Table, choice, fl
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.layouts.rules import Layout, renamed
 from functional_sd3.transformer import controlnet
-from functional_sd3.weights import standalone
+from functional_sd3.weights import tree_file
 from functional_sd3.weights.default_dtype import Dtype
 
 OWNER = "SD3ControlNetModel"
@@ -121,7 +121,7 @@ def load(
     Raises WeightsError naming everything that is wrong with the files. Nothing loads in part.
     """
     where, places, table, config = find(path, variant=variant)
-    params = standalone.read(
+    params = tree_file.read(
         where, places, table, controlnet.spec(config), dtype=dtype, device=device, finite=finite
     )
     return ControlNet(params, config)
@@ -132,8 +132,8 @@ def find(path: str | os.PathLike, *, variant: str | None = None) -> Found:
     path = Path(path)
     if path.is_dir():
         return atomic.read_stable(path, lambda folder: _find_in(folder, variant), (_CONFIG, f"{_STEM}.safetensors"))
-    places = standalone.open_file(path)
-    config = infer(standalone.shapes(places), path)
+    places = tree_file.open_file(path)
+    config = infer(tree_file.shapes(places), path)
     table = STABILITY if _STABILITYS_SIGN in places else DIFFUSERS
     if _KIND_TENSOR in places:
         config = controlnet.Config(**{**vars(config), "kind": _read_kind(places[_KIND_TENSOR])})
@@ -153,13 +153,13 @@ def save(
     spec = controlnet.spec(net.config)
     if layout == "stability":
         _check_stability(net.config)
-        found = standalone.tensors(STABILITY, spec, net.params)
+        found = tree_file.tensors(STABILITY, spec, net.params)
         if net.config.kind is not None:
             kind = controlnet.KINDS.index(net.config.kind)
             found[_KIND_TENSOR] = torch.tensor([kind], dtype=torch.int32, device="cpu")
         files.write_atomic(path, found, metadata={"format": "pt"}, dtype=dtype)
         return
-    found = standalone.tensors(DIFFUSERS, spec, net.params)
+    found = tree_file.tensors(DIFFUSERS, spec, net.params)
     values = {"_class_name": OWNER, "_diffusers_version": _FORMAT, **config_fields.write(TABLE, net.config)}
 
     def write(folder: Path) -> None:

@@ -16,19 +16,19 @@ from functional_sd3.core.types import Tree
 from functional_sd3.formats import files, finite
 from functional_sd3.formats.files import Mapped
 from functional_sd3.layouts.components import SPECS
-from functional_sd3.weights import companions, composing
-from functional_sd3.weights.companions import Companion
+from functional_sd3.weights import assemble, extras
+from functional_sd3.weights.extras import Extra
 from functional_sd3.weights.model import Model, Tokenizers, missing
-from functional_sd3.weights.reading import Plan
+from functional_sd3.weights.read import LoadPlan
 
 
 class Part(NamedTuple):
-    """One component, or a companion of a model. form: whose names its tensors have, and below which prefix; where: its
-    file or folder; config: its sizes, or words about them.
+    """One component, or a file that accompanies a model.
 
-    tree: its leaves as meta tensors of the dtypes they are stored in, of a companion by their names in its file;
-    scaled: how many of its tensors have a scale (scaled fp8); blocks: kind of GGUF's blocks -> how many are stored in
-    it; strangers: (name in the file, "NaN" or "an infinity").
+    format: whose names its tensors have, and below which prefix. where: its file or folder. config: its sizes, or a
+    text about them. tree: its leaves as meta tensors of the stored dtypes; of an accompanying file by the names there.
+    scaled: how many of its tensors have a scale (scaled fp8). blocks: type of GGUF's blocks -> number of tensors stored
+    in it. nonfinite: (name in the file, "NaN" or "an infinity").
     """
 
     component: str
@@ -38,7 +38,7 @@ class Part(NamedTuple):
     tree: Tree
     scaled: int
     blocks: dict[str, int]
-    strangers: list[tuple[str, str]]
+    nonfinite: list[tuple[str, str]]
 
 
 class Description(NamedTuple):
@@ -54,16 +54,16 @@ class Description(NamedTuple):
 def describe(
     path: str | os.PathLike | Sequence[str | os.PathLike], *, variant: str | None = None, values: bool = True
 ) -> Description:
-    """What `weights.load` would load, or one of its companions. values: whether to look at every value for NaN and
-    infinities.
+    """Description of what `weights.load` would load, or of one file that accompanies a model.
 
-    Raises WeightsError for what does not load, but for NaN and infinities.
+    values: whether every value is checked for NaN and infinities. Raises WeightsError for what does not load, but for
+    NaN and infinities.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    if len(paths) == 1 and (found := companions.find(Path(paths[0]), variant)):
+    if len(paths) == 1 and (found := extras.find(Path(paths[0]), variant)):
         headers = {str(one.path): one.header.metadata for one in found.places.values() if one.header.metadata}
-        return Description([_companion(found, values)], Tokenizers(), None, headers, [])
-    contents, plans = composing.plan([Path(one) for one in paths], tuple(SPECS), variant)
+        return Description([_extra(found, values)], Tokenizers(), None, headers, [])
+    contents, plans = assemble.plan([Path(one) for one in paths], tuple(SPECS), variant)
     parts = [_part(plans[name], values) for name in SPECS if name in plans]
     tokenizers = Tokenizers(**contents.tokenizers)
     mapped = {one.path: one.header for plan in plans.values() for one in plan.places.values()}
@@ -76,24 +76,24 @@ def describe(
     )
 
 
-def _part(plan: Plan, values: bool) -> Part:
-    strangers = [(name, what) for name in (plan.names.values() if values else ()) if (what := _stranger(plan, name))]
+def _part(plan: LoadPlan, values: bool) -> Part:
+    nonfinite = [(name, what) for name in (plan.names.values() if values else ()) if (what := _nonfinite(plan, name))]
     tree = specs.map_params(lambda path, param: _leaf(plan, plan.sources[path].names, param), plan.spec)
     format = f"named as by {plan.format.owner}" + (f" below {plan.format.prefix}" if plan.format.prefix else "")
     kinds = Counter(plan.places[name].header.tensors[name].blocks for name in plan.names.values())
     stored = {kind: count for kind, count in kinds.items() if kind}
-    return Part(plan.component, format, plan.where, plan.config, tree, len(plan.scales), stored, strangers)
+    return Part(plan.component, format, plan.where, plan.config, tree, len(plan.scales), stored, nonfinite)
 
 
-def _companion(found: Companion, values: bool) -> Part:
-    looked = [(name, _stranger_in(mapped, name)) for name, mapped in found.places.items()] if values else []
-    strangers = [(name, what) for name, what in looked if what]
+def _extra(found: Extra, values: bool) -> Part:
+    looked = [(name, _nonfinite_in(mapped, name)) for name, mapped in found.places.items()] if values else []
+    nonfinite = [(name, what) for name, what in looked if what]
     leaves = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, mapped in found.places.items()
         for entry in [mapped.header.tensors[name]]
     }
-    return Part(found.kind, found.format, found.where, found.config, _nested(leaves), 0, {}, strangers)
+    return Part(found.kind, found.format, found.where, found.config, _nested(leaves), 0, {}, nonfinite)
 
 
 def _nested(leaves: Mapping[str, torch.Tensor]) -> Tree:
@@ -110,7 +110,7 @@ def _nested(leaves: Mapping[str, torch.Tensor]) -> Tree:
     return root
 
 
-def _leaf(plan: Plan, names: Sequence[str], param: specs.Param) -> torch.Tensor:
+def _leaf(plan: LoadPlan, names: Sequence[str], param: specs.Param) -> torch.Tensor:
     dtypes: Mapping[str, torch.dtype] = {
         name: plan.places[plan.names[name]].header.tensors[plan.names[name]].dtype
         for name in names
@@ -119,12 +119,12 @@ def _leaf(plan: Plan, names: Sequence[str], param: specs.Param) -> torch.Tensor:
     return torch.empty(param.shape, dtype=next(iter(dtypes.values()), torch.float32), device="meta")
 
 
-def _stranger(plan: Plan, name: str) -> str | None:
+def _nonfinite(plan: LoadPlan, name: str) -> str | None:
     reads = [read for read in (name, plan.scales.get(name)) if read]
-    return next((what for read in reads if (what := _stranger_in(plan.places[read], read))), None)
+    return next((what for read in reads if (what := _nonfinite_in(plan.places[read], read))), None)
 
 
-def _stranger_in(mapped: Mapped, name: str) -> str | None:
+def _nonfinite_in(mapped: Mapped, name: str) -> str | None:
     what = finite.nonfinite_kind(files.tensor(mapped, name))
     files.release(mapped, name)
     return what

@@ -29,14 +29,14 @@ from functional_sd3.layouts.diffusers_folder import (
     Tokenizer,
 )
 from functional_sd3.weights.model import Model
-from functional_sd3.weights.reading import Contents, Piece
+from functional_sd3.weights.read import ComponentFiles, Discovered
 
 # The first release whose transformer has everything of SD3.5 (dual attention, qk norm).
 _FORMAT = "0.31.0"
 _PIPELINE = "StableDiffusion3Pipeline"
 
 
-def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Contents:
+def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Discovered:
     """What is in a folder; `weights.load` says what the arguments mean. Problems are collected, not raised."""
     index = files.read_json(folder / INDEX)
     problems: list[str] = []
@@ -57,7 +57,7 @@ def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Con
     if variant and pieces and not any(variants):
         problems.append(f"{folder}: no component has weights of the variant {variant!r}")
     found = {name: tables for name, tables in tokenizers.items() if tables is not None}
-    return Contents(pieces, found, schedule, True, tuple(problems))
+    return Discovered(pieces, found, schedule, True, tuple(problems))
 
 
 def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
@@ -94,7 +94,7 @@ def _components(folder: Path, index: Mapping[str, Any]) -> dict[str, Component]:
     return found
 
 
-def _open(name: str, component: Component, folder: Path, variant: str | None) -> tuple[Piece, str | None]:
+def _open(name: str, component: Component, folder: Path, variant: str | None) -> tuple[ComponentFiles, str | None]:
     """A component that is mapped and not yet checked, and the variant its files are of."""
     problems: list[str] = []
     config = attempt(problems, _read_config, configs.TABLES[name], folder / "config.json", component.owner)
@@ -103,7 +103,7 @@ def _open(name: str, component: Component, folder: Path, variant: str | None) ->
     )
     if problems:
         raise WeightsError(problems)
-    return Piece(name, component.format, str(folder), weights.tensors, config), weights.variant
+    return ComponentFiles(name, component.format, str(folder), weights.tensors, config), weights.variant
 
 
 def _present(folder: Path, index: Mapping[str, Any], component: Component) -> bool:

@@ -74,13 +74,13 @@ def _problems(entries: Mapping[str, Any], encoders: Mapping[str, str]) -> list[s
             f"text encoder returns for the word and not of what it reads; only input embeddings can be used ({known}): "
             "train it with 'output embedding' off"
         ]
-    strangers = [name for name in entries if name not in encoders]
-    if len(entries) == 1 and strangers and 1 <= len(entries[strangers[0]].shape) <= 2:
-        width = entries[strangers[0]].shape[-1]
+    unknown = [name for name in entries if name not in encoders]
+    if len(entries) == 1 and unknown and 1 <= len(entries[unknown[0]].shape) <= 2:
+        width = entries[unknown[0]].shape[-1]
         of = "; vectors of width 1024 are of Stable Diffusion 2" if width == 1024 else ""
         widths = ", ".join(f"{theirs} {width}" for width, theirs in zip(_WIDTHS, _THEIRS.values(), strict=True))
-        return [f"{shorten(strangers[0])} names no encoder and is {width} wide, as none of SD3's is ({widths}){of}"]
-    problems = [f"{shorten(name)} is no encoder; a textual inversion of SD3 holds {known}" for name in strangers]
+        return [f"{shorten(unknown[0])} names no encoder and is {width} wide, as none of SD3's is ({widths}){of}"]
+    problems = [f"{shorten(name)} is no encoder; a textual inversion of SD3 holds {known}" for name in unknown]
     problems += [
         f"{shorten(name)} is {entry.dtype} of shape {list(entry.shape)}, must be floats (vectors, width)"
         for name, entry in entries.items()

@@ -19,7 +19,7 @@ from functional_sd3.formats.files import Mapped
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.rules import Layout, renamed
 from functional_sd3.transformer import ip_adapter
-from functional_sd3.weights import standalone
+from functional_sd3.weights import tree_file
 from functional_sd3.weights.default_dtype import Dtype
 
 
@@ -88,21 +88,21 @@ def load(
     Raises WeightsError naming everything that is wrong with the file.
     """
     path = Path(path)
-    places = standalone.open_file(path)
+    places = tree_file.open_file(path)
     config = config_of(places, path)
     spec = ip_adapter.spec(config)
-    params = standalone.read(str(path), places, INSTANTX, spec, dtype=dtype, device=device, finite=finite)
+    params = tree_file.read(str(path), places, INSTANTX, spec, dtype=dtype, device=device, finite=finite)
     return IPAdapter(params, config)
 
 
 def config_of(places: Mapping[str, Mapped], path: Any = "the file") -> ip_adapter.Config:
     """The config of the IP-Adapter that these tensors are. Raises WeightsError as `infer` does."""
-    return infer(_proper(standalone.shapes(places)), path)
+    return infer(_proper(tree_file.shapes(places)), path)
 
 
 def save(path: str | os.PathLike, adapter: IPAdapter, *, dtype: torch.dtype | None = None) -> None:
     """Write the file, whole or not at all. Raises WeightsError when the parameters do not fit the config."""
-    found = standalone.tensors(INSTANTX, ip_adapter.spec(adapter.config), adapter.params)
+    found = tree_file.tensors(INSTANTX, ip_adapter.spec(adapter.config), adapter.params)
     files.write_atomic(path, found, metadata={"format": "pt"}, dtype=dtype)
 
 

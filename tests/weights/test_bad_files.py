@@ -24,7 +24,7 @@ from functional_sd3.flow import schedule
 from functional_sd3.formats import atomic, finite, magic
 from functional_sd3.image import taesd, vae
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import Config, Model, WeightsError, notes, sources
+from functional_sd3.weights import Config, Model, WeightsError, discover, metadata
 from tests.models import random_model
 
 KEY = "model.diffusion_model.joint_blocks.1.x_block.attn.qkv.weight"
@@ -79,8 +79,8 @@ def test_what_is_not_finite_is_named_unless_it_is_asked_for(path, value, said, d
     assert weights.load(path, only="vae").config.vae
     found = weights.load(path, finite=False).params["transformer"]["blocks"][1]["image"]["attention"]["qkv"]["weight"]
     assert not torch.isfinite(found.float()[7, 3])
-    (part,) = [part for part in weights.describe(path).parts if part.strangers]
-    assert (part.component, part.strangers) == ("transformer", [(KEY, said)])
+    (part,) = [part for part in weights.describe(path).parts if part.nonfinite]
+    assert (part.component, part.nonfinite) == ("transformer", [(KEY, said)])
 
 
 @given(st.sampled_from([torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16]), st.integers(0, 65535))
@@ -227,9 +227,9 @@ def test_the_command_that_converts_pickles_converts_them(saved, tmp_path):
 
 def test_a_table_that_is_absent_and_larger_than_all_that_is_there_is_not_made_up(path):
     tensors = {name: value for name, value in load_file(path).items() if not name.endswith("diffusion_model.pos_embed")}
-    said = json.loads(notes.write(weights.load(path).config, weights.SPECS)[notes.KEY])
+    said = json.loads(metadata.write(weights.load(path).config, weights.SPECS)[metadata.KEY])
     said["transformer"]["pos_embed_max_size"] = 2**20
-    save_file(tensors, path, metadata={notes.KEY: json.dumps(said)})
+    save_file(tensors, path, metadata={metadata.KEY: json.dumps(said)})
     assert problems_of(path) == (
         f"{path}: model.diffusion_model.pos_embed is missing, and [1, {2**40}, 16] is too large to make up",
     )
@@ -388,7 +388,7 @@ def test_a_taesd_of_thousands_of_blocks_is_refused_in_a_moment(make_model, tmp_p
 
 def test_a_missing_shard_and_an_index_with_a_key_twice_are_named(make_model, tmp_path):
     weights.save(tmp_path / "x", make_model(), layout="native", shard_bytes=20_000)
-    folder = tmp_path / "x" / sources.NATIVE_FOLDER
+    folder = tmp_path / "x" / discover.NATIVE_FOLDER
     index = folder / "parameters.safetensors.index.json"
     shard = sorted(folder.glob("*.safetensors"))[1]
     kept = shard.read_bytes()

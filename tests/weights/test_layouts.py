@@ -16,7 +16,7 @@ from functional_sd3.layouts import registry, rules
 from functional_sd3.text.clip import CLIP_G, CLIP_L
 from functional_sd3.text.t5 import T5_XXL
 from functional_sd3.transformer.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
-from functional_sd3.weights import SPECS, WeightsError, notes
+from functional_sd3.weights import SPECS, WeightsError, metadata
 from tests.weights.strategies import DTYPES, configs
 
 RELEASED = {
@@ -195,13 +195,13 @@ def test_a_note_that_contradicts_the_tensors_or_cannot_be_read_is_an_error(make_
     path = tmp_path / "x.safetensors"
     weights.save(path, make_model(), layout="single")
     tensors = load_file(path)
-    said = json.loads(notes.write(make_model().config, ("transformer", "vae"))[notes.KEY])
+    said = json.loads(metadata.write(make_model().config, ("transformer", "vae"))[metadata.KEY])
     said["transformer"]["joint_attention_dim"] = 47
-    save_file(tensors, path, metadata={notes.KEY: json.dumps(said)})
+    save_file(tensors, path, metadata={metadata.KEY: json.dumps(said)})
     with pytest.raises(WeightsError, match=r"context_embedder.weight has shape \[16, 48\], expected \[16, 47\]"):
         weights.load(path)
     for note in ("{", "[]", '{"vae": 3}', '{"vae": {}, "vae": {}}'):
-        save_file(tensors, path, metadata={notes.KEY: note})
+        save_file(tensors, path, metadata={metadata.KEY: note})
         with pytest.raises(WeightsError, match="its metadata functional_sd3: "):
             weights.load(path)
 

@@ -11,9 +11,9 @@ from functional_sd3.formats import files, shards
 from functional_sd3.layouts import diffusers_folder, registry, rules
 from functional_sd3.layouts.components import SPECS
 from functional_sd3.layouts.registry import Format
-from functional_sd3.weights import notes
+from functional_sd3.weights import metadata
+from functional_sd3.weights.discover import NATIVE_FOLDER, STABILITY_FILES
 from functional_sd3.weights.model import Model, scaled_weight
-from functional_sd3.weights.sources import NATIVE_FOLDER, STABILITY_FILES
 
 _ALONE = {"clip_l": registry.DIFFUSERS["clip_l"], "clip_g": registry.DIFFUSERS["clip_g"], "t5": registry.BARE["t5"]}
 
@@ -21,10 +21,10 @@ _ALONE = {"clip_l": registry.DIFFUSERS["clip_l"], "clip_g": registry.DIFFUSERS["
 def write_file(
     path: Path, model: Model, table: Mapping[str, Format], *, dtype: torch.dtype | None, shard_bytes: int | None
 ) -> None:
-    """Every component in one file, each under the names of its form."""
+    """Every component in one file, each under the names of its format."""
     tensors = _together(model, table, model.params)
     check_size(str(path), tensors, dtype, shard_bytes)
-    files.write_atomic(path, tensors, metadata=notes.write(model.config, tuple(model.params)), dtype=dtype)
+    files.write_atomic(path, tensors, metadata=metadata.write(model.config, tuple(model.params)), dtype=dtype)
 
 
 def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
@@ -34,7 +34,7 @@ def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, sh
         if held:
             tensors = _together(model, {**registry.STABILITY, **_ALONE}, held)
             check_size(file, tensors, dtype, shard_bytes)
-            files.write(folder / file, tensors, metadata=notes.write(model.config, held), dtype=dtype)
+            files.write(folder / file, tensors, metadata=metadata.write(model.config, held), dtype=dtype)
     _write_tokenizers(folder, model)
 
 
@@ -43,14 +43,14 @@ def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard
     tensors = _together(model, registry.NATIVE, model.params)
     place = folder / NATIVE_FOLDER
     place.mkdir()
-    metadata = notes.write(model.config, tuple(model.params))
+    said = metadata.write(model.config, tuple(model.params))
     if tensors:
-        shards.write_weights(place, NATIVE_FOLDER, tensors, dtype=dtype, shard_bytes=shard_bytes, metadata=metadata)
+        shards.write_weights(place, NATIVE_FOLDER, tensors, dtype=dtype, shard_bytes=shard_bytes, metadata=said)
     _write_tokenizers(folder, model)
 
 
 def tensors_of(model: Model, name: str, format: Format) -> dict[str, Tensor]:
-    """The tensors of one component under the names of a form, mostly views."""
+    """The tensors of one component under the names of a format, mostly views."""
     config = getattr(model.config, name)
     return rules.to_theirs(format.layout(config), SPECS[name](config), tree.flatten_paths(model.params[name]))
 

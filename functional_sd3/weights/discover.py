@@ -15,8 +15,8 @@ from functional_sd3.formats.files import Mapped
 from functional_sd3.layouts import config_fields, diffusers_folder, registry, taesd
 from functional_sd3.layouts import diffusers_configs as configs
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import diffusers, nested, notes, shipped
-from functional_sd3.weights.reading import Contents, Piece
+from functional_sd3.weights import diffusers, metadata, nested, shipped
+from functional_sd3.weights.read import ComponentFiles, Discovered
 
 NATIVE_FOLDER = "parameters"
 STABILITY_FILES = {
@@ -49,7 +49,7 @@ _KINDS = {
 """Class or model type in a config.json -> the component."""
 
 
-def open_path(path: Path, only: Collection[str], variant: str | None) -> Contents:
+def open_path(path: Path, only: Collection[str], variant: str | None) -> Discovered:
     """Everything at a path. Raises WeightsError when there is nothing that is known, or nothing at all."""
     path = shipped.resolve(path)
     try:
@@ -62,7 +62,7 @@ def open_path(path: Path, only: Collection[str], variant: str | None) -> Content
     return atomic.read_stable(path, lambda folder: _folder(path, folder, only, variant), OWNED["stability"])
 
 
-def _folder(named: Path, folder: Path, only: Collection[str], variant: str | None) -> Contents:
+def _folder(named: Path, folder: Path, only: Collection[str], variant: str | None) -> Discovered:
     try:
         names = {entry.name for entry in os.scandir(folder)}
     except OSError as error:
@@ -72,11 +72,11 @@ def _folder(named: Path, folder: Path, only: Collection[str], variant: str | Non
     if "config.json" in names:
         return _component(folder, variant)
     if names & nested.TOKENIZER:
-        return Contents([], _tokenizer(folder, names))
+        return Discovered([], _tokenizer(folder, names))
     return _loose(named, folder, names, only, [folder / name for name in sorted(names & set(nested.ROOMS))], variant)
 
 
-def _component(folder: Path, variant: str | None) -> Contents:
+def _component(folder: Path, variant: str | None) -> Discovered:
     path = folder / "config.json"
     values = files.read_json(path)
     architectures = values.get("architectures")
@@ -87,7 +87,7 @@ def _component(folder: Path, variant: str | None) -> Contents:
     has_weights = any(entry.endswith((".safetensors", ".index.json")) for entry in names)
     if names & nested.TOKENIZER and (name is None or not has_weights):
         # A whole CLIPModel or T5, of which the tokenizer is what SD3 uses.
-        return Contents([], _tokenizer(folder, names))
+        return Discovered([], _tokenizer(folder, names))
     if name is None:
         said = next((claim for claim in claims if claim), None)
         if said == "SD3ControlNetModel":
@@ -102,25 +102,25 @@ def _component(folder: Path, variant: str | None) -> Contents:
     )
     if problems:
         raise WeightsError(problems)
-    return Contents([Piece(name, component.format, str(folder), weights.tensors, config)], {})
+    return Discovered([ComponentFiles(name, component.format, str(folder), weights.tensors, config)], {})
 
 
-def _room(folder: Path, names: frozenset[str], only: Collection[str], variant: str | None) -> Contents:
+def _room(folder: Path, names: frozenset[str], only: Collection[str], variant: str | None) -> Discovered:
     """What lies in a folder of a `models/` folder."""
     if diffusers_folder.INDEX in names:
         return diffusers.open_folder(folder, only, variant)
     if "config.json" in names:
         return _component(folder, variant)
     if names & nested.TOKENIZER:
-        return Contents([], _tokenizer(folder, names))
+        return Discovered([], _tokenizer(folder, names))
     return _loose(folder, folder, names, (), None, variant)
 
 
 def _rooms(
     rooms: Collection[Path], only: Collection[str], variant: str | None, problems: list[str], passed: list[str]
-) -> list[Contents]:
+) -> list[Discovered]:
     """What lies in the folders of a `models/` folder. passed: what is no part of SD3 joins it."""
-    found: list[Contents] = []
+    found: list[Discovered] = []
     tokenizers: dict[str, tuple[Path, Any]] = {}
     for folder, names in attempt(problems, nested.folders, rooms, passed) or ():
         try:
@@ -145,14 +145,14 @@ def _loose(
     only: Collection[str],
     rooms: Collection[Path] | None,
     variant: str | None,
-) -> Contents:
+) -> Discovered:
     """A folder of files that each say what they are, as people keep those of Stability and of ComfyUI, and `rooms`, the
     folders in it that hold such files, models or components too; None for such a folder, in which files that are no
     part of SD3 are passed over."""
     problems: list[str] = []
     passed: list[str] = []
     own = _of_variant(names, variant)
-    found: list[Contents | None] = []
+    found: list[Discovered | None] = []
     shard_names: set[str] = set()
     native = NATIVE_FOLDER in names
     for name in sorted(own if not native else ()):
@@ -208,13 +208,13 @@ def _listed(passed: Collection[str]) -> str:
     return f"; passed over: {'; '.join(list(passed)[:_MOST_LISTED])}" if passed else ""
 
 
-def merged(parts: Collection[Contents]) -> Contents:
+def merged(parts: Collection[Discovered]) -> Discovered:
     """Several contents as one; of schedules and tokenizers the first counts."""
     schedule = next((part.schedule for part in parts if part.schedule is not None), None)
     tokenizers: dict[str, Any] = {}
     for part in parts:
         tokenizers = {**part.tokenizers, **tokenizers}
-    return Contents(
+    return Discovered(
         [piece for part in parts for piece in part.pieces],
         tokenizers,
         schedule,
@@ -231,7 +231,7 @@ def _tokenizer(folder: Path, names: Collection[str]) -> dict[str, Any]:
     return {"t5" if module is unigram else "clip_g" if tables.pad_id == 0 else "clip_l": tables}
 
 
-def _file(path: Path) -> Contents:
+def _file(path: Path) -> Discovered:
     start = files.start(path)
     if start[8:9] != b"{":
         if start.startswith(magic.ZIP):
@@ -245,7 +245,7 @@ def _file(path: Path) -> Contents:
     return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
 
 
-def _pickled(path: Path) -> Contents:
+def _pickled(path: Path) -> Discovered:
     mapped = pickles.open_pickle(path)
     tiny = [format for format in registry.FORMATS if format.component == "taesd"]
     if not any(format.has(name) for format in tiny for name in mapped.header.tensors):
@@ -253,13 +253,13 @@ def _pickled(path: Path) -> Contents:
     return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
 
 
-def _contents(where: str, tensors: Mapping[str, Mapped]) -> Contents:
+def _contents(where: str, tensors: Mapping[str, Mapped]) -> Discovered:
     """The components among the tensors of one file, or of its shards."""
     try:
         found = registry.recognise(tensors)
     except WeightsError as error:
         raise type(error)([f"{where}: {problem}" for problem in error.problems]) from None
-    said = notes.read(next(iter(tensors.values())).header.metadata, where)
+    said = metadata.read(next(iter(tensors.values())).header.metadata, where)
     pieces = []
     for format, names in found.items():
         places = {name: tensors[name] for name in names}
@@ -272,8 +272,8 @@ def _contents(where: str, tensors: Mapping[str, Mapped]) -> Contents:
             if name == format.component or (name in registry.CLIPS and format.component == "clip")
         ]
         name = known[0] if len(known) == 1 else format.component
-        pieces.append(Piece(name, format, where, places, (said or {}).get(name)))
-    return Contents(pieces, {}, (said or {}).get("schedule"), said is not None)
+        pieces.append(ComponentFiles(name, format, where, places, (said or {}).get(name)))
+    return Discovered(pieces, {}, (said or {}).get("schedule"), said is not None)
 
 
 def _half(places: Mapping[str, Mapped]) -> dict[str, Mapped]:

@@ -17,7 +17,8 @@ from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.rules import Layout
-from functional_sd3.weights import default_dtype, reading
+from functional_sd3.weights import default_dtype
+from functional_sd3.weights import read as reading
 from functional_sd3.weights.default_dtype import Dtype
 
 
@@ -63,7 +64,7 @@ def read(
     ]
     if problems:
         raise WeightsError([f"{where}: {problem}" for problem in problems])
-    plan = reading.Plan(where, None, where, None, spec, table, names, dict(places), {}, True, known)
+    plan = reading.LoadPlan(where, None, where, None, spec, table, names, dict(places), {}, True, known)
     default_dtype.check(dtype)
     if dtype is None:
         kinds = reading.kinds(plan)

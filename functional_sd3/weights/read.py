@@ -33,8 +33,8 @@ _FP8 = {"float8_e4m3fn", "float8_e5m2"}
 _LONGEST_NOTE = 4096
 
 
-class Piece(NamedTuple):
-    """The tensors of one component, by the names they have in their files, and in which form.
+class ComponentFiles(NamedTuple):
+    """The tensors of one component, by the names they have in their files, and their format.
 
     component: "clip" where nothing tells L from G yet. where: what to call it in messages. config: what a file beside
     the tensors or their metadata say; None where it has to be read off the shapes.
@@ -47,11 +47,11 @@ class Piece(NamedTuple):
     config: Any = None
 
 
-class Contents(NamedTuple):
+class Discovered(NamedTuple):
     """What lies at a path. schedule_told: whether something there would have said if there were a schedule;
     passed: what lies beside a model and is no part of one, a sentence each."""
 
-    pieces: list[Piece]
+    pieces: list[ComponentFiles]
     tokenizers: dict[str, Any]
     schedule: Any = None
     schedule_told: bool = False
@@ -59,7 +59,7 @@ class Contents(NamedTuple):
     passed: tuple[str, ...] = ()
 
 
-class Plan(NamedTuple):
+class LoadPlan(NamedTuple):
     """A component that was checked and is still to be read; `names`: the rules' names -> the files'; `told`: whether
     the config is what a file says, not what shapes do; `sources`: the layout's, of the spec."""
 
@@ -76,7 +76,7 @@ class Plan(NamedTuple):
     sources: Sources
 
 
-def plan(piece: Piece) -> Plan:
+def plan(piece: ComponentFiles) -> LoadPlan:
     """What reading a piece takes. Raises WeightsError naming every tensor that is missing, unexpected, misshapen or of
     a kind we do not read."""
     problems: list[str] = []
@@ -108,10 +108,10 @@ def plan(piece: Piece) -> Plan:
     told = piece.config is not None
     format, where = piece.format, piece.where
     places = {**piece.places, **places}
-    return Plan(piece.component, format, where, config, described, table, names, places, scales, told, known)
+    return LoadPlan(piece.component, format, where, config, described, table, names, places, scales, told, known)
 
 
-def kinds(plan: Plan, quantized: bool = False) -> set[Kind]:
+def kinds(plan: LoadPlan, quantized: bool = False) -> set[Kind]:
     """What the parameters are stored in, but for those that stay quantized: dtypes, and names of what is decoded."""
     found: set[Kind] = set()
     for source in plan.sources.values():
@@ -121,14 +121,14 @@ def kinds(plan: Plan, quantized: bool = False) -> set[Kind]:
     return found
 
 
-def _kind(plan: Plan, name: str) -> Kind:
+def _kind(plan: LoadPlan, name: str) -> Kind:
     entry = _entry(plan.places, name)
     scaled = "scaled " if name in plan.scales else ""
     return entry.blocks or (f"{scaled}{str(entry.dtype).removeprefix('torch.')}" if scaled else entry.dtype)
 
 
 def read(
-    plan: Plan,
+    plan: LoadPlan,
     *,
     dtype: Dtype,
     device: torch.device | str,
@@ -176,7 +176,7 @@ def read(
     return _with_scales("", params, scales) if scales else params
 
 
-def _stays(plan: Plan, source: Source, names: list[str]) -> bool:
+def _stays(plan: LoadPlan, source: Source, names: list[str]) -> bool:
     """Whether rows of the files are rows of ours, each with its scale, in one dtype, of a layer inside blocks: others
     (tables of embeddings, the layers whose weight says what the input is cast to) compute with floats only."""
     kinds = {_entry(plan.places, name).dtype for name in names}
@@ -186,7 +186,7 @@ def _stays(plan: Plan, source: Source, names: list[str]) -> bool:
     return plain and len(kinds) == 1 and all(name in plan.scales for name in names)
 
 
-def _rows(plan: Plan, name: str) -> Tensor:
+def _rows(plan: LoadPlan, name: str) -> Tensor:
     scale, count = files.tensor(plan.places[plan.scales[name]], plan.scales[name]), _entry(plan.places, name).shape[0]
     return scale.flatten().expand(count).clone()
 
@@ -200,7 +200,7 @@ def _with_scales(path: str, params: Tree, scales: Mapping[str, Tensor]) -> Tree:
     return {**children, "scale": scales[path + "scale"]} if path + "scale" in scales else children
 
 
-def _part(plan: Plan, name: str, dtype: torch.dtype | None, check_finite: bool) -> Tensor:
+def _part(plan: LoadPlan, name: str, dtype: torch.dtype | None, check_finite: bool) -> Tensor:
     value = files.tensor(plan.places[name], name)
     if _entry(plan.places, name).blocks:
         if check_finite and (what := finite.nonfinite_kind(value)):
@@ -214,14 +214,14 @@ def _part(plan: Plan, name: str, dtype: torch.dtype | None, check_finite: bool) 
     return value.to(torch.float32, copy=True).mul_(factor).to(dtype or torch.float32)
 
 
-def _stacked(plan: Plan, names: list[str]) -> Tensor | None:
+def _stacked(plan: LoadPlan, names: list[str]) -> Tensor | None:
     mapped = plan.places[names[0]]
     if any(name in plan.scales or plan.places[name] is not mapped for name in names):
         return None
     return files.stacked(mapped, names)
 
 
-def _check_finite(plan: Plan, names: list[str]) -> None:
+def _check_finite(plan: LoadPlan, names: list[str]) -> None:
     for name in names:
         for read in (name, plan.scales.get(name)):
             # Blocks are looked at when they have been decoded, once.
@@ -230,7 +230,7 @@ def _check_finite(plan: Plan, names: list[str]) -> None:
                     raise WeightsError(_not_finite(plan, read, what))
 
 
-def _not_finite(plan: Plan, name: str, what: str) -> str:
+def _not_finite(plan: LoadPlan, name: str, what: str) -> str:
     return f"{plan.places[name].path}: {name} holds {what}; finite=False loads it all the same"
 
 

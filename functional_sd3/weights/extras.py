@@ -1,4 +1,4 @@
-"""What goes with a model and is none: ControlNets, IP-Adapters, LoRAs and textual inversions, described unloaded."""
+"""Files that accompany a model: ControlNets, IP-Adapters, LoRAs and textual inversions, described without loading."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,11 +8,11 @@ from functional_sd3.formats import files
 from functional_sd3.formats.files import Mapped
 from functional_sd3.layouts import registry
 from functional_sd3.lora import read as lora_read
-from functional_sd3.weights import controlnets, ip_adapters, standalone
+from functional_sd3.weights import controlnets, ip_adapters, tree_file
 
 
-class Companion(NamedTuple):
-    """kind: what it is; form: in whose names; config: what is known of its sizes; places: its tensors, unread."""
+class Extra(NamedTuple):
+    """format: whose names its tensors have; config: its sizes as far as known; places: its tensors, not read."""
 
     kind: str
     format: str
@@ -21,7 +21,7 @@ class Companion(NamedTuple):
     places: dict[str, Mapped]
 
 
-def find(path: Path, variant: str | None = None) -> Companion | None:
+def find(path: Path, variant: str | None = None) -> Extra | None:
     """What lies at a path, told by the names inside; None where that is a model, or nothing that can be told.
 
     Raises WeightsError for what is damaged.
@@ -39,31 +39,31 @@ def find(path: Path, variant: str | None = None) -> Companion | None:
     return _KINDS[told](path, variant) if told else None
 
 
-def _controlnet(path: Path, variant: str | None) -> Companion:
+def _controlnet(path: Path, variant: str | None) -> Extra:
     where, places, table, config = controlnets.find(path, variant=variant)
     owner = "Stability" if table is controlnets.STABILITY else "diffusers"
-    return Companion("ControlNet", f"named as by {owner}", where, config, places)
+    return Extra("ControlNet", f"named as by {owner}", where, config, places)
 
 
-def _ip_adapter(path: Path, variant: str | None) -> Companion:
-    places = standalone.open_file(path)
-    return Companion("IP-Adapter", "named as by InstantX", str(path), ip_adapters.config_of(places, path), places)
+def _ip_adapter(path: Path, variant: str | None) -> Extra:
+    places = tree_file.open_file(path)
+    return Extra("IP-Adapter", "named as by InstantX", str(path), ip_adapters.config_of(places, path), places)
 
 
-def _lora(path: Path, variant: str | None) -> Companion:
+def _lora(path: Path, variant: str | None) -> Extra:
     found = lora_read.layers(path)
     kinds = "\n".join(lora_read.summary(found))
-    return Companion("LoRA", f"of layers named as {found[0].name}", str(path), kinds, standalone.open_file(path))
+    return Extra("LoRA", f"of layers named as {found[0].name}", str(path), kinds, tree_file.open_file(path))
 
 
-def _inversion(path: Path, variant: str | None) -> Companion:
-    places = standalone.open_file(path)
-    shapes = standalone.shapes(places).items()
+def _inversion(path: Path, variant: str | None) -> Extra:
+    places = tree_file.open_file(path)
+    shapes = tree_file.shapes(places).items()
     sizes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes)
-    return Companion("textual inversion", "vectors by encoder", str(path), f"vectors: {sizes}", places)
+    return Extra("textual inversion", "vectors by encoder", str(path), f"vectors: {sizes}", places)
 
 
-_KINDS: Mapping[str, Callable[[Path, str | None], Companion]] = {
+_KINDS: Mapping[str, Callable[[Path, str | None], Extra]] = {
     "ControlNet": _controlnet,
     "IP-Adapter": _ip_adapter,
     "LoRA": _lora,

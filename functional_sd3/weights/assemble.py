@@ -12,10 +12,11 @@ from functional_sd3.formats.notes import note
 from functional_sd3.layouts import registry, taesd
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import unigram
-from functional_sd3.weights import default_dtype, reading, sources
+from functional_sd3.weights import default_dtype, discover
+from functional_sd3.weights import read as reading
 from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.model import Model, Tokenizers
-from functional_sd3.weights.reading import Contents, Piece, Plan
+from functional_sd3.weights.read import ComponentFiles, Discovered, LoadPlan
 
 _MOST_SHOWN = 5
 
@@ -42,7 +43,7 @@ def load(
     return _outlined(contents, plans, only)._replace(params=params)
 
 
-def _say_defaults(plans: Mapping[str, Plan], device: torch.device | str, quantized: bool) -> None:
+def _say_defaults(plans: Mapping[str, LoadPlan], device: torch.device | str, quantized: bool) -> None:
     stored = {name: reading.kinds(one, quantized) for name, one in plans.items()}
     chosen = {name: default_dtype.choose(None, kinds, device) for name, kinds in stored.items()}
     changed = {kind for name, kinds in stored.items() for kind in kinds if chosen[name] not in (None, kind)}
@@ -54,7 +55,7 @@ def outline(paths: Sequence[Path], *, only: Collection[str], variant: str | None
     return _outlined(*plan(paths, only, variant), only)
 
 
-def _outlined(contents: Contents, plans: Mapping[str, Plan], only: Collection[str]) -> Model:
+def _outlined(contents: Discovered, plans: Mapping[str, LoadPlan], only: Collection[str]) -> Model:
     levels = contents.schedule
     if levels is None and not contents.schedule_told and "transformer" in plans:
         # Files of tensors alone do not say; all released models were trained with this one.
@@ -64,11 +65,11 @@ def _outlined(contents: Contents, plans: Mapping[str, Plan], only: Collection[st
     return Model(config, {}, Tokenizers(**tokenizers))
 
 
-def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> tuple[Contents, dict[str, Plan]]:
+def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> tuple[Discovered, dict[str, LoadPlan]]:
     """What lies at the paths, and each of its components checked. Raises one WeightsError with every problem."""
     problems: list[str] = []
-    parts = [attempt(problems, sources.open_path, path, only, variant) for path in paths]
-    contents = sources.merged([part for part in parts if part is not None])
+    parts = [attempt(problems, discover.open_path, path, only, variant) for path in paths]
+    contents = discover.merged([part for part in parts if part is not None])
     problems += contents.problems
     if contents.passed:
         shown, more = contents.passed[:_MOST_SHOWN], len(contents.passed) - _MOST_SHOWN
@@ -83,7 +84,7 @@ def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> t
     return contents, {one.component: one for one in named if one.component in only}
 
 
-def _beyond_tables(plans: Sequence[Plan], tokenizers: Mapping[str, Any]) -> list[str]:
+def _beyond_tables(plans: Sequence[LoadPlan], tokenizers: Mapping[str, Any]) -> list[str]:
     """Tokenizers with ids for which the encoder has no row: some prompts would end in an IndexError."""
     rows = {one.component: one.config.vocab for one in plans if one.component in Tokenizers._fields}
     largest = {name: _largest_id(tables) for name, tables in tokenizers.items()}
@@ -106,7 +107,7 @@ def _asked(component: str, only: Collection[str]) -> bool:
     return bool(set(registry.CLIPS) & set(only)) if component == "clip" else component in only
 
 
-def _whole(pieces: Sequence[Piece]) -> list[Piece]:
+def _whole(pieces: Sequence[ComponentFiles]) -> list[ComponentFiles]:
     """The pieces, with an encoder and a decoder of TAESD that come in files of their own as one."""
     halves = {}
     for piece in pieces:
@@ -121,7 +122,7 @@ def _whole(pieces: Sequence[Piece]) -> list[Piece]:
     return [piece for piece in pieces if piece is not encoder and piece is not decoder] + [joined]
 
 
-def _named(plans: Sequence[Plan]) -> list[Plan]:
+def _named(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
     """The plans, with those of a CLIP that may be either named L or G."""
     open_ones = [one for one in plans if one.component == "clip"]
     taken = {one.component for one in plans}
@@ -139,17 +140,17 @@ def _named(plans: Sequence[Plan]) -> list[Plan]:
     return [_as(found[id(one)], one) if id(one) in found else one for one in plans]
 
 
-def _guess(one: Plan) -> str:
+def _guess(one: LoadPlan) -> str:
     if one.told:
         return "clip_g" if one.config.activation == "gelu" else "clip_l"
     return registry.clip_named(one.config)
 
 
-def _as(name: str, one: Plan) -> Plan:
+def _as(name: str, one: LoadPlan) -> LoadPlan:
     return one._replace(component=name, config=one.config if one.told else registry.activated(name, one.config))
 
 
-def _twice(plans: Sequence[Plan]) -> list[str]:
+def _twice(plans: Sequence[LoadPlan]) -> list[str]:
     found: dict[str, list[str]] = {}
     for one in plans:
         found.setdefault(one.component, []).append(one.where)
