@@ -115,6 +115,13 @@ def test_no_rooms_import_each_other_in_a_circle():
     assert circle(rooms) == []
 
 
+def test_no_test_module_imports_another():
+    tests = Path(__file__).parent
+    for path in sorted(tests.rglob("*.py")):
+        guests = {name for name in imported_names(path) if any(p.startswith("test_") for p in name.split("."))}
+        assert not guests, f"{path.relative_to(tests)} imports {sorted(guests)}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down_the_page(path):
     parts = path.relative_to(PACKAGE).parts

@@ -15,7 +15,7 @@ import torch
 from functional_sd3.formats import npz
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.metrics import features, fid
-from tests.text.test_hostile_tokenizers import address_space
+from tests.limits import address_space
 
 LABELS = {"n": 5, "preprocessing": "clean", "weights": "abc", "tap": 192}
 MU, SIGMA = numpy.arange(3.0), numpy.eye(3)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from functional_sd3 import lora
 from functional_sd3.core import spec as specs
@@ -13,6 +13,7 @@ from functional_sd3.core import tree
 from functional_sd3.lora import keys as lora_keys
 from functional_sd3.lora import tree as adapters
 from functional_sd3.weights import WeightsError
+from tests.lora.files import pair, write
 from tests.weights.conftest import CONFIG
 
 FILES = ("transformer.*", "clip_l.*", "clip_g.*", "t5.*")
@@ -38,16 +39,6 @@ def same_meaning(first, second):
     assert first.keys() == second.keys()
     for path in first:
         torch.testing.assert_close(first[path], second[path], rtol=1e-5, atol=1e-5)
-
-
-def pair(inputs=16, outputs=16, rank=2):
-    generator = torch.Generator().manual_seed(7)
-    return torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
-
-
-def write(path, tensors, **metadata):
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata or None)
-    return path
 
 
 @pytest.mark.parametrize("targets", [FILES, lora.ATTENTION, "clip_g.*", "*.blocks.*.qkv.weight"])

@@ -15,7 +15,7 @@ from functional_sd3 import lora
 from functional_sd3.lora import read as lora_read
 from functional_sd3.lora import tree as adapters
 from functional_sd3.weights import WeightsError
-from tests.lora.test_kinds import PARAMS
+from tests.lora.params import PARAMS
 from tests.weights.conftest import CONFIG
 
 LAYERS = (

@@ -7,21 +7,15 @@ import torch
 from safetensors.torch import save_file
 
 from functional_sd3 import lora
-from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
-from functional_sd3.layouts.components import spec
 from functional_sd3.lora import keys as lora_keys
 from functional_sd3.lora import tree as adapters
 from functional_sd3.text import clip
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import WeightsError, quantize
+from tests.lora.params import GENERATOR, PARAMS
 from tests.weights.conftest import CONFIG
 
-GENERATOR = torch.Generator().manual_seed(11)
-PARAMS = specs.map_params(
-    lambda path, param: 0.3 * torch.randn(param.shape, generator=GENERATOR) + (1.0 if "norm" in path else 0.0),
-    {name: part for name, part in spec(CONFIG).items() if name != "vae"},
-)
 SHAPES = lora_keys.leaf_shapes(CONFIG)
 LINEAR = ("lycoris_transformer_blocks_1_attn_to_out_0", "transformer.blocks.1.image.attention.out.weight")
 PART = ("lycoris_transformer_blocks_1_attn_to_k", "transformer.blocks.1.image.attention.qkv.weight")

@@ -11,7 +11,7 @@ from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import control, controlnet, mmdit
 from functional_sd3.weights import controlnets, load_controlnet, save_controlnet
-from tests.parity.test_mmdit_parity import (
+from tests.parity.mmdit_models import (
     LAYOUTS,
     SMALL,
     random_inputs,

@@ -11,7 +11,7 @@ from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import ip_adapter, mmdit
 from functional_sd3.weights import ip_adapters, load_ip_adapter, save_ip_adapter
-from tests.parity.test_mmdit_parity import (
+from tests.parity.mmdit_models import (
     LAYOUTS,
     random_inputs,
     random_params,

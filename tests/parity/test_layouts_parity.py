@@ -13,8 +13,8 @@ from functional_sd3.image import taesd
 from functional_sd3.layouts import rules
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.diffusers import COMPONENTS, TAESD
-from tests.parity.test_weights_parity import BASE, TRANSFORMERS, config_of, random_model, state_of, write_with_diffusers
-from tests.weights.test_gguf import write as write_gguf
+from tests.parity.whole_models import BASE, TRANSFORMERS, config_of, random_model, state_of, write_with_diffusers
+from tests.weights.gguf_files import write as write_gguf
 
 
 def close(ours, theirs):

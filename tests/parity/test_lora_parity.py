@@ -13,8 +13,8 @@ from functional_sd3.core import prng, tree
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_folder import COMPONENTS
 from functional_sd3.lora import tree as adapters
-from tests.lora.test_files import pair, write
-from tests.parity.test_weights_parity import config_of, random_model
+from tests.lora.files import pair, write
+from tests.parity.whole_models import config_of, random_model
 
 CONFIG = replace(config_of("SD3.5-medium"), t5=None)
 MODEL = random_model(CONFIG)

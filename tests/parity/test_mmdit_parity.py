@@ -4,59 +4,12 @@ import pytest
 import torch
 
 from functional_sd3.core import prng, tree
-from functional_sd3.core import spec as specs
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import mmdit
+from tests.parity.mmdit_models import LAYOUTS, random_inputs, random_params, relative_error, their_model, their_velocity
 
 diffusers = pytest.importorskip("diffusers")
-
-SMALL = dict(depth=4, heads=4, head_dim=16, context_width=48, pooled_width=40, position_size=24, sample_size=32)
-LAYOUTS = {
-    "SD3": mmdit.Config(**SMALL),
-    "SD3.5-medium": mmdit.Config(**SMALL, qk_norm=True, dual_attention_layers=(0, 1)),
-    "SD3.5-large": mmdit.Config(**SMALL, qk_norm=True),
-    "patches of one": mmdit.Config(**SMALL, qk_norm=True, patch_size=1, in_channels=4, out_channels=4),
-    "dual to the last": mmdit.Config(**SMALL, qk_norm=True, dual_attention_layers=(3,)),
-}
-
-
-def their_model(config: mmdit.Config):
-    return diffusers.SD3Transformer2DModel(
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.heads,
-        joint_attention_dim=config.context_width,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_width,
-        pos_embed_max_size=config.position_size,
-        dual_attention_layers=config.dual_attention_layers,
-        qk_norm="rms_norm" if config.qk_norm else None,
-    ).eval()
-
-
-def random_params(config: mmdit.Config) -> dict:
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf(path, param):
-        if not param.trainable:
-            return param.init(prng.key(0), param.shape)
-        return 0.1 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
-
-    return specs.map_params(leaf, mmdit.spec(config))
-
-
-def random_inputs(config: mmdit.Config, batch=3, height=20, width=28, tokens=7) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    side = config.patch_size
-    latents = torch.randn(batch, config.in_channels, height // 2 * side, width // 2 * side, generator=generator)
-    context = torch.randn(batch, tokens, config.context_width, generator=generator)
-    pooled = torch.randn(batch, config.pooled_width, generator=generator)
-    return latents, torch.linspace(0.05, 1.0, batch), context, pooled
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -66,15 +19,6 @@ def case(request):
     theirs = their_model(config)
     theirs.load_state_dict(rules.to_theirs(TRANSFORMER, mmdit.spec(config), tree.flatten_paths(params)), strict=True)
     return config, params, theirs
-
-
-def their_velocity(theirs, latents, t, context, pooled, **options):
-    with torch.no_grad():
-        return theirs(latents, context, pooled, 1000 * t, return_dict=False, **options)[0]
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 @pytest.mark.parametrize("height, width, tokens", [(20, 28, 7), (48, 4, 1), (2, 2, 33)])

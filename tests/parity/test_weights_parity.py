@@ -6,47 +6,15 @@ import pytest
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
-from functional_sd3.flow import schedule
 from functional_sd3.image import vae
-from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_folder import COMPONENTS
 from functional_sd3.text import bpe, clip, t5, unigram
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import Config, Model, Tokenizers
+from functional_sd3.weights import Model, Tokenizers
+from tests.parity.whole_models import BASE, TRANSFORMERS, config_of, random_model, state_of, write_with_diffusers
 
-BASE = Config(
-    clip_l=clip.Config(vocab=60, length=20, width=16, layers=2, heads=2, mlp_width=24, projection_width=16),
-    clip_g=clip.Config(vocab=60, length=20, width=24, layers=3, heads=2, mlp_width=40, activation="gelu", eos_id=59),
-    t5=t5.Config(vocab=50, width=48, layers=2, heads=2, head_dim=4, mlp_width=12),
-    transformer=mmdit.Config(
-        depth=3, heads=2, head_dim=8, context_width=48, pooled_width=40, position_size=6, sample_size=8
-    ),
-    vae=vae.Config(channels=(4, 8, 8), groups=2, sample_size=32),
-    schedule=schedule.Config(shift=2.5),
-)
-TRANSFORMERS = {
-    "SD3": {},
-    "SD3.5-medium": {"qk_norm": True, "dual_attention_layers": (0, 1), "position_size": 12},
-    "SD3.5-large": {"qk_norm": True},
-}
 FOLDERS = {name: component.folder for name, component in COMPONENTS.items()}
-
-
-def config_of(name: str) -> Config:
-    return replace(BASE, transformer=replace(BASE.transformer, **TRANSFORMERS[name]))
-
-
-def random_model(config: Config, dtype: torch.dtype = torch.float32) -> Model:
-    generator = torch.Generator().manual_seed(5)
-    leaf = lambda path, param: torch.randn(param.shape, generator=generator).to(dtype) / 4  # noqa: E731
-    return Model(config, specs.map_params(leaf, weights.spec(config)))
-
-
-def state_of(model: Model, name: str) -> dict[str, torch.Tensor]:
-    described = weights.SPECS[name](getattr(model.config, name))
-    return rules.to_theirs(COMPONENTS[name].layout, described, tree.flatten_paths(model.params[name]))
 
 
 def differences(model: Model, pipeline) -> list[str]:
@@ -79,82 +47,6 @@ def from_pretrained(path, **options):
     pipeline = StableDiffusion3Pipeline.from_pretrained(path, **absent, **options)
     for folder in FOLDERS.values():
         getattr(pipeline, folder).eval()
-    return pipeline
-
-
-def write_with_diffusers(path, config: Config, **options):
-    """A pipeline with random weights, made of their own classes and saved by them."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    def clip_model(ours: clip.Config):
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=ours.vocab,
-                hidden_size=ours.width,
-                intermediate_size=ours.mlp_width,
-                projection_dim=ours.projection_width,
-                num_hidden_layers=ours.layers,
-                num_attention_heads=ours.heads,
-                max_position_embeddings=ours.length,
-                hidden_act=ours.activation,
-                bos_token_id=0,
-                eos_token_id=ours.eos_id,
-            )
-        )
-
-    network = config.transformer
-    torch.manual_seed(3)
-    pipeline = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=network.sample_size,
-            num_layers=network.depth,
-            attention_head_dim=network.head_dim,
-            num_attention_heads=network.heads,
-            joint_attention_dim=network.context_width,
-            caption_projection_dim=network.width,
-            pooled_projection_dim=network.pooled_width,
-            pos_embed_max_size=network.position_size,
-            dual_attention_layers=network.dual_attention_layers,
-            qk_norm="rms_norm" if network.qk_norm else None,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.schedule.shift),
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * len(config.vae.channels),
-            up_block_types=["UpDecoderBlock2D"] * len(config.vae.channels),
-            block_out_channels=config.vae.channels,
-            layers_per_block=config.vae.blocks_per_level,
-            latent_channels=16,
-            norm_num_groups=config.vae.groups,
-            sample_size=config.vae.sample_size,
-            scaling_factor=config.vae.scaling,
-            shift_factor=config.vae.shift,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-        text_encoder=clip_model(config.clip_l),
-        text_encoder_2=clip_model(config.clip_g),
-        text_encoder_3=T5EncoderModel(
-            T5Config(
-                vocab_size=config.t5.vocab,
-                d_model=config.t5.width,
-                d_kv=config.t5.head_dim,
-                d_ff=config.t5.mlp_width,
-                num_layers=config.t5.layers,
-                num_heads=config.t5.heads,
-                feed_forward_proj="gated-gelu",
-            )
-        ),
-        tokenizer=None,
-        tokenizer_2=None,
-        tokenizer_3=None,
-    )
-    pipeline.save_pretrained(path, **options)
     return pipeline
 
 

@@ -4,12 +4,10 @@ import base64
 import json
 import os
 import random
-import resource
 import shutil
 import struct
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from functional_sd3.text.token_fields import MOST_ADDED
 from functional_sd3.text.unigram import charsmap, sentencepiece_file
 from functional_sd3.text.unigram.tables import LONGEST_PIECE
 from functional_sd3.weights import shipped
+from tests.limits import address_space
 
 FOLDERS = {"bpe": "tokenizer_2", "unigram": "tokenizer_3"}
 INIT = {"bpe": bpe.init, "unigram": unigram.init}
@@ -344,18 +343,6 @@ def test_the_longest_piece_is_found_and_a_longer_one_refused():
     assert unigram.apply(tables, "x" * LONGEST_PIECE, length=None)[0] == [3, 4, tables.eos_id]
     with pytest.raises(ValueError, match="129 characters; at most 128"):
         unigram.from_pieces([*pieces, ("x" * 129, -1.0)])
-
-
-@contextmanager
-def address_space(more):
-    """At most `more` bytes beyond what the process has mapped."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + more, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc are Linux's")

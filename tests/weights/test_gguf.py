@@ -21,6 +21,7 @@ from functional_sd3.text import t5
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import Config, WeightsError
 from tests.weights.conftest import CONFIG
+from tests.weights.gguf_files import write
 
 MODEL = Config(
     transformer=replace(CONFIG.transformer, heads=4, head_dim=16, context_width=64, pooled_width=32),
@@ -31,26 +32,6 @@ MODEL = Config(
 def theirs(model, name, format) -> dict[str, torch.Tensor]:
     config = getattr(model.config, name)
     return rules.to_theirs(format.layout(config), weights.SPECS[name](config), tree.flatten_paths(model.params[name]))
-
-
-def write(path, tensors, kind, arch="sd3", values=(), order=1) -> dict[str, torch.Tensor]:
-    """Matrices in blocks of `kind` where their rows allow, the rest in float32; what they then mean."""
-    writer = gguf.GGUFWriter(path, arch)
-    for name, value in values:
-        writer.add_array(name, value) if isinstance(value, list) else writer.add_string(name, value)
-    meant = {}
-    for name, value in list(tensors.items())[::order]:
-        array = value.numpy()
-        fits = array.ndim == 2 and array.shape[1] % 32 == 0
-        own = kind if fits or (array.ndim > 1 and kind == Kind.F16) else Kind.F32
-        stored = gguf.quants.quantize(array, own)
-        writer.add_tensor(name, stored, raw_dtype=own)
-        meant[name] = torch.from_numpy(gguf.quants.dequantize(stored, own).reshape(value.shape).copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return meant
 
 
 def joined(meant, name, format, config=MODEL):
