@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from functional_sd3.weights.controlnets import ControlNet
 
 _NUMBER = r"[-+]?[0-9.]+(?:[eE][-+]?\d+)?"
-_ASKED = re.compile(
+_FORM = re.compile(
     rf"(?P<kind>\w+)=(?P<image>.+?)(?::(?P<scale>{_NUMBER})(?::(?P<start>{_NUMBER})-(?P<end>{_NUMBER}))?)?"
 )
 
 
-class Asked(NamedTuple):
-    """One `--control`: what the picture is, where it lies, how strongly and when it is heard."""
+class ControlSpec(NamedTuple):
+    """One `--control`: the kind of its image, the path, the scale, and the part of the run as fractions."""
 
     kind: str
     image: Path
@@ -52,32 +52,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a picture keeps of how it was controlled; nothing where it was not."""
+    """What an image keeps of how it was controlled; nothing where it was not."""
     if not arguments.control:
         return {}
     return {name: getattr(arguments, name) for name in ("control", "controlnet", "control_after_last")}
 
 
-def parse(text: str) -> Asked:
+def parse(text: str) -> ControlSpec:
     """ValueError where the words are not of the form, the kind is unknown or a number is none."""
     from functional_sd3.transformer import controlnet
 
-    match = _ASKED.fullmatch(text)
+    match = _FORM.fullmatch(text)
     if not match:
         raise ValueError(f"--control {text!r} must be KIND=IMAGE, KIND=IMAGE:SCALE or KIND=IMAGE:SCALE:START-END")
     if match["kind"] not in controlnet.KINDS:
         raise ValueError(f"--control {text!r}: kind {match['kind']!r} must be one of {', '.join(controlnet.KINDS)}")
     limits = (("scale", "1"), ("start", "0"), ("end", "1"))
     values = [numbers.number(match[name] or usual, f"--control {text!r}: its {name}") for name, usual in limits]
-    return Asked(match["kind"], Path(match["image"]), *values)
+    return ControlSpec(match["kind"], Path(match["image"]), *values)
 
 
 def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int], dtype, device) -> "list[Control]":
-    """The controls that were asked for, their pictures encoded; size (width, height) of what is drawn, in pixels.
+    """The controls of the options, their images encoded; size (width, height) of what is drawn, in pixels.
 
     config: of the model; fetch: a component's name -> its parameters.
 
-    Raises ValueError for words that make no sense, ControlNets made for another model, and pictures of other
+    Raises ValueError for words that make no sense, ControlNets made for another model, and images of other
     proportions than what is drawn; WeightsError for files that cannot be read.
     """
     import torch
@@ -85,11 +85,11 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
     from functional_sd3 import pipeline
     from functional_sd3.transformer import control
 
-    asked = [parse(text) for text in arguments.control]
-    if not asked and not arguments.controlnet:
+    specs = [parse(text) for text in arguments.control]
+    if not specs and not arguments.controlnet:
         return []
     found = []
-    for one, net in zip(asked, _nets(asked, arguments.controlnet, dtype, device), strict=True):
+    for one, net in zip(specs, _nets(specs, arguments.controlnet, dtype, device), strict=True):
         nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
         made = control.Control(
             net.params, net.config, nothing, one.scale, one.start, one.end, arguments.control_after_last
@@ -108,8 +108,8 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
     return found
 
 
-def _nets(asked: list[Asked], paths: list[str], dtype, device) -> "list[ControlNet]":
-    """A ControlNet for each picture: the one named for its kind, that whose file tells its kind, the next unnamed."""
+def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[ControlNet]":
+    """A ControlNet for each image: the one named for its kind, that whose file tells its kind, the next unnamed."""
     from functional_sd3 import weights
     from functional_sd3.transformer import controlnet
 
@@ -125,10 +125,10 @@ def _nets(asked: list[Asked], paths: list[str], dtype, device) -> "list[ControlN
             named[called or net.config.kind] = net
         else:
             unnamed.append(net)
-    if len(paths) > len(asked):
-        raise ValueError(f"{len(paths)} --controlnet for {len(asked)} images; give a --control KIND=IMAGE for each")
+    if len(paths) > len(specs):
+        raise ValueError(f"{len(paths)} --controlnet for {len(specs)} images; give a --control KIND=IMAGE for each")
     found = []
-    for one in asked:
+    for one in specs:
         if one.kind not in named and not unnamed:
             raise ValueError(f"--control {one.kind}={one.image} needs --controlnet {one.kind}=PATH: what reads it")
         net = named[one.kind] if one.kind in named else unnamed.pop(0)

@@ -2,11 +2,19 @@
 
 import argparse
 import re
+from typing import TYPE_CHECKING
 
 from functional_sd3.cli import controls, guidance, inputs, options, output, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
 
+if TYPE_CHECKING:
+    from functional_sd3.pipeline import FlowEdit, InversionEdit
+
 HELP = "draw an image as another prompt tells it"
+DEFAULTS = {"steps": 28, "cfg": 5.0, "source_cfg": 1.0, "eta": 0.9, "window": "0-0.25"}
+"""Of `pipeline.edit`, known here without torch."""
+DIRECT_DEFAULTS = {"steps": 50, "cfg": 13.5, "source_cfg": 3.5, "strength": 0.66}
+"""Of `pipeline.flow_edit`."""
 _RECORDED = ("seed", "size", "eta", "window", "source_cfg", "exact", "direct", "strength")
 
 
@@ -31,59 +39,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="FlowEdit: follow the difference of the prompts' flows from the image, without going back to noise",
     )
     parser.add_argument("--strength", type=float, help="with --direct: the part of the steps taken (default 0.66)")
-    parser.add_argument("--source-cfg", type=float, help="guidance scale of --from (default 1; 2 with --direct)")
+    parser.add_argument("--source-cfg", type=float, help="guidance scale of --from (default 1; 3.5 with --direct)")
     parser.add_argument("--seed", type=int, default=0, help="with --direct: of its noise (default 0)")
     options.add_size(parser, "that of the image")
     options.add_words(parser)
-    options.add_run(parser)
+    options.add_run(parser, steps=None, cfg=None)
     options.add_model(parser)
     parser.add_argument("--out", metavar="FILE-or-DIR", help="a .png, .jpg or .webp file, or a folder (default: out/)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
-    size, told = options.size(arguments.size), _told(arguments)
+    size = options.size(arguments.size)
+    _check(arguments)
     options.check_file(arguments.picture, arguments.picture)
     options.check_run(arguments)
     if arguments.source_cfg is not None and arguments.source_cfg < 1:
         report.note(f"--source-cfg {arguments.source_cfg:g} is no guidance, as every scale up to 1")
     out, single = output.destination(arguments.out)
 
-    import torch
-
-    from functional_sd3 import pipeline
     from functional_sd3.cli import runtime, session
     from functional_sd3.core import prng
     from functional_sd3.image import pixels
+    from functional_sd3.pipeline import Request, StartImages
 
-    opened = session.start(arguments, timer)
+    opened = session.open_session(arguments, timer)
     image = inputs.fitted_image(arguments.picture, opened, size)
-    shown = session.picture_size(opened, (image.shape[-1], image.shape[-2]))
+    shown = session.image_size(opened, (image.shape[-1], image.shape[-2]))
     control = controls.prepare(arguments, opened.config, opened.fetch, shown, opened.dtype, opened.device)
     timer.done("load")
     texts = [arguments.source, arguments.target, arguments.negative]
     session.note_truncated(opened, texts, arguments)
     prompt_words.note_unknown(arguments, texts)
-    keys = prng.key(torch.tensor([arguments.seed], dtype=torch.int64, device="cpu"))
     if single:
         output.check_fits(out, *shown)
-    with timer.named_failures(), torch.no_grad(), progress(2 * arguments.steps) as bar:
-        timer.stage = "editing"
-        conditions = session.conditions(opened, [arguments.source, arguments.target], arguments)
-        timer.done("text", opened.device)
-        latents = pipeline.encode_images({"vae": opened.fetch("vae")}, opened.config, image)
-        told |= {"control": control, "on_step": lambda info: bar.update()}
-        # Back to noise and from there again: a method that draws noise at its steps leads nowhere twice.
-        told |= session.sampling(opened, arguments, keys, default="euler")
-        transformer = {"transformer": opened.fetch("transformer")}
-        if arguments.direct:
-            latents = pipeline.flow_edited(transformer, opened.config, conditions, latents, keys, **told)
-        else:
-            latents = pipeline.edited(transformer, opened.config, conditions, latents, **told)
-        timer.done("sampling", opened.device)
-        del transformer
-        images = pipeline.decode({"vae": opened.fetch("vae")}, opened.config, latents).cpu()
-        timer.done("decoding", opened.device)
+    with timer.named_failures(), progress((1 if arguments.direct else 2) * arguments.steps) as bar:
+        # A run that draws noise at its steps leads nowhere twice, hence Euler's method.
+        run = session.sampling_options(opened, arguments, lambda info: bar.update(), control, default="euler")
+        request = Request(
+            arguments.target,
+            prng.key(arguments.seed)[None],
+            session.text_options(arguments),
+            run,
+            start=StartImages(image, arguments.strength if arguments.direct else 1.0),
+            edit=_edit(arguments),
+        )
+        (images,) = session.draw(opened, [request], 1, offload=arguments.offload)
     runtime.check_finite(images)
     drawn, settings = pixels.to_pil(images)[0], _settings(arguments)
     if single:
@@ -96,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _told(arguments: argparse.Namespace) -> dict:
-    """The options of `pipeline.edited` or `pipeline.flow_edited`; ValueError for those that make no sense."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Give options that are absent their values; raise ValueError for those that make no sense."""
     for name in ("eta", "strength"):
         value = getattr(arguments, name)
         if value is not None and not 0 <= value <= 1:
@@ -106,17 +107,22 @@ def _told(arguments: argparse.Namespace) -> dict:
         raise ValueError("--eta, --window and --exact are of the way to noise and back, which --direct does not go")
     if not arguments.direct and arguments.strength is not None:
         raise ValueError("--strength needs --direct: without it the image goes all the way to noise")
-    if arguments.direct:
-        usual = {"strength": 0.66, "source_cfg": 2.0}
-        told = {name: value if (value := getattr(arguments, name)) is not None else usual[name] for name in usual}
-        return {**told, "source_cfg": guidance.scale(told["source_cfg"])}
-    told = {"eta": 0.9 if arguments.eta is None else arguments.eta, "window": _window(arguments.window or "0-0.25")}
-    told["source_cfg"] = guidance.scale(1.0 if arguments.source_cfg is None else arguments.source_cfg)
-    if arguments.exact:
-        from functional_sd3.flow.ode import fixed_point
+    if arguments.window:
+        _window(arguments.window)
+    for name, value in (DIRECT_DEFAULTS if arguments.direct else DEFAULTS).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
 
-        told["inversion"] = fixed_point.inverse
-    return told
+
+def _edit(arguments: argparse.Namespace) -> "InversionEdit | FlowEdit":
+    from functional_sd3.flow.ode import fixed_point
+    from functional_sd3.pipeline import FlowEdit, InversionEdit
+
+    source, scale = [arguments.source], guidance.scale(arguments.source_cfg)
+    if arguments.direct:
+        return FlowEdit(source, scale)
+    inversion = fixed_point.inverse if arguments.exact else None
+    return InversionEdit(source, scale, arguments.eta, _window(arguments.window), inversion)
 
 
 def _window(text: str) -> tuple[float, float]:

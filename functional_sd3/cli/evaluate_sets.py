@@ -55,9 +55,7 @@ class Making(NamedTuple):
 
 
 def run_fid(arguments: argparse.Namespace) -> Report:
-    kind = Kind(
-        collect.statistics, fid.Record, lambda record: record.statistics.n, fid.save, _load_statistics
-    )
+    kind = Kind(collect.statistics, fid.Record, lambda record: record.statistics.n, fid.save, _load_statistics)
     sides, data = _measured(arguments, kind)
     if len(sides) == 1:
         return _only_saved(arguments, sides, data)
@@ -172,9 +170,7 @@ def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str)
         if arguments.mode is None:
             raise ValueError("--count is for statistics that do not say how they were made either: pass --mode too")
         tap = arguments.features or inception.TAPS[-1]
-        return fid.load(
-            path, n=arguments.count, preprocessing=arguments.mode, weights=fingerprint, tap=tap
-        )
+        return fid.load(path, n=arguments.count, preprocessing=arguments.mode, weights=fingerprint, tap=tap)
     with suppress(WeightsError):
         found = features.load(path)
         return fid.Record(frechet.statistics(found.values), found.preprocessing, found.weights, found.tap)

@@ -1,10 +1,16 @@
 """Draw images of prompts."""
 
 import argparse
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from functional_sd3.cli import controls, inputs, numbers, options, output, prompt_words, regions, report
 from functional_sd3.cli.timing import Timer, progress
 from functional_sd3.cli.written import Job
+
+if TYPE_CHECKING:
+    from functional_sd3.pipeline import Region, Request, SamplingOptions, StartImages, TextOptions
 
 HELP = "draw images of prompts"
 
@@ -48,34 +54,82 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = _jobs(prompts, arguments)
     prompt_words.note_missing_quotes(arguments.prompt)
 
-    from functional_sd3.cli import drawing, session, writer
+    from functional_sd3.cli import session, writer
 
-    opened = session.start(arguments, timer)
-    begun = inputs.prepare(arguments, opened, size)
-    size = session.picture_size(opened, begun.size if begun else size, bounded=tile is None)
+    opened = session.open_session(arguments, timer)
+    start = inputs.prepare(arguments, opened, size)
+    size = (start.images.shape[-1], start.images.shape[-2]) if start else size
+    size = session.image_size(opened, size, bounded=tile is None)
     if single:
         writer.check_fits(out, size, len(jobs))
     control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
-    asked = regions.prepare(arguments, opened, size)
+    places = regions.prepare(arguments, size)
     timer.done("load")
-    texts = [*prompts, *(regions.parse(text).prompt for text in arguments.region), arguments.negative]
+    texts = [*prompts, *(region.prompt for region in places), arguments.negative]
     session.note_truncated(opened, texts, arguments)
     prompt_words.note_unknown(arguments, texts)
 
     settings = {
-        # A picture is fitted again as it was: by its own size, or the one that was asked for.
-        **({"size": arguments.size or "x".join(map(str, size))} if arguments.size or not begun else {}),
+        # An image is fitted again as it was: by its own size, or the one that was given.
+        **({"size": arguments.size or "x".join(map(str, size))} if arguments.size or not start else {}),
         **options.settings(arguments),
         **inputs.settings(arguments),
         **regions.settings(arguments),
     }
-    batches = drawing.batches(jobs, arguments.batch, alone=arguments.long)
-    with progress(arguments.steps * len(batches)) as bar:
-        run = drawing.Run(opened, size, control, bar, begun, asked, tile)
-        batches_of_images = (drawing.offloaded if arguments.offload else drawing.together)(run, batches, arguments)
-        writer.write(batches_of_images, jobs, settings, out, single=single, timer=timer)
+    groups = _groups(jobs, arguments)
+    batches = sum(-(-len(group) // arguments.batch) for group in groups)
+    with progress(arguments.steps * batches) as bar:
+        run = session.sampling_options(opened, arguments, lambda info: bar.update(), control)
+        text = session.text_options(arguments)
+        requests = (_request(group, text, run, size, start, places, tile) for group in groups)
+        images = session.draw(opened, requests, arguments.batch, offload=arguments.offload)
+        writer.write(images, jobs, settings, out, single=single, timer=timer)
     report.message(timer.summary())
     return 0
+
+
+def _groups(jobs: list[Job], arguments: argparse.Namespace) -> list[list[Job]]:
+    """The jobs that a request holds: one batch, or with --offload, where every component is read once, all.
+
+    With --long never of two prompts, since the longest would lengthen the context of the others.
+    """
+    groups = [list(group) for _, group in itertools.groupby(jobs, lambda job: job.prompt)] if arguments.long else [jobs]
+    if arguments.offload:
+        return groups
+    size = arguments.batch
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def _request(
+    jobs: list[Job],
+    text: "TextOptions",
+    run: "SamplingOptions",
+    size: tuple[int, int],
+    start: "StartImages | None",
+    places: "Sequence[Region]",
+    tile: tuple[int, int] | None,
+) -> "Request":
+    import torch
+
+    from functional_sd3.core import prng
+    from functional_sd3.pipeline import Request, Tiling, Variation
+
+    variation = None
+    if jobs[0].variation_seed is not None:
+        keys = torch.stack([prng.key(job.variation_seed) for job in jobs])
+        variation = Variation(keys, torch.tensor([job.amount for job in jobs], dtype=torch.float32, device="cpu"))
+    return Request(
+        [job.prompt for job in jobs],
+        torch.stack([prng.key(job.seed) for job in jobs]),
+        text,
+        run,
+        height=size[1],
+        width=size[0],
+        variation=variation,
+        start=start,
+        regions=places,
+        tiling=tile and Tiling(*tile),
+    )
 
 
 def _jobs(prompts: list[str], arguments: argparse.Namespace) -> list[Job]:
@@ -85,11 +139,14 @@ def _jobs(prompts: list[str], arguments: argparse.Namespace) -> list[Job]:
     seed, colon, amount = arguments.variation.partition(":")
     if not colon:
         raise ValueError(f"--variation {arguments.variation!r} must be SEED:AMOUNT, such as 7:0.2")
-    towards = numbers.seed(seed, f"--variation {arguments.variation}: the seed")
+    variation_seed = numbers.seed(seed, f"--variation {arguments.variation}: the seed")
     share = numbers.number(amount, f"--variation {arguments.variation}: the amount")
-    numbers.seed(towards + arguments.count - 1, f"--variation {seed} with --count {arguments.count}: the last seed")
+    last = variation_seed + arguments.count - 1
+    numbers.seed(last, f"--variation {seed} with --count {arguments.count}: the last seed")
     if not 0 <= share <= 1:
         raise ValueError(f"--variation {arguments.variation}: the amount must be between 0 and 1 (the other seed)")
     return [
-        Job(prompt, arguments.seed, towards + index, share) for prompt in prompts for index in range(arguments.count)
+        Job(prompt, arguments.seed, variation_seed + index, share)
+        for prompt in prompts
+        for index in range(arguments.count)
     ]

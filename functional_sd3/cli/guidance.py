@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from functional_sd3.flow.guidance import Guidance
 
 
-class Asked(NamedTuple):
+class GuidanceSpec(NamedTuple):
     """One `--guidance`: its name, and its options with their values."""
 
     name: str
@@ -87,7 +87,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"guidance": arguments.guidance} if arguments.guidance else {}
 
 
-def parse(text: str) -> Asked:
+def parse(text: str) -> GuidanceSpec:
     """ValueError where the name or an option is unknown, a value cannot be read, or one that is needed is missing."""
     name, _, rest = text.partition(":")
     if name not in KINDS:
@@ -105,7 +105,7 @@ def parse(text: str) -> Asked:
     for option in kind.required:
         if option not in found:
             raise ValueError(f"--guidance {text!r} needs {option}=, as in --guidance {name}:{option}=...")
-    return Asked(name, found)
+    return GuidanceSpec(name, found)
 
 
 def scale(written: float) -> float:
@@ -139,11 +139,11 @@ def prepare(arguments: argparse.Namespace, session: "Session") -> "Guidance | No
     """
     from functional_sd3.flow import guidance
 
-    asked = [parse(text) for text in arguments.guidance]
-    if not asked:
+    specs = [parse(text) for text in arguments.guidance]
+    if not specs:
         return None
     made = guidance.cfg(scale(arguments.cfg))
-    for place, one in enumerate(asked):
+    for place, one in enumerate(specs):
         kind = KINDS[one.name]
         if kind.begins and place:
             raise ValueError(f"--guidance {one.name} begins a guidance: it must come first, and be the only one")
@@ -168,7 +168,6 @@ def _loaded(options: dict[str, Any], session: "Session", arguments: argparse.Nam
 
     from functional_sd3 import pipeline, weights
     from functional_sd3.cli import runtime
-    from functional_sd3.cli.session import told
 
     depth = session.config.transformer.depth
     absent = [layer for layer in options.get("layers", ()) if not 0 <= layer < depth]
@@ -182,7 +181,8 @@ def _loaded(options: dict[str, Any], session: "Session", arguments: argparse.Nam
     if "text" in options:
         with torch.no_grad():
             model = session.fetch, session.config, session.tokenizers
-            conditions = pipeline.encode_from(*model, [options["text"]], **told(arguments))
+            words = {"negative": arguments.negative, "weighted": arguments.weighted, "long_prompts": arguments.long}
+            conditions = pipeline.encode_from(*model, [options["text"]], **words)
         return {**options, "text": conditions.positive}
     return options
 

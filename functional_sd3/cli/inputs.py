@@ -18,27 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from functional_sd3.cli.session import Session
+    from functional_sd3.pipeline import StartImages
 
 _SIDES = ("left", "right", "top", "bottom")
 _RECORDED = ("image", "mask", "strength", "soften", "restore", "outpaint", "overlap")
-
-
-class Picture(NamedTuple):
-    """What a run begins from; tensors of one sample, on the device."""
-
-    image: "Tensor"
-    """(1, 3, height, width) in [0, 1], grown where it is outpainted."""
-    latents: "Tensor"
-    mask: "Tensor | None"
-    """(1, 1, height, width), 1 where it is painted anew."""
-    strength: float
-    soften: float | None
-    restore: bool
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.image.shape[-1], self.image.shape[-2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,33 +87,35 @@ def margins(text: str) -> dict[str, int]:
     return found
 
 
-def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, int] | None) -> Picture | None:
-    """The picture read, fitted, grown, encoded; None without --image. size: width and height it is fitted to.
+def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, int] | None) -> "StartImages | None":
+    """The image read, fitted and grown, with its mask; None without --image. size: width and height it is fitted to.
 
-    Raises ValueError for files that are no pictures, masks of other proportions, and sizes that cannot be drawn.
+    Raises ValueError for files that are no images, masks of other proportions, and sizes that cannot be drawn.
     """
     if arguments.image is None:
         return None
     import torch
 
     from functional_sd3 import pipeline
-    from functional_sd3.image import pixels
+    from functional_sd3.image import pixels, vae
 
     image, mask = fitted_image(arguments.image, session, size), None
     if arguments.mask:
-        picture = read(arguments.image)
-        fit = fitting(picture.size, session, size)
-        found = read_mask(arguments.mask, picture, least=128 if arguments.soften is None else 4)
-        mask = pixels.from_pil(fitted(_proportioned(arguments.mask, found, picture), fit))[:, :1].to(session.device)
+        original = read(arguments.image)
+        fit = fitting(original.size, session, size)
+        read_in = read_mask(arguments.mask, original, least=128 if arguments.soften is None else 4)
+        mask = fitted(_proportioned(arguments.mask, read_in, original), fit)
+        mask = pixels.from_pil(mask)[:, :1].to(session.device)
     elif arguments.outpaint:
-        image, mask = pipeline.grown(image, **margins(arguments.outpaint), overlap=arguments.overlap or 0)
+        image, mask = pipeline.extend_canvas(image, **margins(arguments.outpaint), overlap=arguments.overlap or 0)
     strength = arguments.strength if arguments.strength is not None else 0.6 if mask is None else 1.0
-    with torch.no_grad():
-        latents = pipeline.encode_images({"vae": session.fetch("vae")}, session.config, image)
-    if mask is not None and not pipeline.latent_mask(mask, latents, arguments.soften).any():
-        where = f"--mask {arguments.mask}" if arguments.mask else f"--outpaint {arguments.outpaint}"
-        raise ValueError(f"{where} changes nothing: its white part is too small for latents, or cropped away")
-    return Picture(image, latents, mask, strength, arguments.soften, arguments.restore)
+    if mask is not None:
+        factor = vae.factor(session.config.vae)
+        latents = torch.empty((1, 1, *(side // factor for side in image.shape[-2:])), device="meta")
+        if not pipeline.latent_mask(mask, latents, arguments.soften).any():
+            where = f"--mask {arguments.mask}" if arguments.mask else f"--outpaint {arguments.outpaint}"
+            raise ValueError(f"{where} changes nothing: its white part is too small for latents, or cropped away")
+    return pipeline.StartImages(image, strength, mask, arguments.soften, arguments.restore)
 
 
 def fitted_image(path: str, session: "Session", size: tuple[int, int] | None) -> "Tensor":

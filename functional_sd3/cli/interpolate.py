@@ -1,10 +1,19 @@
 """Draw the images between prompts or seeds, or the steps of one image, as a strip and an animation."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from functional_sd3.cli import controls, numbers, options, output, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from functional_sd3.cli.session import Session
+    from functional_sd3.pipeline import Request
+    from functional_sd3.pipeline.mixing import Mix
 
 HELP = "draw the images between prompts or seeds, or the steps of one"
 _SUFFIXES = (".png", ".jpg", ".jpeg", *output.ANIMATIONS)
@@ -50,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_sd3.cli import runtime, session
     from functional_sd3.core import prng
 
-    opened = session.start(arguments, timer)
-    size = session.picture_size(opened, size)
+    opened = session.open_session(arguments, timer)
+    size = session.image_size(opened, size)
     control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
     timer.done("load")
     texts = [*arguments.prompts, arguments.negative]
@@ -61,47 +70,48 @@ def run(arguments: argparse.Namespace) -> int:
     if single:
         is_strip = out.suffix.lower() not in output.ANIMATIONS
         output.check_fits(out, (frames * (size[0] + 2) - 2) if is_strip else size[0], size[1])
-    keys = prng.key(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
-    with timer.named_failures(), torch.no_grad(), progress(arguments.steps) as bar:
-        timer.stage = "drawing"
-        conditions = session.conditions(opened, arguments.prompts, arguments)
-        timer.done("text", opened.device)
-        noise = pipeline.initial_noise(keys, opened.config, len(seeds), size[1], size[0], device=opened.device)
-        transformer = {"transformer": opened.fetch("transformer")}
-        told = {"control": control}
-        shown: list[torch.Tensor] = []
-        if arguments.trajectory:
-            show = pipeline.denoised if arguments.denoised else pipeline.states
-
-            def watch(info) -> None:
-                shown.append(show(info))
-                bar.update()
-
-            told |= {"on_step": watch, **session.sampling(opened, arguments, keys)}
-            pipeline.sample(transformer, opened.config, conditions[0], noise, **told)
-        else:
-            stops = max(len(seeds), len(conditions))
-            every = pipeline.joined([conditions[index % len(conditions)] for index in range(stops)])
-            noises, keys = (part.expand(stops, *part.shape[1:]) for part in (noise, keys))
-            places = torch.linspace(0, stops - 1, arguments.frames or 8, device=opened.device, dtype=torch.float32)
-            mix = pipeline.slerp if arguments.slerp else pipeline.lerp
-            told |= {"on_step": lambda info: bar.update()}
-            for part in places.split(arguments.batch):
-                start, mixed = pipeline.between(noises, every, part, mix)
-                # A method's own noise is that of the first seed in every frame, so that they go on smoothly.
-                options_of_run = session.sampling(opened, arguments, keys[:1].expand(len(part), 2))
-                shown.append(pipeline.sample(transformer, opened.config, mixed, start, **told, **options_of_run))
-        timer.done("sampling", opened.device)
-        del transformer
-        decoder = {"vae": opened.fetch("vae")}
-        images = torch.cat([pipeline.decode(decoder, opened.config, latents).cpu() for latents in shown])
-        timer.done("decoding", opened.device)
+    with timer.named_failures(), progress(arguments.steps) as bar:
+        request = pipeline.Request(
+            arguments.prompts,
+            prng.key(torch.tensor(seeds, dtype=torch.int64, device="cpu")),
+            session.text_options(arguments),
+            session.sampling_options(opened, arguments, lambda info: bar.update(), control),
+            height=size[1],
+            width=size[0],
+            frames=None if arguments.trajectory else pipeline.Frames(frames, _mix(arguments)),
+        )
+        images = torch.cat(list(_draw(opened, request, arguments)))
     runtime.check_finite(images)
     for path in _write(out, single, images, arguments):
         report.say(path)
     timer.done("write")
     report.message(timer.summary())
     return 0
+
+
+def _mix(arguments: argparse.Namespace) -> "Mix":
+    from functional_sd3 import pipeline
+
+    return pipeline.slerp if arguments.slerp else pipeline.lerp
+
+
+def _draw(opened: "Session", request: "Request", arguments: argparse.Namespace) -> "Iterator[Tensor]":
+    """The images of each batch of frames, or of each step."""
+    import torch
+
+    from functional_sd3 import pipeline
+    from functional_sd3.cli import session
+
+    if not arguments.trajectory:
+        yield from session.draw(opened, [request], arguments.batch, offload=arguments.offload)
+        return
+    prepared = session.prepare(opened, request)
+    opened.timer.stage = "drawing"
+    show = pipeline.denoised if arguments.denoised else pipeline.states
+    with torch.no_grad():
+        images = pipeline.draw_steps(opened.fetch, opened.config, prepared, show).flatten(0, 1).cpu()
+    opened.timer.done("sampling", opened.device)
+    yield images
 
 
 def _check(arguments: argparse.Namespace) -> list[int]:

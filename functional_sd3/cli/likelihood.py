@@ -62,28 +62,30 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_sd3 import pipeline
     from functional_sd3.cli import ranking, session
 
-    opened = session.start(arguments, timer)
+    opened = session.open_session(arguments, timer)
     if arguments.method in ranking.UNFIT:
         raise ValueError(f"--method {arguments.method} draws noise; a likelihood needs one of {', '.join(ranking.FIT)}")
     image = inputs.fitted_image(arguments.picture, opened, size)
-    session.picture_size(opened, (image.shape[-1], image.shape[-2]))
+    session.image_size(opened, (image.shape[-1], image.shape[-2]))
     prompts = list(dict.fromkeys(arguments.prompts))
     session.note_truncated(opened, [*prompts, arguments.negative], arguments)
     prompt_words.note_unknown(arguments, [*prompts, arguments.negative])
     timer.done("load")
     with timer.named_failures(), torch.no_grad():
         timer.stage = f"measuring the {arguments.by}"
-        conditions = session.conditions(opened, prompts, arguments)
+        words = {"negative": arguments.negative, "weighted": arguments.weighted, "long_prompts": arguments.long}
+        conditions = pipeline.encode_from(opened.fetch, opened.config, opened.tokenizers, prompts, **words)
         timer.done("text", opened.device)
         latents = pipeline.encode_images({"vae": opened.fetch("vae")}, opened.config, image)
         transformer, scale = {"transformer": opened.fetch("transformer")}, guidance.scale(arguments.cfg)
-        parts = [conditions[i : i + arguments.batch_size] for i in range(0, len(prompts), arguments.batch_size)]
+        size = arguments.batch_size
+        parts = [pipeline.slice_batch(conditions, slice(i, i + size)) for i in range(0, len(prompts), size)]
         with progress(len(parts) * ranking.ticks(arguments)) as bar:
             scores = torch.cat(
                 [
                     ranking.scores(
-                        pipeline.velocity(transformer, opened.config, pipeline.joined(part), scale),
-                        latents.expand(len(part), *latents.shape[1:]),
+                        pipeline.velocity(transformer, opened.config, part, scale),
+                        latents.expand(len(part.positive.pooled), *latents.shape[1:]),
                         arguments,
                         on_step=lambda _: bar.update(),
                     ).cpu()

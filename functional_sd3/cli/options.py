@@ -71,9 +71,13 @@ def add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long", action="store_true", help="let CLIP read prompts beyond its length, in chunks")
 
 
-def add_run(parser: argparse.ArgumentParser, *, steps: int = 28, cfg: float = 5.0) -> None:
-    parser.add_argument("--steps", type=int, default=steps, help=f"steps of the sampler (default {steps})")
-    parser.add_argument("--cfg", type=float, default=cfg, help=f"guidance scale; 1 or less for none (default {cfg:g})")
+def add_run(parser: argparse.ArgumentParser, *, steps: int | None = 28, cfg: float | None = 5.0) -> None:
+    """Options of a run; steps, cfg: None where the command chooses (`edit`)."""
+    for_steps, for_cfg = steps or "28; 50 with --direct", cfg or "5; 13.5 with --direct"
+    parser.add_argument("--steps", type=int, default=steps, help=f"steps of the sampler (default {for_steps})")
+    parser.add_argument(
+        "--cfg", type=float, default=cfg, help=f"guidance scale; 1 or less for none (default {for_cfg})"
+    )
     parser.add_argument(
         "--method",
         help="integrator: euler, heun, dpmpp_2m, unipc, dopri5, ... (default euler, or euler_renoised where the "

@@ -10,29 +10,19 @@ from functional_sd3.cli import inputs, numbers, written
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from functional_sd3.cli.session import Session
-    from functional_sd3.pipeline import Conditions
+    from functional_sd3.pipeline import Region
 
 _SIDE = "([0-9]{1,6})"
 _BOX = re.compile(f"{_SIDE},{_SIDE},{_SIDE}[xX]{_SIDE}")
 _FORM = "LEFT,TOP,WIDTHxHEIGHT=PROMPT or MASK.png=PROMPT, with @WEIGHT before the = if it is not 0.5"
 
 
-class Asked(NamedTuple):
+class RegionSpec(NamedTuple):
     """One `--region`: a box (left, top, width, height) in pixels or the path of a mask, a weight and a prompt."""
 
     place: tuple[int, int, int, int] | str
     weight: float
     prompt: str
-
-
-class Regions(NamedTuple):
-    """What each prompt is, and what part it has in every latent."""
-
-    conditions: "list[Conditions]"
-    """Of the regions, a row each."""
-    shares: "Tensor"
-    """(1 + regions, 1, height, width), the picture's own prompt first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> written.Settings:
-    """What a picture keeps of its regions and tiles."""
+    """What an image's settings keep of its regions and tiles."""
     return written.given(arguments, ("region", "tile"))
 
 
@@ -65,7 +55,7 @@ def check(arguments: argparse.Namespace) -> tuple[int, int] | None:
     return tile(arguments.tile)
 
 
-def parse(text: str) -> Asked:
+def parse(text: str) -> RegionSpec:
     """ValueError where the words are not of the form."""
     place, equals, prompt = text.partition("=")
     place, _, weight = place.partition("@")
@@ -75,7 +65,7 @@ def parse(text: str) -> Asked:
         raise ValueError(f"--region {text!r} must be {_FORM}")
     if not box and not Path(place).is_file():
         raise ValueError(f"--region {text!r}: {place} is neither LEFT,TOP,WIDTHxHEIGHT nor the file of a mask")
-    return Asked(tuple(map(int, box.groups())) if box else place, number, prompt)
+    return RegionSpec(tuple(map(int, box.groups())) if box else place, number, prompt)
 
 
 def tile(text: str | None) -> tuple[int, int] | None:
@@ -91,39 +81,30 @@ def tile(text: str | None) -> tuple[int, int] | None:
     return side, overlap
 
 
-def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, int]) -> Regions | None:
-    """The regions that were asked for, their prompts encoded; size (width, height) of what is drawn, in pixels.
+def prepare(arguments: argparse.Namespace, size: tuple[int, int]) -> "list[Region]":
+    """The regions of the options; size (width, height) of what is drawn, in pixels.
 
-    Raises ValueError for boxes that leave the picture and masks of other proportions.
+    Raises ValueError for boxes that leave the image and masks of other proportions.
     """
-    asked = [parse(text) for text in arguments.region]
-    if not asked:
-        return None
-    import torch
+    specs = [parse(text) for text in arguments.region]
+    if not specs:
+        return []
+    from functional_sd3.pipeline import Region, masks
 
-    from functional_sd3 import pipeline
-    from functional_sd3.cli.session import told
-    from functional_sd3.pipeline import Region
-
-    with torch.no_grad():
-        conditions = [
-            pipeline.encode_from(session.fetch, session.config, session.tokenizers, [one.prompt], **told(arguments))
-            for one in asked
-        ]
-    height, width = pipeline.latent_size(session.config, size[1], size[0], bounded=False)
-    regions = [Region(one.prompt, _mask(one, size), one.weight) for one in asked]
-    like = torch.zeros(1, 1, height, width, device=session.device, dtype=torch.float32)
-    return Regions(conditions, pipeline.shares(regions, session.config, like))
+    regions = [Region(spec.prompt, _mask(spec, size), spec.weight) for spec in specs]
+    for region in regions:
+        masks.check(region.mask, size[1], size[0], 1)
+    return regions
 
 
-def _mask(asked: Asked, size: tuple[int, int]) -> "Tensor":
+def _mask(spec: RegionSpec, size: tuple[int, int]) -> "Tensor":
     import torch
 
     from functional_sd3.image import pixels
 
-    if isinstance(asked.place, str):
-        return pixels.from_pil(inputs.read_mask(asked.place, least=4))[:, :1]
-    left, top, wide, high = asked.place
+    if isinstance(spec.place, str):
+        return pixels.from_pil(inputs.read_mask(spec.place, least=4))[:, :1]
+    left, top, wide, high = spec.place
     if left + wide > size[0] or top + high > size[1] or not wide * high:
         raise ValueError(f"the region {left},{top},{wide}x{high} is not in the image of {size[0]}x{size[1]}")
     mask = torch.zeros(1, 1, size[1], size[0], dtype=torch.float32, device="cpu")

@@ -1,26 +1,33 @@
-"""The model that a command draws with, opened as its options say."""
+"""The model that a command draws with, opened as its options say, and its requests drawn stage by stage."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from functional_sd3 import pipeline, weights
 from functional_sd3.cli import guidance, lora_options, report, runtime
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
-from functional_sd3.core.types import Key, Params
+from functional_sd3.core.types import Params
+from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import Config
+from functional_sd3.layouts.components import SPECS, Config
+from functional_sd3.pipeline import Prepared, Request, SamplingOptions, TextOptions
 from functional_sd3.text.completeness import check_encoders
+from functional_sd3.transformer.control import Control
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Tokenizers
 
 
 class Session(NamedTuple):
-    """`fetch`: a component's name -> its parameters, from memory or, with --offload, from disk each time."""
+    """A model and where it is computed.
+
+    fetch: a component's name -> its parameters, from memory or, with --offload, from disk each time.
+    """
 
     config: Config
     tokenizers: Tokenizers
@@ -31,8 +38,11 @@ class Session(NamedTuple):
     guidance: Guidance | None = None
 
 
-def start(arguments: argparse.Namespace, timer: Timer) -> Session:
-    """Raises ValueError for options that make no sense, WeightsError for weights that cannot be read."""
+def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
+    """The model of the options.
+
+    Raises ValueError for options that make no sense, WeightsError for weights that cannot be read.
+    """
     timer.done("import")
     device = runtime.device(arguments.device)
     runtime.method(arguments.method or "euler", prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
@@ -43,49 +53,104 @@ def start(arguments: argparse.Namespace, timer: Timer) -> Session:
         transform.check_compiler()
     source = arguments.params or shipped.folder()
     dtype = runtime.dtype(arguments.dtype, device)
-    told = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
+    options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
     if arguments.offload:
         if arguments.embedding:
             raise ValueError("--embedding changes the text encoders, which --offload reads as they are: leave one out")
-        model, fetch = weights.outline(source, variant=arguments.variant), weights.fetcher(source, **told)
+        model, fetch = weights.outline(source, variant=arguments.variant), weights.fetcher(source, **options)
     else:
-        model = runtime.with_words(weights.load(source, **told), arguments.embedding)
+        model = runtime.with_words(weights.load(source, **options), arguments.embedding)
         fetch = model.params.__getitem__
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     fetch = lora_options.added_to(fetch, lora_options.load(arguments.lora, model.config, device))
+    if not arguments.offload:
+        # Once for the run, not for each batch.
+        fetch = {name: fetch(name) for name in SPECS if getattr(model.config, name) is not None}.__getitem__
     opened = Session(model.config, model.tokenizers, fetch, device, dtype, timer)
     return opened._replace(guidance=guidance.prepare(arguments, opened))
 
 
-def picture_size(session: Session, size: tuple[int, int] | None, *, bounded: bool = True) -> tuple[int, int]:
+def image_size(session: Session, size: tuple[int, int] | None, *, bounded: bool = True) -> tuple[int, int]:
     """Width and height in pixels of what is drawn; ValueError where the model cannot draw it (`bounded`: at once)."""
     height, width = pipeline.latent_size(session.config, *(size[::-1] if size else ()), bounded=bounded)
     factor = vae.factor(session.config.vae)
     return width * factor, height * factor
 
 
-def told(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `pipeline.encode_from`."""
-    return {"negative": arguments.negative, "weighted": arguments.weighted, "long_prompts": arguments.long}
+def text_options(arguments: argparse.Namespace) -> TextOptions:
+    """How the options say that prompts are read."""
+    return TextOptions(arguments.negative, weighted=arguments.weighted, long_prompts=arguments.long)
 
 
-def conditions(session: Session, prompts: Sequence[str], arguments: argparse.Namespace) -> list[pipeline.Conditions]:
-    """Of each prompt, a row each, all of the same number of tokens."""
-    both = pipeline.encode_from(session.fetch, session.config, session.tokenizers, list(prompts), **told(arguments))
-    return [pipeline.rows(both, slice(index, index + 1)) for index in range(len(prompts))]
+def sampling_options(
+    session: Session,
+    arguments: argparse.Namespace,
+    on_step: Callable[[Any], Any],
+    control: Sequence[Control] = (),
+    default: str | None = None,
+) -> SamplingOptions:
+    """How the options say that the flow is followed.
+
+    default: the method where --method names none, instead of that of the model's scheduler config.
+    """
+    method = arguments.method or default
+    if method in ode.ADAPTIVE:
+        method = runtime.method(method, rtol=arguments.rtol, atol=arguments.atol)
+    return SamplingOptions(
+        arguments.steps,
+        guidance.scale(arguments.cfg),
+        session.guidance,
+        method,
+        on_step,
+        control=control,
+        block_transform=transform.compile if arguments.compile else None,
+    )
 
 
-def sampling(session: Session, arguments: argparse.Namespace, keys: Key, default: str | None = None) -> dict[str, Any]:
-    """The options of `pipeline.sample`; keys (batch, 2): those that the noise is drawn from. default: the method where
-    --method names none, instead of what the model's scheduler config says."""
-    name = arguments.method or default or pipeline.default_method(session.config)
-    keys = pipeline.step_keys(keys, len(keys))
-    method = runtime.method(name, keys, rtol=arguments.rtol, atol=arguments.atol)
-    told = {"steps": arguments.steps, "cfg": guidance.scale(arguments.cfg), "method": method}
-    told["guidance"] = session.guidance
-    return {**told, "block_transform": transform.compile if arguments.compile else None}
+@torch.no_grad()
+def prepare(session: Session, request: Request) -> Prepared:
+    """`pipeline.prepare`, with its time taken."""
+    session.timer.stage = "reading the prompts"
+    prepared = pipeline.prepare(session.fetch, session.config, session.tokenizers, request)
+    session.timer.done("text", session.device)
+    return prepared
+
+
+@torch.no_grad()
+def draw(session: Session, requests: Iterable[Request], batch: int, *, offload: bool) -> Iterator[Tensor]:
+    """The images (count, 3, height, width) of each batch as soon as they are drawn, on the CPU.
+
+    offload: one component in memory at a time, each for all batches; else batch by batch, and request by request.
+    """
+    if offload:
+        parts = [part for request in requests for part in pipeline.split_batches(prepare(session, request), batch)]
+        yield from _draw_parts(session, parts)
+        return
+    for request in requests:
+        for part in pipeline.split_batches(prepare(session, request), batch):
+            yield from _draw_parts(session, [part])
+
+
+def _draw_parts(session: Session, parts: Sequence[Prepared]) -> Iterator[Tensor]:
+    """`pipeline.draw` of each, with the time of its stages taken."""
+    params = {"transformer": session.fetch("transformer")}
+    session.timer.done("load", session.device)
+    latents = []
+    for part in parts:
+        session.timer.stage = "sampling"
+        latents.append(pipeline.sample_latents(params, session.config, part))
+        session.timer.done("sampling", session.device)
+    # Dropped before the next is read.
+    params = {}
+    params = {"vae": session.fetch("vae")}
+    session.timer.done("load", session.device)
+    for part, each in zip(parts, latents, strict=True):
+        session.timer.stage = "decoding"
+        images = pipeline.decode_latents(params, session.config, part, each).cpu()
+        session.timer.done("decoding", session.device)
+        yield images
 
 
 def note_truncated(session: Session, texts: Sequence[str], arguments: argparse.Namespace) -> None:

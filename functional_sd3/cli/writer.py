@@ -84,7 +84,7 @@ def _say_path(path: Path) -> None:
 
 
 def _write_one(folder: Path, image: Tensor, job: Job, settings: Settings) -> Path:
-    seeds = f"{job.seed}" if job.towards is None else f"{job.seed}-{job.towards}"
+    seeds = f"{job.seed}" if job.variation_seed is None else f"{job.seed}-{job.variation_seed}"
     own = {"prompts": [job.prompt], **job.settings(), **settings}
     return output.save_new(folder, f"{output.slug(job.prompt)}-{seeds}", pixels.to_pil(image[None])[0], own)
 

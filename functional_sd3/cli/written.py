@@ -16,6 +16,8 @@ METADATA = "functional_sd3"
 DESCRIPTION = 0x010E
 """The EXIF tag ImageDescription."""
 _DEFAULTS = {"negative": "", "cfg": 5.0, "dtype": "auto"}
+_OLD_DIRECT = {"source_cfg": 2.0, "strength": 0.66}
+"""Of `edit --direct` in images that do not say: now every edit records them."""
 _POSITIONAL = ("subcommand", "picture", "prompts")
 _DRAWING = ("generate", "edit", "interpolate")
 _UNRECORDED = {"help", "out", "prompts", "batch", "offload", "device", "compile", "quiet", "debug"}
@@ -29,16 +31,16 @@ the words before the options. A new option of a command is recorded by putting i
 
 
 class Job(NamedTuple):
-    """One picture: its prompt and seed, and the seed whose noise it is moved towards by some amount."""
+    """One image: its prompt and seed, and the seed whose noise its own is moved towards by some amount."""
 
     prompt: str
     seed: int
-    towards: int | None = None
+    variation_seed: int | None = None
     amount: float = 0.0
 
     def settings(self) -> Settings:
-        """What a picture keeps of it beside the prompt."""
-        moved = {} if self.towards is None else {"variation": f"{self.towards}:{self.amount!r}"}
+        """What is written of it into its image, beside the prompt."""
+        moved = {} if self.variation_seed is None else {"variation": f"{self.variation_seed}:{self.amount!r}"}
         return {"seed": self.seed, **moved}
 
 
@@ -137,16 +139,19 @@ def _is_value(value: Any, action: "argparse.Action") -> bool:
 
 
 def _words(settings: Settings) -> list[str]:
-    options = []
+    subcommand, options = settings.get("subcommand", "generate"), []
+    usual = {name: value for name, value in _DEFAULTS.items() if name != "cfg" or subcommand != "edit"}
+    if settings.get("direct"):
+        settings = {**_OLD_DIRECT, **settings}
     for name, value in settings.items():
-        if name in _POSITIONAL or value is False or value == _DEFAULTS.get(name):
+        if name in _POSITIONAL or value is False or value == usual.get(name):
             continue
         option = f"--{name.replace('_', '-')}"
         for item in value if isinstance(value, list) else [value]:
             options += _option(option, item)
     places = [settings["picture"]] if "picture" in settings else []
     words = [str(word) for word in (*places, *settings.get("prompts", []))]
-    start = ["functional-sd3", settings.get("subcommand", "generate")]
+    start = ["functional-sd3", subcommand]
     if any(word.startswith("-") for word in words):
         return [*start, *options, "--", *words]
     return [*start, *words, *options]

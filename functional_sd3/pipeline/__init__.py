@@ -1,19 +1,25 @@
-"""The composition: from prompts, and from pictures, to pictures. Each module is a few lines over the rooms below."""
+"""From prompts and images to images: a `Request` is prepared (encoded) and drawn (integrated and decoded).
 
-from functional_sd3.pipeline.editing import (
-    difference,
-    drawn_to,
-    edit,
-    edited,
-    flow_edit,
-    flow_edited,
-    inverted,
-    spanned,
+The functions that draw (`generate`, `image_to_image`, ...) each make a request of their arguments.
+"""
+
+from functional_sd3.pipeline.blending import Region, blend_fields, shares, tiles
+from functional_sd3.pipeline.components import Components
+from functional_sd3.pipeline.draw import decode_latents, draw, sample_latents
+from functional_sd3.pipeline.editing import edit, flow_edit
+from functional_sd3.pipeline.edits import (
+    edit_field,
+    edit_latents,
+    flow_edit_latents,
+    invert_latents,
+    pull_to,
+    step_window_times,
 )
-from functional_sd3.pipeline.fields import Conditions, joined, rows, velocities, velocity
-from functional_sd3.pipeline.image_to_image import Begun, begin, image_to_image
-from functional_sd3.pipeline.inpainting import grown, holding, inpaint, latent_mask, outpaint, release_times, restored
-from functional_sd3.pipeline.interpolation import between, interpolate, lerp, mix_conditions, slerp, variations
+from functional_sd3.pipeline.encoding import encode, encode_from
+from functional_sd3.pipeline.fields import Conditions, concat_conditions, slice_batch, velocities, velocity
+from functional_sd3.pipeline.image_to_image import image_to_image
+from functional_sd3.pipeline.inpainting import inpaint, outpaint
+from functional_sd3.pipeline.interpolation import interpolate, variations
 from functional_sd3.pipeline.latents import (
     control_latents,
     decode,
@@ -22,62 +28,102 @@ from functional_sd3.pipeline.latents import (
     latent_size,
     step_keys,
 )
-from functional_sd3.pipeline.regions import Region, blended, regional, shares, tiled, tiles
-from functional_sd3.pipeline.sampling import chosen_method, default_method, evaluation_times, sample, sigmas
-from functional_sd3.pipeline.text_to_image import encode, encode_from, generate, generate_from
-from functional_sd3.pipeline.trajectories import denoised, states, trajectory
+from functional_sd3.pipeline.masks import extend_canvas, keep_masked, latent_mask, restore_kept, unmask_times
+from functional_sd3.pipeline.mixing import between, lerp, mix_conditions, slerp
+from functional_sd3.pipeline.prepare import Prepared, prepare, slice_samples, split_batches
+from functional_sd3.pipeline.regions import regional, tiled
+from functional_sd3.pipeline.request import (
+    FlowEdit,
+    Frames,
+    InversionEdit,
+    Request,
+    SamplingOptions,
+    StartImages,
+    TextOptions,
+    Tiling,
+    Variation,
+)
+from functional_sd3.pipeline.sampling import (
+    NoisedStart,
+    add_noise,
+    chosen_method,
+    default_method,
+    evaluation_times,
+    sample,
+    sigmas,
+)
+from functional_sd3.pipeline.text_to_image import generate, generate_from
+from functional_sd3.pipeline.trajectories import denoised, draw_steps, states, trajectory
 
 __all__ = [
-    "Begun",
+    "Components",
     "Conditions",
+    "FlowEdit",
+    "Frames",
+    "InversionEdit",
+    "NoisedStart",
+    "Prepared",
     "Region",
-    "begin",
+    "Request",
+    "SamplingOptions",
+    "StartImages",
+    "TextOptions",
+    "Tiling",
+    "Variation",
+    "add_noise",
     "between",
-    "blended",
+    "blend_fields",
     "chosen_method",
+    "concat_conditions",
     "control_latents",
     "decode",
+    "decode_latents",
     "default_method",
     "denoised",
-    "difference",
-    "drawn_to",
+    "draw",
+    "draw_steps",
     "edit",
-    "edited",
+    "edit_field",
+    "edit_latents",
     "encode",
     "encode_from",
     "encode_images",
     "evaluation_times",
+    "extend_canvas",
     "flow_edit",
-    "flow_edited",
+    "flow_edit_latents",
     "generate",
     "generate_from",
-    "grown",
-    "holding",
     "image_to_image",
     "initial_noise",
     "inpaint",
     "interpolate",
-    "inverted",
-    "joined",
+    "invert_latents",
+    "keep_masked",
     "latent_mask",
     "latent_size",
     "lerp",
     "mix_conditions",
     "outpaint",
+    "prepare",
+    "pull_to",
     "regional",
-    "release_times",
-    "restored",
-    "rows",
+    "restore_kept",
     "sample",
+    "sample_latents",
     "shares",
     "sigmas",
     "slerp",
-    "spanned",
+    "slice_batch",
+    "slice_samples",
+    "split_batches",
     "states",
     "step_keys",
+    "step_window_times",
     "tiled",
     "tiles",
     "trajectory",
+    "unmask_times",
     "variations",
     "velocities",
     "velocity",

@@ -1,4 +1,4 @@
-"""The velocity fields of prompts, pictures and image prompts: one that is guided, or all that guidance needs."""
+"""Velocity fields of prompts, ControlNets and image prompts: the guided one, or all that guidance combines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,19 +20,19 @@ from functional_sd3.transformer.ip_adapter import ImagePrompt
 
 
 class Conditions(NamedTuple):
-    """What the transformer is told, and what it is guided away from."""
+    """Conditioning of the prompts and of the negative prompts, both (batch, ...)."""
 
     positive: Conditioning
     negative: Conditioning
 
 
-def rows(conditions: Conditions, index: slice | Tensor) -> Conditions:
+def slice_batch(conditions: Conditions, index: slice | Tensor) -> Conditions:
     """Some of the samples of a batch."""
     return Conditions(*(Conditioning(*(part[index] for part in half)) for half in conditions))
 
 
-def joined(conditions: Sequence[Conditions]) -> Conditions:
-    """Several batches as one; all must be of the same number of tokens."""
+def concat_conditions(conditions: Sequence[Conditions]) -> Conditions:
+    """The batches one after the other; all must be of the same number of tokens."""
     halves = zip(*conditions, strict=True)
     return Conditions(*(Conditioning(*map(torch.cat, zip(*half, strict=True))) for half in halves))
 

@@ -1,7 +1,7 @@
 """From noise to latents: the run that follows the velocity field of prompts, pictures and image prompts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import guidance as guidances
-from functional_sd3.flow import ode, schedule
+from functional_sd3.flow import ode, path, schedule
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode.method import Advance, Method, StepInfo, no_carry
 from functional_sd3.layouts.components import Config
@@ -18,6 +18,19 @@ from functional_sd3.pipeline.latents import step_keys
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+
+
+class NoisedStart(NamedTuple):
+    """Latents at the level of noise that a run starts from, and the times of its steps."""
+
+    x: Tensor
+    times: Tensor
+
+
+def add_noise(config: Config, latents: Tensor, noise: Tensor, steps: int, strength: float) -> NoisedStart:
+    """The last part of the config's grid of `steps`, and the latents with as much noise as it starts with."""
+    times = schedule.partial(sigmas(config, noise, steps), strength)
+    return NoisedStart(path.interpolate(latents, noise, times[0]), times)
 
 
 def sample(
@@ -29,7 +42,7 @@ def sample(
     steps: int = 28,
     cfg: float | Tensor = 5.0,
     guidance: Guidance | None = None,
-    method: Method | ode.Adaptive | None = None,
+    method: Method | ode.Adaptive | str | None = None,
     key: Key | None = None,
     on_step: Callable[[StepInfo], Any] | None = None,
     skip_layers: Sequence[int] = (),
@@ -43,8 +56,9 @@ def sample(
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
-    method: by default Euler's, or `ode.renoised` where the model's scheduler config says `stochastic_sampling`; this
-    draws noise at every step, from `key`: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2).
+    method: a method or the name of one; by default Euler's, or `ode.renoised` where the model's scheduler config says
+    `stochastic_sampling`. One that is named draws its noise from `key`: (2,), from which sample i takes
+    `fold_in(key, i)`, or (batch, 2).
     guidance: how the velocities of a step are made one, instead of `guidance.cfg(cfg)`; may change from step to step,
     and carry a state. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
     first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
@@ -89,13 +103,13 @@ def default_method(config: Config) -> str:
 
 
 def chosen_method(
-    config: Config, count: int, method: Method | ode.Adaptive | None = None, key: Key | None = None
+    config: Config, count: int, method: Method | ode.Adaptive | str | None = None, key: Key | None = None
 ) -> Method | ode.Adaptive:
-    """`method`, or for None the model's default of `count` samples; `key` as of `sample`."""
-    if method is not None:
+    """The method, that of a name, or for None the model's default, for `count` samples; `key` as of `sample`."""
+    if method is not None and not isinstance(method, str):
         return method
-    name = default_method(config)
-    if name in ode.STOCHASTIC and key is None:
+    name = method or default_method(config)
+    if method is None and name in ode.STOCHASTIC and key is None:
         raise ValueError(
             f"the model's scheduler config says stochastic_sampling, so each step draws noise ({name}): give key=, "
             "or a method that draws none, such as method=ode.EULER"

@@ -1,62 +1,89 @@
-"""A run seen from step to step, as pictures."""
+"""The steps of a run as images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core.types import Key, Params
-from functional_sd3.flow.ode.method import StepInfo
+from functional_sd3.core.attention import Implementation
+from functional_sd3.core.types import Key
+from functional_sd3.flow import ode
+from functional_sd3.flow.guidance import Guidance
+from functional_sd3.flow.ode.method import Method, StepInfo
 from functional_sd3.layouts.components import Config
-from functional_sd3.pipeline.image_to_image import divided
-from functional_sd3.pipeline.latents import decode, initial_noise
-from functional_sd3.pipeline.sampling import sample
-from functional_sd3.pipeline.text_to_image import encode
+from functional_sd3.pipeline.components import Components, fetch
+from functional_sd3.pipeline.draw import decode_latents, sample_latents
+from functional_sd3.pipeline.prepare import Prepared, prepare
+from functional_sd3.pipeline.request import Request, SamplingOptions, TextOptions
+from functional_sd3.transformer.control import Control
+from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Tokenizers
 
 
 def states(info: StepInfo) -> Tensor:
-    """Where a step arrived."""
+    """The state after a step."""
     return info.x
 
 
 def denoised(info: StepInfo) -> Tensor:
-    """The prediction of the picture that a step started from."""
+    """The prediction of the data that a step started from."""
     return info.denoised
 
 
 def trajectory(
-    params: Params,
+    params: Components,
     config: Config,
     tokenizers: Tokenizers,
     prompts: str | Sequence[str],
     key: Key,
     *,
     show: Callable[[StepInfo], Tensor] = states,
-    noise: Tensor | None = None,
+    negative: str | Sequence[str] | None = None,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    guidance: Guidance | None = None,
     height: int | None = None,
     width: int | None = None,
+    method: Method | ode.Adaptive | str | None = None,
+    noise: Tensor | None = None,
     on_step: Callable[[StepInfo], Any] | None = None,
-    **options: Any,
+    t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
 ) -> Tensor:
-    """What `generate` goes through: (steps, batch, 3, height, width) in [0, 1], float32, decoded step by step.
+    """The steps of `generate`: (steps, batch, 3, height, width) in [0, 1], float32, decoded step by step.
 
-    show: what is seen of a step, latents of one: `states` (the last is the picture), `denoised`, or any other function
-    of its `StepInfo`. The rest as of `generate`.
+    show: the latents to decode of a step: `states` (the last is the image), `denoised`, or any other function of its
+    `StepInfo`. The rest as of `generate`.
     """
-    words, run = divided(options)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if noise is None:
-        device = params["transformer"]["patch"]["weight"].device
-        noise = initial_noise(key, config, len(prompts), height, width, device=device)
-    seen: list[Tensor] = []
+    text = TextOptions(negative, t5_length, weighted, long_prompts)
+    run = SamplingOptions(
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
+    )
+    request = Request(prompts, key, text, run, height=height, width=width, noise=noise)
+    return draw_steps(params, config, prepare(params, config, tokenizers, request), show)
 
-    def watch(info: StepInfo) -> None:
-        seen.append(show(info))
-        if on_step is not None:
-            on_step(info)
 
-    conditions = encode(params, config, tokenizers, prompts, **words)
-    sample(params, config, conditions, noise, on_step=watch, key=key, **run)
-    return torch.stack([decode(params, config, latents) for latents in seen])
+def draw_steps(
+    components: Components, config: Config, prepared: Prepared, show: Callable[[StepInfo], Tensor] = states
+) -> Tensor:
+    """What `show` takes of each step of an encoded request, decoded: (steps, batch, 3, height, width) in [0, 1]."""
+    shown: list[Tensor] = []
+    sampling = prepared.request.sampling
+
+    def keep(info: StepInfo) -> None:
+        shown.append(show(info))
+        if sampling.on_step is not None:
+            sampling.on_step(info)
+
+    prepared = prepared._replace(request=replace(prepared.request, sampling=replace(sampling, on_step=keep)))
+    sample_latents({"transformer": fetch(components, "transformer")}, config, prepared)
+    decoder = {"vae": fetch(components, "vae")}
+    return torch.stack([decode_latents(decoder, config, prepared, latents) for latents in shown])

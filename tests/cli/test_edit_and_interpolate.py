@@ -1,5 +1,6 @@
 """`edit` and `interpolate`: pictures told otherwise, and pictures on the way, as a person meets them."""
 
+import inspect
 import shlex
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from PIL import Image
 
 from functional_sd3 import cli, pipeline, weights
-from functional_sd3.cli import written
+from functional_sd3.cli import edit as words
+from functional_sd3.cli import parser, written
 from functional_sd3.core import prng
 from functional_sd3.image import pixels
 from tests import models
@@ -69,7 +71,7 @@ def test_edit_is_the_pipelines(files):
     expected = pipeline.edit(*parts(model), *PROMPTS, opened(files / "in.png"), **told)
     ours = edit(files, "--eta", 0.5, "--window", "0.25-0.75", "--source-cfg", 1.5, "--cfg", 3, "--offload")
     torch.testing.assert_close(ours, pixels.from_bytes(pixels.to_bytes(expected)), atol=1 / 254, rtol=0)
-    told = {"strength": 0.5, "source_cfg": 2.0, "cfg": 5.0, "steps": 4}
+    told = {"strength": 0.5, "steps": 4}
     keys = prng.key(torch.tensor([3]))
     expected = pipeline.flow_edit(*parts(model), *PROMPTS, opened(files / "in.png"), keys, **told)
     ours = edit(files, "--direct", "--strength", 0.5, "--seed", 3)
@@ -88,6 +90,31 @@ def test_inspect_prints_the_command_that_edits_again(files, capsys, words):
     first = edit(files, *words)
     assert run(*again(files / "out.png", capsys), "--out", files / "again.png") == 0
     assert torch.equal(opened(files / "again.png"), first) and not torch.equal(first, edit(files))
+
+
+def test_an_image_of_before_is_edited_again_with_what_was_usual_then():
+    settings = {"subcommand": "edit", "picture": "a.png", "from": "a", "to": "b"}
+    settings |= {"direct": True, "steps": 28, "cfg": 5.0}
+    written.check(settings)
+    words = shlex.split(written.command(settings))
+    assert words[2] == "a.png" and {"--source-cfg 2.0", "--strength 0.66", "--steps 28", "--cfg 5.0"} <= {
+        f"{name} {value}" for name, value in zip(words, words[1:], strict=False)
+    }
+
+
+def test_defaults_are_those_of_the_pipeline():
+    """`parser` knows them without torch."""
+
+    def usual(function):
+        return {name: each.default for name, each in inspect.signature(function).parameters.items()}
+
+    for command, function in (("generate", pipeline.generate), ("interpolate", pipeline.interpolate)):
+        for name in ("steps", "cfg"):
+            assert parser.subparser(command).get_default(name) == usual(function)[name]
+    for defaults, function in ((words.DEFAULTS, pipeline.edit), (words.DIRECT_DEFAULTS, pipeline.flow_edit)):
+        known = usual(function)
+        known["window"] = known.get("window") and "{:g}-{:g}".format(*known["window"])
+        assert defaults == {name: known[name] for name in defaults}
 
 
 def test_a_strip_goes_from_the_first_stop_to_the_last(files, capsys):

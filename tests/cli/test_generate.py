@@ -158,7 +158,7 @@ def test_ctrl_c_ends_quietly(folder, tmp_path, capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "sample", interrupted)
+    monkeypatch.setattr(pipeline, "sample_latents", interrupted)
     assert run("generate", PROMPT, "--params", folder, "--out", tmp_path / "p.png") == 130
     assert capsys.readouterr().err.strip().endswith("stopped")
 

@@ -153,13 +153,13 @@ def test_a_broken_link_is_not_written_through_by_a_new_file(tmp_path):
 
 @pytest.mark.parametrize("offload", [(), ("--offload",)])
 def test_every_batch_is_written_when_it_is_drawn(folder, tmp_path, capsys, monkeypatch, offload):
-    counts, decode = [], pipeline.decode
+    counts, decode = [], pipeline.decode_latents
 
     def counted(*arguments, **options):
         counts.append(len(list(tmp_path.glob("out/*.png"))))
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "decode", counted)
+    monkeypatch.setattr(pipeline, "decode_latents", counted)
     assert generate(folder, tmp_path / "out", "--count", 5, "--batch", 2, *offload) == 0
     assert counts == [0, 2, 4] and len(list(tmp_path.glob("out/*"))) == 6
 
@@ -167,7 +167,7 @@ def test_every_batch_is_written_when_it_is_drawn(folder, tmp_path, capsys, monke
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory"), OSError(28, "No space left")])
 @pytest.mark.parametrize("single", [True, False])
 def test_a_run_cut_short_says_what_was_written(folder, tmp_path, capsys, monkeypatch, error, single):
-    decode, batches = pipeline.decode, []
+    decode, batches = pipeline.decode_latents, []
 
     def failing(*arguments, **options):
         batches.append(1)
@@ -175,7 +175,7 @@ def test_a_run_cut_short_says_what_was_written(folder, tmp_path, capsys, monkeyp
             raise error
         return decode(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "decode", failing)
+    monkeypatch.setattr(pipeline, "decode_latents", failing)
     out = tmp_path / ("all.png" if single else "out")
     status = generate(folder, out, "--count", 6, "--batch", 2)
     printed, text = capsys.readouterr()

@@ -9,7 +9,7 @@ from functional_sd3 import pipeline
 from functional_sd3.core import prng
 from functional_sd3.flow import ode, path, schedule
 from functional_sd3.flow.ode import fixed_point
-from functional_sd3.pipeline import regions
+from functional_sd3.pipeline import blending
 from tests import models
 from tests.models import parts
 
@@ -104,20 +104,20 @@ def test_drawn_fully_to_its_picture_a_run_ends_there_and_untouched_outside_its_w
     grid = schedule.sigmas(8)
     field = lambda x, t: torch.sin(3 * x) + t  # noqa: E731
     for method in (ode.EULER, ode.MIDPOINT, ode.HEUN_EDM):
-        drawn = pipeline.drawn_to(end, 1.0, *pipeline.spanned(grid, 0.0, 1.0))(field)
+        drawn = pipeline.pull_to(end, 1.0, *pipeline.step_window_times(grid, 0.0, 1.0))(field)
         torch.testing.assert_close(ode.integrate(method, drawn, start, grid), end, atol=1e-5, rtol=0)
         # The other way round, to a noise at t = 1.
-        back = pipeline.drawn_to(end, 1.0, 1.0, -1.0, place=1.0)(field)
+        back = pipeline.pull_to(end, 1.0, 1.0, -1.0, place=1.0)(field)
         torch.testing.assert_close(ode.integrate(method, back, start, grid.flip(0)), end, atol=1e-5, rtol=0)
     states = ode.integrate(ode.EULER, field, start, grid, save="all")
-    late = pipeline.drawn_to(end, 0.5, *pipeline.spanned(grid, 0.5, 1.0))(field)
+    late = pipeline.pull_to(end, 0.5, *pipeline.step_window_times(grid, 0.5, 1.0))(field)
     bent = ode.integrate(ode.EULER, late, start, grid, save="all")
     assert torch.equal(states[:5], bent[:5]) and not torch.equal(states[5], bent[5])
     # One step of Euler: half of the field, half of the straight line.
     t, x = grid[4], states[4]
     slope = 0.5 * field(x, t) + 0.5 * (x - end) / t
     torch.testing.assert_close(bent[5], x + (grid[5] - t) * slope)
-    nothing = pipeline.drawn_to(end, 0.5, *pipeline.spanned(grid, 0.3, 0.3))(field)
+    nothing = pipeline.pull_to(end, 0.5, *pipeline.step_window_times(grid, 0.3, 0.3))(field)
     assert torch.equal(ode.integrate(ode.EULER, nothing, start, grid), states[-1])
 
 
@@ -158,8 +158,9 @@ def test_an_edit_is_its_two_runs_written_out(model, images):
     drawn = lambda x, t: back(x, t) + (0.6 * ((x - latents) / t - back(x, t)) if t > grid[2] else 0)  # noqa: E731
     noise = ode.integrate(ode.EULER, there, latents, grid.flip(0))
     expected = ode.integrate(ode.EULER, drawn, noise, grid)
-    told = {"eta": 0.6, "window": (0.0, 0.5), "source_cfg": 1.5, "cfg": 3.0, "steps": 4}
-    ours = pipeline.edited(model.params, model.config, (source, target), latents, **told)
+    edit = pipeline.InversionEdit(["a ring"] * 2, 1.5, eta=0.6, window=(0.0, 0.5))
+    sampling = pipeline.SamplingOptions(steps=4, cfg=3.0, method=ode.EULER)
+    ours = pipeline.edit_latents(model.params, model.config, (source, target), latents, edit, sampling)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -178,8 +179,10 @@ def test_flow_edit_is_its_sum_written_out(model, images):
             source = path.interpolate(latents, noise, t)
             moved.append(fields[1](z + source - latents, t) - fields[0](source, t))
         z = z + (grid[step + 1] - t) * torch.stack(moved).mean(0)
-    told = {"strength": 0.75, "source_cfg": 1.5, "cfg": 4.0, "averages": 2, "steps": steps}
-    ours = pipeline.flow_edited(model.params, model.config, conditions, latents, key, **told)
+    edit, sampling = pipeline.FlowEdit(["a ring"] * 2, 1.5, averages=2), pipeline.SamplingOptions(steps=steps, cfg=4.0)
+    ours = pipeline.flow_edit_latents(
+        model.params, model.config, conditions, latents, key, edit, sampling, strength=0.75
+    )
     torch.testing.assert_close(ours, z, atol=1e-4, rtol=1e-4)
 
 
@@ -207,7 +210,7 @@ def test_one_region_of_everything_is_its_prompt_and_halves_are_means(model):
     both = [pipeline.encode(*parts(model), [text]) for text in ("a ring", "a star")]
     fields = [pipeline.velocity(model.params, model.config, each, 2.0) for each in both]
     shares = pipeline.shares([pipeline.Region("", everything, 0.25)], model.config, x)
-    mean = pipeline.blended(shares)(model.params, model.config, both, 2.0)(x, t)
+    mean = pipeline.blend_fields(shares)(model.params, model.config, both, 2.0)(x, t)
     torch.testing.assert_close(mean, 0.75 * fields[0](x, t) + 0.25 * fields[1](x, t))
 
 
@@ -216,7 +219,7 @@ def test_tiles_cover_everything_and_lie_on_patches(tile, height, width, patch, d
     overlap = data.draw(st.integers(0, tile - 1))
     tile, overlap, height, width = (side * patch for side in (tile, overlap, height, width))
     covered = torch.zeros(height, width)
-    for (rows, columns), ramp in regions.windows(covered, tile, overlap, patch):
+    for (rows, columns), ramp in blending.windows(covered, tile, overlap, patch):
         part = covered[rows, columns]
         assert part.shape == ramp.shape == (min(tile, height), min(tile, width)) and (ramp > 0).all()
         assert rows.start % patch == columns.start % patch == 0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import guidance, ode, path, schedule
-from functional_sd3.pipeline import inpainting, masks
+from functional_sd3.pipeline import masks
 from functional_sd3.transformer.control import Control
 from tests import models
 from tests.models import parts
@@ -52,7 +52,7 @@ def test_strength_counts_the_steps_and_starts_from_their_level_of_noise(model, i
     )
     assert [info.index for info in seen] == [0, 1] and seen[0].steps == 2
     latents = pipeline.encode_images(model.params, model.config, images)
-    begun = pipeline.begin(model.config, latents, noise, 10, 0.2)
+    begun = pipeline.add_noise(model.config, latents, noise, 10, 0.2)
     assert torch.equal(begun.times, schedule.sigmas(10)[-3:])
     assert torch.equal(begun.x, path.interpolate(latents, noise, begun.times[0]))
 
@@ -130,7 +130,7 @@ def test_every_way_of_drawing_takes_the_options_of_the_sampler_and_is_differenti
 def test_what_a_mask_keeps_ends_as_the_picture_for_every_method(model, images, right_half, method):
     latents = pipeline.encode_images(model.params, model.config, images)
     noise = prng.normal(prng.key(7), latents.shape)
-    hold = pipeline.holding(latents, noise, pipeline.release_times(right_half[..., ::8, ::8], schedule.sigmas(4)))
+    hold = pipeline.keep_masked(latents, noise, pipeline.unmask_times(right_half[..., ::8, ::8], schedule.sigmas(4)))
     conditions = pipeline.encode(*parts(model), PROMPTS)
     method = method._replace(rtol=1e-2, atol=1e-2) if isinstance(method, ode.Adaptive) else method
     options = {"steps": 4, "cfg": 2.0, "method": method}
@@ -156,7 +156,7 @@ def test_a_mask_of_all_is_generate_and_a_mask_of_nothing_the_picture(model, imag
 def test_a_guidance_with_a_memory_paints_behind_a_mask_too(model, images, right_half):
     latents = pipeline.encode_images(model.params, model.config, images)
     noise, told = prng.normal(prng.key(7), latents.shape), {"steps": 3, "guidance": guidance.apg(3.0)}
-    hold = pipeline.holding(latents, noise, pipeline.release_times(right_half[..., ::8, ::8], schedule.sigmas(3)))
+    hold = pipeline.keep_masked(latents, noise, pipeline.unmask_times(right_half[..., ::8, ::8], schedule.sigmas(3)))
     conditions = pipeline.encode(*parts(model), PROMPTS)
     end = pipeline.sample(model.params, model.config, conditions, noise, transform=hold, **told)
     torch.testing.assert_close(end[..., :4], latents[..., :4], atol=1e-5, rtol=1e-5)
@@ -177,7 +177,7 @@ def test_grey_is_a_strength_of_its_own(model, images):
 @given(st.integers(1, 60), st.floats(0, 1))
 def test_a_place_is_released_where_a_run_of_its_strength_would_start(steps, strength):
     grid = schedule.sigmas(steps)
-    release = inpainting.release_times(torch.tensor([strength], dtype=torch.float64), grid)[0]
+    release = masks.unmask_times(torch.tensor([strength], dtype=torch.float64), grid)[0]
     times = schedule.partial(grid, strength)
     # The times at which it moves are those that the partial run takes a step from.
     assert int((grid[:-1] <= release).sum()) == len(times) - 1
@@ -196,7 +196,7 @@ def test_a_blur_keeps_constants_and_the_sum_of_what_lies_inside(sigma, rows):
 
 
 def test_outpainting_keeps_the_picture_and_continues_it_on_every_side(model, images):
-    canvas, mask = pipeline.grown(images, left=16, right=32, top=0, bottom=16, overlap=8)
+    canvas, mask = pipeline.extend_canvas(images, left=16, right=32, top=0, bottom=16, overlap=8)
     assert canvas.shape == (2, 3, 80, 112) and mask.shape == (1, 1, 80, 112)
     assert torch.equal(canvas[..., :64, 16:80], images)
     assert torch.equal(canvas[..., :64, :16], images[..., :1].expand(-1, -1, -1, 16))
@@ -241,7 +241,6 @@ def test_controls_are_heard_where_pictures_come_from_pictures(model, images, rig
         (lambda p, x, m: pipeline.inpaint(*p, "a", x, m, prng.key(0), soften=-1.0), "a blur of -1.0 pixels"),
         (lambda p, x, m: pipeline.outpaint(*p, "a", x, prng.key(0), left=-16), "must be at least 0 pixels"),
         (lambda p, x, m: pipeline.outpaint(*p, "a", x, prng.key(0), left=16, overlap=32), "leaves nothing of"),
-        (lambda p, x, m: pipeline.image_to_image(*p, "a", x, prng.key(0), offload=True), "offload: only .generate."),
         (lambda p, x, m: pipeline.edit(*p, "a", "b", x, eta=2.0), "eta 2.0 must be between"),
         (lambda p, x, m: pipeline.edit(*p, "a", "b", x, window=(0.5, 0.2)), "window 0.5 to 0.2 must be"),
         (lambda p, x, m: pipeline.flow_edit(*p, "a", "b", x, prng.key(0), averages=0), "averages 0"),

@@ -1,0 +1,154 @@
+"""Velocities blended by place: prompts for regions of an image, and tiles of an image larger than the model can see.
+
+Bar-Tal et al. 2023, "MultiDiffusion", arXiv:2302.08113: the velocity of the whole is the weighted mean of the
+velocities of its parts, which is what their equation 5 minimises at every step. `blend_fields` and `tiles` return
+functions called as `velocity` is, so they compose, and `sample` takes them as `field=`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core.types import Params, Velocity
+from functional_sd3.image import vae
+from functional_sd3.layouts.components import Config
+from functional_sd3.pipeline import masks
+from functional_sd3.pipeline.fields import Conditions, velocity
+from functional_sd3.transformer.control import Control
+
+Field = Callable[..., Velocity]
+"""Called as `velocity` is: (params, config, conditions, cfg, times, **options)."""
+
+Window = tuple[slice, slice]
+"""Rows and columns."""
+
+
+class Region(NamedTuple):
+    """A prompt and where it holds: mask (1, 1, height, width) in [0, 1], of any size and the image's proportions."""
+
+    prompt: str
+    mask: Tensor
+    weight: float | Tensor = 0.5
+
+
+def shares(regions: Sequence[Region], config: Config, latents: Tensor) -> Tensor:
+    """Weights of the prompts in every latent: (1 + regions, 1, height, width), the image's own prompt first; they sum
+    to 1. Latents take the mean of the pixels of a mask. ValueError for masks of other proportions."""
+    factor, size = vae.factor(config.vae), latents.shape[-2:]
+    for region in regions:
+        masks.check(region.mask, size[0] * factor, size[1] * factor, 1)
+    weights = [masks.soft(region.mask, *size).to(latents) * region.weight for region in regions]
+    of_regions = torch.cat([latents.new_zeros(0, 1, *size), *weights])
+    total = of_regions.sum(0, keepdim=True)
+    return torch.cat([(1 - total).clamp_min(0), of_regions]) / total.clamp_min(1)
+
+
+def blend_fields(shares: Tensor, field: Field = velocity) -> Field:
+    """The field of several conditions: sum_i shares_i v_i; shares (conditions, 1, height, width)."""
+
+    def make(
+        params: Params,
+        config: Config,
+        conditions: Sequence[Conditions],
+        cfg: float | Tensor = 5.0,
+        times: Tensor | None = None,
+        **options: Any,
+    ) -> Velocity:
+        fields = [field(params, config, each, cfg, times, **options) for each in conditions]
+
+        def mean(x: Tensor, t: Tensor) -> Tensor:
+            answers = torch.stack([each(x, t).to(x.dtype) for each in fields])
+            return (answers * shares[:, None]).sum(0)
+
+        return mean
+
+    return make
+
+
+def tiles(tile: int, overlap: int | None = None, field: Field = velocity) -> Field:
+    """The field of images larger than `tile` latents a side: the velocities of overlapping tiles, blended.
+
+    overlap: in latents, a quarter of the tile by default; a tile's weight falls off linearly over it. An image no
+    larger than a tile is seen whole. Every tile has the whole prompt, and its part of the ControlNets' images.
+    Raises ValueError for an overlap that is not in [0, tile).
+    """
+    overlap = tile // 4 if overlap is None else overlap
+    if not 0 <= overlap < tile:
+        raise ValueError(f"overlap {overlap} must be at least 0 and below the tile's {tile} latents")
+
+    def make(
+        params: Params,
+        config: Config,
+        conditions: Any,
+        cfg: float | Tensor = 5.0,
+        times: Tensor | None = None,
+        *,
+        control: Sequence[Control] = (),
+        **options: Any,
+    ) -> Velocity:
+        def cut(x: Tensor) -> list[tuple[Window, Tensor]]:
+            return windows(x, tile, overlap, config.transformer.patch_size)
+
+        def of(window: Window | None) -> Velocity:
+            cropped = [_cropped(one, window) for one in control] if window else ()
+            return field(params, config, conditions, cfg, times, control=cropped, **options)
+
+        # Without ControlNets all tiles have the same field.
+        fields = [of(window) for window, _ in cut(control[0].image_latents)] if control else [of(None)]
+
+        def mean(x: Tensor, t: Tensor) -> Tensor:
+            total, weight = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
+            for index, (window, ramp) in enumerate(cut(x)):
+                answer = fields[index if control else 0](x[(..., *window)], t)
+                total = total + _placed(answer.to(x.dtype) * ramp, window, x)
+                weight = weight + _placed(ramp, window, weight)
+            return total / weight
+
+        return mean
+
+    return make
+
+
+def windows(x: Tensor, tile: int, overlap: int, patch: int = 1) -> list[tuple[Window, Tensor]]:
+    """The tiles of x (..., height, width) as slices, each with its weights, shaped like the tile."""
+    rows, columns = (_spans(side, tile, overlap, patch) for side in x.shape[-2:])
+    return [
+        (
+            (slice(top, top + high), slice(left, left + wide)),
+            torch.outer(
+                _ramp(x, high, top > 0, top + high < x.shape[-2], overlap),
+                _ramp(x, wide, left > 0, left + wide < x.shape[-1], overlap),
+            ),
+        )
+        for top, high in rows
+        for left, wide in columns
+    ]
+
+
+def _spans(side: int, tile: int, overlap: int, patch: int) -> list[tuple[int, int]]:
+    """(start, length) of tiles that cover a side, evenly spread, starting at whole patches."""
+    if side <= tile:
+        return [(0, side)]
+    count = -(-(side - overlap) // (tile - overlap))
+    starts = [round(index * (side - tile) / (count - 1) / patch) * patch for index in range(count)]
+    return [(start, tile) for start in starts]
+
+
+def _ramp(like: Tensor, length: int, rises: bool, falls: bool, overlap: int) -> Tensor:
+    slope = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (overlap + 1)
+    flat = torch.ones_like(slope)
+    return torch.minimum(slope if rises else flat, slope.flip(0) if falls else flat).clamp_max(1)
+
+
+def _placed(part: Tensor, window: Window, like: Tensor) -> Tensor:
+    """The part on zeros of the size of the whole."""
+    rows, columns = window
+    height, width = like.shape[-2:]
+    margins = (columns.start, width - columns.stop, rows.start, height - rows.stop)
+    return torch.nn.functional.pad(part, margins)
+
+
+def _cropped(control: Control, window: Window) -> Control:
+    return control._replace(image_latents=control.image_latents[(..., *window)])

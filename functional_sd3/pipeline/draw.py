@@ -1,0 +1,152 @@
+"""The second stage of a request: the flow is integrated by the transformer, and its latents are decoded by the VAE."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Key, Params, Velocity
+from functional_sd3.image import vae
+from functional_sd3.layouts.components import Config
+from functional_sd3.pipeline.blending import blend_fields, shares, tiles
+from functional_sd3.pipeline.components import Components, device_of, fetch
+from functional_sd3.pipeline.edits import edit_latents, flow_edit_latents
+from functional_sd3.pipeline.encoding import EncodedPrompts, conditions_of
+from functional_sd3.pipeline.fields import Conditions, velocity
+from functional_sd3.pipeline.latents import decode, initial_noise
+from functional_sd3.pipeline.masks import keep_masked, latent_mask, restore_kept, unmask_times
+from functional_sd3.pipeline.mixing import between, slerp
+from functional_sd3.pipeline.prepare import Prepared, split_batches
+from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request
+from functional_sd3.pipeline.sampling import add_noise, sample, sigmas
+
+
+def draw(components: Components, config: Config, prepared: Prepared, *, batch: int | None = None) -> Tensor:
+    """Images (samples, 3, height, width) of an encoded request, in [0, 1], float32.
+
+    components: name -> parameters (`Components`); the transformer is read once, then the VAE. batch: images integrated
+    and decoded at once, by default all.
+    """
+    parts = split_batches(prepared, batch)
+    latents = _sample_all({"transformer": fetch(components, "transformer")}, config, parts)
+    params = {"vae": fetch(components, "vae")}
+    images = [decode_latents(params, config, *each) for each in zip(parts, latents, strict=True)]
+    return images[0] if len(images) == 1 else torch.cat(images)
+
+
+def sample_latents(params: Params, config: Config, prepared: Prepared) -> Tensor:
+    """Latents (samples, channels, height, width), normalised, float32: the request integrated by `transformer`."""
+    request, options = prepared.request, vars(prepared.request.sampling)
+    device = device_of(params["transformer"])
+    if request.edit is not None:
+        return _edit(params, config, prepared, device)
+    conditions, noise, key = _conditions_and_noise(config, prepared, device)
+    start = _start(config, prepared, noise)
+    field = _field(config, request, noise)
+    if request.regions:
+        conditions = [conditions, *(_conditions(region, device) for region in prepared.regions)]
+    return sample(
+        params, config, conditions, start.x, times=start.times, transform=start.transform, field=field, key=key,
+        **options,
+    )  # fmt: skip
+
+
+def decode_latents(params: Params, config: Config, prepared: Prepared, latents: Tensor) -> Tensor:
+    """Images of the latents: in tiles where the request is, and with what a mask keeps where it restores that."""
+    request, tile = prepared.request, None
+    if request.tiling is not None:
+        side, overlap = _tile_sizes(config, request)
+        tile = max(side, 2 * overlap)
+    images, start = decode(params, config, latents, tile=tile), request.start
+    if start is None or start.mask is None or not start.restore:
+        return images
+    return restore_kept(images, start.images.to(images), start.mask.to(images), start.soften)
+
+
+class _Start(NamedTuple):
+    """The state that a run starts from, its times (None: the whole grid), and a transform of its velocity."""
+
+    x: Tensor
+    times: Tensor | None = None
+    transform: Callable[[Velocity], Velocity] | None = None
+
+
+def _sample_all(params: Params, config: Config, parts: list[Prepared]) -> list[Tensor]:
+    return [sample_latents(params, config, part) for part in parts]
+
+
+def _conditions(prompts: EncodedPrompts, device: torch.device) -> Conditions:
+    # A function of components may put the encoders elsewhere than the transformer.
+    return tree.map(lambda part: part.to(device), conditions_of(prompts))
+
+
+def _conditions_and_noise(config: Config, prepared: Prepared, device: torch.device) -> tuple[Any, Tensor, Key | None]:
+    """What a run starts from: conditions, noise, and the keys of the noise that its method draws."""
+    request, conditions = prepared.request, _conditions(prepared.prompts, device)
+    size = (request.height, request.width)
+    if prepared.places is not None:
+        keys, places = prepared.keys, prepared.places.to(device)
+        noises = initial_noise(keys, config, len(keys), *size, device=device)
+        noise, conditions = between(noises, conditions, places, request.frames.mix)
+        # A method's own noise is that of the first stop in every frame, so that they go on smoothly.
+        return conditions, noise, keys[:1].expand(len(places), 2)
+    return conditions, _noise(config, prepared, device), prepared.keys
+
+
+def _noise(config: Config, prepared: Prepared, device: torch.device) -> Tensor:
+    request = prepared.request
+
+    def of(key: Key) -> Tensor:
+        size = (request.height, request.width)
+        return initial_noise(key, config, prepared.count, *size, device=device, bounded=request.is_bounded)
+
+    noise = of(prepared.keys) if request.noise is None else request.noise.to(device)
+    if request.variation is None:
+        return noise
+    amount = request.variation.amount
+    amount = amount.to(device) if isinstance(amount, Tensor) else amount
+    return slerp(noise, of(request.variation.key), amount)
+
+
+def _start(config: Config, prepared: Prepared, noise: Tensor) -> _Start:
+    start, steps = prepared.request.start, prepared.request.sampling.steps
+    if start is None:
+        return _Start(noise)
+    latents = prepared.latents.to(noise.device).expand_as(noise)
+    x, times = add_noise(config, latents, noise, steps, start.strength)
+    if start.mask is None:
+        return _Start(x, times)
+    mask = latent_mask(start.mask.to(latents), latents, start.soften)
+    return _Start(x, times, keep_masked(latents, noise, unmask_times(mask, sigmas(config, noise, steps))))
+
+
+def _field(config: Config, request: Request, noise: Tensor) -> Callable[..., Velocity] | None:
+    """What makes the velocity of regions and tiles; None for the usual one."""
+    field = request.field
+    if request.tiling is not None:
+        field = tiles(*_tile_sizes(config, request), field or velocity)
+    if request.regions:
+        return blend_fields(shares(request.regions, config, noise), field or velocity)
+    return field
+
+
+def _tile_sizes(config: Config, request: Request) -> tuple[int, int]:
+    """Side and overlap of tiles in latents."""
+    factor, (side, overlap) = vae.factor(config.vae), (request.tiling.side, request.tiling.overlap)
+    side = config.transformer.sample_size if side is None else side // factor
+    return side, side // 4 if overlap is None else overlap // factor
+
+
+def _edit(params: Params, config: Config, prepared: Prepared, device: torch.device) -> Tensor:
+    request, edit = prepared.request, prepared.request.edit
+    conditions = _conditions(prepared.source, device), _conditions(prepared.prompts, device)
+    latents = prepared.latents.to(device)
+    latents = latents.expand(prepared.count, *latents.shape[1:])
+    if isinstance(edit, InversionEdit):
+        return edit_latents(params, config, conditions, latents, edit, request.sampling, key=prepared.keys)
+    assert isinstance(edit, FlowEdit)
+    return flow_edit_latents(
+        params, config, conditions, latents, prepared.keys, edit, request.sampling, strength=request.start.strength
+    )

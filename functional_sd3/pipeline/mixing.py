@@ -1,0 +1,70 @@
+"""Interpolation between noises, and between the embeddings of prompts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from functional_sd3.flow.path import broadcast
+from functional_sd3.pipeline.fields import Conditions, slice_batch
+from functional_sd3.text.conditioning import Conditioning
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(start, end, amount () or (batch,)) -> start for 0, end for 1; tensors (batch, ...)."""
+
+
+def lerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
+    """start + amount (end - start), and `end` itself for 1."""
+    amount = broadcast(torch.as_tensor(amount, dtype=start.dtype, device=start.device), start)
+    return (1 - amount) * start + amount * end
+
+
+def slerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
+    """Along the arc between vectors: (batch, ...), each sample one vector; amount () or (batch,).
+
+    sin((1 - a) w) / sin(w) start + sin(a w) / sin(w) end with w the angle between them (Shoemake 1985). Between two
+    Gaussian noises it is one, where `lerp` has too little variance. Parallel and opposed vectors, which have no arc,
+    are mixed as `lerp` does.
+    """
+    amount = broadcast(torch.as_tensor(amount, dtype=start.dtype, device=start.device), start)
+    axes = tuple(range(1, start.ndim))
+    cosine = (start * end).sum(axes, keepdim=True) / (
+        start.square().sum(axes, keepdim=True) * end.square().sum(axes, keepdim=True)
+    ).sqrt().clamp_min(torch.finfo(start.dtype).tiny)
+    has_arc = cosine.abs() < 1 - 1e-6
+    # Where there is none the angle is a harmless number, so that derivatives are finite too.
+    angle = torch.acos(torch.where(has_arc, cosine, 0.0))
+    first = torch.where(has_arc, torch.sin((1 - amount) * angle) / torch.sin(angle), 1 - amount)
+    second = torch.where(has_arc, torch.sin(amount * angle) / torch.sin(angle), amount + torch.zeros_like(angle))
+    return first * start + second * end
+
+
+def mix_conditions(start: Conditions, end: Conditions, amount: float | Tensor, mix: Mix = lerp) -> Conditions:
+    """Conditioning between two prompts (and their negative prompts): each token's vector and the pooled one mixed.
+
+    `slerp` mixes each vector's direction. amount () or (batch,).
+    """
+
+    def vectors(first: Tensor, second: Tensor) -> Tensor:
+        if first.shape[1:] != second.shape[1:]:
+            raise ValueError(f"prompts of {first.shape[1]} and {second.shape[1]} tokens cannot be mixed")
+        each = torch.as_tensor(amount, dtype=first.dtype, device=first.device)
+        if first.ndim == 3 and each.ndim:
+            each = each.repeat_interleave(first.shape[1])
+        flat = (part.reshape(-1, part.shape[-1]) for part in (first, second))
+        return mix(*flat, each).reshape(first.shape)
+
+    return Conditions(
+        *(
+            Conditioning(*(vectors(first, second) for first, second in zip(one, other, strict=True)))
+            for one, other in zip(start, end, strict=True)
+        )
+    )
+
+
+def between(noises: Tensor, conditions: Conditions, places: Tensor, mix: Mix = lerp) -> tuple[Tensor, Conditions]:
+    """Noise and conditions at places (n,) from 0 to stops - 1: (n, ...) from (stops, ...)."""
+    first = places.detach().floor().long().clamp(0, len(noises) - 2)
+    amount = places - first
+    noise = slerp(noises[first], noises[first + 1], amount)
+    return noise, mix_conditions(slice_batch(conditions, first), slice_batch(conditions, first + 1), amount, mix)

@@ -1,0 +1,231 @@
+"""What is to be drawn, as one frozen value: `prepare` encodes it, `draw` integrates and decodes it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from functional_sd3.core.attention import Implementation
+from functional_sd3.core.types import Key, Velocity
+from functional_sd3.flow import ode
+from functional_sd3.flow.guidance import Guidance, check_scale
+from functional_sd3.flow.ode.method import Method, StepInfo
+from functional_sd3.pipeline import masks
+from functional_sd3.pipeline.blending import Region
+from functional_sd3.pipeline.fields import velocity
+from functional_sd3.pipeline.mixing import Mix, lerp
+from functional_sd3.transformer.control import Control
+from functional_sd3.transformer.ip_adapter import ImagePrompt
+
+EDIT_ETA, EDIT_WINDOW, EDIT_SOURCE_CFG = 0.9, (0.0, 0.25), 1.0
+"""Defaults of `edit`."""
+
+FLOW_EDIT_STRENGTH, FLOW_EDIT_SOURCE_CFG, FLOW_EDIT_CFG, FLOW_EDIT_STEPS = 0.66, 3.5, 13.5, 50
+"""Defaults of `flow_edit`: those of the paper for SD3."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How prompts are read: options of `conditioning.apply`, and what to keep away from ("" by default)."""
+
+    negative: str | Sequence[str] | None = None
+    t5_length: int | None = None
+    """Tokens that T5 reads; by default 256, or as many as its tokenizer says."""
+    weighted: bool = False
+    long_prompts: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingOptions:
+    """How the flow is followed: options of `sample`, which describes them."""
+
+    steps: int = 28
+    cfg: float | Tensor = 5.0
+    guidance: Guidance | None = None
+    method: Method | ode.Adaptive | str | None = None
+    """A method, the name of one (`ode.NAMES`), or None for that of the model's scheduler config."""
+    on_step: Callable[[StepInfo], Any] | None = None
+    skip_layers: Sequence[int] = ()
+    control: Sequence[Control] = ()
+    image_prompt: ImagePrompt | None = None
+    block_transform: Callable[[Callable], Callable] | None = None
+    implementation: Implementation = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_scale(self.cfg, "cfg")
+
+
+@dataclass(frozen=True, eq=False)
+class StartImages:
+    """Images that a run starts from: (1 or batch, 3, height, width) in [0, 1].
+
+    strength: the part of the steps that is taken, in [0, 1]. mask (1 or batch, 1, any height, any width of the images'
+    proportions): 1 where the image is painted anew; `soften` and `restore` as of `inpaint`. posterior_key: draws the
+    latents from the VAE's posterior, whose mean is taken by default.
+    """
+
+    images: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+    soften: float | None = None
+    restore: bool = False
+    posterior_key: Key | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"images of shape {list(self.images.shape)} must be (batch, 3, height, width)")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength {self.strength} must be between 0 (the image as it is) and 1 (all noise)")
+        if self.soften is not None:
+            masks.check_blur(self.soften)
+
+
+@dataclass(frozen=True, eq=False)
+class Variation:
+    """The keys of another noise, (2,) or (batch, 2), and how far towards it the noise is moved: () or (batch,)."""
+
+    key: Key
+    amount: float | Tensor = 0.2
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Side and overlap in pixels of the tiles of an image; by default the model's own size, and a quarter of a side."""
+
+    side: int | None = None
+    overlap: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class InversionEdit:
+    """An edit by inversion (`edit`): the prompts of the images, and how their flow leads the way back."""
+
+    source: Sequence[str]
+    cfg: float | Tensor = EDIT_SOURCE_CFG
+    eta: float | Tensor = EDIT_ETA
+    window: tuple[float, float] = EDIT_WINDOW
+    inversion: Callable[[Method], Method] | None = None
+
+    def __post_init__(self) -> None:
+        check_scale(self.cfg, "source_cfg")
+        check_eta(self.eta)
+        check_window(*self.window)
+
+
+@dataclass(frozen=True, eq=False)
+class FlowEdit:
+    """An edit along the difference of two flows (`flow_edit`): the prompts of the images, and their guidance scale."""
+
+    source: Sequence[str]
+    cfg: float | Tensor = FLOW_EDIT_SOURCE_CFG
+    averages: int = 1
+
+    def __post_init__(self) -> None:
+        check_scale(self.cfg, "source_cfg")
+        if self.averages < 1:
+            raise ValueError(f"averages {self.averages} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Images on the way from stop to stop: prompts and keys are the stops, `mix` mixes embeddings between them."""
+
+    count: int = 8
+    mix: Mix = lerp
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A batch of images to draw.
+
+    prompts: one for each image, or for each stop of `frames`. key: (2,), from which sample i takes `fold_in(key, i)`,
+    or (batch, 2), a key for each; only what draws noise needs one. height, width: in pixels, by default those of the
+    start images, else the model's own size. noise: the starting latents (batch, channels, height / 8, width / 8)
+    instead of the key's. field: makes the velocity of one prompt, as `velocity` does, which it is by default.
+    Raises ValueError for parts that do not fit together.
+    """
+
+    prompts: Sequence[str]
+    key: Key | None = None
+    text: TextOptions = TextOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    height: int | None = None
+    width: int | None = None
+    noise: Tensor | None = None
+    variation: Variation | None = None
+    start: StartImages | None = None
+    regions: Sequence[Region] = ()
+    tiling: Tiling | None = None
+    edit: InversionEdit | FlowEdit | None = None
+    frames: Frames | None = None
+    field: Callable[..., Velocity] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", prompt_list(self.prompts))
+        if not self.prompts:
+            raise ValueError("there are no prompts; give a string or several, and an empty one for no prompt")
+        if self.frames is not None:
+            self._check_frames()
+            return
+        if self.start is not None and len(self.start.images) not in (1, len(self.prompts)):
+            count = len(self.start.images)
+            raise ValueError(f"{count} images for {len(self.prompts)} prompts; give one, or one for each")
+        if self.start is not None and self.start.mask is not None:
+            masks.check(self.start.mask, *self.start.images.shape[-2:], len(self.prompts))
+        if self.edit is not None:
+            if self.start is None:
+                raise ValueError("an edit needs start images")
+            if len(self.edit.source) != len(self.prompts):
+                raise ValueError(f"{len(self.edit.source)} source prompts for {len(self.prompts)} prompts")
+            if self.regions or self.tiling is not None:
+                raise ValueError("an edit is of whole images: leave out regions and tiling")
+        has_noise = self.noise is not None and self.edit is None
+        if self.key is None and not has_noise and not isinstance(self.edit, InversionEdit):
+            raise ValueError("a request needs a key, from which its noise is drawn, or the noise itself")
+
+    @property
+    def is_bounded(self) -> bool:
+        """True if the whole image is seen by one evaluation, whose table of positions then bounds its size."""
+        return self.tiling is None and self.field in (None, velocity)
+
+    def _check_frames(self) -> None:
+        if self.start is not None or self.edit is not None or self.regions or self.noise is not None:
+            raise ValueError("frames are drawn between prompts and keys alone")
+        if self.key is None:
+            raise ValueError("frames need the keys of their stops, or one for all")
+        keys = len(self.key) if self.key.ndim > 1 else 1
+        stops = max(len(self.prompts), keys)
+        if self.frames.count < 2 or stops < 2:
+            raise ValueError(f"{self.frames.count} frames between {stops} stops; both must be at least 2")
+        if {len(self.prompts), keys} - {1, stops}:
+            raise ValueError(f"{keys} keys for {len(self.prompts)} prompts; give one, or one for each")
+
+
+def prompt_list(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts as a list; a text is one prompt."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def broadcast_prompts(prompts: str | Sequence[str], images: Tensor) -> tuple[list[str], Tensor]:
+    """As many prompts as images: one of either serves all of the other. Raises ValueError for other numbers."""
+    prompts = prompt_list(prompts)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
+    counts = {len(prompts), len(images)} - {1}
+    if len(counts) > 1 or 0 in counts:
+        raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one, or one for each")
+    count = max(len(prompts), len(images))
+    return prompts * (count // len(prompts)), images.expand(count, *images.shape[1:])
+
+
+def check_eta(eta: float | Tensor) -> None:
+    """Raise ValueError for a number outside [0, 1]."""
+    if not isinstance(eta, Tensor) and not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta} must be between 0 (the flow alone) and 1 (straight to the image)")
+
+
+def check_window(start: float, end: float) -> None:
+    """Raise ValueError unless 0 <= start <= end <= 1."""
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"window {start} to {end} must be 0 <= start <= end <= 1: fractions of the run")
