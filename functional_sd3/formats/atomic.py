@@ -131,12 +131,12 @@ def read_stable(path: Path, read: Callable[[Path], Result], owned: Collection[st
     for _ in range(_ATTEMPTS):
         before = _stamp(path, owned)
         try:
-            result, error = read(current(path)), None
-        except WeightsError as failure:
-            result, error = None, failure
+            result = read(current(path))
+        except WeightsError:
+            if _stamp(path, owned) == before:
+                raise
+            continue
         if _stamp(path, owned) == before:
-            if error:
-                raise error
             return result
     raise WeightsError(f"{path}: was replaced each of the {_ATTEMPTS} times it was read")
 

@@ -16,9 +16,9 @@ _AT_ONCE = 2**15
 
 
 class Blocks(NamedTuple):
-    """`count` values in `size` bytes; `decode`: bytes (blocks, size), uint8 -> values (blocks, count), float32."""
+    """`values` numbers in `size` bytes; `decode`: bytes (blocks, size), uint8 -> numbers (blocks, values), float32."""
 
-    count: int
+    values: int
     size: int
     decode: Callable[[Tensor], Tensor]
 

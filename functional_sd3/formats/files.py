@@ -36,7 +36,7 @@ class Mapped(NamedTuple):
 
     path: Path
     header: Header
-    buffer: mmap.mmap | None
+    buffer: mmap.mmap
 
 
 def read_header(path: str | os.PathLike) -> Header:
@@ -139,10 +139,14 @@ def write_atomic(
     Raises WeightsError when the system refuses or values are too large for `dtype`, ValueError for a dtype that the
     format lacks.
     """
-    if isinstance(content, bytes | bytearray | memoryview):
-        replace_file(path, lambda temporary: temporary.write_bytes(content) and None)
-    else:
-        replace_file(path, lambda temporary: write(temporary, content, metadata=metadata, dtype=dtype))
+
+    def put(temporary: Path) -> None:
+        if isinstance(content, bytes | bytearray | memoryview):
+            temporary.write_bytes(content)
+        else:
+            write(temporary, content, metadata=metadata, dtype=dtype)
+
+    replace_file(path, put)
 
 
 def write(
@@ -199,4 +203,4 @@ def opened(path: str | os.PathLike) -> BinaryIO:
 def raw(value: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, row by row."""
     # Of one element, a tensor of any stride counts as contiguous, but cannot be viewed as bytes.
-    return memoryview(value.contiguous().as_strided((value.numel(),), (1,)).view(torch.uint8).numpy())
+    return value.contiguous().as_strided((value.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -70,10 +70,10 @@ def open_gguf(path: Path) -> Mapped:
         entries = {name: _entry(name, one, size) for name, one in described.tensors.items()}
         _check_apart(entries)
     except (ValueError, struct.error) as error:
-        said = "is truncated" if isinstance(error, struct.error) else error
-        raise WeightsError(f"{path}: is a GGUF file that cannot be read: {said}") from error
-    said = {name: value for name, value in described.values.items() if isinstance(value, str)}
-    return Mapped(path, Header(_renamed(entries), said, drops_ones=True), buffer)
+        reason = "is truncated" if isinstance(error, struct.error) else str(error)
+        raise WeightsError(f"{path}: is a GGUF file that cannot be read: {reason}") from error
+    texts = {name: value for name, value in described.values.items() if isinstance(value, str)}
+    return Mapped(path, Header(_renamed(entries), texts, drops_ones=True), buffer)
 
 
 def with_leading_ones(
@@ -204,9 +204,9 @@ def _entry(name: str, one: _Tensor, size: int) -> Entry:
         dtype, block, length = _PLAIN[kind], None, count * _PLAIN[kind].itemsize
     elif kind in _BLOCKS:
         dtype, block, whole = torch.float32, _BLOCKS[kind], BLOCKS[_BLOCKS[kind]]
-        if count % whole.count:
-            raise ValueError(f"{name} {list(shape)} is no whole number of blocks of {whole.count}")
-        length = count // whole.count * whole.size
+        if count % whole.values:
+            raise ValueError(f"{name} {list(shape)} is no whole number of blocks of {whole.values}")
+        length = count // whole.values * whole.size
     else:
         known = ", ".join(["F32", "F16", "BF16", *BLOCKS])
         stored = _UNREAD.get(kind, "which this program does not know")

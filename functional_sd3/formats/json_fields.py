@@ -11,6 +11,7 @@ does not have (NaN, Infinity), names that stand twice and absurd nesting are ref
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Object(NamedTuple):
 
     def integer(self, name: str, default: Any = REQUIRED, *, low: int = -(2**63), high: int = 2**63 - 1) -> int:
         """A whole number from `low` to `high`; a float without a fraction (1e3) counts as one."""
-        value = self.number(name, default)
+        value: Any = self.number(name, default)
         if name not in self.values or self.values[name] is None:
             return value
         if value != int(value) or not low <= value <= high:
@@ -142,8 +143,8 @@ def parse(content: str | bytes, where: object) -> Any:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"{shorten(repr(twice))} is named twice")
     return table
 

@@ -72,11 +72,16 @@ def compile(text: str) -> Pattern:  # noqa: A001
     return Pattern(parser.edges, start, end, {})
 
 
+def _in_range(low: str, high: str) -> Test:
+    return lambda one: low <= one <= high
+
+
 class _Parser:
     """Recursive descent over an expression; each method returns the first and last state of what it read."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.place, self.edges = text, 0, []
+        self.text, self.place = text, 0
+        self.edges: list[list[tuple[object, int]]] = []
 
     def choice(self, depth: int) -> tuple[int, int]:
         if depth > _DEEPEST:
@@ -151,9 +156,9 @@ class _Parser:
                 high = self._single(self._next())
                 if high < low:
                     raise PatternError(f"has the range {low}-{high}, which is the wrong way round")
-                tests.append(lambda one, low=low, high=high: low <= one <= high)
+                tests.append(_in_range(low, high))
             else:
-                tests.append(lambda one, low=low: one == low)
+                tests.append(_in_range(low, low))
         return lambda one: any(test(one) for test in tests) != opposite
 
     def _single(self, letter: str) -> str:

@@ -38,9 +38,10 @@ def open_weights(folder: Path, stem: str, variant: str | None, single_first: boo
         single = [folder / _file_name(stem, wanted)]
         for path in [*single, *indexes] if single_first else [*indexes, *single]:
             if _exists(path):
-                found = open_indexed(path) if path in indexes else files.open_mapped(path)
-                tensors = found if path in indexes else dict.fromkeys(found.header.tensors, found)
-                return WeightFiles(wanted, tensors)
+                if path in indexes:
+                    return WeightFiles(wanted, open_indexed(path))
+                mapped = files.open_mapped(path)
+                return WeightFiles(wanted, dict.fromkeys(mapped.header.tensors, mapped))
     raise WeightsError(f"{folder / _file_name(stem, variant)}: is missing{_instead(folder, stem)}")
 
 
@@ -56,9 +57,11 @@ def open_indexed(index: Path) -> dict[str, Mapped]:
         raise WeightsError([f"{index}: {key} is in {name!r}, which is no file name" for key, name in wrong.items()])
     problems: list[str] = []
     names = dict.fromkeys(places.values())
-    shards = {name: attempt(problems, files.open_mapped, index.parent / name) for name in names}
-    for name, shard in shards.items():
+    shards: dict[str, Mapped] = {}
+    for name in names:
+        shard = attempt(problems, files.open_mapped, index.parent / name)
         if shard is not None:
+            shards[name] = shard
             problems += _contradictions(index, name, shard, places)
     if problems:
         raise WeightsError(problems)

@@ -44,7 +44,7 @@ class _Storage(NamedTuple):
 
     dtype: torch.dtype
     key: str
-    count: int
+    numel: int
 
 
 class _Lazy(NamedTuple):
@@ -125,7 +125,7 @@ def _tensor(name: str, lazy: _Lazy, content: bytearray) -> Tensor:
     count = 1
     for side in shape:
         count *= side
-    if count > min(storage.count, len(content) // storage.dtype.itemsize):
+    if count > min(storage.numel, len(content) // storage.dtype.itemsize):
         raise ValueError(f"{shorten(name)} {list(shape)} does not hold the values it claims")
     if not count:
         return torch.empty(shape, dtype=storage.dtype, device="cpu")

@@ -1,5 +1,6 @@
 """The components of SD3, by the names of their trees: one config for all of them, and the spec it describes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -14,7 +15,7 @@ from functional_sd3.text.t5 import Config as T5Config
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.mmdit import Config as TransformerConfig
 
-SPECS = {
+SPECS: dict[str, Callable[[Any], Tree]] = {
     "clip_l": clip.spec,
     "clip_g": clip.spec,
     "t5": t5.spec,

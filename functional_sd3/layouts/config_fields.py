@@ -49,7 +49,7 @@ class Table(NamedTuple):
     unsound: Callable[[Any], Iterable[str]] = lambda config: ()
 
 
-def read(table: Table, values: dict[str, Any], path: Path) -> Any:
+def read(table: Table, values: dict[str, Any], path: Path | str) -> Any:
     """Our config from the values of a file. Raises one WeightsError naming every field that is unsupported."""
     problems: list[str] = []
     found = {}
@@ -60,7 +60,7 @@ def read(table: Table, values: dict[str, Any], path: Path) -> Any:
         except ValueError as error:
             problems.append(f"{field.theirs} is {_shown(value)}, {error}")
     if table.closed:
-        known = {field.theirs for field in (*table.fields, *table.fixed)}
+        known = {field.theirs for field in table.fields} | {field.theirs for field in table.fixed}
         problems += [
             f"{name} is {_shown(value)}, a field that is not known"
             for name, value in values.items()

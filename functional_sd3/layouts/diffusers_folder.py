@@ -56,5 +56,6 @@ TOKENIZERS = {
     "t5": Tokenizer("tokenizer_3", _T5_TOKENIZERS, unigram),
 }
 SCHEDULER = ("scheduler", "FlowMatchEulerDiscreteScheduler")
-OWNED = (INDEX, SCHEDULER[0], *(part.folder for part in (*COMPONENTS.values(), TAESD, *TOKENIZERS.values())))
+_COMPONENT_FOLDERS = tuple(component.folder for component in (*COMPONENTS.values(), TAESD))
+OWNED = (INDEX, SCHEDULER[0], *_COMPONENT_FOLDERS, *(tokenizer.folder for tokenizer in TOKENIZERS.values()))
 """The entries of a folder that belong to the model."""

@@ -212,7 +212,7 @@ def check(
     wanted = shapes_of(known)
     unexpected = [name for name in shapes if name not in wanted]
     absent = [source for source in known.values() if any(name not in shapes for name in source.names)]
-    needed = [source for source in absent if not default(layout, source.path, source.param)]
+    needed = [source for source in absent if source.param is None or not default(layout, source.path, source.param)]
     missing = [name for source in needed for name in source.names if name not in shapes]
     problems = [f"{name} is missing (shape {list(wanted[name])})" for name in missing]
     # Only the first are shown, and a comparison takes a tenth of a millisecond.

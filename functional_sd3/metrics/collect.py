@@ -50,7 +50,8 @@ def walk(embed: Callable[[Tensor], Tensor], items: Iterable[Item], *, batch_size
 
 def statistics(batches: Iterable[Batch]) -> Collected:
     """Frechet statistics of all. Raises ValueError, naming the first, when none could be read."""
-    total, skipped = None, []
+    total: frechet.Statistics | None = None
+    skipped: list[Skipped] = []
     for batch in batches:
         skipped += batch.skipped
         if len(batch.features):

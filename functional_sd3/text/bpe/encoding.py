@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy
 import torch
@@ -13,6 +13,28 @@ from functional_sd3.text.batches import text_batch
 from functional_sd3.text.bpe.merge import END_OF_WORD, merge, merge_first, symbols_of
 from functional_sd3.text.bpe.tables import Cuts, Tables, cuts_of
 from functional_sd3.text.bpe.words import WORDS, normalize, normalize_aligned, spans, words
+
+
+@overload
+def apply(
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: int = 77,
+    pad_token: str | int | None = None,
+    special_tokens: bool | Collection[str] = True,
+    clean: Callable[[str], str] | None = None,
+) -> Tensor: ...
+@overload
+def apply(
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: None,
+    pad_token: str | int | None = None,
+    special_tokens: bool | Collection[str] = True,
+    clean: Callable[[str], str] | None = None,
+) -> list[list[int]]: ...
 
 
 def apply(
@@ -43,7 +65,7 @@ def apply(
     if length is None:
         return [bos + content + eos for content in batch]
     pad = [tables.pad_id if pad_token is None else _pad_id(tables, pad_token)]
-    rows = [bos + content[:room] + eos + pad * (room - len(content)) for content in batch]
+    rows = [bos + content[: length - 2] + eos + pad * (length - 2 - len(content)) for content in batch]
     # by way of numpy: torch.tensor reads a list of integers several times slower
     return torch.from_numpy(numpy.array(rows, dtype=numpy.int64).reshape(len(rows), length))
 
