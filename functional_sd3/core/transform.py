@@ -99,6 +99,18 @@ def hvp(fn: Callable[[Tree], Tensor], params: Tree, tangents: Tree) -> Tree:
     return torch.func.jvp(torch.func.grad(fn), (params,), (tangents,))[1]
 
 
+def jvp(fn: Callable[[Any], Any], primal: Any, tangent: Any) -> tuple[Any, Any]:
+    """`torch.func.jvp` of a function of one argument: its value and its derivative along `tangent`."""
+    value, derivative = torch.func.jvp(fn, (primal,), (tangent,))[:2]
+    return value, derivative
+
+
+def vjp(fn: Callable[[Any], Any], primal: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """`torch.func.vjp` of a function of one argument: its value, and the function cotangent -> (gradient,)."""
+    value, pullback = torch.func.vjp(fn, primal)[:2]
+    return value, pullback
+
+
 def compile(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # noqa: A001
     """`torch.compile(fn, fullgraph=True, **options)`: one graph or an error, never a silent fall back to eager parts.
 

@@ -5,12 +5,19 @@ x_t = (1 - t) x_0 + t noise, so t = 1 is noise, t = 0 is data, and dx_t/dt = noi
 """
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Velocity
+
+
+@overload
+def broadcast(t: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def broadcast(t: Tensor | float, x: Tensor) -> Tensor | float: ...
 
 
 def broadcast(t: Tensor | float, x: Tensor) -> Tensor | float:

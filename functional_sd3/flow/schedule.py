@@ -115,7 +115,7 @@ def _from_levels(config: Config, levels: Tensor, mu: Scalar | None, device: torc
             if mu is None
             else f"mu {mu} has no meaning for a config without use_dynamic_shifting"
         )
-    if config.use_dynamic_shifting:
+    if mu is not None:
         levels = _odds_shifted(levels, _exp(mu) if config.time_shift_type == "exponential" else mu)
     else:
         levels = shifted(levels, config.shift)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from functional_sd3.formats import bounded
 from functional_sd3.formats.atomic import replace_file
@@ -24,6 +24,8 @@ from functional_sd3.formats.printable import shorten
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 _LARGEST = 2**34
 """Bytes of one array."""
+_PART = 2**20
+"""Bytes that are unpacked at a time."""
 _SLACK, _RATIO = 2**24, 100
 """An array may unpack to 16 MiB and 100 times the bytes that it takes in the file."""
 _MOST_MEMBERS = 1024
@@ -112,7 +114,7 @@ def _members(path: str | os.PathLike, what: str, archive: zipfile.ZipFile) -> di
     return found
 
 
-def _header(path: str | os.PathLike, name: str, file: BinaryIO) -> tuple[Any, tuple[int, ...], bool, int]:
+def _header(path: str | os.PathLike, name: str, file: IO[bytes]) -> tuple[Any, tuple[int, ...], bool, int]:
     """numpy's dtype, the shape, whether the first index runs fastest, and where the values begin."""
     from numpy.lib import format as npy
 
@@ -152,9 +154,10 @@ def _array(path: str | os.PathLike, name: str, archive: zipfile.ZipFile, member:
             raise WeightsError(f"{path}: {shorten(name)} has other than the {size:,} bytes that its shape needs")
         file.read(start)
         content = numpy.empty(size, numpy.uint8)
-        view, place = memoryview(content), 0
-        while place < size and (count := file.readinto(view[place:])):
-            place += count
+        view, place = content.data, 0
+        while place < size and (part := file.read(min(_PART, size - place))):
+            view[place : place + len(part)] = part
+            place += len(part)
         # Reading on to the end is what checks the sum of the bytes.
         if place < size or file.read(1):
             raise WeightsError(f"{path}: {shorten(name)} has other than the {size:,} bytes that its shape needs")

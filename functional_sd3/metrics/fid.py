@@ -94,7 +94,7 @@ def load(
     if "mu" not in entries and "sigma" not in entries:
         raise WeightsError(f"{path}: holds {npz_kind.describe(path, 'statistics')}; statistics are mu and sigma")
     problems = [f"{name} is missing" for name in ("mu", "sigma") if name not in entries]
-    labels = {}
+    labels: dict[str, Any] = {}
     for name, value in given.items():
         labels[name] = entries[name].item() if name in entries and entries[name].ndim == 0 else value
         if labels[name] is None:

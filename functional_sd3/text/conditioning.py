@@ -148,9 +148,9 @@ def encode(
         raise ValueError(f"the CLIP features together are {features.shape[-1]} wide, more than the context's {width}")
     features = F.pad(features, (0, width - features.shape[-1]))
     if "t5" in params:
-        text = t5.apply(params["t5"], config.t5, ids.t5, mask=t5_mask, implementation=implementation)
+        text = t5.apply(params["t5"], _t5_config(config), ids.t5, mask=t5_mask, implementation=implementation)
         if emphasis is not None:
-            blank = t5.apply(params["t5"], config.t5, emphasis.blank.t5, implementation=implementation)
+            blank = t5.apply(params["t5"], _t5_config(config), emphasis.blank.t5, implementation=implementation)
             text = weighting.reweigh(text, blank, emphasis.weights.t5)
     else:
         text = _zeros(params, ids.t5, width)
@@ -190,9 +190,17 @@ def _context_width(params: Params, config: Config) -> int:
     if not config.transformer:
         return config.t5.width if config.t5 else 4096
     width = config.transformer.context_width
-    if "t5" in params and config.t5.width != width:
-        raise ValueError(f"T5 is {config.t5.width} wide, but the transformer reads a context of width {width}")
+    if "t5" in params and _t5_config(config).width != width:
+        raise ValueError(
+            f"T5 is {_t5_config(config).width} wide, but the transformer reads a context of width {width}"
+        )
     return width
+
+
+def _t5_config(config: Config) -> t5.Config:
+    if config.t5 is None:
+        raise ValueError("there are parameters of t5, but the config has no t5")
+    return config.t5
 
 
 def _zeros(params: Params, ids: Tensor, width: int) -> Tensor:

@@ -142,8 +142,8 @@ def _attention(params: Params, config: Config, x: Tensor, bias: Tensor, implemen
 
 
 def _mlp(params: Params, x: Tensor) -> Tensor:
-    gate, value = layers.split_outputs(params["in"], 2 * [params["in"]["weight"].shape[0] // 2])
-    gate, value = layers.linear_activation(gate, x, "gelu_tanh"), layers.linear(value, x)
+    gated, linear = layers.split_outputs(params["in"], 2 * [params["in"]["weight"].shape[0] // 2])
+    gate, value = layers.linear_activation(gated, x, "gelu_tanh"), layers.linear(linear, x)
     if x.dtype == torch.float16:
         # T5-XXL's outputs leave float16's range: a power of two is taken out before, and put back in float32.
         return layers.linear(params["out"], gate * (value / 64)).float() * 64

@@ -5,7 +5,7 @@ new rows of the embedding tables; where it is typed, it stands for all of its ve
 returns new tables and new trees; nothing that was given is changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -132,5 +132,5 @@ def _with(record: Any, name: str, value: Any) -> Any:
     return record._replace(**{name: value}) if hasattr(record, "_replace") else replace(record, **{name: value})
 
 
-_EXTEND = {"clip_l": _extended_bpe, "clip_g": _extended_bpe, "t5": _extended_unigram}
+_EXTEND: dict[str, Callable[..., Any]] = {"clip_l": _extended_bpe, "clip_g": _extended_bpe, "t5": _extended_unigram}
 _TABLE = {"clip_l": "token_embedding", "clip_g": "token_embedding", "t5": "embedding"}

@@ -13,18 +13,25 @@ from functional_sd3.text.batches import text_batch
 class Config(Protocol):
     """The encoders' configs (None where absent), and the transformer's, which tells the widths of what is absent."""
 
-    clip_l: clip.Config | None
-    clip_g: clip.Config | None
-    t5: t5.Config | None
-    transformer: Any
+    @property
+    def clip_l(self) -> clip.Config | None: ...
+    @property
+    def clip_g(self) -> clip.Config | None: ...
+    @property
+    def t5(self) -> t5.Config | None: ...
+    @property
+    def transformer(self) -> Any: ...
 
 
 class Tokenizers(Protocol):
     """Tables of the tokenizers, None where absent."""
 
-    clip_l: Any
-    clip_g: Any
-    t5: Any
+    @property
+    def clip_l(self) -> Any: ...
+    @property
+    def clip_g(self) -> Any: ...
+    @property
+    def t5(self) -> Any: ...
 
 
 class Ids(NamedTuple):

@@ -103,8 +103,7 @@ def clip_rows(tables: bpe.Tables, prompts: Sequence[Weighted], length: int, *, l
 
 
 def _clip_ids(tables: bpe.Tables, texts: Sequence[str], length: int | None) -> list[list[int]]:
-    ids = bpe.apply(tables, texts, length=length)
-    return ids.tolist() if isinstance(ids, Tensor) else ids
+    return bpe.apply(tables, texts, length=None) if length is None else bpe.apply(tables, texts, length=length).tolist()
 
 
 def stack_chunks(prompts: Sequence[Sequence[Rows]], chunks: int, blank: Rows) -> Rows:

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng
+from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Velocity
 from functional_sd3.flow.per_sample import dot
 
@@ -75,15 +75,14 @@ def exact(
 ) -> Forms:
     """The velocity, and its divergence (1, batch): the sum over the unit vectors."""
     size, total = math.prod(x.shape[1:]), torch.zeros((), dtype=x.dtype, device=x.device)
-    value = None
     step = chunk_size or size
     for start in range(0, size, step):
         index = torch.arange(start, min(start + step, size), device=x.device, dtype=torch.int64)
         units = (index[:, None] == torch.arange(size, device=x.device, dtype=torch.int64)).to(x.dtype)
         vectors = units.reshape(len(index), 1, *x.shape[1:]).expand(len(index), *x.shape)
-        value, diagonal = _products(velocity, x, t, vectors, mode)
-        total = total + diagonal.sum(0)
-    return Forms(value, total[None])
+        forms = _products(velocity, x, t, vectors, mode)
+        total = total + forms.values.sum(0)
+    return Forms(forms.velocity, total[None])
 
 
 def quadratic_forms(
@@ -132,7 +131,7 @@ def _products(velocity: Velocity, x: Tensor, t: Tensor, vectors: Tensor, mode: M
 
 def _forward(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Forms:
     def product(vector: Tensor) -> tuple[Tensor, Tensor]:
-        value, pushed = torch.func.jvp(field, (x,), (vector,))
+        value, pushed = transform.jvp(field, x, vector)
         return value, dot(pushed, vector)
 
     if len(vectors) == 1:
@@ -144,7 +143,7 @@ def _forward(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> F
 
 
 def _reverse(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Forms:
-    value, pullback = torch.func.vjp(field, x)
+    value, pullback = transform.vjp(field, x)
     # One by one: fused attention has no batching rule in reverse.
     return Forms(value, torch.stack([dot(pullback(vector)[0], vector) for vector in vectors.unbind()]))
 

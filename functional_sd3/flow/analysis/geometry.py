@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp, vmap
 
-from functional_sd3.core import prng
+from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Velocity
 from functional_sd3.flow import ode
 from functional_sd3.flow.analysis import spectral
@@ -132,7 +132,7 @@ def singular_values(
     def field(x: Tensor) -> Tensor:
         return velocity(x, t)
 
-    _, pull = vjp(field, x)
+    _, pull = transform.vjp(field, x)
 
     def forward(columns: Tensor) -> Tensor:
         return _each(lambda tangent: jvp(field, (x,), (tangent,))[1], columns, x, chunk_size)

@@ -114,10 +114,10 @@ def estimate(
     hutchinson = divergence == "hutchinson"
     rows = probes if hutchinson else 1
     keys = prng.sample_keys(key, len(x0)) if hutchinson else None
-    vectors = probe_vectors(keys, probes, x0, draw) if hutchinson else None
+    vectors = None if keys is None else probe_vectors(keys, probes, x0, draw)
 
     def forms(x: Tensor, t: Tensor) -> Forms:
-        if not hutchinson:
+        if keys is None or vectors is None:
             return exact(velocity, x, t, mode=mode, chunk_size=chunk_size)
         drawn = probe_vectors(prng.fold_in(keys, _bits(t)), probes, x, draw) if fresh else vectors
         return quadratic_forms(velocity, x, t, drawn, mode=mode, chunk_size=chunk_size)

@@ -148,9 +148,8 @@ def rescaled(guidance: Guidance, factor: Scale = 0.7) -> Guidance:
         return rescale(v, velocities["positive"], value(factor, t))
 
     changed = map_velocity(guidance, {"positive": POSITIVE}, change)
-    if guidance.at is None:
-        return changed
-    return changed._replace(at=lambda step, steps: rescaled(guidance.at(step, steps), factor))
+    at = guidance.at
+    return changed if at is None else changed._replace(at=lambda step, steps: rescaled(at(step, steps), factor))
 
 
 def interval(guidance: Guidance, start: float = 0.0, stop: float = 1.0) -> Guidance:

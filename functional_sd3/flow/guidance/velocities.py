@@ -1,6 +1,7 @@
 """A guidance applied to velocity fields: `guided` makes one field of several; classifier-free guidance in one batch."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ def with_carry(method: Method, guidance: Guidance) -> Method:
     def init(x: Tensor, t: Tensor) -> Tree:
         return {"method": method.init(x, t), "velocity": guidance.init(x, t)}
 
-    def step(velocity: StatefulVelocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
+    # velocity is a StatefulVelocity, which the type of `Method.step` cannot say.
+    def step(velocity: Any, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         carried = carry["velocity"]
 
         def evaluate(x: Tensor, t: Tensor) -> Tensor:

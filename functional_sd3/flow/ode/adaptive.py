@@ -116,7 +116,7 @@ def solve(
     run, pieces, told = start(method, velocity, x, times, h=h), [], 1
     while not finished(method, run):
         run, piece = _attempt(method, velocity, run, keep)
-        pieces += [piece] if keep else []
+        pieces += [] if piece is None else [piece]
         if on_step is not None:
             told = _tell(on_step, run, told)
     return finish(run, pieces)

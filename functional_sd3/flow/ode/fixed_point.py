@@ -52,7 +52,8 @@ def inverse(
         raise ValueError(f"iterations {iterations} must be at least 1")
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
-        y, pairs = x, []
+        y = x
+        pairs: list[tuple[Tensor, Tensor]] = []
         enough = None if tolerance is None else tolerance * norm(x)
         for _ in range(iterations):
             there = method.step(velocity, y, t_next, t, [])
@@ -67,7 +68,7 @@ def inverse(
             y = torch.where(broadcast(done, x), y, proposed)
             if is_concrete(done) and done.all():
                 return Advance(y, carry, there.slope)
-        if enough is not None and is_concrete(left):
+        if tolerance is not None and is_concrete(left):
             _refuse(left / norm(x), tolerance, iterations, t_next)
         return Advance(y, carry, there.slope)
 

@@ -1,7 +1,7 @@
 """A run of a method over a grid of times: a plain fold of its step, whole (`integrate`) or piece by piece (`run`)."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from functional_sd3.flow.ode.method import Method, State, StepInfo
 from functional_sd3.flow.path import denoised
 from functional_sd3.flow.times import Times, checked
 
-Save = str | Collection[int] | Callable[[StepInfo], Any]
+Save = Literal["all"] | Collection[int] | Callable[[StepInfo], Any]
 
 
 class NonFiniteError(ArithmeticError):

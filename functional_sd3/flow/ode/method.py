@@ -49,7 +49,7 @@ class State(NamedTuple):
 class StepInfo(NamedTuple):
     """What a callback is told after each step."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     """0 after the first step."""
     steps: int
     state: State

@@ -16,8 +16,11 @@ def replace(
     max_steps: int | None = None,
 ) -> Adaptive:
     """The method with those that are given in place of its own."""
-    given = {"rtol": rtol, "atol": atol, "max_steps": max_steps}
-    return method._replace(**{name: value for name, value in given.items() if value is not None})
+    return method._replace(
+        rtol=method.rtol if rtol is None else rtol,
+        atol=method.atol if atol is None else atol,
+        max_steps=method.max_steps if max_steps is None else max_steps,
+    )
 
 
 def check(method: Adaptive, x: Tensor) -> None:

@@ -221,7 +221,7 @@ def _block_e(name: str, pool: Callable[[Tensor], Tensor]) -> Block:
 
     one = (_same("branch1x1", 320, 1, 1),)
     three = (_same("branch3x3_1", 384, 1, 1), fork("branch3x3_2"))
-    double = (*_chain("branch3x3dbl", (448, 1, 1), (384, 3, 3)), fork("branch3x3dbl_3"))
+    double: tuple[Step, ...] = (*_chain("branch3x3dbl", (448, 1, 1), (384, 3, 3)), fork("branch3x3dbl_3"))
     return Block(name, Branches((one, three, double, (Pool(pool), _same("branch_pool", 192, 1, 1)))))
 
 

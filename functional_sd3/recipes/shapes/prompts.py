@@ -32,7 +32,7 @@ class Reading(NamedTuple):
 class Verdict(NamedTuple):
     """Which properties of the scene the image has; `right`: all of them."""
 
-    count: bool
+    count: bool  # type: ignore[assignment]  # hides tuple.count
     shape: bool
     colour: bool
     size: bool
@@ -147,7 +147,7 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[world.Thing, 
     inner[grown] = numpy.clip((pixels[grown] - ground) @ towards / max(float(towards @ towards), 1.0), 0.0, 1.0)
     rows, columns = numpy.nonzero(mask)
     middle_x, middle_y = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
-    total, best, thing = coverage.sum(), -1.0, None
+    total, best = coverage.sum(), -1.0
     for x in numpy.arange(middle_x - 1, middle_x + 1.5, 0.5):
         for y in numpy.arange(middle_y - 1, middle_y + 1.5, 0.5):
             left, top = int(numpy.floor(x)), int(numpy.floor(y))

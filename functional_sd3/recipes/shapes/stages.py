@@ -13,7 +13,7 @@ from torch import Tensor
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import pixels, vae
-from functional_sd3.layouts.components import SPECS, Config
+from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.recipes.shapes import world
 from functional_sd3.recipes.shapes.architecture import LENGTH
 from functional_sd3.text import clip, conditioning, t5
@@ -52,11 +52,11 @@ class Stage(NamedTuple):
 def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     """The autoencoder, on new images in every step."""
     params_key, run_key, data_key = (prng.fold_in(key, place) for place in (1, 2, 3))
-    params = tree.map_with_path(_narrow_posterior, vae.init(params_key, config.vae))
+    params = tree.map_with_path(_narrow_posterior, vae.init(params_key, require(config, "vae")))
     rate = optim.trapezoid(3e-3, min(30, steps // 4), steps, int(0.6 * steps))
     optimizer = _optimizer(rate, rate, b2=0.99)
     train_step = step.make_train_step(
-        objectives.vae_loss(config.vae, divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
+        objectives.vae_loss(require(config, "vae"), divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
     )
 
     def batch(index: int) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def pool(key: Key, params: Params, config: Config, tables: Tokenizers, count: in
         for index in range(0, count, 256):
             images, texts = world.images(prng.fold_in(key, index), min(256, count - index))
             signed = pixels.to_signed(pixels.from_bytes(images))
-            latents.append(vae.encode(params, config.vae, signed).mean)
+            latents.append(vae.encode(params, require(config, "vae"), signed).mean)
             captions += texts
     ids = conditioning.tokenize(config, tables, captions, t5_length=LENGTH)
     return {"latents": torch.cat(latents), "ids": ids}
@@ -82,7 +82,7 @@ def pool(key: Key, params: Params, config: Config, tables: Tokenizers, count: in
 def with_measured_scaling(config: Config, latents: Tensor) -> Config:
     """The config whose scaling and shift give these latents mean 0 and variance 1."""
     scaling, shift = round(float(1.0 / latents.std()), 4), round(float(latents.mean()), 4)
-    return replace(config, vae=replace(config.vae, scaling=scaling, shift=shift))
+    return replace(config, vae=replace(require(config, "vae"), scaling=scaling, shift=shift))
 
 
 def flow_stage(
@@ -102,7 +102,9 @@ def flow_stage(
     `dtype` is that of the computation, beside float32 parameters: bfloat16 where the machine multiplies it fast.
     """
     params_key, run_key, data_key = prng.split(key, 3)
-    makers = {"clip_l": clip.init, "clip_g": clip.init, "t5": t5.init, "transformer": mmdit.init}
+    makers: dict[str, Callable[..., Params]] = {
+        "clip_l": clip.init, "clip_g": clip.init, "t5": t5.init, "transformer": mmdit.init
+    }  # fmt: skip
     keys = prng.split(params_key, len(makers))
     if start is None:
         parts = zip(keys, makers.items(), strict=True)
@@ -125,7 +127,7 @@ def flow_stage(
         donate=True,
         rate=rate,
     )
-    latents = vae.normalize(config.vae, data["latents"])
+    latents = vae.normalize(require(config, "vae"), data["latents"])
     order = loop.order(data_key, FLOW_BATCH, len(latents))
 
     def batch(index: int) -> dict:

@@ -61,10 +61,10 @@ def train(
     if start is None:
         tables = architecture.tokenizers(tokens_key)
         sizes = architecture.config(tables)
-        stage = _run(work / "vae", stages.vae_stage(root, sizes, vae_steps), vae_steps, progress)
-        if stage is None:
+        trained = _run(work / "vae", stages.vae_stage(root, sizes, vae_steps), vae_steps, progress)
+        if trained is None:
             return None
-        autoencoder = stage.ema
+        autoencoder = trained.ema
     else:
         tables, sizes, autoencoder = start.tokenizers, start.config, start.params["vae"]
     data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
@@ -83,14 +83,14 @@ def train(
     def stage(steps: int, given: Params | None) -> Stage:
         return stages.flow_stage(flow_key, sizes, tables, data, steps, start=given, dtype=dtype, compile=compile)
 
-    params = None if start is None else start.params
+    params: Params | None = None if start is None else start.params
     for name, steps in (("flow", 0 if start else flow_steps), ("refine", refine_steps)):
         if steps:
             state = _run(work / name, stage(steps, params), steps, progress, draw)
             if state is None:
                 return None
             params = state.ema
-    params = {**params, "vae": autoencoder}
+    params = {**(params or {}), "vae": autoencoder}
     model = Model(sizes, {name: params[name] for name in SPECS if name in params}, tables)
     weights.save(out, model, dtype=torch.float16)
     return weights.load(out, dtype=torch.float32)

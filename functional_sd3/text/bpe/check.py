@@ -148,11 +148,13 @@ def _named(config: Object) -> dict[str, tuple[str, Object]]:
             listed = Object({f"special token {index}": value for index, value in enumerate(values)}, config.where)
             named |= {role: (token(listed, role, None), _flags(listed, role)) for role in listed.values}
             break
+    checked: dict[str, tuple[str, Object]] = {}
     for role, (content, flags) in named.items():
         if content is None:
             raise config.error(role, "must be a token")
         _check_flags(flags, content)
-    return named
+        checked[role] = (content, flags)
+    return checked
 
 
 def _flags(config: Object, name: str) -> Object:

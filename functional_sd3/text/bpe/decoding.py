@@ -18,7 +18,7 @@ def decode(tables: "Tables", ids: Tensor | Sequence[Any], *, skip_special: bool 
     (half a character) become U+FFFD. Raises ValueError for an id outside the vocabulary.
     """
     is_batch = ids.ndim > 1 if isinstance(ids, Tensor) else any(not isinstance(row, int) for row in ids)
-    rows = [row.tolist() if isinstance(row, Tensor) else row for row in ids]
+    rows: list[Any] = [row.tolist() if isinstance(row, Tensor) else row for row in ids]
     return [_decode(tables, row, skip_special) for row in rows] if is_batch else _decode(tables, rows, skip_special)
 
 

@@ -55,14 +55,14 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
     problems = [*problems, *in_vocab, *merge_problems(vocab, raw.merges), *in_tokens]
     length = attempt(problems, length_of, config)
     groups = attempt(problems, multi_token, config, tokens)
-    if problems:
+    if problems or length is None or groups is None:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(f"{label}: is not a CLIP byte-pair tokenizer: {shown}")
     return Files(
         vocab=dict(raw.vocab),
-        merges=[pair(merge) for merge in raw.merges],
+        merges=[(first, second) for first, second in map(pair, raw.merges)],
         specials=tuple(sorted(tokens.values())),
-        names={name: token(config, name, default) for name, default in NAMED.items()},
+        names={name: token(config, name, default) or default for name, default in NAMED.items()},
         model_max_length=length,
         keeps_literals=raw.keeps_literals,
         multi_token=tuple(map(tuple, groups)),
@@ -88,7 +88,7 @@ def _raw_folder(folder: Path) -> tuple[_Raw, list[str]]:
     config, added = {**raw.config, **_optional_json(folder / "tokenizer_config.json", problems)}, raw.added
     if "added_tokens_decoder" not in config:  # older folders keep the same facts in two files of their own
         named = dict(_optional_json(folder / "special_tokens_map.json", problems))
-        added = _optional_json(folder / "added_tokens.json", problems)
+        added = dict(_optional_json(folder / "added_tokens.json", problems))
         extra = named.pop("additional_special_tokens", None)
         if isinstance(extra, list):
             # transformers forgets that these are special where added_tokens.json lists them too

@@ -126,7 +126,8 @@ def normalize_aligned(text: str) -> Aligned:
 
 def _decompose(text: str) -> list[tuple[str, int]]:
     """Canonical decomposition in canonical order; each character with 1 if it lengthens the text, else 0."""
-    ordered, marks = [], []
+    ordered: list[tuple[str, int]] = []
+    marks: list[tuple[str, int]] = []
     for character in text:
         for index, piece in enumerate(unicodedata.normalize("NFD", character)):
             if not unicodedata.combining(piece):
@@ -145,10 +146,10 @@ def _combining_class(entry: tuple[str, int]) -> int:
 def _compose(decomposed: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """Canonical composition (UAX 15, D117) that adds up the changes of length of what it joins."""
     composed: list[tuple[str, int]] = []
-    starter, last_class = None, 0
+    starter, last_class = -1, 0
     for character, change in decomposed:
         current_class = unicodedata.combining(character)
-        blocked = starter is None or (last_class >= current_class and starter != len(composed) - 1)
+        blocked = starter < 0 or (last_class >= current_class and starter != len(composed) - 1)
         pair = None if blocked else _composite(composed[starter][0], character)
         if pair is not None:
             composed[starter] = (pair, composed[starter][1] + change - 1)

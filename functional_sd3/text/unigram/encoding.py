@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,26 @@ from functional_sd3.text.unigram.tables import SPACE, WHITE_SPACE, AddedToken, T
 from functional_sd3.text.unigram.viterbi import boundaries, segment
 
 Mode = Literal["hf", "transformers", "sentencepiece"]
+
+
+@overload
+def apply(
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: int = 256,
+    mode: Mode = "hf",
+    typed_specials: bool = True,
+) -> Tensor: ...
+@overload
+def apply(
+    tables: Tables,
+    texts: str | Sequence[str],
+    *,
+    length: None,
+    mode: Mode = "hf",
+    typed_specials: bool = True,
+) -> list[list[int]]: ...
 
 
 def apply(
@@ -47,7 +67,11 @@ def decode(tables: Tables, ids: Tensor | Sequence, *, skip_special: bool = True)
     """
     ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if ids and not isinstance(ids[0], int):
-        return [decode(tables, row, skip_special=skip_special) for row in ids]
+        return [_decode(tables, list(row), skip_special) for row in ids]
+    return _decode(tables, ids, skip_special)
+
+
+def _decode(tables: Tables, ids: list[int], skip_special: bool) -> str:
     added = {token.id: token.content for token in tables.added}
     unknown = [index for index in ids if index not in added and not 0 <= index < len(tables.pieces)]
     if unknown:

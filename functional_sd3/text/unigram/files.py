@@ -29,8 +29,8 @@ from functional_sd3.text.unigram.tables import SPACE, UNBOUNDED, AddedToken, Spa
 
 JSON, MODEL, CONFIG = "tokenizer.json", "spiece.model", "tokenizer_config.json"
 _NAMES = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-STRIP = {"type": "Strip", "strip_left": False, "strip_right": True}
-COLLAPSE = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE}
+STRIP: dict[str, Any] = {"type": "Strip", "strip_left": False, "strip_right": True}
+COLLAPSE: dict[str, Any] = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": SPACE}
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "always", "split": True}
 WHITESPACE = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, METASPACE]}
 
@@ -141,7 +141,7 @@ def _flags(config: Object) -> dict[str, tuple[bool, bool]]:
 
 
 def _name(config: Object, role: str) -> str:
-    return token(config, role, _NAMES[role])
+    return token(config, role, _NAMES[role]) or _NAMES[role]
 
 
 def _max_length(config: Object) -> int:

@@ -44,11 +44,11 @@ def parse(data: bytes) -> SentencePieceModel:
             if number == 1:
                 if len(pieces) == MOST_PIECES:
                     raise ValueError(f"it has more than {MOST_PIECES:,} pieces")
-                pieces.append(_piece(value))
+                pieces.append(_piece(_message(value)))
             elif number == 2:
-                trainer = dict(_fields(value))
+                trainer = dict(_fields(_message(value)))
             elif number == 3:
-                normalizer = dict(_fields(value))
+                normalizer = dict(_fields(_message(value)))
         charsmap = normalizer.get(2, b"")
         if not isinstance(charsmap, bytes):
             raise ValueError("its character map is a number")
@@ -104,8 +104,16 @@ def _piece(message: bytes) -> Piece:
     text = fields.get(1)
     if not isinstance(text, bytes):
         raise ValueError("a piece has no text")
-    score = struct.unpack("<f", fields.get(2, b"\0\0\0\0"))[0]
-    return Piece(text.decode(), score, fields.get(3, NORMAL))
+    score, kind = fields.get(2, b"\0\0\0\0"), fields.get(3, NORMAL)
+    if not isinstance(score, bytes) or not isinstance(kind, int):
+        raise ValueError("the score or the type of a piece is of another kind")
+    return Piece(text.decode(), struct.unpack("<f", score)[0], kind)
+
+
+def _message(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a message is a number")
+    return value
 
 
 def _serialize_piece(piece: Piece) -> bytes:
@@ -115,12 +123,11 @@ def _serialize_piece(piece: Piece) -> bytes:
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Every (field number, value) of a message: an int for varints, bytes for everything else."""
-    if not isinstance(message, bytes):
-        raise ValueError("a message is a number")
     position, end = 0, len(message)
     while position < end:
         key, position = _varint(message, position)
         wire = key & 7
+        value: int | bytes
         if wire == 0:
             value, position = _varint(message, position)
         else:

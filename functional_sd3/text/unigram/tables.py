@@ -117,7 +117,7 @@ def build(
     full = Lattice(_trie(pieces, scores), ids, min(scores) - _UNKNOWN_PENALTY)
     special = {pieces[unk_id], *(token.content for token in added)}
     ordinary = full._replace(
-        scores=full.scores | dict.fromkeys(special & ids.keys(), -math.inf),
+        scores={**full.scores, **dict.fromkeys(special & ids.keys(), -math.inf)},
         ids={piece: index for piece, index in ids.items() if piece not in special},
     )
     return Tables(
@@ -250,7 +250,8 @@ def _whole_words(ordinary: Lattice, full: Lattice) -> dict[str, int]:
     """
     whole = {}
     score = full.scores.get
-    previous, best, open_starts = "", [0.0], [[]]
+    previous, best = "", [0.0]
+    open_starts: list[list[int]] = [[]]
     for word in sorted(piece for piece in ordinary.ids if piece[0] == SPACE and SPACE not in piece[1:]):
         shared = 0
         for one, other in zip(word, previous, strict=False):
@@ -259,8 +260,8 @@ def _whole_words(ordinary: Lattice, full: Lattice) -> dict[str, int]:
             shared += 1
         del best[shared + 1 :], open_starts[shared + 1 :]
         for end in range(shared + 1, len(word) + 1):
-            step = score(word[end - 1], -math.inf)
-            highest = best[end - 1] + (step if step > -math.inf else full.unknown)
+            single = score(word[end - 1], -math.inf)
+            highest = best[end - 1] + (single if single > -math.inf else full.unknown)
             still_open = [end - 1]
             for start in open_starts[-1]:
                 step = score(word[start:end])

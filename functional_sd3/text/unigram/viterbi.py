@@ -45,9 +45,9 @@ def _origins(lattice: Lattice, text: str) -> list[int]:
     score = lattice.scores.get
     for start in range(size):
         here = best[start]
-        step = score(text[start], -inf)
+        one = score(text[start], -inf)
         end = start + 1
-        total = here + (lattice.unknown if step == -inf else step)
+        total = here + (lattice.unknown if one == -inf else one)
         while True:
             kept = best[end]
             if total > kept:

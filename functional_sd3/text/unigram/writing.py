@@ -66,7 +66,7 @@ def _token(token: AddedToken) -> dict[str, Any]:
 
 def _json(tables: Tables) -> dict[str, Any]:
     charsmap = base64.b64encode(tables.charsmap).decode()
-    steps = [{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else []
+    steps: list[dict[str, Any]] = [{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else []
     steps += [STRIP] * tables.spacing.strip + [COLLAPSE] * tables.spacing.collapse
     return {
         "version": "1.0",
