@@ -14,7 +14,10 @@ Every component has a frozen `Config`, `spec(config)`, `init(key, config)` and a
 """
 
 import ast
+import functools
 import importlib
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -35,8 +38,56 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> ModuleType:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(_MODULES[name])
+    return _with_public_dir(importlib.import_module(_MODULES[name]))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])
+
+
+def _with_public_dir(module: ModuleType) -> ModuleType:
+    vars(module)["__dir__"] = functools.partial(_public_names, module)
+    return module
+
+
+def _public_names(module: ModuleType) -> list[str]:
+    """`__all__`, or the names that a module binds itself, without the private ones and those it imports."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
+    names = set()
+    for statement in _statements(module.__name__):
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            names |= {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def _statements(module: str) -> list[ast.stmt]:
+    """The top level of a module's source; nothing is imported but the packages it is in."""
+    found = find_spec(module)
+    source = Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+    return ast.parse(source).body
+
+
+class _Package(ModuleType):
+    """This package; its docstring ends with a line for each module, read from theirs when it is asked for."""
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        return f"{_DOC}\nModules\n\n" + "".join(f"    {name}: {_summary(name)}\n" for name in __all__)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Python sets a room that was imported as an attribute, without `__getattr__`.
+        super().__setattr__(name, _with_public_dir(value) if isinstance(value, ModuleType) else value)
+
+
+def _summary(name: str) -> str:
+    """The first sentence or line of a module's docstring."""
+    text = ast.get_docstring(ast.Module(_statements(_MODULES[name]), [])) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+_DOC = __doc__
+sys.modules[__name__].__class__ = _Package

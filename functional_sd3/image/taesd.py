@@ -1,5 +1,6 @@
 """TAESD, the tiny autoencoder of Ollin Boer Bohan, in the size made for the latents of SD3: quick previews in place of
 the VAE.
+
 https://github.com/madebyollin/taesd (no paper); numerics of diffusers' `AutoencoderTiny`. Its latents are those the
 transformer sees: no scaling, no shift.
 """

@@ -1,0 +1,37 @@
+"""The names that `dir` and `help` show of the package and of its modules."""
+
+import types
+
+import pytest
+
+import functional_sd3 as sd3
+
+
+def test_dir_of_the_package_has_its_modules_and_its_version_alone():
+    assert dir(sd3) == sorted([*sd3.__all__, "__version__"])
+
+
+@pytest.mark.parametrize("name", sd3.__all__)
+def test_dir_of_a_module_has_the_public_names_that_it_defines(name):
+    module = getattr(sd3, name)
+    names = dir(module)
+    assert names and not [shown for shown in names if shown.startswith("_")]
+    for shown in names:
+        value = getattr(module, shown)
+        if not isinstance(value, types.ModuleType):
+            owner = getattr(value, "__module__", None) or "functional_sd3"
+            assert owner.split(".")[0] in ("functional_sd3", "builtins", "typing", "types", "collections"), shown
+        else:
+            assert shown in module.__all__
+
+
+def test_dir_of_the_transformer_has_its_functions_and_not_what_it_imports():
+    assert {"Config", "SD35_MEDIUM", "apply", "init", "modulations", "spec"} <= set(dir(sd3.mmdit))
+    assert not {"Tensor", "torch", "partial", "TIME_FREQUENCIES", "layers"} & set(dir(sd3.mmdit))
+
+
+def test_help_says_a_line_of_each_module():
+    lines = {line.strip().partition(":")[0]: line.partition(":")[2] for line in (sd3.__doc__ or "").splitlines()}
+    for name in sd3.__all__:
+        assert len(lines[name]) > 20, f"{name} has no docstring"
+    assert "Random numbers" in lines["prng"]
