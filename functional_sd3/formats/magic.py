@@ -14,7 +14,7 @@ GGUF = b"GGUF"
 _PICKLES = (ZIP, *(b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5)))
 
 
-_IMAGE = "is an image, not weights: --params takes weights (images are given with --image or --control)"
+_IMAGE = "is an image, not weights (images are given with --image or --control)"
 _ARCHIVE = "is an archive, not weights: unpack it, and give what is in it"
 _OTHERS = (
     ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF"), _IMAGE),

@@ -77,6 +77,7 @@ _FOLDERS = {
     "stability": checkpoint_file.write_stability,
     "native": checkpoint_file.write_native,
 }
+_OTHER_SUFFIXES = (".bin", ".ckpt", ".gguf", ".onnx", ".pt", ".pth")
 _FILES = {"stability": registry.STABILITY, "single": registry.STABILITY, "native": registry.NATIVE}
 
 
@@ -177,6 +178,7 @@ def save(
     if shard_bytes is not None and shard_bytes < 1:
         raise ValueError(f"shard_bytes {shard_bytes} must be at least 1")
     _check_dtype(dtype)
+    _check_suffix(Path(path), layout)
     problems = check(model)
     if problems:
         raise WeightsError(problems)
@@ -199,6 +201,16 @@ def _given(model: Model | Config, params: dict[str, Params] | None) -> Model:
         return Model(model, params)
     given = type(model).__name__ + ("" if params is None else f" and {type(params).__name__}")
     raise TypeError(f"save takes a weights.Model, or a weights.Config and the parameters by component, not {given}")
+
+
+def _check_suffix(path: Path, layout: str) -> None:
+    """Raise ValueError for a name under which readers, ours too, expect another format."""
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_SUFFIXES:
+        raise ValueError(f"{path}: {suffix} is the name of another format; files are written as .safetensors")
+    if suffix == ".safetensors" and layout not in _FILES:
+        known = " or ".join(repr(name) for name in _FILES)
+        raise ValueError(f"{path}: layout {layout!r} is a folder; one file has layout {known} (--layout)")
 
 
 def _paths(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:

@@ -393,3 +393,13 @@ def test_a_folder_with_changed_bytes_is_a_weights_error_or_a_whole_model(tiny, t
         return
     assert isinstance(found, Model)
     assert weights.check(found) == []
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".PTH", ".ckpt", ".gguf"])
+def test_a_file_is_not_written_under_the_name_of_another_format(make_model, tmp_path, suffix):
+    for layout in ("single", "stability", "native", "diffusers"):
+        with pytest.raises(ValueError, match="is the name of another format; files are written as .safetensors"):
+            weights.save(tmp_path / f"x{suffix}", make_model(), layout=layout)
+    with pytest.raises(ValueError, match="layout 'diffusers' is a folder; one file has layout"):
+        weights.save(tmp_path / "x.safetensors", make_model())
+    assert list(tmp_path.iterdir()) == []
