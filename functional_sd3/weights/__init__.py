@@ -1,10 +1,10 @@
 """Trees on disk: models read from every form people hold SD3's weights in, and written to those that others read.
 
-    model = weights.load("stable-diffusion-3.5-medium", dtype=torch.bfloat16)
-    model = weights.load(["sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "tokenizers"])
-    weights.save("mine", model._replace(params=...))
-    weights.save("mine", config, params)
-    weights.save("mine.safetensors", model, layout="single", dtype=torch.float16)
+model = weights.load("stable-diffusion-3.5-medium", dtype=torch.bfloat16)
+model = weights.load(["sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "tokenizers"])
+weights.save("mine", model._replace(params=...))
+weights.save("mine", config, params)
+weights.save("mine.safetensors", model, layout="single", dtype=torch.float16)
 """
 
 import os
