@@ -5,8 +5,9 @@ measure the images that a PNG would hold.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from functional_sd3.image import gaussian
 
 WINDOW = 11
 SIGMA = 1.5
@@ -50,11 +51,7 @@ def ssim(images: Tensor, references: Tensor, *, peak: float = 1.0) -> Tensor:
 
 def _blur(x: Tensor) -> Tensor:
     """The weighted mean over every window that lies inside the image."""
-    offsets = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
-    weights = torch.exp(-0.5 * (offsets / SIGMA) ** 2)
-    weights = (weights / weights.sum()).expand(x.shape[1], 1, WINDOW)
-    down = F.conv2d(x, weights[..., None], groups=x.shape[1])
-    return F.conv2d(down, weights[:, :, None], groups=x.shape[1])
+    return gaussian.blur(x, SIGMA, WINDOW // 2, border="valid")
 
 
 def _check(images: Tensor, references: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from functional_sd3.core.types import Velocity
 from functional_sd3.flow import path
 from functional_sd3.flow.path import broadcast
+from functional_sd3.image import gaussian
 
 
 def check(mask: Tensor, height: int, width: int, batch: int) -> None:
@@ -50,13 +51,7 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
     reach = math.ceil(3 * sigma)
     if not reach:
         return images
-    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.softmax(-offsets.square() / (2 * sigma**2), 0)
-    for axis in (-1, -2):
-        moved = images.movedim(axis, -1)
-        padded = F.pad(moved.flatten(0, -2)[:, None], (reach, reach), mode="replicate")
-        images = F.conv1d(padded, kernel[None, None]).reshape(moved.shape).movedim(-1, axis)
-    return images
+    return gaussian.blur(images, sigma, reach, border="replicate")
 
 
 def check_blur(sigma: float) -> None:
