@@ -111,7 +111,9 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
     strength = arguments.strength if arguments.strength is not None else 0.6 if mask is None else 1.0
     if mask is not None:
         factor = vae.factor(session.config.vae)
-        latents = torch.empty((1, 1, *(side // factor for side in image.shape[-2:])), device="meta")
+        latents = torch.empty(
+            (1, 1, *(side // factor for side in image.shape[-2:])), dtype=torch.float32, device="meta"
+        )
         if not pipeline.latent_mask(mask, latents, arguments.soften).any():
             where = f"--mask {arguments.mask}" if arguments.mask else f"--outpaint {arguments.outpaint}"
             raise ValueError(f"{where} changes nothing: its white part is too small for latents, or cropped away")

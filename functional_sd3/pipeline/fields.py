@@ -56,10 +56,10 @@ def velocity(
     guidance: `guidance.cfg(cfg)` by default; one that carries no state, and of one step (`guidance.at`) where it
     changes from step to step: `sample` takes any. The rest as in `velocities`.
     """
-    guiding = guidances.cfg(cfg) if guidance is None else guidance
-    told: dict[str, Any] = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
-    told |= {"block_transform": block_transform, "implementation": implementation}
-    return guidances.guided(guiding, velocities(params, config, conditions, guiding.needs, times, **told))
+    guidance = guidances.cfg(cfg) if guidance is None else guidance
+    options: dict[str, Any] = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
+    options |= {"block_transform": block_transform, "implementation": implementation}
+    return guidances.guided(guidance, velocities(params, config, conditions, guidance.needs, times, **options))
 
 
 def velocities(
@@ -77,21 +77,21 @@ def velocities(
 ) -> Callable[[Tensor, Tensor], Velocities]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
 
-    needs: by name, how each differs from that of the prompts (`Guidance.needs`); those that differ only in what they
-    are told are evaluated in one batch.
-    times: (n,) all the times it will be asked at. The modulations of every block depend on the time and the pooled
-    vector alone; they are then computed once for all of them, and a third of the weights is read once a picture
-    instead of once a step. Without `times` any t goes, () or (batch,). control: ControlNets, which speak at every t;
-    their start and end belong to `sample`. image_prompt: an IP-Adapter and features, of which what is guided away from
-    sees zeros. block_transform: as of `mmdit.apply`; `transform.compile` compiles one block, whatever their number.
+    needs: by name, how each differs from that of the prompts (`Guidance.needs`); those that differ in their
+    conditioning alone are evaluated in one batch.
+    times: (n,) all the times it will be evaluated at. The modulations of every block depend on the time and the pooled
+    vector alone; they are then computed once for all of them, and a third of the weights is read once an image
+    instead of once a step. Without `times` t may be any, () or (batch,). control: ControlNets, active at every t;
+    their start and end belong to `sample`. image_prompt: an IP-Adapter and features, in whose place the negative
+    prompt has zeros. block_transform: as of `mmdit.apply`; `transform.compile` compiles one block for all of them.
     implementation: of attention, of the transformer, its ControlNets and its image prompt; "math" has the derivatives
     that the fused kernels lack (`attention.attention`).
     """
     for one in control:
         controls.check(one, config.transformer)
     batch = len(conditions.positive.pooled)
-    pictures, shown = controls.per_sample(control, batch), ip_adapter.per_sample(image_prompt, batch)
-    unseen = {**shown, "features": torch.zeros_like(shown["features"])} if shown else {}
+    control_images, features = controls.per_sample(control, batch), ip_adapter.per_sample(image_prompt, batch)
+    no_features = {**features, "features": torch.zeros_like(features["features"])} if features else {}
     tables: list[tuple[Branch, Tree]] = []
     fields = []
     for group in _groups(needs):
@@ -101,9 +101,9 @@ def velocities(
         arguments = {}
         for name, one in group.items():
             condition = _conditioning(one.conditioning, conditions, batch)
-            seen = unseen if one.conditioning == "negative" else shown
+            own_features = no_features if one.conditioning == "negative" else features
             rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
-            arguments[name] = (*condition, pictures, seen, *rows)
+            arguments[name] = (*condition, control_images, own_features, *rows)
         _check_lengths({name: context for name, (context, *_) in arguments.items()})
         options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
         evaluate = _network(weights, sizes, options, times, control, image_prompt, implementation)
@@ -124,15 +124,23 @@ def _network(
     image_prompt: ImagePrompt | None,
     implementation: Implementation,
 ) -> Callable[..., Tensor]:
-    """One evaluation: (x, t, and what the rows of the batch are told) -> dx/dt."""
+    """One evaluation: (x, t, then conditioning, images and modulations of each row of the batch) -> dx/dt."""
 
     def evaluate(
-        x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, pictures: Tree, shown: Tree, *rows: Tree
+        x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, images: Tree, features: Tree, *rows: Tree
     ) -> Tensor:
-        given = _at(rows, times, t) if rows else {"transformer": None, "control": None}
-        told = [one._replace(**picture) for one, picture in zip(control, pictures, strict=True)]
-        heard = controls.residuals(
-            told, weights, sizes, x, t, context, pooled, modulations=given["control"], implementation=implementation
+        modulations = _at(rows, times, t) if rows else {"transformer": None, "control": None}
+        active = [one._replace(**image) for one, image in zip(control, images, strict=True)]
+        added = controls.residuals(
+            active,
+            weights,
+            sizes,
+            x,
+            t,
+            context,
+            pooled,
+            modulations=modulations["control"],
+            implementation=implementation,
         )
         return mmdit.apply(
             weights,
@@ -141,10 +149,10 @@ def _network(
             t,
             context,
             pooled,
-            modulations=given["transformer"],
-            residuals=heard.residuals,
-            residual_after_last=heard.after_last,
-            image_prompt=ip_adapter.prompt(image_prompt, shown, t, sizes, implementation=implementation),
+            modulations=modulations["transformer"],
+            residuals=added.residuals,
+            residual_after_last=added.after_last,
+            image_prompt=ip_adapter.prompt(image_prompt, features, t, sizes, implementation=implementation),
             implementation=implementation,
             **options,
         )
@@ -166,14 +174,14 @@ def _groups(needs: Mapping[str, Branch]) -> list[dict[str, Branch]]:
     return groups
 
 
-def _conditioning(told: Any, conditions: Conditions, batch: int) -> Conditioning:
-    if isinstance(told, str):
-        return getattr(conditions, told)
-    return Conditioning(*(part.expand(batch, *part.shape[1:]) for part in told))
+def _conditioning(conditioning: Any, conditions: Conditions, batch: int) -> Conditioning:
+    if isinstance(conditioning, str):
+        return getattr(conditions, conditioning)
+    return Conditioning(*(part.expand(batch, *part.shape[1:]) for part in conditioning))
 
 
 def _table(tables: list[tuple[Branch, Tree]], branch: Branch, weights, sizes, pooled, times, control) -> Tree:
-    """Modulations at all times, batch first as everything that guidance joins: once for all that are told the same."""
+    """Modulations at all times, batch first as everything that guidance joins: once for each conditioning and model."""
     for other, table in tables:
         if other.conditioning is branch.conditioning and guidances.same_model(other, branch):
             return table
@@ -189,7 +197,7 @@ def _table(tables: list[tuple[Branch, Tree]], branch: Branch, weights, sizes, po
 def _check_lengths(contexts: Mapping[str, Tensor]) -> None:
     lengths = {name: context.shape[1] for name, context in contexts.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"what is guided by differs in its number of tokens: {lengths}; encode them to one length")
+        raise ValueError(f"conditionings that differ in their number of tokens: {lengths}; encode them to one length")
 
 
 def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Pictures <-> the latents that the transformer sees, and the noise that a run starts from."""
+"""Images <-> normalised latents, and the noise that a run starts from."""
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def step_keys(key: Key, count: int) -> Key:
 
 
 def encode_images(params: Params, config: Config, images: Tensor, *, key: Key | None = None) -> Tensor:
-    """Pictures -> normalised latents, float32: images (batch, 3, height, width) in [0, 1].
+    """Images -> normalised latents, float32: images (batch, 3, height, width) in [0, 1].
 
     key: draws from the VAE's posterior, sample by sample as `initial_noise`; by default its mean is taken. Raises
     ValueError for other shapes, and sides that are no multiples of the VAE's factor.
@@ -58,9 +58,9 @@ def encode_images(params: Params, config: Config, images: Tensor, *, key: Key | 
 
 
 def decode(params: Params, config: Config, latents: Tensor, *, tile: int | None = None) -> Tensor:
-    """Normalised latents -> pictures (batch, 3, height, width) in [0, 1], float32.
+    """Normalised latents -> images (batch, 3, height, width) in [0, 1], float32.
 
-    tile: the side in latents of the overlapping tiles to decode in, for large pictures; by default all at once.
+    tile: the side in latents of the overlapping tiles to decode in, for large images; by default all at once.
     """
     dtype = params["vae"]["decoder"]["conv_in"]["weight"].dtype
     latents = vae.denormalize(config.vae, latents).to(dtype)
@@ -80,9 +80,9 @@ def control_latents(
     mask: Tensor | None = None,
     key: Key | None = None,
 ) -> Tensor:
-    """What a ControlNet reads of pictures: images (batch, 3, height, width) in [0, 1] -> `Control.image_latents`.
+    """Images as a ControlNet reads them: (batch, 3, height, width) in [0, 1] -> `Control.image_latents`.
 
-    mask (batch or 1, 1, height, width): for a ControlNet with a channel more, 1 where the picture is to be painted
+    mask (batch or 1, 1, height, width): for a ControlNet with a channel more, 1 where the image is to be painted
     anew. key: draws from the VAE's posterior, as diffusers does; by default its mean is taken. Raises ValueError when
     a mask is missing or not wanted.
     """
@@ -103,9 +103,9 @@ def control_latents(
 def latent_size(
     config: Config, height: int | None = None, width: int | None = None, *, bounded: bool = True
 ) -> tuple[int, int]:
-    """Height and width of the latents of a picture of this size; ValueError where the model cannot make one.
+    """Height and width of the latents of an image of this size; ValueError where the model cannot draw one.
 
-    `bounded`: by the table of positions, which is what one evaluation of the transformer can see; a run in tiles
+    `bounded`: by the table of positions, which one evaluation of the transformer has; a run in tiles
     (`tiles`) has no bound.
     """
     factor = vae.factor(config.vae)

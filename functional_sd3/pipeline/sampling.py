@@ -1,4 +1,4 @@
-"""From noise to latents: the run that follows the velocity field of prompts, pictures and image prompts."""
+"""The integration of the flow from noise to latents, with guidance and ControlNets in their windows of steps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -63,7 +63,7 @@ def sample(
     and carry a state. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
     first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
     velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
-    what becomes of the guided velocity (a picture held where a mask says, for instance). implementation: of attention,
+    of the guided velocity (`keep_masked` of a mask, for instance). implementation: of attention,
     as of `velocities`. Raises ValueError for a cfg that is not finite, a field with a guidance that carries a state,
     and where a key is needed and none is given.
     """
@@ -72,32 +72,32 @@ def sample(
         raise ValueError(f"cfg {list(cfg.shape)} must be one number, or ({len(noise)},): one for each sample")
     method = chosen_method(config, len(noise), method, key)
     times = sigmas(config, noise, steps) if times is None else times
-    steps, remembers = len(times) - 1, guidance is not None and guidance.init is not no_carry
-    if field is not None and remembers:
+    steps, carries = len(times) - 1, guidance is not None and guidance.init is not no_carry
+    if field is not None and carries:
         raise ValueError("a guidance that carries a state cannot be given to a field of its own: choose one without")
-    bent = transform or (lambda velocity: velocity)
-    runner = guidances.with_carry(_through(method, bent), guidance) if remembers else method
+    transform = transform or (lambda velocity: velocity)
+    runner = guidances.with_carry(_with_transform(method, transform), guidance) if carries else method
     state = ode.start(runner, noise, times[0])
-    # What is silent costs nothing: the run is cut where a ControlNet or a part of the guidance starts or ends.
-    for first, stop, speaking, guiding in _segments(control, guidance, steps):
+    # The run is split where the set of active ControlNets or guidance terms changes: inactive ones cost nothing.
+    for first, stop, active, step_guidance in _segments(control, guidance, steps):
         grid, ends = times[first : stop + 1], stop == steps
-        # An adaptive method tells the times that it will ask for to nobody.
-        asked = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
-        told: dict[str, Any] = {"skip_layers": skip_layers, "control": speaking, "image_prompt": image_prompt}
-        told |= {} if block_transform is None else {"block_transform": block_transform}
-        told |= {} if implementation == "sdpa" else {"implementation": implementation}
-        if remembers:
-            needed = velocities(params, config, conditions, guiding.needs, asked, **told)
-            guided = guidances.guided_with_carry(guiding, needed)
+        # The times that an adaptive method evaluates at are not known before.
+        known = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
+        options: dict[str, Any] = {"skip_layers": skip_layers, "control": active, "image_prompt": image_prompt}
+        options |= {} if block_transform is None else {"block_transform": block_transform}
+        options |= {} if implementation == "sdpa" else {"implementation": implementation}
+        if carries:
+            needed = velocities(params, config, conditions, step_guidance.needs, known, **options)
+            guided = guidances.guided_with_carry(step_guidance, needed)
         else:
-            told |= {} if guiding is None else {"guidance": guiding}
-            guided = bent((field or velocity)(params, config, conditions, cfg, asked, **told))
+            options |= {} if step_guidance is None else {"guidance": step_guidance}
+            guided = transform((field or velocity)(params, config, conditions, cfg, known, **options))
         state = ode.run(runner, guided, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
     return state.x
 
 
 def default_method(config: Config) -> str:
-    """The name of the method of a run that names none: what diffusers' scheduler of the model's config does."""
+    """The name of the method that diffusers' scheduler of the model's config stands for."""
     stochastic = config.schedule is not None and config.schedule.stochastic_sampling
     return "euler_renoised" if stochastic else ode.EULER.name
 
@@ -126,26 +126,26 @@ def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
 
 
 def evaluation_times(method: Method, times: Tensor, count: int = 1, *, ends: bool = True) -> Tensor:
-    """The times at which a method asks for the velocity on this grid, found by running it on `count` numbers, as many
+    """The times at which a method evaluates the velocity on this grid, found by running it on `count` numbers, as many
     as it has samples; `ends` as in `ode.run`."""
-    asked: list[Tensor] = []
+    evaluated: list[Tensor] = []
 
     def record(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(t)
+        evaluated.append(t)
         return x
 
     ode.run(method, record, ode.start(method, times.new_zeros(count), times[0]), times, ends=ends)
-    return torch.stack(asked)
+    return torch.stack(evaluated)
 
 
 def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: int) -> Callable[[StepInfo], Any] | None:
-    """Told of a part of a run, `on_step` hears the numbers of the whole."""
+    """`on_step` of a part of a run, called with the index and number of steps of the whole."""
     if on_step is None:
         return None
     return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
 
 
-def _through(method: Method, transform: Callable[[Velocity], Velocity]) -> Method:
+def _with_transform(method: Method, transform: Callable[[Velocity], Velocity]) -> Method:
     """The method on transformed velocities; an adaptive one as it is, for `with_carry` to refuse."""
     if isinstance(method, ode.Adaptive):
         return method
@@ -153,23 +153,23 @@ def _through(method: Method, transform: Callable[[Velocity], Velocity]) -> Metho
     def step(velocity: Velocity, *state: Any) -> Advance:
         return method.step(transform(velocity), *state)
 
-    return method._replace(step=step, last=method.last and _through(method.last, transform))
+    return method._replace(step=step, last=method.last and _with_transform(method.last, transform))
 
 
 def _segments(
     control: Sequence[Control], guidance: Guidance | None, steps: int
 ) -> list[tuple[int, int, tuple[Control, ...], Guidance | None]]:
-    """Parts (first step, step after the last, who speaks, the guidance) of a run, in order."""
+    """Parts (first step, step after the last, active ControlNets, guidance) of a run, in order."""
     if not steps:
         return []
-    speaking = controls.segments(control, steps)
+    active = controls.segments(control, steps)
     guiding = [(0, steps, None)] if guidance is None else guidances.segments(guidance, steps)
 
     def during(parts: Sequence[tuple[int, int, Any]], step: int) -> Any:
-        return next(what for first, stop, what in parts if first <= step < stop)
+        return next(value for first, stop, value in parts if first <= step < stop)
 
-    starts = sorted({first for first, *_ in (*speaking, *guiding)})
+    starts = sorted({first for first, *_ in (*active, *guiding)})
     return [
-        (first, stop, during(speaking, first), during(guiding, first))
+        (first, stop, during(active, first), during(guiding, first))
         for first, stop in zip(starts, [*starts[1:], steps], strict=True)
     ]

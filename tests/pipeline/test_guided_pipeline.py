@@ -172,7 +172,7 @@ def test_a_prompt_may_be_composed_of_several(model, conditions, noise, calls):
     )
     close(found, negative + 3 * (positive - negative) + 2 * (other - negative), atol=1e-4, rtol=1e-4)
     short = told._replace(context=told.context[:, :5])
-    with pytest.raises(ValueError, match="differs in its number of tokens.*'prompt 1': 5"):
+    with pytest.raises(ValueError, match="differ in their number of tokens.*'prompt 1': 5"):
         pipeline.velocity(
             model.params, model.config, conditions, guidance=guidance.composed(guidance.cfg(3.0), (short, 2.0))
         )
