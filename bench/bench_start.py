@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
     )
     params = specs.map_params(lambda path, param: torch.rand(param.shape), weights.spec(config))
     path = tmp_path_factory.mktemp("large") / "model"
-    weights.save(path, Model(config, params), shard_bytes=200_000_000)
+    weights.save(path, Model(params, config), shard_bytes=200_000_000)
     return path
 
 

@@ -55,7 +55,7 @@ def random_model(config=None) -> Model:
             return 0.1 * noise + (1.0 if path.endswith("weight") else 0.0)
         return noise * 0.8 / math.prod(param.shape[1:]) ** 0.5
 
-    return Model(config, specs.map_params(fill, model.spec(config)), tokenizers())
+    return Model(specs.map_params(fill, model.spec(config)), config, tokenizers())
 
 
 def random_inception():

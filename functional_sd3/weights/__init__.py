@@ -1,10 +1,10 @@
 """Trees on disk: models read from every form people hold SD3's weights in, and written to those that others read.
 
-model = weights.load("stable-diffusion-3.5-medium", dtype=torch.bfloat16)
-model = weights.load(["sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "tokenizers"])
-weights.save("mine", model._replace(params=...))
-weights.save("mine", config, params)
-weights.save("mine.safetensors", model, layout="single", dtype=torch.float16)
+    model = weights.load("stable-diffusion-3.5-medium", dtype=torch.bfloat16)
+    model = weights.load(["sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "tokenizers"])
+    weights.save("mine", model._replace(params=...))
+    weights.save("mine", params, config)
+    weights.save("mine.safetensors", model, layout="single", dtype=torch.float16)
 """
 
 import os
@@ -151,8 +151,8 @@ def fetcher(path: str | os.PathLike | Sequence[str | os.PathLike], **options: An
 
 def save(
     path: str | os.PathLike,
-    model: Model | Config,
-    params: dict[str, Params] | None = None,
+    model: Model | dict[str, Params],
+    config: Config | None = None,
     *,
     layout: str = "diffusers",
     dtype: torch.dtype | None = None,
@@ -160,7 +160,7 @@ def save(
 ) -> None:
     """Write a model where `load` reads it again, and others read it too.
 
-    model: as `load` returns it; or a config, with the parameters of its components after it, and then no tokenizers.
+    model: as `load` returns it; or the parameters of components, with their config after them, and then no tokenizers.
     layout: "diffusers", a folder that `StableDiffusion3Pipeline` loads; "stability", Stability's names, as one file
     where `path` ends in .safetensors, else as a folder with a file for transformer and VAE and one for each encoder;
     "single", one file of everything under Stability's names; "native", our own names, in which nothing is copied on
@@ -172,7 +172,7 @@ def save(
     still loads as it was (`formats.atomic` says how). Raises WeightsError when the parameters do not fit the config or
     the system refuses, ValueError for an unknown layout.
     """
-    model = _given(model, params)
+    model = _given(model, config)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} must be one of {sorted(LAYOUTS)}")
     if shard_bytes is not None and shard_bytes < 1:
@@ -194,13 +194,17 @@ def save(
     )
 
 
-def _given(model: Model | Config, params: dict[str, Params] | None) -> Model:
-    if isinstance(model, Model) and params is None:
+def _given(model: Model | dict[str, Params] | Config, config: Config | dict[str, Params] | None) -> Model:
+    if isinstance(model, Model) and config is None:
+        if isinstance(model.params, Config):
+            raise TypeError("a weights.Model is (params, config, tokenizers), and these are in another order")
         return model
-    if isinstance(model, Config) and isinstance(params, dict):
-        return Model(model, params)
-    given = type(model).__name__ + ("" if params is None else f" and {type(params).__name__}")
-    raise TypeError(f"save takes a weights.Model, or a weights.Config and the parameters by component, not {given}")
+    # (config, params), the order of former versions, is read too: the types tell them apart.
+    parts = (model, config) if isinstance(model, dict) else (config, model)
+    if isinstance(parts[0], dict) and isinstance(parts[1], Config):
+        return Model(*parts)
+    given = type(model).__name__ + ("" if config is None else f" and {type(config).__name__}")
+    raise TypeError(f"save takes a weights.Model, or the parameters by component and a weights.Config, not {given}")
 
 
 def _check_suffix(path: Path, layout: str) -> None:

@@ -62,7 +62,7 @@ def _outlined(contents: Discovered, plans: Mapping[str, LoadPlan], only: Collect
         levels = schedule.Config()
     config = Config(**{name: one.config for name, one in plans.items()}, schedule=levels)
     tokenizers = {name: tables for name, tables in contents.tokenizers.items() if name in only}
-    return Model(config, {}, Tokenizers(**tokenizers))
+    return Model({}, config, Tokenizers(**tokenizers))
 
 
 def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> tuple[Discovered, dict[str, LoadPlan]]:

@@ -36,8 +36,8 @@ _TEXT, _IMAGE = "text_model.", "vision_model."
 class Clip(NamedTuple):
     """A CLIP model; `tokenizer` are the tables of `bpe`, None where the folder has none."""
 
-    config: clip_dual.Config
     params: Params
+    config: clip_dual.Config
     tokenizer: Any
     pixels: clip_pixels.Config
 
@@ -97,7 +97,7 @@ def load(
     tokenizer = attempt(problems, _read_tokenizer, folder)
     if problems:
         raise WeightsError(problems)
-    return Clip(config, _read(config, weights, names, dtype, device), tokenizer, pixels)
+    return Clip(_read(config, weights, names, dtype, device), config, tokenizer, pixels)
 
 
 def _open(path: Path, single: bool) -> WeightFiles:

@@ -72,7 +72,7 @@ def describe(
         tokenizers,
         contents.schedule,
         {str(path): header.metadata for path, header in mapped.items() if header.metadata},
-        missing(Model(None, dict.fromkeys(plans), tokenizers)),
+        missing(Model(dict.fromkeys(plans), None, tokenizers)),
     )
 
 

@@ -22,8 +22,8 @@ class Tokenizers(NamedTuple):
 class Model(NamedTuple):
     """Everything a folder holds; `params` has one tree for each component that is there."""
 
-    config: Config
     params: dict[str, Params]
+    config: Config
     tokenizers: Tokenizers = Tokenizers()
 
 

@@ -124,7 +124,7 @@ def autoencoder(top: Path, model: weights.Model) -> None:
     """TAESD3 in one file, and as its author's two."""
     config = taesd.Config(width=8, encoder_blocks=(1, 1, 1, 1), decoder_blocks=(1, 1, 1, 1))
     alone = weights.Config(taesd=config, schedule=model.config.schedule)
-    small = weights.Model(alone, {"taesd": taesd.init(prng.key(4), config)})
+    small = weights.Model({"taesd": taesd.init(prng.key(4), config)}, alone)
     weights.save(top / "taesd3.safetensors", small, layout="single")
     tensors = load_file(top / "taesd3.safetensors")
     for half in ("encoder", "decoder"):

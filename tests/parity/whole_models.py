@@ -39,7 +39,7 @@ def config_of(name: str) -> Config:
 def random_model(config: Config, dtype: torch.dtype = torch.float32) -> Model:
     generator = torch.Generator().manual_seed(5)
     leaf = lambda path, param: torch.randn(param.shape, generator=generator).to(dtype) / 4  # noqa: E731
-    return Model(config, specs.map_params(leaf, weights.spec(config)))
+    return Model(specs.map_params(leaf, weights.spec(config)), config)
 
 
 def state_of(model: Model, name: str) -> dict[str, torch.Tensor]:

@@ -108,7 +108,7 @@ def test_absent_encoders_stay_absent(model, absent, dtype, tmp_path):
     for told in ((config, tokenizers), (model.config, model.tokenizers)):
         whole = pipeline.generate(params, *told, PROMPTS, prng.key(3), steps=1)
         assert torch.equal(pipeline.generate(params, *told, PROMPTS, prng.key(3), steps=1, offload=True), whole)
-    weights.save(tmp_path / "model", Model(config, params, tokenizers))
+    weights.save(tmp_path / "model", Model(params, config, tokenizers))
     whole = pipeline.generate(params, config, tokenizers, PROMPTS, prng.key(3), steps=1)
     assert torch.equal(pipeline.generate_from(tmp_path / "model", PROMPTS, prng.key(3), steps=1), whole)
 
@@ -193,7 +193,7 @@ def heavy(tmp_path_factory):
         vae=vae.Config(channels=(32, 64, 64, 64), groups=8),
     )  # fmt: skip
     leaf = lambda path, param: torch.full(param.shape, 0.01)  # noqa: E731
-    model = Model(config, specs.map_params(leaf, weights.spec(config)), tables)
+    model = Model(specs.map_params(leaf, weights.spec(config)), config, tables)
     path = tmp_path_factory.mktemp("heavy") / "model"
     # Our own layout: what is read is what is mapped, so that copies do not blur the sizes.
     weights.save(path, model, layout="native")

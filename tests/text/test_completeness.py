@@ -26,7 +26,7 @@ IMAGES = torch.full((1, 3, 64, 64), 0.5)
 
 def lacking(model, *absent):
     params = {name: part for name, part in model.params.items() if name not in absent}
-    return weights.Model(replace(model.config, **dict.fromkeys(absent)), params, model.tokenizers)
+    return weights.Model(params, replace(model.config, **dict.fromkeys(absent)), model.tokenizers)
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def model_folder(tmp_path_factory):
     )
     params = specs.init(prng.key(1), weights.spec(config), dtype=torch.float16)
     folder = tmp_path_factory.mktemp("model")
-    weights.save(folder, weights.Model(config, params, weights.Tokenizers(clip_l=tables, t5=pieces)))
+    weights.save(folder, weights.Model(params, config, weights.Tokenizers(clip_l=tables, t5=pieces)))
     return folder
 
 

@@ -192,7 +192,7 @@ def test_latents_are_those_of_each_picture_whatever_the_batch(tmp_path, model_fo
     index = datasets.image_folder(tmp_path)
     texts = [sample.caption for sample in index.samples]
     data = datasets.encode_all(
-        *model[:2][::-1],
+        *model[:2],
         model.tokenizers,
         texts,
         lambda rows: datasets.load_batch(index, rows, 16),

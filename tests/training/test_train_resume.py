@@ -307,7 +307,7 @@ def test_a_model_of_several_paths_is_the_model(command, model_folder, run, tmp_p
     only = {name: model.params[name] for name in ("transformer", "vae")}
     rest = {name: value for name, value in model.params.items() if name not in only}
     for name, its in (("a", only), ("b", rest)):
-        weights.save(tmp_path / name, weights.Model(model.config, its, model.tokenizers), layout="native")
+        weights.save(tmp_path / name, weights.Model(its, model.config, model.tokenizers), layout="native")
     with pytest.raises(ValueError, match="--params nowhere: there is no such file or folder"):
         command("--out", out, "--params", "nowhere")
     monkeypatch.chdir(tmp_path)

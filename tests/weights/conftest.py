@@ -37,6 +37,6 @@ def make_model():
     def make(config: Config = CONFIG, seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
         generator = torch.Generator().manual_seed(seed)
         leaf = lambda path, param: torch.randn(param.shape, generator=generator).to(dtype)  # noqa: E731
-        return Model(config, specs.map_params(leaf, spec(config)))
+        return Model(specs.map_params(leaf, spec(config)), config)
 
     return make

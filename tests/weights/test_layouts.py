@@ -123,12 +123,12 @@ def test_a_config_and_its_parameters_are_saved_as_the_model_of_both(make_model, 
     for kind in weights.LAYOUTS:
         name = "x.safetensors" if kind != "diffusers" else "x"
         weights.save(tmp_path / f"1{name}", model, layout=kind, dtype=torch.float16)
-        weights.save(tmp_path / f"2{name}", model.config, model.params, layout=kind, dtype=torch.float16)
+        weights.save(tmp_path / f"2{name}", model.params, model.config, layout=kind, dtype=torch.float16)
         first, second = (sorted(path for path in [one, *one.rglob("*")] if path.is_file())
                          for one in (tmp_path / f"1{name}", tmp_path / f"2{name}"))  # fmt: skip
         assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second] != []
-    for wrong in ((model.config,), (model, model.params), (model.params, model.config)):
-        with pytest.raises(TypeError, match="save takes a weights.Model, or a weights.Config and the parameters"):
+    for wrong in ((model.config,), (model, model.params), (model.params, model.params)):
+        with pytest.raises(TypeError, match="save takes a weights.Model, or the parameters by component and"):
             weights.save(tmp_path / "y", *wrong)
 
 
@@ -227,3 +227,16 @@ def test_folders_of_folders_are_read_as_other_programs_keep_them(make_model, sam
     (tmp_path / "models" / "clip" / "broken.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(WeightsError, match="clip/broken.safetensors: is a text file"):
         weights.load(tmp_path / "models")
+
+
+def test_results_are_params_then_config(make_model, tmp_path):
+    model = make_model()
+    weights.save(tmp_path / "whole", model)
+    weights.save(tmp_path / "two", model.config, model.params)
+    for name in ("whole", "two"):
+        params, config, tokenizers = weights.load(tmp_path / name)
+        assert params.keys() == model.params.keys() and config == model.config
+    with pytest.raises(TypeError, match="is .params, config, tokenizers."):
+        weights.save(tmp_path / "swapped", weights.Model(model.config, model.params))
+    with pytest.raises(TypeError, match="not dict and dict"):
+        weights.save(tmp_path / "two", model.params, model.params)

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     )
     leaf = lambda path, param: torch.rand(1).expand(param.shape).contiguous()  # noqa: E731
     path = tmp_path_factory.mktemp("large") / "model"
-    weights.save(path, Model(config, specs.map_params(leaf, weights.spec(config))), shard_bytes=100_000_000)
+    weights.save(path, Model(specs.map_params(leaf, weights.spec(config)), config), shard_bytes=100_000_000)
     for file in path.rglob("*.safetensors"):
         # By name, as everyone else writes them: queries, keys and values apart.
         save_file({name: value.clone() for name, value in load_file(file).items()}, file)

@@ -91,7 +91,7 @@ def train(
                 return None
             params = state.ema
     params = {**(params or {}), "vae": autoencoder}
-    model = Model(sizes, {name: params[name] for name in SPECS if name in params}, tables)
+    model = Model({name: params[name] for name in SPECS if name in params}, sizes, tables)
     weights.save(out, model, dtype=torch.float16)
     return weights.load(out, dtype=torch.float32)
 
