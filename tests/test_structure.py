@@ -34,10 +34,6 @@ LOOKED_UP_LATER = {("core/dispatch.py", "kernels")}
 """The one pointer up the page: the table of kernels, read when an operation is first called."""
 
 
-STILL_CIRCULAR = {("cli/guidance.py", "cli/session.py")}
-"""Imports against the current that are left: `guidance` reads the type of a session, which holds a guidance."""
-
-
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -74,7 +70,6 @@ def modules_imported(path: Path) -> set[str]:
         modules.add(name)
     own = str(path.relative_to(PACKAGE))
     later = {f"functional_sd3.{room}" for file, room in LOOKED_UP_LATER if file == own}
-    later |= {module_name(PACKAGE / target) for file, target in STILL_CIRCULAR if file == own}
     return modules - {"", "functional_sd3"} - later
 
 

@@ -8,7 +8,7 @@ from functional_sd3.cli import numbers, report
 from functional_sd3.cli.parser import suggestion
 
 if TYPE_CHECKING:
-    from functional_sd3.cli.session import Session
+    from functional_sd3.cli.opened_model import Session
     from functional_sd3.flow.guidance import Guidance
 
 

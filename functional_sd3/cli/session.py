@@ -2,40 +2,24 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline, weights
 from functional_sd3.cli import guidance, lora_options, report, runtime
+from functional_sd3.cli.opened_model import Session
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
-from functional_sd3.core.types import Params
 from functional_sd3.flow import ode
-from functional_sd3.flow.guidance import Guidance
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import SPECS, Config
+from functional_sd3.layouts.components import SPECS
 from functional_sd3.pipeline import Prepared, Request, SamplingOptions, TextOptions
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.transformer.control import Control
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Tokenizers
-
-
-class Session(NamedTuple):
-    """A model and where it is computed.
-
-    fetch: a component's name -> its parameters, from memory or, with --offload, from disk each time.
-    """
-
-    config: Config
-    tokenizers: Tokenizers
-    fetch: Callable[[str], Params]
-    device: torch.device
-    dtype: torch.dtype | None
-    timer: Timer
-    guidance: Guidance | None = None
 
 
 def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:

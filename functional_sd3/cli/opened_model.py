@@ -1,0 +1,27 @@
+"""The model of a drawing command, as `session.open_session` opens it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from functional_sd3.cli.timing import Timer
+from functional_sd3.core.types import Params
+from functional_sd3.flow.guidance import Guidance
+from functional_sd3.layouts.components import Config
+from functional_sd3.weights.model import Tokenizers
+
+
+class Session(NamedTuple):
+    """A model and where it is computed.
+
+    fetch: a component's name -> its parameters, from memory or, with --offload, from disk each time.
+    """
+
+    config: Config
+    tokenizers: Tokenizers
+    fetch: Callable[[str], Params]
+    device: torch.device
+    dtype: torch.dtype | None
+    timer: Timer
+    guidance: Guidance | None = None
