@@ -1,4 +1,4 @@
-"""The straight path between data and noise, what a velocity network is trained to predict on it, and when.
+"""Rectified-flow path between data and noise, its velocity target and loss, and densities of training times.
 
 Rectified flow (Liu et al. 2022, arXiv:2209.03003) as used by Esser et al. 2024, arXiv:2403.03206, sections 2 and 3:
 x_t = (1 - t) x_0 + t noise, so t = 1 is noise, t = 0 is data, and dx_t/dt = noise - x_0.
@@ -56,7 +56,7 @@ def velocity_of(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
 def loss(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
     """Rectified-flow loss of each sample: mean over its elements of (v(x_t, t) - (noise - x_0))^2, float32 (batch,).
 
-    velocity: called once, with x_t in float32 (float64 if x0 is) and `t`; may answer in any float dtype.
+    velocity: called once, with x_t in float32 (float64 if x0 is) and `t`; may return any float dtype.
     x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t). Drawing
     t from a density weighs the times already: do not multiply by 1 / density as well, that undoes the drawing.
     Raises ValueError when the shapes of x0 and noise, or of x0 and the velocity, differ.

@@ -61,7 +61,7 @@ def sigmas(
 
     steps points evenly spaced from 1 down to sigma_min are shifted, and 0 follows. `double_shift`: sigma_min, the
     lowest level of the training table (1 / train_timesteps), is itself taken after the shift, so the low end is shifted
-    twice. Stability's and diffusers' samplers both do it, every published picture depends on it (the last level before
+    twice. Stability's and diffusers' samplers both do it, every published image depends on it (the last level before
     0 is 0.0089 at shift 3); False shifts once. It starts at 1 for every shift, where diffusers' float32 table, which
     `from_config` follows to the last bit, misses 1 by a rounding for some, such as 4.292.
 

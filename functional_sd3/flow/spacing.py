@@ -1,4 +1,4 @@
-"""How levels of noise are spaced: float64 (steps,) from `highest`, the first, down to `lowest`, the last before 0."""
+"""Spacings of noise levels: float64 (steps,) from `highest`, the first, down to `lowest`, the last before 0."""
 
 import math
 

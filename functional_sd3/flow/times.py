@@ -1,4 +1,4 @@
-"""What times a run accepts, and when their values can be looked at."""
+"""Time grids of a run, checked where their values can be read."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def checked(times: Times, x: Tensor) -> Tensor:
 
 
 def at_hand(values: Tensor) -> bool:
-    """Whether values can be read without waiting for a device or breaking a trace."""
+    """True if values can be read without waiting for a device or breaking a trace."""
     return type(values) is Tensor and values.device.type == "cpu" and is_concrete(values)
 
 

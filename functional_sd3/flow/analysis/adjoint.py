@@ -1,6 +1,6 @@
-"""Gradients of where a flow ends, with the memory of one step or of none.
+"""Gradients through a run of the flow: checkpointed steps (discretise, then differentiate) and the continuous adjoint.
 
-All that a run depends on (noise, prompt embeddings, a guidance scale, a LoRA, the times) has a gradient, three ways:
+Noise, prompt embeddings, a guidance scale, a LoRA and the times have gradients, computed in three ways:
 
     plain         integrate(HEUN, velocity, x, times)                  exact; keeps all that every evaluation keeps
     checkpointed  integrate(checkpointed(HEUN), velocity, x, times)    the same numbers; keeps one state a step
@@ -29,15 +29,15 @@ Field = Callable[[Tree, Tensor, Tensor], Tensor]
 
 
 def checkpointed(method: Method) -> Method:
-    """The method, whose steps are computed again in the backward pass instead of kept: equal gradients, less memory.
+    """Gradient checkpointing: the method with its steps recomputed in the backward pass; equal gradients, less memory.
 
     The backward pass keeps x, t and the method's carry between the steps, and what one step keeps while it is
     differentiated. A velocity may close over what is differentiated. Saves memory under `transform.value_and_grad` and
     plain autograd; inside a torch.func transform it is the method itself (see `transform.remat`). Raises ValueError for
-    an adaptive method, which would choose its steps anew: `continuous` takes those.
+    an adaptive method, whose recomputed steps could differ: `continuous` takes those.
     """
     if isinstance(method, Adaptive):
-        raise ValueError(f"{method.name} chooses its steps, and those are not taken twice: use `continuous`")
+        raise ValueError(f"{method.name} chooses its steps, and recomputed ones could differ: use `continuous`")
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         return transform.remat(method.step)(velocity, x, t, t_next, carry)
@@ -56,7 +56,7 @@ def continuous(
     backward_times: Times | None = None,
     **options: Any,
 ) -> Tensor:
-    """`integrate(method, partial(field, args), x, times)`, differentiated by the continuous adjoint.
+    """x at times[-1], differentiated by the continuous adjoint: `integrate(method, partial(field, args), x, times)`.
 
     With a = dL/dx: from the end back to the start, da/dt = -(dv/dx)^T a and dg/dt = -(dv/dargs)^T a, g = 0 at the end,
     beside dx/dt = v, which finds again the states that were not kept (Chen et al. 2018, eq. 4, 5 and algorithm 1).

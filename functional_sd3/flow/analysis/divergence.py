@@ -1,9 +1,9 @@
 """Divergence of a velocity, div v = tr dv/dx: exact, or by Hutchinson's estimate, for every sample of a batch at once.
 
-The samples of a batch do not see one another, so one Jacobian-vector product serves them all: e_i for every sample at
-once gives each its own dv_i/dx_i. The exact divergence of D numbers a sample costs D products whatever the batch,
+Samples of a batch are independent, so one Jacobian-vector product serves all of them: e_i in every sample gives each
+its own dv_i/dx_i. The exact divergence of D numbers a sample costs D products whatever the batch,
 Hutchinson's estimate (1990; for flows: Grathwohl et al. 2018, FFJORD, arXiv:1810.01367, section 3.1) one a probe: for
-E[e e^T] = 1, E[e^T (dv/dx) e] = tr dv/dx. A velocity that lets samples see one another has no such divergence.
+E[e e^T] = 1, E[e^T (dv/dx) e] = tr dv/dx. A velocity that mixes samples has no such divergence.
 
 Products are taken in forward mode (`torch.func.jvp`, many at once, no activations kept), which attention has with
 implementation="math", or in reverse mode (one by one, with all activations kept), which fused attention has too and
@@ -30,8 +30,8 @@ CHUNK = 16
 """Products taken at once: they hold the activations of as many batches."""
 
 
-class Forms(NamedTuple):
-    """A velocity and what its Jacobian does to some vectors e."""
+class QuadraticForms(NamedTuple):
+    """A velocity, and quadratic forms of its Jacobian."""
 
     velocity: Tensor
     """(batch, ...), in the dtype of x."""
@@ -51,13 +51,13 @@ def divergence(
     mode: Mode | None = None,
     chunk_size: int | None = CHUNK,
 ) -> Tensor:
-    """div v at (x, t), (batch,), in float32 or the wider dtype of x. x (batch, ...); t () or (batch,).
+    """Divergence div v at (x, t), (batch,), in float32 or the wider dtype of x. x (batch, ...); t () or (batch,).
 
     estimator: "exact", or "hutchinson", the mean over `probes`; by default Hutchinson's where there is a key.
     key: (2,), from which sample i takes fold_in(key, i), or (batch, 2), a key for each; so a sample's estimate does not
     depend on its batch. draw: the probes' distribution, `rademacher` by default.
-    mode: "forward" or "reverse"; None is forward where the velocity has it and reverse where it does not, which is
-    found out by trying (so name it under compile). chunk_size: forward products taken at once, None for all of them.
+    mode: "forward" or "reverse"; None tries forward mode and takes reverse where the velocity has no forward
+    derivative (name one under compile). chunk_size: forward products taken at once, None for all of them.
 
     Works under vmap, grad and compile where the velocity does: grad of reverse mode asks for second derivatives, which
     fused attention does not have. Raises ValueError for Hutchinson without a key, NotImplementedError for a mode that
@@ -72,8 +72,8 @@ def divergence(
 
 def exact(
     velocity: Velocity, x: Tensor, t: Tensor, *, mode: Mode | None = None, chunk_size: int | None = CHUNK
-) -> Forms:
-    """The velocity, and its divergence (1, batch): the sum over the unit vectors."""
+) -> QuadraticForms:
+    """The velocity, and its exact divergence (1, batch) by the sum over the unit vectors."""
     size, total = math.prod(x.shape[1:]), torch.zeros((), dtype=x.dtype, device=x.device)
     step = chunk_size or size
     for start in range(0, size, step):
@@ -82,7 +82,7 @@ def exact(
         vectors = units.reshape(len(index), 1, *x.shape[1:]).expand(len(index), *x.shape)
         forms = _products(velocity, x, t, vectors, mode)
         total = total + forms.values.sum(0)
-    return Forms(forms.velocity, total[None])
+    return QuadraticForms(forms.velocity, total[None])
 
 
 def quadratic_forms(
@@ -93,19 +93,20 @@ def quadratic_forms(
     *,
     mode: Mode | None = None,
     chunk_size: int | None = CHUNK,
-) -> Forms:
+) -> QuadraticForms:
     """The velocity, and e^T (dv/dx) e of each of the vectors (vectors, batch, ...)."""
     parts = [_products(velocity, x, t, part, mode) for part in vectors.split(chunk_size or len(vectors))]
-    return Forms(parts[0].velocity, torch.cat([part.values for part in parts]))
+    return QuadraticForms(parts[0].velocity, torch.cat([part.values for part in parts]))
 
 
 def rademacher(key: Key, shape: tuple[int, ...]) -> Tensor:
-    """-1 or 1, each as likely: of all probes those with the least variance, 2 sum_{i != j} ((J + J^T)_ij / 2)^2."""
+    """Rademacher probes, -1 or 1 with equal probability: of least variance,
+    2 sum_{i != j} ((J + J^T)_ij / 2)^2."""
     return (prng.bits(key, shape) & 1).mul_(2).sub_(1).to(torch.float32)
 
 
 def probe_vectors(keys: Key, count: int, x: Tensor, draw: Draw | None = None) -> Tensor:
-    """(count, batch, ...) like x; probe k of a sample is drawn from fold_in(the sample's key, k).
+    """Probe vectors (count, batch, ...) like x; probe k of a sample is drawn from fold_in(the sample's key, k).
 
     So the first probes stay the same when there are more. keys (batch, 2). Raises ValueError for a count below 1.
     """
@@ -115,7 +116,7 @@ def probe_vectors(keys: Key, count: int, x: Tensor, draw: Draw | None = None) ->
     return (draw or rademacher)(keys, tuple(x.shape[1:])).to(dtype=x.dtype, device=x.device)
 
 
-def _products(velocity: Velocity, x: Tensor, t: Tensor, vectors: Tensor, mode: Mode | None) -> Forms:
+def _products(velocity: Velocity, x: Tensor, t: Tensor, vectors: Tensor, mode: Mode | None) -> QuadraticForms:
     def field(x: Tensor) -> Tensor:
         return velocity(x, t).to(x.dtype)
 
@@ -129,23 +130,23 @@ def _products(velocity: Velocity, x: Tensor, t: Tensor, vectors: Tensor, mode: M
     return _MODES[mode](field, x, vectors)
 
 
-def _forward(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Forms:
+def _forward(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> QuadraticForms:
     def product(vector: Tensor) -> tuple[Tensor, Tensor]:
         value, pushed = transform.jvp(field, x, vector)
         return value, dot(pushed, vector)
 
     if len(vectors) == 1:
         value, form = product(vectors[0])
-        return Forms(value, form[None])
+        return QuadraticForms(value, form[None])
     # The value does not depend on the vectors: its copies are views of one.
     values, forms = torch.func.vmap(product)(vectors)
-    return Forms(values[0], forms)
+    return QuadraticForms(values[0], forms)
 
 
-def _reverse(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Forms:
+def _reverse(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> QuadraticForms:
     value, pullback = transform.vjp(field, x)
     # One by one: fused attention has no batching rule in reverse.
-    return Forms(value, torch.stack([dot(pullback(vector)[0], vector) for vector in vectors.unbind()]))
+    return QuadraticForms(value, torch.stack([dot(pullback(vector)[0], vector) for vector in vectors.unbind()]))
 
 
 def _working(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""How the lines of a flow run, and how they spread: straightness, curvature and the Jacobian of a velocity field.
+"""Geometry of trajectories: straightness, curvature, and singular values of the Jacobian of a velocity field.
 
-Everything is of each sample, (batch,), in the units of x: lengths are Euclidean norms over a sample's elements, not
-means. A velocity is taken at its word that samples do not depend on one another. Derivatives are taken in forward mode:
+Results are per sample, (batch,), in the units of x: lengths are Euclidean norms over a sample's elements, not means.
+Samples are assumed to be independent. Derivatives are taken in forward mode:
 attention needs implementation="math" (`mmdit.apply`, `pipeline.velocity`). Acceleration and curvature need a velocity
 that is a function of t, not a table of a run's times. Works under vmap, grad and torch.compile.
 """
@@ -21,7 +21,7 @@ from functional_sd3.flow.times import Times, checked
 
 
 class Trajectory(NamedTuple):
-    """A line of the flow at n + 1 times."""
+    """States and velocities of a trajectory at n + 1 times."""
 
     times: Tensor
     """(n + 1,) or (n + 1, batch)"""
@@ -43,7 +43,7 @@ class Singular(NamedTuple):
 
 
 def trajectory(method: ode.Method | ode.Adaptive, velocity: Velocity, x: Tensor, times: Times) -> Trajectory:
-    """The line from x (batch, ...) at times[0] that `ode.integrate` follows, with the velocity at each of `times`.
+    """Trajectory from x (batch, ...) at times[0] as `ode.integrate` computes it, with the velocity at each of `times`.
 
     Costs n + 1 evaluations beside those of the method.
     """
@@ -54,7 +54,7 @@ def trajectory(method: ode.Method | ode.Adaptive, velocity: Velocity, x: Tensor,
 
 
 def straightness(line: Trajectory) -> Tensor:
-    """The integral over t of |(x_end - x_start) / (t_end - t_start) - v(x_t, t)|^2, (batch,).
+    """Straightness: the integral over t of |(x_end - x_start) / (t_end - t_start) - v(x_t, t)|^2, (batch,).
 
     S(Z) of Liu et al. 2022, arXiv:2209.03003, for a line over [0, 1]: 0 where it is straight and evenly fast, so that
     one Euler step is exact. Squared units of x. By the trapezoidal rule: its error falls with the square of the steps.
@@ -67,7 +67,7 @@ def straightness(line: Trajectory) -> Tensor:
 
 
 def detour(line: Trajectory) -> Tensor:
-    """Length of the line over the distance of its ends, (batch,): 1 where it is straight, whatever the speed.
+    """Length of the trajectory divided by the distance of its ends, (batch,): 1 where it is straight, at any speed.
 
     The length is that of the straight pieces between the states; its error falls with the square of the steps.
     """
@@ -76,12 +76,12 @@ def detour(line: Trajectory) -> Tensor:
 
 
 def acceleration(velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
-    """dv/dt along the line through x (batch, ...) at t () or (batch,): dv/dt + (dv/dx) v, shaped like x."""
+    """Acceleration of the trajectory through x (batch, ...) at t () or (batch,): dv/dt + (dv/dx) v, shaped like x."""
     return _motion(velocity, x, t)[1]
 
 
 def curvature(velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
-    """1 / radius of the line of the flow through x at t () or (batch,), (batch,), in 1 / units of x.
+    """Curvature, 1 / radius, of the trajectory through x at t () or (batch,), (batch,), in 1 / units of x.
 
     |a - (a.v) v / |v|^2| / |v|^2, a the acceleration: do Carmo, "Differential Geometry of Curves and Surfaces", section
     1.5. Not finite where the velocity is 0. Two evaluations, one of them with a forward derivative.
@@ -149,7 +149,7 @@ def singular_values(
 
 def _motion(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and acceleration."""
-    # Forward mode asks memory of its own of what it differentiates, which what was expanded has not.
+    # Forward mode cannot differentiate an expanded tensor, whose elements share memory.
     x, t = x.contiguous(), torch.as_tensor(t, dtype=x.dtype, device=x.device).contiguous()
     slope = velocity(x, t).to(x.dtype)
     return slope, jvp(lambda x, t: velocity(x, t).to(x.dtype), (x, t), (slope, torch.ones_like(t)))[1]

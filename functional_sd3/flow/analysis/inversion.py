@@ -1,12 +1,12 @@
-"""From data to the noise they come from, and back: how, and how well.
+"""Inversion of the flow: from data to the noise that leads to them, and the error of the round trip.
 
     noise = invert(velocity, x0, times)                      # ode.integrate(ode.EULER, velocity, noise, times) is x0
     trip = round_trip(velocity, x0, times, by=coupled(ode.MIDPOINT))
     trip.error                                               # |data - x0| / |x0| of each sample
 
-The flow can be followed back with any method, but a method of fixed steps does not come out where it started. Three
-ways, as values: `plain` follows it back with the method itself, `corrected` solves each of the method's steps for its
-start, `coupled` is a method of two copies of the state that can be undone exactly.
+Integrating back with the same fixed steps does not return to the start. Three inversions, as values: `plain` integrates
+back with the method itself, `corrected` solves each of the method's steps for its start, `coupled` integrates two
+copies of the state and is exactly reversible.
 """
 
 from typing import Any, NamedTuple
@@ -27,18 +27,18 @@ STEPS = 50
 
 
 class Inversion(NamedTuple):
-    """Two methods that undo one another, more or less; each a method of `ode`."""
+    """A method from data to noise and one back, which invert one another exactly or approximately."""
 
     there: ode.Method | ode.Adaptive
     """From data to noise."""
     back: ode.Method | ode.Adaptive
     """From noise to data."""
     carries: bool = False
-    """Whether `back` goes on from the memory that `there` ended with, without which its x is not enough."""
+    """True if `back` needs the carry that `there` ended with, not its x alone."""
 
 
 class RoundTrip(NamedTuple):
-    """Data -> noise -> data."""
+    """Result of a round trip, data -> noise -> data."""
 
     noise: Tensor
     """(batch, ...)"""
@@ -49,8 +49,8 @@ class RoundTrip(NamedTuple):
 
 
 def plain(method: ode.Method | ode.Adaptive) -> Inversion:
-    """The method on the reversed grid. The error of the trip is that of the method: for Euler of the size of a step,
-    for an adaptive method of its tolerance."""
+    """The method on the reversed grid. The error of the round trip is the method's: for Euler about a step, for an
+    adaptive method about its tolerance."""
     return Inversion(method, method)
 
 
@@ -61,16 +61,16 @@ def corrected(
     tolerance: float | None = TOLERANCE,
     depth: int = DEPTH,
 ) -> Inversion:
-    """Each step of the method solved for where it started: `fixed_point.inverse`, whose options and errors these are.
+    """Fixed-point inversion of each step of the method; options and errors as of `fixed_point.inverse`.
 
-    What comes out is plain noise, from which the method itself leads to x0.
+    The result is ordinary noise, from which the method itself leads to x0.
     """
     inverse = fixed_point.inverse(method, iterations=iterations, tolerance=tolerance, depth=depth)
     return Inversion(inverse, method)
 
 
 def coupled(method: ode.Method = ode.MIDPOINT, coupling: float = COUPLING) -> Inversion:
-    """Two copies of the state, exact but for rounding at two steps of the method a step: `reversible.reversible`."""
+    """Reversible coupling of two copies of the state: exact up to rounding, two steps of the method a step."""
     return Inversion(*reversible(method, coupling), carries=True)
 
 
@@ -84,16 +84,16 @@ def invert(
     tolerance: float | None = TOLERANCE,
     **options: Any,
 ) -> Tensor:
-    """The noise from which `ode.integrate(method, velocity, noise, times)` leads to x0, (batch, ...) like x0.
+    """Noise from which `ode.integrate(method, velocity, noise, times)` leads to x0, (batch, ...) like x0.
 
     velocity: as for `ode.integrate`. times: the grid of that run, (n + 1,) or (n + 1, batch), in either direction; by
     default 50 even steps from 1 to 0.
     method: of one step, which is inverted by `corrected` with these iterations and this tolerance; an adaptive one,
-    which is followed back; or an `Inversion`, whose noise of `coupled` is only one half of what leads back exactly.
+    which integrates back; or an `Inversion` (of `coupled`, x alone is only half of the state that leads back exactly).
     options: of `ode.run`: on_step, check.
 
     Raises ValueError for methods that cannot be inverted, and `fixed_point.InversionFailed` where no start of a step
-    is found. Works under vmap, grad and compile where the method does; then the tolerance is not looked at.
+    is found. Works under vmap, grad and compile where the method does; then the tolerance is not checked.
     """
     pair = _pair(method, iterations, tolerance)
     return _there(pair, velocity, x0, upwards(times, x0), **options).x
@@ -102,7 +102,7 @@ def invert(
 def round_trip(
     velocity: Velocity, x0: Tensor, times: Times | None = None, *, by: Inversion | None = None, **options: Any
 ) -> RoundTrip:
-    """x0 taken to noise and back by an inversion (`corrected` Euler by default), and what was lost on the way.
+    """Round trip of x0 to noise and back by an inversion (`corrected` Euler by default), and its relative error.
 
     times, options and errors as of `invert`.
     """
@@ -115,7 +115,7 @@ def round_trip(
 
 
 def upwards(times: Times | None, x: Tensor) -> Tensor:
-    """The grid from data to noise: `times`, which may ascend or descend; None for `STEPS` even steps."""
+    """Ascending grid from data to noise: `times`, which may ascend or descend; None for `STEPS` even steps."""
     grid = checked(torch.linspace(0, 1, STEPS + 1, dtype=torch.float32, device="cpu") if times is None else times, x)
     # Without reading a value: the grid may be traced, or on a device.
     return torch.where(grid[0] > grid[-1], grid.flip(0), grid)

@@ -1,4 +1,4 @@
-"""The geometry of a loss over its parameters: how sharply it curves, and how much its gradient scatters.
+"""Loss landscape: eigenvalues of the Hessian over the parameters, and the gradient noise scale.
 
     eigen = hessian_eigenvalues(loss, params, prng.key(0))
     noise = noise_scale(transform.per_sample_grads(sample_loss)(params, latents, keys))
@@ -20,7 +20,7 @@ from functional_sd3.flow.analysis import spectral
 
 
 class Eigenpairs(NamedTuple):
-    """What was found of a Hessian."""
+    """Ritz values of a Hessian, with residuals and eigenvectors."""
 
     values: Tensor
     """(steps,), descending: the first and the last are the sharpest directions up and down."""
@@ -31,7 +31,7 @@ class Eigenpairs(NamedTuple):
 
 
 class NoiseScale(NamedTuple):
-    """Gradient noise: estimates that are means of the truth, and their quotient. All shaped like the norms given."""
+    """Gradient noise scale: two unbiased estimates and their quotient, shaped like the norms given."""
 
     square: Tensor
     """|G|^2, the squared norm of the true gradient. By chance below 0 where the noise is much larger."""
@@ -84,7 +84,7 @@ def noise_scale(grads: Tree) -> NoiseScale:
 
 
 def noise_scale_of_norms(small_square: Tensor, small: int, large_square: Tensor, large: int) -> NoiseScale:
-    """The same from squared gradient norms of batches of two sizes, as a run has them without gradients of samples.
+    """The noise scale from squared gradient norms of two batch sizes, without per-sample gradients.
 
     small_square: mean of |G_small|^2 over batches of `small` samples; large_square: of |G_large|^2, `large` samples.
     |G|^2 = (large |G_large|^2 - small |G_small|^2) / (large - small), tr(Sigma) = (|G_small|^2 - |G_large|^2) /

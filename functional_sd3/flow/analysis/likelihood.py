@@ -1,4 +1,4 @@
-"""How likely data are under a flow: the change of variables along it.
+"""Log-likelihood of data under a flow, by the instantaneous change of variables.
 
 Chen et al. 2018, arXiv:1806.07366, theorem 1, and Grathwohl et al. 2018 (FFJORD), arXiv:1810.01367: along
 dx/dt = v(x, t), d log p_t(x_t)/dt = -div v(x_t, t). With the prior N(0, 1) at t = 1
@@ -21,8 +21,8 @@ from functional_sd3.flow.analysis.divergence import (
     CHUNK,
     Draw,
     Estimator,
-    Forms,
     Mode,
+    QuadraticForms,
     divergence,
     exact,
     probe_vectors,
@@ -44,12 +44,13 @@ from functional_sd3.flow.times import at_hand
 
 
 class Estimate(NamedTuple):
-    """A log-likelihood in nats and what it is made of; all (batch,) but the noise and the volumes."""
+    """A log-likelihood in nats and its terms; all (batch,) but the noise and the volumes."""
 
     log_likelihood: Tensor
     """log_prior + the mean of the volumes."""
     standard_error: Tensor
-    """Of Hutchinson's estimate: the deviation of the volumes / sqrt(probes), NaN for one probe; 0 for the exact one."""
+    """Of Hutchinson's estimate: the deviation of the volumes / sqrt(probes), NaN for one probe; 0 for exact
+    divergence."""
     noise: Tensor
     """(batch, ...): where the flow takes the data, at t = 1."""
     log_prior: Tensor
@@ -70,7 +71,7 @@ def log_likelihood(
     probes: int = 1,
     **options: Any,
 ) -> Tensor:
-    """log p_0(x0) in nats, (batch,), with a standard normal prior at t = 1. Everything else as of `estimate`."""
+    """Log-likelihood log p_0(x0) in nats, (batch,), with the prior N(0, 1) at t = 1; arguments as of `estimate`."""
     return estimate(
         velocity, x0, method=method, times=times, divergence=divergence, key=key, probes=probes, **options
     ).log_likelihood
@@ -93,7 +94,7 @@ def estimate(
 ) -> Estimate:
     """The log-likelihood of x0 (batch, ...) and its standard error, in float32 (float64 for a float64 x0).
 
-    velocity: as for `ode.integrate`, its samples not seeing one another. method: of `ode`; times: (n + 1,) or
+    velocity: as for `ode.integrate`, of independent samples. method: of `ode`; times: (n + 1,) or
     (n + 1, batch) from the data's time to 1, or the same descending, as `schedule.sigmas` gives them. The data are
     x0 at the lesser end: 0, or the time whose density is asked for.
     divergence: "exact", D evaluations of the Jacobian a step for D numbers a sample, or "hutchinson", one a probe; key,
@@ -116,7 +117,7 @@ def estimate(
     keys = prng.sample_keys(key, len(x0)) if hutchinson else None
     vectors = None if keys is None else probe_vectors(keys, probes, x0, draw)
 
-    def forms(x: Tensor, t: Tensor) -> Forms:
+    def forms(x: Tensor, t: Tensor) -> QuadraticForms:
         if keys is None or vectors is None:
             return exact(velocity, x, t, mode=mode, chunk_size=chunk_size)
         drawn = probe_vectors(prng.fold_in(keys, _bits(t)), probes, x, draw) if fresh else vectors
@@ -157,7 +158,7 @@ def _to_the_prior(times: ode.Times, x: Tensor) -> Tensor:
 
 
 def _bits(t: Tensor) -> Tensor:
-    """Another integer for every time."""
+    """The bits of float32 t as int32: a different integer for every time."""
     return t.detach().to(torch.float32).view(torch.int32)
 
 

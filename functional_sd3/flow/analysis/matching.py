@@ -1,7 +1,7 @@
-"""How well a velocity explains data, by the loss it was trained on: cheaper than a likelihood, and not one.
+"""Flow-matching losses of data under conditions: a zero-shot classifier, cheaper than a likelihood and not one.
 
 Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot Classifier", arXiv:2303.16203: of several conditions the
-one with the least expected error is the likeliest, if each is asked about the same noise at the same times.
+one of least expected error is the likeliest, if all are evaluated with the same noise at the same times.
 """
 
 import math
@@ -24,13 +24,14 @@ def losses(
     draws: int = 32,
     on_draw: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Mean square of v(x_t, t) - (noise - x0) over the elements of a sample, (draws, batch); its mean over the draws is
-    the rectified-flow loss of t ~ U[0, 1].
+    """Flow-matching losses, (draws, batch): the mean square of v(x_t, t) - (noise - x0) over a sample's elements.
+
+    Their mean over the draws is the rectified-flow loss for t ~ U[0, 1].
 
     x0 (batch, ...); key: (2,), from which sample i takes fold_in(key, i), or (batch, 2): samples that share a key share
     noise and times, so that their losses may be compared draw by draw. Draw k has its t in the k-th of `draws` equal
-    parts of [0, 1] (stratified), so the spread over the draws overstates the error of the mean. on_draw: told the
-    number of each draw when it is done. One evaluation of the velocity a draw.
+    parts of [0, 1] (stratified), so the spread over the draws overstates the error of the mean. on_draw: called
+    with the number of each draw after it. One evaluation of the velocity a draw.
 
     Raises ValueError for draws below 1 and keys of another number than samples.
     """
@@ -48,7 +49,7 @@ def losses(
 
 
 def advantage(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much each of several conditions scores below the best, and the standard error of that, both (conditions,).
+    """Score of the best condition minus that of each, and the standard error of the difference, both (conditions,).
 
     scores (draws, conditions), higher is better, the same draws for all: differences are taken draw by draw, in which
     what the conditions have in common cancels. The error is NaN for a single draw, and 0 for the best.
@@ -60,8 +61,7 @@ def advantage(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standard_error(draws: Tensor) -> Tensor:
-    """Of the mean over the first dimension: the deviation / sqrt(draws); NaN for a single draw, of which nothing is
-    known."""
+    """Standard error of the mean over the first dimension: the deviation / sqrt(draws); NaN for a single draw."""
     if len(draws) == 1:
         return torch.full_like(draws[0], torch.nan)
     return draws.std(0) / math.sqrt(len(draws))

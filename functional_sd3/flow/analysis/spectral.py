@@ -1,4 +1,4 @@
-"""Eigenvalues and singular values of operators that are known only by what they do to vectors.
+"""Lanczos eigenvalues and randomised singular values of matrix-free operators.
 
 A Jacobian or a Hessian is never written down: `transform.hvp`, `torch.func.jvp` and `vjp` multiply by it. All loops
 have a fixed length and read nothing on the host, so everything here works under vmap, grad and torch.compile.
@@ -17,7 +17,7 @@ Operator = Callable[[Tensor], Tensor]
 
 
 class Eigenpairs(NamedTuple):
-    """What `lanczos` found of a symmetric operator."""
+    """Ritz values of a symmetric operator, with residuals and vectors."""
 
     values: Tensor
     """(steps,), descending: Ritz values, all within the spectrum. Those at both ends are found first."""
@@ -28,7 +28,7 @@ class Eigenpairs(NamedTuple):
 
 
 class Singular(NamedTuple):
-    """What `singular` found of a batch of operators A, each (m, n)."""
+    """Singular values and vectors of a batch of operators A, each (m, n)."""
 
     values: Tensor
     """(batch, k), descending; each at most the true one."""

@@ -1,7 +1,7 @@
 """Adaptive projected guidance (APG): Sadat, Hilliges, Weber 2024, arXiv:2410.02416.
 
-The difference of the velocities gathers a momentum, is shortened where it is long, and loses (most of) its part along
-the prompt's prediction, which is what saturates pictures.
+The difference of the velocities has momentum, a clipped norm, and a scaled-down component along the prompt's
+prediction, the component that oversaturates images.
 """
 
 import torch
@@ -34,7 +34,7 @@ def apg(
     from_positive: bool = False,
     of_data: bool = False,
 ) -> Guidance:
-    """v_n + scale u, u made of d = v_p - v_n: d + momentum d_last, at most `longest` long, parallel part times `eta`.
+    """v_n + scale u, with u from d = v_p - v_n: d + momentum d_last, norm at most `longest`, parallel part times `eta`.
 
     This is diffusers' guider, whose defaults are no momentum and eta 1. The paper's algorithm is another in two ways:
     from_positive: v_p + (scale - 1) u instead, so that scale 1 is v_p whatever u is; of_data: all of it for the

@@ -1,6 +1,6 @@
-"""What is made of several velocities at one point: tensors in, a tensor out, in float32 or wider.
+"""Formulas of guidance: one velocity from several at one point, in float32 or wider.
 
-Velocities are (batch, ...). Inner products, norms and deviations are a sample's own, over all its elements, so that no
+Velocities are (batch, ...). Inner products, norms and deviations are per sample, over all its elements, so that no
 sample changes another's. Scales and factors are numbers, or tensors () or (batch,).
 """
 
@@ -14,19 +14,19 @@ Factor = float | Tensor
 
 
 def extrapolate(start: Tensor, end: Tensor, scale: Factor) -> Tensor:
-    """start + scale (end - start)."""
+    """Linear extrapolation, start + scale (end - start)."""
     start, end = promoted(start, end)
     return start + broadcast(scale, start) * (end - start)
 
 
 def add_difference(guided: Tensor, start: Tensor, end: Tensor, scale: Factor) -> Tensor:
-    """guided + scale (end - start)."""
+    """The guided velocity plus a scaled difference, guided + scale (end - start)."""
     guided, start, end = promoted(guided, start, end)
     return guided + broadcast(scale, start) * (end - start)
 
 
 def project_onto(negative: Tensor, positive: Tensor) -> Tensor:
-    """The multiple of the negative velocity that comes nearest to the positive one: s* v_n, s* = <v_p, v_n> / |v_n|^2.
+    """Projection of the positive velocity onto the negative one: s* v_n with s* = <v_p, v_n> / |v_n|^2.
 
     CFG-Zero* (Fan et al. 2025, arXiv:2503.18886), with diffusers' 1e-8 added to |v_n|^2.
     """
@@ -35,10 +35,10 @@ def project_onto(negative: Tensor, positive: Tensor) -> Tensor:
 
 
 def tangential_component(negative: Tensor, positive: Tensor) -> Tensor:
-    """The negative velocity along the first right singular vector of the two: what both agree on is kept of it.
+    """Component of the negative velocity along the first right singular vector of the two velocities.
 
     Tangential guidance (Kwon et al. 2025, arXiv:2503.18137). With the Gram matrix G of (v_p, v_n) and P the projector
-    onto its first eigenvector, it is P_12 v_p + P_22 v_n: no decomposition of a matrix as wide as a picture, and
+    onto its first eigenvector, it is P_12 v_p + P_22 v_n: no decomposition of a matrix as wide as an image, and
     derivatives wherever the two singular values differ.
     """
     negative, positive = promoted(negative, positive)
@@ -51,14 +51,14 @@ def tangential_component(negative: Tensor, positive: Tensor) -> Tensor:
 
 
 def clip_norm(difference: Tensor, longest: Factor) -> Tensor:
-    """The difference, shortened to the length `longest` > 0 where it is longer."""
+    """The difference with its norm clipped to `longest` > 0."""
     squares = dot(difference, difference)
     longest = torch.as_tensor(longest, dtype=squares.dtype, device=squares.device)
     return broadcast(longest / torch.maximum(squares, longest.square()).sqrt(), difference) * difference
 
 
 def scale_parallel(difference: Tensor, direction: Tensor, weight: Factor) -> Tensor:
-    """The difference, its part along `direction` times `weight`; 1 changes nothing."""
+    """The difference with its component along `direction` scaled by `weight`; 1 changes nothing."""
     difference, direction = promoted(difference, direction)
     squares = dot(direction, direction).clamp(min=torch.finfo(direction.dtype).tiny)
     parallel = broadcast(dot(difference, direction) / squares, direction) * direction
@@ -66,7 +66,7 @@ def scale_parallel(difference: Tensor, direction: Tensor, weight: Factor) -> Ten
 
 
 def damped_scale(negative: Tensor, positive: Tensor, scale: Factor, rate: Factor) -> Tensor:
-    """1 + (scale - 1) exp(-rate |v_p - v_n| / |v_n|), (batch,): less where guidance would change much.
+    """Magnitude-aware scale 1 + (scale - 1) exp(-rate |v_p - v_n| / |v_n|), (batch,): smaller for a larger change.
 
     Magnitude-aware guidance (MAMBO-G, arXiv:2508.03442).
     """
@@ -88,12 +88,12 @@ def rescale(guided: Tensor, positive: Tensor, factor: Factor) -> Tensor:
 
 
 def standard_deviation(x: Tensor) -> Tensor:
-    """The standard deviation (unbiased) of each sample's elements, (batch,), never quite 0."""
+    """Unbiased standard deviation of each sample's elements, (batch,), clamped above 0."""
     return x.reshape(x.shape[0], -1).var(1).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
 def promoted(*tensors: Tensor) -> list[Tensor]:
-    """All in float32, or in the widest of their dtypes if that is wider."""
+    """The tensors in float32, or in the widest of their dtypes if that is wider."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)

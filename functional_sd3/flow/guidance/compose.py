@@ -1,7 +1,7 @@
-"""Guidance as a value: which velocities it needs at a point, and what it makes of them.
+"""Guidance as a value: the velocities it needs at a point, and how it combines them.
 
-A `Guidance` holds nothing and evaluates nothing: `guidance.guided` makes a velocity of it. Here is what they are made
-of, and made into one another with; those with names of their own are in `published`.
+A `Guidance` holds no tensors of a run and evaluates nothing: `guidance.guided` makes a velocity of it. Here are its
+parts and combinators; `literature` has the guidances of the papers.
 """
 
 import math
@@ -27,10 +27,10 @@ Velocities = Mapping[str, Tensor]
 
 
 class Branch(NamedTuple):
-    """A velocity that guidance needs, by how it differs from that of the prompt."""
+    """A velocity that guidance needs: its conditioning, network options and network."""
 
     conditioning: Any = "positive"
-    """"positive" or "negative" for what a run is given under this name, or a conditioning (batch or 1, ...)."""
+    """"positive" or "negative" for the run's conditioning of that name, or a conditioning (batch or 1, ...)."""
     options: tuple[tuple[str, Any], ...] = ()
     """Options of the network: (("skip_layers", (7, 8, 9)),)."""
     model: Any = None
@@ -38,17 +38,17 @@ class Branch(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """How one velocity is made of several."""
+    """The branches that a guidance needs, and the function that combines their velocities."""
 
     needs: dict[str, Branch]
-    """What is evaluated, by name. What differs only in its conditioning is evaluated in one batch."""
+    """Branches by name. Those that differ only in their conditioning are evaluated in one batch."""
     combine: Callable[[Velocities, Tensor, Tensor, Tree], tuple[Tensor, Tree]]
     """`combine(velocities, x, t, carry)` -> the velocity and the carry after it. The velocities may hold more than it
     needs."""
     init: Callable[[Tensor, Tensor], Tree] = no_carry
     """`init(x, t)` -> the carry before the first evaluation."""
     windows: tuple[Window, ...] = ()
-    """What it depends on besides: while none of them opens or closes, `at` gives the same."""
+    """Step windows of its terms: between the steps where one starts or ends, `at` gives the same."""
     at: Callable[[int, int], "Guidance"] | None = None
     """`at(step, steps)` -> the guidance of that step, which has no windows; None where it is the same in all."""
 
@@ -59,7 +59,7 @@ CONDITIONAL = Guidance({"positive": POSITIVE}, lambda velocities, x, t, carry: (
 """The velocity of the prompt, unguided."""
 
 ZERO = Guidance({}, lambda velocities, x, t, carry: (torch.zeros_like(x), carry))
-"""No velocity, at no cost."""
+"""Velocity zero, without an evaluation."""
 
 
 def pairwise(combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Guidance:
@@ -97,14 +97,14 @@ def plus(guidance: Guidance, scale: Scale, end: Mapping[str, Branch], start: Map
 
 
 def windowed(inside: Guidance, outside: Guidance, window: Window) -> Guidance:
-    """One guidance in the steps inside a window, and another in the others.
+    """One guidance in the steps inside a window, and another outside it.
 
-    Both carry one carry through the run, which one of them may leave as it is. Raises ValueError where they remember
-    different things.
+    Both carry one carry through the run, which one of them may leave as it is. Raises ValueError where they carry
+    different states.
     """
     inits = {one.init for one in (inside, outside)} - {no_carry}
     if len(inits) > 1:
-        raise ValueError("the guidance inside of a window and that outside remember different things: one carry only")
+        raise ValueError("the guidances inside and outside of a window carry different states; one state at most")
     return Guidance(
         joined(inside.needs, outside.needs),
         _unresolved,
@@ -115,7 +115,7 @@ def windowed(inside: Guidance, outside: Guidance, window: Window) -> Guidance:
 
 
 def at(guidance: Guidance, step: int, steps: int) -> Guidance:
-    """The guidance of one step of a run, 0 the first: what is outside of its window is gone."""
+    """The guidance of step `step` of `steps`, without the terms whose windows exclude it."""
     return guidance if guidance.at is None else guidance.at(step, steps)
 
 
@@ -142,7 +142,7 @@ def check_scale(scale: Scale, name: str = "guidance scale") -> None:
 
 
 def is_one(scale: Scale) -> bool:
-    """Whether a scale is Python's 1, which is known without looking at a tensor."""
+    """True if a scale is Python's 1, which needs no value of a tensor."""
     return not isinstance(scale, Tensor) and scale == 1
 
 
@@ -155,7 +155,7 @@ def joined(first: Mapping[str, Branch], second: Mapping[str, Branch]) -> dict[st
 
 
 def same_model(first: Branch, second: Branch) -> bool:
-    """Whether two branches are of one network, by what it is and not by its values."""
+    """True if two branches have the same network, by identity."""
     models = (first.model or (None, None), second.model or (None, None))
     return all(one is other for one, other in zip(*models, strict=True))
 

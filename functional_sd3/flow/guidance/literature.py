@@ -1,4 +1,4 @@
-"""The guidances of the literature. v_p, v_n: the velocities of the prompt and of what to keep away from."""
+"""Guidances of the literature. v_p, v_n: the velocities of the prompt and of the negative prompt."""
 
 from collections.abc import Callable, Collection
 from functools import partial
@@ -38,7 +38,7 @@ def cfg(scale: Scale) -> Guidance:
 
 
 def zero_star(scale: Scale) -> Guidance:
-    """CFG-Zero* (Fan et al. 2025, arXiv:2503.18886): from that multiple of v_n which is nearest to v_p, per sample.
+    """CFG-Zero* (Fan et al. 2025, arXiv:2503.18886): v_s + scale (v_p - v_s), v_s the projection of v_p onto v_n.
 
     The paper's zero-init, no velocity in the first steps, is `zero_init`; diffusers' guider does both.
     """
@@ -46,7 +46,7 @@ def zero_star(scale: Scale) -> Guidance:
 
 
 def tangential(scale: Scale) -> Guidance:
-    """Tangential guidance (Kwon et al. 2025, arXiv:2503.18137): from what of v_n lies along both, per sample."""
+    """Tangential guidance (Kwon et al. 2025, arXiv:2503.18137): v_s + scale (v_p - v_s), v_s v_n's shared component."""
     return _from(tangential_component, scale)
 
 
@@ -82,7 +82,7 @@ def auto(scale: Scale, params: Tree, config: Any = None) -> Guidance:
 def composed(guidance: Guidance, *prompts: tuple[Any, Scale]) -> Guidance:
     """Further prompts, each with a weight: v + sum_i w_i (v_i - v_n) (Liu et al. 2022, arXiv:2206.01714).
 
-    prompts: (conditioning (batch or 1, ...), weight); a weight below 0 keeps away from that prompt.
+    prompts: (conditioning (batch or 1, ...), weight); a weight below 0 guides away from that prompt.
     """
     for conditioning, weight in prompts:
         number = 1 + sum(name.startswith("prompt ") for name in guidance.needs)
@@ -134,9 +134,10 @@ def smoothed(
 
 
 def rescaled(guidance: Guidance, factor: Scale = 0.7) -> Guidance:
-    """v with the standard deviation of v_p, mixed in by `factor` in [0, 1] (Lin et al. 2023, arXiv:2305.08891).
+    """Rescaled guidance (Lin et al. 2023, arXiv:2305.08891): v with the standard deviation of v_p, mixed in by
+    `factor`.
 
-    As in diffusers it is that of velocities, of all of a sample, and of v_p whatever v is made of.
+    factor in [0, 1]. As in diffusers the deviation is of velocities, over all of a sample, and always of v_p.
     """
     check_scale(factor, "factor of rescaled guidance")
     if isinstance(factor, (int, float)) and not 0 <= factor <= 1:
@@ -153,7 +154,7 @@ def rescaled(guidance: Guidance, factor: Scale = 0.7) -> Guidance:
 
 
 def interval(guidance: Guidance, start: float = 0.0, stop: float = 1.0) -> Guidance:
-    """Guidance in a part of the run alone; before and after it is v_p, which is half of the work of v_p and v_n.
+    """Guidance interval: guidance in a part of the run, v_p outside it, which halves the work there.
 
     Kynkaanniemi et al. 2024, arXiv:2404.07724. start, stop: fractions of the steps (`windows.fraction`);
     `step_fractions` finds them for an interval of t.
@@ -162,7 +163,7 @@ def interval(guidance: Guidance, start: float = 0.0, stop: float = 1.0) -> Guida
 
 
 def zero_init(guidance: Guidance, steps: int = 1) -> Guidance:
-    """No velocity, and no evaluation, in the first steps of a run (CFG-Zero*, Fan et al. 2025, arXiv:2503.18886)."""
+    """Zero-init of CFG-Zero* (Fan et al. 2025, arXiv:2503.18886): velocity zero in the first steps, not evaluated."""
     if steps < 0:
         raise ValueError(f"zero_init of {steps} steps must be of 0 or more")
     return windowed(ZERO, guidance, lambda step, _: step < steps)

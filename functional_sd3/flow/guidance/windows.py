@@ -1,4 +1,4 @@
-"""When guidance is heard, and how strongly at which step of a run."""
+"""Step windows and per-step scales of guidance."""
 
 import math
 from collections.abc import Callable
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 Window = Callable[[int, int], bool]
-"""`(step, steps)` -> whether a step of a run, 0 the first, is inside."""
+"""`(step, steps)` -> True if a step of a run, 0 the first, is inside."""
 
 
 def fraction(start: float, stop: float) -> Window:
-    """floor(start steps) <= step < floor(stop steps), the rule of diffusers' guiders.
+    """Window floor(start steps) <= step < floor(stop steps), the rule of diffusers' guiders.
 
-    What is a whole number but for rounding counts as that: 0.29 of 100 steps are 29, where diffusers has 28.
+    Products within rounding of a whole number count as it: 0.29 of 100 steps are 29, where diffusers has 28.
     """
     check_parts(start, stop)
 
@@ -24,7 +24,7 @@ def fraction(start: float, stop: float) -> Window:
 
 
 def strictly(start: float, stop: float) -> Window:
-    """start steps < step < stop steps, as SD3.5's released code has it."""
+    """Window start steps < step < stop steps, as SD3.5's released code has it."""
     check_parts(start, stop)
     return lambda step, steps: steps * start < step < steps * stop
 

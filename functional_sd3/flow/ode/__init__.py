@@ -1,14 +1,14 @@
-"""Integrating the flow: a plain fold of a method's step over a grid of times.
+"""ODE solvers of the flow: a fold of a method's step over a grid of times.
 
     x = integrate(EULER, velocity, noise, schedule.sigmas(28))
     x = integrate(DOPRI5, velocity, noise, [1.0, 0.0], rtol=1e-5, atol=1e-6)
 
-The state is float32 (float64 for a float64 x) whatever dtype the velocity answers in. Runs share nothing. To stop in
-the middle and go on later, use `start`, `step` or `run`, and `finish`.
+The state is float32 (float64 for a float64 x) whatever the velocity's dtype. Runs share nothing. To pause and resume a
+run use `start`, `step` or `run`, and `finish`.
 
 A method of fixed steps reads no value on the host: its run can be compiled whole, captured, vmapped, and differentiated
 with respect to x, the times and all that the velocity closes over. An adaptive one chooses its steps by values and can
-be differentiated, but neither vmapped nor compiled whole: see `adaptive`, which also tells what a run took.
+be differentiated, but neither vmapped nor compiled whole: see `adaptive`, which also counts evaluations.
 """
 
 from functional_sd3.flow.ode.embedded import BOSH3, DOPRI5, TSIT5, Adaptive

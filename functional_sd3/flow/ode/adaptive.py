@@ -1,14 +1,14 @@
-"""Integrating with steps as long as a tolerance allows: every sample of a batch takes its own.
+"""Adaptive step sizes by error tolerance: every sample of a batch takes its own steps.
 
     solution = solve(DOPRI5, velocity, noise, [1.0, 0.0], rtol=1e-5, atol=1e-6)
 
 A sample's steps depend on it alone, so that its result is the same in any batch; samples that have arrived wait for
-the others. The times in between cost nothing and change nothing: the solution at them is dense output.
+the others. The solution at the times in between is dense output, without evaluations.
 
 `solve` is a fold over `Run`, a tree of tensors: `start`, `step` until `finished`, `finish`. Between two steps a run can
-be written to disk and taken up again, with the same result to the bit. `step` is straight-line code that reads no
-value on the host: it works under `torch.compile(fullgraph=True)` and `vmap`. `solve` does not: how many steps it takes
-is decided by values, which a compiled or vmapped loop cannot wait for. Put the samples in one batch instead.
+be saved and resumed, with the same result to the bit. `step` is straight-line code that reads no
+value on the host: it works under `torch.compile(fullgraph=True)` and `vmap`. `solve` does not: its number of
+steps depends on values, which a compiled or vmapped loop cannot read. Put the samples in one batch instead.
 
 Derivatives, in both modes, are those of the accepted steps with their lengths held fixed, in x, the times and all that
 the velocity closes over. Reverse mode keeps every attempt in memory, the rejected ones too where another sample of the
@@ -36,7 +36,7 @@ METHODS = {method.name: method for method in (BOSH3, DOPRI5, TSIT5)}
 
 
 class Run(NamedTuple):
-    """Where an adaptive run stands. What is not said to have another shape is (batch,), in the dtype of x."""
+    """State of an adaptive run; fields are (batch,) in the dtype of x unless another shape is given."""
 
     x: Tensor
     """(batch, ...) at time t."""
@@ -60,14 +60,14 @@ class Run(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The result of an adaptive run, and what it took."""
+    """Result of an adaptive run, with the counts of its steps and evaluations."""
 
     x: Tensor
     """(n, batch, ...): the solution at `times`; `x[-1]` is the end."""
     times: Tensor
     """(n, batch)"""
     evaluations: Tensor
-    """int64 (batch,): calls of the velocity that a sample needed. While it waits for others it is evaluated too."""
+    """int64 (batch,): evaluations that a sample needed; those while it waits for others are not counted."""
     accepted: Tensor
     """int64 (batch,): steps."""
     rejected: Tensor
@@ -79,8 +79,8 @@ class Solution(NamedTuple):
 
 
 class StepFailed(ArithmeticError):
-    """A sample cannot go on: `sample`, its `t`, the step length `h` that failed, and the `run` with all its states,
-    of which `state` is the last good one."""
+    """An adaptive method could not complete a step: `sample`, its `t`, the step length `h` that failed, and the `run`
+    with all its states, of which `state` is the last good one."""
 
     def __init__(self, message: str, sample: int, run: Run):
         super().__init__(message)
@@ -103,22 +103,22 @@ def solve(
 ) -> Solution:
     """The solution from x at times[0] to times[-1], at each of `times`.
 
-    velocity: asked with t (batch,), each sample at its own time. times: (n,) or (n, batch), monotone within [0, 1].
+    velocity: called with t (batch,), each sample's own time. times: (n,) or (n, batch), monotone within [0, 1].
     rtol, atol, max_steps: instead of the method's; the error of the end is of the size of the tolerance, not below it.
     h: the length of the first step, by default chosen with one evaluation more. keep: fill `Solution.dense`, which
-    holds 4 or 5 times x for every step. on_step: told of each of times[1:], once all samples have passed it, with the
+    holds 4 or 5 times x for every step. on_step: called for each of times[1:] once all samples have passed it, with the
     straight line through it and the time before as the prediction of the data.
 
     Raises ValueError for times as `ode.integrate` does and for tolerances that x's dtype cannot meet; `StepFailed`,
     naming sample, t and h, when a step underflows, the velocity is not finite or max_steps attempts did not suffice.
     """
     method = tolerances.replace(method, rtol, atol, max_steps)
-    run, pieces, told = start(method, velocity, x, times, h=h), [], 1
+    run, pieces, reported = start(method, velocity, x, times, h=h), [], 1
     while not finished(method, run):
         run, piece = _attempt(method, velocity, run, keep)
         pieces += [] if piece is None else [piece]
         if on_step is not None:
-            told = _tell(on_step, run, told)
+            reported = _report(on_step, run, reported)
     return finish(run, pieces)
 
 
@@ -133,13 +133,13 @@ def start(method: Adaptive, velocity: Velocity, x: Tensor, times: Times, *, h: f
     t, end = grid[0], grid[-1]
     slope = velocity(x, t).to(x.dtype)
     finite = torch.isfinite(slope.detach()).reshape(len(x), -1).all(1)
-    asked = torch.full_like(t, 1, dtype=torch.int64)
+    evaluations = torch.full_like(t, 1, dtype=torch.int64)
     if h is None:
         length = step_size.first(method, velocity, x, t, end, slope)
-        asked = asked + 1
+        evaluations = evaluations + 1
     else:
         length = torch.as_tensor(h, dtype=x.dtype, device=x.device).abs().expand_as(t).clone()
-    none = torch.zeros_like(asked)
+    none = torch.zeros_like(evaluations)
     return Run(
         x=x,
         t=t,
@@ -149,7 +149,7 @@ def start(method: Adaptive, velocity: Velocity, x: Tensor, times: Times, *, h: f
         tried=torch.where(finite, 0.0, torch.nan).to(t.dtype),
         times=grid,
         states=x.expand(len(grid), *x.shape),
-        evaluations=asked,
+        evaluations=evaluations,
         accepted=none,
         rejected=none,
     )
@@ -162,7 +162,7 @@ def step(method: Adaptive, velocity: Velocity, run: Run) -> Run:
 
 
 def finished(method: Adaptive, run: Run) -> bool:
-    """Whether all samples have arrived; raises `StepFailed` when one cannot. The one place that reads values."""
+    """True if all samples have arrived; raises `StepFailed` when one cannot. The only function that reads values."""
     waiting, failing = run.t != run.times[-1], _failing(method, run)
     try:
         code = (waiting.any() + 2 * failing.any()).item()
@@ -197,7 +197,7 @@ def from_tensors(tensors: dict[str, Tensor]) -> Run:
 
 def _attempt(method: Adaptive, velocity: Velocity, run: Run, keep: bool) -> tuple[Run, dense.Piece | None]:
     x, t, end = run.x, run.t, run.times[-1]
-    # A hair's breadth more rather than a last step of nearly no length; and the end itself, not its rounding.
+    # Up to 1 % longer instead of a tiny last step; and the end itself, not its rounding.
     lands = 1.01 * run.h >= (end - t).detach().abs()
     t_next = torch.where(lands, end, t + torch.copysign(run.h, (end - t).detach()))
     slopes = stages(method.tableau, velocity, x, t, t_next, run.slope)
@@ -207,7 +207,7 @@ def _attempt(method: Adaptive, velocity: Velocity, run: Run, keep: bool) -> tupl
     going = t != end
     accepted, rejected = going & (error <= 1), going & ~(error <= 1)
     length = (t_next - t).detach().abs() * step_size.factor(method, error, run.error, ~(run.tried <= 1))
-    # A step cut short by the end says nothing against the length that was meant.
+    # A step cut short by the end does not shorten the length to try next.
     length = torch.where(accepted & lands, torch.maximum(length, run.h), length)
     chosen, piece, states = broadcast(accepted, x), None, run.states
     if keep or len(run.times) > 2:
@@ -245,23 +245,23 @@ def _failure(method: Adaptive, run: Run, sample: int) -> StepFailed:
         return StepFailed(
             f"{place}the velocity gives values that are not finite there (tried down to h = {h:.3g})", sample, run
         )
-    asked = ", ".join(
+    tolerance = ", ".join(
         f"{name} = {float(value.expand(len(run.t))[sample] if isinstance(value, Tensor) else value):.3g}"
         for name, value in (("rtol", method.rtol), ("atol", method.atol))
     )
     if int(run.accepted[sample] + run.rejected[sample]) >= method.max_steps:
-        reason = f"max_steps = {method.max_steps} attempts did not suffice at {asked} (the next has h = {h:.3g})"
+        reason = f"max_steps = {method.max_steps} attempts did not suffice at {tolerance} (the next has h = {h:.3g})"
     else:
-        reason = f"even a step of h = {h:.3g} has an error beyond {asked}, which rounding may be too coarse for"
+        reason = f"even a step of h = {h:.3g} has an error beyond {tolerance}, which rounding may be too coarse for"
     return StepFailed(f"{place}{reason}", sample, run)
 
 
-def _tell(on_step: Callable[[StepInfo], Any], run: Run, told: int) -> int:
-    """Report the times that all samples have passed since; the number of those reported."""
+def _report(on_step: Callable[[StepInfo], Any], run: Run, reported: int) -> int:
+    """Call `on_step` for the times that all samples have passed since; the number of times reported."""
     solution = finish(run)
     ahead = (run.times - run.t) * (run.times[-1] - run.times[0]) > 0
     passed = len(run.times) - int(ahead.any(1).sum())
-    for index in range(told, passed):
+    for index in range(reported, passed):
         x, t, gone = solution.x[index], run.times[index], run.times[index] - run.times[index - 1]
         slope = (x - solution.x[index - 1]) / broadcast(torch.where(gone == 0, 1.0, gone), x)
         on_step(StepInfo(index - 1, len(run.times) - 1, State(x, t, []), denoised(x, slope, t)))

@@ -27,7 +27,7 @@ class Piece(NamedTuple):
 
 
 def piece(method: Adaptive, x: Tensor, slopes: Sequence[Tensor], t: Tensor, t_next: Tensor) -> Piece:
-    """The polynomial of a step from x that saw these slopes."""
+    """The polynomial of a step from x with these stage slopes."""
     h = broadcast(t_next - t, x)
     powers = zip(*method.interpolant, strict=True)
     return Piece(t, t_next, [x, *(h * combine(weights, slopes) for weights in powers)])
@@ -46,7 +46,7 @@ def value(step: Piece, t: Tensor) -> Tensor:
 
 
 def inside(step: Piece, t: Tensor) -> Tensor:
-    """Which of the times t (..., batch) the step reached: after its start, up to its end."""
+    """True for the times t (..., batch) that the step reached: after its start, up to its end."""
     forth = (step.t < t) & (t <= step.t_next)
     back = (step.t_next <= t) & (t < step.t)
     return forth | back

@@ -1,4 +1,4 @@
-"""Embedded Runge-Kutta pairs: two orders from the same slopes, whose difference tells how long a step may be.
+"""Embedded Runge-Kutta pairs: two orders from the same slopes, whose difference estimates the error of a step.
 
 Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section II.4. All three pairs continue with the
 higher order, and their last stage is the first of the next step. Their values are `adaptive`'s and `ode`'s methods.
@@ -12,13 +12,13 @@ from functional_sd3.flow.ode.runge_kutta import Tableau
 
 
 class Control(NamedTuple):
-    """How the error of a step decides the length of the next: see `step_size.factor`."""
+    """Step-size control, from the error of a step to the length of the next: see `step_size.factor`."""
 
     safety: float = 0.9
-    least: float = 0.2
-    """The most a step is shortened by."""
-    most: float = 10.0
-    """The most a step is lengthened by."""
+    min_factor: float = 0.2
+    """Least factor of a step's length to the next."""
+    max_factor: float = 10.0
+    """Greatest factor of a step's length to the next."""
     beta_q: float = 0.2
     """beta q of the PI controller; 0 is the elementary one."""
 

@@ -1,9 +1,9 @@
-"""The inverse of a method's step, by fixed-point iteration: for a flow that is to be run back the way it came.
+"""Fixed-point inversion of a method's step, with Anderson acceleration.
 
-A step of length h is a map y -> y + h phi(y). Following the flow the other way with the same method does not undo it;
+A step of length h is a map y -> y + h phi(y). The same method on the reversed grid does not invert it;
 solving x = step(y) for y does. For Euler's method the iteration y <- x - h v(y, t) is that of backward Euler (Pan et
 al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", arXiv:2309.04907, algorithm 1,
-there for DDIM); here it is y <- y + (x - step(y)), which is the same and does for any one-step method.
+there for DDIM); here it is y <- y + (x - step(y)), which is equal and holds for any one-step method.
 """
 
 import torch
@@ -21,7 +21,8 @@ DEPTH = 4
 
 
 class InversionFailed(ArithmeticError):
-    """No y whose step leads to x was found: `sample` is the worst, its `residual` is relative to |x|, `t` is y's."""
+    """Fixed-point inversion did not reach its tolerance: `sample` is the worst, its `residual` is relative to |x|, `t`
+    is y's."""
 
     def __init__(self, sample: int, residual: float, tolerance: float, iterations: int, t: float):
         super().__init__(
@@ -36,14 +37,14 @@ def inverse(
 ) -> Method:
     """The method whose step from (x, t) to t_next is the y for which `method`'s step from (y, t_next) to t gives x.
 
-    It asks for the velocity only where `method` would, once for each of its stages an iteration. A sample is done when
+    Each iteration evaluates the velocity once for each stage of `method`. A sample is done when
     |x - step(y)| <= tolerance |x| (Euclidean; float32 reaches about 1e-7), and then stays as it is, so that it does not
     depend on its batch; the iteration ends when all are done, or after `iterations`. tolerance None: all iterations,
     whatever they reach.
     depth: of Anderson's acceleration (1965; Walker and Ni 2011), the number of earlier iterates that a step is combined
     with. 0 is the plain iteration, which converges where h |dphi/dy| < 1.
 
-    Works under vmap, grad (through the iterations) and compile, where nothing can be read and so all iterations are
+    Works under vmap, grad (through the iterations) and compile, where no value can be read, so all iterations are
     made. Elsewhere a tolerance that is not met raises `InversionFailed`. Raises ValueError for a
     method that carries a state or takes its last step otherwise, and for iterations below 1.
     """
@@ -69,7 +70,7 @@ def inverse(
             if is_concrete(done) and done.all():
                 return Advance(y, carry, there.slope)
         if tolerance is not None and is_concrete(left):
-            _refuse(left / norm(x), tolerance, iterations, t_next)
+            _raise_above_tolerance(left / norm(x), tolerance, iterations, t_next)
         return Advance(y, carry, there.slope)
 
     return Method(
@@ -113,8 +114,8 @@ def _combined(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return y + residual - (weights.transpose(1, 2) @ (moves + changes)).reshape(y.shape)
 
 
-def _refuse(left: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:
-    # What is not finite is the velocity's fault, which `check=True` of a run names.
+def _raise_above_tolerance(left: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:
+    # A state that is not finite is reported by `check=True` of a run.
     worst = int(left.nan_to_num(nan=0.0, posinf=0.0).argmax())
     if tolerance < left[worst] < torch.inf:
         raise InversionFailed(worst, float(left[worst]), tolerance, iterations, float(t if t.ndim == 0 else t[worst]))

@@ -1,4 +1,4 @@
-"""A run of a method over a grid of times: a plain fold of its step, whole (`integrate`) or piece by piece (`run`)."""
+"""A run of a method over a grid of times: a fold of its step, whole (`integrate`) or in parts (`run`)."""
 
 from collections.abc import Callable, Collection
 from typing import Any, Literal
@@ -43,8 +43,8 @@ def integrate(
     velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`.
     times: (n + 1,), descending to generate, ascending to invert, in [0, 1]; or (n + 1, batch), a grid for each sample,
     where shorter grids are padded by repeating their last time (`schedule.together`) and a `last` step is that of the
-    longest. For an adaptive method the ends matter; the times in between are where the solution is wanted, and change
-    nothing.
+    longest. An adaptive method chooses its own steps between the ends; the times in between are only where the
+    solution is returned.
     save: None returns the last x (batch, ...); "all" the n + 1 states at `times`, (n + 1, batch, ...); indices into
     `times` those states only, stacked in the order given; a function the list of what it returned for each `StepInfo`.
     on_step: called with the `StepInfo` after each step; what it returns is ignored.
@@ -84,7 +84,7 @@ def start(method: Method | Adaptive, x: Tensor, t: Tensor | float) -> State:
 
 
 def step(method: Method | Adaptive, velocity: Velocity, state: State, t_next: Tensor | float) -> State:
-    """One step of the method, from state.t to t_next; as many as it takes of an adaptive one."""
+    """One step of the method from state.t to t_next; as many as needed of an adaptive one."""
     t_next = torch.as_tensor(t_next, dtype=state.t.dtype, device=state.t.device)
     if isinstance(method, Adaptive):
         return run(method, velocity, state, torch.stack(torch.broadcast_tensors(state.t, t_next)))
@@ -93,7 +93,7 @@ def step(method: Method | Adaptive, velocity: Velocity, state: State, t_next: Te
 
 
 def finish(method: Method | Adaptive, velocity: Velocity, state: State, t_next: Tensor | float) -> State:
-    """The last step of a run: `step`, but for a method that takes its last step otherwise."""
+    """The last step of a run: `step`, or the step of `method.last` where there is one."""
     return step((None if isinstance(method, Adaptive) else method.last) or method, velocity, state, t_next)
 
 
@@ -109,12 +109,12 @@ def run(
 ) -> State:
     """From a state at times[0] to the state at times[-1]. Parts of a grid run one after the other give the whole run.
 
-    So a run can stop after any step k (`times[: k + 1]`), be written to disk (`to_tensors`) and go on from there
-    (`times[k:]`), with the same result to the bit. `ends`: whether the last of `times` is the end of the whole grid,
-    which a method with a `last` step wants to know; False for the parts before.
+    So a run can pause after any step k (`times[: k + 1]`), be saved (`to_tensors`) and resume from there (`times[k:]`),
+    with the same result to the bit. `ends`: True if the last of `times` is the end of the whole grid,
+    where a method with a `last` step takes it; False for earlier parts.
 
-    An adaptive method ends each part exactly at its last time, and takes only the length of its next step on to the
-    next: the parts give the whole within the tolerance. To stop one anywhere, to the bit, use `adaptive.step`.
+    An adaptive method ends each part exactly at its last time and carries only its next step length: the parts equal
+    the whole within the tolerance. To pause one anywhere, to the bit, use `adaptive.step`.
     """
     grid = checked(times, state.x)
     if isinstance(method, Adaptive):
@@ -146,12 +146,12 @@ def from_tensors(tensors: dict[str, Tensor]) -> State:
 
 
 def evaluations(method: Method, steps: int) -> int:
-    """How often the method calls the velocity in a run of `steps` steps, counted by running it on one number.
+    """Number of velocity evaluations in a run of `steps` steps, counted by running the method on one number.
 
     Raises ValueError for an adaptive method, whose number depends on the velocity: `adaptive.solve` counts it.
     """
     if isinstance(method, Adaptive):
-        raise ValueError(f"how often {method.name} calls the velocity depends on it; adaptive.solve counts")
+        raise ValueError(f"{method.name} has no fixed number of evaluations; adaptive.solve counts them")
     calls = 0
 
     def counted(x: Tensor, t: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _toleranced(
 
 def _index(index: int, steps: int) -> int:
     if not -steps - 1 <= index <= steps:
-        raise ValueError(f"save asks for the state at index {index}, but {steps} steps have the indices 0 to {steps}")
+        raise ValueError(f"save has the index {index}; the states of {steps} steps have indices 0 to {steps}")
     return index % (steps + 1)
 
 

@@ -1,7 +1,7 @@
-"""What an integrator of the flow is: a value made of two functions and two numbers, as in optax.
+"""An integrator of the flow as a value: two functions and two numbers, as in optax.
 
-A method holds nothing. All that a run carries from step to step is its `State`, a tree of tensors: it can be written
-to disk and taken up again, branched, vmapped and differentiated.
+A method is stateless. All that a run carries from step to step is its `State`, a tree of tensors: it can be saved,
+resumed, branched, vmapped and differentiated.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from functional_sd3.core.types import Tree, Velocity
 
 
 class Advance(NamedTuple):
-    """What one step gives."""
+    """Result of one step."""
 
     x: Tensor
     carry: Tree
     slope: Tensor
-    """The velocity at the start of the step, in the dtype of x; `path.denoised` of it is what the step aimed at."""
+    """The velocity at the start of the step, in the dtype of x; `path.denoised` of it is the predicted data."""
 
 
 class Method(NamedTuple):
@@ -35,11 +35,11 @@ class Method(NamedTuple):
     """Calls of the velocity in a usual step; `ode.evaluations` counts those of a whole run."""
     name: str
     last: "Method | None" = None
-    """What takes the last step of a grid instead, where that differs."""
+    """The method of the last step of a grid, where that differs."""
 
 
 class State(NamedTuple):
-    """Where a run stands: x (batch, ...) at time t, scalar or (batch,), and the method's carry."""
+    """State of a run: x (batch, ...) at time t, scalar or (batch,), and the method's carry."""
 
     x: Tensor
     t: Tensor
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What a callback is told after each step."""
+    """Argument of a callback after each step."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     """0 after the first step."""
@@ -67,5 +67,5 @@ class StepInfo(NamedTuple):
 
 
 def no_carry(x: Tensor, t: Tensor) -> list[Tree]:
-    """The carry of a one-step method, and of a multistep method that has seen nothing yet."""
+    """The carry of a one-step method, and of a multistep method before its first step."""
     return []

@@ -1,7 +1,7 @@
-"""Methods that remember: one evaluation a step, and their order from what earlier steps saw.
+"""Multistep methods: one evaluation a step, and their order from the values of earlier steps.
 
-The carry is a list of what the last steps saw and when, newest first: empty at the start, then longer by one a step
-until it is full. Its length tells how far a run has come, so nothing is read from the device.
+The carry lists the values of the last steps and their times, newest first: empty at the start, longer by one a step
+until it is full. Its length is known on the host, so nothing is read from the device.
 """
 
 import torch
@@ -22,7 +22,7 @@ def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carr
 
     With D = x - t v, h = lambda_next - lambda and D' = D + (h / 2 h_last) (D - D_last):
     x_next = (t_next / t) x + (1 - t_next / t) D'. It is written here as the Euler step along v - (D' - D) / t, which is
-    the same and needs no exception at t = 0. The first step has D' = D, and so has one from or to 0, lambda being
+    equal and has no special case at t = 0. The first step has D' = D, and so has one from or to 0, lambda being
     infinite there: a grid that ends at 0 ends with x = D.
     """
     slope = velocity(x, t).to(x.dtype)
@@ -32,7 +32,7 @@ def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carr
         return Advance(x + broadcast(t_next - t, x) * slope, seen, slope)
     last, t_last = carry[0]["value"], carry[0]["t"]
     finite = (t > 0) & (t_next > 0) & (t_last > 0) & (t_last != t)
-    # Where lambda is infinite the logarithms are taken of harmless numbers, so that their derivatives are finite too.
+    # Where lambda is infinite the logarithms take other finite arguments, so that their derivatives are finite too.
     before, here, after = (torch.where(finite, time, safe) for time, safe in ((t_last, 2.0), (t, 1.0), (t_next, 1.0)))
     ratio = (torch.log(here) - torch.log(after)) / (torch.log(before) - torch.log(here))
     bend = broadcast(ratio / (2 * here), x) * (prediction - last)

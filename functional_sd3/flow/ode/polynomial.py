@@ -1,4 +1,4 @@
-"""Integrals of the polynomial through what was seen: what every multistep method is made of."""
+"""Integrals of interpolation polynomials, of which multistep methods are made."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,8 @@ from functional_sd3.flow.path import broadcast
 
 
 def integral(values: Sequence[Tensor], nodes: Sequence[Tensor], moments: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Of the polynomial through the values (batch, ...) at the nodes, a scalar or (batch,) each, in Newton's form.
+    """Integral of the polynomial through the values (batch, ...) at the nodes, a scalar or (batch,) each, in Newton's
+    form.
 
     The first node is 0. moments: the integral of 1, of u, u^2 ... under the weight that is integrated with.
     """

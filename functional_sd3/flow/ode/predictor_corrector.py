@@ -1,4 +1,4 @@
-"""A method that corrects where it is with what it sees there, at no evaluation more: UniPC.
+"""UniPC, a predictor-corrector method without additional evaluations.
 
 Zhao et al. 2023, arXiv:2302.04867, algorithms 5 and 6 in the prediction of the data, with B(h) = e^h - 1.
 """
@@ -21,14 +21,14 @@ def unipc(order: int = 2) -> Method:
 
     With D = x - t v, x_next = (t_next / t) x + t_next (the integral of e^lambda D). The predictor integrates the
     polynomial through the last p values of D. When the velocity at its result is known, the corrector takes the same
-    step again with that D too, and the next step starts from there: no evaluation is asked for twice, and the last
+    step again with that D too, and the next step starts from there: no evaluation is repeated, and the last
     state of a run is a prediction. Two values are weighed by one half, the paper's shortcut for p = 2 (predictor) and 1
     (corrector). The first step is Euler's, and so is one to or from t = 0. A run's order is p + 1 on grids that keep
     away from t = 1, where lambda is infinite, and 2 on those that start there.
 
     The steps of diffusers' `UniPCMultistepScheduler` (use_flow_sigmas, flow_prediction, bh2) on the same sigmas. It
-    asks the model at times cut to whole thousandths and begins at 1 - 1e-6; for p = 3 with `lower_order_final` it takes
-    the step before the last with p = 2.
+    evaluates the model at times cut to whole thousandths and begins at 1 - 1e-6; for p = 3 with `lower_order_final` it
+    takes the step before the last with p = 2.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order {order} of UniPC must be 1, 2 or 3")
@@ -41,7 +41,7 @@ def unipc(order: int = 2) -> Method:
             seen = carry["seen"]
             start = _corrected(carry["x"], seen, here, x)
             points = [here, *seen][:order]
-        # (t_next / t) start + (1 - t_next / t) D, where t = 0 is no exception.
+        # (t_next / t) start + (1 - t_next / t) D, with no special case at t = 0.
         moved = broadcast(torch.where(t > 0, (t_next - t) / torch.where(t > 0, t, 1.0), 0.0), x) * (start - x)
         x_next = start + moved + broadcast(t_next - t, x) * slope
         return Advance(x_next + _bend(points, t_next, x), {"x": start, "seen": points}, slope)
@@ -54,7 +54,8 @@ UNIPC = unipc(2)
 
 
 def _corrected(x: Tensor, seen: History, here: dict[str, Tensor], predicted: Tensor) -> Tensor:
-    """The step from x at the time of seen[0] to `here`, with what is seen here; `predicted` where nothing can be."""
+    """The step from x at the time of seen[0] to `here`, corrected with the value there; `predicted` where no correction
+    is possible."""
     last, t = seen[0]["t"], here["t"]
     usable = (last > 0) & (t > 0) & (t != last)
     ratio = t / torch.where(last > 0, last, 1.0)
@@ -64,12 +65,13 @@ def _corrected(x: Tensor, seen: History, here: dict[str, Tensor], predicted: Ten
 
 
 def _bend(points: History, t_next: Tensor, x: Tensor) -> Tensor:
-    """What the polynomial through the points adds to the step on the value of the first, from its time to t_next."""
+    """Correction to the step on the first point's value by the polynomial through the points, from its time to
+    t_next."""
     if len(points) == 1:
         return torch.zeros_like(x)
     t = points[0]["t"]
     bent = (t > 0) & (t_next > 0) & (t != t_next)
-    # Elsewhere harmless numbers, so that the derivatives are finite too.
+    # Elsewhere other finite arguments, so that the derivatives are finite too.
     here, after = torch.where(bent, t, 0.5), torch.where(bent, t_next, 0.25)
     h = _apart_in_lambda(here, after)
     nodes = [torch.zeros_like(h), *(_apart_in_lambda(here, point["t"]) / h for point in points[1:])]

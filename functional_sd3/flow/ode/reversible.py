@@ -1,4 +1,4 @@
-"""Methods that can be run back exactly: from the state at the end, the state at the start, but for rounding.
+"""Algebraically reversible methods: the state at the start from the state at the end, exact up to rounding.
 
 McCallum and Foster 2024, "Efficient, Accurate and Stable Gradients for Neural ODEs", arXiv:2410.11648, section 3. Two
 copies y and z of the state take turns, each along the step Psi_h(t, x) of any one-step method taken at the other:
@@ -26,8 +26,8 @@ def reversible(base: Method = MIDPOINT, coupling: float = COUPLING) -> tuple[Met
     """(there, back): a method of the order of `base` at twice its evaluations, and the one that undoes it.
 
     `there` is a method like any other, in either direction of time. The copy z is its carry, {"twin": (batch, ...)}:
-    to be undone, a run must be taken up with the state it ended in, not with its x alone,
-    `ode.run(back, velocity, end, times.flip(0))`. `back` is for that alone: what `there` damps it lets grow, by
+    to go back, start from the state that a run ended in, not from its x alone,
+    `ode.run(back, velocity, end, times.flip(0))`. `back` is for that alone: errors that `there` damps grow by
     1 / lambda a step. coupling: lambda in (0, 1].
 
     Under vmap, grad and compile as `base`. Raises ValueError for a coupling outside (0, 1] and a multistep base.

@@ -1,7 +1,7 @@
 """Explicit Runge-Kutta methods: Butcher tableaus, and the one step function that reads them.
 
-Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section II.1. The velocity may answer in any
-float dtype; sums are taken in the dtype of x.
+Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section II.1. The velocity may have any
+float dtype; sums are in the dtype of x.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ class Tableau(NamedTuple):
 def stages(
     tableau: Tableau, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, first: Tensor | None = None
 ) -> list[Tensor]:
-    """k_i = v(x + h sum_j a_ij k_j, t + c_i h), h = t_next - t. first: k_1, if it is known already."""
+    """Slopes k_i = v(x + h sum_j a_ij k_j, t + c_i h), h = t_next - t. first: k_1, if already known."""
     h = t_next - t
     slopes: list[Tensor] = [] if first is None else [first]
     for node, row in list(zip(tableau.nodes, tableau.matrix, strict=True))[len(slopes) :]:
-        # t + 1 h is t_next only up to rounding, and a model may look its time up in the grid.
+        # t + 1 h is t_next only up to rounding, and a velocity may find its time in the grid.
         time = t if node == 0 else t_next if node == 1 else t + node * h
         at = x + broadcast(h, x) * combine(row, slopes) if any(row) else x
         slopes.append(velocity(at, time).to(x.dtype))
@@ -43,7 +43,7 @@ def combine(weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
 
 
 def explicit(name: str, order: int, tableau: Tableau) -> Method:
-    """The method of a tableau."""
+    """Explicit Runge-Kutta method of a tableau."""
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         slopes = stages(tableau, velocity, x, t, t_next)
@@ -66,7 +66,7 @@ HEUN = explicit("heun", 2, second_order(1.0))
 """The trapezoidal rule on an Euler step. Two evaluations at every step, the last of them at the end of the grid."""
 
 HEUN_EDM = HEUN._replace(name="heun_edm", last=EULER)
-"""Heun with an Euler step for the last interval, so that the model is never asked about t = 0: 2 n - 1 evaluations.
+"""Heun with an Euler step for the last interval, so that the model is never evaluated at t = 0: 2 n - 1 evaluations.
 
 Karras et al. 2022, arXiv:2206.00364, algorithm 1; what diffusers' `FlowMatchHeunDiscreteScheduler` does. For grids
 that descend to 0. Still of order 2, for one step of local error h^2.

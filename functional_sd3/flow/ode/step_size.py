@@ -1,4 +1,4 @@
-"""How long a step may be: the size of its error, the length of the next, the length of the first.
+"""Step-size control: the norm of a step's error, the length of the next step and of the first.
 
 Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", section II.4; the PI controller of Gustafsson
 1991 with the constants of Hairer's DOPRI5. All of it is per sample, (batch,), and none of it is differentiated: a
@@ -21,23 +21,23 @@ def norm(values: Tensor, x: Tensor, x_next: Tensor, method: Adaptive) -> Tensor:
 
 
 def factor(method: Adaptive, error: Tensor, last: Tensor, retrying: Tensor) -> Tensor:
-    """What the length of a step of this error is multiplied by, (batch,).
+    """Factor from the length of a step of this error to the next, (batch,).
 
-    Accepted: safety error^-(1/q - 3 beta / 4) last^beta, `last` the error of the accepted step before, within [least,
-    most], and at most 1 when the attempt before was rejected. Rejected: safety error^-(1/q), and `least` where the
-    error is not finite.
+    Accepted: safety error^-(1/q - 3 beta / 4) last^beta, `last` the error of the accepted step before, within
+    [min_factor, max_factor], and at most 1 when the attempt before was rejected. Rejected: safety error^-(1/q), and
+    `min_factor` where the error is not finite.
     """
     control, q = method.control, method.estimate
     beta = control.beta_q / q
     error, last = error.clamp(min=1e-10), last.clamp(min=1e-4)
-    grown = (control.safety * error ** (0.75 * beta - 1 / q) * last**beta).clamp(control.least, control.most)
+    grown = (control.safety * error ** (0.75 * beta - 1 / q) * last**beta).clamp(control.min_factor, control.max_factor)
     grown = torch.where(retrying, grown.clamp(max=1.0), grown)
-    shrunk = (control.safety * error ** (-1 / q)).clamp(control.least, 1.0)
-    return torch.where(error <= 1, grown, torch.where(torch.isfinite(error), shrunk, control.least))
+    shrunk = (control.safety * error ** (-1 / q)).clamp(control.min_factor, 1.0)
+    return torch.where(error <= 1, grown, torch.where(torch.isfinite(error), shrunk, control.min_factor))
 
 
 def first(method: Adaptive, velocity: Velocity, x: Tensor, t: Tensor, end: Tensor, slope: Tensor) -> Tensor:
-    """A length to begin with, (batch,) and positive, for one evaluation of the velocity.
+    """Length of the first step, (batch,) and positive, from one evaluation of the velocity.
 
     Such that h^q max(|v|, |dv/dt|)^q is about 0.01 in the norm of the tolerances (Hairer et al., page 169).
     """
@@ -46,7 +46,7 @@ def first(method: Adaptive, velocity: Velocity, x: Tensor, t: Tensor, end: Tenso
     size, speed = norm(x, x, x, method), norm(slope, x, x, method)
     trial = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed.clamp(min=1e-5))
     trial = torch.minimum(trial, distance)
-    # An exact end, because rounding must not lead the model out of [0, 1].
+    # The exact end, because rounding must not take the time out of [0, 1].
     h = torch.where(trial < distance, torch.copysign(trial, end - t), end - t)
     ahead = velocity(x + broadcast(h, x) * slope, torch.where(trial < distance, t + h, end)).to(x.dtype).detach()
     bend = norm(ahead - slope, x, x, method) / trial.clamp(min=torch.finfo(x.dtype).tiny)
@@ -58,5 +58,5 @@ def first(method: Adaptive, velocity: Velocity, x: Tensor, t: Tensor, end: Tenso
 
 
 def smallest(x: Tensor, t: Tensor, end: Tensor) -> Tensor:
-    """A step shorter than this is lost in the rounding of the time, (batch,)."""
+    """Least step length, below which the time is lost to rounding, (batch,)."""
     return 4 * torch.finfo(x.dtype).eps * torch.maximum(t.abs(), end.abs()).detach()

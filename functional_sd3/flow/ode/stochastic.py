@@ -1,10 +1,10 @@
-"""Methods that draw noise at every step, from keys that the run carries.
+"""Stochastic samplers: noise at every step, from keys that the run carries.
 
     x = integrate(ancestral(prng.key(0)), velocity, noise, schedule.sigmas(28))
 
-The keys are in the method's carry, one for each sample, and each step takes its own from them: a run stays a fold
-over explicit state, resumes to the bit, and a sample's noise depends on its key and the step alone. For grids that
-descend; an ascending step draws nothing. Give the key of the starting noise to nobody else: `prng.split` it.
+The carry holds a key for each sample, from which each step derives its own: a run stays a fold over explicit state,
+resumes to the bit, and a sample's noise depends on its key and the step alone. For grids that
+descend; an ascending step draws nothing. Do not reuse the key of the starting noise: `prng.split` it.
 """
 
 import torch
@@ -18,7 +18,8 @@ from functional_sd3.flow.path import broadcast, interpolate
 
 
 def ancestral(key: Key, eta: float | Tensor = 1.0, scale: float | Tensor = 1.0) -> Method:
-    """Euler to a level below the next, and noise back up to it: k-diffusion's Euler ancestral, for rectified flow.
+    """Ancestral Euler: to a level below the next, and noise back up to it: k-diffusion's Euler ancestral, for rectified
+    flow.
 
     To t_d = t_next (1 + eta (t_next / t - 1)) by Euler; then x is multiplied by (1 - t_next) / (1 - t_d) and noise of
     variance t_next^2 - (t_d (1 - t_next) / (1 - t_d))^2 is added, which takes the distribution at t_d to the one at
@@ -31,7 +32,7 @@ def ancestral(key: Key, eta: float | Tensor = 1.0, scale: float | Tensor = 1.0) 
         slope = velocity(x, t).to(x.dtype)
         carry, noise = _draw(carry, x)
         descends = (t_next < t) & (t_next > 0)
-        # Where nothing is drawn the square root has a harmless argument, so that its derivative is finite too.
+        # Where nothing is drawn the square root takes another argument, so that its derivative is finite too.
         here, after = torch.where(descends, t, 0.75), torch.where(descends, t_next, 0.5)
         down = after * (1 + eta * (after / here - 1))
         kept = (1 - after) / (1 - down)
@@ -45,7 +46,8 @@ def ancestral(key: Key, eta: float | Tensor = 1.0, scale: float | Tensor = 1.0) 
 
 
 def renoised(key: Key) -> Method:
-    """To the predicted data and back to the next level with new noise: x_next = (1 - t_next) (x - t v) + t_next noise.
+    """Euler with fresh noise: to the predicted data, then to the next level: x_next = (1 - t_next) (x - t v) + t_next
+    noise.
 
     What diffusers' `FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`, and the sampler of latent
     consistency models. For models distilled to predict the data in one step: with others the prediction is a mean,
@@ -70,7 +72,7 @@ def churn(
     scale: float | Tensor = 1.0,
     base: Method = HEUN,
 ) -> Method:
-    """Noise before every step, and a step of `base` from the level that it raises x to: Karras et al. 2022,
+    """Churn: noise before every step, and a step of `base` from the raised noise level. Karras et al. 2022,
     arXiv:2206.00364, algorithm 2, in the variables of the path.
 
     There sigma = t / (1 - t) is raised to (1 + gamma) sigma, which is t_raised = t (1 + gamma) / (1 + gamma t), and
@@ -80,7 +82,7 @@ def churn(
     steps. The level raised to is a time that is not of the grid.
 
     diffusers' `FlowMatchHeunDiscreteScheduler` adds noise of variance t_raised^2 - t^2 for s_churn, without shrinking
-    x, and asks the model at t instead of t_raised: that leaves the path, and is not kept here.
+    x, and evaluates the model at t instead of t_raised: that leaves the path, and is not kept here.
     """
     one = torch.zeros(1, dtype=torch.float32, device="cpu")
     if base.init(one, one[0]) != []:

@@ -1,4 +1,4 @@
-"""How exact an adaptive method is asked to be, and what cannot be asked."""
+"""Tolerances of adaptive methods, and their checks."""
 
 import math
 
@@ -15,7 +15,7 @@ def replace(
     atol: float | Tensor | None = None,
     max_steps: int | None = None,
 ) -> Adaptive:
-    """The method with those that are given in place of its own."""
+    """The method with the given options in place of its own."""
     return method._replace(
         rtol=method.rtol if rtol is None else rtol,
         atol=method.atol if atol is None else atol,
@@ -24,7 +24,8 @@ def replace(
 
 
 def check(method: Adaptive, x: Tensor) -> None:
-    """Raise ValueError for tolerances that are none, do not fit the batch of x, or are finer than its dtype."""
+    """Raise ValueError for tolerances that are no such numbers, do not fit the batch of x, or are finer than its
+    dtype."""
     least = 4 * torch.finfo(x.dtype).eps
     for name, value, low in (("rtol", method.rtol, least), ("atol", method.atol, 0.0)):
         if isinstance(value, Tensor):

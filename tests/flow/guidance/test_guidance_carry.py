@@ -141,5 +141,5 @@ def test_a_carry_is_not_left_out_by_mistake():
     with pytest.raises(ValueError, match="dopri5 may reject steps"):
         guidance.with_carry(ode.DOPRI5, APG)
     other = APG._replace(init=lambda x, t: {"own": x})
-    with pytest.raises(ValueError, match="remember different things"):
+    with pytest.raises(ValueError, match="carry different states"):
         guidance.windowed(APG, other, guidance.fraction(0.0, 0.5))
