@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What an image keeps of how it was controlled; nothing where it was not."""
+    """The options of ControlNets, for the settings in an image; none where there are none."""
     if not arguments.control:
         return {}
     return {name: getattr(arguments, name) for name in ("control", "controlnet", "control_after_last")}

@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", metavar="PROMPT", required=True, help="what it shows")
     parser.add_argument("--to", dest="target", metavar="PROMPT", required=True, help="what it is to show")
     parser.add_argument(
-        "--eta", type=float, help="in [0, 1], how much the way back is drawn to the image (default 0.9)"
+        "--eta", type=float, help="in [0, 1], how much the way back is pulled to the image (default 0.9)"
     )
     parser.add_argument(
-        "--window", metavar="START-END", help="when it is drawn so, as fractions of the run (default 0-0.25)"
+        "--window", metavar="START-END", help="when it is pulled so, as fractions of the run (default 0-0.25)"
     )
     parser.add_argument(
         "--exact",

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a picture keeps of how it was guided; nothing where by --cfg alone."""
+    """The options of guidance, for the settings in an image; none where it is by --cfg alone."""
     return {"guidance": arguments.guidance} if arguments.guidance else {}
 
 
@@ -93,19 +93,19 @@ def parse(text: str) -> GuidanceSpec:
     if name not in KINDS:
         near = suggestion(name, KINDS)
         raise ValueError(f"--guidance {text!r}: {name!r} must be one of {', '.join(KINDS)}{near}")
-    kind, found = KINDS[name], {}
+    kind, values = KINDS[name], {}
     for option, value in _pairs(rest, kind).items():
         if option not in kind.options:
             known = ", ".join(kind.options)
             raise ValueError(f"--guidance {text!r}: {option!r} is no option of {name}, which has {known}")
         try:
-            found[option] = kind.options[option](value)
+            values[option] = kind.options[option](value)
         except ValueError:
             raise ValueError(f"--guidance {text!r}: {option} cannot be {value!r}") from None
     for option in kind.required:
-        if option not in found:
+        if option not in values:
             raise ValueError(f"--guidance {text!r} needs {option}=, as in --guidance {name}:{option}=...")
-    return GuidanceSpec(name, found)
+    return GuidanceSpec(name, values)
 
 
 def scale(written: float) -> float:
@@ -133,7 +133,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def prepare(arguments: argparse.Namespace, session: "Session") -> "Guidance | None":
-    """The guidance that was asked for, None for --cfg alone.
+    """The guidance of the options, None for --cfg alone.
 
     Raises ValueError for words that make no sense, or name blocks that the model has not.
     """

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> written.Settings:
-    """What a picture keeps of what it began from."""
+    """The options of start images, for the settings in an image."""
     return written.given(arguments, _RECORDED)
 
 
@@ -78,13 +78,13 @@ def check(arguments: argparse.Namespace) -> None:
 
 def margins(text: str) -> dict[str, int]:
     """{"right": 64} of "right=64"."""
-    found = {}
+    pixels_of = {}
     for part in text.split(","):
         side, equals, pixels = part.strip().partition("=")
-        if side not in _SIDES or not equals or not re.fullmatch("[0-9]{1,6}", pixels) or side in found:
+        if side not in _SIDES or not equals or not re.fullmatch("[0-9]{1,6}", pixels) or side in pixels_of:
             raise ValueError(f"--outpaint {text!r} must be sides and pixels, such as right=64,top=32")
-        found[side] = int(pixels)
-    return found
+        pixels_of[side] = int(pixels)
+    return pixels_of
 
 
 def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, int] | None) -> "StartImages | None":
@@ -121,30 +121,30 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
 
 
 def fitted_image(path: str, session: "Session", size: tuple[int, int] | None) -> "Tensor":
-    """The picture as (1, 3, height, width) in [0, 1], with a note where it is not of its own size."""
+    """The image as (1, 3, height, width) in [0, 1], with a note where it is not of its own size."""
     from functional_sd3 import pipeline
     from functional_sd3.cli import report
     from functional_sd3.image import pixels
 
     if size is not None:
         pipeline.latent_size(session.config, size[1], size[0], bounded=False)
-    picture = read(path)
-    fit = fitting(picture.size, session, size)
-    if picture.size != fit.size:
-        was, now = ("x".join(map(str, sides)) for sides in (picture.size, fit.size))
+    image = read(path)
+    fit = fitting(image.size, session, size)
+    if image.size != fit.size:
+        was, now = ("x".join(map(str, sides)) for sides in (image.size, fit.size))
         report.note(f"{path} is {was}: {'scaled and cropped' if fit.scaled else 'cropped'} to {now}")
-    return pixels.from_pil(fitted(picture, fit)).to(session.device)
+    return pixels.from_pil(fitted(image, fit)).to(session.device)
 
 
 class Fit(NamedTuple):
-    """The size that a picture is brought to, and whether it is scaled on the way or only cropped."""
+    """The size that an image is brought to, and whether it is scaled on the way or only cropped."""
 
     size: tuple[int, int]
     scaled: bool
 
 
 def fitting(size: tuple[int, int], session: "Session", wanted: tuple[int, int] | None) -> Fit:
-    """How a picture of this width and height is fitted; the rule stands above."""
+    """How an image of this width and height is fitted; the rule stands above."""
     if wanted is not None:
         return Fit(wanted, size != wanted)
     from functional_sd3.image import vae
@@ -157,18 +157,18 @@ def fitting(size: tuple[int, int], session: "Session", wanted: tuple[int, int] |
     return Fit((width, height), scale < 1 or width > size[0] or height > size[1])
 
 
-def fitted(picture: "Image", fit: Fit) -> "Image":
-    """The picture at that size, about its centre."""
+def fitted(image: "Image", fit: Fit) -> "Image":
+    """The image at that size, about its centre."""
     from PIL import Image, ImageOps
 
     if fit.scaled:
-        return ImageOps.fit(picture, fit.size, Image.Resampling.LANCZOS)
-    left, top = ((has - wants) // 2 for has, wants in zip(picture.size, fit.size, strict=True))
-    return picture.crop((left, top, left + fit.size[0], top + fit.size[1]))
+        return ImageOps.fit(image, fit.size, Image.Resampling.LANCZOS)
+    left, top = ((has - wants) // 2 for has, wants in zip(image.size, fit.size, strict=True))
+    return image.crop((left, top, left + fit.size[0], top + fit.size[1]))
 
 
 def read(path: str) -> "Image":
-    """The picture; ValueError with its path where it is none."""
+    """The image; ValueError with its path where it is none."""
     from functional_sd3.image import files
 
     try:
@@ -195,10 +195,10 @@ def read_mask(path: str, image: "Image | None" = None, *, least: int) -> "Image"
     return mask
 
 
-def _proportioned(path: str, mask: "Image", picture: "Image") -> "Image":
+def _proportioned(path: str, mask: "Image", image: "Image") -> "Image":
     from PIL import Image
 
-    if mask.width * picture.height != mask.height * picture.width:
-        sizes = ["x".join(map(str, sides)) for sides in (mask.size, picture.size)]
+    if mask.width * image.height != mask.height * image.width:
+        sizes = ["x".join(map(str, sides)) for sides in (mask.size, image.size)]
         raise ValueError(f"{path} is {sizes[0]}, but the image is {sizes[1]}: a mask must have its proportions")
-    return mask.resize(picture.size, Image.Resampling.BILINEAR)
+    return mask.resize(image.size, Image.Resampling.BILINEAR)

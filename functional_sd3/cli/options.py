@@ -99,7 +99,7 @@ def add_size(parser: argparse.ArgumentParser, default: str = "the model's own") 
 
 
 def settings(arguments: argparse.Namespace) -> written.Settings:
-    """What a picture keeps of these options; another option is recorded by its name in `_RECORDED`."""
+    """These options, for the settings in an image; another option is recorded by its name in `_RECORDED`."""
     return {**written.given(arguments, _RECORDED), **guidance.settings(arguments), **controls.settings(arguments)}
 
 

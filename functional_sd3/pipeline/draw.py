@@ -100,7 +100,7 @@ def _noise(config: Config, prepared: Prepared, device: torch.device) -> Tensor:
 
     def of(key: Key) -> Tensor:
         size = (request.height, request.width)
-        return initial_noise(key, config, prepared.count, *size, device=device, bounded=request.is_bounded)
+        return initial_noise(key, config, prepared.samples, *size, device=device, bounded=request.is_bounded)
 
     noise = of(prepared.keys) if request.noise is None else request.noise.to(device)
     if request.variation is None:
@@ -143,7 +143,7 @@ def _edit(params: Params, config: Config, prepared: Prepared, device: torch.devi
     request, edit = prepared.request, prepared.request.edit
     conditions = _conditions(prepared.source, device), _conditions(prepared.prompts, device)
     latents = prepared.latents.to(device)
-    latents = latents.expand(prepared.count, *latents.shape[1:])
+    latents = latents.expand(prepared.samples, *latents.shape[1:])
     if isinstance(edit, InversionEdit):
         return edit_latents(params, config, conditions, latents, edit, request.sampling, key=prepared.keys)
     assert isinstance(edit, FlowEdit)

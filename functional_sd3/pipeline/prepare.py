@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
     """(frames,) float from 0 to stops - 1; only of frames."""
 
     @property
-    def count(self) -> int:
+    def samples(self) -> int:
         """Number of images to draw."""
         return len(self.prompts.positive) if self.places is None else len(self.places)
 
@@ -93,7 +93,7 @@ def slice_samples(prepared: Prepared, index: slice) -> Prepared:
         sampling=_slice_options(request.sampling, part),
         noise=part(request.noise),
         start=start and replace(start, images=part(start.images), mask=part(start.mask)),
-        variation=variation and Variation(sample_keys(variation.key, prepared.count)[index], part(variation.amount)),
+        variation=variation and Variation(sample_keys(variation.key, prepared.samples)[index], part(variation.amount)),
         edit=edit and replace(edit, **_slice_edit(edit, index, part)),
     )
     source = None if prepared.source is None else rows(prepared.source)
@@ -117,7 +117,7 @@ def split_batches(prepared: Prepared, batch: int | None) -> list[Prepared]:
     """The request in parts of at most `batch` images; None for all at once."""
     if batch is None:
         return [prepared]
-    return [slice_samples(prepared, slice(start, start + batch)) for start in range(0, prepared.count, batch)]
+    return [slice_samples(prepared, slice(start, start + batch)) for start in range(0, prepared.samples, batch)]
 
 
 def _with_size(request: Request, config: Config) -> Request:

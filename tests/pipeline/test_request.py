@@ -77,8 +77,8 @@ def test_images_do_not_depend_on_how_a_request_is_divided_into_batches(model, na
     whole = draw(model, REQUESTS[name]())
     torch.testing.assert_close(draw(model, REQUESTS[name](), batch=2), whole, atol=1e-4, rtol=0)
     prepared = pipeline.prepare(*parts(model), REQUESTS[name]())
-    last = pipeline.slice_samples(prepared, slice(prepared.count - 1, None))
-    assert last.count == 1
+    last = pipeline.slice_samples(prepared, slice(prepared.samples - 1, None))
+    assert last.samples == 1
     drawn = pipeline.draw(model.params, model.config, last)
     torch.testing.assert_close(drawn, whole[-1:], atol=1e-4, rtol=0)
 
