@@ -1,4 +1,4 @@
-"""Which text encoders and tokenizers a model has, checked before a prompt is encoded: without one it says nothing."""
+"""Check that a model has the text encoders and tokenizers that its prompts need, before they are encoded."""
 
 from collections.abc import Collection
 from typing import Any

@@ -1,4 +1,4 @@
-"""What Stable Diffusion 3 knows of a prompt: the three text encoders together.
+"""Text conditioning of Stable Diffusion 3: context and pooled vector from the three text encoders.
 
 Esser et al. 2024, "Scaling Rectified Flow Transformers", section 4; numerics of diffusers' `StableDiffusion3Pipeline`:
 
@@ -49,8 +49,8 @@ def apply(
 ) -> Conditioning:
     """Conditioning of prompts: `encode` of their `tokenize`; see there for the arguments.
 
-    weighted: `(words:1.3)` weighs words. long_prompts: what CLIP has no room for follows in more chunks of its tokens,
-    and the context becomes longer; prompts of a batch that are shorter end in empty chunks. Both off, as in training:
+    weighted: `(words:1.3)` weighs words. long_prompts: tokens beyond CLIP's length go into further chunks, which make
+    the context longer; prompts of a batch that are shorter end in empty chunks. Both off, as in training:
     see `weighting`. The ids are made on the CPU and moved to the device of the parameters.
 
     Raises ValueError where `params` has no text encoder, or one without its tokenizer; warns (`notes.Note`) naming the
@@ -75,17 +75,17 @@ def apply_from(
     implementation: Implementation = "sdpa",
     **text_options: Any,
 ) -> Conditioning:
-    """As `apply`, whose other options these are, with one encoder in memory at a time.
+    """Conditioning of prompts with one encoder in memory at a time; `text_options` are the other options of `apply`.
 
-    `fetch` gives the parameters of "clip_l", "clip_g" and "t5". It is asked once for each of `names`, by default for
-    those that the config has, when what it gave before has been dropped.
+    `fetch` gives the parameters of "clip_l", "clip_g" and "t5". It is called once for each of `names`, by default for
+    those that the config has, after the previous encoder has been released.
     """
     there = [name for name in Ids._fields if (getattr(config, name) is not None if names is None else name in names)]
     check_encoders(there, tokenizers)
     ids, emphasis = read(config, tokenizers, prompts, **text_options)
     _check_known(there, config, ids)
     options = {"clip_skip": clip_skip, "implementation": implementation}
-    # Each alone leaves zeros where the others speak, so the sum is exact.
+    # The encoders fill disjoint blocks, so summing is exact.
     parts = [_encode_alone(fetch, config, name, (ids, emphasis), options) for name in there]
     return Conditioning(*(sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)))
 
@@ -105,18 +105,18 @@ def _encode_alone(fetch, config: Config, name: str, tokens: tuple[Ids, Any], opt
     params = {name: fetch(name)}
     ids, emphasis = tree.map(lambda part: part.to(_like(params).device), tokens)
     found = []
-    for start in range(0, len(ids.t5), _AT_ONCE):
-        some = tree.map(lambda part, first=start: part[first : first + _AT_ONCE], ids)
+    for start in range(0, len(ids.t5), _BATCH):
+        some = tree.map(lambda part, first=start: part[first : first + _BATCH], ids)
         stressed = None
         if emphasis:
-            weights = tree.map(lambda part, first=start: part[first : first + _AT_ONCE], emphasis.weights)
+            weights = tree.map(lambda part, first=start: part[first : first + _BATCH], emphasis.weights)
             stressed = emphasis._replace(weights=weights)
         found.append(encode(params, config, some, emphasis=stressed, **options))
     return Conditioning(*map(torch.cat, zip(*found, strict=True)))
 
 
-# Texts an encoder reads together where all that are wanted are read by one encoder after another.
-_AT_ONCE = 32
+# Texts in one batch of an encoder where encoders run one after the other over all texts.
+_BATCH = 32
 
 
 def encode(
@@ -160,7 +160,7 @@ def encode(
 def _clip(
     params: Params, config: Config, name: str, ids: Ids, emphasis: Emphasis | None, options: dict
 ) -> tuple[Tensor, Tensor]:
-    """Features (batch, chunks * tokens, width) and pooled vector (batch, projection width) of one of the CLIPs."""
+    """Features (batch, chunks * tokens, width) and pooled vector (batch, projection width) of one CLIP encoder."""
     own, tokens = getattr(config, name), getattr(ids, name)
     chunks = tokens.shape[1] if tokens.ndim == 3 else 1
     if name not in params:
@@ -177,7 +177,7 @@ def _clip(
 
 
 def _absent_width(config: Config, name: str) -> int:
-    """What the other CLIP leaves of the pooled vector; the features of both released CLIPs are as wide as it."""
+    """The pooled width less the other CLIP's; the features of both released CLIPs are as wide as it."""
     pooled = config.transformer.pooled_width if config.transformer else 2048
     other = config.clip_g if name == "clip_l" else config.clip_l
     if other is None:

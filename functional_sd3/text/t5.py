@@ -22,7 +22,7 @@ from functional_sd3.core.types import Key, Params, Tree
 class Config:
     """Sizes of a T5 encoder; `T5_XXL` is the one of SD3.
 
-    `buckets` relative positions are told apart, half of them each way, up to `max_distance` tokens.
+    `buckets` relative positions are distinguished, half of them each way, up to `max_distance` tokens.
     """
 
     vocab: int = 32128
@@ -111,7 +111,7 @@ def apply(
 
 
 def relative_bias(params: Params, config: Config, tokens: int) -> Tensor:
-    """What is added to the attention scores of every block, (1, heads, asking tokens, tokens)."""
+    """Relative position bias of the attention scores of every block, (1, heads, query tokens, key tokens)."""
     positions = torch.arange(tokens, device=params["weight"].device, dtype=torch.int64)
     # Of the tokens ** 2 distances only 2 tokens - 1 differ.
     distances = torch.arange(1 - tokens, tokens, device=positions.device, dtype=torch.int64)
@@ -145,7 +145,7 @@ def _mlp(params: Params, x: Tensor) -> Tensor:
     gated, linear = layers.split_outputs(params["in"], 2 * [params["in"]["weight"].shape[0] // 2])
     gate, value = layers.linear_activation(gated, x, "gelu_tanh"), layers.linear(linear, x)
     if x.dtype == torch.float16:
-        # T5-XXL's outputs leave float16's range: a power of two is taken out before, and put back in float32.
+        # T5-XXL's outputs exceed float16's range: divide by a power of two before, multiply in float32 after.
         return layers.linear(params["out"], gate * (value / 64)).float() * 64
     return layers.linear(params["out"], value * gate)
 

@@ -1,4 +1,4 @@
-"""Textual inversion: words of one's own, each a few vectors beside the learned embeddings of a text encoder.
+"""Textual inversion: new words as embedding vectors beside the learned embeddings of a text encoder.
 
 Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). A word becomes an added token of the tokenizers and
 new rows of the embedding tables; where it is typed, it stands for all of its vectors, one token each. Everything here
@@ -22,14 +22,14 @@ ENCODERS = ("clip_l", "clip_g", "t5")
 
 
 class Word(NamedTuple):
-    """What to type, and what it means to each encoder: "clip_l", "clip_g" and "t5" -> (vectors, width)."""
+    """A word and its embedding vectors for each encoder: "clip_l", "clip_g" and "t5" -> (vectors, width)."""
 
     token: str
     vectors: Mapping[str, Tensor]
 
 
 class Learned(NamedTuple):
-    """A model that knows more words: what `pipeline.generate` takes first."""
+    """A model with added words: the first arguments of `pipeline.generate`."""
 
     params: dict[str, Params]
     config: Any
@@ -37,11 +37,11 @@ class Learned(NamedTuple):
 
 
 def add(params: dict[str, Params], config: Any, tokenizers: Any, *words: Word) -> Learned:
-    """The model with words added, in order; an encoder for which a word has no vectors reads it as ordinary text.
+    """The model with words added, in order; an encoder for which a word has no vectors tokenizes it as ordinary text.
 
     params, config, tokenizers: of a model (`weights.Model`), whose parts may be absent. A word takes the ids that
-    follow the tokenizer's; rows of the embedding that no token has (T5 has 28 of them) are used first. CLIPs that find
-    the end of a text at its highest id (`clip.LEGACY_EOS_ID`) are told its id instead, since added tokens are higher.
+    follow the tokenizer's; rows of the embedding that no token has (T5 has 28 of them) are used first. CLIPs that pool
+    at a text's highest id (`clip.LEGACY_EOS_ID`) get the end token's id as `eos_id`, since added tokens are higher.
 
     Raises ValueError when a word is empty or known already, has vectors of another width than the encoder or for none
     that is there, or different numbers of vectors for different encoders.
@@ -62,7 +62,7 @@ def add(params: dict[str, Params], config: Any, tokenizers: Any, *words: Word) -
 
 
 def names(token: str, count: int) -> list[str]:
-    """What the tokens of a word are called: itself, then <word>_1, <word>_2, ... as diffusers calls them."""
+    """Token names of a word, as in diffusers: itself, then <word>_1, <word>_2, ..."""
     return [token, *(f"{token}_{index}" for index in range(1, count))]
 
 
@@ -72,20 +72,20 @@ def _check(word: Word, params: Mapping[str, Params], config: Any, tokenizers: An
         raise ValueError(f"{word.token!r} has vectors for {unknown[0]!r}; encoders are {', '.join(ENCODERS)}")
     if not word.token.strip() or word.token != word.token.strip():
         raise ValueError(f"the word {word.token!r} must not be empty, nor begin or end with white space")
-    there = [name for name in word.vectors if name in params]
-    if not there:
+    present = [name for name in word.vectors if name in params]
+    if not present:
         meant = ", ".join(word.vectors) or "no encoder"
         raise ValueError(f"{word.token!r} has vectors for {meant}, of which none is here")
     counts = {name: len(word.vectors[name]) for name in word.vectors}
     if len(set(counts.values())) > 1 or 0 in counts.values():
         raise ValueError(f"{word.token!r} must have as many vectors for each encoder, at least 1; it has {counts}")
-    for name in there:
+    for name in present:
         width, shape = getattr(config, name).width, tuple(word.vectors[name].shape)
         if len(shape) != 2 or shape[1] != width:
             raise ValueError(f"{word.token!r} has vectors of shape {list(shape)} for {name}, whose width is {width}")
         tables, rows = getattr(tokenizers, name), params[name][_TABLE[name]]["weight"].shape[0]
         if tables is not None and rows < _next_id(tables):
-            raise ValueError(f"the tokenizer of {name} knows {_next_id(tables)} tokens, its encoder {rows}")
+            raise ValueError(f"the tokenizer of {name} has {_next_id(tables)} tokens, its encoder {rows} embeddings")
         if tables is None:
             raise ValueError(f"{word.token!r} has vectors for {name}, whose tokenizer is absent")
         known = _contents(tables)
@@ -116,13 +116,13 @@ def _extended_bpe(tables: bpe.Tables, token: str, ids: tuple[int, ...]) -> bpe.T
     added = dict(zip(ids, names(token, len(ids)), strict=True))
     specials = tuple(sorted((*tables.specials, *(Special(text, i, True, False) for i, text in added.items()))))
     multi_token = {**tables.multi_token, **({ids[0]: ids} if len(ids) > 1 else {})}
-    found = {**tables.names, **added}
-    return replace(tables, specials=specials, names=found, cuts=cuts_of(specials), multi_token=multi_token)
+    token_names = {**tables.names, **added}
+    return replace(tables, specials=specials, names=token_names, cuts=cuts_of(specials), multi_token=multi_token)
 
 
 def _extended_unigram(tables: unigram.Tables, token: str, ids: tuple[int, ...]) -> unigram.Tables:
-    fresh = (unigram.AddedToken(i, text) for i, text in zip(ids, names(token, len(ids)), strict=True))
-    added = (*tables.added, *fresh)
+    new = (unigram.AddedToken(i, text) for i, text in zip(ids, names(token, len(ids)), strict=True))
+    added = (*tables.added, *new)
     multi_token = {**tables.multi_token, **({ids[0]: ids} if len(ids) > 1 else {})}
     return replace(tables, added=added, added_pattern=pattern_of(added), multi_token=multi_token)
 

@@ -1,4 +1,4 @@
-"""Fields that the configs of every tokenizer have: names of tokens, as a string or as an object with flags."""
+"""Fields common to the configs of all tokenizers, and the limits of what is read."""
 
 from collections.abc import Collection
 
@@ -16,7 +16,8 @@ LONGEST_ADDED = 2**10
 HIGHEST_ID = 2**31 - 1
 
 MULTI_TOKEN = "several_vectors"
-"""Our own key of a tokenizer_config.json, which transformers skips: lists of tokens that their first stands for."""
+"""Our own key of a tokenizer_config.json, which transformers skips: lists of tokens for which the first of each
+stands."""
 
 
 def token(config: Object, name: str, default: str | None) -> str | None:
@@ -28,7 +29,7 @@ def token(config: Object, name: str, default: str | None) -> str | None:
 
 
 def multi_token(config: Object, known: Collection[str]) -> list[list[str]]:
-    """The lists of tokens that their first stands for. Raises WeightsError unless they are tokens that are `known`."""
+    """Lists of tokens for which the first of each stands. Raises WeightsError for tokens that are not `known`."""
     groups = config.items(MULTI_TOKEN, (), list, most=MOST_ADDED)
     if sum(map(len, groups)) > MOST_ADDED:
         raise config.error(MULTI_TOKEN, f"names more than {MOST_ADDED:,} tokens")

@@ -11,7 +11,7 @@ from functional_sd3.text.batches import text_batch
 
 
 class Config(Protocol):
-    """The encoders' configs (None where absent), and the transformer's, which tells the widths of what is absent."""
+    """The encoders' configs (None where absent), and the transformer's, which has the widths of absent ones."""
 
     @property
     def clip_l(self) -> clip.Config | None: ...
@@ -59,7 +59,7 @@ def read(
     long_prompts: bool = False,
     **options: Any,
 ) -> tuple[Ids, Emphasis | tuple]:
-    """The ids of prompts, by `tokenize` or `tokenize_weighted` as need be, and what is emphasised, () for nothing."""
+    """Token ids of prompts, weighted or not, and their emphasis, () for none."""
     if not (weighted or long_prompts):
         return tokenize(config, tokenizers, prompts, **options), ()
     ids, emphasis = tokenize_weighted(
@@ -105,27 +105,27 @@ def tokenize_weighted(
     weighted: bool = True,
     long_prompts: bool = True,
 ) -> tuple[Ids, Emphasis]:
-    """As `tokenize`, for prompts with emphasis and of any length: CLIP's ids are (batch, chunks, tokens)."""
+    """Token ids and emphasis of prompts of any length: CLIP's ids are (batch, chunks, tokens)."""
     blank = tokenize(config, tokenizers, "", t5_length=t5_length)
     texts = _texts(prompts, prompts if prompts_2 is None else prompts_2, prompts if prompts_3 is None else prompts_3)
-    read = [[weighting.parse(text) for text in one] if weighted else weighting.plain(one) for one in texts]
+    read = [[weighting.parse(text) for text in one] if weighted else weighting.unweighted(one) for one in texts]
     length = blank.clip_l.shape[1]
     split = {
         name: weighting.clip_rows(getattr(tokenizers, name), one, length, long=long_prompts)
         for name, one in zip(("clip_l", "clip_g"), read, strict=False)
         if getattr(tokenizers, name) is not None
     }
-    chunks = max((len(rows) for prompts in split.values() for rows in prompts), default=1)
-    found = {}
+    chunks = max((len(chunks) for prompts in split.values() for chunks in prompts), default=1)
+    rows = {}
     for name in ("clip_l", "clip_g"):
         empty = weighting.Rows(getattr(blank, name)[0], torch.ones(length, dtype=torch.float32, device="cpu"))
-        found[name] = weighting.stack_chunks(split.get(name, [[empty]] * len(texts[0])), chunks, empty)
+        rows[name] = weighting.stack_chunks(split.get(name, [[empty]] * len(texts[0])), chunks, empty)
     if tokenizers.t5 is None:
         ones = torch.ones(len(texts[0]), t5_length, dtype=torch.float32, device="cpu")
-        found["t5"] = weighting.Rows(blank.t5.expand(len(texts[0]), -1), ones)
+        rows["t5"] = weighting.Rows(blank.t5.expand(len(texts[0]), -1), ones)
     else:
-        found["t5"] = weighting.t5_rows(tokenizers.t5, read[2], t5_length)
-    ids, weights = (Ids(*(getattr(found[name], part) for name in Ids._fields)) for part in ("ids", "weights"))
+        rows["t5"] = weighting.t5_rows(tokenizers.t5, read[2], t5_length)
+    ids, weights = (Ids(*(getattr(rows[name], part) for name in Ids._fields)) for part in ("ids", "weights"))
     return ids, Emphasis(weights, blank)
 
 

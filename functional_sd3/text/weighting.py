@@ -1,10 +1,10 @@
-"""Prompts with emphasis, `a (red:1.3) cat`, and prompts of any length: what they mean token by token.
+"""Prompt weighting, `a (red:1.3) cat`, and prompts longer than CLIP: tokens with their weights.
 
-The notation is that of the community's programs (AUTOMATIC1111, ComfyUI): `(words)` weighs 1.1, `(words:1.3)` what it
-says, groups multiply; `\\(`, `\\)` and `\\\\` are the characters themselves, and so is a parenthesis without its other
-half. The prompt is tokenised as it reads without the notation. A weight w moves what an encoder says of a token from
-what it says of the empty prompt at the same place: e + w (z - e), ComfyUI's rule. Prompts that CLIP has no room for are
-read in chunks, each between a start and an end token, one after the other in the context; T5 reads the whole prompt.
+The notation is that of the community's programs (AUTOMATIC1111, ComfyUI): `(words)` has the weight 1.1, `(words:1.3)`
+1.3, nested groups multiply; `\\(`, `\\)` and `\\\\` are the characters themselves, and so is an unmatched
+parenthesis. The prompt is tokenised without the notation. A weight w scales a token's features z against those of the
+empty prompt e at the same position: e + w (z - e), ComfyUI's rule. Prompts longer than CLIP's length are encoded in
+chunks, each between a start and an end token, one after the other in the context; T5 reads the whole prompt.
 """
 
 import re
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from functional_sd3.text import bpe, unigram
 
-USUAL = 1.1
-"""The weight of a group that does not say one."""
+DEFAULT_WEIGHT = 1.1
+"""The weight of a group without a number."""
 
 
 class Weighted(NamedTuple):
@@ -35,19 +35,19 @@ class Rows(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """Where a group ends, and its weight; those around it are multiplied in where it stands within `_weights`."""
+    """End of a group and its own weight; `_weights` multiplies it with those of the groups around it."""
 
     end: int
     weight: float
 
 
 def parse(prompt: str) -> Weighted:
-    """What a prompt says and how much each character of it weighs. Nothing a person may type is an error.
+    """A prompt's text without the notation, and the weight of each character. No prompt is an error.
 
     Time grows with the length of the prompt alone, however deep its parentheses are.
     """
     # None where a character belongs to the notation; escaped characters end no group and are no part of a weight.
-    found: list[str | None] = []
+    characters: list[str | None] = []
     escaped_at: set[int] = set()
     opened: list[int] = []
     groups: dict[int, _Group] = {}
@@ -57,39 +57,38 @@ def parse(prompt: str) -> Weighted:
             escaped = True
             continue
         if escaped and character not in "()\\":
-            escaped_at.add(len(found))
-            found.append("\\")
+            escaped_at.add(len(characters))
+            characters.append("\\")
             escaped = False
         if character == ")" and not escaped and opened:
             start = opened.pop()
-            groups[start] = _close(found, escaped_at, start)
+            groups[start] = _close(characters, escaped_at, start)
         else:
             if escaped:
-                escaped_at.add(len(found))
+                escaped_at.add(len(characters))
             elif character == "(":
-                opened.append(len(found))
-            found.append(character)
+                opened.append(len(characters))
+            characters.append(character)
         escaped = False
     if escaped:
-        found.append("\\")
-    weights = _weights(len(found), groups)
-    kept = [(character, weight) for character, weight in zip(found, weights, strict=True) if character is not None]
+        characters.append("\\")
+    weights = _weights(len(characters), groups)
+    kept = [(character, weight) for character, weight in zip(characters, weights, strict=True) if character is not None]
     return Weighted("".join(character for character, _ in kept), tuple(weight for _, weight in kept))
 
 
-def plain(prompts: Sequence[str]) -> list[Weighted]:
-    """Prompts whose parentheses are parentheses."""
+def unweighted(prompts: Sequence[str]) -> list[Weighted]:
+    """Prompts without notation: every character has the weight 1."""
     return [Weighted(prompt, (1.0,) * len(prompt)) for prompt in prompts]
 
 
 def clip_rows(tables: bpe.Tables, prompts: Sequence[Weighted], length: int, *, long: bool) -> list[list[Rows]]:
-    """For each prompt its chunks of `length` tokens, (tokens,) each: one, which is cut, or with `long` as many as it
-    takes."""
+    """Chunks of `length` tokens of each prompt, (tokens,) each: one, truncated, or with `long` as many as needed."""
     room = length - 2
     texts = [prompt.text for prompt in prompts]
     kept = None if long else length
     every = zip(_clip_ids(tables, texts, kept), bpe.offsets(tables, texts, length=kept), prompts, strict=True)
-    found = []
+    rows = []
     for ids, spans, prompt in every:
         ids = ids[: len(spans)]
         weights = _token_weights(spans, prompt.weights)
@@ -98,8 +97,8 @@ def clip_rows(tables: bpe.Tables, prompts: Sequence[Weighted], length: int, *, l
             (ids[start : min(start + room, len(ids) - 1)], weights[start : min(start + room, len(ids) - 1)])
             for start in starts
         ]
-        found.append([_padded([tables.bos_id, *i], [1.0, *w], tables.eos_id, tables.pad_id, length) for i, w in chunks])
-    return found
+        rows.append([_padded([tables.bos_id, *i], [1.0, *w], tables.eos_id, tables.pad_id, length) for i, w in chunks])
+    return rows
 
 
 def _clip_ids(tables: bpe.Tables, texts: Sequence[str], length: int | None) -> list[list[int]]:
@@ -107,7 +106,7 @@ def _clip_ids(tables: bpe.Tables, texts: Sequence[str], length: int | None) -> l
 
 
 def stack_chunks(prompts: Sequence[Sequence[Rows]], chunks: int, blank: Rows) -> Rows:
-    """Prompts of several numbers of chunks as one batch: those that are short end in blank ones."""
+    """Prompts as one batch, padded with blank chunks to the same number of chunks."""
     filled = [[*rows, *[blank] * (chunks - len(rows))] for rows in prompts]
     ids, weights = (
         torch.stack([torch.stack([getattr(row, name) for row in rows]) for rows in filled]) for name in Rows._fields
@@ -135,21 +134,21 @@ def reweigh(features: Tensor, blank: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights == 1, features, blank + weights * (features - blank))
 
 
-def _close(found: list[str | None], escaped_at: set[int], start: int) -> _Group:
-    """The group that began at `start` and ends here; its parenthesis and its weight are taken out of `found`."""
-    found[start] = None
-    end = len(found)
+def _close(characters: list[str | None], escaped_at: set[int], start: int) -> _Group:
+    """The group from `start` to here, whose parenthesis and weight are removed from `characters`."""
+    characters[start] = None
+    end = len(characters)
     tail = range(max(start + 1, end - _LONGEST_TAIL), end)
     # From the colon on; an escaped character is no part of a weight.
-    written = "".join("\0" if index in escaped_at else found[index] or "" for index in tail)
+    written = "".join("\0" if index in escaped_at else characters[index] or "" for index in tail)
     head, colon, number = written.rpartition(":")
     match = _NUMBER.fullmatch(number) if colon else None
     if not match:
-        return _Group(end, USUAL)
+        return _Group(end, DEFAULT_WEIGHT)
     taken = len(written) - len(head.rstrip())
     for index in reversed(tail):
-        if taken and found[index] is not None:
-            found[index] = None
+        if taken and characters[index] is not None:
+            characters[index] = None
             taken -= 1
     return _Group(end, float(match[1]))
 
@@ -169,7 +168,7 @@ def _weights(count: int, groups: dict[int, _Group]) -> list[float]:
 
 
 def _token_weights(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -> list[float]:
-    # A token may begin with the space before its word, so its last character speaks for it.
+    # A token may begin with the space before its word, so its weight is its last character's.
     return [weights[end - 1] if end > start else 1.0 for start, end in spans]
 
 
@@ -183,5 +182,5 @@ def _padded(ids: Sequence[int], weights: Sequence[float], eos: int, pad: int, le
 
 _NUMBER: Any = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*")
 _LONGEST_TAIL = 64
-"""Characters in which the weight of a group must stand, with its colon and the white space around."""
+"""Most characters of a group's weight, with its colon and the white space around."""
 _HEAVIEST = 1e30

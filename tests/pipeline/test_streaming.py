@@ -114,7 +114,7 @@ def test_absent_encoders_stay_absent(model, absent, dtype, tmp_path):
 
 
 def test_more_texts_than_are_read_at_once_are_all_read(model):
-    texts = [f"a star of size {index}" for index in range(2 * conditioning._AT_ONCE + 1)]
+    texts = [f"a star of size {index}" for index in range(2 * conditioning._BATCH + 1)]
     found = conditioning.apply_from(model.params.__getitem__, model.config, model.tokenizers, texts, t5_length=9)
     whole = conditioning.apply(*parts(model), texts, t5_length=9)
     for pair in zip(found, whole, strict=True):

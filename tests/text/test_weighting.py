@@ -136,7 +136,7 @@ def test_long_prompts_are_read_in_chunks_each_as_a_prompt_of_its_own():
 
 @given(words=st.integers(0, 3 * LENGTH))
 def test_no_token_is_lost_and_chunks_are_as_few_as_can_be(words):
-    prompt = weighting.plain(["red " * words])
+    prompt = weighting.unweighted(["red " * words])
     (rows,) = weighting.clip_rows(MODEL.tokenizers.clip_l, prompt, LENGTH, long=True)
     (flat,) = bpe.apply(MODEL.tokenizers.clip_l, "red " * words, length=None)
     assert len(rows) == max(1, -(-(len(flat) - 2) // (LENGTH - 2)))

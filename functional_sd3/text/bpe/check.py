@@ -1,4 +1,4 @@
-"""Whether a vocabulary, its merges and its special tokens fit together: each check returns the problems it found."""
+"""Checks that a vocabulary, its merges and its special tokens are consistent; each returns the problems."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ _MOST_LETTERS = 2**22
 
 
 class Special(NamedTuple):
-    """A token that is cut out of the text before anything else: from the raw text, or from the normalised one."""
+    """A special token, matched before the text is split into words: in the raw text, or from the normalised one."""
 
     content: str
     id: int
@@ -27,7 +27,7 @@ class Special(NamedTuple):
 
 
 def vocab_problems(vocab: Any) -> list[str]:
-    """Whether it maps strings to ids of their own; None is a file that could not be read."""
+    """Problems of a map from tokens to distinct ids; none of None, a file that could not be read."""
     if vocab is None:
         return []
     if not isinstance(vocab, Mapping) or not vocab:
@@ -55,7 +55,7 @@ def vocab_problems(vocab: Any) -> list[str]:
 
 
 def merge_problems(vocab: Mapping[str, int] | None, merges: Any) -> list[str]:
-    """Whether each is two tokens whose join is in the vocabulary too, where that is known."""
+    """Problems of merges: each must be two tokens of the vocabulary, where known, whose join is a token too."""
     if merges is None:
         return []
     if not isinstance(merges, Sequence) or isinstance(merges, str | bytes):
@@ -167,7 +167,7 @@ def _check_flags(flags: Object, content: str) -> None:
 
 
 def _misplaced(vocab: Mapping[str, int], tokens: Mapping[str, Special]) -> list[str]:
-    """Whether each token has the id that the vocabulary gives it, or one that nothing else has."""
+    """Problems of the ids of added tokens: the vocabulary's, or one that no other token has."""
     if len(tokens) > MOST_ADDED:
         return [f"there are {len(tokens):,} added tokens; at most {MOST_ADDED:,} are read"]
     problems = []

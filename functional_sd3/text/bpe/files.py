@@ -22,7 +22,7 @@ _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Files(NamedTuple):
-    """What the files say, checked."""
+    """Checked contents of the files."""
 
     vocab: dict[str, int]
     merges: list[tuple[str, str]]
@@ -70,7 +70,7 @@ def read(source: Any, *, pad_token: str | None, model_max_length: int | None) ->
 
 
 class _Raw(NamedTuple):
-    """What the files say, unchecked; None where a file could not be read, which is among the problems already."""
+    """Unchecked contents of the files; None where a file could not be read, which is already a problem."""
 
     vocab: Any
     merges: Any

@@ -1,4 +1,4 @@
-"""Merging the bytes of one word: byte-pair encoding itself (Sennrich et al. 2016), `</w>` marking the last byte."""
+"""Byte-pair merges of one word (Sennrich et al. 2016), with `</w>` after the last byte."""
 
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
@@ -22,7 +22,7 @@ class Merges(NamedTuple):
 
 
 def merge(merges: Merges, symbols: Sequence[int]) -> list[int]:
-    """Joins the neighbours of lowest rank, leftmost first, until no two are left that the merges know.
+    """Joins the neighbours of lowest rank, leftmost first, until no merge applies.
 
     n log n in the number of symbols: a prompt may be one word of ten thousand letters.
     """
@@ -52,8 +52,8 @@ def merge(merges: Merges, symbols: Sequence[int]) -> list[int]:
 def merge_first(merges: Merges, symbols: Sequence[int], count: int) -> list[int]:
     """The first `count` ids of `merge(merges, symbols)`, found from the beginning of `symbols` where that is long.
 
-    Merges on the two sides of a boundary between two tokens of the result do not know of each other, so the tokens
-    before it are those of the symbols before it alone. Among `merges.longest` places in a row one is such a boundary.
+    Merges on the two sides of a boundary between two tokens of the result are independent, so the tokens before it are
+    those of the symbols before it alone. Among `merges.longest` places in a row one is such a boundary.
     Where the beginnings that end at each of them have the same first tokens, the whole has them too.
     """
     size = 4 * count + merges.longest
@@ -75,8 +75,8 @@ def symbols_of(encoded: bytes, inner: Sequence[int], final: Sequence[int]) -> li
 def whole_words(
     vocab: Mapping[str, int], merges: Merges, inner: Sequence[int], final: Sequence[int]
 ) -> dict[str, int]:
-    """The words whose merges end in one token: most of what people write, found again with one look-up."""
-    found = {}
+    """Words that merge into one token, with their ids: most words of prompts, in one look-up."""
+    ids = {}
     for token, i in vocab.items():
         if not token.endswith(END_OF_WORD):
             continue
@@ -87,5 +87,5 @@ def whole_words(
             continue
         # merged rather than assumed: the merges may lead elsewhere and never reach a token of the vocabulary
         if encoded and merge(merges, symbols_of(encoded, inner, final)) == [i]:
-            found[word] = i
-    return found
+            ids[word] = i
+    return ids

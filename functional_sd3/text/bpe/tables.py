@@ -34,7 +34,7 @@ class Tables:
 
 
 class Cuts(NamedTuple):
-    """The special tokens to look for: first in the raw text, then in what is left of it, normalised."""
+    """Patterns of special tokens: matched first in the raw text, then in the normalised rest."""
 
     raw: re.Pattern[str] | None
     normalized: re.Pattern[str] | None
@@ -48,8 +48,8 @@ def init(
 
     source: a folder (vocab.json and merges.txt, or a tokenizer.json, with the configs beside them), the path of a
     tokenizer.json, or a (vocab, merges) pair, each given as a path or as the dict and the list themselves;
-    `init(vocab, merges)` is the same. `pad_token` and `model_max_length` override what the files say; where neither
-    speaks, the padding is the end token and the length 77. Raises one ValueError naming every problem in the files.
+    `init(vocab, merges)` is the same. `pad_token` and `model_max_length` override what the files say; the
+    defaults are the end token and 77. Raises one ValueError naming every problem in the files.
     """
     contents = files.read(
         source if merges is None else (source, merges), pad_token=pad_token, model_max_length=model_max_length
@@ -83,7 +83,7 @@ def init(
 
 
 def cuts_of(specials: Sequence[Special], chosen: bool | Collection[str] = True) -> Cuts:
-    """What to look for of some special tokens: all of them, those only that are no markup (False), or those named."""
+    """Patterns of some special tokens: all, only those not flagged special (False), or those named."""
     if isinstance(chosen, str):
         raise ValueError(f"special_tokens is the string {chosen!r}; True, False or a collection of strings is right")
     known = {special.content for special in specials}

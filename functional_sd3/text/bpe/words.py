@@ -1,4 +1,4 @@
-"""Text to words, the way CLIP's tokenizer sees it: Unicode NFC, lower case, then words, digits and runs of the rest.
+"""Pre-tokenization of CLIP: Unicode NFC, lower case, then words, digits and runs of the rest.
 
 The behaviour kept is that of Hugging Face's `tokenizers` (the only backend `CLIPTokenizer` has in transformers 5):
 NFC by the tables of Unicode 9, lower-casing character by character, and the splitting pattern of OpenAI's CLIP.
@@ -88,7 +88,7 @@ def _shape(text: str) -> str:
 
 
 class _StandIns(dict):
-    """Characters outside ASCII and what stands for them, found when first met."""
+    """ASCII stand-ins of characters outside ASCII, looked up once each."""
 
     def __missing__(self, character: str) -> str:
         # U+0085 is the only member of White_Space outside ASCII and category Z.

@@ -1,7 +1,7 @@
-"""CLIP whole: a text and an image encoder that project into one space, where what belongs together lies close.
+"""Dual encoder of CLIP: a text and an image encoder that project into one space.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", figure 3. Numerics of
-transformers' `CLIPModel`. What CLIP score and CMMD measure with; SD3 itself needs text encoders only.
+transformers' `CLIPModel`. CLIP score and CMMD use it; SD3 itself needs text encoders only.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""CLIP image encoders (vision transformers), as pure functions. `text.clip` names these `image_apply` and so on.
+"""CLIP image encoders (vision transformers), as pure functions. `clip.image_apply` and so on.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4: the vision
 transformer of Dosovitskiy et al. 2021 with another norm before its first block, pooled at a learned class token.
@@ -45,7 +45,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """The class token and the patches; what a last, incomplete row or column holds is not looked at."""
+        """The class token and the patches; an incomplete last row or column of pixels is ignored."""
         return (self.size // self.patch) ** 2 + 1
 
 
@@ -55,10 +55,10 @@ VIT_L14_336 = Config(336, 14, 1024, 24, 16, 4096, projection_width=768)
 
 
 class Output(NamedTuple):
-    """What the encoder says of an image; token 0 is the class token, patches follow row by row.
+    """Features of an image; token 0 is the class token, patches follow row by row.
 
-    last (batch, tokens, width): after the last block, without a norm; penultimate (batch, tokens, width): what the
-    last block reads; pooled (batch, width): the class token after the final norm; projected (batch, projection_width):
+    last (batch, tokens, width): after the last block, without a norm; penultimate (batch, tokens, width): the last
+    block's input; pooled (batch, width): the class token after the final norm; projected (batch, projection_width):
     in the space the text encoder projects to.
     """
 

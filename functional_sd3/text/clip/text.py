@@ -50,9 +50,9 @@ CLIP_G = Config(width=1280, layers=32, heads=20, mlp_width=5120, activation="gel
 
 
 class Output(NamedTuple):
-    """What the encoder says of a text.
+    """Features of a text.
 
-    last (batch, tokens, width): after the final norm; penultimate (batch, tokens, width): what the last block reads,
+    last (batch, tokens, width): after the final norm; penultimate (batch, tokens, width): the last block's input,
     without the final norm; pooled (batch, width): `last` at the end token; projected (batch, projection_width).
     """
 

@@ -12,7 +12,7 @@ run this with the same files, and do not always agree, so there is a `mode` for 
 - "transformers": the same file as `T5TokenizerFast` of transformers 5 loads it, which replaces what the file says about
   spaces. Differs from "hf" where there is white space that the character map leaves alone, such as U+0085.
 - "sentencepiece": the sentencepiece library with `spiece.model`. Rewrites by longest match, segments the whole text in
-  float32, knows no special tokens.
+  float32, has no special tokens.
 """
 
 from functional_sd3.text.unigram.encoding import Mode, apply, decode, normalize, offsets

@@ -67,7 +67,7 @@ def parse(blob: bytes) -> Charsmap:
 
 
 def _ends(units: np.ndarray, bases: np.ndarray) -> bool:
-    """Whether every walk from the root ends within `_DEEPEST` steps."""
+    """True if every walk from the root ends within `_DEEPEST` steps."""
     positions = np.arange(len(units), dtype=np.uint32)
     labels = units & 0xFF
     inner = (units < _NO_BYTE) & (labels > 0)
@@ -89,7 +89,7 @@ def matches(charsmap: Charsmap, data: bytes, start: int = 0) -> list[tuple[int, 
     units = charsmap.units
     unit = units[0]
     position = (unit >> 10) << ((unit & 0x200) >> 6)
-    found = []
+    spellings = []
     for index in range(start, len(data)):
         byte = data[index]
         position ^= byte
@@ -100,8 +100,8 @@ def matches(charsmap: Charsmap, data: bytes, start: int = 0) -> list[tuple[int, 
         position ^= (unit >> 10) << ((unit & 0x200) >> 6)
         # A spelling is of whole characters.
         if unit & _HAS_VALUE and (index + 1 == len(data) or data[index + 1] & 0xC0 != 0x80):
-            found.append((index + 1, units[position] & (_NO_BYTE - 1)))
-    return found
+            spellings.append((index + 1, units[position] & (_NO_BYTE - 1)))
+    return spellings
 
 
 def replacement(charsmap: Charsmap, place: int) -> str:
@@ -111,18 +111,18 @@ def replacement(charsmap: Charsmap, place: int) -> str:
 
 def longest(charsmap: Charsmap, data: bytes, start: int) -> tuple[int, str] | None:
     """End position and replacement of the longest spelling at `start`, the rule of sentencepiece."""
-    found = matches(charsmap, data, start)
-    return (found[-1][0], replacement(charsmap, found[-1][1])) if found else None
+    spellings = matches(charsmap, data, start)
+    return (spellings[-1][0], replacement(charsmap, spellings[-1][1])) if spellings else None
 
 
 def shortest(charsmap: Charsmap, text: str) -> str | None:
     """Replacement of the shortest spelling that `text` begins with, the rule of Hugging Face's `Precompiled`."""
-    found = matches(charsmap, text.encode())
-    return replacement(charsmap, found[0][1]) if found else None
+    spellings = matches(charsmap, text.encode())
+    return replacement(charsmap, spellings[0][1]) if spellings else None
 
 
 def ascii_map(charsmap: Charsmap) -> dict[int, str] | None:
-    """What happens to ASCII text, as a table for `str.translate`; None if pairs of characters matter too."""
+    """The map of ASCII text, as a table for `str.translate`; None if pairs of characters matter too."""
     table = {}
     for code in range(1, 128):
         if (mapped := shortest(charsmap, chr(code))) is not None:

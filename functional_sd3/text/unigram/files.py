@@ -1,6 +1,6 @@
 """A T5 tokenizer read from disk: `tokenizer.json`, or sentencepiece's `spiece.model`, and the config beside them.
 
-A file that asks for something this tokenizer does not do is refused by name; nothing of it is ignored silently.
+Settings that this tokenizer does not implement raise an error that names them; none is ignored silently.
 """
 
 import base64
@@ -38,7 +38,7 @@ WHITESPACE = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"},
 def init(source: str | os.PathLike) -> Tables:
     """Tables of the tokenizer in a folder, a `tokenizer.json` or a `spiece.model`.
 
-    In a folder `tokenizer.json` is preferred, and `tokenizer_config.json` tells the longest length and the names of the
+    In a folder `tokenizer.json` is preferred, and `tokenizer_config.json` has the longest length and the names of the
     special tokens. A sentencepiece model gets T5's sentinels (100, or the config's `extra_ids`) behind its pieces, as
     transformers adds them. Raises WeightsError, a ValueError, naming the file and what is wrong with it.
     """
@@ -129,7 +129,7 @@ def _from_model(model: SentencePieceModel, config: Object) -> Tables:
 
 
 def _flags(config: Object) -> dict[str, tuple[bool, bool]]:
-    """Of each token that the config lists, whether it eats the white space to its left and to its right."""
+    """Flags (lstrip, rstrip) of each token that the config lists: white space it absorbs to its left and right."""
     decoder = config.mapping("added_tokens_decoder", {})
     if len(decoder.values) > MOST_ADDED:
         raise config.error("added_tokens_decoder", f"has {len(decoder.values):,} tokens, more than {MOST_ADDED:,}")
@@ -198,8 +198,8 @@ def _end_token(processor: Object | None, config: Object) -> str:
     single = processor.mappings("single", (), most=_MOST_STEPS)
     if len(single) == 2 and "Sequence" in single[0].values and "SpecialToken" in single[1].values:
         return single[1].mapping("SpecialToken").text("id")
-    said = _key(processor.values.get("single"))[:200]
-    raise ValueError(f"post_processor: {said} for a single text; want the text, then one special token")
+    given = _key(processor.values.get("single"))[:200]
+    raise ValueError(f"post_processor: {given} for a single text; want the text, then one special token")
 
 
 _MOST_STEPS = 64

@@ -22,7 +22,7 @@ def clusters(text: str) -> list[str]:
 
 
 def _joined(text: str, kinds: list[str], index: int) -> bool:
-    """Whether no cluster boundary lies before `text[index]` (rules GB3 to GB11 of the annex)."""
+    """True if no cluster boundary lies before `text[index]` (rules GB3 to GB11 of the annex)."""
     before, after = kinds[index - 1], kinds[index]
     if before == "control" or after == "control":
         return text[index - 1 : index + 1] == "\r\n"
@@ -48,7 +48,7 @@ def _first_extend(kinds: list[str], end: int) -> int:
 
 
 class _Kinds(dict):
-    """Characters and their kinds, found when first met."""
+    """Kinds of characters, looked up once each."""
 
     def __missing__(self, character: str) -> str:
         self[character] = kind = _kind(character)
@@ -87,9 +87,9 @@ _LINKERS = (
 _RANGES = {
     # Spacing marks that stand alone.
     "": "102B-102C 1038 1062-1064 1067-106D 1083 1087-108C 108F 109A-109C 1A61 1A63-1A64 AA7B AA7D 11720-11721",
-    # Spacing marks by another category, or younger than Python 3.11 knows.
+    # Spacing marks by another category, or newer than Python 3.11's Unicode.
     "spacing": "CF3 E33 EB3 1171E",
-    # Extending characters by another category, or younger than Python 3.11 knows.
+    # Extending characters by another category, or newer than Python 3.11's Unicode.
     "extend": (
         "897 9BE 9D7 B3E B57 BBE BD7 CC0 CC2 CC7-CC8 CCA-CCB CD5-CD6 D3E D57 DCF DDF ECE 1715 1734 1ACF-1ADD "
         "1AE0-1AEB 1B35 1B3B 1B3D 1B43-1B44 1BAA 1BF2-1BF3 200C-200D 302E-302F A953 A9C0 FF9E-FF9F 10D69-10D6D "

@@ -1,4 +1,4 @@
-"""What a unigram tokenizer segments: text with its characters rewritten and its spaces made visible.
+"""Normalization before unigram segmentation: characters rewritten, spaces made visible.
 
 The two libraries that read T5's files differ here most, see `words` (Hugging Face) and `sentence` (sentencepiece).
 """
@@ -63,13 +63,13 @@ def _by_longest(tables: Tables, text: str) -> Iterator[tuple[str, str]]:
         return
     data, place, position = text.encode(), 0, 0
     while place < len(text):
-        found = charsmap.longest(tables.characters, data, position)
-        if found is None:
+        match = charsmap.longest(tables.characters, data, position)
+        if match is None:
             old = new = text[place]
             position += len(old.encode())
         else:
-            old, new = data[position : found[0]].decode(), found[1]
-            position = found[0]
+            old, new = data[position : match[0]].decode(), match[1]
+            position = match[0]
         yield old, new
         place += len(old)
 

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 
 class SentencePieceModel(NamedTuple):
-    """What a model file says: pieces in the order of their ids, and the character map (empty: none)."""
+    """Contents of a model file: pieces in the order of their ids, and the character map (empty: none)."""
 
     pieces: tuple[Piece, ...]
     charsmap: bytes
@@ -33,7 +33,7 @@ class SentencePieceModel(NamedTuple):
 def parse(data: bytes) -> SentencePieceModel:
     """The unigram model stored in `data`.
 
-    Raises ValueError when the bytes are no such message, or when the file asks for what T5 does not use: another
+    Raises ValueError when the bytes are no such message, or when the file uses what T5 does not: another
     model type, byte fallback, user-defined symbols, or other treatment of white space.
     """
     pieces: list[Piece] = []

@@ -1,4 +1,4 @@
-"""Everything a unigram tokenizer knows, and the lookups that are worth making once, when it is read."""
+"""Tables of a unigram tokenizer: its pieces and the look-ups computed from them when it is read."""
 
 import math
 import re
@@ -35,7 +35,7 @@ class AddedToken(NamedTuple):
 
 
 class Spacing(NamedTuple):
-    """What is done about spaces around the character map; the defaults are those of T5's released file.
+    """Treatment of spaces around the character map; the defaults are those of T5's released file.
 
     strip drops them at the end, collapse makes runs one, split drops white space of every kind between words (which is
     what transformers 5 does with any T5 tokenizer).
@@ -142,7 +142,7 @@ def build(
 
 
 def pattern_of(added: Iterable[AddedToken]) -> re.Pattern[str] | None:
-    """What finds typed added tokens, the longest first."""
+    """Pattern of typed added tokens, the longest first."""
     contents = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
     return re.compile("|".join(contents)) if contents else None
 
@@ -154,7 +154,7 @@ def from_pieces(
     extra_ids: int = 0,
     model_max_length: int = 512,
 ) -> Tables:
-    """A T5 tokenizer of ordinary pieces with their log-probabilities, such as `unigram_train.train` makes.
+    """A T5 tokenizer of ordinary pieces with their log-probabilities, such as `unigram.train` makes.
 
     `<pad>`, `</s>` and `<unk>` become ids 0, 1 and 2, the pieces follow, and `extra_ids` sentinels end the vocabulary.
     Scores are rounded to float32, which is what a sentencepiece file holds, so that every reader has the same. White
@@ -189,7 +189,7 @@ def _check(pieces: Sequence[str], scores: Sequence[float], added: Sequence[Added
 
 
 def _excesses(pieces: Sequence[str], added: Sequence[AddedToken]) -> list[str]:
-    """What would take hours or gigabytes, or is no text."""
+    """Problems of pieces that would take hours or gigabytes, or are no text."""
     if len(pieces) > MOST_PIECES or len(added) > MOST_ADDED:
         limits = f"at most {MOST_PIECES:,} and {MOST_ADDED:,} are read"
         return [f"there are {len(pieces):,} pieces and {len(added):,} added tokens; {limits}"]
@@ -207,7 +207,7 @@ def _excesses(pieces: Sequence[str], added: Sequence[AddedToken]) -> list[str]:
 
 
 def _misplaced(pieces: Sequence[str], added: Sequence[AddedToken]) -> list[str]:
-    """Added tokens whose ids are not theirs alone."""
+    """Problems of the ids of added tokens: another token has them."""
     problems, count = [], len(pieces)
     index_of = {piece: index for index, piece in enumerate(pieces)} if added else {}
     owners: dict[int, str] = {}

@@ -5,8 +5,8 @@ Kudo 2018, "Subword Regularization", section 3.2: start from every frequent subs
     E   expected count of each piece, over all segmentations of all words (forward-backward),
     M   log p(piece) = digamma(count) - digamma(sum of counts)   (variational Bayes, favours few pieces),
 
-dropping after every round the pieces whose loss would lower the likelihood of the texts least, until as many are left
-as were asked for. Single characters are never dropped. Written for small closed worlds (hundreds of distinct words).
+dropping after every round the pieces whose loss would lower the likelihood of the texts least, until `size` are
+left. Single characters are never dropped. Written for small closed worlds (hundreds of distinct words).
 """
 
 import math

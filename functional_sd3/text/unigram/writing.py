@@ -1,4 +1,4 @@
-"""A T5 tokenizer written as the four files of a `tokenizer_3` folder, for `unigram_files.init` and transformers."""
+"""A T5 tokenizer written as the four files of a `tokenizer_3` folder, for `unigram.init` and transformers."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ def save(folder: str | os.PathLike, tables: Tables) -> None:
     """
     ids = (tables.pad_id, tables.eos_id, tables.unk_id)
     if ids != (0, 1, 2):
-        raise ValueError(f"padding, end and unknown are ids {ids}; the T5 format wants 0, 1 and 2")
+        raise ValueError(f"padding, end and unknown are ids {ids}; the T5 format needs 0, 1 and 2")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     _write(path / MODEL, sentencepiece_file.serialize(_model(tables)))
