@@ -67,7 +67,7 @@ def decode_text(content: bytes, where: object) -> str:
 
 
 def file_kind(mode: int) -> str:
-    """What the mode of `os.stat` is of: "file", "folder", "named pipe", "socket" or "device"."""
+    """File type of a mode of `os.stat`: "file", "folder", "named pipe", "socket" or "device"."""
     if stat.S_ISREG(mode):
         return "file"
     if stat.S_ISDIR(mode):

@@ -33,7 +33,7 @@ def attempt(problems: list[str], function: Callable[..., Result], *arguments, **
 
 
 def reason(error: OSError) -> str:
-    """What the system said, without the path, which our sentences put first."""
+    """The system's message without the path, which our messages put first."""
     return (error.strerror or str(error)).lower()
 
 

@@ -1,4 +1,4 @@
-"""Whether a tensor holds NaN or infinity, of any float dtype, without a copy of it."""
+"""Search of a tensor of any float dtype for NaN and infinity, without a copy of it."""
 
 import math
 
@@ -12,7 +12,7 @@ _LARGEST_FP8 = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 
 
 def nonfinite_kind(value: Tensor) -> str | None:
-    """What a tensor holds besides finite values, "NaN" or "an infinity", else None. Copies what is not contiguous."""
+    """"NaN" or "an infinity" if the tensor holds one, else None. Copies what is not contiguous."""
     if not value.numel():
         return None
     narrow = value.dtype in _LARGEST_FP8 or value.dtype == torch.float16

@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a file says it holds. drops_ones: whether shapes in it may lack leading dimensions of 1, as ggml's do."""
+    """Tensors and metadata of a file. drops_ones: its shapes may lack leading dimensions of 1, as ggml's do."""
 
     tensors: dict[str, Entry]
     metadata: dict[str, str]

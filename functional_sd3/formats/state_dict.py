@@ -40,7 +40,7 @@ class _Global(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """What a tensor's values are in: `key` names its bytes."""
+    """Storage of a tensor's values: `key` names its bytes."""
 
     dtype: torch.dtype
     key: str
@@ -134,7 +134,7 @@ def _tensor(name: str, lazy: _Lazy, content: bytearray) -> Tensor:
 
 
 def _run(file: io.BytesIO) -> Any:
-    """What the pickle that starts here builds; the file is then behind it."""
+    """The object built by the pickle at this position; the file's position is then after it."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     for number, (code, argument) in enumerate(_instructions(file)):

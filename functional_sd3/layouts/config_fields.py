@@ -36,7 +36,7 @@ class Fixed(NamedTuple):
 
 
 class Table(NamedTuple):
-    """How one kind of config file corresponds to one config of ours.
+    """Correspondence between one type of config file and one config of ours.
 
     closed: fields the table does not know are errors, unless they say nothing; transformers' configs are full of unused
     ones. unsound: sentences about values that do not go together.

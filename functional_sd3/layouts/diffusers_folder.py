@@ -11,7 +11,7 @@ INDEX = "model_index.json"
 
 
 class Component(NamedTuple):
-    """Where a component lies in the folder and how it is read; `stem` names its files of weights."""
+    """Subfolder, class and format of a component; `stem` starts the names of its weight files."""
 
     folder: str
     library: str
@@ -27,7 +27,7 @@ class Component(NamedTuple):
 
 
 class Tokenizer(NamedTuple):
-    """Where a tokenizer lies, and the module that reads it."""
+    """Subfolder and classes of a tokenizer, and the module that reads it."""
 
     folder: str
     owners: tuple[str, ...]

@@ -17,7 +17,7 @@ SIGNS = {
     "vae": r"(en|de)coder\.(levels|middle)\.",
     "taesd": r"(en|de)coder\.",
 }
-"""What some name of a component looks like, below its prefix."""
+"""Component -> pattern that some of its names match, below the prefix."""
 
 
 def taesd(shapes: Mapping[str, tuple[int, ...]]) -> taesd_module.Config:

@@ -183,7 +183,7 @@ class ForeignWeights(WeightsError):
 
 
 def foreign_kind(names: Collection[str]) -> str | None:
-    """What a file with these names is, if it is something else than components of a model."""
+    """Type of a file with these names if it holds something else than components of a model, else None."""
     return next((what for pattern, what in _FOREIGN if any(re.match(pattern, name) for name in names)), None)
 
 

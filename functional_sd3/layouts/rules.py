@@ -94,7 +94,7 @@ class Layout(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where one leaf of ours comes from; of a spec's leaf also what the spec says of it, and the shapes of theirs."""
+    """Origin of one leaf of ours: names and transform; for a leaf of a spec also its Param and the shapes of theirs."""
 
     names: tuple[str, ...]
     transform: Transform
@@ -203,7 +203,7 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
 def check(
     layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]], known: Sources | None = None
 ) -> list[str]:
-    """What stands between tensors of theirs (proper name -> shape) and the spec, one sentence each.
+    """Mismatches between tensors of theirs (proper name -> shape) and the spec, one sentence each.
 
     A leaf that is not learned (a table that the spec computes) or has a default may be missing. known: the spec's
     `sources`, where at hand.
@@ -259,7 +259,7 @@ def _described(source: Source, param: specs.Param) -> Source:
 
 
 def default(layout: Layout, path: str, param: specs.Param) -> Callable[[], Tensor] | None:
-    """How to make a leaf that a file lacks, None where it must be there."""
+    """Function that makes a leaf which a file lacks; None if the file must have it."""
     if not param.trainable:
         return lambda: param.init(prng.key(0), param.shape)
     for pattern, fits, make in layout.defaults:

@@ -17,7 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Naming(NamedTuple):
-    """What stands before a layer's number, and the number of the decoder's first layer with weights."""
+    """Prefixes of the layers' numbers, and the number of the decoder's first layer with weights."""
 
     encoder: str
     decoder: str
@@ -73,7 +73,7 @@ def infer(naming: Naming, shapes: Shapes) -> taesd.Config:
 
 
 def is_encoder(shapes: Shapes) -> bool:
-    """Whether one of the author's two files is the encoder: it starts with the layer 0."""
+    """True if this is the encoder among the author's two files: it starts with layer 0."""
     return "0.weight" in shapes
 
 
@@ -86,7 +86,7 @@ def _blocks(ours: str, theirs: str, place: int, count: int) -> list[tuple[str, s
 
 
 def _runs(prefix: str, shapes: Shapes) -> list[int]:
-    """How many blocks stand before, between and after the convolutions of a sequence."""
+    """Numbers of blocks before, between and after the convolutions of a sequence."""
     blocks: dict[int, bool] = {}
     for name in shapes:
         if match := re.fullmatch(re.escape(prefix) + r"(\d{1,4})\.(conv\.)?.+", name):

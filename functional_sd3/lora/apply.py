@@ -20,7 +20,7 @@ ATTENTION = "transformer.blocks.*.attention*"
 """Every attention of the transformer: query, key, value and output of both streams, and of second attentions."""
 
 Scale = float | Tensor | Callable[[str], float | Tensor]
-"""How strongly a LoRA counts, or how strongly for the weight at each path."""
+"""Strength of a LoRA: one number, or a function of the path of the weight."""
 
 
 class Merged(NamedTuple):
@@ -163,8 +163,8 @@ Pairs = list[tuple[LoraEntry, float | Tensor]]
 
 
 def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
-    """What a layer becomes: factors beside its weight for what has few; the rest is added to the weight or, where that
-    is stored with a scale, stands beside it as a product with the identity."""
+    """Entries that replace those of a layer: low-rank factors beside its weight; the rest is added to the weight or,
+    if that is stored with a scale, stands beside it as a product with the identity."""
     factors = [adapters.factors(entry) + (scale,) for entry, scale in pairs if adapters.is_low_rank(entry)]
     dense = [(entry, scale) for entry, scale in pairs if not adapters.is_low_rank(entry)]
     changed = {}

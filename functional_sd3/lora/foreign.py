@@ -24,7 +24,7 @@ _MODEL = re.compile(r"(^|\.)(transformer_blocks|joint_blocks|blocks|encoder\.lay
 
 
 def described(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a file of tensors (name -> shape) is, as the end of a sentence; None where that is not known."""
+    """Type of a file of tensors (name -> shape), as the end of a sentence; None if it is unknown."""
     shapes = {name: shape for name, shape in shapes.items() if len(name) <= _LONGEST_NAME}
     for pattern, what in _SIGNS:
         if any(re.search(pattern, name) for name in shapes):
@@ -38,7 +38,7 @@ def described(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def extra(key: str) -> str | None:
-    """What a key is that LoRA files hold beside their layers; None for all others."""
+    """Description of a key that LoRA files hold beside their layers; None for all other keys."""
     if key.startswith(("bundle_emb.", "bundle_emb_")):
         return "an embedding that was trained with the LoRA (OneTrainer): it is no part of it"
     return None

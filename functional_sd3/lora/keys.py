@@ -27,7 +27,7 @@ COMPONENT_NAMES = {
 }
 """Component -> its names in files: of diffusers, kohya, ComfyUI, Stability and OMI; "" is PEFT's own."""
 MARKS = ("", "lora_", "lycoris_")
-"""What may stand before a component's name: kohya, OneTrainer and LyCORIS write one."""
+"""Prefixes of a component's name: kohya, OneTrainer and LyCORIS write one."""
 WRAPPERS = ("base_model.model", "module", "_orig_mod")
 """Names of PEFT's and torch's wrappers around a component, before or after its name."""
 _MOST_PREFIX_PARTS = 12
@@ -111,12 +111,12 @@ def parse(key: str) -> Key:
 
 
 def refused(key: str) -> str | None:
-    """What a tensor is that no adapter can hold; None for all others."""
+    """Description of a tensor that no adapter can hold; None for all others."""
     return next((what for pattern, what in REFUSED if len(key) <= _LONGEST_KEY and pattern.fullmatch(key)), None)
 
 
 def adaptable(path: str, ndim: int) -> bool:
-    """Whether a leaf is the weight of a linear or convolution layer."""
+    """True for the weight of a linear or convolution layer."""
     *_, owner, name = ("", *path.split("."))
     return name == "weight" and ndim in (2, 4) and not owner.endswith("embedding") and owner != "relative_bias"
 
@@ -137,7 +137,7 @@ def sources(paths: Iterable[str]) -> dict[str, Source]:
 
 
 def parts(paths: Iterable[str]) -> dict[str, int]:
-    """How many matrices of a file each weight is made of: 3 for query, key and value."""
+    """Number of matrices in a file that make up each weight: 3 for query, key and value."""
     return {path: len(source.names) for path, source in sources(paths).items()}
 
 
@@ -286,5 +286,5 @@ def _spellings(component: str, layer: str) -> Iterator[str]:
 
 
 def _is_shift_and_scale(path: str, shape: tuple[int, ...]) -> bool:
-    """Whether this is the last block's modulation of the context: shift and scale alone, the other way round."""
+    """True for the last block's modulation of the context: shift and scale alone, in the other order."""
     return path.endswith(".context.modulation.weight") and shape[0] == 2 * shape[1]

@@ -1,4 +1,4 @@
-"""What files of LoRAs say beside their tensors: PEFT's config of ranks and alphas, as diffusers keeps it.
+"""Metadata of LoRA files: PEFT's config of ranks and alphas, as diffusers stores it.
 
 One JSON object under `lora_adapter_metadata` in the safetensors metadata, every name of it with its component before it
 ("transformer.lora_alpha"); or, of PEFT's own folders, the same without components in `adapter_config.json`.

@@ -113,7 +113,7 @@ class Layer(NamedTuple):
 
 
 def layers(path: str | os.PathLike) -> list[Layer]:
-    """What a file holds, whatever model it is for. Raises WeightsError when that is no LoRA."""
+    """Layers of a LoRA file, for whichever model. Raises WeightsError when that is no LoRA."""
     path = find(Path(path))
     mapped = files.open_mapped(path)
     grouped: dict[str, dict[str, str]] = {}
@@ -200,7 +200,7 @@ def _reason(key: str, component: str | None, table: Table, compared: bool) -> st
 
 
 def _without_magnitudes(path: Path, metadata: lora_metadata.Values, grouped: Mapping) -> Iterable[str]:
-    """Where the metadata says that this is a DoRA: without its magnitudes it would be read as another LoRA."""
+    """Problems of a file whose metadata names a DoRA but which has no magnitudes: it would be read as another LoRA."""
     if any("magnitude" in keys for keys in grouped.values()):
         return
     for name, value in metadata.items():

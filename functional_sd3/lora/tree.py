@@ -1,4 +1,4 @@
-"""What a LoRA is: a tree of adapters, by the paths of the weights they adapt.
+"""A LoRA as a tree of adapters, by the paths of the weights they adapt.
 
 An adapter says how one weight W (outputs, inputs, ...) changes. It is one of four kinds:
 
@@ -29,10 +29,10 @@ from functional_sd3.core.types import Tree
 
 Adapter = dict[str, Tensor]
 LoraEntry = Any
-"""What stands at the path of one weight: an adapter, or a list of adapters and {}."""
+"""Value at the path of one weight: an adapter, or a list of adapters and {}."""
 
 Lora = Tree
-"""Nested dicts and lists with a entry at the path of every adapted weight."""
+"""Nested dicts and lists with an entry at the path of every adapted weight."""
 
 _MARKS = ("down", "w1_a", "left", "diff")
 """One name of each kind, by which an adapter is recognised among the branches of a tree."""
@@ -66,7 +66,7 @@ def scaling(adapter: Adapter) -> Tensor:
 
 
 def members(entry: LoraEntry) -> list[Adapter]:
-    """The adapters of a entry, one or several."""
+    """The adapters of an entry, one or several."""
     return [entry] if isinstance(entry, dict) else [part for part in entry if part]
 
 
@@ -108,7 +108,7 @@ def factors(entry: LoraEntry) -> tuple[Tensor, Tensor]:
 
 
 def product(entry: LoraEntry) -> Tensor:
-    """What a entry without magnitudes adds to its weight, (outputs, inputs, ...), in float32 at least."""
+    """Sum that an entry without magnitudes adds to its weight, (outputs, inputs, ...), in float32 at least."""
     if not isinstance(entry, dict):
         some = product(members(entry)[0])
         return torch.cat([product(part) if part else torch.zeros_like(some) for part in entry])
@@ -163,7 +163,7 @@ def shape(adapter: Adapter) -> tuple[int, ...]:
 
 
 def check(path: str, entry: LoraEntry, shape_of_weight: tuple[int, ...]) -> list[str]:
-    """What keeps a entry from adapting a weight of this shape, one sentence each."""
+    """Mismatches between an entry and a weight of this shape, one sentence each."""
     parts = 1 if isinstance(entry, dict) else len(entry)
     wanted = (shape_of_weight[0] // parts, *shape_of_weight[1:])
     problems = []
@@ -178,7 +178,7 @@ def check(path: str, entry: LoraEntry, shape_of_weight: tuple[int, ...]) -> list
 
 
 def _sum(adapter: Adapter) -> Tensor:
-    """What the adapter adds before any magnitude."""
+    """Product of the adapter before any magnitude."""
     if "down" in adapter:
         wide = _wide(adapter["down"])
         down, up = adapter["down"].to(wide), adapter["up"].to(wide)

@@ -71,7 +71,7 @@ __all__ = [
 ]
 
 LAYOUTS = ("diffusers", "stability", "single", "native")
-"""What `save` can write."""
+"""Layouts that `save` writes."""
 _FOLDERS = {
     "diffusers": diffusers.write,
     "stability": checkpoint_file.write_stability,
@@ -134,7 +134,7 @@ def outline(
     only: str | Collection[str] | None = None,
     variant: str | None = None,
 ) -> Model:
-    """What `load` gives, but for the parameters, of which none is read: the configs and the tokenizers.
+    """The configs and tokenizers that `load` would return; no parameter is read.
 
     Raises what `load` raises, but for values that are not finite.
     """

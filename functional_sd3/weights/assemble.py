@@ -66,7 +66,7 @@ def _outlined(contents: Discovered, plans: Mapping[str, LoadPlan], only: Collect
 
 
 def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> tuple[Discovered, dict[str, LoadPlan]]:
-    """What lies at the paths, and each of its components checked. Raises one WeightsError with every problem."""
+    """The contents of the paths, and a checked plan for each component. Raises one WeightsError with every problem."""
     problems: list[str] = []
     parts = [attempt(problems, discover.open_path, path, only, variant) for path in paths]
     contents = discover.merged([part for part in parts if part is not None])

@@ -29,7 +29,7 @@ from functional_sd3.weights import default_dtype
 from functional_sd3.weights.default_dtype import Dtype
 
 _HEAD_WIDTH = 64
-"""Of every CLIP released by OpenAI: what tells the number of heads where only shapes are known."""
+"""Channels of a head in every CLIP released by OpenAI: gives the number of heads if only shapes are known."""
 _TEXT, _IMAGE = "text_model.", "vision_model."
 
 

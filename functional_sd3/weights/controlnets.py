@@ -42,7 +42,7 @@ LAYOUTS = ("diffusers", "stability")
 
 
 class ControlNet(NamedTuple):
-    """What `controlnet.apply` takes first."""
+    """Parameters and config, the first arguments of `controlnet.apply`."""
 
     params: Params
     config: controlnet.Config
@@ -128,7 +128,7 @@ def load(
 
 
 def find(path: str | os.PathLike, *, variant: str | None = None) -> Found:
-    """What `load` reads, before any of its values is. Raises WeightsError for what is no ControlNet of SD3."""
+    """The files and config that `load` reads, with no value read yet. Raises WeightsError for anything else."""
     path = Path(path)
     if path.is_dir():
         return atomic.read_stable(path, lambda folder: _find_in(folder, variant), (_CONFIG, f"{_STEM}.safetensors"))

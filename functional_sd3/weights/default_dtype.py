@@ -16,12 +16,12 @@ from functional_sd3.formats.notes import note
 Dtype = torch.dtype | Literal["stored"] | None
 """A dtype; "stored" for each parameter's own; None for the default of the device."""
 Kind = torch.dtype | str
-"""What a tensor is stored in: a dtype, or the name of what has to be decoded first."""
+"""Storage of a tensor: a dtype, or the name of an encoding that has to be decoded first."""
 _COMPUTED = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def choose(dtype: Dtype, kinds: Collection[Kind], device: torch.device | str) -> torch.dtype | None:
-    """What the parameters of a component stored in `kinds` become; None: they stay as they are stored."""
+    """Dtype of the parameters of a component stored in `kinds`; None: as they are stored."""
     if dtype == "stored":
         return None
     if dtype is not None or not kinds:

@@ -1,4 +1,4 @@
-"""What lies at a path, without loading it: forms, configs, dtypes, metadata, and whether all values are finite.
+"""Description of files without loading them: formats, configs, dtypes, metadata, and values that are not finite.
 
 Of models and of what goes with them: ControlNets, IP-Adapters, LoRAs, textual inversions.
 """

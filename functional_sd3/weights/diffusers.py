@@ -37,7 +37,7 @@ _PIPELINE = "StableDiffusion3Pipeline"
 
 
 def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Discovered:
-    """What is in a folder; `weights.load` says what the arguments mean. Problems are collected, not raised."""
+    """Contents of a folder; arguments as of `weights.load`. Problems are collected, not raised."""
     index = files.read_json(folder / INDEX)
     problems: list[str] = []
     if not str(index.get("_class_name", "")).startswith("StableDiffusion3"):
@@ -84,7 +84,7 @@ def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes:
 
 
 def _components(folder: Path, index: Mapping[str, Any]) -> dict[str, Component]:
-    """Where each component is, with TAESD wherever it may be."""
+    """Name -> place of each component, with TAESD in either of its places."""
     found = dict(COMPONENTS)
     if index.get("vae") == [TAESD.library, TAESD.owner]:
         found.pop("vae")
@@ -107,7 +107,7 @@ def _open(name: str, component: Component, folder: Path, variant: str | None) ->
 
 
 def _present(folder: Path, index: Mapping[str, Any], component: Component) -> bool:
-    """Whether the index names the component, and names the class we know. A missing encoder is an absent one."""
+    """True if the index names the component, with the class we know. A missing encoder is an absent one."""
     place = folder / component.folder
     if component == TAESD:
         return True

@@ -1,4 +1,4 @@
-"""What lies at a path, told by content: pipelines, folders of one component, single files, shards, tokenizers.
+"""Identify the files at a path by their content: pipelines, folders of one component, single files, shards, tokenizers.
 
 Only headers and small files are read here; tensors are mapped.
 """
@@ -106,7 +106,7 @@ def _component(folder: Path, variant: str | None) -> Discovered:
 
 
 def _room(folder: Path, names: frozenset[str], only: Collection[str], variant: str | None) -> Discovered:
-    """What lies in a folder of a `models/` folder."""
+    """Contents of a subfolder of a `models/` folder."""
     if diffusers_folder.INDEX in names:
         return diffusers.open_folder(folder, only, variant)
     if "config.json" in names:
@@ -119,7 +119,7 @@ def _room(folder: Path, names: frozenset[str], only: Collection[str], variant: s
 def _rooms(
     rooms: Collection[Path], only: Collection[str], variant: str | None, problems: list[str], passed: list[str]
 ) -> list[Discovered]:
-    """What lies in the folders of a `models/` folder. passed: what is no part of SD3 joins it."""
+    """Contents of the subfolders of a `models/` folder. passed: files of no part of SD3 are added to it."""
     found: list[Discovered] = []
     tokenizers: dict[str, tuple[Path, Any]] = {}
     for folder, names in attempt(problems, nested.folders, rooms, passed) or ():

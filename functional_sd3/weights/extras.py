@@ -22,7 +22,7 @@ class Extra(NamedTuple):
 
 
 def find(path: Path, variant: str | None = None) -> Extra | None:
-    """What lies at a path, told by the names inside; None where that is a model, or nothing that can be told.
+    """The file at a path, identified by the names inside; None for a model and for an unknown file.
 
     Raises WeightsError for what is damaged.
     """

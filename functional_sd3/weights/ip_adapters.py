@@ -24,7 +24,7 @@ from functional_sd3.weights.default_dtype import Dtype
 
 
 class IPAdapter(NamedTuple):
-    """What `ip_adapter.apply` takes first."""
+    """Parameters and config, the first arguments of `ip_adapter.apply`."""
 
     params: Params
     config: ip_adapter.Config

@@ -93,7 +93,7 @@ def ties(base: Params, tuned: Sequence[Params], *, density: float = 0.2, weight:
 
 
 class Change(NamedTuple):
-    """How much one part of a tree differs from another's.
+    """Difference between one part of two trees.
 
     relative: |second - first| / |first| in the Frobenius norm; largest: absolute difference of one number; changed and
     parameters: how many numbers differ, of how many.
@@ -107,7 +107,7 @@ class Change(NamedTuple):
 
 
 def diff(first: Params, second: Params, *, group: Callable[[str], str] | None = None) -> list[Change]:
-    """What distinguishes two checkpoints, in the order of the tree: one row for every path that `group` gives.
+    """Differences between two checkpoints, in the order of the tree: one row for every path that `group` gives.
 
     group: leaf path -> path of its row, by default `layer`. Raises ValueError where the trees differ in structure.
     """

@@ -1,4 +1,4 @@
-"""What our own files say of themselves in their metadata: the configs of their components, which shapes tell in part.
+"""Metadata of our own files: the configs of their components, which shapes give only in part.
 
 One entry, JSON: component (or "schedule") -> the fields of the config file that diffusers or transformers would write.
 """

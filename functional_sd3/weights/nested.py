@@ -82,6 +82,6 @@ def is_weights(name: str) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """What tells a folder from others, by whatever link it is reached."""
+    """Identity of a folder, the same through every link to it."""
     status = path.stat()
     return status.st_dev, status.st_ino

@@ -42,12 +42,12 @@ def dequantize(params: Params) -> Params:
 
 
 def is_quantized(params: Params) -> bool:
-    """Whether any weight is stored with a scale."""
+    """True if any weight is stored with a scale."""
     return any(path.endswith(".scale") for path in tree.flatten_paths(params))
 
 
 def errors(params: Params, quantized: Params) -> list[Change]:
-    """What quantising cost, one row for each weight that is stored with a scale: `relative` to the weight's norm."""
+    """Quantization error, one row for each weight that is stored with a scale: `relative` to the weight's norm."""
     before, after = tree.flatten_paths(params), tree.flatten_paths(quantized)
     found = []
     for path in after:
@@ -59,7 +59,7 @@ def errors(params: Params, quantized: Params) -> list[Change]:
 
 
 def inside_blocks(path: str, ndim: int) -> bool:
-    """Whether a leaf is the weight of a linear or convolution layer of some block."""
+    """True for the weight of a linear or convolution layer inside a block."""
     return "blocks" in path.split(".") and adaptable(path, ndim)
 
 

@@ -48,7 +48,7 @@ class ComponentFiles(NamedTuple):
 
 
 class Discovered(NamedTuple):
-    """What lies at a path. schedule_told: whether something there would have said if there were a schedule;
+    """Contents of a path. schedule_told: whether something there would have said if there were a schedule;
     passed: what lies beside a model and is no part of one, a sentence each."""
 
     pieces: list[ComponentFiles]
@@ -77,8 +77,8 @@ class LoadPlan(NamedTuple):
 
 
 def plan(piece: ComponentFiles) -> LoadPlan:
-    """What reading a piece takes. Raises WeightsError naming every tensor that is missing, unexpected, misshapen or of
-    a kind we do not read."""
+    """Check the files of a component and plan how to read them. Raises WeightsError naming every tensor that is
+    missing, unexpected, misshapen or of a dtype that is not read."""
     problems: list[str] = []
     scales, places = _without_scales(piece.places, problems)
     shapes = {name: _entry(places, name).shape for name in places}
@@ -112,7 +112,7 @@ def plan(piece: ComponentFiles) -> LoadPlan:
 
 
 def kinds(plan: LoadPlan, quantized: bool = False) -> set[Kind]:
-    """What the parameters are stored in, but for those that stay quantized: dtypes, and names of what is decoded."""
+    """Storage of the parameters, without those that stay quantized: dtypes, and names of encodings."""
     found: set[Kind] = set()
     for source in plan.sources.values():
         names = [plan.names[name] for name in source.names if name in plan.names]
@@ -177,7 +177,7 @@ def read(
 
 
 def _stays(plan: LoadPlan, source: Source, names: list[str]) -> bool:
-    """Whether rows of the files are rows of ours, each with its scale, in one dtype, of a layer inside blocks: others
+    """True if rows of the files are rows of ours, each with its scale, in one dtype, of a layer inside blocks: others
     (tables of embeddings, the layers whose weight says what the input is cast to) compute with floats only."""
     kinds = {_entry(plan.places, name).dtype for name in names}
     *layer, leaf = source.path.split(".")

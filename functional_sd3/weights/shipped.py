@@ -1,4 +1,4 @@
-"""Where the weights that come with the program are."""
+"""Location of the weights that are shipped with the package."""
 
 import os
 from pathlib import Path
