@@ -1,0 +1,98 @@
+"""Adam and AdamW.
+
+Kingma and Ba 2015, "Adam: a method for stochastic optimization"; Loshchilov and Hutter 2019, "Decoupled weight decay
+regularization". Equal to `torch.optim.AdamW`.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import leafwise, tree
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.training.donation import check_strides, overlapping, with_strides_of
+from functional_sd3.training.optim.compose import chain
+from functional_sd3.training.optim.transforms import add_decayed_weights, scale_by_learning_rate
+from functional_sd3.training.optim.types import (
+    CountState,
+    Optimizer,
+    ScaledGradients,
+    like,
+    unscaled,
+    zero_count,
+    zeros_like,
+)
+from functional_sd3.training.schedules import Schedule, as_schedule
+
+
+class AdamState(NamedTuple):
+    """Steps done, int64 (), and the moving averages of the gradient and of its square, trees like the parameters."""
+
+    count: Tensor
+    mean: Tree
+    square: Tree
+
+
+def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Optimizer:
+    """mean / (1 - b1^n) / (sqrt(square / (1 - b2^n)) + eps) (Kingma and Ba 2015, algorithm 1)."""
+
+    def update(grads: Tree, state: AdamState, params: Params) -> tuple[Tree, AdamState]:
+        count = state.count + 1
+        moments = tree.leaves(grads), tree.leaves(state.mean), tree.leaves(state.square)
+        updates, mean, square = leafwise.adam(*moments, _bias(b1, count), _bias(b2, count), b1, b2, eps)
+        return like(grads, updates), AdamState(count, like(grads, mean), like(grads, square))
+
+    return Optimizer(lambda params: AdamState(zero_count(params), zeros_like(params), zeros_like(params)), update)
+
+
+def adamw(
+    rate: float | Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    decay: float = 0.01,
+    mask: tree.Chooser = "*",
+) -> Optimizer:
+    """params - rate * (Adam direction + decay * params), decay on the leaves that `mask` chooses.
+
+    Its donated form is one fused kernel over all leaves; parameters and moments then have to be float32.
+    """
+    pure = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(decay, mask), scale_by_learning_rate(rate))
+    schedule = as_schedule(rate)
+
+    def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
+        adam, rest, counted = state
+        divisor = _divisor(gradients)
+        grads = gradients.tree if divisor is not None else unscaled(gradients)
+        weights, flat, mean, square = map(tree.flatten_paths, (params, grads, adam.mean, adam.square))
+        count = (adam.count + 1).float()
+        chosen = tree.select(params, mask) if decay else {}
+        for paths, amount in ((list(chosen), decay), ([path for path in weights if path not in chosen], 0.0)):
+            if paths:
+                check_strides(paths, weights, mean, square)
+                owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
+                # The kernel walks through memory and not through indices, so all four need the same strides.
+                lists = [owned[0], [with_strides_of(flat[path], weights[path]) for path in paths], *owned[1:]]
+                rate = schedule(counted.count)
+                leafwise.adamw_inplace(*lists, count, divisor, rate, b1, b2, eps, amount)
+        return params, (adam._replace(count=adam.count + 1), rest, CountState(counted.count + 1))
+
+    return Optimizer(pure.init, pure.update, donate)
+
+
+def _divisor(gradients: ScaledGradients) -> Tensor | None:
+    """The number by which a fused kernel may divide gradients; None where it may not.
+
+    The kernel writes the quotients over the gradients, whose memory must then belong to them alone.
+    """
+    if gradients.scale is None or gradients.scale.device.type not in ("cpu", "cuda") or overlapping(gradients.tree):
+        return None
+    return 1 / gradients.scale
+
+
+def _bias(beta: float, count: Tensor) -> Tensor:
+    # 1 - beta ** n without its cancellation, which costs four of float32's seven digits at n = 1.
+    return -torch.expm1(count.float() * math.log(beta)) if beta else torch.ones_like(count, dtype=torch.float32)

@@ -1,0 +1,85 @@
+"""Combinators of optimisers: one after the other, one for each label of leaves, one for some leaves alone."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.training.optim.types import Optimizer, ScaledGradients, global_norm, like, unscaled
+
+
+def chain(*optimizers: Optimizer) -> Optimizer:
+    """Optimisers applied one after the other; the state is the tuple of their states."""
+
+    def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
+        states = []
+        for optimizer, own in zip(optimizers, state, strict=True):
+            grads, own = optimizer.update(grads, own, params)
+            states.append(own)
+        return grads, tuple(states)
+
+    def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
+        states = []
+        for optimizer, own in zip(optimizers[:-1], state, strict=False):
+            if optimizer.factor:
+                gradients = _times(gradients, optimizer.factor)
+            else:
+                grads, own = optimizer.update(unscaled(gradients), own, params)
+                gradients = ScaledGradients(grads)
+            states.append(own)
+        params, last = optimizers[-1].donate(gradients, state[-1], params)
+        return params, (*states, last)
+
+    whole = donate if optimizers and optimizers[-1].donate else None
+    return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update, whole)
+
+
+def _times(gradients: ScaledGradients, factor: Callable[[Tensor], Tensor]) -> ScaledGradients:
+    norm = global_norm(unscaled(gradients)) if gradients.norm is None else gradients.norm
+    scale = factor(norm)
+    return ScaledGradients(gradients.tree, scale if gradients.scale is None else gradients.scale * scale, norm * scale)
+
+
+def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor], str]) -> Optimizer:
+    """One optimiser for each label of leaves, `label(path, parameter)`: matrices by Muon and the rest by AdamW, say.
+
+    Raises ValueError naming the leaf whose label has no optimiser.
+    """
+
+    def split(params: Params) -> dict[str, Callable[[Tree], Tree]]:
+        labels = tree.map_with_path(label, params)
+        for path, name in tree.flatten_paths(labels).items():
+            if name not in optimizers:
+                raise ValueError(f"{path} is labelled {name!r}; the optimisers are {sorted(optimizers)}")
+        return {
+            name: lambda whole, name=name: tree.map(lambda leaf, own: leaf if own == name else {}, whole, labels)
+            for name in optimizers
+        }
+
+    def init(params: Params) -> dict[str, Tree]:
+        return {name: optimizers[name].init(part(params)) for name, part in split(params).items()}
+
+    def update(grads: Tree, state: dict[str, Tree], params: Params) -> tuple[Tree, dict[str, Tree]]:
+        states, updates = {}, {}
+        for name, part in split(params).items():
+            own, states[name] = optimizers[name].update(part(grads), state[name], part(params))
+            updates |= tree.flatten_paths(own)
+        return like(grads, [updates[path] for path in tree.flatten_paths(grads)]), states
+
+    return Optimizer(init, update)
+
+
+def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
+    """`optimizer` on the chosen leaves; the updates of the others pass unchanged."""
+
+    def init(params: Params) -> Tree:
+        return optimizer.init(tree.partition(params, chooser)[0])
+
+    def update(grads: Tree, state: Tree, params: Params) -> tuple[Tree, Tree]:
+        paths = set(tree.select(params, chooser))
+        mine, others = tree.partition(grads, lambda path, leaf: path in paths)
+        mine, state = optimizer.update(mine, state, tree.partition(params, lambda path, leaf: path in paths)[0])
+        return tree.combine(mine, others), state
+
+    return Optimizer(init, update)

@@ -1,0 +1,68 @@
+"""Types of optimisers, and the small functions of trees that they share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import leafwise, tree
+from functional_sd3.core.types import Params, Tree
+
+
+class ScaledGradients(NamedTuple):
+    """Gradients with a deferred factor: `scale` (None: 1) times `tree`. norm: global norm of the product, None where
+    it is not known."""
+
+    tree: Tree
+    scale: Tensor | None = None
+    norm: Tensor | None = None
+
+
+class Optimizer(NamedTuple):
+    """An update rule as functions.
+
+    donate: (gradients, state, params) -> (params, state), the whole step in place, for rules with a fused kernel.
+    factor: norm -> number, for rules that only multiply all gradients by it. `optim.donate` calls both, after checking
+    what may be overwritten.
+    """
+
+    init: Callable[[Params], Tree]
+    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+    donate: Callable[[ScaledGradients, Tree, Params], tuple[Params, Tree]] | None = None
+    factor: Callable[[Tensor], Tensor] | None = None
+
+
+class CountState(NamedTuple):
+    """Steps done, int64 ()."""
+
+    count: Tensor
+
+
+def unscaled(gradients: ScaledGradients) -> Tree:
+    """The gradients themselves, `scale` times `tree`."""
+    if gradients.scale is None:
+        return gradients.tree
+    return like(gradients.tree, leafwise.multiply(tree.leaves(gradients.tree), gradients.scale))
+
+
+def global_norm(updates: Tree) -> Tensor:
+    """sqrt of the sum of squares of all leaves, float32 ()."""
+    return leafwise.global_norm(tree.leaves(updates))
+
+
+def zeros_like(params: Params) -> Tree:
+    """Float32 zeros of the parameters' shapes."""
+    return tree.map(lambda leaf: torch.zeros_like(leaf, dtype=torch.float32), params)
+
+
+def zero_count(params: Params) -> Tensor:
+    """Number of steps before the first, int64 (), on the device of the parameters."""
+    leaves = tree.leaves(params)
+    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else "cpu")
+
+
+def like(nested: Tree, leaves: list[Any]) -> Tree:
+    """A tree of the structure of `nested` with other leaves, in order."""
+    remaining = iter(leaves)
+    return tree.map(lambda _: next(remaining), nested)
