@@ -64,6 +64,7 @@ from functional_sd3.training import checkpoint as checkpoint
 from functional_sd3.training import datasets as datasets
 from functional_sd3.training import loop as loop
 from functional_sd3.training import muon as muon
+from functional_sd3.training import objectives as losses
 from functional_sd3.training import optim as optim
 from functional_sd3.training import schedules as schedules
 from functional_sd3.training import step as step
@@ -75,5 +76,5 @@ from functional_sd3.weights import merge as merge
 from functional_sd3.weights import quantize as quantize
 from functional_sd3.weights import shipped as shipped
 
-__all__ = ["clip_dual", "clip_image", "inversion"]
+__all__ = ["clip_dual", "clip_image", "inversion", "losses"]
 __version__: str
