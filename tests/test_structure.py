@@ -153,6 +153,7 @@ def test_every_public_name_is_its_module():
         "inversion": "textual_inversion",
         "losses": "objectives",
     }
+    assert set(longer) <= set(sd3.__all__)
     for name in sd3.__all__:
         module = getattr(sd3, name)
         assert f".{module.__name__}".endswith(f".{longer.get(name, name)}")

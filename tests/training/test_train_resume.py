@@ -63,7 +63,7 @@ def test_more_steps_at_a_constant_rate_equal_a_run_that_was_longer_from_the_star
 def test_more_steps_of_a_cosine_go_on_at_the_rate_of_the_longer_one(command, run):
     status, messages = command("--out", run, "--resume", "--steps", 9)
     assert status == 0
-    rate = float(train_setup.parts.learning_rate(train_setup.parts.Settings(9, 4, 1e-2, warmup=2))(torch.tensor(6)))
+    rate = float(train_setup.tasks.learning_rate(train_setup.tasks.Settings(9, 4, 1e-2, warmup=2))(torch.tensor(6)))
     assert f"6 steps were planned, now 9: the cosine of the learning rate ends there now, and the rate goes on at {rate:.3g}" in messages  # fmt: skip # noqa: E501
     assert sorted(checkpoints(run)) == [3, 6, 9]
 
