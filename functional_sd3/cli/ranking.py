@@ -12,11 +12,11 @@ from functional_sd3.cli import runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.core.types import Velocity
+from functional_sd3.flow import ode
 from functional_sd3.flow.analysis import likelihood
-from functional_sd3.flow.ode import registry as catalogue
 
-UNFIT = tuple(catalogue.STOCHASTIC)
-FIT = (*catalogue.METHODS, *catalogue.ADAPTIVE)
+UNFIT = tuple(ode.STOCHASTIC)
+FIT = (*ode.METHODS, *ode.ADAPTIVE)
 
 
 def ticks(arguments: argparse.Namespace) -> int:
@@ -95,7 +95,7 @@ def _head(arguments: argparse.Namespace, dimensions: int) -> str:
         what = f"loss, behind the best, prompt ({arguments.draws} draws; no likelihood)"
     else:
         how = "exact divergence" if arguments.exact else f"probes: {arguments.probes}"
-        adaptive = arguments.method in catalogue.ADAPTIVE
+        adaptive = arguments.method in ode.ADAPTIVE
         run = arguments.method if adaptive else f"{arguments.steps} steps of {arguments.method}"
         what = f"log-likelihood in nats, bits per dimension, nats behind the best, prompt ({run}, {how})"
     return f"{arguments.picture}, {dimensions:,} numbers of latents: {what}"
