@@ -121,8 +121,8 @@ def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[Co
         net = weights.load_controlnet(path if called else text, dtype=dtype, device=device)
         if called and net.config.kind not in (None, called):
             raise ValueError(f"--controlnet {text}: its file says that it reads images of {net.config.kind}")
-        if called or net.config.kind:
-            named[called or net.config.kind] = net
+        if kind_of_net := called or net.config.kind:
+            named[kind_of_net] = net
         else:
             unnamed.append(net)
     if len(paths) > len(specs):

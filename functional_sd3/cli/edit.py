@@ -128,8 +128,8 @@ def _edit(arguments: argparse.Namespace) -> "InversionEdit | FlowEdit":
 def _window(text: str) -> tuple[float, float]:
     match = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text)
     try:
-        start, end = float(match[1]), float(match[2])
-    except (TypeError, ValueError):
+        start, end = map(float, match.groups() if match else ())
+    except ValueError:
         raise ValueError(f"--window {text!r} must be START-END, such as 0-0.25") from None
     if not start <= end <= 1:
         raise ValueError(f"--window {text} must be START <= END <= 1: fractions of the run")

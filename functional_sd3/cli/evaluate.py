@@ -80,9 +80,9 @@ def _metric(metrics, name: str, text: str) -> argparse.ArgumentParser:
 def _two_sets(parser: argparse.ArgumentParser, *, optional: bool = True) -> None:
     kinds = "folder of images, zip archive" + (", or .npz that --save wrote" if optional else "")
     parser.add_argument("real", metavar="REAL", help=f"the images to compare with: {kinds}")
-    count = {"nargs": "?"} if optional else {}
+    count = "?" if optional else None
     also = "; may be left out with --save" if optional else ""
-    parser.add_argument("fake", metavar="FAKE", help=f"the images to measure{also}", **count)
+    parser.add_argument("fake", metavar="FAKE", help=f"the images to measure{also}", nargs=count)
     _batches(parser, 32)
     _workers(parser)
 

@@ -18,6 +18,7 @@ from functional_sd3.core import prng
 from functional_sd3.image import files as image_files
 from functional_sd3.image import pictures, pixels, vae
 from functional_sd3.image.pictures import Item
+from functional_sd3.layouts.components import require
 from functional_sd3.metrics import clip_images, similarity
 from functional_sd3.recipes import shapes
 from functional_sd3.recipes.shapes import report as shapes_report
@@ -112,26 +113,27 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
         text.append(f"| {row['things']} | {row['captions']} | {shares} |")
     settings = {name: getattr(arguments, name) for name in ("seed", "steps", "cfg", "method", "dtype")}
     settings["method"] = arguments.method or pipeline.default_method(model.config)
-    source = {"params": source, "lora": arguments.lora}
-    return Report(tuple(text), {"metric": "prompts", **source, **settings, "rows": rows})
+    sources = {"params": source, "lora": arguments.lora}
+    return Report(tuple(text), {"metric": "prompts", **sources, **settings, "rows": rows})
 
 
 def run_vae(arguments: argparse.Namespace) -> Report:
     found = pictures.source(arguments.folder)
     model, params = _model(arguments, only="vae")
     runtime.require(model, ("vae",), params)
-    factor = vae.factor(model.config.vae)
+    factor = vae.factor(require(model.config, "vae"))
     if arguments.size and arguments.size % factor:
         raise ValueError(f"--size {arguments.size} must be a multiple of {factor}, the pixels a side of one latent")
     cut = partial(_cut, factor=factor, size=arguments.size)
     items = pictures.stream(found, cut, workers=arguments.workers)
-    likenesses, skipped = [], []
+    likenesses: list[Likeness] = []
+    unread: list[pictures.Skipped] = []
     for batch in _alike(report.progress(items, len(found.names), Path(arguments.folder).name), arguments.batch_size):
         if batch[0].value is None:
-            skipped += [pictures.Skipped(item.name, item.reason) for item in batch]
+            unread += [pictures.Skipped(item.name, item.reason or "") for item in batch]
         else:
             likenesses += _reconstructed(model, batch)
-    skipped = tuple(skipped)
+    skipped = tuple(unread)
     report.note_skipped(arguments.folder, len(found.names), skipped)
     if not likenesses:
         raise ValueError(f"none of the {len(skipped)} images of {arguments.folder} can be measured")
@@ -196,12 +198,13 @@ def _shape(item: Item) -> tuple[int, ...] | None:
 
 def _reconstructed(model: Model, batch: list[Item]) -> list[Likeness]:
     """Through the mean of the posterior, and rounded to bytes as a file would hold it."""
-    originals = pixels.from_bytes(torch.stack([item.value for item in batch]))
+    originals = pixels.from_bytes(torch.stack([item.value for item in batch if item.value is not None]))
     like = model.params["vae"]["decoder"]["conv_in"]["weight"]
     with torch.no_grad():
         images = pixels.to_signed(originals).to(like.device, like.dtype)
-        mean = vae.encode(model.params["vae"], model.config.vae, images).mean
-        images = pixels.from_signed(vae.decode(model.params["vae"], model.config.vae, mean).float()).cpu()
+        sizes = require(model.config, "vae")
+        mean = vae.encode(model.params["vae"], sizes, images).mean
+        images = pixels.from_signed(vae.decode(model.params["vae"], sizes, mean).float()).cpu()
     runtime.check_finite(images)
     given = pixels.from_bytes(pixels.to_bytes(images))
     psnr, ssim = similarity.psnr(given, originals), similarity.ssim(given, originals)

@@ -41,7 +41,7 @@ class Side(NamedTuple):
 
     path: str
     record: Any
-    count: int
+    size: int
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -75,14 +75,14 @@ def run_kid(arguments: argparse.Namespace) -> Report:
     sides, data = _measured(arguments, kind)
     if len(sides) == 1:
         return _only_saved(arguments, sides, data)
-    size = arguments.subset_size or min(kid.SIZE, *(side.count for side in sides))
-    values = (side.record.values for side in sides)
-    estimates = kid.estimates(*values, prng.key(arguments.seed), subsets=arguments.subsets, size=size)
+    size = arguments.subset_size or min(kid.SIZE, *(side.size for side in sides))
+    real, fake = (side.record.values for side in sides)
+    estimates = kid.estimates(real, fake, prng.key(arguments.seed), subsets=arguments.subsets, size=size)
     mean, deviation = float(estimates.mean()), float(estimates.std(unbiased=False))
     if size < kid.SIZE:
         report.note(f"published KIDs are of subsets of {kid.SIZE}; these are of {size}, so their spread differs")
     subsets = {"subsets": arguments.subsets, "subset_size": size, "seed": arguments.seed}
-    counts = " and ".join(str(side.count) for side in sides)
+    counts = " and ".join(str(side.size) for side in sides)
     text = f"KID {mean:.6f} +- {deviation:.6f} ({arguments.subsets} subsets of {size}, N = {counts}), {_how(sides)}"
     return Report((text,), {"metric": "kid", "value": mean, "deviation": deviation, **subsets, **data})
 
@@ -98,7 +98,7 @@ def run_cmmd(arguments: argparse.Namespace) -> Report:
         sides.append(Side(path, found.values, len(found.values), found.skipped))
         report.note_skipped(path, len(sources[path].names), found.skipped)
     value = cmmd.distance(*(side.record for side in sides))
-    counts = " and ".join(str(side.count) for side in sides)
+    counts = " and ".join(str(side.size) for side in sides)
     data = {"metric": "cmmd", "value": value, **runtime.clip_described(arguments.clip, model), **_sets(sides)}
     return Report((f"CMMD {value:.4f} (N = {counts}), {runtime.clip_name(model)}",), data)
 
@@ -137,10 +137,10 @@ def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], di
 
 def _making(arguments: argparse.Namespace, params: Any, fingerprint: str, saved: dict[str, Any]) -> Making:
     """What the command line asks for or, where it says nothing, what was saved says. Raises where they differ."""
-    told = next(iter(saved.values()), None)
-    preprocessing = arguments.mode or (told.preprocessing if told else "clean")
-    tap = arguments.features or (told.tap if told else inception.TAPS[-1])
-    making = Making(preprocessing, fingerprint if params else told.weights, tap, None)
+    record = next(iter(saved.values()), None)
+    preprocessing = arguments.mode or (record.preprocessing if record else "clean")
+    tap = arguments.features or (record.tap if record else inception.TAPS[-1])
+    making = Making(preprocessing, record.weights if record and not params else fingerprint, tap, None)
     for path, record in saved.items():
         try:
             fid.check_alike(record, record._replace(preprocessing=preprocessing, weights=making.weights, tap=tap))
@@ -184,10 +184,12 @@ def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str)
 
 
 def _batches(
-    path: str, source: Source, transform: Callable, embed: Callable[[Tensor], Tensor], arguments: argparse.Namespace
+    path: str, source: Source, transform: Callable, embed: Callable[..., Any] | None, arguments: argparse.Namespace
 ) -> Iterator[Batch]:
     items = pictures.stream(source, transform, workers=arguments.workers)
     watched = report.progress(items, len(source.names), Path(path).name)
+    if embed is None:
+        raise ValueError(f"{path} holds images, for which --inception is needed")
     return collect.walk(embed, watched, batch_size=arguments.batch_size)
 
 
@@ -203,7 +205,7 @@ def _sets(sides: list[Side]) -> dict[str, Any]:
     return {
         name: {
             "path": side.path,
-            "pictures": side.count,
+            "pictures": side.size,
             "skipped": [{"path": path, "reason": reason} for path, reason in side.skipped],
         }
         for name, side in zip(("real", "fake"), sides, strict=False)

@@ -116,7 +116,7 @@ def _request(
 
     variation = None
     if jobs[0].variation_seed is not None:
-        keys = torch.stack([prng.key(job.variation_seed) for job in jobs])
+        keys = torch.stack([prng.key(job.variation_seed or 0) for job in jobs])
         variation = Variation(keys, torch.tensor([job.amount for job in jobs], dtype=torch.float32, device="cpu"))
     return Request(
         [job.prompt for job in jobs],

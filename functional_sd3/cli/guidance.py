@@ -1,7 +1,7 @@
 """Guidance on the command line: `--guidance NAME[:OPTION=VALUE,...]`, one after the other."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functional_sd3.cli import numbers, report
@@ -24,7 +24,7 @@ class Kind(NamedTuple):
 
     function: str
     """Its name in `flow.guidance`."""
-    options: dict[str, Callable[[str], Any]]
+    options: Mapping[str, Callable[[str], Any]]
     """Option -> what reads its value; named as the function's arguments, with hyphens."""
     begins: bool = False
     """Whether it is made of a scale (--cfg where it has none of its own), and not of the guidance before it."""
@@ -168,8 +168,9 @@ def _loaded(options: dict[str, Any], session: "Session", arguments: argparse.Nam
 
     from functional_sd3 import pipeline, weights
     from functional_sd3.cli import runtime
+    from functional_sd3.layouts.components import require
 
-    depth = session.config.transformer.depth
+    depth = require(session.config, "transformer").depth
     absent = [layer for layer in options.get("layers", ()) if not 0 <= layer < depth]
     if absent:
         raise ValueError(f"--guidance by layers {absent}: the model has the layers 0 to {depth - 1}")

@@ -98,19 +98,21 @@ def prepare(arguments: argparse.Namespace, session: "Session", size: tuple[int, 
 
     from functional_sd3 import pipeline
     from functional_sd3.image import pixels, vae
+    from functional_sd3.layouts.components import require
 
-    image, mask = fitted_image(arguments.image, session, size), None
+    image = fitted_image(arguments.image, session, size)
+    mask: Tensor | None = None
     if arguments.mask:
         original = read(arguments.image)
         fit = fitting(original.size, session, size)
         read_in = read_mask(arguments.mask, original, least=128 if arguments.soften is None else 4)
-        mask = fitted(_proportioned(arguments.mask, read_in, original), fit)
-        mask = pixels.from_pil(mask)[:, :1].to(session.device)
+        fitted_mask = fitted(_proportioned(arguments.mask, read_in, original), fit)
+        mask = pixels.from_pil(fitted_mask)[:, :1].to(session.device)
     elif arguments.outpaint:
         image, mask = pipeline.extend_canvas(image, **margins(arguments.outpaint), overlap=arguments.overlap or 0)
     strength = arguments.strength if arguments.strength is not None else 0.6 if mask is None else 1.0
     if mask is not None:
-        factor = vae.factor(session.config.vae)
+        factor = vae.factor(require(session.config, "vae"))
         latents = torch.empty(
             (1, 1, *(side // factor for side in image.shape[-2:])), dtype=torch.float32, device="meta"
         )
@@ -148,8 +150,9 @@ def fitting(size: tuple[int, int], session: "Session", wanted: tuple[int, int] |
     if wanted is not None:
         return Fit(wanted, size != wanted)
     from functional_sd3.image import vae
+    from functional_sd3.layouts.components import require
 
-    sizes, factor = session.config.transformer, vae.factor(session.config.vae)
+    sizes, factor = require(session.config, "transformer"), vae.factor(require(session.config, "vae"))
     step = factor * sizes.patch_size
     scale = min(1.0, sizes.sample_size * factor / math.sqrt(size[0] * size[1]))
     sides = [max(step, int(side * scale + 1e-6) // step * step) for side in size]

@@ -37,14 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
     if absent:
         raise ValueError(f"--part {absent[0]} is not in {arguments.models[0]}; it has {', '.join(first.params)}")
     others = [_like(first, path, names, arguments.variant) for path in arguments.models[1:]]
-    base = _like(first, arguments.base, names, arguments.variant) if arguments.base else None
+    base = _like(first, arguments.base, names, arguments.variant) if arguments.base else {}
     merged = {}
     for name in names:
         trees = [first.params[name], *(other[name] for other in others)]
         if arguments.method == "average":
             merged[name] = merge.average(trees, _numbers(arguments))
         elif arguments.method == "slerp":
-            merged[name] = merge.slerp(*trees, arguments.t)
+            start, end = trees
+            merged[name] = merge.slerp(start, end, arguments.t)
         elif arguments.method == "task":
             merged[name] = merge.task_arithmetic(base[name], trees, _numbers(arguments))
         else:

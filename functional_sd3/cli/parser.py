@@ -5,7 +5,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import functional_sd3
 from functional_sd3.cli import numbers
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **{**options, "allow_abbrev": False})
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Write the message to standard error and exit with status 2."""
         if self._subparsers is not None and "required" in message:
             (below,) = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
@@ -145,6 +145,7 @@ def suggestion(word: str, names: Iterable[str]) -> str:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     # Absent, they leave the value that the words before the subcommand gave.
-    absent = {"action": "store_true", "default": argparse.SUPPRESS}
-    parser.add_argument("--quiet", **absent, help="no notes, no progress and no times; errors stay")
-    parser.add_argument("--debug", **absent, help="of an error, the traceback too")
+    absent = argparse.SUPPRESS
+    quiet = "no notes, no progress and no times; errors stay"
+    parser.add_argument("--quiet", action="store_true", default=absent, help=quiet)
+    parser.add_argument("--debug", action="store_true", default=absent, help="of an error, the traceback too")

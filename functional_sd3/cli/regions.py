@@ -65,7 +65,10 @@ def parse(text: str) -> RegionSpec:
         raise ValueError(f"--region {text!r} must be {_FORM}")
     if not box and not Path(place).is_file():
         raise ValueError(f"--region {text!r}: {place} is neither LEFT,TOP,WIDTHxHEIGHT nor the file of a mask")
-    return RegionSpec(tuple(map(int, box.groups())) if box else place, number, prompt)
+    if not box:
+        return RegionSpec(place, number, prompt)
+    left, top, width, height = map(int, box.groups())
+    return RegionSpec((left, top, width, height), number, prompt)
 
 
 def tile(text: str | None) -> tuple[int, int] | None:

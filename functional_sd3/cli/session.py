@@ -14,7 +14,7 @@ from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
 from functional_sd3.flow import ode
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import SPECS
+from functional_sd3.layouts.components import SPECS, require
 from functional_sd3.pipeline import Prepared, Request, SamplingOptions, TextOptions
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.transformer.control import Control
@@ -59,7 +59,7 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
 def image_size(session: Session, size: tuple[int, int] | None, *, bounded: bool = True) -> tuple[int, int]:
     """Width and height in pixels of what is drawn; ValueError where the model cannot draw it (`bounded`: at once)."""
     height, width = pipeline.latent_size(session.config, *(size[::-1] if size else ()), bounded=bounded)
-    factor = vae.factor(session.config.vae)
+    factor = vae.factor(require(session.config, "vae"))
     return width * factor, height * factor
 
 

@@ -26,6 +26,7 @@ def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, 
     stored = weights.load(source, dtype="stored", variant=arguments.variant)
     needed = ("transformer", "vae") if arguments.part == "transformer" else ("vae",)
     runtime.require(stored, needed, " and ".join(map(str, source)))
+    names: tuple[str, ...]
     if arguments.part == "vae":
         names, dtype = ("vae",), None
     else:

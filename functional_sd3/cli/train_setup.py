@@ -15,7 +15,7 @@ from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
 from functional_sd3.image import pixels, vae
-from functional_sd3.layouts.components import SPECS
+from functional_sd3.layouts.components import SPECS, require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
@@ -124,9 +124,10 @@ def save_result(out: Path, state: TrainState, setup: Setup, lora_name: str) -> P
 
 def _images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages:
     if arguments.part == "vae":
-        side = arguments.size or model.config.vae.sample_size
+        side = arguments.size or require(model.config, "vae").sample_size
     else:
-        side = pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * vae.factor(model.config.vae)
+        factor = vae.factor(require(model.config, "vae"))
+        side = pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * factor
     if arguments.data == "shapes":
         return dataset(prng.key(arguments.seed), arguments.pictures, side)
     index = datasets.image_folder(

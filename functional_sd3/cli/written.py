@@ -132,7 +132,7 @@ def _is_value(value: Any, action: "argparse.Action") -> bool:
     if isinstance(value, bool) or not isinstance(value, str if action.type is None else int | float):
         return False
     try:
-        read = value if action.type is None else action.type(str(value))
+        read = action.type(str(value)) if callable(action.type) else value
     except (Exception, OutOfRange):
         return False
     return action.choices is None or read in action.choices

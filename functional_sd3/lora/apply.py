@@ -1,7 +1,8 @@
 """A LoRA added to parameters: exactly, lazily beside the weights, or so that it can be taken out again."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ Given = list[tuple[dict[str, LoraEntry], Scale]]
 
 def _given(lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale]) -> Given:
     loras = list(lora) if isinstance(lora, (list, tuple)) else [lora]
-    scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(loras)
+    scales: list[Any] = list(scale) if isinstance(scale, (list, tuple)) else [scale] * len(loras)
     if len(scales) != len(loras):
         raise ValueError(f"{len(scales)} scales do not fit {len(loras)} LoRAs")
     return [(adapters.entries(one), own) for one, own in zip(loras, scales, strict=True)]
@@ -170,7 +171,8 @@ def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
     changed = {}
     if dense and "scale" in layer:
         weight = layers_of_model.dequantized_weight(layer, torch.float32)
-        change = sum(adapters.change(entry, weight, scale) for entry, scale in dense)
+        changes = [adapters.change(entry, weight, scale) for entry, scale in dense]
+        change = functools.reduce(torch.add, changes)
         identity = torch.eye(change[0].numel(), dtype=layer["scale"].dtype, device=change.device)
         factors.append((identity.unflatten(1, change.shape[1:]), change.flatten(1).to(layer["scale"].dtype), 1.0))
     elif dense:

@@ -175,8 +175,8 @@ class Table(NamedTuple):
         for prefix, rest in _splits(flatten(layer)[:_LONGEST_COMPARED]):
             name = _numberless(rest)
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.8) if prefix in _PREFIXES else []
-            best = max([best] * bool(best) + [(difflib.SequenceMatcher(None, one, name).ratio(), one) for one in near],
-                       default=None)  # fmt: skip
+            rated = [(difflib.SequenceMatcher(None, one, name).ratio(), one) for one in near]
+            best = max([*rated, *([best] if best else [])], default=None)
         return best and best[1]
 
 

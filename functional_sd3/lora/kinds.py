@@ -82,7 +82,8 @@ def read(layer: Layer, module: Module, shapes: Mapping[str, tuple[int, ...]], al
         raise layer.error(next(iter(layer.keys)), "has no down, no up and no other factor beside it")
     elif "magnitude" in layer.keys:
         raise layer.error("magnitude", "has nothing beside it that changes the weight")
-    return found | _bias(layer, module.bias, shapes, found.get(module.weight))
+    weight = None if module.weight is None else found.get(module.weight)
+    return found | _bias(layer, module.bias, shapes, weight)
 
 
 def _weight(layer: Layer, kind: "_Kind", target: Target | None, shapes, alpha: Alpha) -> dict[Target, Adapter]:
@@ -120,7 +121,7 @@ def _bias(layer: Layer, target: Target | None, shapes, weight: Adapter | None) -
         if role == "up_bias" and (weight is None or "down" not in weight):
             raise layer.error(role, "is the bias of a LoRA whose down and up are not there")
         # PEFT scales the whole of up(down(x)), its bias too.
-        change = change + value.float() * (adapters.scaling(weight) if role == "up_bias" else 1.0)
+        change = change + value.float() * (adapters.scaling(weight) if weight and role == "up_bias" else 1.0)
         dtype = value.dtype
     return {target: {"diff": target.transform.join([change.to(dtype)])}}
 
@@ -147,7 +148,7 @@ def _low_rank(layer: Layer, rows: int, rest: tuple[int, ...], alpha: Alpha) -> A
 
 def _loha(layer: Layer, rows: int, rest: tuple[int, ...], alpha: Alpha) -> Adapter:
     values = _tensors(layer, _LOHA[:4])
-    adapter = {}
+    adapter: Adapter = {}
     for name in ("w1", "w2"):
         first, second = values[f"hada_{name}_a"], values[f"hada_{name}_b"]
         if (core := f"hada_t{name[1]}") in layer.keys:

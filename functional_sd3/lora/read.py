@@ -121,7 +121,9 @@ def layers(path: str | os.PathLike) -> list[Layer]:
         layer, role = lora_keys.parse(key)
         if role:
             grouped.setdefault(layer, {})[role] = key
-    metadata, found, problems = lora_metadata.read(path, mapped.header.metadata, grouped), [], []
+    metadata = lora_metadata.read(path, mapped.header.metadata, grouped)
+    found: list[Layer] = []
+    problems: list[str] = []
     for layer, keys in grouped.items():
         found += attempt(problems, _described, path, mapped, layer, keys, metadata) or []
     if not found:
@@ -163,11 +165,12 @@ def _sorted_keys(
     keys = list(header.tensors)
     problems = [f"{path}: {key} is {what}, which is not supported" for key in keys if (what := lora_keys.refused(key))]
     found: dict[tuple[str, Module], dict[str, str]] = {}
-    unknown, absent = [], []
+    unknown: list[tuple[str, str | None]] = []
+    absent: list[tuple[str, str | None]] = []
     for key in keys:
         layer, role = lora_keys.parse(key)
         component, module = table.find(layer) if role else (None, None)
-        if module is None:
+        if module is None or role is None:
             is_beside = foreign.extra(key) or (component and component not in table.components)
             (absent if is_beside else unknown).append((key, component))
         elif role in (roles := found.setdefault((layer, module), {})):
@@ -222,7 +225,7 @@ def _described(path: Path, mapped: files.Mapped, layer: str, keys: dict[str, str
     elif kind.startswith(("LoRA", "LoHa")):
         return []
     if math.prod(shapes.get("alpha", (0,))) == 1 and not mapped.header.tensors[keys["alpha"]].dtype.is_complex:
-        alpha = float(files.tensor(mapped, keys["alpha"]))
+        alpha: float | None = float(files.tensor(mapped, keys["alpha"]))
     else:
         alpha = lora_metadata.alpha(metadata, layer, rank, str(path)) if rank else None
     return [Layer(layer, rank, inputs, outputs, float(rank) if alpha is None else alpha, kind, numbers)]

@@ -75,7 +75,8 @@ class Beside:
     """Finds the caption files beside images among `names`, files relative to `folder`; `read` are those that were."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self.folder, self.read = folder, set()
+        self.folder = folder
+        self.read: set[str] = set()
         self._by_stem: dict[str, dict[str, str]] = {}
         for name in names:
             stem, suffix = os.path.splitext(name)
@@ -130,9 +131,9 @@ def check_characters(text: str) -> None:
 
 
 def _beside(path: Path, where: str) -> str | None:
-    text = decode(path, where)
+    text: str | None = decode(path, where)
     if path.suffix.lower() == ".json":
-        values = json_fields.parse(text, where)
+        values = json_fields.parse(text or "", where)
         present = [key for key in KEYS if isinstance(values, dict) and values.get(key) is not None]
         text = _one_text(values[present[0]]) if present else None
         if present and text is None:

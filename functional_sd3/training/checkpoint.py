@@ -133,4 +133,4 @@ def prune(folder: str | os.PathLike, keep: int) -> None:
 
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint."""
-    return int(_NAME.fullmatch(path.name)[1])
+    return int(path.stem.rpartition("-")[2])

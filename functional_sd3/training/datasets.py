@@ -7,9 +7,9 @@ of a whole set.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -20,6 +20,7 @@ from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.printable import escape, shorten
 from functional_sd3.image import files, pixels, vae
 from functional_sd3.image.pictures import Skipped
+from functional_sd3.layouts.components import Config, require
 from functional_sd3.text import conditioning
 from functional_sd3.training import captions as caption_files
 from functional_sd3.training.folders import Listing, list_files
@@ -73,7 +74,8 @@ def image_folder(
     _check_template(template)
     listing = list_files(folder, follow=follow)
     gathered = _gather(listing, template)
-    samples, skipped, sources = [], [*gathered.skipped], Counter()
+    samples, skipped = [], [*gathered.skipped]
+    sources: Counter[str] = Counter()
     for sample, source in sorted(gathered.samples):
         try:
             caption_files.check_characters(sample.caption)
@@ -122,14 +124,14 @@ def load_batch(index: Index, rows: Sequence[int], size: int) -> Tensor:
 
 def encode_all(
     params: Params,
-    config: conditioning.Config,
+    config: Config,
     tokenizers: conditioning.Tokenizers,
     captions: Sequence[str],
     images: Callable[[range], Tensor],
     *,
     batch: int = 16,
     t5_length: int = 256,
-    track: Callable[[Iterator[range]], Iterator[range]] = iter,
+    track: Callable[[Iterable[range]], Iterable[range]] = iter,
 ) -> Tree:
     """{"latents": (images, channels, h, w), "ids"} of a whole set, on the CPU, as `flow_loss` takes them.
 
@@ -137,13 +139,13 @@ def encode_all(
     `track` wraps the iteration over batches, as tqdm does.
     """
     like = tree.leaves(params["vae"])[0]
-    starts = range(0, len(captions), batch)
+    starts, sizes = range(0, len(captions), batch), require(config, "vae")
     latents = []
     with torch.no_grad():
         for rows in track([range(start, min(start + batch, len(captions))) for start in starts]):
             signed = pixels.to_signed(pixels.from_bytes(images(rows)))
-            mean = vae.encode(params["vae"], config.vae, signed.to(like.device, like.dtype)).mean
-            latents.append(vae.normalize(config.vae, mean.float()).cpu())
+            mean = vae.encode(params["vae"], sizes, signed.to(like.device, like.dtype)).mean
+            latents.append(vae.normalize(sizes, mean.float()).cpu())
     return {
         "latents": torch.cat(latents),
         "ids": conditioning.tokenize(config, tokenizers, captions, t5_length=t5_length),
@@ -202,30 +204,30 @@ def _gather(listing: Listing, template: str) -> _Gathered:
     if unknown:
         notes.append(f"are in formats that are not read, convert them to PNG or JPEG: {_named(unknown)}")
     beside = caption_files.Beside(listing.folder, listing.names)
-    samples, skipped, conflicts, repeated, unlisted = [], [], [], [], {}
+    samples, skipped, conflicts, repeated = [], [], [], []
+    unlisted: dict[str, Any] = {}
     described: dict[str, str] = {}
     for place, name in sorted(governing.items(), key=lambda item: (-item[0].count("/") - bool(item[0]), item)):
         for entry in caption_files.metadata(listing.folder / name, escape(listing.folder / name)):
             path, reason = listing.resolve(place, entry.name)
             if path is None:
-                skipped.append(Skipped(shorten(entry.name, 200), reason))
+                skipped.append(Skipped(shorten(entry.name, 200), reason or ""))
             elif path in described:
                 repeated.append(path)
             else:
                 described[path] = entry.text
                 samples.append((Sample(path, entry.text), f"in {PurePosixPath(name).name}" if entry.text else ""))
     for image in images:
-        reason = listing.refusal(image)
-        if reason:
-            skipped.append(Skipped(image, reason))
+        if refusal := listing.refusal(image):
+            skipped.append(Skipped(image, refusal))
             continue
         try:
-            place = _nearest(image, governing)
+            nearest = _nearest(image, governing)
             for name in beside.files(image):
-                if listing.refusal(name):
-                    raise ValueError(f"{name} {listing.refusal(name)}")
-            if place is not None and image not in described:
-                unlisted.setdefault(governing[place], []).append(image)
+                if refusal := listing.refusal(name):
+                    raise ValueError(f"{name} {refusal}")
+            if nearest is not None and image not in described:
+                unlisted.setdefault(governing[nearest], []).append(image)
                 continue
             caption = beside.caption(image)
             if image in described:

@@ -42,7 +42,7 @@ def poison(tensors: Tree) -> Tree:
 
     def move(leaf: Tensor) -> Tensor:
         moved = leaf.detach()
-        leaf.set_(torch.empty(0, dtype=leaf.dtype, device=leaf.device))
+        leaf.set_(torch.empty(0, dtype=leaf.dtype, device=leaf.device))  # type: ignore[call-overload]
         return moved
 
     return tree.map(move, tensors)

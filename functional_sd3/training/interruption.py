@@ -88,11 +88,13 @@ def terminated_like_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _handled(handlers: dict[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in handlers}
-    # A handler that was not installed from Python (None) cannot be put back from it.
-    before = {number: handler for number, handler in before.items() if handler is not None}
-    if before.get(_HANGUP) is signal.SIG_IGN:
-        del before[_HANGUP]
+    current = {number: signal.getsignal(number) for number in handlers}
+    # A handler that was not installed from Python (None) cannot be put back from it; an ignored hangup stays so.
+    before = {
+        number: handler
+        for number, handler in current.items()
+        if handler is not None and not (number == _HANGUP and handler is signal.SIG_IGN)
+    }
     try:
         for number in before:
             signal.signal(number, handlers[number])

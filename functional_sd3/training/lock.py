@@ -20,7 +20,7 @@ from functional_sd3.formats.printable import shorten
 try:
     import fcntl
 except ImportError:  # Windows.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 NAME = ".train.lock"
 _LARGEST = 4096

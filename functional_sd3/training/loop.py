@@ -179,11 +179,11 @@ def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool)
     return False
 
 
-def _sample(on_sample: Sampler, state: TrainState, done: int, stop: Interruption, note: Note) -> None:
+def _sample(on_sample: Sampler | None, state: TrainState, done: int, stop: Interruption, note: Note) -> None:
     """Make a sample; errors are noted and signals end it, neither of which may end the run."""
     try:
         with stop.abortable():
-            if not stop.is_requested():
+            if on_sample is not None and not stop.is_requested():
                 on_sample(state, done)
     except KeyboardInterrupt:
         pass

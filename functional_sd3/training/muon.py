@@ -73,7 +73,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 def _orthogonalized(flat: dict[str, Tensor], iterations: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Orthogonalised leaves by path; matrices of one shape are stacked, for few large products instead of many."""
-    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     parts: dict[str, Tensor] = {}
     for path, leaf in flat.items():
         matrix = leaf.flatten(1)

@@ -52,7 +52,7 @@ class Recorder:
         count = len(self._checked)
         if not count:
             return math.nan
-        means = {name: (value / count).tolist() for name, value in self._sums.items()}
+        means: dict[str, Any] = {name: (value / count).tolist() for name, value in (self._sums or {}).items()}
         self._check_finite(means)
         row, elapsed = self._summary(means), time.monotonic() - self._started
         try:
@@ -80,7 +80,7 @@ def diverged(what: str, step: int, folder: Path) -> DivergedError:
     return DivergedError(f"{what} at step {step}, so training stopped; {kept}. Try a lower learning rate.")
 
 
-def columns(means: dict[str, list[float] | float]) -> dict[str, float]:
+def columns(means: dict[str, Any]) -> dict[str, float]:
     """Metrics as columns: entries of vectors are numbered; `bin_0` and on are bin_loss / bin_share, each bin's loss."""
     means = dict(means)
     shares, losses = means.pop("bin_share", []), means.pop("bin_loss", [])

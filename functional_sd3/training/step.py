@@ -115,8 +115,8 @@ def _advance(
     advanced = TrainState(params, optimizer_state, ema, state.step + 1, state.key)
     if donate == "debug":
         # Step count and key are never overwritten, so the old ones stay readable.
-        moved = optim.poison((advanced.params, advanced.optimizer, advanced.ema))
-        advanced = TrainState(*moved, advanced.step, advanced.key)
+        params, optimizer_state, ema = optim.poison((advanced.params, advanced.optimizer, advanced.ema))
+        advanced = TrainState(params, optimizer_state, ema, advanced.step, advanced.key)
     return advanced
 
 

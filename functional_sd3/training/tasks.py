@@ -4,7 +4,7 @@
 autoencoder on images. `loop.run` runs either.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import pixels, vae
-from functional_sd3.layouts.components import SPECS, Config
+from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import datasets, digests, loop, objectives, optim, step
@@ -33,7 +33,7 @@ class TrainingImages(NamedTuple):
     """
 
     captions: tuple[str, ...]
-    load: Callable[[Sequence[int]], Tensor]
+    load: Callable[[Sequence[int] | Tensor], Tensor]
     fingerprint: str
     contents: str
 
@@ -165,7 +165,7 @@ def flow_task(
 
     def sample(state: step.TrainState) -> Tensor:
         prompts = [images.captions[index * len(images.captions) // 4] for index in range(4)]
-        side = data["latents"].shape[-1] * vae.factor(config.vae)
+        side = data["latents"].shape[-1] * vae.factor(require(config, "vae"))
         with torch.no_grad():
             return generate(
                 averaged_model(state).params, config, tokenizers, prompts, sample_key, height=side, width=side,
@@ -180,17 +180,17 @@ def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings)
 
     A transformer needs the latents of the encoder it was trained with: `settings.decoder_only` freezes the encoder.
     """
-    config = model.config
+    config, sizes = model.config, require(model.config, "vae")
     init_key, run_key, order_key = prng.split(key, 3)
     params = _initial_params(init_key, model, ["vae"], settings.scratch)["vae"]
     device = tree.leaves(params)[0].device
     order = loop.order(order_key, settings.batch, len(images.captions))
 
-    def load(rows: Iterable[int]) -> Tensor:
+    def load(rows: Sequence[int] | Tensor) -> Tensor:
         return pixels.to_signed(pixels.from_bytes(images.load(rows))).to(device)
 
     def averaged_model(state: step.TrainState) -> Model:
-        vae_config = _with_measured_scaling(state.ema) if settings.scratch else config.vae
+        vae_config = _with_measured_scaling(state.ema) if settings.scratch else sizes
         return model._replace(
             config=replace(config, vae=vae_config), params=_in_order({**model.params, "vae": state.ema})
         )
@@ -198,18 +198,18 @@ def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings)
     def _with_measured_scaling(params: Params) -> vae.Config:
         with torch.no_grad():
             rows = range(min(len(images.captions), 256))
-            means = torch.cat([vae.encode(params, config.vae, load([row])).mean for row in rows])
+            means = torch.cat([vae.encode(params, sizes, load([row])).mean for row in rows])
         scaling, shift = float(1.0 / means.std().clamp_min(1e-6)), float(means.mean())
-        return replace(config.vae, scaling=round(scaling, 4), shift=round(shift, 4))
+        return replace(sizes, scaling=round(scaling, 4), shift=round(shift, 4))
 
     def sample(state: step.TrainState) -> Tensor:
         originals = load(range(min(len(images.captions), 4)))
         with torch.no_grad():
-            decoded = vae.decode(state.ema, config.vae, vae.encode(state.ema, config.vae, originals).mean)
+            decoded = vae.decode(state.ema, sizes, vae.encode(state.ema, sizes, originals).mean)
         return pixels.from_signed(torch.cat([originals, decoded]))
 
-    trainable = step.trainable(SPECS["vae"](config.vae), "decoder.*" if settings.decoder_only else "*")
-    loss = objectives.vae_loss(config.vae, dtype=settings.dtype)
+    trainable = step.trainable(SPECS["vae"](sizes), "decoder.*" if settings.decoder_only else "*")
+    loss = objectives.vae_loss(sizes, dtype=settings.dtype)
     batch = lambda number: {"images": load(order(number))}  # noqa: E731
     return _task(run_key, params, loss, settings, trainable, batch, averaged_model, sample, ("vae",))
 

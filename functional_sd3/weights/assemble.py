@@ -109,7 +109,7 @@ def _asked(component: str, only: Collection[str]) -> bool:
 
 def _whole(pieces: Sequence[ComponentFiles]) -> list[ComponentFiles]:
     """The pieces, with an encoder and a decoder of TAESD that come in files of their own as one."""
-    halves = {}
+    halves: dict[bool, ComponentFiles] = {}
     for piece in pieces:
         if piece.format is registry.TAESD_WHOLE:
             starts = {name.startswith(taesd.ORIGINAL.encoder) for name in piece.places}

@@ -88,14 +88,14 @@ def load(
     problems: list[str] = []
     weights = attempt(problems, _open, path, single)
     names = rules.canonical(LAYOUT, weights.tensors) if weights else {}
-    shapes = {name: shards.entry(weights, found).shape for name, found in names.items()}
+    shapes = {name: shards.entry(weights, found).shape for name, found in names.items()} if weights else {}
     described = not single or os.path.lexists(folder / "config.json")
     config = attempt(problems, _read_config, folder) if described else attempt(problems, _guess, path, shapes)
     if weights and config:
         problems += [f"{path}: {problem}" for problem in _problems(config, weights, names, shapes)]
     pixels = attempt(problems, _read_pixels, folder, config) if config else None
     tokenizer = attempt(problems, _read_tokenizer, folder)
-    if problems:
+    if problems or weights is None or config is None or pixels is None:
         raise WeightsError(problems)
     return Clip(_read(config, weights, names, dtype, device), config, tokenizer, pixels)
 
@@ -114,7 +114,7 @@ def _read_config(folder: Path) -> clip_dual.Config:
         raise WeightsError(f"{path}: model_type is {values.get('model_type')!r}, only 'clip' is supported")
     problems: list[str] = []
     projection = values.get("projection_dim", 512)
-    parts = []
+    parts: list[Any] = []
     for name, table in (("text_config", configs.CLIP), ("vision_config", configs.CLIP_IMAGE)):
         # Old files say some things twice; transformers believes the second. The towers' own widths of projection say
         # nothing: both project to the model's.
@@ -126,7 +126,8 @@ def _read_config(folder: Path) -> clip_dual.Config:
         parts.append(attempt(problems, config_fields.read, table, said, f"{path}: {name}"))
     if problems:
         raise WeightsError(problems)
-    return clip_dual.Config(*parts)
+    text, image = parts
+    return clip_dual.Config(text, image)
 
 
 def _guess(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> clip_dual.Config:
@@ -153,7 +154,7 @@ def _guess(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> clip_dual.Confi
     return clip_dual.Config(text, image)
 
 
-def _tower(shapes: Mapping[str, tuple[int, ...]], start: str, width: int) -> dict[str, int]:
+def _tower(shapes: Mapping[str, tuple[int, ...]], start: str, width: int) -> dict[str, Any]:
     layer = f"{start}encoder.layers."
     depth = len({name[len(layer) :].split(".")[0] for name in shapes if name.startswith(layer)})
     mlp_width = shapes[f"{layer}0.mlp.fc1.weight"][0]
@@ -239,7 +240,8 @@ def _three(values: Object, name: str) -> tuple[float, float, float]:
     # Whole numbers of hundreds of digits are no floats.
     if len(found) != 3 or not all(-_LARGEST_PIXEL <= each <= _LARGEST_PIXEL for each in found):
         raise values.error(name, "must be three numbers between -1000 and 1000")
-    return tuple(map(float, found))
+    first, second, third = map(float, found)
+    return first, second, third
 
 
 _CONFIG_LIMIT = bounded.MEBIBYTE

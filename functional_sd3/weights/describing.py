@@ -15,7 +15,7 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
 from functional_sd3.formats import files, finite
 from functional_sd3.formats.files import Mapped
-from functional_sd3.layouts.components import SPECS
+from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.weights import assemble, extras
 from functional_sd3.weights.extras import Extra
 from functional_sd3.weights.model import Model, Tokenizers, missing
@@ -72,14 +72,15 @@ def describe(
         tokenizers,
         contents.schedule,
         {str(path): header.metadata for path, header in mapped.items() if header.metadata},
-        missing(Model(dict.fromkeys(plans), None, tokenizers)),
+        missing(Model(config=Config(), params=dict.fromkeys(plans, {}), tokenizers=tokenizers)),
     )
 
 
 def _part(plan: LoadPlan, values: bool) -> Part:
     nonfinite = [(name, what) for name in (plan.names.values() if values else ()) if (what := _nonfinite(plan, name))]
     tree = specs.map_params(lambda path, param: _leaf(plan, plan.sources[path].names, param), plan.spec)
-    format = f"named as by {plan.format.owner}" + (f" below {plan.format.prefix}" if plan.format.prefix else "")
+    format = "" if plan.format is None else f"named as by {plan.format.owner}"
+    format += f" below {plan.format.prefix}" if plan.format is not None and plan.format.prefix else ""
     kinds = Counter(plan.places[name].header.tensors[name].blocks for name in plan.names.values())
     stored = {kind: count for kind, count in kinds.items() if kind}
     return Part(plan.component, format, plan.where, plan.config, tree, len(plan.scales), stored, nonfinite)

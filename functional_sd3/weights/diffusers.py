@@ -43,7 +43,8 @@ def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Dis
     if not str(index.get("_class_name", "")).startswith("StableDiffusion3"):
         problems.append(f"{folder / INDEX}: _class_name is {index.get('_class_name')!r}, not {_PIPELINE!r}")
     schedule = attempt(problems, _read_schedule, folder, index)
-    pieces, variants = [], []
+    pieces: list[ComponentFiles] = []
+    variants: list[str | None] = []
     for name, component in _components(folder, index).items():
         if name in only and attempt(problems, _present, folder, index, component):
             opened = attempt(problems, _open, name, component, folder / component.folder, variant)
@@ -101,7 +102,7 @@ def _open(name: str, component: Component, folder: Path, variant: str | None) ->
     weights = attempt(
         problems, shards.open_weights, folder, component.stem, variant, component.library == "transformers"
     )
-    if problems:
+    if problems or weights is None:
         raise WeightsError(problems)
     return ComponentFiles(name, component.format, str(folder), weights.tensors, config), weights.variant
 

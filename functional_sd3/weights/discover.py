@@ -100,7 +100,7 @@ def _component(folder: Path, variant: str | None) -> Discovered:
     weights = attempt(
         problems, shards.open_weights, folder, component.stem, variant, component.library == "transformers"
     )
-    if problems:
+    if problems or weights is None:
         raise WeightsError(problems)
     return Discovered([ComponentFiles(name, component.format, str(folder), weights.tensors, config)], {})
 
@@ -152,7 +152,7 @@ def _loose(
     problems: list[str] = []
     passed: list[str] = []
     own = _of_variant(names, variant)
-    found: list[Discovered | None] = []
+    found: list[Discovered] = []
     shard_names: set[str] = set()
     native = NATIVE_FOLDER in names
     for name in sorted(own if not native else ()):
@@ -160,7 +160,8 @@ def _loose(
             tensors = attempt(problems, shards.open_indexed, folder / name)
             if tensors is not None:
                 shard_names |= {mapped.path.name for mapped in tensors.values()}
-                found.append(attempt(problems, _contents, str(folder / name), tensors))
+                indexed = attempt(problems, _contents, str(folder / name), tensors)
+                found += [] if indexed is None else [indexed]
     for name in sorted(own - shard_names if not native else ()):
         if name.lower().endswith(nested.WEIGHTS):
             try:
@@ -174,13 +175,13 @@ def _loose(
     if native:
         weights = attempt(problems, shards.open_weights, folder / NATIVE_FOLDER, NATIVE_FOLDER, None, False)
         if weights:
-            found.append(attempt(problems, _contents, str(folder / NATIVE_FOLDER), weights.tensors))
+            saved = attempt(problems, _contents, str(folder / NATIVE_FOLDER), weights.tensors)
+            found += [] if saved is None else [saved]
     tokenizers = {
         name: attempt(problems, diffusers.read_tokenizer, folder / tokenizer.folder, tokenizer)
         for name, tokenizer in diffusers_folder.TOKENIZERS.items()
         if tokenizer.folder in names and name in only
     }
-    found = [part for part in found if part is not None]
     if not any(part.pieces or part.tokenizers or part.problems for part in found) and not (tokenizers or problems):
         if rooms is None:
             return merged(found)._replace(passed=tuple(passed))

@@ -5,8 +5,9 @@ next wider dtype and rounded once, so what is equal everywhere stays equal to th
 soup can be differentiated by its mixture.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ def diff(first: Params, second: Params, *, group: Callable[[str], str] | None = 
 
     tree.map_with_path(add, first, second)
     return [
-        Change(path, _quotient(math.sqrt(change), math.sqrt(before)), largest, changed, count)
+        Change(path, _quotient(math.sqrt(change), math.sqrt(before)), largest, int(changed), int(count))
         for path, (change, before, largest, changed, count) in sums.items()
     ]
 
@@ -190,10 +191,14 @@ def _threshold(base: Params, tuned: Params, density: float) -> float:
         return len(counts) - 1 - place, wanted - (int(above[place - 1]) if place else 0)
 
     wanted = max(1, math.ceil(density * tree.count(base)))
-    high, rest = highest(sum(torch.bincount(bits >> 16, minlength=2**15).cpu() for bits in magnitudes()), wanted)
+    high, rest = highest(_total(torch.bincount(bits >> 16, minlength=2**15) for bits in magnitudes()), wanted)
     matching = (bits[bits >> 16 == high] & 0xFFFF for bits in magnitudes())
-    low, _ = highest(sum(torch.bincount(bits, minlength=2**16).cpu() for bits in matching), rest)
+    low, _ = highest(_total(torch.bincount(bits, minlength=2**16) for bits in matching), rest)
     return float(torch.tensor(high << 16 | low, dtype=torch.int32, device="cpu").view(torch.float32))
+
+
+def _total(counts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, (each.cpu() for each in counts))
 
 
 def _quotient(change: float, before: float) -> float:

@@ -149,8 +149,10 @@ def read(
     def fetch(source: Source, param: Param) -> Tensor:
         names = [plan.names[name] for name in source.names if name in plan.names]
         if not names:
-            made = rules.default(plan.layout, source.path, param)()
-            return made.to(device=device, dtype=dtype or stored).contiguous()
+            make = rules.default(plan.layout, source.path, param)
+            if make is None:
+                raise WeightsError(f"{source.path} is missing and has no default")
+            return make().to(device=device, dtype=dtype or stored).contiguous()
         if check_finite:
             _check_finite(plan, names)
         if quantized and _stays(plan, source, names):

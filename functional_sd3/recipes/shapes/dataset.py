@@ -23,7 +23,7 @@ def dataset(key: Key, count: int, side: int) -> TrainingImages:
         for scene, pick in zip(scenes, picks, strict=True)
     )
 
-    def load(rows: Sequence[int]) -> Tensor:
+    def load(rows: Sequence[int] | Tensor) -> Tensor:
         return pixels.to_bytes(pixels.from_pil([world.draw(scenes[int(row)], side) for row in rows]))
 
     return TrainingImages(captions, load, digests.fingerprint(captions), digests.combined([str(side), *captions]))

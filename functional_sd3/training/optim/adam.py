@@ -30,7 +30,7 @@ from functional_sd3.training.schedules import Schedule, as_schedule
 class AdamState(NamedTuple):
     """Steps done, int64 (), and the moving averages of the gradient and of its square, trees like the parameters."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     mean: Tree
     square: Tree
 
@@ -73,11 +73,11 @@ def adamw(
         for paths, amount in ((list(chosen), decay), ([path for path in weights if path not in chosen], 0.0)):
             if paths:
                 check_strides(paths, weights, mean, square)
-                owned = [[flat_tree[path] for path in paths] for flat_tree in (weights, mean, square)]
+                leaves, means, squares = ([part[path] for path in paths] for part in (weights, mean, square))
                 # The kernel walks through memory and not through indices, so all four need the same strides.
-                lists = [owned[0], [with_strides_of(flat[path], weights[path]) for path in paths], *owned[1:]]
+                own = [with_strides_of(flat[path], weights[path]) for path in paths]
                 rate = schedule(counted.count)
-                leafwise.adamw_inplace(*lists, count, divisor, rate, b1, b2, eps, amount)
+                leafwise.adamw_inplace(leaves, own, means, squares, count, divisor, rate, b1, b2, eps, amount)
         return params, (adam._replace(count=adam.count + 1), rest, CountState(counted.count + 1))
 
     return Optimizer(pure.init, pure.update, donate)

@@ -19,6 +19,10 @@ def chain(*optimizers: Optimizer) -> Optimizer:
             states.append(own)
         return grads, tuple(states)
 
+    last_donate = optimizers[-1].donate if optimizers else None
+    if last_donate is None:
+        return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update)
+
     def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
         states = []
         for optimizer, own in zip(optimizers[:-1], state, strict=False):
@@ -28,11 +32,10 @@ def chain(*optimizers: Optimizer) -> Optimizer:
                 grads, own = optimizer.update(unscaled(gradients), own, params)
                 gradients = ScaledGradients(grads)
             states.append(own)
-        params, last = optimizers[-1].donate(gradients, state[-1], params)
+        params, last = last_donate(gradients, state[-1], params)
         return params, (*states, last)
 
-    whole = donate if optimizers and optimizers[-1].donate else None
-    return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update, whole)
+    return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update, donate)
 
 
 def _times(gradients: ScaledGradients, factor: Callable[[Tensor], Tensor]) -> ScaledGradients:
@@ -52,16 +55,18 @@ def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor],
         for path, name in tree.flatten_paths(labels).items():
             if name not in optimizers:
                 raise ValueError(f"{path} is labelled {name!r}; the optimisers are {sorted(optimizers)}")
-        return {
-            name: lambda whole, name=name: tree.map(lambda leaf, own: leaf if own == name else {}, whole, labels)
-            for name in optimizers
-        }
+
+        def part(name: str) -> Callable[[Tree], Tree]:
+            return lambda whole: tree.map(lambda leaf, own: leaf if own == name else {}, whole, labels)
+
+        return {name: part(name) for name in optimizers}
 
     def init(params: Params) -> dict[str, Tree]:
         return {name: optimizers[name].init(part(params)) for name, part in split(params).items()}
 
     def update(grads: Tree, state: dict[str, Tree], params: Params) -> tuple[Tree, dict[str, Tree]]:
-        states, updates = {}, {}
+        states: dict[str, Tree] = {}
+        updates: dict[str, Tensor] = {}
         for name, part in split(params).items():
             own, states[name] = optimizers[name].update(part(grads), state[name], part(params))
             updates |= tree.flatten_paths(own)

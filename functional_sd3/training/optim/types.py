@@ -36,7 +36,7 @@ class Optimizer(NamedTuple):
 class CountState(NamedTuple):
     """Steps done, int64 ()."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 def unscaled(gradients: ScaledGradients) -> Tree:
