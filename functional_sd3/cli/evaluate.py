@@ -104,7 +104,12 @@ def _clip(parser: argparse.ArgumentParser) -> None:
 
 def _model(parser: argparse.ArgumentParser) -> None:
     options.add_params(parser)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the computation (default auto: float32 on a CPU, elsewhere what the weights are stored in)",
+    )
 
 
 def _batches(parser: argparse.ArgumentParser, default: int) -> None:

@@ -35,7 +35,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hold one part of the model in memory at a time: each text encoder, the transformer, the VAE",
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the computation (default auto: float32 on a CPU, elsewhere what the weights are stored in)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
