@@ -39,9 +39,7 @@ def parameters_of(module: torch.nn.Module, keys: rules.Layout, spec: Any) -> Par
     return rules.to_ours(keys, spec, lambda source, _: source.transform.join([theirs[name] for name in source.names]))
 
 
-def transformer(
-    config: mmdit.Config, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Pair:
+def transformer(config: mmdit.Config, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Pair:
     """diffusers' SD3Transformer2DModel."""
     from diffusers import SD3Transformer2DModel
 

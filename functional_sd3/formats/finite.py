@@ -12,7 +12,10 @@ _LARGEST_FP8 = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 
 
 def nonfinite_kind(value: Tensor) -> str | None:
-    """"NaN" or "an infinity" if the tensor holds one, else None. Copies what is not contiguous."""
+    """Kind of a non-finite value in the tensor, "NaN" or "an infinity"; None where there is none.
+
+    Copies what is not contiguous.
+    """
     if not value.numel():
         return None
     narrow = value.dtype in _LARGEST_FP8 or value.dtype == torch.float16

@@ -159,9 +159,11 @@ FORMATS = (
 # Beside the components of a checkpoint, and nothing to load.
 _IGNORED = re.compile(r"(.*\.)?(logit_scale|scaled_fp8)|model_ema\.(decay|num_updates)")
 _FOREIGN = (
-    (r".*\.(weight\.)?(quant_state\.bitsandbytes__\w+|absmax|quant_map|nested_absmax|SCB)$",
-     "quantized by bitsandbytes (nf4 or int8), which is not read: give the model it was made from; "
-     "`quantize` makes small weights of that"),
+    (
+        r".*\.(weight\.)?(quant_state\.bitsandbytes__\w+|absmax|quant_map|nested_absmax|SCB)$",
+        "quantized by bitsandbytes (nf4 or int8), which is not read: give the model it was made from; "
+        "`quantize` makes small weights of that",
+    ),
     (r"(.*\.)?controlnet_blocks\.\d+\.", "a ControlNet, which weights.load_controlnet reads (--controlnet)"),
     (
         r".*(\.lora_(A|B|up|down)(\.|$)|(\.|_)lora(_linear_layer)?\.(up|down)\.|\.(lokr|hada)_\w+$|\.(diff|diff_b|w_norm)$)",
@@ -170,8 +172,10 @@ _FOREIGN = (
     (r"(.*\.)?(double_blocks|single_transformer_blocks)\.\d+\.", "a Flux model"),
     (r"conditioner\.embedders\.\d+\.", "a checkpoint of Stable Diffusion XL"),
     (r"cond_stage_model\.", "a checkpoint of Stable Diffusion 1 or 2"),
-    (r"(.*\.)?(down|up)_blocks\.\d+\.(resnets\.\d+\.time_emb_proj|attentions\.\d+\.transformer_blocks)\.",
-     "a U-Net of Stable Diffusion 1, 2 or XL"),
+    (
+        r"(.*\.)?(down|up)_blocks\.\d+\.(resnets\.\d+\.time_emb_proj|attentions\.\d+\.transformer_blocks)\.",
+        "a U-Net of Stable Diffusion 1, 2 or XL",
+    ),
     (r"(.*\.)?(input|output)_blocks\.\d+\.", "a U-Net of Stable Diffusion 1, 2 or XL"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which weights.load_ip_adapter reads"),
     (r"(clip_l|clip_g|t5xxl)$", "a textual inversion, which weights.load_inversion reads"),

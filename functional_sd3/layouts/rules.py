@@ -142,9 +142,7 @@ def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:
 
 def shapes_of(known: Sources) -> dict[str, tuple[int, ...]]:
     """Their names -> shapes, of the sources of a spec."""
-    return {
-        name: shape for source in known.values() for name, shape in zip(source.names, source.shapes, strict=True)
-    }
+    return {name: shape for source in known.values() for name, shape in zip(source.names, source.shapes, strict=True)}
 
 
 def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -156,8 +154,12 @@ def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dic
     found: dict[str, tuple[Rule, dict[int, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         place = next(
-            ((rule, index, match) for rule, patterns in compiled for index, p in enumerate(patterns)
-             if (match := p.fullmatch(name))),
+            (
+                (rule, index, match)
+                for rule, patterns in compiled
+                for index, p in enumerate(patterns)
+                if (match := p.fullmatch(name))
+            ),
             None,
         )
         if place:
@@ -200,9 +202,7 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def check(
-    layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]], known: Sources | None = None
-) -> list[str]:
+def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]], known: Sources | None = None) -> list[str]:
     """Mismatches between tensors of theirs (proper name -> shape) and the spec, one sentence each.
 
     A leaf that is not learned (a table that the spec computes) or has a default may be missing. known: the spec's

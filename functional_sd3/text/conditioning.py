@@ -191,9 +191,7 @@ def _context_width(params: Params, config: Config) -> int:
         return config.t5.width if config.t5 else 4096
     width = config.transformer.context_width
     if "t5" in params and _t5_config(config).width != width:
-        raise ValueError(
-            f"T5 is {_t5_config(config).width} wide, but the transformer reads a context of width {width}"
-        )
+        raise ValueError(f"T5 is {_t5_config(config).width} wide, but the transformer reads a context of width {width}")
     return width
 
 

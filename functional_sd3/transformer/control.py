@@ -85,9 +85,7 @@ def per_sample(controls: Sequence[Control], batch: int) -> list[dict[str, Tensor
 
 def modulations(controls: Sequence[Control], t: Tensor, pooled: Tensor) -> list[Tree]:
     """`controlnet.modulations` of each, with the pooled embedding that it was trained with."""
-    return [
-        controlnet.modulations(control.params, control.config, t, _pooled(control, pooled)) for control in controls
-    ]
+    return [controlnet.modulations(control.params, control.config, t, _pooled(control, pooled)) for control in controls]
 
 
 def residuals(

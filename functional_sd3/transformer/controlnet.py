@@ -69,9 +69,7 @@ class Config:
         return self.heads * self.head_dim
 
 
-SD35_LARGE = Config(
-    depth=19, heads=38, context_width=None, own_patches=False, position_size=None, zero_pooled=False
-)
+SD35_LARGE = Config(depth=19, heads=38, context_width=None, own_patches=False, position_size=None, zero_pooled=False)
 
 
 def spec(config: Config) -> Tree:
@@ -97,9 +95,7 @@ def spec(config: Config) -> Tree:
     }
 
 
-def init(
-    key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Params:
+def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
     """Fresh parameters, whose residuals are zero; `from_transformer` starts from a trained transformer."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 

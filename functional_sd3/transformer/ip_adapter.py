@@ -81,9 +81,7 @@ def spec(config: Config) -> Tree:
     }
 
 
-def init(
-    key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Params:
+def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
     """Fresh parameters."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 

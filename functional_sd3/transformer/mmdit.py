@@ -83,9 +83,7 @@ def spec(config: Config) -> Tree:
     }
 
 
-def init(
-    key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Params:
+def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
     """Fresh parameters; the velocity of a fresh network is zero."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 

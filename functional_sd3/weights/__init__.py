@@ -1,5 +1,7 @@
 """Trees on disk: models read from every form people hold SD3's weights in, and written to those that others read.
 
+Usage:
+
     model = weights.load("stable-diffusion-3.5-medium", dtype=torch.bfloat16)
     model = weights.load(["sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "tokenizers"])
     weights.save("mine", model._replace(params=...))

@@ -1,5 +1,7 @@
 """CLIP models with both encoders, as transformers' `CLIPModel` writes them: config, weights, tokenizer, preprocessing.
 
+Files:
+
     config.json  model.safetensors  preprocessor_config.json  tokenizer.json | vocab.json, merges.txt
 """
 
@@ -70,9 +72,7 @@ LAYOUT = Layout(
 )
 
 
-def load(
-    path: str | os.PathLike, *, dtype: Dtype = None, device: torch.device | str = "cpu"
-) -> Clip:
+def load(path: str | os.PathLike, *, dtype: Dtype = None, device: torch.device | str = "cpu") -> Clip:
     """The model in a folder of transformers' `CLIPModel`, or in one safetensors file with its tensors.
 
     Beside a file its config.json and so on are read if they are there; otherwise the sizes are read off the shapes,

@@ -1,5 +1,7 @@
 """ControlNets on disk: diffusers' folder (`SD3ControlNetModel`) and Stability's single files for SD3.5-large.
 
+Usage:
+
     net = weights.load_controlnet("sd3.5_large_controlnet_canny.safetensors")
     residuals = controlnet.apply(net.params, net.config, ...)
 """
@@ -121,9 +123,7 @@ def load(
     Raises WeightsError naming everything that is wrong with the files. Nothing loads in part.
     """
     where, places, table, config = find(path, variant=variant)
-    params = tree_file.read(
-        where, places, table, controlnet.spec(config), dtype=dtype, device=device, finite=finite
-    )
+    params = tree_file.read(where, places, table, controlnet.spec(config), dtype=dtype, device=device, finite=finite)
     return ControlNet(params, config)
 
 

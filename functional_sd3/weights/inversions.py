@@ -1,7 +1,9 @@
 """Textual inversions on disk: a safetensors file with the vectors of one word, `clip_l`, `clip_g` and `t5xxl`.
 
+Usage:
+
     word = weights.load_inversion("cat-toy.safetensors")        # typed as <cat-toy>
-    params, config, tokenizers = inversion.add(model.params, model.config, model.tokenizers, word)
+    params, config, tokenizers = textual_inversion.add(model.params, model.config, model.tokenizers, word)
 """
 
 import os

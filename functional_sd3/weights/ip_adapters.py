@@ -1,5 +1,7 @@
 """IP-Adapters on disk: InstantX's file for SD3.5-large, `ip-adapter.safetensors`, told by the names inside.
 
+Usage:
+
     adapter = weights.load_ip_adapter("ip-adapter.safetensors")
     prompt = ip_adapter.ImagePrompt(adapter.params, adapter.config, features, scale=0.6)
 """

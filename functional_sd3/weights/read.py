@@ -278,13 +278,10 @@ def _wrong_format(name: str, mapped: Mapped) -> list[str]:
     return [] if known else [f"{name} says the weight is quantised as {said!r}; only {' and '.join(_FP8)} are read"]
 
 
-def too_large_to_compute(
-    names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], known: Sources
-) -> list[str]:
+def too_large_to_compute(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], known: Sources) -> list[str]:
     """Tables that a file lacks and that would be larger than all it holds: what is merely claimed takes no memory."""
     held = sum(map(math.prod, shapes.values()))
     absent = {name: shape for name, shape in rules.shapes_of(known).items() if name not in names}
     return [
         f"{name} is missing, and {list(s)} is too large to make up" for name, s in absent.items() if math.prod(s) > held
     ]
-

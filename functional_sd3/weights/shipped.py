@@ -16,9 +16,7 @@ def folder(name: str = NAME) -> Path:
     for candidate in (package / "params" / name, package.parent / "params" / name):
         if (candidate / "model_index.json").is_file():
             return candidate
-    raise FileNotFoundError(
-        2, f"the shipped weights {name!r} are not installed; pass --params DIR", None
-    )
+    raise FileNotFoundError(2, f"the shipped weights {name!r} are not installed; pass --params DIR", None)
 
 
 def resolve(path: str | os.PathLike) -> Path:

@@ -31,8 +31,10 @@ ROOTED = st.dictionaries(NAMES, TREES, max_size=4) | st.lists(TREES, max_size=3)
 def identical(first, second):
     """The same containers, in the same order, around the very same leaves."""
     if isinstance(first, dict):
-        return type(first) is type(second) and list(first) == list(second) and all(
-            identical(first[name], second[name]) for name in first
+        return (
+            type(first) is type(second)
+            and list(first) == list(second)
+            and all(identical(first[name], second[name]) for name in first)
         )
     if isinstance(first, list | tuple):
         return type(first) is type(second) and len(first) == len(second) and all(map(identical, first, second))

@@ -6,8 +6,18 @@ import shlex
 PROMPT = "a large red circle on a white background"
 
 PLACEHOLDERS = {
-    "*": {"MODEL": "MODEL", "PATH": "MODEL", "METRIC": "prompts", "REAL": "real", "FAKE": "fake", "FOLDER": "FOLDER",
-          "PROMPT": PROMPT, "IMAGE": "a.png", "IN": "image.png", "MASK": "MASK.png"},
+    "*": {
+        "MODEL": "MODEL",
+        "PATH": "MODEL",
+        "METRIC": "prompts",
+        "REAL": "real",
+        "FAKE": "fake",
+        "FOLDER": "FOLDER",
+        "PROMPT": PROMPT,
+        "IMAGE": "a.png",
+        "IN": "image.png",
+        "MASK": "MASK.png",
+    },
     "--inception": {"FILE": "pt_inception-2015-12-05-6726825d.pth"},
     "--clip": {"DIR": "clip-vit-base-patch32"},
     "--json": {"FILE": "result.json"},

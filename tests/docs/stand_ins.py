@@ -105,8 +105,15 @@ def extras(top: Path, model: weights.Model) -> None:
 
     attentions = transformer.depth + len(transformer.dual_attention_layers)
     small = ip_adapter.Config(
-        attentions, transformer.width, transformer.head_dim, hidden_width=32, depth=1, heads=2, resampler_head_dim=16,
-        tokens=4, mlp_width=32,
+        attentions,
+        transformer.width,
+        transformer.head_dim,
+        hidden_width=32,
+        depth=1,
+        heads=2,
+        resampler_head_dim=16,
+        tokens=4,
+        mlp_width=32,
     )
     adapter = ip_adapters.IPAdapter(ip_adapter.init(prng.key(2), small), small)
     weights.save_ip_adapter(top / "ip-adapter.safetensors", adapter)
@@ -151,4 +158,3 @@ def metrics(top: Path) -> None:
     said = {"text_config": text, "vision_config": tower | {"image_size": 16, "patch_size": 8}}
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "projection_dim": 16, **said}))
     bpe.save(folder, tables)
-

@@ -163,7 +163,6 @@ def test_gradients_are_counted_as_those_of_pytorchs_own_layers():
     assert backward(lambda: layers.linear(params, x)) == plain == 3 * 2 * 32 * 24 * 16
 
 
-
 def test_attention_is_counted_by_its_formula(networks):
     # PyTorch's counter knows no fused attention on a CPU, so that one asks for "math" to count it.
     config = models.config().clip_l

@@ -76,9 +76,7 @@ def pair(config: controlnet.Config, seed: int = 0):
     params = random_controlnet(config, seed)
     theirs = their_controlnet(config)
     spec = controlnet.spec(config)
-    theirs.load_state_dict(
-        rules.to_theirs(controlnets.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True
-    )
+    theirs.load_state_dict(rules.to_theirs(controlnets.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True)
     return params, theirs
 
 

@@ -129,9 +129,7 @@ UNIGRAM_CHANGES = {
     "unk_id huge": lambda d: d["model"].update(unk_id=10**300),
     "half a surrogate pair": lambda d: d["model"]["vocab"][5].__setitem__(0, "\ud800"),
     "a piece of 100,000 letters": lambda d: d["model"]["vocab"].append(["a" * 100_000, -1.0]),
-    "pieces of 128 letters": lambda d: d["model"]["vocab"].extend(
-        [[f"{index:0128}", -1.0] for index in range(3000)]
-    ),
+    "pieces of 128 letters": lambda d: d["model"]["vocab"].extend([[f"{index:0128}", -1.0] for index in range(3000)]),
     "many added tokens": lambda d: d["added_tokens"].extend(
         [{"id": 10_000 + index, "content": f"<{index}>"} for index in range(MOST_ADDED)]
     ),
@@ -237,7 +235,7 @@ def test_a_hostile_tokenizer_json_of_byte_pairs_is_refused_by_name(tmp_path, cha
         b"\xff" * 800_000 + b"\x01",
         b"\x0a\x03\x0a\x01a" + b"\x1a\x06\x10\xff\xff\xff\xff\x0f",  # a character map that is a number
         b"\x0a\x07\x0a\x01a\x18\xff\xff\x7f",  # a piece of an unknown type
-            b"\x0b",
+        b"\x0b",
         b"",
     ],
     ids=range(10),

@@ -55,9 +55,7 @@ def model_folder(tmp_path_factory):
     captions = [shapes.caption(scene, index) for index, scene in enumerate(shapes.scenes(prng.key(0), 60))]
     tables = bpe.init(bpe.train(captions, 560), model_max_length=16)
     charsmap = unigram.plain_charsmap()
-    pieces = unigram.from_pieces(
-        unigram.train(captions, 80, charsmap=charsmap), charsmap=charsmap, model_max_length=16
-    )
+    pieces = unigram.from_pieces(unigram.train(captions, 80, charsmap=charsmap), charsmap=charsmap, model_max_length=16)
     config = weights.Config(
         clip_l=clip.Config(
             vocab=len(tables.vocab),

@@ -202,7 +202,7 @@ def test_a_caption_that_cannot_be_read_skips_its_image_by_name(tmp_path, name, c
         ("metadata.csv", "file_name;text\na.png;x\n", "line 2 must be file_name and text"),
         ("metadata.csv", "file_name,text\na.png,a red, round cat\n", "line 2 .*a text with commas must be in quotes"),
         ("metadata.csv", 'file_name,text\na.png,"x\n', "line [23] must be"),
-        ("metadata.csv", f'file_name,text\na.png,{"x" * 200000}\n', "field larger than"),
+        ("metadata.csv", f"file_name,text\na.png,{'x' * 200000}\n", "field larger than"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 3}', "line 1 must be"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "score": NaN}', "line 1 must be .*NaN is no number"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": ["x", 3]}', "line 1 must be"),

@@ -367,9 +367,7 @@ def test_a_tokenizer_with_ids_beyond_the_encoders_table_is_refused_when_it_is_lo
         table = "embedding" if name == "t5" else "token_embedding"
         own = model.params[name]
         params = {**own, table: {"weight": own[table]["weight"][:-1].clone()}}
-        changed = model._replace(
-            config=replace(model.config, **{name: short}), params={**model.params, name: params}
-        )
+        changed = model._replace(config=replace(model.config, **{name: short}), params={**model.params, name: params})
         weights.save(tmp_path / name, changed)
         said = f"the tokenizer of {name} has ids up to {config.vocab - 1}, but {name} has embeddings of {short.vocab}"
         assert any(said in problem for problem in problems_of(tmp_path / name))

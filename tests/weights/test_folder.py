@@ -210,6 +210,7 @@ def test_a_table_of_positions_that_is_absent_is_computed(folder, saved):
         return {name: value for name, value in tensors.items() if name != "pos_embed.pos_embed"}
 
     rewrite(joined(folder / "transformer"), change)
+
     def table(path, dtype=None):
         return weights.load(path, only="transformer", dtype=dtype).params["transformer"]["position"]
 

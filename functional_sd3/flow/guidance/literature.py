@@ -174,9 +174,7 @@ def _from(start: Callable[[Tensor, Tensor], Tensor], scale: Scale) -> Guidance:
     check_scale(scale)
     if is_one(scale):
         return CONDITIONAL
-    return pairwise(
-        lambda negative, positive, x, t: extrapolate(start(negative, positive), positive, value(scale, t))
-    )
+    return pairwise(lambda negative, positive, x, t: extrapolate(start(negative, positive), positive, value(scale, t)))
 
 
 def _with_blocks(option: str, layers: Collection[int], **more: Any) -> dict[str, Branch]:

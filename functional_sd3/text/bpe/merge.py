@@ -72,9 +72,7 @@ def symbols_of(encoded: bytes, inner: Sequence[int], final: Sequence[int]) -> li
     return [*[inner[byte] for byte in encoded[:-1]], final[encoded[-1]]]
 
 
-def whole_words(
-    vocab: Mapping[str, int], merges: Merges, inner: Sequence[int], final: Sequence[int]
-) -> dict[str, int]:
+def whole_words(vocab: Mapping[str, int], merges: Merges, inner: Sequence[int], final: Sequence[int]) -> dict[str, int]:
     """Words that merge into one token, with their ids: most words of prompts, in one look-up."""
     ids = {}
     for token, i in vocab.items():

@@ -75,6 +75,7 @@ def flow_loss(
 
 def _dropped(text: Tree, empty: Tree, drop: Tensor) -> Tree:
     """`text` with the rows where `drop` (batch,) is True replaced by `empty`."""
+
     def pick(inputs: Tree, blanks: Iterator[Tensor]) -> Tree:
         return tree.map(lambda leaf: torch.where(drop.reshape(-1, *(1,) * (leaf.ndim - 1)), next(blanks), leaf), inputs)
 
