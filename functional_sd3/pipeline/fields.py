@@ -11,6 +11,7 @@ from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow.guidance import Branch, Guidance, Velocities
+from functional_sd3.flow.times import at_hand
 from functional_sd3.layouts.components import Config
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
@@ -201,6 +202,12 @@ def _check_lengths(contexts: Mapping[str, Tensor]) -> None:
 
 
 def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:
-    # Chosen by a tensor, not by a number, so that no value is read on the host.
-    index = (times == t).to(torch.uint8).argmax().reshape(1)
+    matches = times == t
+    if at_hand(matches) and not matches.any():
+        raise ValueError(
+            f"the velocity is evaluated at t = {t.tolist()}, which is not among the {len(times)} times that it was "
+            "made for; pass times=None for any t"
+        )
+    # Chosen by a tensor, not by a number, so that no value is read from a device.
+    index = matches.to(torch.uint8).argmax().reshape(1)
     return tree.map(lambda leaf: leaf.index_select(1, index).squeeze(1), rows[0])

@@ -209,3 +209,11 @@ def test_adaptive_methods_take_guidance_in_windows_but_none_with_a_memory(model,
         pipeline.velocity(model.params, model.config, conditions, guidance=guidance.apg(5.0))
     with pytest.raises(ValueError, match="a field of its own"):
         sample(model, conditions, noise, guidance.apg(5.0), field=pipeline.velocity)
+
+
+def test_a_time_that_the_modulations_were_not_made_for_is_an_error(model, conditions, noise):
+    times = torch.tensor([1.0, 0.5])
+    velocity = pipeline.velocity(model.params, model.config, conditions, times=times)
+    close(velocity(noise, times[1]), pipeline.velocity(model.params, model.config, conditions)(noise, times[1]))
+    with pytest.raises(ValueError, match=r"evaluated at t = 0\.25, which is not among the 2 times"):
+        velocity(noise, torch.tensor(0.25))
