@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from functional_sd3.formats import bounded, json_fields
 from functional_sd3.formats.errors import WeightsError, attempt
+from functional_sd3.formats.files import write_atomic
 from functional_sd3.formats.json_fields import Object
 from functional_sd3.formats.printable import shorten
 from functional_sd3.text.bpe.check import NAMED, Special, length_of, merge_problems, pair, tokens_of, vocab_problems
@@ -168,10 +169,11 @@ def write(folder: str | os.PathLike[str], files: Files) -> None:
         **({MULTI_TOKEN: [list(names) for names in files.multi_token]} if files.multi_token else {}),
     }
     named = {name: tokens[content] for name, content in files.names.items()}
-    _write(folder / "vocab.json", _dumps(files.vocab))
-    _write(folder / "merges.txt", "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in files.merges))
-    _write(folder / "tokenizer_config.json", _dumps(config))
-    _write(folder / "special_tokens_map.json", _dumps(named))
+    write_atomic(folder / "vocab.json", _dumps(files.vocab).encode())
+    merges = "".join(f"{a} {b}\n" for a, b in files.merges)
+    write_atomic(folder / "merges.txt", f"#version: 0.2\n{merges}".encode())
+    write_atomic(folder / "tokenizer_config.json", _dumps(config).encode())
+    write_atomic(folder / "special_tokens_map.json", _dumps(named).encode())
 
 
 def _flags(token: Special) -> dict[str, Any]:
@@ -181,15 +183,3 @@ def _flags(token: Special) -> dict[str, Any]:
 
 def _dumps(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from functional_sd3.formats.files import write_atomic
 from functional_sd3.text.token_fields import MULTI_TOKEN
 from functional_sd3.text.unigram import sentencepiece_file
 from functional_sd3.text.unigram.files import COLLAPSE, CONFIG, JSON, METASPACE, MODEL, STRIP, WHITESPACE
@@ -26,10 +27,10 @@ def save(folder: str | os.PathLike, tables: Tables) -> None:
         raise ValueError(f"padding, end and unknown are ids {ids}; the T5 format needs 0, 1 and 2")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    _write(path / MODEL, sentencepiece_file.serialize(_model(tables)))
+    write_atomic(path / MODEL, sentencepiece_file.serialize(_model(tables)))
     for name, content in ((JSON, _json(tables)), (CONFIG, _config(tables)), (_MAP, _token_map(tables))):
         end = "" if name == JSON else "\n"
-        _write(path / name, (json.dumps(content, indent=2, ensure_ascii=False) + end).encode())
+        write_atomic(path / name, (json.dumps(content, indent=2, ensure_ascii=False) + end).encode())
 
 
 def _template(eos: str, eos_id: int) -> dict[str, Any]:
@@ -122,16 +123,3 @@ def _token_map(tables: Tables) -> dict[str, Any]:
         "additional_special_tokens": _sentinels(tables),
         **{role: {flag: token[flag] for flag in flags} for role, token in described.items()},
     }
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace the file whole: written beside, brought to disk, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.text import bpe
 from functional_sd3.text.bpe import words as bpe_text
 from functional_sd3.text.bpe.training import train
@@ -304,6 +305,6 @@ def test_a_failed_save_leaves_the_old_files_whole(tmp_path, monkeypatch):
     bpe.save(tmp_path, TABLES)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WeightsError, match="vocab.json: cannot be written: disk full"):
         bpe.save(tmp_path, bpe.init(VOCAB, MERGES, pad_token="!"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.text import unigram
 from functional_sd3.text.unigram import charsmap, sentencepiece_file, training
 from functional_sd3.text.unigram.graphemes import clusters
@@ -167,8 +168,8 @@ def test_a_save_that_fails_leaves_the_old_files(tables, bare, tmp_path, monkeypa
 
     for step in ("fsync", "replace"):
         with monkeypatch.context() as broken:
-            broken.setattr(f"functional_sd3.text.unigram.writing.os.{step}", full)
-            with pytest.raises(OSError, match="no space"):
+            broken.setattr(f"os.{step}", full)
+            with pytest.raises(WeightsError, match="spiece.model: cannot be written: no space"):
                 unigram.save(tmp_path, bare)
         assert unigram.init(tmp_path) == tables and len(list(tmp_path.iterdir())) == 4
 
