@@ -75,12 +75,12 @@ def _report_velocity(model, stored, arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         encoders = {name: part for name, part in model.params.items() if name not in ("transformer", "vae")}
         encoders = tree.to(tree.cast(encoders, torch.float32), device)
-        told = pipeline.encode(encoders, model.config, model.tokenizers, prompts).positive
+        conditioning = pipeline.encode(encoders, model.config, model.tokenizers, prompts).positive
         noise = pipeline.initial_noise(prng.key(0), model.config, len(prompts), device=device)
         sigmas = pipeline.sigmas(model.config, noise, arguments.steps)
         reference = tree.to(tree.cast(model.params["transformer"], torch.float32), device)
         errors = precision.velocity_errors(
-            reference, tree.to(stored, device), model.config.transformer, noise, sigmas, *told
+            reference, tree.to(stored, device), model.config.transformer, noise, sigmas, *conditioning
         )
     for t, error in zip(sigmas.tolist(), errors.tolist(), strict=False):
         report.say(f"velocity at t = {t:.3f}: relative error {error:.2e} against float32")

@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
     train_checks.check_disk(out, state, setup.stored, KEEP)
     if arguments.resume:
         state = train_setup.resume(arguments, setup, _say)
-    begun = int(state.step)
+    first_step = int(state.step)
     samples = out / "samples"
 
     def on_sample(current, done: int) -> None:
@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
             has_sample=lambda done: (samples / f"{done:08d}.png").exists(),
             keep=KEEP,
             progress=progress,
-            on_row=None if progress else _row_printer(begun, arguments.steps),
+            on_row=None if progress else _row_printer(first_step, arguments.steps),
             note=_say,
         )
     except KeyboardInterrupt:
@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> int:
         else:
             _say(f"stopped at step {done}, saved in {checkpoints}; the same command with --resume goes on")
         return 130
-    if done == begun:
+    if done == first_step:
         _say(f"all {done} steps were done before: only the result is written again; a larger --steps goes on")
     try:
         report.say(train_setup.save_result(out, outcome.state, setup, LORA))
@@ -104,14 +104,14 @@ def _save_unsaved(error, out: Path, setup) -> None:
         _say(f"note: the result of all steps is written to {written}; without their checkpoint no run goes on from it")
 
 
-def _row_printer(begun: int, steps: int):
+def _row_printer(first_step: int, steps: int):
     """Prints a line for every row of the log: the loss, the rate, and how long the rest takes."""
     import time
 
     started = time.monotonic()
 
     def on_row(step: int, row: dict[str, float]) -> None:
-        seconds = (time.monotonic() - started) / max(step - begun, 1)
+        seconds = (time.monotonic() - started) / max(step - first_step, 1)
         left = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps - step)))
         rate = f", rate {row['rate']:.3g}" if "rate" in row else ""
         _say(f"step {step} of {steps}: loss {row['loss']:.4f}{rate}, {1 / seconds:.3g} steps/s, {left} left")

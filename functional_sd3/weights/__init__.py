@@ -95,7 +95,7 @@ def load(
 ) -> Model:
     """The model at a path, or the one that several paths make up; docs/weights.md lists what may lie there.
 
-    What it is is told by content, never by name: a diffusers folder, a folder of one of its components, a file of
+    Files are identified by content, never by name: a diffusers folder, a folder of one of its components, a file of
     Stability's or ComfyUI's with one component or several, a folder of such files, tokenizers. The architecture is in
     the configs beside the weights or read off their shapes (`infer_config`). Components that are in none of the paths
     are absent from the model; `missing` says which, and what would bring them.

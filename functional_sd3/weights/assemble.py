@@ -141,13 +141,13 @@ def _named(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
 
 
 def _guess(one: LoadPlan) -> str:
-    if one.told:
+    if one.has_config:
         return "clip_g" if one.config.activation == "gelu" else "clip_l"
     return registry.clip_named(one.config)
 
 
 def _as(name: str, one: LoadPlan) -> LoadPlan:
-    return one._replace(component=name, config=one.config if one.told else registry.activated(name, one.config))
+    return one._replace(component=name, config=one.config if one.has_config else registry.activated(name, one.config))
 
 
 def _twice(plans: Sequence[LoadPlan]) -> list[str]:

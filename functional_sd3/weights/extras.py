@@ -35,8 +35,8 @@ def find(path: Path, variant: str | None = None) -> Extra | None:
     if not path.is_file() or files.start(path)[8:9] != b"{":
         return None
     what = registry.foreign_kind(files.read_header(path).tensors) or ""
-    told = next((kind for kind in _KINDS if what.partition(",")[0].endswith(" " + kind)), None)
-    return _KINDS[told](path, variant) if told else None
+    chosen = next((kind for kind in _KINDS if what.partition(",")[0].endswith(" " + kind)), None)
+    return _KINDS[chosen](path, variant) if chosen else None
 
 
 def _controlnet(path: Path, variant: str | None) -> Extra:

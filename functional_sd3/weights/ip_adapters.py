@@ -1,4 +1,4 @@
-"""IP-Adapters on disk: InstantX's file for SD3.5-large, `ip-adapter.safetensors`, told by the names inside.
+"""IP-Adapters on disk: InstantX's file for SD3.5-large, `ip-adapter.safetensors`, identified by the names inside.
 
 Usage:
 

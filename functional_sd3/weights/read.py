@@ -60,8 +60,11 @@ class Discovered(NamedTuple):
 
 
 class LoadPlan(NamedTuple):
-    """A component that was checked and is still to be read; `names`: the rules' names -> the files'; `told`: whether
-    the config is what a file says, not what shapes do; `sources`: the layout's, of the spec."""
+    """A component that was checked and is still to be read.
+
+    names: the rules' names -> the files'; has_config: whether the config was read from a file, not inferred from shapes;
+    sources: the layout's, of the spec.
+    """
 
     component: str
     format: Format | None
@@ -72,7 +75,7 @@ class LoadPlan(NamedTuple):
     names: dict[str, str]
     places: dict[str, Mapped]
     scales: dict[str, str]
-    told: bool
+    has_config: bool
     sources: Sources
 
 
@@ -105,10 +108,10 @@ def plan(piece: ComponentFiles) -> LoadPlan:
             problems.append(f"{name} has dtype {_entry(places, name).dtype}, not a float")
     if problems:
         raise WeightsError([where + problem for problem in problems])
-    told = piece.config is not None
+    has_config = piece.config is not None
     format, where = piece.format, piece.where
     places = {**piece.places, **places}
-    return LoadPlan(piece.component, format, where, config, described, table, names, places, scales, told, known)
+    return LoadPlan(piece.component, format, where, config, described, table, names, places, scales, has_config, known)
 
 
 def kinds(plan: LoadPlan, quantized: bool = False) -> set[Kind]:

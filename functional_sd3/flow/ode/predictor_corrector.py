@@ -70,9 +70,9 @@ def _bend(points: History, t_next: Tensor, x: Tensor) -> Tensor:
     if len(points) == 1:
         return torch.zeros_like(x)
     t = points[0]["t"]
-    bent = (t > 0) & (t_next > 0) & (t != t_next)
+    is_regular = (t > 0) & (t_next > 0) & (t != t_next)
     # Elsewhere other finite arguments, so that the derivatives are finite too.
-    here, after = torch.where(bent, t, 0.5), torch.where(bent, t_next, 0.25)
+    here, after = torch.where(is_regular, t, 0.5), torch.where(is_regular, t_next, 0.25)
     h = _apart_in_lambda(here, after)
     nodes = [torch.zeros_like(h), *(_apart_in_lambda(here, point["t"]) / h for point in points[1:])]
     moments = [1 - after / here]
@@ -82,7 +82,7 @@ def _bend(points: History, t_next: Tensor, x: Tensor) -> Tensor:
         moments[1] = moments[0] / 2
     first = points[0]["value"]
     added = integral([torch.zeros_like(x), *(point["value"] - first for point in points[1:])], nodes, moments, x)
-    return torch.where(broadcast(bent, x), added, 0.0)
+    return torch.where(broadcast(is_regular, x), added, 0.0)
 
 
 def _apart_in_lambda(t: Tensor, other: Tensor) -> Tensor:
