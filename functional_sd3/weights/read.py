@@ -62,8 +62,8 @@ class Discovered(NamedTuple):
 class LoadPlan(NamedTuple):
     """A component that was checked and is still to be read.
 
-    names: the rules' names -> the files'; has_config: whether the config was read from a file, not inferred from shapes;
-    sources: the layout's, of the spec.
+    names: the rules' names -> the files'; has_config: whether the config was read from a file, not inferred from
+    shapes; sources: the layout's, of the spec.
     """
 
     component: str
