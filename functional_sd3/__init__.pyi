@@ -28,7 +28,8 @@ from functional_sd3.flow.ode import reversible as reversible
 from functional_sd3.flow.ode import stochastic as stochastic
 from functional_sd3.image import clip_pixels as clip_pixels
 from functional_sd3.image import files as files
-from functional_sd3.image import pictures as pictures
+from functional_sd3.image import folders as image_folders
+from functional_sd3.image import folders as pictures
 from functional_sd3.image import pixels as pixels
 from functional_sd3.image import taesd as taesd
 from functional_sd3.image import vae as vae
@@ -76,5 +77,5 @@ from functional_sd3.weights import merge as merge
 from functional_sd3.weights import quantize as quantize
 from functional_sd3.weights import shipped as shipped
 
-__all__ = ["clip_dual", "clip_image", "inversion", "losses"]
+__all__ = ["clip_dual", "clip_image", "image_folders", "inversion", "losses", "pictures"]
 __version__: str

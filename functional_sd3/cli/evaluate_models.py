@@ -16,8 +16,8 @@ from functional_sd3.cli import guidance, lora_options, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.image import files as image_files
-from functional_sd3.image import pictures, pixels, vae
-from functional_sd3.image.pictures import Item
+from functional_sd3.image import folders, pixels, vae
+from functional_sd3.image.folders import Item
 from functional_sd3.layouts.components import require
 from functional_sd3.metrics import clip_images, similarity
 from functional_sd3.recipes import shapes
@@ -118,19 +118,19 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
 
 
 def run_vae(arguments: argparse.Namespace) -> Report:
-    found = pictures.source(arguments.folder)
+    found = folders.source(arguments.folder)
     model, params = _model(arguments, only="vae")
     runtime.require(model, ("vae",), params)
     factor = vae.factor(require(model.config, "vae"))
     if arguments.size and arguments.size % factor:
         raise ValueError(f"--size {arguments.size} must be a multiple of {factor}, the pixels a side of one latent")
     cut = partial(_cut, factor=factor, size=arguments.size)
-    items = pictures.stream(found, cut, workers=arguments.workers)
+    items = folders.stream(found, cut, workers=arguments.workers)
     likenesses: list[Likeness] = []
-    unread: list[pictures.Skipped] = []
+    unread: list[folders.Skipped] = []
     for batch in _alike(report.progress(items, len(found.names), Path(arguments.folder).name), arguments.batch_size):
         if batch[0].value is None:
-            unread += [pictures.Skipped(item.name, item.reason or "") for item in batch]
+            unread += [folders.Skipped(item.name, item.reason or "") for item in batch]
         else:
             likenesses += _reconstructed(model, batch)
     skipped = tuple(unread)

@@ -12,8 +12,8 @@ from torch import Tensor
 from functional_sd3.cli import report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
-from functional_sd3.image import clip_pixels, pictures
-from functional_sd3.image.pictures import Skipped, Source
+from functional_sd3.image import clip_pixels, folders
+from functional_sd3.image.folders import Skipped, Source
 from functional_sd3.metrics import clip_images, cmmd, collect, features, fid, frechet, inception, kid, preprocess
 from functional_sd3.metrics.collect import Batch, Collected
 from functional_sd3.metrics.features import Features
@@ -88,7 +88,7 @@ def run_kid(arguments: argparse.Namespace) -> Report:
 
 
 def run_cmmd(arguments: argparse.Namespace) -> Report:
-    sources = {path: pictures.source(path) for path in (arguments.real, arguments.fake)}
+    sources = {path: folders.source(path) for path in (arguments.real, arguments.fake)}
     model = runtime.clip(arguments.clip, arguments.device)
     embed = partial(clip_images.image_embeddings, model.params, model.config)
     transform = partial(_square, config=model.pixels)
@@ -112,7 +112,7 @@ def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], di
         raise ValueError(f"{arguments.metric} compares two sets: give FAKE too, or --save FILE.npz to keep REAL's part")
     paths = [path for path in (arguments.real, arguments.fake) if path is not None]
     # The cheapest errors first: folders, then files, then the network, and pictures only after all else is right.
-    sources = {path: pictures.source(path) for path in paths if not _is_saved(path)}
+    sources = {path: folders.source(path) for path in paths if not _is_saved(path)}
     params = _network(arguments) if sources else None
     fingerprint = inception.fingerprint(params) if params else _UNSTATED
     saved = {path: kind.load(path, arguments, fingerprint) for path in paths if path not in sources}
@@ -186,7 +186,7 @@ def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str)
 def _batches(
     path: str, source: Source, transform: Callable, embed: Callable[..., Any] | None, arguments: argparse.Namespace
 ) -> Iterator[Batch]:
-    items = pictures.stream(source, transform, workers=arguments.workers)
+    items = folders.stream(source, transform, workers=arguments.workers)
     watched = report.progress(items, len(source.names), Path(path).name)
     if embed is None:
         raise ValueError(f"{path} holds images, for which --inception is needed")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 from functional_sd3.formats import printable
 
 if TYPE_CHECKING:
-    from functional_sd3.image.pictures import Skipped
+    from functional_sd3.image.folders import Skipped
 
 _MOST_NAMED = 10
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)

@@ -1,6 +1,6 @@
 """Features of a stream of images: batches through a network; unreadable images are listed.
 
-    items = pictures.stream(pictures.source("folder"), partial(preprocess.image, mode="clean"))
+    items = folders.stream(folders.source("folder"), partial(preprocess.image, mode="clean"))
     collected = collect.statistics(collect.walk(lambda images: inception.apply(params, images)[2048], items))
 
 The streams are lazy and the statistics are merged as they come, so memory does not grow with the number of images.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.image.pictures import Item, Skipped
+from functional_sd3.image.folders import Item, Skipped
 from functional_sd3.metrics import frechet
 
 

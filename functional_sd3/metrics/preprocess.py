@@ -9,7 +9,7 @@ The ways differ in resizing to 299 x 299 and in scaling, so scores of different 
   at i * size / 299 without a half pixel's offset, (x - 128) / 128.
 
 All are bit for bit what those packages make of an upright, opaque 8-bit image. Others they read worse: they drop
-transparency, clip 16 bits to 8 and ignore the orientation of photographs; `pictures.read` does none of that.
+transparency, clip 16 bits to 8 and ignore the orientation of photographs; `image.files.read` does none of that.
 """
 
 from collections.abc import Callable

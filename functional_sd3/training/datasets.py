@@ -19,7 +19,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.printable import escape, shorten
 from functional_sd3.image import files, pixels, vae
-from functional_sd3.image.pictures import Skipped
+from functional_sd3.image.folders import Skipped
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.text import conditioning
 from functional_sd3.training import captions as caption_files

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from functional_sd3.formats.errors import reason
 from functional_sd3.formats.printable import shorten
-from functional_sd3.image.pictures import is_shown
+from functional_sd3.image.folders import is_shown
 
 _LEADS_OUT = "lies outside of the folder of the data; --follow reads it all the same"
 

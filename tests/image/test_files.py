@@ -15,7 +15,7 @@ import numpy
 import pytest
 from PIL import Image, features
 
-from functional_sd3.image import files, pictures
+from functional_sd3.image import files, folders
 
 PACKAGE = Path(__file__).resolve().parents[2] / "functional_sd3"
 RED = (220, 40, 40)
@@ -58,7 +58,7 @@ def test_every_format_that_pillow_writes_and_we_read_is_read(tmp_path):
 def test_folders_of_the_newer_formats_are_read(tmp_path):
     for name in ("a.avif", "b.JFIF"):
         Image.new("RGB", (8, 8), RED).save(tmp_path / name)
-    assert pictures.source(tmp_path).names == ("a.avif", "b.JFIF")
+    assert folders.source(tmp_path).names == ("a.avif", "b.JFIF")
 
 
 def test_a_postscript_program_is_never_run_whatever_its_name(tmp_path):
@@ -253,7 +253,7 @@ def test_what_is_no_file_is_refused_and_nothing_waits(tmp_path, kind):
     with pytest.raises(ValueError, match="is a device"):
         getattr(files, kind)("/dev/zero")
     with pytest.raises(ValueError, match="neither a folder"):
-        pictures.source(tmp_path / "pipe.png")
+        folders.source(tmp_path / "pipe.png")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -267,8 +267,8 @@ def test_members_of_archives_are_bounded_by_what_they_declare_and_what_they_are(
         archive.writestr("good.png", buffer.getvalue())
     content = (tmp_path / "a.zip").read_bytes()
     (tmp_path / "a.zip").write_bytes(content.replace(struct.pack("<I", 2**26), struct.pack("<I", 2**10)))
-    source = pictures.source(tmp_path / "a.zip")
-    items = {item.name: item for item in pictures.stream(source, lambda image: image.size)}
+    source = folders.source(tmp_path / "a.zip")
+    items = {item.name: item for item in folders.stream(source, lambda image: image.size)}
     assert items["good.png"].value == (4, 4)
     assert "2,097,152 bytes, more than" in items["large.png"].reason
     assert "cannot be taken out of the archive" in items["lies.png"].reason
@@ -281,7 +281,7 @@ def test_a_member_that_unpacks_to_more_than_it_declares_is_not_unpacked_at_once(
     (tmp_path / "a.zip").write_bytes(content.replace(struct.pack("<I", 2**26), struct.pack("<I", 2**10)))
     tracemalloc.start()
     try:
-        (item,) = pictures.stream(pictures.source(tmp_path / "a.zip"), lambda image: image.size)
+        (item,) = folders.stream(folders.source(tmp_path / "a.zip"), lambda image: image.size)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -13,7 +13,7 @@ import numpy
 import pytest
 from PIL import Image
 
-from functional_sd3.image import files, pictures
+from functional_sd3.image import files, folders
 from functional_sd3.training import datasets
 
 NUMBERS = (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\0\0\x40\0", b"\0\x40\0\0")
@@ -110,7 +110,7 @@ def test_mutated_archives_give_images_or_reasons(samples, tmp_path):
         cut = draw.choice((0, len(content) - 500))
         (tmp_path / "a.zip").write_bytes(content[:cut] + mutated(content[cut:], draw))
         try:
-            for item in pictures.stream(pictures.source(tmp_path / "a.zip"), lambda image: image.size):
+            for item in folders.stream(folders.source(tmp_path / "a.zip"), lambda image: image.size):
                 outcomes["read" if item.reason is None else "named"] += 1
         except ValueError:
             outcomes["refused"] += 1

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from functional_sd3.core import prng
-from functional_sd3.image import pictures
-from functional_sd3.image.pictures import Item, Skipped
+from functional_sd3.image import folders
+from functional_sd3.image.folders import Item, Skipped
 from functional_sd3.metrics import collect, features, frechet, inception, preprocess
 from functional_sd3.metrics.features import Features
 from functional_sd3.weights import WeightsError
@@ -88,7 +88,7 @@ def test_a_folder_becomes_the_features_of_its_pictures(tmp_path):
     for index, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / f"{index}.png")
     params = models.random_inception()
-    items = pictures.stream(pictures.source(tmp_path), partial(preprocess.image, mode="pytorch_fid"))
+    items = folders.stream(folders.source(tmp_path), partial(preprocess.image, mode="pytorch_fid"))
     found = collect.features(
         collect.walk(lambda images: inception.apply(params, images, last=64)[64], items, batch_size=2)
     )

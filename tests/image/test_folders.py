@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from functional_sd3.image import files, pictures
+from functional_sd3.image import files, folders
 from functional_sd3.metrics import preprocess
 
 RED, WHITE = (220, 40, 40), (255, 255, 255)
@@ -82,9 +82,9 @@ def zipped(folder, path):
 
 
 def test_a_folder_is_read_in_order_and_what_is_broken_is_named(folder):
-    source = pictures.source(folder)
+    source = folders.source(folder)
     assert source.names == NAMES
-    items = list(pictures.stream(source, pixels_of))
+    items = list(folders.stream(source, pixels_of))
     assert [item.name for item in items] == list(NAMES)
     assert [item.value.shape[1:] for item in items if item.reason is None] == [(8, 8), (30, 41), (9, 5), (3, 3)]
     assert {item.name for item in items if item.value is None} == {"a/cut.jpg", "broken.png"}
@@ -99,14 +99,14 @@ def test_links_are_followed_and_no_folder_is_entered_twice(folder, tmp_path):
     (linked / "again").symlink_to(linked)
     (linked / "twice").symlink_to(folder)
     (folder / "loop").symlink_to(folder)
-    assert pictures.source(linked).names == tuple(f"folder/{name}" for name in NAMES)
+    assert folders.source(linked).names == tuple(f"folder/{name}" for name in NAMES)
 
 
 def test_an_archive_is_read_as_the_folder_it_was_made_of(folder, tmp_path):
-    archive = pictures.source(zipped(folder, tmp_path / "pictures.zip"))
+    archive = folders.source(zipped(folder, tmp_path / "pictures.zip"))
     assert archive.names == NAMES
     for one, other in zip(
-        pictures.stream(archive, pixels_of), pictures.stream(pictures.source(folder), pixels_of), strict=True
+        folders.stream(archive, pixels_of), folders.stream(folders.source(folder), pixels_of), strict=True
     ):
         assert one.name == other.name and (one.reason is None) == (other.reason is None)
         assert one.value is None or torch.equal(one.value, other.value)
@@ -117,16 +117,16 @@ def test_processes_read_what_one_reads_in_the_same_order(folder, tmp_path):
     for index in range(60):
         Image.new("L", (1 + index, 3), index).save(folder / f"{index}.png")
     transform = partial(preprocess.image, mode="tf1")
-    alone = list(pictures.stream(pictures.source(folder), transform))
+    alone = list(folders.stream(folders.source(folder), transform))
     for path, workers in ((folder, 2), (zipped(folder, tmp_path / "pictures.zip"), 1)):
-        for one, other in zip(pictures.stream(pictures.source(path), transform, workers=workers), alone, strict=True):
+        for one, other in zip(folders.stream(folders.source(path), transform, workers=workers), alone, strict=True):
             assert one.name == other.name and one.reason == other.reason
             assert one.value is None or torch.equal(one.value, other.value)
 
 
 def test_nothing_is_read_before_it_is_asked_for(folder):
     seen = []
-    items = pictures.stream(pictures.source(folder), lambda picture: seen.append(picture) or torch.zeros(1))
+    items = folders.stream(folders.source(folder), lambda picture: seen.append(picture) or torch.zeros(1))
     assert not seen
     next(items), next(items)
     assert len(seen) == 1
@@ -136,25 +136,25 @@ def test_a_picture_that_the_transform_refuses_is_named(folder):
     def refuse(picture):
         raise ValueError("too small")
 
-    assert {item.reason for item in pictures.stream(pictures.source(folder), refuse) if item.name == "b.png"} == {
+    assert {item.reason for item in folders.stream(folders.source(folder), refuse) if item.name == "b.png"} == {
         "too small"
     }
 
 
 def test_what_holds_no_pictures_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        pictures.source(tmp_path / "nowhere")
+        folders.source(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images"):
-        pictures.source(tmp_path)
+        folders.source(tmp_path)
     (tmp_path / "file.txt").write_text("text")
     with pytest.raises(ValueError, match="neither a folder of images nor a zip"):
-        pictures.source(tmp_path / "file.txt")
+        folders.source(tmp_path / "file.txt")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
         pass
     with pytest.raises(ValueError, match="empty.zip holds no images"):
-        pictures.source(tmp_path / "empty.zip")
+        folders.source(tmp_path / "empty.zip")
     with pytest.raises(ValueError, match="workers -1"):
-        next(pictures.stream(pictures.Source(tmp_path, ("a.png",)), pixels_of, workers=-1))
+        next(folders.stream(folders.Source(tmp_path, ("a.png",)), pixels_of, workers=-1))
 
 
 def test_an_archive_with_damage_inside_names_the_damaged(folder, tmp_path):
@@ -163,7 +163,7 @@ def test_an_archive_with_damage_inside_names_the_damaged(folder, tmp_path):
     start = data.index((folder / "b.png").read_bytes())
     data[start + 20] ^= 255
     path.write_bytes(data)
-    reasons = {item.name: item.reason for item in pictures.stream(pictures.source(path), pixels_of)}
+    reasons = {item.name: item.reason for item in folders.stream(folders.source(path), pixels_of)}
     assert "cannot be taken out of the archive" in reasons["b.png"] and reasons["c.bmp"] is None
 
 
@@ -177,7 +177,7 @@ def test_who_stops_early_waits_for_nothing_and_leaves_no_process_behind(folder):
     for index in range(40):
         Image.new("L", (1 if index < 10 else 2, 1)).save(folder / f"d{index:02}.png")
     before = set(active_children())
-    items = pictures.stream(pictures.source(folder), slow, workers=1)
+    items = folders.stream(folders.source(folder), slow, workers=1)
     assert next(items).name == "a/cut.jpg"
     started = set(active_children()) - before
     assert len(started) == 1
