@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functional_sd3.core.types import Params, Velocity
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import Config
+from functional_sd3.layouts.components import Config, require
 from functional_sd3.pipeline import masks
 from functional_sd3.pipeline.fields import Conditions, velocity
 from functional_sd3.transformer.control import Control
@@ -36,11 +36,11 @@ class Region(NamedTuple):
 def shares(regions: Sequence[Region], config: Config, latents: Tensor) -> Tensor:
     """Weights of the prompts in every latent: (1 + regions, 1, height, width), the image's own prompt first; they sum
     to 1. Latents take the mean of the pixels of a mask. ValueError for masks of other proportions."""
-    factor, size = vae.factor(config.vae), latents.shape[-2:]
+    factor, (height, width) = vae.factor(require(config, "vae")), latents.shape[-2:]
     for region in regions:
-        masks.check(region.mask, size[0] * factor, size[1] * factor, 1)
-    weights = [masks.soft(region.mask, *size).to(latents) * region.weight for region in regions]
-    of_regions = torch.cat([latents.new_zeros(0, 1, *size), *weights])
+        masks.check(region.mask, height * factor, width * factor, 1)
+    weights = [masks.soft(region.mask, height, width).to(latents) * region.weight for region in regions]
+    of_regions = torch.cat([latents.new_zeros(0, 1, height, width), *weights])
     total = of_regions.sum(0, keepdim=True)
     return torch.cat([(1 - total).clamp_min(0), of_regions]) / total.clamp_min(1)
 
@@ -89,7 +89,7 @@ def tiles(tile: int, overlap: int | None = None, field: Field = velocity) -> Fie
         **options: Any,
     ) -> Velocity:
         def cut(x: Tensor) -> list[tuple[Window, Tensor]]:
-            return windows(x, tile, overlap, config.transformer.patch_size)
+            return windows(x, tile, overlap, require(config, "transformer").patch_size)
 
         def of(window: Window | None) -> Velocity:
             cropped = [_cropped(one, window) for one in control] if window else ()

@@ -9,7 +9,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import Config
+from functional_sd3.layouts.components import Config, require
 from functional_sd3.pipeline.blending import blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components, device_of, fetch
 from functional_sd3.pipeline.edits import edit_latents, flow_edit_latents
@@ -19,7 +19,7 @@ from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.masks import keep_masked, latent_mask, restore_kept, unmask_times
 from functional_sd3.pipeline.mixing import between, slerp
 from functional_sd3.pipeline.prepare import Prepared, split_batches
-from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request
+from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, Tiling, needed
 from functional_sd3.pipeline.sampling import add_noise, sample, sigmas
 
 
@@ -41,7 +41,7 @@ def sample_latents(params: Params, config: Config, prepared: Prepared) -> Tensor
     request, options = prepared.request, vars(prepared.request.sampling)
     device = device_of(params["transformer"])
     if request.edit is not None:
-        return _edit(params, config, prepared, device)
+        return _edit(params, config, prepared, request.edit, device)
     conditions, noise, key = _conditions_and_noise(config, prepared, device)
     start = _start(config, prepared, noise)
     field = _field(config, request, noise)
@@ -57,7 +57,7 @@ def decode_latents(params: Params, config: Config, prepared: Prepared, latents: 
     """Images of the latents: in tiles where the request is, and with what a mask keeps where it restores that."""
     request, tile = prepared.request, None
     if request.tiling is not None:
-        side, overlap = _tile_sizes(config, request)
+        side, overlap = _tile_sizes(config, request.tiling)
         tile = max(side, 2 * overlap)
     images, start = decode(params, config, latents, tile=tile), request.start
     if start is None or start.mask is None or not start.restore:
@@ -87,9 +87,9 @@ def _conditions_and_noise(config: Config, prepared: Prepared, device: torch.devi
     request, conditions = prepared.request, _conditions(prepared.prompts, device)
     size = (request.height, request.width)
     if prepared.places is not None:
-        keys, places = prepared.keys, prepared.places.to(device)
+        keys, places = needed(prepared.keys, "key"), prepared.places.to(device)
         noises = initial_noise(keys, config, len(keys), *size, device=device)
-        noise, conditions = between(noises, conditions, places, request.frames.mix)
+        noise, conditions = between(noises, conditions, places, needed(request.frames, "frames").mix)
         # A method's own noise is that of the first stop in every frame, so that they go on smoothly.
         return conditions, noise, keys[:1].expand(len(places), 2)
     return conditions, _noise(config, prepared, device), prepared.keys
@@ -102,7 +102,7 @@ def _noise(config: Config, prepared: Prepared, device: torch.device) -> Tensor:
         size = (request.height, request.width)
         return initial_noise(key, config, prepared.samples, *size, device=device, bounded=request.is_bounded)
 
-    noise = of(prepared.keys) if request.noise is None else request.noise.to(device)
+    noise = of(needed(prepared.keys, "key")) if request.noise is None else request.noise.to(device)
     if request.variation is None:
         return noise
     amount = request.variation.amount
@@ -114,7 +114,7 @@ def _start(config: Config, prepared: Prepared, noise: Tensor) -> _Start:
     start, steps = prepared.request.start, prepared.request.sampling.steps
     if start is None:
         return _Start(noise)
-    latents = prepared.latents.to(noise.device).expand_as(noise)
+    latents = needed(prepared.latents, "start images").to(noise.device).expand_as(noise)
     x, times = add_noise(config, latents, noise, steps, start.strength)
     if start.mask is None:
         return _Start(x, times)
@@ -126,27 +126,28 @@ def _field(config: Config, request: Request, noise: Tensor) -> Callable[..., Vel
     """What makes the velocity of regions and tiles; None for the usual one."""
     field = request.field
     if request.tiling is not None:
-        field = tiles(*_tile_sizes(config, request), field or velocity)
+        field = tiles(*_tile_sizes(config, request.tiling), field or velocity)
     if request.regions:
         return blend_fields(shares(request.regions, config, noise), field or velocity)
     return field
 
 
-def _tile_sizes(config: Config, request: Request) -> tuple[int, int]:
+def _tile_sizes(config: Config, tiling: Tiling) -> tuple[int, int]:
     """Side and overlap of tiles in latents."""
-    factor, (side, overlap) = vae.factor(config.vae), (request.tiling.side, request.tiling.overlap)
-    side = config.transformer.sample_size if side is None else side // factor
-    return side, side // 4 if overlap is None else overlap // factor
+    factor = vae.factor(require(config, "vae"))
+    side = require(config, "transformer").sample_size if tiling.side is None else tiling.side // factor
+    return side, side // 4 if tiling.overlap is None else tiling.overlap // factor
 
 
-def _edit(params: Params, config: Config, prepared: Prepared, device: torch.device) -> Tensor:
-    request, edit = prepared.request, prepared.request.edit
-    conditions = _conditions(prepared.source, device), _conditions(prepared.prompts, device)
-    latents = prepared.latents.to(device)
+def _edit(
+    params: Params, config: Config, prepared: Prepared, edit: InversionEdit | FlowEdit, device: torch.device
+) -> Tensor:
+    request = prepared.request
+    source, start = needed(prepared.source, "source prompts"), needed(request.start, "start images")
+    conditions = _conditions(source, device), _conditions(prepared.prompts, device)
+    latents = needed(prepared.latents, "start images").to(device)
     latents = latents.expand(prepared.samples, *latents.shape[1:])
     if isinstance(edit, InversionEdit):
         return edit_latents(params, config, conditions, latents, edit, request.sampling, key=prepared.keys)
-    assert isinstance(edit, FlowEdit)
-    return flow_edit_latents(
-        params, config, conditions, latents, prepared.keys, edit, request.sampling, strength=request.start.strength
-    )
+    key = needed(prepared.keys, "key")
+    return flow_edit_latents(params, config, conditions, latents, key, edit, request.sampling, strength=start.strength)

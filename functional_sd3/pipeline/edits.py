@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params, Velocity
-from functional_sd3.flow import path, schedule
+from functional_sd3.flow import ode, path, schedule
 from functional_sd3.flow.ode.method import Method
 from functional_sd3.flow.path import broadcast
 from functional_sd3.layouts.components import Config
@@ -65,7 +65,11 @@ def invert_latents(
     """
     times = sigmas(config, latents, sampling.steps).flip(0)
     method = chosen_method(config, len(latents), sampling.method, key)
-    options = vars(replace(sampling, method=method if inversion is None else inversion(method)))
+    if inversion is not None:
+        if isinstance(method, ode.Adaptive):
+            raise ValueError(f"{method.name} chooses its own steps, which cannot be undone one by one: take ode.EULER")
+        method = inversion(method)
+    options = vars(replace(sampling, method=method))
     return sample(params, config, conditions, latents, times=times, key=key, **options)
 
 
@@ -117,36 +121,37 @@ def flow_edit_latents(
     strength: float,
 ) -> Tensor:
     """The latents of `pipeline.flow_edit`, from latents and the conditions (source, target)."""
+    source, target = conditions
     grid, keys = sigmas(config, latents, sampling.steps), sample_keys(key, len(latents))
 
     def noises(t: Tensor) -> list[Tensor]:
         at = prng.fold_in(keys, schedule.position(grid, t))
         return [prng.normal(prng.fold_in(at, each), latents.shape[1:]).to(latents) for each in range(edit.averages)]
 
-    field, times = edit_field(latents, noises, edit.cfg), schedule.partial(grid, strength)
-    return sample(params, config, conditions, latents, times=times, field=field, key=key, **vars(sampling))
+    field, times = edit_field(latents, noises, source, edit.cfg), schedule.partial(grid, strength)
+    return sample(params, config, target, latents, times=times, field=field, key=key, **vars(sampling))
 
 
 def edit_field(
-    latents: Tensor, noises: Callable[[Tensor], Sequence[Tensor]], source_cfg: float | Tensor
+    latents: Tensor, noises: Callable[[Tensor], Sequence[Tensor]], source: Conditions, source_cfg: float | Tensor
 ) -> Callable[..., Velocity]:
-    """The field of FlowEdit for the conditions (source, target): the mean difference of their velocities."""
+    """The field of FlowEdit for the conditions of the target: its velocities less the source's, averaged."""
 
     def make(
         params: Params,
         config: Config,
-        conditions: tuple[Conditions, Conditions],
+        conditions: Conditions,
         cfg: float | Tensor = 5.0,
         times: Tensor | None = None,
         **options: Any,
     ) -> Velocity:
         unguided = {name: value for name, value in options.items() if name != "guidance"}
-        source = velocity(params, config, conditions[0], source_cfg, times, **unguided)
-        target = velocity(params, config, conditions[1], cfg, times, **options)
+        start = velocity(params, config, source, source_cfg, times, **unguided)
+        target = velocity(params, config, conditions, cfg, times, **options)
 
         def mean_difference(z: Tensor, t: Tensor) -> Tensor:
             noised = [path.interpolate(latents, noise, t) for noise in noises(t)]
-            return torch.stack([target(z + x - latents, t) - source(x, t) for x in noised]).mean(0)
+            return torch.stack([target(z + x - latents, t) - start(x, t) for x in noised]).mean(0)
 
         return mean_difference
 

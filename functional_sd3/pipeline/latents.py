@@ -7,7 +7,7 @@ from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import control as control_image
 from functional_sd3.image import pixels, vae
-from functional_sd3.layouts.components import Config
+from functional_sd3.layouts.components import Config, require
 from functional_sd3.transformer import controlnet
 
 
@@ -27,7 +27,7 @@ def initial_noise(
     `latent_size`.
     """
     height, width = latent_size(config, height, width, bounded=bounded)
-    return prng.normal(sample_keys(key, count), (config.transformer.in_channels, height, width)).to(device)
+    return prng.normal(sample_keys(key, count), (require(config, "transformer").in_channels, height, width)).to(device)
 
 
 def sample_keys(key: Key, count: int) -> Key:
@@ -47,14 +47,14 @@ def encode_images(params: Params, config: Config, images: Tensor, *, key: Key | 
     key: draws from the VAE's posterior, sample by sample as `initial_noise`; by default its mean is taken. Raises
     ValueError for other shapes, and sides that are no multiples of the VAE's factor.
     """
-    dtype = params["vae"]["encoder"]["conv_in"]["weight"].dtype
-    posterior = vae.encode(params["vae"], config.vae, pixels.to_signed(images).to(dtype))
+    dtype, sizes = params["vae"]["encoder"]["conv_in"]["weight"].dtype, require(config, "vae")
+    posterior = vae.encode(params["vae"], sizes, pixels.to_signed(images).to(dtype))
     if key is None:
         latents = posterior.mean
     else:
         noise = prng.normal(sample_keys(key, len(images)), posterior.mean.shape[1:]).to(posterior.mean)
         latents = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
-    return vae.normalize(config.vae, latents.float())
+    return vae.normalize(sizes, latents.float())
 
 
 def decode(params: Params, config: Config, latents: Tensor, *, tile: int | None = None) -> Tensor:
@@ -62,12 +62,12 @@ def decode(params: Params, config: Config, latents: Tensor, *, tile: int | None 
 
     tile: the side in latents of the overlapping tiles to decode in, for large images; by default all at once.
     """
-    dtype = params["vae"]["decoder"]["conv_in"]["weight"].dtype
-    latents = vae.denormalize(config.vae, latents).to(dtype)
+    dtype, sizes = params["vae"]["decoder"]["conv_in"]["weight"].dtype, require(config, "vae")
+    latents = vae.denormalize(sizes, latents).to(dtype)
     if tile is None:
-        images = vae.decode(params["vae"], config.vae, latents)
+        images = vae.decode(params["vae"], sizes, latents)
     else:
-        images = vae.decode_tiled(params["vae"], config.vae, latents, tile=tile, overlap=tile // 4)
+        images = vae.decode_tiled(params["vae"], sizes, latents, tile=tile, overlap=tile // 4)
     return pixels.from_signed(images.float())
 
 
@@ -91,7 +91,7 @@ def control_latents(
         raise ValueError(f"this ControlNet reads {net.extra_channels} channels beside the latents: it {wanted}")
     return control_image.encode(
         params["vae"],
-        config.vae,
+        require(config, "vae"),
         images,
         shifted=mask is not None or not net.zero_pooled,
         wide=net.kind == "canny" and net.context_width is None,
@@ -108,12 +108,12 @@ def latent_size(
     `bounded`: by the table of positions, which one evaluation of the transformer has; a run in tiles
     (`tiles`) has no bound.
     """
-    factor = vae.factor(config.vae)
-    step = factor * config.transformer.patch_size
-    largest = step * config.transformer.position_size
+    factor, sizes = vae.factor(require(config, "vae")), require(config, "transformer")
+    step = factor * sizes.patch_size
+    largest = step * sizes.position_size
     sides = []
     for name, side in (("height", height), ("width", width)):
-        side = config.transformer.sample_size * factor if side is None else side
+        side = sizes.sample_size * factor if side is None else side
         if side % step or side < step:
             below = side // step * step
             nearest = f"nearest are {below} and {below + step}" if below > 0 else f"the least is {step}"

@@ -61,9 +61,9 @@ def check_blur(sigma: float) -> None:
 
 
 def latent_mask(mask: Tensor, latents: Tensor, soften: float | None) -> Tensor:
-    """The mask at the size of the latents; `soften` as of `inpaint`."""
-    size = latents.shape[-2:]
-    return hard(mask, *size) if soften is None else soft(mask, *size, soften)
+    """The mask at the size of the latents, or of images; `soften` as of `inpaint`."""
+    height, width = latents.shape[-2:]
+    return hard(mask, height, width) if soften is None else soft(mask, height, width, soften)
 
 
 def unmask_times(mask: Tensor, grid: Tensor) -> Tensor:
@@ -95,9 +95,7 @@ def keep_masked(latents: Tensor, noise: Tensor, unmasked: Tensor) -> Callable[[V
 
 def restore_kept(drawn: Tensor, images: Tensor, mask: Tensor, soften: float | None = None) -> Tensor:
     """`images` where the mask keeps them, `drawn` elsewhere, (batch, 3, height, width); grey mixes them."""
-    size = images.shape[-2:]
-    share = hard(mask, *size) if soften is None else soft(mask, *size, soften)
-    return images + share * (drawn - images)
+    return images + latent_mask(mask, images, soften) * (drawn - images)
 
 
 def extend_canvas(

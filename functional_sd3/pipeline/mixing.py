@@ -51,8 +51,8 @@ def mix_conditions(start: Conditions, end: Conditions, amount: float | Tensor, m
         each = torch.as_tensor(amount, dtype=first.dtype, device=first.device)
         if first.ndim == 3 and each.ndim:
             each = each.repeat_interleave(first.shape[1])
-        flat = (part.reshape(-1, part.shape[-1]) for part in (first, second))
-        return mix(*flat, each).reshape(first.shape)
+        width = first.shape[-1]
+        return mix(first.reshape(-1, width), second.reshape(-1, width), each).reshape(first.shape)
 
     return Conditions(
         *(

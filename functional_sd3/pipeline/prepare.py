@@ -10,12 +10,12 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.types import Key
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import Config
+from functional_sd3.layouts.components import Config, require
 from functional_sd3.pipeline import masks
 from functional_sd3.pipeline.components import Components, fetch
 from functional_sd3.pipeline.encoding import EncodedPrompts, encode_groups
 from functional_sd3.pipeline.latents import encode_images, latent_size, sample_keys
-from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, SamplingOptions, Variation
+from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, SamplingOptions, Variation, needed
 from functional_sd3.weights.model import Tokenizers
 
 
@@ -129,14 +129,14 @@ def _with_size(request: Request, config: Config) -> Request:
         rows, columns = latent_size(config, height, width, bounded=request.is_bounded)
     else:
         rows, columns = request.noise.shape[-2:]
-    factor = vae.factor(config.vae)
+    factor = vae.factor(require(config, "vae"))
     for region in request.regions:
         masks.check(region.mask, rows * factor, columns * factor, 1)
     return replace(request, height=height, width=width)
 
 
 def _prepare_frames(components: Components, config: Config, tokenizers: Tokenizers, request: Request) -> Prepared:
-    frames, key = request.frames, request.key
+    frames, key = needed(request.frames, "frames"), needed(request.key, "key")
     stops = max(len(request.prompts), len(key) if key.ndim > 1 else 1)
     # One key for all stops is that of the first sample.
     keys = (key if key.ndim > 1 else sample_keys(key, 1)).expand(stops, 2)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from functional_sd3.pipeline.fields import velocity
 from functional_sd3.pipeline.mixing import Mix, lerp
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+
+T = TypeVar("T")
 
 EDIT_ETA, EDIT_WINDOW, EDIT_SOURCE_CFG = 0.9, (0.0, 0.25), 1.0
 """Defaults of `edit`."""
@@ -166,13 +168,14 @@ class Request:
         if not self.prompts:
             raise ValueError("there are no prompts; give a string or several, and an empty one for no prompt")
         if self.frames is not None:
-            self._check_frames()
+            self._check_frames(self.frames)
             return
         if self.start is not None and len(self.start.images) not in (1, len(self.prompts)):
             count = len(self.start.images)
             raise ValueError(f"{count} images for {len(self.prompts)} prompts; give one, or one for each")
         if self.start is not None and self.start.mask is not None:
-            masks.check(self.start.mask, *self.start.images.shape[-2:], len(self.prompts))
+            height, width = self.start.images.shape[-2:]
+            masks.check(self.start.mask, height, width, len(self.prompts))
         if self.edit is not None:
             if self.start is None:
                 raise ValueError("an edit needs start images")
@@ -189,17 +192,24 @@ class Request:
         """True if the whole image is seen by one evaluation, whose table of positions then bounds its size."""
         return self.tiling is None and self.field in (None, velocity)
 
-    def _check_frames(self) -> None:
+    def _check_frames(self, frames: Frames) -> None:
         if self.start is not None or self.edit is not None or self.regions or self.noise is not None:
             raise ValueError("frames are drawn between prompts and keys alone")
         if self.key is None:
             raise ValueError("frames need the keys of their stops, or one for all")
         keys = len(self.key) if self.key.ndim > 1 else 1
         stops = max(len(self.prompts), keys)
-        if self.frames.count < 2 or stops < 2:
-            raise ValueError(f"{self.frames.count} frames between {stops} stops; both must be at least 2")
+        if frames.count < 2 or stops < 2:
+            raise ValueError(f"{frames.count} frames between {stops} stops; both must be at least 2")
         if {len(self.prompts), keys} - {1, stops}:
             raise ValueError(f"{keys} keys for {len(self.prompts)} prompts; give one, or one for each")
+
+
+def needed(part: T | None, name: str) -> T:
+    """A part of a request. Raises ValueError where it has none."""
+    if part is None:
+        raise ValueError(f"this request has no {name}, which drawing it needs")
+    return part
 
 
 def prompt_list(prompts: str | Sequence[str]) -> list[str]:

@@ -178,6 +178,7 @@ def test_other_pictures_have_no_settings(tmp_path):
         (("edit", "{}/in.png", "--eta", 2), "--eta 2.0 must be between 0 and 1"),
         (("edit", "{}/in.png", "--window", "half"), "--window 'half' must be START-END"),
         (("edit", "{}/in.png", "--window", "0.5-0.25"), "--window 0.5-0.25 must be START <= END <= 1"),
+        (("edit", "{}/in.png", "--exact", "--method", "bosh3"), "bosh3 chooses its own steps, which cannot be undone"),
         (("edit", "{}/in.png", "--strength", 0.5), "--strength needs --direct"),
         (("edit", "{}/in.png", "--direct", "--eta", 0.5), "which --direct does not go"),
         (("interpolate", "a"), "1 prompts and 1 --seeds: give two or more"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import guidance, ode, path, schedule
+from functional_sd3.flow.ode import fixed_point
 from functional_sd3.pipeline import masks
 from functional_sd3.transformer.control import Control
 from tests import models
@@ -243,6 +244,8 @@ def test_controls_are_heard_where_pictures_come_from_pictures(model, images, rig
         (lambda p, x, m: pipeline.outpaint(*p, "a", x, prng.key(0), left=16, overlap=32), "leaves nothing of"),
         (lambda p, x, m: pipeline.edit(*p, "a", "b", x, eta=2.0), "eta 2.0 must be between"),
         (lambda p, x, m: pipeline.edit(*p, "a", "b", x, window=(0.5, 0.2)), "window 0.5 to 0.2 must be"),
+        (lambda p, x, m: pipeline.edit(*p, "a", "b", x, method="dopri5", inversion=fixed_point.inverse, steps=2),
+         "dopri5 chooses its own steps, which cannot be undone"),
         (lambda p, x, m: pipeline.flow_edit(*p, "a", "b", x, prng.key(0), averages=0), "averages 0"),
         (lambda p, x, m: pipeline.interpolate(*p, "a", prng.key(0)), "8 frames between 1 stops"),
         (lambda p, x, m: pipeline.interpolate(*p, ["a", "b"], prng.split(prng.key(0), 3)), "3 keys for 2 prompts"),
