@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from functional_sd3.cli import controls, guidance, inputs, options, output, prompt_words, report, written
+from functional_sd3.cli import controls, guidance, inputs, options, output, preview, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.source_cfg is not None and arguments.source_cfg < 1:
         report.note(f"--source-cfg {arguments.source_cfg:g} is no guidance, as every scale up to 1")
     out, single = output.destination(arguments.out)
+    preview.check(arguments, out, single=single)
 
     from functional_sd3.cli import runtime, session
     from functional_sd3.core import prng
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     image = inputs.fitted_image(arguments.picture, opened, size)
     shown = session.image_size(opened, (image.shape[-1], image.shape[-2]))
     control = controls.prepare(arguments, opened.config, opened.fetch, shown, opened.dtype, opened.device)
+    show = preview.prepare(arguments, opened, out, single=single)
     timer.done("load")
     texts = [arguments.source, arguments.target, arguments.negative]
     session.note_truncated(opened, texts, arguments)
@@ -75,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
         output.check_fits(out, *shown)
     with timer.named_failures(), progress((1 if arguments.direct else 2) * arguments.steps) as bar:
         # A run that draws noise at its steps leads nowhere twice, hence Euler's method.
-        run = session.sampling_options(opened, arguments, lambda info: bar.update(), control, default="euler")
+        run = session.sampling_options(
+            opened, arguments, lambda info: (bar.update(), show(info)), control, default="euler"
+        )
         request = Request(
             arguments.target,
             prng.key(arguments.seed)[None],

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from functional_sd3.cli import controls, inputs, numbers, options, output, prompt_words, regions, report
+from functional_sd3.cli import controls, inputs, numbers, options, output, preview, prompt_words, regions, report
 from functional_sd3.cli.timing import Timer, progress
 from functional_sd3.cli.written import Job
 
@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     inputs.check(arguments)
     options.check_run(arguments)
     out, single = output.destination(arguments.out)
+    preview.check(arguments, out, single=single)
     prompts = prompt_words.listed(arguments.prompt, arguments.prompts)
     jobs = _jobs(prompts, arguments)
     prompt_words.note_missing_quotes(arguments.prompt)
@@ -64,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         writer.check_fits(out, size, len(jobs))
     control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
     places = regions.prepare(arguments, size)
+    show = preview.prepare(arguments, opened, out, single=single)
     timer.done("load")
     texts = [*prompts, *(region.prompt for region in places), arguments.negative]
     session.note_truncated(opened, texts, arguments)
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     groups = _groups(jobs, arguments)
     batches = sum(-(-len(group) // arguments.batch) for group in groups)
     with progress(arguments.steps * batches) as bar:
-        run = session.sampling_options(opened, arguments, lambda info: bar.update(), control)
+        run = session.sampling_options(opened, arguments, lambda info: (bar.update(), show(info)), control)
         text = session.text_options(arguments)
         requests = (_request(group, text, run, size, start, places, tile) for group in groups)
         images = session.draw(opened, requests, arguments.batch, offload=arguments.offload)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from functional_sd3.cli import controls, numbers, options, output, prompt_words, report, written
+from functional_sd3.cli import controls, numbers, options, output, preview, prompt_words, report, written
 from functional_sd3.cli.timing import Timer, progress
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     seeds, size = _check(arguments), options.size(arguments.size)
     options.check_run(arguments)
     out, single = output.destination(arguments.out, _SUFFIXES)
+    preview.check(arguments, out, single=single)
 
     import torch
 
@@ -62,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     opened = session.open_session(arguments, timer)
     size = session.image_size(opened, size)
     control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
+    show = preview.prepare(arguments, opened, out, single=single)
     timer.done("load")
     texts = [*arguments.prompts, arguments.negative]
     session.note_truncated(opened, texts, arguments)
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.prompts,
             prng.key(torch.tensor(seeds, dtype=torch.int64, device="cpu")),
             session.text_options(arguments),
-            session.sampling_options(opened, arguments, lambda info: bar.update(), control),
+            session.sampling_options(opened, arguments, lambda info: (bar.update(), show(info)), control),
             height=size[1],
             width=size[0],
             frames=None if arguments.trajectory else pipeline.Frames(frames, _mix(arguments)),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from functional_sd3.cli import controls, guidance, lora_options, written
+from functional_sd3.cli import controls, guidance, lora_options, preview, written
 from functional_sd3.cli.parser import suggestion as nearest
 from functional_sd3.formats.printable import shorten
 
@@ -95,6 +95,7 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int | None = 28, cfg: flo
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer's blocks first: for large images and many"
     )
+    preview.add_arguments(parser)
     guidance.add_arguments(parser)
     controls.add_arguments(parser)
 

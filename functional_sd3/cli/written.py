@@ -20,8 +20,10 @@ _OLD_DIRECT = {"source_cfg": 2.0, "strength": 0.66}
 """Of `edit --direct` in images that do not say: now every edit records them."""
 _POSITIONAL = ("subcommand", "picture", "prompts")
 _DRAWING = ("generate", "edit", "interpolate")
-_UNRECORDED = {"help", "out", "prompts", "batch", "offload", "device", "compile", "quiet", "debug"}
-"""Options that settings never hold: where the image goes and what the machine was like. A command line that was found
+_UNRECORDED = {
+    "help", "out", "prompts", "batch", "offload", "device", "compile", "preview", "preview_decoder", "quiet", "debug",
+}  # fmt: skip
+"""Options that settings never hold: where images go and what the machine was like. A command line that was found
 in a file must not write where that file says."""
 
 Settings = dict[str, Any]

@@ -31,6 +31,7 @@ from functional_sd3.pipeline.latents import (
 from functional_sd3.pipeline.masks import extend_canvas, keep_masked, latent_mask, restore_kept, unmask_times
 from functional_sd3.pipeline.mixing import between, lerp, mix_conditions, slerp
 from functional_sd3.pipeline.prepare import Prepared, prepare, slice_samples, split_batches
+from functional_sd3.pipeline.preview import preview
 from functional_sd3.pipeline.regions import regional, tiled
 from functional_sd3.pipeline.request import (
     FlowEdit,
@@ -106,6 +107,7 @@ __all__ = [
     "mix_conditions",
     "outpaint",
     "prepare",
+    "preview",
     "pull_to",
     "regional",
     "restore_kept",

@@ -98,6 +98,10 @@ USAGES = {
         f"edit image.png --from '{PROMPT}' --to '{PROMPT}' --eta 0.9 --window 0-0.25",
         f"edit image.png --from '{PROMPT}' --to '{PROMPT}' --exact --params MODEL",
     ],
+    "functional-sd3 generate PROMPT --preview [EVERY]": [
+        f"generate '{PROMPT}' --preview",
+        f"generate '{PROMPT}' --preview 2",
+    ],
     "functional-sd3 generate PROMPT --compile": [f"generate '{PROMPT}'"],  # Compiling takes a minute.
     "functional-sd3 generate PROMPT --size 2048x1024 --tile 1024[:OVERLAP]": [
         f"generate '{PROMPT}' --size 128x64 --tile {tile}" for tile in ("64", "64:32")
