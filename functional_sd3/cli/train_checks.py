@@ -43,6 +43,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--text-encoders belongs to --part transformer")
     if arguments.part == "transformer" and arguments.decoder_only:
         raise ValueError("--decoder-only belongs to --part vae")
+    for name, default in (("edges", 0.0), ("latent_noise", 1.0)):
+        option, value = f"--{name.replace('_', '-')}", getattr(arguments, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{option} {value} must be a finite number of at least 0")
+        if arguments.part == "transformer" and value != default:
+            raise ValueError(f"{option} belongs to --part vae")
     if arguments.caption is not None and (arguments.part == "vae" or arguments.data == "shapes"):
         raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:

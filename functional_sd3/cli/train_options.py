@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trained = "whether they learn with the transformer (default: frozen, with --scratch train)"
     add("--text-encoders", choices=("frozen", "train"), help=trained)
     add("--decoder-only", action="store_true", help="leave the autoencoder's encoder alone, so that latents stay")
+    add("--edges", type=float, default=0.0, help="weight of the differences of edges in the autoencoder (default 0)")
+    add(
+        "--latent-noise",
+        type=float,
+        default=1.0,
+        help="factor on the noise of the latents that the autoencoder decodes; 0 decodes their mean (default 1)",
+    )
     add("--size", type=int, help="side of the images in pixels (default: the model's own)")
     add("--template", default="a photo of a {}", help="caption of a class folder (default 'a photo of a {}')")
     add("--caption", metavar="TEXT", help="the caption of every image of --data, in place of any that it has")

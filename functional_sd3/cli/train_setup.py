@@ -28,8 +28,9 @@ ENCODED = "data.safetensors"
 """The file beside the checkpoints that keeps the latents of all images."""
 Say = Callable[[str], None]
 _RECORDED = (
-    "accumulate", "batch_size", "compile", "data", "decoder_only", "dropout", "dtype", "ema", "lora", "lr", "part",
-    "pictures", "schedule", "scratch", "seed", "size", "steps", "template", "text_encoders", "warmup",
+    "accumulate", "batch_size", "compile", "data", "decoder_only", "dropout", "dtype", "edges", "ema", "latent_noise",
+    "lora", "lr", "part", "pictures", "schedule", "scratch", "seed", "size", "steps", "template", "text_encoders",
+    "warmup",
 )  # fmt: skip
 """The options that a checkpoint keeps."""
 
@@ -157,6 +158,8 @@ def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tasks.
         lora=arguments.lora or 0,
         text_encoders=train_model.text_encoders(vars(arguments)) == "train",
         decoder_only=arguments.decoder_only,
+        edges=arguments.edges,
+        latent_noise=arguments.latent_noise,
         dtype=dtype,
         compile=arguments.compile,
     )

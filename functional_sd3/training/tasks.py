@@ -77,7 +77,8 @@ class Settings:
     rate: peak learning rate. schedule: "cosine" decays from `rate` to a tenth of it at `steps`; "constant" does not
     depend on `steps`. ema: decay of the parameters' moving average. decay: AdamW's weight decay. clip: largest global
     norm of a gradient. dropout: probability of the empty prompt. scratch: start from fresh parameters. lora: rank of a
-    LoRA that is trained instead of the parameters, 0 for none. dtype: of the computation, None for float32.
+    LoRA that is trained instead of the parameters, 0 for none. edges, latent_noise: of the autoencoder's objective, as
+    `objectives.vae_loss` says of `edges` and `noise`. dtype: of the computation, None for float32.
     """
 
     steps: int
@@ -93,6 +94,8 @@ class Settings:
     scratch: bool = False
     text_encoders: bool = False
     decoder_only: bool = False
+    edges: float = 0.0
+    latent_noise: float = 1.0
     lora: int = 0
     dtype: torch.dtype | None = None
     compile: bool = False
@@ -209,7 +212,7 @@ def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings)
         return pixels.from_signed(torch.cat([originals, decoded]))
 
     trainable = step.trainable(SPECS["vae"](sizes), "decoder.*" if settings.decoder_only else "*")
-    loss = objectives.vae_loss(sizes, dtype=settings.dtype)
+    loss = objectives.vae_loss(sizes, edges=settings.edges, noise=settings.latent_noise, dtype=settings.dtype)
     batch = lambda number: {"images": load(order(number))}  # noqa: E731
     return _task(run_key, params, loss, settings, trainable, batch, averaged_model, sample, ("vae",))
 

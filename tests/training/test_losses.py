@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -121,6 +123,46 @@ def test_edges_cost_only_where_pictures_change():
         plain, _ = objectives.vae_loss(CONFIG)(params, images, KEYS)
         sharp, _ = objectives.vae_loss(CONFIG, edges=1.0)(params, images, KEYS)
         assert bool(sharp > plain) is more
+
+
+def test_the_difference_of_gradients_is_that_of_every_scale():
+    params = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG))
+    images = IMAGES["images"]
+    plain, _ = objectives.vae_loss(CONFIG)(params, IMAGES, KEYS)
+    expected = 0.0
+    for scale in range(3):
+        side = 2**scale
+        means = images.unfold(2, side, side).unfold(3, side, side).mean((-1, -2))
+        across, down = means[..., 1:] - means[..., :-1], means[..., 1:, :] - means[..., :-1, :]
+        expected = expected + 0.5 * (across.abs().mean() + down.abs().mean())
+        value, _ = objectives.vae_loss(CONFIG, edges=0.5, scales=scale + 1)(params, IMAGES, KEYS)
+        torch.testing.assert_close(value - plain, expected)
+
+
+def test_without_noise_the_mean_of_the_posterior_is_decoded():
+    params = vae.init(prng.key(0), CONFIG)
+    mean = vae.encode(params, CONFIG, IMAGES["images"]).mean
+    decoded = vae.decode(params, CONFIG, mean)
+    value, metrics = objectives.vae_loss(CONFIG, divergence=0.0, noise=0.0)(params, IMAGES, KEYS)
+    torch.testing.assert_close(value, (decoded - IMAGES["images"]).abs().mean())
+    noisy, _ = objectives.vae_loss(CONFIG, divergence=0.0)(params, IMAGES, KEYS)
+    assert float(noisy) != float(value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"edges": -1.0}, "edges -1.0 must be a finite number of at least 0"),
+        ({"edges": math.inf}, "edges inf must be"),
+        ({"noise": math.nan}, "noise nan must be"),
+        ({"scales": 0}, "scales 0 must be at least 1"),
+        ({"scales": 2}, "scales 2 are those of `edges`, whose weight is 0"),
+        ({"edges": 1.0, "scales": 4}, "scales 4 .* 8 x 8"),
+    ],
+)
+def test_weights_of_the_autoencoder_that_are_none_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        objectives.vae_loss(CONFIG, **options)(vae.init(prng.key(0), CONFIG), IMAGES, KEYS)
 
 
 @pytest.mark.parametrize("part", ["flow", "vae"])

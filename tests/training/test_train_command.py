@@ -46,8 +46,15 @@ def test_a_fresh_autoencoder_measures_its_own_scale(command, model_folder, tmp_p
 
 def test_decoder_only_leaves_the_latents_as_they_were(command, model_folder, tmp_path):
     command("--out", tmp_path / "out", "--part", "vae", "--decoder-only")
-    before, after = (weights.load(path).params["vae"] for path in (model_folder, tmp_path / "out"))
-    assert not tree.diff(before["encoder"], after["encoder"]) and tree.diff(before["decoder"], after["decoder"])
+    command("--out", tmp_path / "sharp", "--part", "vae", "--decoder-only", "--edges", "1", "--latent-noise", "0")
+    before, after, sharp = (
+        weights.load(path).params["vae"] for path in (model_folder, tmp_path / "out", tmp_path / "sharp")
+    )
+    for each in (after, sharp):
+        assert not tree.diff(before["encoder"], each["encoder"]) and tree.diff(before["decoder"], each["decoder"])
+    assert tree.diff(after["decoder"], sharp["decoder"])
+    with pytest.raises(ValueError, match="edges 1.0 -> 0.0; latent-noise 0.0 -> 1.0"):
+        command("--out", tmp_path / "sharp", "--part", "vae", "--decoder-only", "--resume")
 
 
 def test_sample_pictures_are_drawn_while_it_trains(command, tmp_path):
@@ -140,6 +147,10 @@ def test_resuming_with_other_arguments_names_them(command, tmp_path):
         (["--params", "nowhere"], "nowhere"),
         (["--part", "vae", "--text-encoders", "train"], "--text-encoders belongs to --part transformer"),
         (["--decoder-only"], "--decoder-only belongs to --part vae"),
+        (["--edges", "1"], "--edges belongs to --part vae"),
+        (["--latent-noise", "0"], "--latent-noise belongs to --part vae"),
+        (["--edges", "nan", "--part", "vae"], "--edges nan must be a finite number of at least 0"),
+        (["--latent-noise", "-1", "--part", "vae"], "--latent-noise -1.0 must be a finite number of at least 0"),
     ],
 )
 def test_wrong_arguments_are_named(command, tmp_path, options, message):
