@@ -1,10 +1,10 @@
-"""Where should the eight steps of a run be taken? Learns the grid that ends nearest to the converged run.
+"""Learns the grid of eight steps whose latents end nearest to those of the converged run.
 
     python docs/examples/learn_grid.py
 
 A grid is 8 free numbers (`schedule.learned`), and the error of a run is a differentiable function of them: its gradient
-comes back through every step of the sampler. Learned on prompts of the shapes world, and compared on prompts and noise
-that it has never seen with the model's own grid and with SD3's shifted one.
+comes back through every step of the sampler. Learned on prompts of the shapes world, and compared on held-out prompts
+and other noise with the model's own grid and with SD3's shifted one.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import functional_sd3 as sd3
 
 
 class Problem(NamedTuple):
-    """Prompts with their noise, and where their flows really end."""
+    """Prompts with their noise, and the latents of the converged run."""
 
     model: sd3.weights.Model
     conditions: sd3.pipeline.Conditions
@@ -28,7 +28,7 @@ class Problem(NamedTuple):
 
 
 def problem(model: sd3.weights.Model, prompts: Sequence[str], key: Tensor, cfg: float) -> Problem:
-    """The ends are those of Dormand and Prince's pair at a tolerance of 1e-3, far below the errors here."""
+    """Prompts with latents of Dormand and Prince's pair at a tolerance of 1e-3, far below the errors compared here."""
     conditions = sd3.pipeline.encode(model.params, model.config, model.tokenizers, prompts)
     noise = sd3.pipeline.initial_noise(key, model.config, len(prompts))
     velocity = sd3.pipeline.velocity(model.params, model.config, conditions, cfg)
@@ -99,12 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         # From there, because the others give their last step a hundredth or less, and a share that small hardly learns.
         "learned": learn(cases, start, method, iterations=parsed.iterations, rate=parsed.rate),
     }
-    found = {}
+    mean_errors = {}
     for name, grid in grids.items():
         with torch.no_grad():
-            found[name] = errors(held, grid, method).mean().item()
-        print(f"{name:16s} error {100 * found[name]:5.2f} %   {' '.join(f'{t:.3f}' for t in grid.tolist())}")
-    return found
+            mean_errors[name] = errors(held, grid, method).mean().item()
+        print(f"{name:16s} error {100 * mean_errors[name]:5.2f} %   {' '.join(f'{t:.3f}' for t in grid.tolist())}")
+    return mean_errors
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ def test_a_learned_grid_ends_nearer_to_the_converged_run_than_the_shifted_one():
     assert 0 < found["learned"] < min(value for name, value in found.items() if name != "learned")
 
 
-def test_an_embedding_climbs_to_redder_pictures(tmp_path):
-    out = tmp_path / "pictures.png"
+def test_an_embedding_rises_to_redder_images(tmp_path):
+    out = tmp_path / "images.png"
     options = ["--steps", "4", "--iterations", "10", "--cfg", "1", "--others", "1", "--rate", "12", "--out", str(out)]
     found = program("optimise_prompt").main(options)
     assert found["after"] > found["before"] + 0.1
-    with Image.open(out) as pictures:
-        assert pictures.size[0] > 2 * 64 and pictures.size[1] > 2 * 64
+    with Image.open(out) as sheet:
+        assert sheet.size[0] > 2 * 64 and sheet.size[1] > 2 * 64
