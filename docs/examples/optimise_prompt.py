@@ -76,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     start = conditions.positive._asdict()
     end = ascend(
-        lambda embedding: redness(draw_from(embedding, noise[:1])), start, iterations=parsed.iterations, rate=parsed.rate
+        lambda embedding: redness(draw_from(embedding, noise[:1])),
+        start,
+        iterations=parsed.iterations,
+        rate=parsed.rate,
     )
     scores, rows = {}, []
     for name, embedding in (("before", start), ("after", end)):

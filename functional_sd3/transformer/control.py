@@ -10,8 +10,8 @@ from functional_sd3.core.sequences import equal_runs
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.transformer import controlnet, mmdit
 
-MOST = 10.0
-"""The largest scale that is accepted; no released ControlNet makes an image near it."""
+MAX_SCALE = 10.0
+"""The largest scale that is accepted, far above any with which a released ControlNet gives an image."""
 
 
 class Control(NamedTuple):
@@ -41,21 +41,22 @@ class Residuals(NamedTuple):
 
 def check(control: Control, transformer: mmdit.Config) -> None:
     """Raises ValueError when a ControlNet was made for another transformer, or its numbers are out of range."""
-    own = control.config
+    config = control.config
     for name in ("width", "patch_size", "in_channels", "pooled_width"):
-        theirs, ours = getattr(own, name), getattr(transformer, name)
+        theirs, ours = getattr(config, name), getattr(transformer, name)
         if theirs != ours:
             raise ValueError(f"the ControlNet was made for another model: its {name} is {theirs}, the model's {ours}")
-    if own.context_width not in (None, transformer.context_width):
-        wide = f"{own.context_width} wide, the model's {transformer.context_width}"
+    if config.context_width not in (None, transformer.context_width):
+        wide = f"{config.context_width} wide, the model's {transformer.context_width}"
         raise ValueError(f"the ControlNet was made for another model: its context is {wide}")
-    if own.depth > transformer.depth:
+    if config.depth > transformer.depth:
         raise ValueError(
-            f"the ControlNet was made for another model: it has {own.depth} blocks, the model only {transformer.depth}"
+            f"the ControlNet was made for another model: it has {config.depth} blocks, "
+            f"the model only {transformer.depth}"
         )
     scale = control.scale
-    if not isinstance(scale, Tensor) and not 0 <= scale <= MOST:
-        raise ValueError(f"scale {scale} of a ControlNet must be in [0, {MOST:g}]; 0 is none, 1 the usual")
+    if not isinstance(scale, Tensor) and not 0 <= scale <= MAX_SCALE:
+        raise ValueError(f"scale {scale} of a ControlNet must be in [0, {MAX_SCALE:g}]; 0 is none, 1 the usual")
     if not 0 <= control.start < control.end <= 1:
         raise ValueError(
             f"start {control.start} and end {control.end} of a ControlNet must be 0 <= start < end <= 1: "
@@ -64,7 +65,7 @@ def check(control: Control, transformer: mmdit.Config) -> None:
 
 
 def segments(controls: Sequence[Control], steps: int) -> list[tuple[int, int, tuple[Control, ...]]]:
-    """Parts (first step, step after the last, active ControlNets) of a run of `steps`, in order."""
+    """Runs of steps with the same active ControlNets, in order: (first step, step after the last, ControlNets)."""
     active = [
         tuple(index for index, control in enumerate(controls) if _is_active(control, step, steps))
         for step in range(steps)
@@ -73,7 +74,7 @@ def segments(controls: Sequence[Control], steps: int) -> list[tuple[int, int, tu
 
 
 def per_sample(controls: Sequence[Control], batch: int) -> list[dict[str, Tensor]]:
-    """The tensors of each control with a row for each sample of a batch; guidance stacks and splits them."""
+    """Control latents and scale of each ControlNet, one row per sample; guidance stacks and splits them."""
     return [
         {
             "image_latents": _expand("control images", control.image_latents, batch),
@@ -103,17 +104,17 @@ def residuals(
     """Summed residuals of all controls, for a transformer (`params`, `config`) at `latents`.
 
     latents, t, context, pooled: as in `mmdit.apply`. modulations: those of `modulations`. The ControlNets may have
-    different numbers of blocks. start and end have no effect here: they belong to a run (`segments`).
+    different numbers of blocks. start and end have no effect here: `segments` selects the active ControlNets of a run.
     """
-    each_residuals = []
+    lists = []
     for control, modulation in zip(controls, modulations or [None] * len(controls), strict=True):
         if control.image_latents.shape[-2:] != latents.shape[-2:]:
             size, wanted = (" x ".join(map(str, x.shape[-2:])) for x in (control.image_latents, latents))
-            raise ValueError(f"a control image has latents of {size}, but the image that is drawn has {wanted}")
+            raise ValueError(f"a control image has latents of {size}, but the noised latents have {wanted}")
         inputs = latents
-        if not control.config.own_patches:
+        if not control.config.has_patch_embedding:
             inputs = mmdit.embed_image(params, config, latents.to(params["patch"]["weight"].dtype))
-        each_residuals.append(
+        lists.append(
             controlnet.apply(
                 control.params,
                 control.config,
@@ -127,16 +128,16 @@ def residuals(
                 **options,
             )
         )
-    return combine(each_residuals, [control.after_last for control in controls], config.depth)
+    return combine(lists, [control.after_last for control in controls], config.depth)
 
 
 def combine(residuals: Sequence[Sequence[Tensor]], after_last: Sequence[bool], depth: int) -> Residuals:
-    """Several lists of residuals as one, with which `mmdit.apply` adds the sum of those it would add for each list."""
+    """One list of residuals that has the effect of several, summed: `mmdit.apply` adds the same to each block."""
     if not residuals:
         return Residuals((), False)
     if len({len(part) for part in residuals}) == 1 and len(set(after_last)) == 1:
         return Residuals([_sum(parts) for parts in zip(*residuals, strict=True)], after_last[0])
-    # One for each block; for the last block only the sum of those with `after_last`.
+    # The lists differ in length or in `after_last`: one residual for each block, the last block's from `after_last`.
     blocks = []
     for block in range(depth):
         terms = [

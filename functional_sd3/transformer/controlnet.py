@@ -38,10 +38,11 @@ KINDS = ("blur", "canny", "depth", "pose", "tile", "inpaint")
 class Config:
     """Sizes of a ControlNet; `SD35_LARGE` is that of the released files for SD3.5-large.
 
-    context_width: None for blocks of the image alone. own_patches: False where the input is the transformer's patches
-    plus positions; position_size: None for own patches without positions. extra_channels: of the control image, beyond
-    those of the latents (a mask). zero_pooled: trained with a zero pooled embedding and with latents of control images
-    that were not shifted; `apply` leaves both to its caller, as diffusers does. kind: one of `KINDS`, where known.
+    context_width: None for blocks of the image alone. has_patch_embedding: False where the input is the transformer's
+    embedded image tokens instead of latents; position_size: None without positions. extra_channels: of the control
+    image, beyond those of the latents (a mask). zero_pooled: trained with a zero pooled embedding and with control
+    latents that were not shifted; `apply` leaves both to its caller, as diffusers does. kind: one of `KINDS`, where
+    known.
     """
 
     depth: int
@@ -52,7 +53,7 @@ class Config:
     extra_channels: int = 0
     context_width: int | None = 4096
     pooled_width: int = 2048
-    own_patches: bool = True
+    has_patch_embedding: bool = True
     position_size: int | None = 192
     sample_size: int = 128
     qk_norm: bool = False
@@ -69,14 +70,16 @@ class Config:
         return self.heads * self.head_dim
 
 
-SD35_LARGE = Config(depth=19, heads=38, context_width=None, own_patches=False, position_size=None, zero_pooled=False)
+SD35_LARGE = Config(
+    depth=19, heads=38, context_width=None, has_patch_embedding=False, position_size=None, zero_pooled=False
+)
 
 
 def spec(config: Config) -> Tree:
-    """Every parameter. The control image's patch embedding and the residuals' layers start at zero: no effect."""
+    """Parameter tree. The control image's patch embedding and the residual layers start at zero: no effect."""
     width = config.width
     tree: dict[str, Any] = {}
-    if config.own_patches:
+    if config.has_patch_embedding:
         if config.position_size is not None:
             tree["position"] = position_spec(width, config.position_size, config.sample_size // config.patch_size)
         inputs = config.in_channels * config.patch_size**2
@@ -89,7 +92,7 @@ def spec(config: Config) -> Tree:
     channels = config.in_channels + config.extra_channels
     return {
         **tree,
-        "picture": layers.conv2d_spec(channels, width, config.patch_size, init=specs.zeros),
+        "control_patch": layers.conv2d_spec(channels, width, config.patch_size, init=specs.zeros),
         "blocks": [_block_spec(config, index) for index in range(config.depth)],
         "residuals": [joint_block.zero_linear_spec(width, width) for _ in range(config.depth)],
     }
@@ -116,24 +119,24 @@ def apply(
 ) -> list[Tensor]:
     """One residual for each block, (batch, tokens, width), which `mmdit.apply(..., residuals=)` adds.
 
-    latents (batch, in_channels, height, width); for a ControlNet without patches of its own their tokens instead,
-    `mmdit.embed_image` of the transformer, (batch, tokens, width). t, context, pooled: as in `mmdit.apply`; without a
+    latents (batch, in_channels, height, width), noised; for a ControlNet without patch embedding the transformer's
+    tokens instead, `mmdit.embed_image`, (batch, tokens, width). t, context, pooled: as in `mmdit.apply`; without a
     context_width the context is not used and may be None. image_latents (batch or 1, in_channels + extra_channels,
     height, width): the encoded control image (`pipeline.control_latents`). scale: a number, or a tensor () or (batch,);
     0 gives residuals of exactly 0. modulations, implementation, block_transform: as in `mmdit.apply`.
 
-    Raises ValueError when a shape does not fit the config or another one's, or an input is not floating.
+    Raises ValueError when a shape fits neither the config nor the other inputs, or an input is not floating.
     """
-    dtype = params["picture"]["weight"].dtype
+    dtype = params["control_patch"]["weight"].dtype
     check_floating("latents", latents)
     check_floating("image_latents", image_latents)
     batch = latents.shape[0]
     image = embed(params, config, latents.to(dtype), image_latents.to(dtype))
-    text = _embed_context(params, config, context, batch, dtype)
+    context = _embed_context(params, config, context, batch, dtype)
     modulation = resolve_modulations(modulations, partial(_compute_modulations, params, config), t, pooled, batch)
     residuals = []
     for block, out, parts in zip(params["blocks"], params["residuals"], modulation["blocks"], strict=True):
-        image, text = _apply_block(block, config.heads, image, text, parts, implementation, block_transform)
+        image, context = _apply_block(block, config.heads, image, context, parts, implementation, block_transform)
         residuals.append(_scaled(layers.linear(out, image), scale))
     return residuals
 
@@ -143,7 +146,7 @@ def embed(params: Params, config: Config, latents: Tensor, image_latents: Tensor
     check_latents("image_latents", image_latents, config.in_channels + config.extra_channels, config.patch_size)
     height, width = image_latents.shape[-2:]
     tokens = height * width // config.patch_size**2
-    if latents.ndim == 4 and config.own_patches:
+    if latents.ndim == 4 and config.has_patch_embedding:
         check_latents("latents", latents, config.in_channels, config.patch_size)
         if latents.shape[-2:] != image_latents.shape[-2:]:
             size = " x ".join(map(str, latents.shape[-2:]))
@@ -161,7 +164,7 @@ def embed(params: Params, config: Config, latents: Tensor, image_latents: Tensor
     if image_latents.shape[0] not in (1, latents.shape[0]):
         count, batch = image_latents.shape[0], latents.shape[0]
         raise ValueError(f"{count} control images for a batch of {batch}; give one, or as many")
-    return latents + embed_patches(params["picture"], config.patch_size, image_latents)
+    return latents + embed_patches(params["control_patch"], config.patch_size, image_latents)
 
 
 def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
@@ -171,7 +174,7 @@ def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tr
 
 
 def from_transformer(key: Key, config: Config, transformer: Params, transformer_config: mmdit.Config) -> Params:
-    """Initial parameters for training: copies of the transformer's patches, embedders and first blocks, the rest fresh.
+    """Initial parameters for training: copies of the transformer's embedders and first blocks, the others fresh.
 
     Raises ValueError when the two are of different widths, or the ControlNet is the deeper one.
     """
@@ -179,9 +182,9 @@ def from_transformer(key: Key, config: Config, transformer: Params, transformer_
         raise ValueError("a ControlNet of the image alone has no blocks like the transformer's to start from")
     sizes = ("heads", "head_dim", "patch_size", "in_channels", "context_width", "pooled_width", "qk_norm")
     for name in sizes:
-        own, other = getattr(config, name), getattr(transformer_config, name)
-        if own != other:
-            raise ValueError(f"the ControlNet's {name} is {own}, the transformer's {other}: nothing can be copied")
+        ours, theirs = getattr(config, name), getattr(transformer_config, name)
+        if ours != theirs:
+            raise ValueError(f"the ControlNet's {name} is {ours}, the transformer's {theirs}: nothing can be copied")
     # The context of the transformer's last block has no queries, output layer and MLP.
     if config.depth >= transformer_config.depth:
         raise ValueError(f"depth {config.depth} must be less than the transformer's {transformer_config.depth}")
@@ -204,12 +207,12 @@ def _block_spec(config: Config, index: int) -> Tree:
     return joint_block.spec(config.width, config.head_dim, qk_norm=config.qk_norm, dual=dual, last=False)
 
 
-def _apply_block(block, heads, image, text, parts, implementation, block_transform) -> tuple[Tensor, Tensor | None]:
-    if text is None:
+def _apply_block(block, heads, image, context, parts, implementation, block_transform) -> tuple[Tensor, Tensor | None]:
+    if context is None:
         apply_image = block_transform(joint_block.apply_image) if block_transform else joint_block.apply_image
         return apply_image(block, heads, image, parts, implementation), None
     apply_joint = block_transform(joint_block.apply) if block_transform else joint_block.apply
-    return apply_joint(block, heads, image, text, parts, implementation)
+    return apply_joint(block, heads, image, context, parts, implementation)
 
 
 def _compute_modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:

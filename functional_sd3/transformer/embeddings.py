@@ -23,21 +23,23 @@ TIME_FREQUENCIES = 256
 def time_sinusoid(t: Tensor, size: int = 256, dtype: torch.dtype = torch.float32) -> Tensor:
     """Cosines, then sines of 1000 t at frequencies 10000^(-k / (size / 2)).
 
-    t (...) in [0, 1] -> (..., size) in `dtype`, whatever t's (Vaswani et al. 2017, with DDPM's order of halves).
+    t (...) in [0, 1], of any dtype -> (..., size) in `dtype`. Sinusoids of Vaswani et al. 2017, section 3.5, cosines
+    first as in diffusers' `Timesteps(flip_sin_to_cos=True)`.
     """
     half = size // 2
     exponents = -math.log(10000.0) * torch.arange(half, dtype=dtype, device=t.device) / half
-    # The axis first: torch 2.13 makes the tangent of a scalar float64 where a number multiplies it.
+    # The axis before the product: torch 2.13 makes the tangent of a scalar float64 where a Python number multiplies it.
     angles = TIME_SCALE * t.to(dtype)[..., None] * torch.exp(exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def position_table(width: int, size: int, base_size: int) -> Tensor:
-    """The positions of a size x size grid, row by row: (1, size * size, width), float32.
+    """Sinusoidal 2-D position embedding of a size x size grid, row by row: (1, size * size, width), float32.
 
-    The first half of `width` encodes the column, the second the row, each as sines, then cosines. Coordinates run from
-    0 to base_size whatever the size, so neighbours are base_size / size apart: SD3 trains at base_size = 64 and crops
-    the middle of a larger table. Computed in float64 and equal, bit for bit, to diffusers' buffer.
+    Esser et al. 2024, section 5.3.2. The first half of `width` encodes the column, the second the row, each as sines,
+    then cosines. Coordinates run from 0 to base_size whatever the size, so neighbours are base_size / size apart: SD3
+    trains at base_size = 64 and crops the middle of a larger table. Computed in float64 and equal, bit for bit, to
+    diffusers' buffer.
 
     Raises ValueError when `width` is not a multiple of 4.
     """
@@ -79,9 +81,10 @@ def embed_patches(params: Params, size: int, latents: Tensor) -> Tensor:
 
 
 def embed_condition(params: Params, pooled_width: int, t: Tensor, pooled: Tensor) -> Tensor:
-    """SiLU of the summed embeddings of t and pooled, as in `mmdit.modulations`: ([steps,] batch, width).
+    """Conditioning vector of the modulations: SiLU(MLP(sinusoid(t)) + MLP(pooled)), ([steps,] batch, width).
 
-    Every modulation is a linear map of it. The sinusoids are computed in float32, or in the parameters' dtype where
+    It is y of figure 2 of Esser et al. 2024, after its SiLU; every modulation is a linear map of it. t, pooled: as in
+    `mmdit.modulations`. The sinusoids are computed in float32, or in the parameters' dtype where
     that is wider.
     """
     check_time(t)
@@ -101,13 +104,13 @@ def embed_time(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def embedder_spec(inputs: int, width: int) -> Tree:
-    """The MLP that embeds the sinusoids of t, or the pooled text, in the width of the network."""
+    """Parameters of the MLP that embeds the sinusoids of t, or the pooled text: (batch, inputs) -> (batch, width)."""
     normal = specs.normal(0.02)
     return {"in": layers.linear_spec(inputs, width, init=normal), "out": layers.linear_spec(width, width, init=normal)}
 
 
 def position_spec(width: int, size: int, base_size: int) -> Param:
-    """A leaf that starts as `position_table(width, size, base_size)` and is not learned."""
+    """A parameter that starts as `position_table(width, size, base_size)` and is not learned."""
 
     def table(key: Key, shape: tuple[int, ...]) -> Tensor:
         return position_table(width, size, base_size).to(key.device)

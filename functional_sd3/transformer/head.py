@@ -1,4 +1,4 @@
-"""Head that the transformer and its ControlNets share: conditioning of t and pooled, modulations, embedded context."""
+"""Inputs of the blocks that the transformer and its ControlNets compute alike: embedded context and modulations."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,10 @@ def embed_context(params: Params, width: int, context: Tensor, batch: int, dtype
 
 
 def modulate_blocks(blocks: list[Params], condition: Tensor) -> list[Tree]:
-    """Modulations of every stream of every block: {stream: ([steps,] batch, n * width)} for each."""
+    """Modulations (adaLN-Zero, Peebles and Xie 2023) of each stream of each block:
+
+    condition: `embed_condition`. Returns for each block {stream: ([steps,] batch, n * width)}.
+    """
     return [
         {stream: layers.linear(weights["modulation"], condition) for stream, weights in block.items()}
         for block in blocks
@@ -35,7 +38,8 @@ def resolve_modulations(
 ) -> Tree:
     """The given modulations, or `compute(t, pooled)` where they are None.
 
-    Raises ValueError when neither can be had, or when they are of another batch or of several steps at once.
+    Raises ValueError without modulations and one of t and pooled, and for modulations of another batch or of several
+    steps at once.
     """
     if modulations is None:
         if t is None or pooled is None:

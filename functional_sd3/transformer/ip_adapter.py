@@ -1,8 +1,8 @@
-"""IP-Adapter for SD3.5: an image prompt, to which every attention of the transformer attends beside the text.
+"""IP-Adapter for SD3.5: image prompts, by additional keys and values for every attention of the transformer.
 
 Ye et al. 2023, "IP-Adapter: Text Compatible Image Prompt Adapter" (arXiv:2308.06721), in InstantX's form for
 SD3.5-large: a time-dependent resampler turns an image encoder's features into tokens (Alayrac et al. 2022, Flamingo,
-section 3.1), and each attention has its own keys and values of them. Same numerics as diffusers'
+section 3.1), which are projected to keys and values for each attention. Same numerics as diffusers'
 `IPAdapterTimeImageProjection` and `SD3IPAdapterJointAttnProcessor2_0`.
 """
 
@@ -53,7 +53,7 @@ SD35_LARGE = Config(attentions=38, width=2432)
 
 
 class ImagePrompt(NamedTuple):
-    """An IP-Adapter and its image: features (batch or 1, tokens, image_width), SigLIP's second last hidden state;
+    """An IP-Adapter and its image: features (batch or 1, tokens, image_width), SigLIP's penultimate hidden state;
     scale: a number, or a tensor () or (batch,)."""
 
     params: Params
@@ -63,7 +63,7 @@ class ImagePrompt(NamedTuple):
 
 
 def spec(config: Config) -> Tree:
-    """Every parameter: {"resampler", "attentions"}."""
+    """Parameter tree: {"resampler", "attentions"}."""
     hidden = config.hidden_width
     return {
         "resampler": {
@@ -98,7 +98,7 @@ def apply(
 ) -> list[Tree]:
     """Keys, values and norms of the image prompt for each block, for `mmdit.apply(..., image_prompt=)`.
 
-    features (batch, tokens, image_width): an image encoder's (zeros for no image, as in the unconditional part of
+    features (batch, tokens, image_width): an image encoder's (zeros for no image, as in the negative velocity of
     guidance); t () or (batch,) in [0, 1]; scale: a number, or a tensor () or (batch,); at 0 the velocity is that
     without an image prompt, to the bit. Raises ValueError when the adapter was made for another transformer, or a shape
     does not fit.
@@ -107,13 +107,13 @@ def apply(
     tokens, time = resample(params["resampler"], config, features, t, implementation=implementation)
     entries = iter([_key_value(part, config, tokens, time, _scale(scale, tokens)) for part in params["attentions"]])
     return [
-        {name: next(entries) for name in _names(index in transformer.dual_attention_layers)}
+        {name: next(entries) for name in _attention_names(index in transformer.dual_attention_layers)}
         for index in range(transformer.depth)
     ]
 
 
 def per_sample(image_prompt: ImagePrompt | None, batch: int) -> dict[str, Tensor]:
-    """The tensors of an image prompt with a row for each sample of a batch; guidance stacks and splits them."""
+    """Features and scale of an image prompt, one row per sample of a batch; guidance stacks and splits them."""
     if image_prompt is None:
         return {}
     features, scale = image_prompt.features, image_prompt.scale
@@ -171,12 +171,13 @@ def resample(
 
 
 def _resample_block(params, heads, image, tokens, time, implementation) -> Tensor:
+    """Block of the resampler: tokens attend to the image's features and to themselves; modulated by time."""
     parts = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(4, dim=-1)
     shift, scale, mlp_shift, mlp_scale = parts
     normed = modulate(layers.layer_norm(params["token_norm"], tokens, _EPS), shift, scale)
-    attended_to = torch.cat([layers.layer_norm(params["image_norm"], image, _EPS), normed], dim=1)
+    attention_input = torch.cat([layers.layer_norm(params["image_norm"], image, _EPS), normed], dim=1)
     query = split_heads(layers.linear(params["query"], normed), heads)
-    key_value = layers.linear(params["key_value"], attended_to)
+    key_value = layers.linear(params["key_value"], attention_input)
     key, value = (split_heads(part, heads) for part in key_value.chunk(2, dim=-1))
     attended = attention(query, key, value, implementation=implementation)
     tokens = tokens + layers.linear(params["out"], merge_heads(attended))
@@ -185,7 +186,8 @@ def _resample_block(params, heads, image, tokens, time, implementation) -> Tenso
 
 
 def _key_value(params: Params, config: Config, tokens: Tensor, time: Tensor, scale: float | Tensor) -> Tree:
-    """Keys and values (batch, heads, tokens, head_dim) for one attention, and the norms of the image's own there."""
+    """Keys and values (batch, heads, tokens, head_dim) for one attention, and norms for the image stream's queries and
+    keys in it."""
     shift, scales = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(2, dim=-1)
     modulated = modulate(norm(tokens), shift, scales)
     heads = config.width // config.head_dim
@@ -206,7 +208,7 @@ def _scale(scale: float | Tensor, like: Tensor) -> float | Tensor:
     return scale[:, None, None, None] if scale.ndim else scale
 
 
-def _names(dual: bool) -> tuple[str, ...]:
+def _attention_names(dual: bool) -> tuple[str, ...]:
     return ("attention", "attention2") if dual else ("attention",)
 
 

@@ -1,4 +1,4 @@
-"""The block of an MMDiT: two streams, image and context, with weights of their own and one attention over both.
+"""Block of the MMDiT: two streams, image and context, with separate weights and one joint attention.
 
 Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", figure 2b; MMDiT-X, which
 gives some blocks a second attention over the image alone: the SD3.5-medium model card.
@@ -69,7 +69,7 @@ def apply(
     image_prompt: Tree | None = None,
     attend: Callable[..., list[Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One joint block: image and context (batch, tokens, width) -> the same.
+    """One joint block: image and context (batch, tokens, width) -> tensors of the same shapes.
 
     modulation: {stream: (batch, n * width)}: shift, scale and gate of the attention, then of the MLP, then of the
     second attention where there is one. In the last block the context has scale and shift only: it has no queries and
@@ -89,9 +89,10 @@ def apply(
         params, heads, image, normed, context, image_parts, context_parts, attend, prompts.get("attention")
     )
     if "attention2" in params["image"]:
-        own, (shift, scale, gate) = params["image"]["attention2"], image_parts[6:]
+        shift, scale, gate = image_parts[6:]
         modulated = modulate(normed, shift, scale)
-        image = torch.addcmul(image, gate, _attend_image(own, heads, modulated, attend, prompts.get("attention2")))
+        attended = _attend_image(params["image"]["attention2"], heads, modulated, attend, prompts.get("attention2"))
+        image = torch.addcmul(image, gate, attended)
     image = _add_mlp(params["image"]["mlp"], image, *image_parts[3:6])
     if "mlp" not in params["context"]:
         return image, context
@@ -101,7 +102,7 @@ def apply(
 def apply_image(
     params: Params, heads: int, image: Tensor, modulation: dict[str, Tensor], implementation: Implementation = "sdpa"
 ) -> Tensor:
-    """One DiT block, without context (Peebles and Xie 2023): image (batch, tokens, width) -> the same."""
+    """One DiT block, without context (Peebles and Xie 2023): image (batch, tokens, width) -> the same shape."""
     parts = split_modulation(modulation["image"], image.shape[-1])
     attend = partial(joint_attention, implementation=implementation)
     shift, scale, gate = parts[:3]
@@ -124,22 +125,22 @@ def _add_joint_attention(
     attend: Attend,
     attend_prompt: AttendPrompt | None,
 ) -> tuple[Tensor, Tensor]:
-    """Both streams plus their gated joint attention; `normed`: the normed image."""
-    own, other = params["image"]["attention"], params["context"]["attention"]
+    """Both streams plus their gated joint attention; `normed`: the layer norm of the image."""
+    image_params, context_params = params["image"]["attention"], params["context"]["attention"]
     shift, scale, gate = image_parts[:3]
-    last = "out" not in other
-    # Scale comes first here, as diffusers stores it and as trees on disk have it.
+    last = "out" not in context_params
+    # In the last block scale comes before shift, as in diffusers' files.
     context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
-    image_stream = _project(own, heads, modulate(normed, shift, scale))
-    prompted = attend_prompt(image_stream) if attend_prompt else None
-    image_stream = _norm_heads(own, image_stream)
-    context_stream = _project(other, heads, modulate(norm(context), context_shift, context_scale))
-    attended, context_attended = attend([image_stream, _norm_heads(other, context_stream)])
+    image_stream = _project(image_params, heads, modulate(normed, shift, scale))
+    prompt_attended = attend_prompt(image_stream) if attend_prompt else None
+    image_stream = _norm_heads(image_params, image_stream)
+    context_stream = _project(context_params, heads, modulate(norm(context), context_shift, context_scale))
+    image_attended, context_attended = attend([image_stream, _norm_heads(context_params, context_stream)])
     del image_stream, context_stream  # not needed for the products below
-    image = torch.addcmul(image, gate, _project_out(own, attended, prompted))
+    image = torch.addcmul(image, gate, _project_out(image_params, image_attended, prompt_attended))
     if last:
         return image, context
-    return image, torch.addcmul(context, context_parts[2], _project_out(other, context_attended))
+    return image, torch.addcmul(context, context_parts[2], _project_out(context_params, context_attended))
 
 
 def _attend_image(
@@ -147,14 +148,14 @@ def _attend_image(
 ) -> Tensor:
     """Self-attention of the image: x (batch, tokens, width), modulated -> the same shape."""
     stream = _project(params, heads, x)
-    prompted = attend_prompt(stream) if attend_prompt else None
+    prompt_attended = attend_prompt(stream) if attend_prompt else None
     (attended,) = attend([_norm_heads(params, stream)])
     del stream
-    return _project_out(params, attended, prompted)
+    return _project_out(params, attended, prompt_attended)
 
 
 def _attend_prompt(prompt: Tree, stream: Stream, *, implementation: Implementation) -> Tensor:
-    """Scaled attention of the image's queries to the image and the prompt's tokens, added to the image's attention."""
+    """Scaled attention of the image's queries to the image's keys and those of the image prompt."""
     # An adapter's parameters may be of another dtype than the transformer's.
     dtype = stream.value.dtype
     key = layers.rms_norm(prompt["key_norm"], stream.key, EPS).to(dtype)
@@ -191,7 +192,7 @@ def zero_linear_spec(inputs: int, outputs: int) -> Tree:
 
 def _project(params: Params, heads: int, x: Tensor) -> Stream:
     """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), before their norms; no
-    queries in a stream without output."""
+    queries for a stream without output layer."""
     if "out" in params:
         return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
     width = x.shape[-1]
@@ -207,20 +208,22 @@ def _norm_heads(params: Params, stream: Stream) -> Stream:
     return stream._replace(query=query, key=layers.rms_norm(params["key_norm"], stream.key, EPS))
 
 
-def _project_out(params: Params, attended: Tensor | None, prompted: Tensor | None = None) -> Tensor:
-    """The output layer of an attention, applied to its merged heads (batch, tokens, width), plus an image prompt's."""
+def _project_out(params: Params, attended: Tensor | None, prompt_attended: Tensor | None = None) -> Tensor:
+    """Output layer of an attention on its merged heads, with those of an image prompt added: (batch, tokens, width)."""
     if attended is None:
         raise ValueError("attend returned None for a stream with queries")
-    return layers.linear(params["out"], merge_heads(attended if prompted is None else attended + prompted))
+    return layers.linear(
+        params["out"], merge_heads(attended if prompt_attended is None else attended + prompt_attended)
+    )
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
-    # Split one after the other: the backward pass of an axis of parts makes two copies instead of one.
+    # Chunks rather than an axis of parts, whose backward pass makes two copies instead of one.
     return [split_heads(part, heads) for part in x.chunk(parts, dim=-1)]
 
 
 def _add_mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    """x plus its gated MLP."""
+    """x + gate * MLP(modulate(norm(x)))."""
     return torch.addcmul(x, gate, layers.mlp(params, modulate(norm(x), shift, scale), "gelu_tanh"))
 
 

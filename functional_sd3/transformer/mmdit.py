@@ -55,7 +55,7 @@ SD35_LARGE = Config(depth=38, heads=38, qk_norm=True)
 
 
 def spec(config: Config) -> Tree:
-    """Every parameter; initialised as DiT is (Peebles and Xie 2023): each block starts as the identity."""
+    """Parameter tree, initialised as DiT's (Peebles and Xie 2023): each block starts as the identity."""
     width = config.width
     patch_inputs = config.in_channels * config.patch_size**2
     return {
@@ -110,7 +110,7 @@ def apply(
 
     latents (batch, in_channels, height, width); t () or (batch,) in [0, 1], 1 = noise; context (batch, tokens,
     context_width); pooled (batch, pooled_width). Returns (batch, out_channels, height, width) in the dtype
-    of `latents`; the work is done in the dtype of the parameters.
+    of `latents`; the computation has the dtype of the parameters.
 
     skip_layers: indices of blocks to leave out (skip-layer guidance).
     perturbed_layers: indices of blocks whose attention is replaced by `perturbation`: `attention.identity_attention`
@@ -140,12 +140,13 @@ def apply(
         check_shape("residuals", residual, "(batch, tokens, width)", (batch, height * width, config.width))
 
     image = embed_image(params, config, latents.to(dtype))
-    for index, (weights, parts) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
+    for index, (block, block_modulation) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
         if index not in skip_layers:
             options: dict[str, Any] = {"image_prompt": image_prompt[index]} if image_prompt else {}
             if index in perturbed_layers:
                 options["attend"] = partial(perturbation, size=(height, width))
-            image, context = apply_block(weights, config.heads, image, context, parts, implementation, **options)
+            inputs = config.heads, image, context, block_modulation, implementation
+            image, context = apply_block(block, *inputs, **options)
         if residuals and (residual_after_last or index < config.depth - 1):
             image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
     scale, shift = joint_block.split_modulation(modulation["final"], config.width)

@@ -60,7 +60,7 @@ class Found(NamedTuple):
 
 
 _OWN = renamed(
-    ("picture.{leaf}", "pos_embed_input.proj.{leaf}"),
+    ("control_patch.{leaf}", "pos_embed_input.proj.{leaf}"),
     ("residuals.{i}.{leaf}", "controlnet_blocks.{i}.{leaf}"),
 )
 DIFFUSERS = Layout((*_OWN, *TRANSFORMER.rules))
@@ -94,7 +94,7 @@ TABLE = Table(
         Field("joint_attention_dim", "context_width", optional(_SHARED["joint_attention_dim"].read), 4096),
         Field("pos_embed_max_size", "position_size", optional(_SHARED["pos_embed_max_size"].read), _POSITIONS),
         Field("extra_conditioning_channels", "extra_channels", whole(0, 2**16), 0),
-        Field("use_pos_embed", "own_patches", flag, True),
+        Field("use_pos_embed", "has_patch_embedding", flag, True),
         Field("force_zeros_for_pooled_projection", "zero_pooled", flag, True),
         Field(_KIND, "kind", optional(choice(*controlnet.KINDS)), None),
     ),
@@ -205,7 +205,7 @@ def infer(shapes: Mapping[str, tuple[int, ...]], path: Any = "the file") -> cont
         extra_channels=channels - own[1] if own else 0,
         context_width=context[-1] if context else None,
         pooled_width=shapes[_POOLED][1],
-        own_patches=own is not None,
+        has_patch_embedding=own is not None,
         position_size=math.isqrt(positions[1]) if positions else None,
         qk_norm=_QUERY_NORM in shapes,
         dual_attention_layers=tuple(sorted(_numbers(r"transformer_blocks\.(\d+)\.attn2\.to_q\.weight", shapes))),
@@ -237,7 +237,7 @@ def _with_positions(values: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _check_stability(config: controlnet.Config) -> None:
-    if config.context_width is not None or config.own_patches or config.extra_channels:
+    if config.context_width is not None or config.has_patch_embedding or config.extra_channels:
         raise ValueError(
             "Stability's files hold ControlNets of the image alone, without patches or channels of their own; "
             'save this one with layout="diffusers"'

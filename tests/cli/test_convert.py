@@ -119,7 +119,9 @@ def test_inspect_says_of_a_lora_its_layers_and_what_is_not_finite(tmp_path, caps
 
 def test_inspect_says_what_controlnets_ip_adapters_and_textual_inversions_are(tmp_path, capsys):
     net = controlnet.Config(depth=2, heads=2, head_dim=16, context_width=32, pooled_width=24, position_size=8)
-    alone = replace(net, context_width=None, own_patches=False, position_size=None, zero_pooled=False, kind="depth")
+    alone = replace(
+        net, context_width=None, has_patch_embedding=False, position_size=None, zero_pooled=False, kind="depth"
+    )
     for config, kind, path, owner in (
         (net, "diffusers", tmp_path / "net", "diffusers"),
         (alone, "stability", tmp_path / "net.safetensors", "Stability"),

@@ -26,7 +26,7 @@ def files(tmp_path_factory):
     weights.save(root / "model", model)
     sizes = {name: getattr(model.config.transformer, name) for name in ("heads", "head_dim", "pooled_width")}
     config = controlnet.Config(
-        depth=2, **sizes, context_width=None, own_patches=False, position_size=None, zero_pooled=False
+        depth=2, **sizes, context_width=None, has_patch_embedding=False, position_size=None, zero_pooled=False
     )
     generator = torch.Generator().manual_seed(0)
     leaf = lambda path, param: 0.3 * torch.randn(param.shape, generator=generator)  # noqa: E731

@@ -96,7 +96,9 @@ def extras(top: Path, model: weights.Model) -> None:
     """A ControlNet of Stability's and one in diffusers' folder, an IP-Adapter, words, a LoRA, a small autoencoder."""
     transformer = model.config.transformer
     sizes = {name: getattr(transformer, name) for name in ("heads", "head_dim", "pooled_width")}
-    alone = controlnet.Config(2, **sizes, context_width=None, own_patches=False, position_size=None, zero_pooled=False)
+    alone = controlnet.Config(
+        2, **sizes, context_width=None, has_patch_embedding=False, position_size=None, zero_pooled=False
+    )
     net = controlnets.ControlNet(controlnet.init(prng.key(1), alone), alone)
     weights.save_controlnet(top / "depth", net)
     canny = net._replace(config=dataclasses.replace(alone, kind="canny"))

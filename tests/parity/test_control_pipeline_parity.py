@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     }
     joint = controlnet.Config(depth=2, **sizes)
     alone = dataclasses.replace(
-        joint, depth=2, context_width=None, own_patches=False, position_size=None, zero_pooled=False
+        joint, depth=2, context_width=None, has_patch_embedding=False, position_size=None, zero_pooled=False
     )
     nets = {}
     for name, config in (("joint", joint), ("alone", alone)):

@@ -26,16 +26,18 @@ diffusers = pytest.importorskip("diffusers")
 TRANSFORMER_CONFIG = LAYOUTS["SD3.5-large"]
 JOINT = controlnet.Config(**SMALL)
 IMAGE_ONLY = controlnet.Config(
-    **{**SMALL, "context_width": None, "position_size": None, "depth": 2}, own_patches=False, zero_pooled=False
+    **{**SMALL, "context_width": None, "position_size": None, "depth": 2}, has_patch_embedding=False, zero_pooled=False
 )
 KINDS = {
     "joint": JOINT,
     "joint, norms and dual": dataclasses.replace(JOINT, depth=2, qk_norm=True, dual_attention_layers=(0,)),
     "joint, no positions": dataclasses.replace(JOINT, depth=1, position_size=None),
     "joint, with a mask": dataclasses.replace(JOINT, depth=2, extra_channels=1),
-    "joint, the transformer's patches": dataclasses.replace(JOINT, depth=2, own_patches=False, position_size=None),
+    "joint, the transformer's patches": dataclasses.replace(
+        JOINT, depth=2, has_patch_embedding=False, position_size=None
+    ),
     "image alone": IMAGE_ONLY,
-    "image alone, own patches": dataclasses.replace(IMAGE_ONLY, own_patches=True, position_size=24),
+    "image alone, own patches": dataclasses.replace(IMAGE_ONLY, has_patch_embedding=True, position_size=24),
 }
 
 
@@ -56,7 +58,7 @@ def their_controlnet(config: controlnet.Config):
         dual_attention_layers=config.dual_attention_layers,
         qk_norm="rms_norm" if config.qk_norm else None,
         pos_embed_type=None if config.position_size is None else "sincos",
-        use_pos_embed=config.own_patches,
+        use_pos_embed=config.has_patch_embedding,
         force_zeros_for_pooled_projection=config.zero_pooled,
     ).eval()
 
@@ -102,7 +104,7 @@ def test_residuals_and_the_velocity_with_them_equal_diffusers(kind, implementati
     params, theirs = pair(config)
     latents, t, context, pooled = random_inputs(TRANSFORMER_CONFIG)
     image = picture(config)
-    seen = latents if config.own_patches else mmdit.embed_image(transformer, TRANSFORMER_CONFIG, latents)
+    seen = latents if config.has_patch_embedding else mmdit.embed_image(transformer, TRANSFORMER_CONFIG, latents)
     expected = their_residuals(theirs, seen, t, context, pooled, image, 0.7)
     ours = controlnet.apply(params, config, seen, t, context, pooled, image, 0.7, implementation=implementation)
     assert len(ours) == len(expected) == config.depth

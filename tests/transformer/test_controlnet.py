@@ -1,4 +1,4 @@
-"""ControlNets by themselves: what they start as, how several add up, when they speak, and what they refuse."""
+"""ControlNets by themselves: what they start as, sums of several, active steps, and errors."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ JOINT = controlnet.Config(
     position_size=10, sample_size=16, qk_norm=True, dual_attention_layers=(0, 1),
 )  # fmt: skip
 IMAGE_ONLY = dataclasses.replace(
-    JOINT, depth=3, context_width=None, own_patches=False, position_size=None, zero_pooled=False
+    JOINT, depth=3, context_width=None, has_patch_embedding=False, position_size=None, zero_pooled=False
 )
 BOTH = pytest.mark.parametrize("config", [JOINT, IMAGE_ONLY], ids=["joint", "image alone"])
 
@@ -51,14 +51,14 @@ def inputs(batch: int = 4) -> tuple[torch.Tensor, ...]:
 
 
 def residuals(config, params, latents, t, context, pooled, image, scale=1.0, **options):
-    seen = latents if config.own_patches else mmdit.embed_image(WEIGHTS, TRANSFORMER, latents)
+    seen = latents if config.has_patch_embedding else mmdit.embed_image(WEIGHTS, TRANSFORMER, latents)
     return controlnet.apply(params, config, seen, t, context, pooled, image, scale, **options)
 
 
 def controlled(*controls, batch: int = 4, **options) -> torch.Tensor:
-    heard = control.residuals(controls, WEIGHTS, TRANSFORMER, *inputs(batch))
-    told = {"residuals": heard.residuals, "residual_after_last": heard.after_last}
-    return mmdit.apply(WEIGHTS, TRANSFORMER, *inputs(batch), **told, **options)
+    summed = control.residuals(controls, WEIGHTS, TRANSFORMER, *inputs(batch))
+    arguments = {"residuals": summed.residuals, "residual_after_last": summed.after_last}
+    return mmdit.apply(WEIGHTS, TRANSFORMER, *inputs(batch), **arguments, **options)
 
 
 def made(config, seed: int = 6, batch: int = 1, **options) -> control.Control:
@@ -88,7 +88,8 @@ def test_several_are_the_sum_of_each_whatever_their_depths(first, second):
     one, two = made(JOINT, 6, scale=first), made(IMAGE_ONLY, 7, scale=second)
     alone = [control.residuals([net], WEIGHTS, TRANSFORMER, *inputs()) for net in (one, two)]
     spread = [
-        [heard.residuals[mmdit.residual_index(block, 5, len(heard.residuals))] for block in range(4)] for heard in alone
+        [summed.residuals[mmdit.residual_index(block, 5, len(summed.residuals))] for block in range(4)]
+        for summed in alone
     ]
     together = control.residuals([one, two], WEIGHTS, TRANSFORMER, *inputs())
     assert close(together.residuals[:4], [a + b for a, b in zip(*spread, strict=True)])
@@ -111,31 +112,33 @@ def test_one_control_image_serves_a_whole_batch(config):
 
 
 def test_after_the_last_block_adds_the_last_residual_before_the_final_layer():
-    heard = control.residuals([made(JOINT)], WEIGHTS, TRANSFORMER, *inputs())
-    added = mmdit.apply(WEIGHTS, TRANSFORMER, *inputs(), residuals=heard.residuals, residual_after_last=True)
+    summed = control.residuals([made(JOINT)], WEIGHTS, TRANSFORMER, *inputs())
+    added = mmdit.apply(WEIGHTS, TRANSFORMER, *inputs(), residuals=summed.residuals, residual_after_last=True)
     assert torch.equal(controlled(made(JOINT, after_last=True)), added)
     assert not close(added, controlled(made(JOINT)), 1e-2)
 
 
 def test_controls_that_disagree_on_the_last_block_keep_their_ways():
-    heard = control.residuals([made(JOINT), made(IMAGE_ONLY, after_last=True)], WEIGHTS, TRANSFORMER, *inputs())
+    summed = control.residuals([made(JOINT), made(IMAGE_ONLY, after_last=True)], WEIGHTS, TRANSFORMER, *inputs())
     last = control.residuals([made(IMAGE_ONLY)], WEIGHTS, TRANSFORMER, *inputs()).residuals[-1]
-    assert heard.after_last and torch.equal(heard.residuals[-1], last)
+    assert summed.after_last and torch.equal(summed.residuals[-1], last)
 
 
 def test_without_the_pooled_text_where_it_was_trained_without():
     latents, t, context, pooled = inputs()
-    heard = control.residuals([made(JOINT)], WEIGHTS, TRANSFORMER, latents, t, context, pooled)
-    assert close(heard.residuals, residuals(JOINT, NETS[JOINT], latents, t, context, 0 * pooled, random(6, 1, 3, 8, 6)))
+    summed = control.residuals([made(JOINT)], WEIGHTS, TRANSFORMER, latents, t, context, pooled)
+    assert close(
+        summed.residuals, residuals(JOINT, NETS[JOINT], latents, t, context, 0 * pooled, random(6, 1, 3, 8, 6))
+    )
 
 
 @given(start=st.floats(0, 0.95), length=st.floats(0.05, 1), steps=st.integers(1, 30))
-def test_a_control_speaks_in_the_steps_that_diffusers_says(start, length, steps):
+def test_a_control_is_active_in_the_steps_of_diffusers_rule(start, length, steps):
     end = min(start + length, 1.0)
-    spoken = []
-    for first, stop, speaking in control.segments([made(JOINT, start=start, end=end)], steps):
-        spoken += [bool(speaking)] * (stop - first)
-    assert spoken == [not (i / steps < start or (i + 1) / steps > end) for i in range(steps)]
+    active = []
+    for first, stop, controls in control.segments([made(JOINT, start=start, end=end)], steps):
+        active += [bool(controls)] * (stop - first)
+    assert active == [not (i / steps < start or (i + 1) / steps > end) for i in range(steps)]
 
 
 @BOTH
@@ -164,8 +167,8 @@ def test_vmap_grad_and_remat_work(config):
     learned = {path for path, param in specs.paths(controlnet.spec(config)).items() if param.trainable}
     # What the last block makes of the context, nobody reads.
     unread = ("blocks.1.context.mlp", "blocks.1.context.attention.out", "blocks.1.context.attention.query_norm")
-    silent = {path for path, leaf in tree.flatten_paths(gradients).items() if not leaf.any()} & learned
-    assert all(path.startswith(unread) for path in silent)
+    zero_gradients = {path for path, leaf in tree.flatten_paths(gradients).items() if not leaf.any()} & learned
+    assert all(path.startswith(unread) for path in zero_gradients)
     again, _ = transform.value_and_grad(lambda params: loss(params, block_transform=transform.remat))(NETS[config])
     assert close(gradients, again)
 
@@ -174,14 +177,16 @@ def test_vmap_grad_and_remat_work(config):
 def test_it_compiles_to_one_graph(config):
     backend = CompileCounterWithBackend("eager")
     torch._dynamo.reset()
-    told = (*inputs(), random(6, 4, 3, 8, 6))
+    arguments = (*inputs(), random(6, 4, 3, 8, 6))
 
-    def loss(params, scale, *told):
-        return sum(part.square().mean() for part in residuals(config, params, *told, scale))
+    def loss(params, scale, *arguments):
+        return sum(part.square().mean() for part in residuals(config, params, *arguments, scale))
 
     compiled = torch.compile(torch.func.grad_and_value(loss), backend=backend, fullgraph=True)
     for scale in (torch.tensor(0.5), torch.tensor(1.5)):
-        assert close(compiled(NETS[config], scale, *told), torch.func.grad_and_value(loss)(NETS[config], scale, *told))
+        assert close(
+            compiled(NETS[config], scale, *arguments), torch.func.grad_and_value(loss)(NETS[config], scale, *arguments)
+        )
     assert backend.frame_count == 1
 
 
@@ -192,16 +197,16 @@ def test_controlnet_and_transformer_may_be_of_different_dtypes(config, narrow):
     net = made(config)
     net = net if narrow == "transformer" else net._replace(params=tree.cast(net.params, torch.bfloat16))
     weights = WEIGHTS if narrow == "controlnet" else tree.cast(WEIGHTS, torch.bfloat16)
-    heard = control.residuals([net], weights, TRANSFORMER, *inputs())
-    found = mmdit.apply(weights, TRANSFORMER, *inputs(), residuals=heard.residuals)
-    assert found.dtype == torch.float32 and (found - exact).norm() <= 5e-2 * exact.norm()
+    summed = control.residuals([net], weights, TRANSFORMER, *inputs())
+    velocity = mmdit.apply(weights, TRANSFORMER, *inputs(), residuals=summed.residuals)
+    assert velocity.dtype == torch.float32 and (velocity - exact).norm() <= 5e-2 * exact.norm()
 
 
 def test_training_starts_from_the_transformer():
     like = dataclasses.replace(JOINT, depth=3)
     copied = controlnet.from_transformer(prng.key(0), like, WEIGHTS, TRANSFORMER)
     assert not specs.check(controlnet.spec(like), tree.flatten_paths(copied))
-    assert copied["blocks"] == WEIGHTS["blocks"][:3] and not copied["picture"]["weight"].any()
+    assert copied["blocks"] == WEIGHTS["blocks"][:3] and not copied["control_patch"]["weight"].any()
     assert not any(part.any() for part in residuals(like, copied, *inputs(), random(6, 4, 3, 8, 6)))
     with pytest.raises(ValueError, match="depth 5 must be less than the transformer's 5"):
         controlnet.from_transformer(prng.key(0), dataclasses.replace(JOINT, depth=5), WEIGHTS, TRANSFORMER)
@@ -238,7 +243,7 @@ def test_numbers_out_of_range_are_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "config, picture, message",
+    "config, shape, message",
     [
         (JOINT, (1, 3, 8, 8), "control image's latents are 8 x 8, but the noised latents are 8 x 6"),
         (JOINT, (1, 3, 9, 6), "image_latents: height 9 is not a multiple of the patch size 2"),
@@ -247,9 +252,9 @@ def test_numbers_out_of_range_are_refused(change, message):
         (IMAGE_ONLY, (1, 3, 8, 8), r"latents \[4, 12, 16\] must be \(batch, tokens, width\) = \(any, 16, 16\)"),
     ],
 )
-def test_control_images_of_other_sizes_are_refused(config, picture, message):
+def test_control_images_of_other_sizes_are_refused(config, shape, message):
     with pytest.raises(ValueError, match=message):
-        residuals(config, NETS[config], *inputs(), torch.zeros(picture))
+        residuals(config, NETS[config], *inputs(), torch.zeros(shape))
 
 
 def test_what_is_missing_is_named():
@@ -261,7 +266,7 @@ def test_what_is_missing_is_named():
         controlnet.apply(NETS[JOINT], JOINT, latents, t, None, pooled, image)
     with pytest.raises(ValueError, match="kind 'cany' of ControlNet must be one of blur, canny"):
         dataclasses.replace(JOINT, kind="cany")
-    with pytest.raises(ValueError, match="a control image has latents of 8 x 8, but the image that is drawn has 8 x 6"):
+    with pytest.raises(ValueError, match="a control image has latents of 8 x 8, but the noised latents have 8 x 6"):
         controlled(made(IMAGE_ONLY)._replace(image_latents=torch.zeros(1, 3, 8, 8)))
     with pytest.raises(ValueError, match=r"residuals \[4, 12, 8\] must be"):
         mmdit.apply(WEIGHTS, TRANSFORMER, latents, t, context, pooled, residuals=[torch.zeros(4, 12, 8)])

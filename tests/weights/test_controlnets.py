@@ -17,8 +17,8 @@ JOINT = controlnet.Config(
     dual_attention_layers=(0, 2), kind="pose",
 )  # fmt: skip
 STABILITYS = controlnet.Config(
-    depth=2, heads=1, context_width=None, pooled_width=10, own_patches=False, position_size=None, zero_pooled=False,
-    kind="canny",
+    depth=2, heads=1, context_width=None, pooled_width=10, has_patch_embedding=False, position_size=None,
+    zero_pooled=False, kind="canny",
 )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_what_a_layout_cannot_hold_is_said(config, options, message, tmp_path):
 
 def test_parameters_that_do_not_fit_are_not_saved(tmp_path):
     net = random_net(STABILITYS)
-    params = {name: part for name, part in net.params.items() if name != "picture"}
-    with pytest.raises(WeightsError, match="picture.weight is missing"):
+    params = {name: part for name, part in net.params.items() if name != "control_patch"}
+    with pytest.raises(WeightsError, match="control_patch.weight is missing"):
         save_controlnet(tmp_path / "net", net._replace(params=params))
     assert not (tmp_path / "net").exists()
