@@ -7,7 +7,7 @@ from functional_sd3.core import prng
 from functional_sd3.core import spec as specs
 from functional_sd3.transformer import mmdit
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 SMALL = dict(depth=4, heads=4, head_dim=16, context_width=48, pooled_width=40, position_size=24, sample_size=32)
 LAYOUTS = {
     "SD3": mmdit.Config(**SMALL),
@@ -16,24 +16,6 @@ LAYOUTS = {
     "patches of one": mmdit.Config(**SMALL, qk_norm=True, patch_size=1, in_channels=4, out_channels=4),
     "dual to the last": mmdit.Config(**SMALL, qk_norm=True, dual_attention_layers=(3,)),
 }
-
-
-def their_model(config: mmdit.Config):
-    return diffusers.SD3Transformer2DModel(
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.heads,
-        joint_attention_dim=config.context_width,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_width,
-        pos_embed_max_size=config.position_size,
-        dual_attention_layers=config.dual_attention_layers,
-        qk_norm="rms_norm" if config.qk_norm else None,
-    ).eval()
 
 
 def random_params(config: mmdit.Config) -> dict:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from bench import peers
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.layouts import rules
@@ -17,7 +18,6 @@ from tests.parity.mmdit_models import (
     random_inputs,
     random_params,
     relative_error,
-    their_model,
     their_velocity,
 )
 
@@ -41,28 +41,6 @@ KINDS = {
 }
 
 
-def their_controlnet(config: controlnet.Config):
-    return diffusers.SD3ControlNetModel(
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.heads,
-        joint_attention_dim=config.context_width,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_width,
-        out_channels=config.in_channels,
-        pos_embed_max_size=config.position_size,
-        extra_conditioning_channels=config.extra_channels,
-        dual_attention_layers=config.dual_attention_layers,
-        qk_norm="rms_norm" if config.qk_norm else None,
-        pos_embed_type=None if config.position_size is None else "sincos",
-        use_pos_embed=config.has_patch_embedding,
-        force_zeros_for_pooled_projection=config.zero_pooled,
-    ).eval()
-
-
 def random_controlnet(config: controlnet.Config, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed + 10)
 
@@ -76,7 +54,7 @@ def random_controlnet(config: controlnet.Config, seed: int = 0) -> dict:
 
 def pair(config: controlnet.Config, seed: int = 0):
     params = random_controlnet(config, seed)
-    theirs = their_controlnet(config)
+    theirs = peers.controlnet_module(config)
     spec = controlnet.spec(config)
     theirs.load_state_dict(rules.to_theirs(controlnets.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True)
     return params, theirs
@@ -98,7 +76,7 @@ def their_residuals(theirs, latents, t, context, pooled, image, scale):
 def test_residuals_and_the_velocity_with_them_equal_diffusers(kind, implementation):
     config = KINDS[kind]
     transformer = random_params(TRANSFORMER_CONFIG)
-    their_transformer = their_model(TRANSFORMER_CONFIG)
+    their_transformer = peers.transformer_module(TRANSFORMER_CONFIG)
     spec = mmdit.spec(TRANSFORMER_CONFIG)
     their_transformer.load_state_dict(rules.to_theirs(TRANSFORMER, spec, tree.flatten_paths(transformer)), strict=True)
     params, theirs = pair(config)
@@ -151,7 +129,7 @@ def test_folders_are_exchanged_with_diffusers(kind, tmp_path):
 
 def test_the_released_size_has_every_tensor_of_diffusers_and_the_released_number_of_parameters():
     with torch.device("meta"):
-        theirs = their_controlnet(controlnet.SD35_LARGE).state_dict()
+        theirs = peers.controlnet_module(controlnet.SD35_LARGE).state_dict()
     theirs = {name: tuple(value.shape) for name, value in theirs.items()}
     spec = controlnet.spec(controlnet.SD35_LARGE)
     assert rules.keys(controlnets.DIFFUSERS, spec) == theirs

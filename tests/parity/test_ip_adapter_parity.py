@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from bench import peers
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.layouts import rules
@@ -16,7 +17,6 @@ from tests.parity.mmdit_models import (
     random_inputs,
     random_params,
     relative_error,
-    their_model,
     their_velocity,
 )
 
@@ -45,7 +45,7 @@ def random_adapter(config: ip_adapter.Config) -> dict:
 
 def theirs_of(config: mmdit.Config, params, adapter_config, adapter):
     """Their transformer with the adapter, loaded as they load InstantX's file."""
-    theirs = their_model(config)
+    theirs = peers.transformer_module(config)
     theirs.load_state_dict(rules.to_theirs(TRANSFORMER, mmdit.spec(config), tree.flatten_paths(params)), strict=True)
     names = rules.to_theirs(ip_adapters.INSTANTX, ip_adapter.spec(adapter_config), tree.flatten_paths(adapter))
     state = {

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from bench import peers
 from functional_sd3.core import prng, tree
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import mmdit
-from tests.parity.mmdit_models import LAYOUTS, random_inputs, random_params, relative_error, their_model, their_velocity
+from tests.parity.mmdit_models import LAYOUTS, random_inputs, random_params, relative_error, their_velocity
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -16,7 +17,7 @@ diffusers = pytest.importorskip("diffusers")
 def case(request):
     config = LAYOUTS[request.param]
     params = random_params(config)
-    theirs = their_model(config)
+    theirs = peers.transformer_module(config)
     theirs.load_state_dict(rules.to_theirs(TRANSFORMER, mmdit.spec(config), tree.flatten_paths(params)), strict=True)
     return config, params, theirs
 
@@ -69,7 +70,7 @@ def test_bfloat16_is_as_close_to_float32_as_that_of_diffusers(case):
 def test_the_position_table_is_diffusers_buffer_bit_for_bit(size, sample_size):
     config = mmdit.Config(depth=1, heads=1, position_size=size, sample_size=sample_size)
     position = mmdit.spec(config)["position"]
-    assert torch.equal(position.init(prng.key(0), position.shape), their_model(config).pos_embed.pos_embed)
+    assert torch.equal(position.init(prng.key(0), position.shape), peers.transformer_module(config).pos_embed.pos_embed)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,6 @@ def test_the_position_table_is_diffusers_buffer_bit_for_bit(size, sample_size):
 )
 def test_presets_have_every_tensor_of_diffusers(config, tensors):
     with torch.device("meta"):
-        theirs = {name: tuple(tensor.shape) for name, tensor in their_model(config).state_dict().items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in peers.transformer_module(config).state_dict().items()}
     assert rules.keys(TRANSFORMER, mmdit.spec(config)) == theirs
     assert len(theirs) == tensors

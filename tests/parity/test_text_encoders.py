@@ -5,47 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import peers
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
 from functional_sd3.formats.notes import Note
 from functional_sd3.text import bpe, clip, conditioning, t5, unigram
 
 transformers = pytest.importorskip("transformers")
-
-
-def their_clip(config: clip.Config):
-    return transformers.CLIPTextModelWithProjection(
-        transformers.CLIPTextConfig(
-            vocab_size=config.vocab,
-            max_position_embeddings=config.length,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=config.mlp_width,
-            hidden_act=config.activation,
-            projection_dim=config.projection_width,
-            layer_norm_eps=config.eps,
-            bos_token_id=0,
-            eos_token_id=config.eos_id,
-        )
-    ).eval()
-
-
-def their_t5(config: t5.Config):
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=config.vocab,
-            d_model=config.width,
-            num_layers=config.layers,
-            num_heads=config.heads,
-            d_kv=config.head_dim,
-            d_ff=config.mlp_width,
-            feed_forward_proj="gated-gelu",
-            relative_attention_num_buckets=config.buckets,
-            relative_attention_max_distance=config.max_distance,
-            layer_norm_epsilon=config.eps,
-        )
-    ).eval()
 
 
 def our_clip(model) -> dict[str, torch.Tensor]:
@@ -130,7 +96,7 @@ T5S = {
 @torch.no_grad()
 def test_all_four_clip_outputs_equal_transformers(name):
     config, eos = CLIPS[name]
-    model = randomise(their_clip(config))
+    model = randomise(peers.clip_module(config))
     ids = texts(config.vocab, eos)
     theirs = model(ids, output_hidden_states=True)
     pooled = model.text_model(ids).pooler_output
@@ -145,7 +111,7 @@ def test_all_four_clip_outputs_equal_transformers(name):
 @torch.no_grad()
 def test_clip_skip_chooses_transformers_hidden_states(skip):
     config, eos = CLIPS["small, highest id"]
-    model = randomise(their_clip(config))
+    model = randomise(peers.clip_module(config))
     ids = texts(config.vocab, eos, length=20)
     theirs = model(ids, output_hidden_states=True).hidden_states[-(skip + 2)]
     assert error(clip.apply(params_of(our_clip(model)), config, ids, skip=skip).penultimate, theirs) <= 1e-5
@@ -155,7 +121,7 @@ def test_clip_skip_chooses_transformers_hidden_states(skip):
 @torch.no_grad()
 def test_t5_equals_transformers_with_and_without_a_mask(name):
     config = T5S[name]
-    model = randomise(their_t5(config))
+    model = randomise(peers.t5_module(config))
     params = params_of(our_t5(model))
     ids = torch.randint(0, config.vocab, (3, 200), generator=torch.Generator().manual_seed(2))
     mask = torch.arange(200)[None, :] < torch.tensor([[200], [13], [1]])
@@ -177,7 +143,7 @@ def test_relative_buckets_equal_transformers_at_every_distance():
 @torch.no_grad()
 def test_clip_in_bfloat16_stays_near_float32(name):
     config, eos = CLIPS[name]
-    params = params_of(our_clip(randomise(their_clip(config))))
+    params = params_of(our_clip(randomise(peers.clip_module(config))))
     ids = texts(config.vocab, eos)
     wide, narrow = (clip.apply(cast, config, ids) for cast in (params, tree.cast(params, torch.bfloat16)))
     for ours, exact in zip(narrow, wide, strict=True):
@@ -189,7 +155,7 @@ def test_clip_in_bfloat16_stays_near_float32(name):
 @torch.no_grad()
 def test_t5_in_bfloat16_stays_near_float32(name):
     config = T5S[name]
-    params = params_of(our_t5(randomise(their_t5(config))))
+    params = params_of(our_t5(randomise(peers.t5_module(config))))
     ids = torch.randint(0, config.vocab, (2, 40), generator=torch.Generator().manual_seed(3))
     narrow = t5.apply(tree.cast(params, torch.bfloat16), config, ids)
     assert narrow.dtype == torch.bfloat16
@@ -199,9 +165,9 @@ def test_t5_in_bfloat16_stays_near_float32(name):
 @pytest.mark.parametrize(
     ("module", "config", "build", "rename", "tensors", "parameters"),
     [
-        (clip, clip.CLIP_L, their_clip, our_clip, 197, 123_650_304),
-        (clip, clip.CLIP_G, their_clip, our_clip, 517, 694_659_840),
-        (t5, t5.T5_XXL, their_t5, our_t5, 219, 4_762_310_656),
+        (clip, clip.CLIP_L, peers.clip_module, our_clip, 197, 123_650_304),
+        (clip, clip.CLIP_G, peers.clip_module, our_clip, 517, 694_659_840),
+        (t5, t5.T5_XXL, peers.t5_module, our_t5, 219, 4_762_310_656),
     ],
     ids=["clip_l", "clip_g", "t5_xxl"],
 )
@@ -229,9 +195,9 @@ def sd3(shared_data):
     diffusers = pytest.importorskip("diffusers")
     folder = shared_data / "tokenizers"
     models = {
-        "clip_l": randomise(their_clip(CLIP_L_CONFIG)),
-        "clip_g": randomise(their_clip(CLIP_G_CONFIG)),
-        "t5": randomise(their_t5(T5_CONFIG)),
+        "clip_l": randomise(peers.clip_module(CLIP_L_CONFIG)),
+        "clip_g": randomise(peers.clip_module(CLIP_G_CONFIG)),
+        "t5": randomise(peers.t5_module(T5_CONFIG)),
     }
     transformer = diffusers.SD3Transformer2DModel(
         num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=96, caption_projection_dim=16,

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from bench import peers
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.image import vae
-from functional_sd3.layouts import diffusers_keys, rules
+from functional_sd3.layouts import diffusers_keys
 
 CONFIGS = {
     "two blocks a level": vae.Config(channels=(16, 32, 32, 32), blocks_per_level=2, groups=8, sample_size=64),
@@ -16,33 +17,12 @@ CONFIGS = {
 
 
 def reference(config: vae.Config):
-    from diffusers import AutoencoderKL
-
-    levels = len(config.channels)
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=config.channels,
-        layers_per_block=config.blocks_per_level,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.groups,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    model = peers.autoencoder_module(config)
     generator = torch.Generator().manual_seed(0)
     # Residual branches that start at zero would hide mistakes in them.
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5 / parameter[0].numel() ** 0.5
     return model.eval()
-
-
-def ours(config: vae.Config, model) -> dict:
-    theirs = model.state_dict()
-    return rules.to_ours(
-        diffusers_keys.VAE,
-        vae.spec(config),
-        lambda source, _: source.transform.join([theirs[name] for name in source.names]),
-    )
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -54,7 +34,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_encode_and_decode_equal_diffusers(name, size):
     config = CONFIGS[name]
     model = reference(config)
-    params = ours(config, model)
+    params = peers.parameters_of(model, diffusers_keys.VAE, vae.spec(config))
     images = prng.uniform(prng.key(1), (2, 3, *size)) * 2 - 1
     with torch.no_grad():
         theirs = model.encode(images).latent_dist
@@ -66,7 +46,7 @@ def test_encode_and_decode_equal_diffusers(name, size):
 
 def test_bfloat16_is_near_float32():
     config = CONFIGS["two blocks a level"]
-    params = ours(config, reference(config))
+    params = peers.parameters_of(reference(config), diffusers_keys.VAE, vae.spec(config))
     images = prng.uniform(prng.key(1), (2, 3, 64, 64)) * 2 - 1
     half = tree.cast(params, torch.bfloat16)
     exact = vae.encode(params, config, images).mean

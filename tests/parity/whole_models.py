@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from bench import peers
 from functional_sd3 import weights
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
@@ -49,72 +50,16 @@ def state_of(model: Model, name: str) -> dict[str, torch.Tensor]:
 
 def write_with_diffusers(path, config: Config, **options):
     """A pipeline with random weights, made of their own classes and saved by them."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    def clip_model(ours: clip.Config):
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=ours.vocab,
-                hidden_size=ours.width,
-                intermediate_size=ours.mlp_width,
-                projection_dim=ours.projection_width,
-                num_hidden_layers=ours.layers,
-                num_attention_heads=ours.heads,
-                max_position_embeddings=ours.length,
-                hidden_act=ours.activation,
-                bos_token_id=0,
-                eos_token_id=ours.eos_id,
-            )
-        )
-
-    network = config.transformer
     torch.manual_seed(3)
     pipeline = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=network.sample_size,
-            num_layers=network.depth,
-            attention_head_dim=network.head_dim,
-            num_attention_heads=network.heads,
-            joint_attention_dim=network.context_width,
-            caption_projection_dim=network.width,
-            pooled_projection_dim=network.pooled_width,
-            pos_embed_max_size=network.position_size,
-            dual_attention_layers=network.dual_attention_layers,
-            qk_norm="rms_norm" if network.qk_norm else None,
-        ),
+        transformer=peers.transformer_module(config.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=config.schedule.shift),
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * len(config.vae.channels),
-            up_block_types=["UpDecoderBlock2D"] * len(config.vae.channels),
-            block_out_channels=config.vae.channels,
-            layers_per_block=config.vae.blocks_per_level,
-            latent_channels=16,
-            norm_num_groups=config.vae.groups,
-            sample_size=config.vae.sample_size,
-            scaling_factor=config.vae.scaling,
-            shift_factor=config.vae.shift,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ),
-        text_encoder=clip_model(config.clip_l),
-        text_encoder_2=clip_model(config.clip_g),
-        text_encoder_3=T5EncoderModel(
-            T5Config(
-                vocab_size=config.t5.vocab,
-                d_model=config.t5.width,
-                d_kv=config.t5.head_dim,
-                d_ff=config.t5.mlp_width,
-                num_layers=config.t5.layers,
-                num_heads=config.t5.heads,
-                feed_forward_proj="gated-gelu",
-            )
-        ),
+        vae=peers.autoencoder_module(config.vae),
+        text_encoder=peers.clip_module(config.clip_l),
+        text_encoder_2=peers.clip_module(config.clip_g),
+        text_encoder_3=peers.t5_module(config.t5),
         tokenizer=None,
         tokenizer_2=None,
         tokenizer_3=None,
