@@ -16,6 +16,7 @@ SUBCOMMANDS = (
     "edit",
     "interpolate",
     "train",
+    "reward",
     "inspect",
     "convert",
     "merge",

@@ -1,25 +1,26 @@
-"""A training run put together from its command line: model, images, settings, the state it goes on from, its result."""
+"""A run of `train` put together from its command line: model, images and settings."""
 
 import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from functional_sd3 import lora, pipeline, weights
-from functional_sd3.cli import report, train_model, train_options
+from functional_sd3 import pipeline
+from functional_sd3.cli import report, train_model, train_options, training_run
+from functional_sd3.cli.training_run import Setup
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
-from functional_sd3.image import pixels, vae
+from functional_sd3.image import vae
 from functional_sd3.layouts.components import SPECS, require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import checkpoint, continuing, datasets, digests, tasks
+from functional_sd3.training import continuing, datasets, digests, tasks
 from functional_sd3.training.step import TrainState
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Model
@@ -33,15 +34,6 @@ _RECORDED = (
     "warmup",
 )  # fmt: skip
 """The options that a checkpoint keeps."""
-
-
-class Setup(NamedTuple):
-    """What a run needs. stored: the model as its files have it; settings: what its checkpoints keep."""
-
-    task: tasks.TrainingTask
-    stored: Model
-    settings: dict[str, Any]
-    options: tasks.Settings
 
 
 def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
@@ -59,68 +51,20 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     ids = None if arguments.part == "vae" else _tokens(model, images)
     settings = _settings(arguments, source, stored, images, ids)
     settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+    differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
-        _check_continuing(arguments, settings)
+        training_run.check_continuing(arguments, differences)
     key = prng.fold_in(prng.key(arguments.seed), 1)
+
+    def setup(task: tasks.TrainingTask) -> Setup:
+        step_note = lambda saved, state: _step_note(saved, options, state)  # noqa: E731
+        return Setup(task, stored, settings, differences, bool(options.lora), step_note)
+
     if arguments.part == "vae":
-        return Setup(tasks.vae_task(key, model, images, options), stored, settings, options)
+        return setup(tasks.vae_task(key, model, images, options))
     latents = _latents(arguments, model, images, settings, say)
     data = {"latents": latents, "ids": ids}
-    task = tasks.flow_task(key, model, images, data, options, generate=pipeline.generate)
-    return Setup(task, stored, settings, options)
-
-
-def resume(arguments: argparse.Namespace, setup: Setup, say: Say) -> TrainState:
-    """The state of the newest checkpoint that can be read; what changed since, and what is passed over, is said.
-
-    Raises ValueError where the settings differ and may not, WeightsError where there is no checkpoint that can be read.
-    """
-    folder = Path(arguments.out) / "checkpoints"
-    now = setup.settings
-    allowed = lambda saved: continuing.check(_differences(saved, now), arguments.out, force=arguments.force)  # noqa: E731
-    resumed = checkpoint.load_newest(folder, setup.task.state, allowed)
-    for path, error in resumed.passed_over:
-        say(f"note: a checkpoint cannot be read: {error}")
-        say(f"note: it is set aside as {checkpoint.set_aside(path)}, and the one before is taken: {resumed.path.name}")
-    for sentence in continuing.notes(_differences(resumed.settings, now), resumed.settings, now):
-        say(f"note: {sentence}")
-    state = resumed.state
-    say(f"resuming at step {int(state.step)} of {arguments.steps}")
-    _say_steps(resumed.settings, setup.options, state, say)
-    return state
-
-
-def newest(folder: Path) -> str:
-    """A sentence that names the newest checkpoint."""
-    found = checkpoint.paths(folder)
-    return f"--resume goes on from the newest checkpoint, {found[-1]}" if found else "there is no checkpoint yet"
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return bool(checkpoint.paths(folder))
-
-
-def save_image(path: Path, images: torch.Tensor) -> None:
-    """Write images (batch, 3, height, width) in [0, 1] as one PNG, four a row."""
-    import io
-
-    buffer = io.BytesIO()
-    pixels.to_pil(pixels.grid(images.cpu(), columns=4))[0].save(buffer, format="PNG")
-    files.write_atomic(path, buffer.getvalue())
-
-
-def save_result(out: Path, state: TrainState, setup: Setup, lora_name: str) -> Path:
-    """Write the LoRA, or the whole model: what was trained in the dtypes it was stored in, the rest as it was stored.
-
-    Returns what was written.
-    """
-    if setup.options.lora:
-        lora.save(out / lora_name, state.ema)
-        return out / lora_name
-    trained, stored = setup.task.model(state), setup.stored
-    params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.task.trained}
-    weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
-    return out
+    return setup(tasks.flow_task(key, model, images, data, options, generate=pipeline.generate))
 
 
 def _images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages:
@@ -197,27 +141,16 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
     return continuing.differences({**saved, "text-encoders": train_model.text_encoders(before)}, now, defaults)
 
 
-def _check_continuing(arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Before images are encoded: the settings of the newest checkpoint, where they can be read."""
-    for path in reversed(checkpoint.paths(Path(arguments.out) / "checkpoints")):
-        try:
-            saved = checkpoint.settings(path)
-        except WeightsError:
-            continue
-        continuing.check(_differences(saved, settings), arguments.out, force=arguments.force)
-        return
-
-
-def _say_steps(saved: dict[str, Any], options: tasks.Settings, state: TrainState, say: Say) -> None:
+def _step_note(saved: dict[str, Any], options: tasks.Settings, state: TrainState) -> str | None:
     """What another number of steps means for the learning rate."""
     before, done = saved.get("steps"), int(state.step)
     if not isinstance(before, int) or before == options.steps or done >= options.steps:
-        return
+        return None
     sentence = f"note: {before} steps were planned, now {options.steps}"
     if options.schedule == "cosine":
         rate = float(tasks.learning_rate(options)(state.step))
         sentence += f": the cosine of the learning rate ends there now, and the rate goes on at {rate:.3g}"
-    say(sentence)
+    return sentence
 
 
 def _tokens(model: Model, images: tasks.TrainingImages) -> conditioning.Ids:

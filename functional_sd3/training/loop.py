@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,17 @@ from functional_sd3.formats.errors import WeightsError, is_disk_full
 from functional_sd3.training import checkpoint, interruption, log
 from functional_sd3.training.interruption import Interruption
 from functional_sd3.training.recorder import DivergedError, Recorder, Row, Summary, columns, diverged
-from functional_sd3.training.step import Metrics, TrainState
 
-Sampler = Callable[[TrainState, int], None]
+
+class State(Protocol):
+    """A tree of tensors with the number of steps done, int64 ()."""
+
+    @property
+    def step(self) -> Tensor: ...
+
+
+S = TypeVar("S", bound=State)
+Sampler = Callable[[S, int], None]
 Note = Callable[[str], None]
 __all__ = ["DivergedError", "Outcome", "UnsavedError", "columns", "order", "print_note", "run"]
 
@@ -38,19 +46,19 @@ def print_note(text: str) -> None:
 class UnsavedError(WeightsError):
     """The last checkpoint of a run cannot be written; `state` is what it would have held."""
 
-    state: TrainState
+    state: Any
 
 
-class Outcome(NamedTuple):
+class Outcome(NamedTuple, Generic[S]):
     """The last state, which is saved, and whether all steps were done or a signal stopped the run."""
 
-    state: TrainState
+    state: S
     reason: Literal["done", "interrupted"]
 
 
 def run(
-    state: TrainState,
-    train_step: Callable[[TrainState, Tree], tuple[TrainState, Metrics]],
+    state: S,
+    train_step: Callable[[S, Any], tuple[S, Any]],
     batch_of_step: Callable[[int], Tree],
     *,
     steps: int,
@@ -59,26 +67,28 @@ def run(
     save_every: int = 500,
     log_every: int = 20,
     sample_every: int = 0,
-    on_sample: Sampler | None = None,
+    on_sample: Sampler[S] | None = None,
+    rollout: Callable[[S, Tree], Any] | None = None,
     has_sample: Callable[[int], bool] = lambda step: True,
     keep: int = 3,
     progress: bool = True,
     on_row: Callable[[int, Row], None] | None = None,
     note: Note = print_note,
     summary: Summary | None = None,
-) -> Outcome:
+) -> Outcome[S]:
     """Train until `state.step` is `steps`, from wherever it stands.
 
     Writes OUT/checkpoints (the last `keep`, at least two, every `save_every` steps and at the end) and OUT/log.csv, a
     row every `log_every` steps with the means of the metrics since the row before, by way of `summary` (default
     `columns`); `on_row` is called with each. `on_sample` is called every `sample_every` steps and at the end, and
-    before the first step where the sample of the state at hand is due and `has_sample(step)` is false.
+    before the first step where the sample of the state at hand is due and `has_sample(step)` is false. rollout: of the
+    state and the batch, what `train_step` takes in place of the batch: data drawn by what is trained.
 
-    Ctrl-C, SIGTERM or SIGHUP finish the step at hand, or give up the sample at hand, save and return; a third Ctrl-C
-    raises KeyboardInterrupt. A batch that cannot be read ends the run after its state is saved. A sample, a row or a
-    checkpoint that cannot be written is reported by `note`, and the run goes on, unless it is the last checkpoint.
-    Raises DivergedError at a loss, gradient or state that is not finite, leaving the last good checkpoint, and
-    UnsavedError when the disk refuses the last checkpoint.
+    Ctrl-C, SIGTERM or SIGHUP finish the step at hand, or give up the sample or rollout at hand, save and return; a
+    third Ctrl-C raises KeyboardInterrupt. A batch or rollout that fails ends the run after its state is saved. A
+    sample, a row or a checkpoint that cannot be written is reported by `note`, and the run goes on, unless it is the
+    last checkpoint. Raises DivergedError at a loss, gradient or state that is not finite, leaving the last good
+    checkpoint, and UnsavedError when the disk refuses the last checkpoint.
     """
     from tqdm import tqdm
 
@@ -102,12 +112,21 @@ def run(
         while done < steps and not stop.is_requested():
             try:
                 batch = batch_of_step(done)
+                if rollout is not None:
+                    with stop.abortable():
+                        batch = None if stop.is_requested() else rollout(state, batch)
+            except KeyboardInterrupt:
+                if not stop.is_requested():
+                    raise
+                break
             except Exception:
                 # The state is whole, and what follows the last checkpoint may be hours of work.
                 if done != saved:
                     recorder.write(done, durable=True)
                     save(final=True)
                 raise
+            if rollout is not None and stop.is_requested():
+                break
             state, metrics = train_step(state, batch)
             done += 1
             recorder.add(metrics)
@@ -148,7 +167,7 @@ def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
 
 
 def _save(
-    folder: Path, step: int, state: TrainState, settings: dict[str, Any], keep: int, note: Note, *, final: bool
+    folder: Path, step: int, state: State, settings: dict[str, Any], keep: int, note: Note, *, final: bool
 ) -> bool:
     """True if the checkpoint of `step` is on the disk. Raises DivergedError, and UnsavedError where `final`."""
     if problem := checkpoint.not_finite(state):
@@ -179,7 +198,7 @@ def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool)
     return False
 
 
-def _sample(on_sample: Sampler | None, state: TrainState, done: int, stop: Interruption, note: Note) -> None:
+def _sample(on_sample: Sampler[S] | None, state: S, done: int, stop: Interruption, note: Note) -> None:
     """Make a sample; errors are noted and signals end it, neither of which may end the run."""
     try:
         with stop.abortable():

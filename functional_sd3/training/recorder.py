@@ -2,17 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.training import checkpoint, log
-from functional_sd3.training.objectives import Metrics
 
 Row = dict[str, float]
 Summary = Callable[[dict[str, list[float] | float]], Row]
@@ -35,13 +32,19 @@ class Recorder:
         note: Callable[[str], None],
     ) -> None:
         self._table, self._summary, self._on_row, self._note, self._folder = table, summary, on_row, note, folder
-        self._sums: Metrics | None = None
-        self._checked: list[dict[str, Tensor]] = []
+        self._sums: dict[str, tuple[Any, int]] = {}
+        self._checked: list[dict[str, Tensor | float]] = []
         self._row = done
         self._started = time.monotonic()
 
-    def add(self, metrics: Metrics) -> None:
-        self._sums = metrics if self._sums is None else tree.map(torch.add, self._sums, metrics)
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add the metrics of a step; one that is a number of Python's, NaN, was not measured in it."""
+        for name, value in metrics.items():
+            added, count = self._sums.get(name, (math.nan, 0))
+            if isinstance(value, Tensor):
+                self._sums[name] = (added + value if count else value, count + 1)
+            else:
+                self._sums[name] = added, count
         self._checked.append({name: metrics[name] for name in ("loss", "grad_norm") if name in metrics})
 
     def write(self, done: int, *, durable: bool) -> float:
@@ -52,7 +55,9 @@ class Recorder:
         count = len(self._checked)
         if not count:
             return math.nan
-        means: dict[str, Any] = {name: (value / count).tolist() for name, value in (self._sums or {}).items()}
+        means: dict[str, Any] = {
+            name: (added / measured).tolist() if measured else added for name, (added, measured) in self._sums.items()
+        }
         self._check_finite(means)
         row, elapsed = self._summary(means), time.monotonic() - self._started
         try:
@@ -61,7 +66,7 @@ class Recorder:
             self._note(f"note: the row of step {done} is not in the log: {error}")
         if self._on_row:
             self._on_row(done, row)
-        self._sums, self._checked, self._row = None, [], done
+        self._sums, self._checked, self._row = {}, [], done
         return means["loss"]
 
     def _check_finite(self, means: dict[str, Any]) -> None:

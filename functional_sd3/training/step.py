@@ -59,6 +59,7 @@ def make_train_step(
     trainable: tree.Chooser = "*",
     ema_decay: float = 0.9999,
     accumulate: int = 1,
+    rows: int | None = None,
     compile: bool = False,
     gradient: Literal["autograd", "func"] | None = None,
     donate: bool | Literal["debug"] = False,
@@ -69,14 +70,18 @@ def make_train_step(
     Sample i of step n draws from `split(fold_in(state.key, n), batch)[i]`. Metrics: loss, grad_norm, those of the loss,
     and the learning rate if `rate` is given.
 
-    accumulate: number of parts a batch is computed in, for less memory and the same step. gradient: "func"
+    accumulate: number of parts a batch is computed in, for less memory and the same step. rows: the most samples of a
+    part instead, for batches whose size changes from step to step. gradient: "func"
     (torch.func.grad_and_value; the default when compiled, as one graph) or "autograd" (`transform.value_and_grad`; the
     default in eager mode, where it takes half of the memory). donate: update the given state in place, after which it
     must not be used; "debug" makes using it raise.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1")
-    differentiate = _accumulated(_gradient(loss, gradient or ("func" if compile else "autograd"), compile), accumulate)
+    if rows is not None and (rows < 1 or accumulate > 1):
+        raise ValueError(f"rows {rows} must be at least 1, and without accumulate {accumulate}")
+    whole = _gradient(loss, gradient or ("func" if compile else "autograd"), compile)
+    differentiate = _accumulated(whole, accumulate) if rows is None else _by_rows(whole, rows)
 
     def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Metrics]:
         size = next(iter(tree.leaves(batch))).shape[0]
@@ -162,3 +167,23 @@ def _accumulated(differentiate: Gradient, parts: int) -> Gradient:
         return tree.map(lambda leaf: leaf / parts, total)
 
     return accumulated
+
+
+def _by_rows(differentiate: Gradient, rows: int) -> Gradient:
+    def weighted(learned: Params, fixed: Params, batch: Tree, keys: Key) -> tuple[Params, tuple[Tensor, Metrics]]:
+        def part(start: int) -> tuple[Params, tuple[Tensor, Metrics]]:
+            some = slice(start, start + rows)
+            return differentiate(learned, fixed, tree.map(lambda leaf: leaf[some], batch), keys[some])
+
+        count = len(keys)
+        if count <= rows:
+            return part(0)
+        total = None
+        for start in range(0, count, rows):
+            share = min(rows, count - start) / count
+            result = tree.map(lambda leaf, share=share: share * leaf, part(start))
+            total = result if total is None else tree.map(torch.add, total, result)
+        assert total is not None
+        return total
+
+    return weighted

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import weights
-from functional_sd3.cli import train, train_checks, train_model, train_setup
+from functional_sd3.cli import train_checks, train_model, train_setup, training_run
 from functional_sd3.core import tree
 from functional_sd3.training import checkpoint, log
 
@@ -210,7 +210,7 @@ def test_a_lora_that_was_interrupted_goes_on_to_the_same_bits(command, tmp_path)
     assert command("--out", tmp_path / "cut", "--lora", 2)[0] == 0
     (tmp_path / "cut" / "checkpoints" / "step-00000006.safetensors").unlink()
     assert "resuming at step 3" in command("--out", tmp_path / "cut", "--lora", 2, "--resume")[1]
-    names = [tmp_path / name / train.LORA for name in ("whole", "cut")]
+    names = [tmp_path / name / training_run.LORA for name in ("whole", "cut")]
     assert names[0].read_bytes() == names[1].read_bytes()
     saved = checkpoint.paths(tmp_path / "whole" / "checkpoints")[-1]
     assert all(".down" in name or ".up" in name or ".alpha" in name for name in files.read_header(saved).tensors

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import weights
-from functional_sd3.cli import train, train_setup
+from functional_sd3.cli import train, train_setup, training_run
 from functional_sd3.core import tree
 from functional_sd3.formats import files
 from functional_sd3.training import checkpoint, digests, lock
@@ -190,13 +190,13 @@ def test_latents_that_are_damaged_are_computed_again(command, run):
 def test_a_signal_while_a_sample_is_written_saves_and_the_sample_is_drawn_later(
     command, finished, tmp_path, monkeypatch, number
 ):
-    out, save_image = tmp_path / "out", train_setup.save_image
+    out, save_image = tmp_path / "out", training_run.save_image
 
     def interrupted(path, images):
         os.kill(os.getpid(), number)
         save_image(path, images)
 
-    monkeypatch.setattr(train_setup, "save_image", interrupted)
+    monkeypatch.setattr(training_run, "save_image", interrupted)
     status, messages = command("--out", out, "--sample-every", 4)
     assert status == 130 and f"stopped at step 4, saved in {out / 'checkpoints'}" in messages
     assert max(checkpoints(out)) == 4 and not (out / lock.NAME).exists()
@@ -209,7 +209,7 @@ def test_a_signal_while_a_sample_is_written_saves_and_the_sample_is_drawn_later(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_result_is_written_loses_nothing(command, finished, tmp_path, monkeypatch, number):
     out = tmp_path / "out"
-    monkeypatch.setattr(train_setup.weights, "save", lambda *arguments: os.kill(os.getpid(), number))
+    monkeypatch.setattr(training_run.weights, "save", lambda *arguments: os.kill(os.getpid(), number))
     status, messages = command("--out", out)
     assert status == 130 and "stopped while the result was written; step 6 is saved" in messages
     monkeypatch.undo()
@@ -230,7 +230,7 @@ def test_a_result_that_cannot_be_written_says_where_the_state_is(command, tmp_pa
     def full(*arguments):
         raise WeightsError("out: cannot be written: no space left on device")
 
-    monkeypatch.setattr(train_setup.weights, "save", full)
+    monkeypatch.setattr(training_run.weights, "save", full)
     with pytest.raises(WeightsError, match="no space left.*step 6 is saved in .*--resume writes the result"):
         command("--out", tmp_path / "out")
 

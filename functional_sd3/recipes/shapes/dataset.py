@@ -16,14 +16,18 @@ def dataset(key: Key, count: int, side: int) -> TrainingImages:
     """`count` captioned scenes, each drawn `side` pixels wide when it is loaded; held-out captions are left out."""
     scene_key, wording_key = prng.split(key)
     scenes = world.scenes(scene_key, count)
-    picks = prng.uniform(wording_key, (count,)).tolist()
-    # Six of ten canonical, as in the recipe of the shipped model.
-    captions = tuple(
-        world.caption(scene, 0 if pick < 0.6 else 1 + int((pick - 0.6) * 150))
-        for scene, pick in zip(scenes, picks, strict=True)
-    )
+    captions = captions_of(wording_key, scenes)
 
     def load(rows: Sequence[int] | Tensor) -> Tensor:
         return pixels.to_bytes(pixels.from_pil([world.draw(scenes[int(row)], side) for row in rows]))
 
     return TrainingImages(captions, load, digests.fingerprint(captions), digests.combined([str(side), *captions]))
+
+
+def captions_of(key: Key, scenes: Sequence[world.Scene]) -> tuple[str, ...]:
+    """A caption of each scene, six of ten canonical, as in the recipe of the shipped model."""
+    picks = prng.uniform(key, (len(scenes),)).tolist()
+    return tuple(
+        world.caption(scene, 0 if pick < 0.6 else 1 + int((pick - 0.6) * 150))
+        for scene, pick in zip(scenes, picks, strict=True)
+    )

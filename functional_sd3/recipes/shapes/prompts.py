@@ -57,10 +57,9 @@ def read(image: Tensor) -> Reading:
 def _read(image: Tensor, stencils: "_Stencils") -> Reading:
     from scipy import ndimage
 
-    names = list(world.COLOURS)
-    palette = numpy.array([world.COLOURS[name] for name in names], dtype=numpy.float64)
+    names, palette = list(world.COLOURS), _palette()
     pixels = _pixels(image)
-    nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+    nearest = _nearest(pixels, palette)
     ground = int(numpy.bincount(nearest.ravel(), minlength=len(names)).argmax())
     distance = numpy.sqrt(((pixels - palette[ground]) ** 2).sum(-1))
     # What differs from the ground forms regions; colours at soft edges lie between two of the palette's, so a region
@@ -74,6 +73,19 @@ def _read(image: Tensor, stencils: "_Stencils") -> Reading:
         named.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names, stencils)))
     named.sort(key=lambda entry: -entry[0])
     return Reading(tuple(entry[1] for entry in named), names[ground], tuple(entry[2] for entry in named))
+
+
+def nearest_colours(image: Tensor) -> numpy.ndarray:
+    """Index into `world.COLOURS` of the colour nearest to each pixel, (64, 64), of an image as `read` takes it."""
+    return _nearest(_pixels(image), _palette())
+
+
+def _palette() -> numpy.ndarray:
+    return numpy.array(list(world.COLOURS.values()), dtype=numpy.float64)
+
+
+def _nearest(pixels: numpy.ndarray, palette: numpy.ndarray) -> numpy.ndarray:
+    return ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
 
 
 def _pixels(image: Tensor) -> numpy.ndarray:
@@ -103,12 +115,22 @@ def judge(reading: Reading, scene: world.Scene) -> Verdict:
     return Verdict(count, same("shape"), same("colour"), same("size"), reading.background == scene.background, relation)
 
 
+def readings(images: Tensor) -> list[Reading]:
+    """`read` of each image of a batch (batch, 3, height, width)."""
+    stencils = _stencils()
+    return [_read(image, stencils) for image in images]
+
+
+def verdicts(images: Tensor, scenes: Sequence[world.Scene]) -> list[Verdict]:
+    """`judge` of each image of a batch (batch, 3, height, width) and its scene."""
+    return [judge(reading, scene) for reading, scene in zip(readings(images), scenes, strict=True)]
+
+
 def table(images: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
     """Share of images (batch, 3, height, width) that are right, in all and in each respect."""
-    stencils = _stencils()
-    verdicts = [judge(_read(image, stencils), scene) for image, scene in zip(images, scenes, strict=True)]
-    shares = {name: float(numpy.mean([getattr(verdict, name) for verdict in verdicts])) for name in Verdict._fields}
-    return {"right": float(numpy.mean([verdict.right for verdict in verdicts])), **shares}
+    judged = verdicts(images, scenes)
+    shares = {name: float(numpy.mean([getattr(verdict, name) for verdict in judged])) for name in Verdict._fields}
+    return {"right": float(numpy.mean([verdict.right for verdict in judged])), **shares}
 
 
 def _pair_things(wanted, seen) -> list[tuple[world.Thing, world.Thing]]:

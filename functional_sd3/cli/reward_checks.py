@@ -1,0 +1,83 @@
+"""What is wrong with a `reward` command line, before anything is loaded."""
+
+import argparse
+import math
+from pathlib import Path
+
+from functional_sd3.cli import numbers, options
+from functional_sd3.cli.parser import suggestion
+from functional_sd3.formats.printable import shorten
+
+_SHAPES = ("shapes", "colours")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an option, or options together, that make no sense, and for files that are not there."""
+    group, batch = arguments.group, arguments.batch_size
+    if group < 2:
+        raise ValueError(f"--group {group} must be at least 2: an image is compared with others of its prompt")
+    if group > batch:
+        raise ValueError(f"--group {group} is larger than --batch-size {batch}: an update learns from whole groups")
+    if batch % group:
+        raise ValueError(f"--batch-size {batch} must be a multiple of --group {group}, the images of a prompt")
+    if arguments.times > arguments.sampling_steps:
+        raise ValueError(f"--times {arguments.times} must be at most --sampling-steps {arguments.sampling_steps}")
+    if arguments.beta is not None and not 0 < arguments.beta < math.inf:
+        raise ValueError(f"--beta {arguments.beta} must be a positive number")
+    if arguments.kl is not None and not 0 <= arguments.kl < math.inf:
+        raise ValueError(f"--kl {arguments.kl} must be at least 0")
+    if arguments.force and not arguments.resume:
+        raise ValueError("--force is for --resume: it lets a run go on with other options, weights or rewards")
+    _check_rewards(arguments)
+    weights(arguments)
+    options.check_method(arguments.sampler)
+    if arguments.sampler in options.ADAPTIVE:
+        raise ValueError(f"--sampler {arguments.sampler} chooses its own steps; a run learns from the times of a grid")
+    options.check_params(arguments.params)
+    if arguments.prompts is not None:
+        options.check_file(arguments.prompts, f"--prompts {shorten(arguments.prompts, 300)}")
+    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+
+
+def weights(arguments: argparse.Namespace) -> dict[str, float]:
+    """The weights of --weight by the name of a score. Raises ValueError for what is no NAME=NUMBER."""
+    given: dict[str, float] = {}
+    for text in arguments.weight:
+        name, equals, number = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--weight {shorten(repr(text))} must be NAME=NUMBER, such as right=1")
+        if name in given:
+            raise ValueError(f"--weight {shorten(name)} is given twice")
+        given[name] = numbers.number(number, f"--weight {shorten(name)}")
+    if given and not any(given.values()):
+        raise ValueError("--weight: all weights are 0, so there is nothing to learn from")
+    return given
+
+
+def _check_rewards(arguments: argparse.Namespace) -> None:
+    seen = set()
+    for name in arguments.reward:
+        kind = name.partition(":")[0]
+        if name in seen:
+            raise ValueError(f"--reward {shorten(name)} is given twice; --weight says how much a score counts")
+        seen.add(name)
+        if name in _SHAPES:
+            if arguments.prompts is not None:
+                raise ValueError(
+                    f"--reward {name} reads captions of the shapes, which it draws itself: leave out --prompts"
+                )
+        elif name == "clip":
+            if arguments.clip is None:
+                raise ValueError("--reward clip needs --clip DIR, a folder of transformers' CLIPModel")
+        elif kind == "psnr" and name != kind:
+            options.check_file(name.partition(":")[2], f"--reward {shorten(name, 300)}: the target")
+        elif ":" not in name:
+            near = suggestion(name, [*_SHAPES, "clip"])
+            raise ValueError(
+                f"--reward {shorten(repr(name))} must be shapes, colours, clip, psnr:FILE or module:function{near}"
+            )
+    if arguments.clip is not None and "clip" not in arguments.reward:
+        raise ValueError("--clip is for --reward clip")
+    if arguments.things is not None and arguments.prompts is not None:
+        raise ValueError("--things is for captions of the shapes: --prompts has its own")

@@ -1,0 +1,59 @@
+"""Options of `functional-sd3 reward`."""
+
+import argparse
+
+from functional_sd3.cli import options
+
+METHODS = ("nft",)
+"""Names of `training.reward_methods.METHODS`, known here without torch."""
+NAMED = ("shapes", "colours", "clip", "psnr:FILE", "module:function")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--reward",
+        required=True,
+        action="append",
+        metavar="|".join(NAMED),
+        help="what images are rewarded by; may be repeated",
+    )
+    add(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="of a score of the rewards; those not named have no weight (default: 1 of each score, of shapes right=1)",
+    )
+    add("--out", required=True, metavar="DIR", help="folder for the trained model, its log and checkpoints")
+    options.add_params(parser)
+    add("--method", choices=METHODS, default="nft", help="how a policy learns from rewards (default nft)")
+    add("--prompts", metavar="FILE", help="a prompt a line (default: captions of the shapes)")
+    add("--things", type=int, help="objects in the captions of the shapes, 1 or 2 (default: both)")
+    add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
+    add("--steps", type=int, default=200, help="updates in all, those before --resume included (default 200)")
+    add("--batch-size", type=int, default=64, help="images an update learns from (default 64)")
+    add("--group", type=int, default=8, help="images a prompt, which are compared with one another (default 8)")
+    draws = "at most so many times as many images are drawn until all groups have some spread (default 4)"
+    add("--draws", type=int, default=4, help=draws)
+    add("--sampling-steps", type=int, default=8, help="of the images it learns from (default 8)")
+    add("--sampler", default="euler", help="integrator of the images it learns from (default euler)")
+    add("--cfg", type=float, default=1.0, help="guidance scale of the images it learns from (default 1, none)")
+    add("--times", type=int, default=2, help="sampling times that each image is learned from (default 2)")
+    add("--beta", type=float, help="of nft: 1 for exact rewards, 0.1 for sums of several (default 1)")
+    add("--kl", type=float, help="weight of the distance to the start (default: as published for the method)")
+    add("--size", type=int, help="side of the images in pixels (default: the model's own)")
+    add("--lr", type=float, default=1e-4, help="learning rate (default 1e-4)")
+    add("--warmup", type=int, default=0, help="updates up to the learning rate (default 0)")
+    add("--ema", type=float, default=0.9, help="decay of the averaged parameters, which are the result (default 0.9)")
+    add("--seed", type=int, default=0, help="of prompts and noise (default 0)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, to the same bits")
+    add("--force", action="store_true", help="with --resume: go on although options, weights or rewards are others now")
+    add("--clip", metavar="DIR", help="CLIP's two encoders, for --reward clip: a folder of transformers' CLIPModel")
+    add("--save-every", type=int, default=25, help="updates between checkpoints (default 25)")
+    add("--log-every", type=int, default=5, help="updates between rows of log.csv (default 5)")
+    add("--sample-every", type=int, default=25, help="updates between sample images, 0 for none (default 25)")
+    add("--at-once", type=int, default=64, help="images drawn, and points differentiated, at once (default 64)")
+    drawn = "of the computation of the images it learns from (default float32; gradients are float32)"
+    add("--draw-dtype", choices=("float32", "bfloat16"), default="float32", help=drawn)
+    add("--device", default="auto", help="auto, cpu, cuda or mps")

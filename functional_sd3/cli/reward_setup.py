@@ -1,0 +1,195 @@
+"""A run of `reward` put together from its command line: model, prompts, rewards, sampler and settings."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_sd3 import pipeline
+from functional_sd3.cli import inputs, prompt_words, reward_checks, reward_options, runtime, train_model, training_run
+from functional_sd3.cli.training_run import Setup
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Key, Params
+from functional_sd3.image import pixels, vae
+from functional_sd3.layouts.components import require
+from functional_sd3.recipes.shapes import rewards as shapes_rewards
+from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.training import continuing, digests, reward_methods, reward_task, rewards
+from functional_sd3.training.rewards import Reward
+from functional_sd3.training.rollouts import Draw, PromptSource
+from functional_sd3.weights import shipped
+from functional_sd3.weights.model import Model
+
+_RECORDED = (
+    "batch_size", "beta", "cfg", "clip", "draw_dtype", "draws", "ema", "group", "kl", "lora", "lr", "method", "prompts",
+    "reward", "sampler", "sampling_steps", "seed", "size", "steps", "things", "times", "warmup", "weight",
+)  # fmt: skip
+"""The options that a checkpoint keeps."""
+
+
+def prepare(arguments: argparse.Namespace) -> Setup:
+    """Model, rewards and prompts read, and compared with those of the run that is resumed.
+
+    Raises ValueError where they, or the options, may not be used together or with that run.
+    """
+    source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
+    loading = argparse.Namespace(**vars(arguments), part="transformer", dtype=None)
+    stored, model, dtype = train_model.load(loading, source)
+    prompts = _prompts(arguments)
+    settings = _settings(arguments, source, stored, prompts)
+    differences = lambda saved: _differences(saved, settings)  # noqa: E731
+    if arguments.resume:
+        training_run.check_continuing(arguments, differences)
+    given = reward_checks.weights(arguments)
+    options = reward_methods.Options(
+        times=arguments.times, kl=arguments.kl, beta=arguments.beta, rows=arguments.at_once, dtype=dtype
+    )
+    task = reward_task.reward_task(
+        prng.fold_in(prng.key(arguments.seed), 2),
+        model,
+        reward_task.Settings(
+            method=arguments.method,
+            steps=arguments.steps,
+            # What the shapes' reader says of parts of an image is logged, and counts only where it is given a weight.
+            weights=given or ({"partial": 0.0} if "shapes" in arguments.reward else {}),
+            default_weight=0.0 if given else 1.0,
+            batch=arguments.batch_size,
+            group=arguments.group,
+            draws=arguments.draws,
+            rate=arguments.lr,
+            warmup=arguments.warmup,
+            ema=arguments.ema,
+            lora=arguments.lora or 0,
+            draw_dtype=torch.bfloat16 if arguments.draw_dtype == "bfloat16" else None,
+            at_once=arguments.at_once,
+            rows=arguments.at_once,
+            options=options,
+        ),
+        reward=_rewards(arguments, model),
+        source=_source(arguments, prompts),
+        draw=_draw(arguments, model),
+        decode=lambda params, latents: pipeline.decode(params, model.config, latents),
+        times=_times(arguments, model),
+        t5_length=_t5_length(model),
+    )
+    return Setup(task, stored, settings, differences, bool(arguments.lora), _step_note(arguments))
+
+
+def _draw(arguments: argparse.Namespace, model: Model) -> Draw:
+    """Images as `generate` draws them, with the sampler, steps and guidance of the command line."""
+    config, cfg = model.config, max(arguments.cfg, 1.0)
+    with torch.no_grad():
+        empty = pipeline.encode(model.params, config, model.tokenizers, [""], t5_length=_t5_length(model)).negative
+
+    def draw(params: Params, conditioning: Conditioning, keys: Key) -> dict[str, torch.Tensor]:
+        count = len(keys)
+        negative = Conditioning(*(part.to(conditioning.context).expand(count, *part.shape[1:]) for part in empty))
+        size = arguments.size, arguments.size
+        noise = pipeline.initial_noise(keys, config, count, *size, device=conditioning.context.device)
+        latents = pipeline.sample(
+            params, config, pipeline.Conditions(conditioning, negative), noise, steps=arguments.sampling_steps, cfg=cfg,
+            method=arguments.sampler, key=keys,
+        )  # fmt: skip
+        return {"latents": latents}
+
+    return draw
+
+
+def _times(arguments: argparse.Namespace, model: Model) -> torch.Tensor:
+    size = arguments.size, arguments.size
+    device = tree.leaves(model.params["transformer"])[0].device
+    noise = pipeline.initial_noise(prng.key(0), model.config, 1, *size, device=device)
+    return pipeline.sigmas(model.config, noise, arguments.sampling_steps)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str] | None:
+    """The lines of --prompts; None for captions of the shapes."""
+    return None if arguments.prompts is None else prompt_words.listed([], arguments.prompts)
+
+
+def _source(arguments: argparse.Namespace, prompts: list[str] | None) -> PromptSource:
+    if prompts is None:
+        return shapes_rewards.source(arguments.things)
+
+    def draw(key: Key, count: int) -> tuple[list[str], list[Any]]:
+        # Without one twice, as long as there are enough.
+        order = [int(row) for part in range(-(-count // len(prompts))) for row in _shuffled(key, part, len(prompts))]
+        return [prompts[row] for row in order[:count]], [None] * count
+
+    return draw
+
+
+def _shuffled(key: Key, part: int, count: int) -> list[int]:
+    return prng.permutation(prng.fold_in(key, part), count).tolist()
+
+
+def _rewards(arguments: argparse.Namespace, model: Model) -> Reward:
+    """All rewards of the command line as one."""
+    return rewards.combined({name: _reward(name, arguments, model) for name in arguments.reward})
+
+
+def _reward(name: str, arguments: argparse.Namespace, model: Model) -> Reward:
+    if name in ("shapes", "colours"):
+        return getattr(shapes_rewards, name)
+    if name == "clip":
+        return _clip_reward(arguments)
+    if name.startswith("psnr:"):
+        return _psnr_reward(name.partition(":")[2], arguments, model)
+    return rewards.from_name(name)
+
+
+def _clip_reward(arguments: argparse.Namespace) -> Reward:
+    from functional_sd3.metrics import clip_images
+
+    clip = runtime.clip(arguments.clip, arguments.device)
+    if clip.tokenizer is None:
+        raise ValueError(f"--clip {arguments.clip} has no tokenizer, so it reads no prompts")
+    return lambda images, prompts, facts: {"clip": clip_images.scores(*clip, images, prompts)}
+
+
+def _psnr_reward(path: str, arguments: argparse.Namespace, model: Model) -> Reward:
+    side = arguments.size or require(model.config, "transformer").sample_size * vae.factor(require(model.config, "vae"))
+    target = pixels.from_pil([inputs.read(path)])[0]
+    if tuple(target.shape[1:]) != (side, side):
+        height, width = target.shape[1:]
+        raise ValueError(f"--reward psnr:{path} is {width}x{height}; the images that are drawn are {side}x{side}")
+    return rewards.psnr(target)
+
+
+def _settings(
+    arguments: argparse.Namespace, source: list[Path], stored: Model, prompts: list[str] | None
+) -> dict[str, Any]:
+    """What a checkpoint keeps of a run: its options, and digests of what it reads."""
+    options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
+    contents = {f"the {name} of the model": digests.params_digest(params) for name, params in stored.params.items()}
+    if prompts is not None:
+        contents["the prompts"] = digests.fingerprint(prompts)
+    return {
+        **options,
+        "params": os.pathsep.join(str(path.resolve()) for path in source),
+        **{continuing.CONTENTS + name: digest for name, digest in contents.items()},
+    }
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
+    parser = argparse.ArgumentParser()
+    reward_options.add_arguments(parser)
+    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
+    return continuing.differences(saved, now, defaults)
+
+
+def _step_note(arguments: argparse.Namespace):
+    def note(saved: dict[str, Any], state: Any) -> str | None:
+        before = saved.get("steps")
+        if not isinstance(before, int) or before == arguments.steps or int(state.step) >= arguments.steps:
+            return None
+        return f"note: {before} steps were planned, now {arguments.steps}"
+
+    return note
+
+
+def _t5_length(model: Model) -> int:
+    t5 = model.tokenizers.t5
+    return 256 if t5 is None else min(256, t5.model_max_length)

@@ -1,0 +1,219 @@
+"""A training run of `train` or `reward`: its folder, checkpoints, samples and messages, and how it ends."""
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from functional_sd3 import lora, weights
+from functional_sd3.cli import report, train_checks, train_model
+from functional_sd3.formats import files
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.image import pixels
+from functional_sd3.training import checkpoint, continuing, interruption, lock, loop
+from functional_sd3.weights.model import Model
+
+KEEP = 3
+"""Checkpoints kept."""
+LORA = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers finds a LoRA in a folder."""
+Say = Callable[[str], None]
+State = Any
+
+
+class Setup(NamedTuple):
+    """What a run needs.
+
+    task: `tasks.TrainingTask` or `reward_task.RewardTask`. stored: the model as its files have it. settings: what its
+    checkpoints keep. differences: of the settings of a checkpoint from these. lora: whether a LoRA is trained.
+    step_note: a sentence on another number of steps than the checkpoint's settings planned, None for none.
+    """
+
+    task: Any
+    stored: Model
+    settings: dict[str, Any]
+    differences: Callable[[dict[str, Any]], list[continuing.Difference]]
+    lora: bool
+    step_note: Callable[[dict[str, Any], State], str | None]
+
+
+@contextlib.contextmanager
+def hold(arguments: argparse.Namespace) -> Iterator[None]:
+    """Context in which --out is this process's alone; a signal before the first step ends it as Ctrl-C does.
+
+    Raises ValueError where --out holds no run to resume, one that is not to be, or what no run left there.
+    """
+    with interruption.terminated_like_interrupted(), lock.hold(arguments.out, say):
+        train_checks.check_folder(arguments)
+        yield
+
+
+def run(arguments: argparse.Namespace, setup: Setup) -> int:
+    """Train and write the result; the exit status. Reads the options that say where, how long and how often."""
+    out, checkpoints = Path(arguments.out), Path(arguments.out) / "checkpoints"
+    task, state = setup.task, setup.task.state
+    train_checks.check_disk(out, state, setup.stored, KEEP)
+    if arguments.resume:
+        state = resume(arguments, setup)
+    first_step = int(state.step)
+    samples = out / "samples"
+
+    def on_sample(current, done: int) -> None:
+        save_image(samples / f"{done:08d}.png", task.sample(current))
+
+    progress = report.has_bars()
+    try:
+        outcome = loop.run(
+            state,
+            task.train_step,
+            task.batch,
+            steps=arguments.steps,
+            out=out,
+            settings=setup.settings,
+            save_every=arguments.save_every,
+            log_every=arguments.log_every,
+            sample_every=arguments.sample_every,
+            on_sample=on_sample if arguments.sample_every else None,
+            rollout=getattr(task, "rollout", None),
+            has_sample=lambda done: (samples / f"{done:08d}.png").exists(),
+            keep=KEEP,
+            progress=progress,
+            on_row=None if progress else _row_printer(first_step, arguments.steps),
+            note=say,
+        )
+    except KeyboardInterrupt:
+        say(f"stopped without saving the last steps; {newest(checkpoints)}")
+        return 130
+    except loop.UnsavedError as error:
+        if int(error.state.step) == arguments.steps:
+            _save_unsaved(error, out, setup)
+        raise
+    except loop.DivergedError as error:
+        if has_checkpoint(checkpoints):
+            lower = f"--lr {arguments.lr / 10:g} --resume --force"
+            raise loop.DivergedError(f"{error} {lower} goes on from there with one.") from error
+        raise
+    done = int(outcome.state.step)
+    if outcome.reason == "interrupted":
+        if not done:
+            say("stopped before the first step; nothing is saved")
+        else:
+            say(f"stopped at step {done}, saved in {checkpoints}; the same command with --resume goes on")
+        return 130
+    if done == first_step:
+        say(f"all {done} steps were done before: only the result is written again; a larger --steps goes on")
+    try:
+        report.say(save_result(out, outcome.state, setup))
+    except KeyboardInterrupt:
+        say(f"stopped while the result was written; step {done} is saved, and the same command with --resume goes on")
+        return 130
+    except ValueError as error:
+        saved = f"step {done} is saved in {checkpoints}; the same command with --resume writes the result"
+        raise type(error)(f"{error}. {saved}") from error
+    return 0
+
+
+def _save_unsaved(error, out: Path, setup) -> None:
+    """Write the result of a run that is done but for its last checkpoint, which takes several times the room."""
+    with contextlib.suppress(WeightsError):
+        written = save_result(out, error.state, setup)
+        say(f"note: the result of all steps is written to {written}; without their checkpoint no run goes on from it")
+
+
+def _row_printer(first_step: int, steps: int):
+    """Prints a line for every row of the log: the loss, the rate, and how long the rest takes."""
+    import time
+
+    started = time.monotonic()
+
+    def on_row(step: int, row: dict[str, float]) -> None:
+        seconds = (time.monotonic() - started) / max(step - first_step, 1)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps - step)))
+        shown = [f"{name} {row[name]:.3g}" for name in ("reward", "spread", "kl", "rate") if name in row]
+        words = [f"loss {row['loss']:.4f}", *shown, f"{1 / seconds:.3g} steps/s", f"{left} left"]
+        say(f"step {step} of {steps}: {', '.join(words)}")
+
+    return on_row
+
+
+def say(text: str) -> None:
+    """Lines on standard error, above the progress bar; a run goes on where nobody reads them any more."""
+    from tqdm import tqdm
+
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError, ValueError), tqdm.external_write_mode(file=sys.stderr):
+        for line in text.splitlines():
+            report.message(line)
+
+
+def resume(arguments: argparse.Namespace, setup: Setup) -> State:
+    """The state of the newest checkpoint that can be read; what changed since, and what is passed over, is said.
+
+    Raises ValueError where the settings differ and may not, WeightsError where there is no checkpoint that can be read.
+    """
+    folder = Path(arguments.out) / "checkpoints"
+    allowed = lambda saved: continuing.check(setup.differences(saved), arguments.out, force=arguments.force)  # noqa: E731
+    resumed = checkpoint.load_newest(folder, setup.task.state, allowed)
+    for path, error in resumed.passed_over:
+        say(f"note: a checkpoint cannot be read: {error}")
+        say(f"note: it is set aside as {checkpoint.set_aside(path)}, and the one before is taken: {resumed.path.name}")
+    for sentence in continuing.notes(setup.differences(resumed.settings), resumed.settings, setup.settings):
+        say(f"note: {sentence}")
+    state = resumed.state
+    say(f"resuming at step {int(state.step)} of {arguments.steps}")
+    if note := setup.step_note(resumed.settings, state):
+        say(note)
+    return state
+
+
+def newest(folder: Path) -> str:
+    """A sentence that names the newest checkpoint."""
+    found = checkpoint.paths(folder)
+    return f"--resume goes on from the newest checkpoint, {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return bool(checkpoint.paths(folder))
+
+
+def save_image(path: Path, images: torch.Tensor) -> None:
+    """Write images (batch, 3, height, width) in [0, 1] as one PNG, four a row."""
+    buffer = io.BytesIO()
+    pixels.to_pil(pixels.grid(images.cpu(), columns=4))[0].save(buffer, format="PNG")
+    files.write_atomic(path, buffer.getvalue())
+
+
+def save_result(out: Path, state: State, setup: Setup) -> Path:
+    """Write the LoRA, or the whole model: what was trained in the dtypes it was stored in, the rest as it was stored.
+
+    Returns what was written.
+    """
+    if setup.lora:
+        lora.save(out / LORA, state.ema)
+        return out / LORA
+    trained, stored = setup.task.model(state), setup.stored
+    params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.task.trained}
+    weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
+    return out
+
+
+def check_continuing(
+    arguments: argparse.Namespace, differences: Callable[[dict[str, Any]], list[continuing.Difference]]
+) -> None:
+    """Before anything is encoded or drawn: the settings of the newest checkpoint, where they can be read.
+
+    Raises ValueError where they differ and may not.
+    """
+    for path in reversed(checkpoint.paths(Path(arguments.out) / "checkpoints")):
+        try:
+            saved = checkpoint.settings(path)
+        except WeightsError:
+            continue
+        continuing.check(differences(saved), arguments.out, force=arguments.force)
+        return

@@ -1,0 +1,99 @@
+"""A second copy of trained parameters that follows them slowly: the old policy of rewards, the teacher of a student."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import leafwise, tree
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.training.objectives import Metrics
+from functional_sd3.training.schedules import Schedule
+from functional_sd3.training.step import TrainState
+
+
+class PairState(NamedTuple):
+    """State of a run with a slow copy: the `TrainState`, the copy of its parameters, rounds done (int64 ()).
+
+    A round is one batch and one or several updates on it, which `train.step` counts.
+    """
+
+    train: TrainState
+    old: Params
+    step: Tensor
+
+    @property
+    def params(self) -> Params:
+        return self.train.params
+
+    @property
+    def ema(self) -> Params:
+        return self.train.ema
+
+    @property
+    def key(self) -> Key:
+        return self.train.key
+
+
+def init(train: TrainState) -> PairState:
+    """The state before the first round: the copy is the parameters."""
+    old = tree.map(lambda leaf: leaf.detach().clone(memory_format=torch.contiguous_format), train.params)
+    return PairState(train, old, torch.zeros_like(train.step))
+
+
+def soft_update(old: Params, new: Params, decay: Tensor) -> Params:
+    """decay old + (1 - decay) new; decay () from 0 (the new) to 1 (the old)."""
+    ends = iter(leafwise.lerp(tree.leaves(old), tree.leaves(new), 1 - decay))
+    return tree.map(lambda leaf: next(ends), old)
+
+
+def linear(rate: float, most: float, start: int = 0) -> Schedule:
+    """Decay of the copy after `n` rounds: min(rate (n - start), most), 0 before `start`."""
+    return lambda step: ((step - start).float() * rate).clamp(0.0, most)
+
+
+def renewed(every: int) -> Schedule:
+    """Decay of a copy that becomes the parameters after each `every` rounds, and stays as it is in between."""
+    if every < 1:
+        raise ValueError(f"every {every} must be at least 1 round")
+    return lambda step: (step % every != 0).float()
+
+
+class Round(NamedTuple):
+    """The batch of a round, or None where there is nothing to learn from, and metrics of how it was made."""
+
+    batch: Tree | None
+    metrics: Metrics
+
+
+def make_round_step(
+    update: Callable[[TrainState, Tree], tuple[TrainState, Metrics]],
+    decay: Schedule,
+    *,
+    updates: int = 1,
+    names: Sequence[str] = (),
+) -> Callable[[PairState, Round], tuple[PairState, dict[str, Any]]]:
+    """`round_step(state, round) -> (state, metrics)`: `updates` steps of `update` on the batch, then the copy's.
+
+    update: of `step.make_train_step`. decay: of `soft_update`, by the number of rounds done, this one included. The
+    metrics are those of the last update and of the round. A round without a batch changes nothing but the count; its
+    loss and gradient are 0, and the metrics of `names`, those of the objective, are NaN: not measured.
+    """
+    if updates < 1:
+        raise ValueError(f"updates {updates} must be at least 1")
+
+    def round_step(state: PairState, given: Round) -> tuple[PairState, dict[str, Any]]:
+        train, done = state.train, state.step + 1
+        if given.batch is None:
+            zero = torch.zeros((), dtype=torch.float32, device=done.device)
+            unmeasured = dict.fromkeys(names, math.nan)
+            return PairState(train, state.old, done), {"loss": zero, "grad_norm": zero, **unmeasured, **given.metrics}
+        for _ in range(updates):
+            train, metrics = update(train, given.batch)
+        with torch.no_grad():
+            old = soft_update(state.old, train.params, decay(done))
+        return PairState(train, old, done), {**metrics, **given.metrics}
+
+    return round_step

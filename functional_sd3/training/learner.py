@@ -1,0 +1,51 @@
+"""What learns of a model: its transformer, or a LoRA over it; and the model at the start, which stays."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from functional_sd3 import lora
+from functional_sd3.core import prng, tree
+from functional_sd3.core import spec as specs
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.layouts.components import SPECS
+from functional_sd3.training import step
+from functional_sd3.weights.model import Model
+
+
+class Learner(NamedTuple):
+    """Trained parameters, and how a whole model is made of them.
+
+    params: at the start: {"transformer": ...}, or the tree of a LoRA. whole: params -> those of the whole model; of a
+    LoRA with the adapters beside the weights, for training and drawing. merged: params -> those of the whole model,
+    adapters added to the weights, for saving. start: the whole model's at the start, the LoRA off: the reference.
+    trained: names of the trained components, () for a LoRA.
+    """
+
+    params: Params
+    spec: Tree
+    whole: Callable[[Params], Params]
+    merged: Callable[[Params], Params]
+    start: Params
+    trained: tuple[str, ...]
+
+    @property
+    def trainable(self) -> tree.Chooser:
+        """Chooser of the trained leaves of `params`."""
+        return step.trainable(self.spec)
+
+
+def learner(key: Key, model: Model, *, rank: int = 0) -> Learner:
+    """The transformer of a model as what learns; with a `rank`, a fresh LoRA of its attentions instead.
+
+    The trained transformer is float32; other components are used as they are. Nothing of `model` is written to.
+    """
+    start = model.params
+    spec = {"transformer": SPECS["transformer"](model.config.transformer)}
+    if not rank:
+        params = {"transformer": start["transformer"]}
+        together = lambda learned: {**start, **learned}  # noqa: E731
+        return Learner(params, spec, together, together, start, ("transformer",))
+    spec = lora.spec(spec, rank, lora.ATTENTION)
+    params = specs.init(prng.fold_in(key, 0), spec, device=tree.leaves(start["transformer"])[0].device)
+    lazily = lambda learned: lora.apply(start, learned, lazy=True)  # noqa: E731
+    return Learner(params, spec, lazily, lambda learned: lora.apply(start, learned), start, ())

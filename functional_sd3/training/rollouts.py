@@ -1,0 +1,134 @@
+"""Rollouts: groups of images of one prompt each, drawn by a policy, rewarded, and gathered until a batch is full."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.training import rewards
+from functional_sd3.training.objectives import Metrics
+from functional_sd3.training.rewards import Reward, Scores
+
+PromptSource = Callable[[Key, int], tuple[list[str], list[Any]]]
+"""`(key, count) -> (prompts, facts)`, a pure function of the key; facts: as of `rewards.Reward`."""
+Encode = Callable[[Sequence[str]], Conditioning]
+"""prompts -> conditioning (prompts, ...)."""
+Draw = Callable[[Params, Conditioning, Key], Tree]
+"""`(params of a whole model, conditioning (batch, ...), keys (batch, 2)) -> rows`, a dict of tensors (batch, ...):
+"latents", the samples x_0 (normalised), and whatever else of a run the objective learns from."""
+Decode = Callable[[Params, Tensor], Tensor]
+"""`(params of a whole model, latents) -> images (batch, 3, height, width) in [0, 1]`."""
+
+
+class Groups(NamedTuple):
+    """Images of `groups` prompts, `size` images each, the images of one prompt after the other.
+
+    rows: tensors (groups * size, ...), "latents", "context" and "pooled" among them. rewards (groups, size): weighted
+    sums; scores: each (groups, size). highest: the reward of an image whose scores are all 1.
+    """
+
+    rows: Tree
+    rewards: Tensor
+    scores: Scores
+    highest: float
+
+
+class Rollout(NamedTuple):
+    """Rows (images, ...) of the groups that have spread, with "advantage" and "reward"; metrics of all that was drawn.
+
+    rows is None where no group has spread.
+    """
+
+    rows: Tree | None
+    metrics: Metrics
+
+
+def draw_groups(
+    params: Params,
+    key: Key,
+    prompts: int,
+    size: int,
+    *,
+    source: PromptSource,
+    encode: Encode,
+    draw: Draw,
+    decode: Decode,
+    reward: Reward,
+    weights: dict[str, float],
+    default_weight: float = 0.0,
+    at_once: int | None = None,
+) -> Groups:
+    """`size` images of each of `prompts` prompts, and their rewards.
+
+    params: the policy's, of a whole model. weights, default_weight: of `rewards.total`. at_once: images drawn and
+    decoded together, by default all. An image depends on its own key and the policy alone. Raises RewardError for a
+    reward that raises or gives no number for an image.
+    """
+    prompt_key, noise_key = prng.split(key).unbind(-2)
+    texts, facts = source(prompt_key, prompts)
+    count = prompts * size
+    keys = prng.fold_in(noise_key, torch.arange(count, dtype=torch.int64, device="cpu"))
+    at_once = count if at_once is None else at_once
+    with torch.no_grad():
+        encoded = encode(texts)
+        keys = keys.to(encoded.context.device)
+        conditioning = Conditioning(*(part.repeat_interleave(size, 0) for part in encoded))
+        parts, images = [], []
+        for start in range(0, count, at_once):
+            some = slice(start, start + at_once)
+            parts.append(draw(params, Conditioning(*(part[some] for part in conditioning)), keys[some]))
+            images.append(decode(params, parts[-1]["latents"]))
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        prompts_of_images = [text for text in texts for _ in range(size)]
+        scores = reward(torch.cat(images), prompts_of_images, [fact for fact in facts for _ in range(size)])
+        scores = {name: score.to(rows["latents"].device) for name, score in scores.items()}
+        total = rewards.total(scores, weights, default_weight)
+        ones = {name: torch.ones_like(score[:1]) for name, score in scores.items()}
+        highest = float(rewards.total(ones, weights, default_weight))
+    rows |= {"context": conditioning.context, "pooled": conditioning.pooled}
+    grouped = {name: score.reshape(prompts, size) for name, score in scores.items()}
+    return Groups(rows, total.reshape(prompts, size), grouped, highest)
+
+
+def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: Any) -> Rollout:
+    """The first `wanted` groups with spread of `draw(0)`, `draw(1)`, ..., at most `draws` calls of it.
+
+    Groups whose rewards are all equal say nothing, and are dropped. options: of `rewards.group_advantages`, whose
+    standard deviation is that of all that was drawn.
+
+    Metrics: reward and its std; every score; spread, the share of groups that have some; all_right and all_wrong, the
+    shares of groups without, whose rewards are at least, or below, half of that of an image whose scores are all 1;
+    draws, calls of `draw`; diversity, the root of the mean variance of latents within a group.
+    """
+    drawn: list[Groups] = []
+    found = 0
+    while found < wanted and len(drawn) < draws:
+        drawn.append(draw(len(drawn)))
+        found += int(rewards.has_spread(drawn[-1].rewards).sum())
+    together = torch.cat([each.rewards for each in drawn])
+    has_spread = rewards.has_spread(together)
+    right = ~has_spread & (together.amin(1) >= drawn[0].highest / 2)
+    size = together.shape[1]
+    variance = torch.cat([each.rows["latents"].float().unflatten(0, (-1, size)).var(1).flatten(1) for each in drawn])
+    metrics = {
+        "reward": together.mean(),
+        "reward_std": together.std(),
+        **{name: torch.cat([each.scores[name] for each in drawn]).mean() for name in drawn[0].scores},
+        "spread": has_spread.float().mean(),
+        "all_right": right.float().mean(),
+        "all_wrong": (~has_spread & ~right).float().mean(),
+        "draws": torch.tensor(float(len(drawn)), device=together.device, dtype=torch.float32),
+        "diversity": variance.mean().sqrt(),
+    }
+    chosen = has_spread.nonzero().flatten()[:wanted]
+    if not len(chosen):
+        return Rollout(None, metrics)
+    advantages = rewards.group_advantages(together, **options)
+    images = (chosen[:, None] * size + torch.arange(size, device=chosen.device, dtype=torch.int64)).flatten()
+    rows = {name: torch.cat([each.rows[name] for each in drawn])[images] for name in drawn[0].rows}
+    chosen_rows = {"advantage": advantages[chosen].flatten(), "reward": together[chosen].flatten()}
+    return Rollout({**rows, **chosen_rows}, metrics)

@@ -1,0 +1,233 @@
+"""`functional-sd3 reward`: what it leaves, that it goes on to the same bits, and what it says of what is wrong."""
+
+import argparse
+
+import pytest
+
+from functional_sd3 import weights
+from functional_sd3.cli import reward, reward_options, training_run
+from functional_sd3.core import tree
+from functional_sd3.formats import files
+from functional_sd3.training import checkpoint, log, reward_methods
+from functional_sd3.training.rewards import RewardError
+
+# The model here has no CLIP-G, which is noted whenever prompts are encoded.
+pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
+FUNCTIONS = """
+import os, signal, torch
+import os, signal, torch
+
+calls = 0
+
+def red(images, prompts, facts):
+    return {"red": images[:, 0].mean((1, 2)), "facts": torch.tensor([float(fact is not None) for fact in facts])}
+
+def later(images, prompts, facts):
+    global calls
+    calls += 1
+    if calls > 3:
+        raise RuntimeError("the scorer is gone")
+    return red(images, prompts, facts)
+
+def nan(images, prompts, facts):
+    global calls
+    calls += 1
+    return {"red": images[:, 0].mean((1, 2)) + (float("nan") if calls > 2 else 0.0)}
+
+def shape(images, prompts, facts):
+    return torch.zeros(2)
+
+def same(images, prompts, facts):
+    return torch.ones(len(prompts))
+
+def interrupting(images, prompts, facts):
+    global calls
+    calls += 1
+    if calls == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return red(images, prompts, facts)
+"""
+BASE = ["--steps", "4", "--batch-size", "8", "--group", "4", "--sampling-steps", "2", "--draws", "1", "--lr", "1e-2"]
+BASE += ["--save-every", "2", "--log-every", "1", "--sample-every", "0"]
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    """The module `reward_functions`, its counter at zero, in the working directory."""
+    import sys
+
+    (tmp_path / "reward_functions.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "reward_functions", raising=False)
+    yield "reward_functions"
+    sys.modules.pop("reward_functions", None)
+
+
+@pytest.fixture
+def command(model_folder, functions, capsys):
+    """`functional-sd3 reward` with a few small settings; answers (exit status, standard error)."""
+
+    def run(*words, reward_name="red"):
+        parser = argparse.ArgumentParser()
+        reward.add_arguments(parser)
+        rewarded = [] if "--reward" in words else ["--reward", f"{functions}:{reward_name}", "--weight", "red=1"]
+        status = reward.run(parser.parse_args([str(w) for w in ("--params", model_folder, *rewarded, *BASE, *words)]))
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def test_a_run_leaves_a_model_its_log_and_samples(command, model_folder, tmp_path):
+    status, messages = command("--out", tmp_path / "out", "--sample-every", 2)
+    assert status == 0 and "step 4 of 4: loss" in messages and "reward 0." in messages
+    rows = log.read(tmp_path / "out" / "log.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    names = {
+        "reward",
+        "reward_std",
+        "red",
+        "facts",
+        "spread",
+        "all_right",
+        "all_wrong",
+        "diversity",
+        "kl",
+        "draws",
+        "rate",
+    }
+    assert (
+        names <= rows[0].keys() and float(rows[0]["facts"]) == 1.0 and float(rows[0]["reward"]) == float(rows[0]["red"])
+    )
+    assert float(rows[-1]["kl"]) > float(rows[0]["kl"]) >= 0
+    assert sorted(path.name for path in (tmp_path / "out" / "samples").iterdir()) == ["00000002.png", "00000004.png"]
+    before, after = (weights.load(path, dtype="stored").params for path in (model_folder, tmp_path / "out"))
+    changed = {name for name in before if tree.diff(before[name], after[name])}
+    assert changed == {"transformer"}
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(command, tmp_path):
+    command("--out", tmp_path / "whole")
+    command("--out", tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoints" / "step-00000004.safetensors").unlink()
+    assert "resuming at step 2 of 4" in command("--out", tmp_path / "cut", "--resume")[1]
+    one, other = (checkpoint.paths(tmp_path / name / "checkpoints")[-1].read_bytes() for name in ("whole", "cut"))
+    assert one == other
+    ours, theirs = (log.read(tmp_path / name / "log.csv") for name in ("whole", "cut"))
+    strip = lambda rows: [{name: value for name, value in row.items() if name != "seconds"} for row in rows]  # noqa: E731
+    assert strip(ours) == strip(theirs)
+
+
+def test_a_lora_is_a_file_and_goes_on_to_the_same_bits(command, tmp_path):
+    for name in ("whole", "cut"):
+        assert command("--out", tmp_path / name, "--lora", 2)[0] == 0
+    (tmp_path / "cut" / "checkpoints" / "step-00000004.safetensors").unlink()
+    assert command("--out", tmp_path / "cut", "--lora", 2, "--resume")[0] == 0
+    one, other = (tmp_path / name / training_run.LORA for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+    header = files.read_header(checkpoint.paths(tmp_path / "whole" / "checkpoints")[-1])
+    learned = [name for name in header.tensors if name.startswith(("train.params.", "old."))]
+    assert learned and all(name.endswith((".down", ".up", ".alpha")) for name in learned)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "kept"),
+    [
+        ("later", "reward reward_functions:later raised RuntimeError: the scorer is gone", 3),
+        ("nan", "score 'red' is nan for 8 of 8 images", 2),
+        ("shape", "has shape [2]; it must be (8,)", None),
+    ],
+)
+def test_a_reward_that_fails_ends_the_run_with_its_state_saved(command, tmp_path, name, said, kept):
+    out = tmp_path / "out"
+    with pytest.raises(RewardError) as caught:
+        command(
+            "--out", out, "--save-every", 100, *(["--weight", "shape=1"] if name == "shape" else []), reward_name=name
+        )
+    assert said in str(caught.value)
+    saved = [checkpoint.step_of(path) for path in checkpoint.paths(out / "checkpoints")]
+    assert saved == ([] if kept is None else [kept])
+    if kept:
+        reward_name = "reward_functions:" + name
+        (tmp_path / "reward_functions.py").write_text(FUNCTIONS.replace("calls > ", "calls > 99 + "))
+        import sys
+
+        sys.modules.pop("reward_functions")
+        words = ["--reward", reward_name, "--weight", "red=1", "--save-every", 100]
+        assert f"resuming at step {kept} of 4" in command("--out", out, "--resume", *words)[1]
+
+
+def test_a_signal_within_a_rollout_gives_it_up_and_saves(command, tmp_path):
+    command("--out", tmp_path / "whole", "--reward", "reward_functions:red", "--weight", "red=1")
+    words = ["--reward", "reward_functions:interrupting", "--weight", "red=1", "--save-every", 100]
+    status, messages = command("--out", tmp_path / "cut", *words)
+    assert status == 130 and "stopped at step 3, saved in" in messages
+    assert command("--out", tmp_path / "cut", *words, "--resume")[0] == 0
+    ours, theirs = (weights.load(tmp_path / name, dtype="stored").params for name in ("whole", "cut"))
+    assert not tree.diff(ours, theirs)
+
+
+def test_groups_without_spread_teach_nothing_and_are_logged(command, model_folder, tmp_path):
+    words = ["--reward", "reward_functions:same", "--draws", 2, "--steps", 2]
+    assert command("--out", tmp_path / "out", *words)[0] == 0
+    rows = log.read(tmp_path / "out" / "log.csv")
+    assert [(row["draws"], row["spread"], row["all_right"], row["kl"]) for row in rows] == [("2", "0", "1", "nan")] * 2
+    ours, theirs = (weights.load(path, dtype="stored").params for path in (model_folder, tmp_path / "out"))
+    assert not tree.diff(ours, theirs)
+
+
+def test_a_change_needs_force(command, tmp_path):
+    command("--out", tmp_path / "out")
+    (tmp_path / "prompts.txt").write_text("a large red circle\na small blue star\n")
+    with pytest.raises(ValueError, match="lr 0.01 -> 0.02"):
+        command("--out", tmp_path / "out", "--resume", "--lr", 0.02)
+    with pytest.raises(ValueError, match="lora None -> 2.*Even with --force"):
+        command("--out", tmp_path / "out", "--resume", "--force", "--lora", 2)
+    status, messages = command(
+        "--out", tmp_path / "out", "--resume", "--force", "--steps", 5, "--prompts", "prompts.txt"
+    )
+    assert status == 0 and "note: 4 steps were planned, now 5" in messages
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--group", 16], "--group 16 is larger than --batch-size 8"),
+        (["--group", 3], "--batch-size 8 must be a multiple of --group 3"),
+        (["--group", 1], "--group 1 must be at least 2"),
+        (["--times", 3], "--times 3 must be at most --sampling-steps 2"),
+        (["--reward", "shape"], "--reward 'shape' must be shapes, colours, clip, psnr:FILE or module:function"),
+        (["--reward", "clip"], "--reward clip needs --clip DIR"),
+        (["--clip", "x"], "--clip is for --reward clip"),
+        (["--reward", "psnr:nowhere.png"], "--reward psnr:nowhere.png: the target is no file"),
+        (["--reward", "shapes", "--prompts", "p"], "--reward shapes reads captions of the shapes"),
+        (["--reward", "shapes", "--reward", "shapes"], "--reward shapes is given twice"),
+        (["--weight", "red"], "--weight 'red' must be NAME=NUMBER"),
+        (["--weight", "blue=inf"], "--weight blue 'inf' must be a finite number"),
+        (["--weight", "red=2"], "--weight red is given twice"),
+        (["--sampler", "eulr"], "--method 'eulr' must be one of"),
+        (["--sampler", "dopri5"], "--sampler dopri5 chooses its own steps"),
+        (["--force"], "--force is for --resume"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is no file"),
+        (["--reward", "reward_functions:nothing"], "the module reward_functions has no nothing"),
+        (["--reward", "reward_functions:red", "--weight", "blue=1"], "no reward gives the score blue"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_said(command, tmp_path, words, said):
+    with pytest.raises(ValueError) as caught:
+        command("--out", tmp_path / "out", *words)
+    assert said in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_of_another_size_is_refused(command, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (20, 10), (200, 0, 0)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match="psnr:wide.png is 20x10; the images that are drawn are 16x16"):
+        command("--out", tmp_path / "out", "--reward", "psnr:wide.png")
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / "red.png")
+    assert command("--out", tmp_path / "out", "--reward", "psnr:red.png", "--steps", 1)[0] == 0
+
+
+def test_the_words_of_the_command_line_are_those_of_the_methods():
+    assert reward_options.METHODS == tuple(reward_methods.METHODS)
