@@ -58,6 +58,21 @@ def random_model(config=None) -> Model:
     return Model(specs.map_params(fill, model.spec(config)), config, tokenizers())
 
 
+def random_leaves(described, scale: float = 0.2, seed: int = 0):
+    """A tree of a network's spec with leaves of this standard deviation, around 1 for norms of queries and keys.
+
+    Nothing is zero, behind which no derivative would be seen; what is never trained is as `init` makes it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(path: str, param: specs.Param) -> torch.Tensor:
+        if not param.trainable:
+            return param.init(prng.key(0), param.shape)
+        return scale * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
+
+    return specs.map_params(leaf, described)
+
+
 def random_inception():
     """The FID network with weights that keep features of the order of 1: far cheaper than drawing them by keys."""
     from functional_sd3.metrics import inception

@@ -14,6 +14,12 @@ def check_floating(name: str, x: object, meaning: str = "") -> None:
         raise ValueError(f"{name} of dtype {x.dtype} must be floating{meaning}")
 
 
+def check_channels(name: str, x: Tensor, channels: int) -> None:
+    """Raises ValueError unless x is (batch, channels, height, width)."""
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"{name} of shape {list(x.shape)} must be (batch, {channels}, height, width)")
+
+
 def check_dtype(name: str, x: Tensor, layer: Params) -> None:
     """Raises ValueError where x has another dtype than the weight of `layer`, the layer that reads it."""
     weight = layer["weight"]

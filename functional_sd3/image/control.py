@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sd3.core.checks import check_floating
+from functional_sd3.core.checks import check_channels, check_floating
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import pixels, vae
 
@@ -28,8 +28,7 @@ def encode(
     the posterior (diffusers); its mean by default. Raises ValueError for other shapes.
     """
     check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
+    check_channels("images", images, 3)
     inputs = images * 255.0 * 0.5 + 0.5 if wide else pixels.to_signed(images)
     if mask is not None:
         if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[-2:] != images.shape[-2:]:

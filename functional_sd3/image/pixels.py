@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from functional_sd3.core.checks import check_floating
+from functional_sd3.core.checks import check_channels, check_floating
 from functional_sd3.image import depth
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def to_pil(images: Tensor) -> list["Image"]:
     """images (batch, 3, height, width) in [0, 1] -> one RGB PIL image each."""
     from PIL import Image
 
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
+    check_channels("images", images, 3)
     arrays = to_bytes(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
-from functional_sd3.core.checks import check_dtype, check_floating
+from functional_sd3.core.checks import check_channels, check_dtype, check_floating
 from functional_sd3.core.types import Key, Params, Tree
 
 
@@ -75,8 +75,7 @@ def encode(params: Params, config: Config, images: Tensor) -> Tensor:
     Raises ValueError when the images are not such, or of another dtype than the parameters.
     """
     check_floating("images", images, ", in [-1, 1]: pixels.to_signed(pixels.from_bytes(images)) of bytes")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
+    check_channels("images", images, 3)
     params = params["encoder"]
     check_dtype("images", images, params["conv_in"])
     x = layers.conv2d(params["conv_in"], (images + 1) / 2, padding=1)
@@ -92,10 +91,7 @@ def decode(params: Params, config: Config, latents: Tensor) -> Tensor:
     [-1, 1]. Raises ValueError when the latents have another number of channels, or another dtype than the parameters.
     """
     check_floating("latents", latents)
-    if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
-        raise ValueError(
-            f"latents of shape {list(latents.shape)} must be (batch, {config.latent_channels}, height, width)"
-        )
+    check_channels("latents", latents, config.latent_channels)
     params = params["decoder"]
     check_dtype("latents", latents, params["conv_in"])
     # A soft clamp to [-3, 3].

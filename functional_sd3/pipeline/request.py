@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
+from functional_sd3.core.checks import check_channels
 from functional_sd3.core.types import Key, Velocity
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance, check_scale
@@ -75,8 +76,7 @@ class StartImages:
     posterior_key: Key | None = None
 
     def __post_init__(self) -> None:
-        if self.images.ndim != 4 or self.images.shape[1] != 3:
-            raise ValueError(f"images of shape {list(self.images.shape)} must be (batch, 3, height, width)")
+        check_channels("images", self.images, 3)
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength {self.strength} must be between 0 (the image as it is) and 1 (all noise)")
         if self.soften is not None:
@@ -220,8 +220,7 @@ def prompt_list(prompts: str | Sequence[str]) -> list[str]:
 def broadcast_prompts(prompts: str | Sequence[str], images: Tensor) -> tuple[list[str], Tensor]:
     """As many prompts as images: one of either serves all of the other. Raises ValueError for other numbers."""
     prompts = prompt_list(prompts)
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images of shape {list(images.shape)} must be (batch, 3, height, width)")
+    check_channels("images", images, 3)
     counts = {len(prompts), len(images)} - {1}
     if len(counts) > 1 or 0 in counts:
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one, or one for each")

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from functional_sd3.core.checks import check_floating, check_time
+from functional_sd3.core.checks import check_channels, check_floating, check_time
 
 
 def check_shape(name: str, x: Tensor, meaning: str, shape: tuple[int | None, ...]) -> None:
@@ -22,8 +22,7 @@ def check_times(t: Tensor, batch: int) -> None:
 def check_latents(name: str, latents: Tensor, channels: int, patch_size: int) -> None:
     """ValueError unless latents are floating, (batch, channels, height, width) and whole patches."""
     check_floating(name, latents)
-    if latents.ndim != 4 or latents.shape[1] != channels:
-        raise ValueError(f"{name} {list(latents.shape)} must be (batch, {channels}, height, width)")
+    check_channels(name, latents, channels)
     for axis, side in zip(("height", "width"), latents.shape[-2:], strict=True):
         below = side // patch_size * patch_size
         above = below + patch_size

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from functional_sd3.core import prng
-from functional_sd3.core import spec as specs
 from functional_sd3.transformer import mmdit
+from tests import models
 
 pytest.importorskip("diffusers")
 SMALL = dict(depth=4, heads=4, head_dim=16, context_width=48, pooled_width=40, position_size=24, sample_size=32)
@@ -19,14 +18,7 @@ LAYOUTS = {
 
 
 def random_params(config: mmdit.Config) -> dict:
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf(path, param):
-        if not param.trainable:
-            return param.init(prng.key(0), param.shape)
-        return 0.1 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
-
-    return specs.map_params(leaf, mmdit.spec(config))
+    return models.random_leaves(mmdit.spec(config), 0.1)
 
 
 def random_inputs(config: mmdit.Config, batch=3, height=20, width=28, tokens=7) -> tuple[torch.Tensor, ...]:

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from bench import peers
-from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.core import tree
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import control, controlnet, mmdit
 from functional_sd3.weights import controlnets, load_controlnet, save_controlnet
+from tests import models
 from tests.parity.mmdit_models import (
     LAYOUTS,
     SMALL,
@@ -42,14 +43,7 @@ KINDS = {
 
 
 def random_controlnet(config: controlnet.Config, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed + 10)
-
-    def leaf(path, param):
-        if not param.trainable:
-            return param.init(prng.key(0), param.shape)
-        return 0.1 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
-
-    return specs.map_params(leaf, controlnet.spec(config))
+    return models.random_leaves(controlnet.spec(config), 0.1, seed + 10)
 
 
 def pair(config: controlnet.Config, seed: int = 0):

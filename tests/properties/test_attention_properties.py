@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng, tree
-from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Stream, attention, joint_attention
 from functional_sd3.transformer import mmdit
+from tests import models
 
 IMPLEMENTATIONS = ("sdpa", "math")
 FEW = settings(max_examples=25)
@@ -121,14 +121,7 @@ CONFIG = mmdit.Config(
 
 
 def random_params(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def leaf(path, param):
-        if not param.trainable:
-            return param.init(prng.key(0), param.shape)
-        return 0.2 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
-
-    return specs.map_params(leaf, mmdit.spec(CONFIG))
+    return models.random_leaves(mmdit.spec(CONFIG), seed=seed)
 
 
 PARAMS = random_params()

@@ -12,6 +12,7 @@ from torch.func import grad, vmap
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.transformer import control, controlnet, mmdit
+from tests import models
 
 TRANSFORMER = mmdit.Config(
     depth=5, heads=2, head_dim=8, in_channels=3, out_channels=3, context_width=12, pooled_width=10,
@@ -27,23 +28,12 @@ IMAGE_ONLY = dataclasses.replace(
 BOTH = pytest.mark.parametrize("config", [JOINT, IMAGE_ONLY], ids=["joint", "image alone"])
 
 
-def random_params(spec, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-
-    def leaf(path, param):
-        if not param.trainable:
-            return param.init(prng.key(0), param.shape)
-        return 0.2 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
-
-    return specs.map_params(leaf, spec)
-
-
 def random(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-WEIGHTS = random_params(mmdit.spec(TRANSFORMER))
-NETS = {config: random_params(controlnet.spec(config), 1) for config in (JOINT, IMAGE_ONLY)}
+WEIGHTS = models.random_leaves(mmdit.spec(TRANSFORMER))
+NETS = {config: models.random_leaves(controlnet.spec(config), seed=1) for config in (JOINT, IMAGE_ONLY)}
 
 
 def inputs(batch: int = 4) -> tuple[torch.Tensor, ...]:
@@ -247,7 +237,7 @@ def test_numbers_out_of_range_are_refused(change, message):
     [
         (JOINT, (1, 3, 8, 8), "control image's latents are 8 x 8, but the noised latents are 8 x 6"),
         (JOINT, (1, 3, 9, 6), "image_latents: height 9 is not a multiple of the patch size 2"),
-        (JOINT, (1, 4, 8, 6), r"image_latents \[1, 4, 8, 6\] must be \(batch, 3, height, width\)"),
+        (JOINT, (1, 4, 8, 6), r"image_latents of shape \[1, 4, 8, 6\] must be \(batch, 3, height, width\)"),
         (JOINT, (3, 3, 8, 6), "3 control images for a batch of 4"),
         (IMAGE_ONLY, (1, 3, 8, 8), r"latents \[4, 12, 16\] must be \(batch, tokens, width\) = \(any, 16, 16\)"),
     ],

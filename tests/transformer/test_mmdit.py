@@ -11,6 +11,7 @@ from bench.timing import allocated_peak
 from functional_sd3.core import attention, prng, transform, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.transformer import embeddings, joint_block, mmdit
+from tests import models
 
 CONFIG = mmdit.Config(
     depth=4,
@@ -29,14 +30,7 @@ TOKENS = 4 * 3
 
 
 def random_params(config: mmdit.Config) -> dict:
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf(path, param):
-        if not param.trainable:
-            return param.init(prng.key(0), param.shape)
-        return 0.2 * torch.randn(param.shape, generator=generator) + (1.0 if "_norm" in path else 0.0)
-
-    return specs.map_params(leaf, mmdit.spec(config))
+    return models.random_leaves(mmdit.spec(config))
 
 
 def random_inputs(batch: int = 2, height: int = 8, width: int = 6) -> tuple[torch.Tensor, ...]:
@@ -229,7 +223,7 @@ def test_rematerialised_blocks_give_the_same_gradients(params, inputs):
         ({"latents": torch.zeros(2, 3, 9, 6)}, "height 9 is not a multiple of the patch size 2; nearest are 8 and 10"),
         ({"latents": torch.zeros(2, 3, 8, 1)}, "width 1 is not a multiple of the patch size 2; the least is 2"),
         ({"latents": torch.zeros(2, 3, 22, 6)}, "a grid of 11 x 3 patches does not fit the position table of 10 x 10"),
-        ({"latents": torch.zeros(2, 4, 8, 6)}, r"latents \[2, 4, 8, 6\] must be \(batch, 3, height, width\)"),
+        ({"latents": torch.zeros(2, 4, 8, 6)}, r"latents of shape \[2, 4, 8, 6\] must be \(batch, 3, height, width\)"),
         ({"context": torch.zeros(2, 5, 11)}, r"context \[2, 5, 11\] must be .* = \(2, any, 12\)"),
         ({"context": torch.zeros(1, 5, 12)}, r"context \[1, 5, 12\] must be"),
         ({"pooled": torch.zeros(2, 11)}, r"pooled \[2, 11\] must be"),
