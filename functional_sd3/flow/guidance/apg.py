@@ -21,10 +21,12 @@ from functional_sd3.flow.guidance.compose import (
     value,
     windowed,
 )
+from functional_sd3.flow.guidance.recorded import recorded
 from functional_sd3.flow.ode.method import no_carry
 from functional_sd3.flow.path import broadcast, denoised
 
 
+@recorded
 def apg(
     scale: Scale,
     *,
@@ -69,6 +71,7 @@ def apg(
     return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, nothing_yet if has_carry else no_carry)
 
 
+@recorded
 def mixed_apg(
     scale: Scale,
     projected_scale: Scale = 10.0,

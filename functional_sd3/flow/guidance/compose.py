@@ -37,6 +37,13 @@ class Branch(NamedTuple):
     """(params, config) of another network; None for the run's own."""
 
 
+class Made(NamedTuple):
+    """How a guidance was made: a function of `flow.guidance`, by its name, and its arguments."""
+
+    function: str
+    arguments: Mapping[str, Any]
+
+
 class Guidance(NamedTuple):
     """The branches that a guidance needs, and the function that combines their velocities."""
 
@@ -51,14 +58,20 @@ class Guidance(NamedTuple):
     """Step windows of its terms: between the steps where one starts or ends, `at` gives the same."""
     at: Callable[[int, int], "Guidance"] | None = None
     """`at(step, steps)` -> the guidance of that step, which has no windows; None where it is the same in all."""
+    made: Made | None = None
+    """For records of a run (`recorded`); nothing else reads it. None for a guidance of one's own."""
 
 
 POSITIVE, NEGATIVE = Branch(), Branch("negative")
 
-CONDITIONAL = Guidance({"positive": POSITIVE}, lambda velocities, x, t, carry: (velocities["positive"], carry))
+CONDITIONAL = Guidance(
+    {"positive": POSITIVE},
+    lambda velocities, x, t, carry: (velocities["positive"], carry),
+    made=Made("cfg", {"scale": 1.0}),
+)
 """The velocity of the prompt, unguided."""
 
-ZERO = Guidance({}, lambda velocities, x, t, carry: (torch.zeros_like(x), carry))
+ZERO = Guidance({}, lambda velocities, x, t, carry: (torch.zeros_like(x), carry), made=Made("ZERO", {}))
 """Velocity zero, without an evaluation."""
 
 

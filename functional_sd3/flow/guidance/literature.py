@@ -26,9 +26,11 @@ from functional_sd3.flow.guidance.compose import (
     value,
     windowed,
 )
+from functional_sd3.flow.guidance.recorded import recorded
 from functional_sd3.flow.guidance.windows import Window, check_parts, fraction, strictly
 
 
+@recorded
 def cfg(scale: Scale) -> Guidance:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598): v_n + scale (v_p - v_n).
 
@@ -37,6 +39,7 @@ def cfg(scale: Scale) -> Guidance:
     return _from(lambda negative, positive: negative, scale)
 
 
+@recorded
 def zero_star(scale: Scale) -> Guidance:
     """CFG-Zero* (Fan et al. 2025, arXiv:2503.18886): v_s + scale (v_p - v_s), v_s the projection of v_p onto v_n.
 
@@ -45,11 +48,13 @@ def zero_star(scale: Scale) -> Guidance:
     return _from(project_onto, scale)
 
 
+@recorded
 def tangential(scale: Scale) -> Guidance:
     """Tangential guidance (Kwon et al. 2025, arXiv:2503.18137): v_s + scale (v_p - v_s), v_s v_n's shared component."""
     return _from(tangential_component, scale)
 
 
+@recorded
 def magnitude_aware(scale: Scale, rate: Scale = 8.0) -> Guidance:
     """MAMBO-G (arXiv:2508.03442): v_n + s (v_p - v_n), s = 1 + (scale - 1) exp(-rate |v_p - v_n| / |v_n|)."""
     check_scale(scale)
@@ -64,6 +69,7 @@ def magnitude_aware(scale: Scale, rate: Scale = 8.0) -> Guidance:
     return pairwise(combine)
 
 
+@recorded
 def auto(scale: Scale, params: Tree, config: Any = None) -> Guidance:
     """Autoguidance (Karras et al. 2024, arXiv:2406.02507): v_w + scale (v_p - v_w), away from a weaker model.
 
@@ -79,6 +85,7 @@ def auto(scale: Scale, params: Tree, config: Any = None) -> Guidance:
     return map_velocity(CONDITIONAL, {"weak": Branch(model=(params, config))}, change)
 
 
+@recorded
 def composed(guidance: Guidance, *prompts: tuple[Any, Scale]) -> Guidance:
     """Further prompts, each with a weight: v + sum_i w_i (v_i - v_n) (Liu et al. 2022, arXiv:2206.01714).
 
@@ -90,6 +97,7 @@ def composed(guidance: Guidance, *prompts: tuple[Any, Scale]) -> Guidance:
     return guidance
 
 
+@recorded
 def skip_layer(
     guidance: Guidance, layers: Collection[int], scale: Scale = 2.5, start: float = 0.01, stop: float = 0.2
 ) -> Guidance:
@@ -102,6 +110,7 @@ def skip_layer(
     return _away_from(guidance, worse, scale, strictly(start, stop))
 
 
+@recorded
 def perturbed(
     guidance: Guidance, layers: Collection[int], scale: Scale = 3.0, start: float = 0.0, stop: float = 1.0
 ) -> Guidance:
@@ -114,6 +123,7 @@ def perturbed(
     return _away_from(guidance, worse, scale, _part(start, stop))
 
 
+@recorded
 def smoothed(
     guidance: Guidance,
     layers: Collection[int],
@@ -133,6 +143,7 @@ def smoothed(
     return _away_from(guidance, worse, scale, _part(start, stop))
 
 
+@recorded
 def rescaled(guidance: Guidance, factor: Scale = 0.7) -> Guidance:
     """Rescaled guidance (Lin et al. 2023, arXiv:2305.08891): v with the standard deviation of v_p, mixed in by
     `factor`.
@@ -153,6 +164,7 @@ def rescaled(guidance: Guidance, factor: Scale = 0.7) -> Guidance:
     return changed if at is None else changed._replace(at=lambda step, steps: rescaled(at(step, steps), factor))
 
 
+@recorded
 def interval(guidance: Guidance, start: float = 0.0, stop: float = 1.0) -> Guidance:
     """Guidance interval: guidance in a part of the run, v_p outside it, which halves the work there.
 
@@ -162,6 +174,7 @@ def interval(guidance: Guidance, start: float = 0.0, stop: float = 1.0) -> Guida
     return windowed(guidance, CONDITIONAL, fraction(start, stop))
 
 
+@recorded
 def zero_init(guidance: Guidance, steps: int = 1) -> Guidance:
     """Zero-init of CFG-Zero* (Fan et al. 2025, arXiv:2503.18886): velocity zero in the first steps, not evaluated."""
     if steps < 0:
