@@ -111,14 +111,12 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
 def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[ControlNet]":
     """A ControlNet for each image: the one named for its kind, that whose file tells its kind, the next unnamed."""
     from functional_sd3 import weights
-    from functional_sd3.transformer import controlnet
 
     named: dict[str, ControlNet] = {}
     unnamed = []
     for text in paths:
-        kind, equals, path = text.partition("=")
-        called = kind if equals and kind in controlnet.KINDS else None
-        net = weights.load_controlnet(path if called else text, dtype=dtype, device=device)
+        called, path = net_source(text)
+        net = weights.load_controlnet(path, dtype=dtype, device=device)
         if called and net.config.kind not in (None, called):
             raise ValueError(f"--controlnet {text}: its file says that it reads images of {net.config.kind}")
         if kind_of_net := called or net.config.kind:
@@ -134,6 +132,14 @@ def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[Co
         net = named[one.kind] if one.kind in named else unnamed.pop(0)
         found.append(net._replace(config=dataclasses.replace(net.config, kind=one.kind)))
     return found
+
+
+def net_source(text: str) -> tuple[str | None, str]:
+    """The kind (None: that which the file says) and the path of one `--controlnet`."""
+    from functional_sd3.transformer import controlnet
+
+    kind, equals, path = text.partition("=")
+    return (kind, path) if equals and kind in controlnet.KINDS else (None, text)
 
 
 def _image(path: Path, size: tuple[int, int], masked: bool):

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     out, single = output.destination(arguments.out)
     preview.check(arguments, out, single=single)
 
-    from functional_sd3.cli import runtime, session
+    from functional_sd3.cli import records, runtime, session
     from functional_sd3.core import prng
     from functional_sd3.image import pixels
     from functional_sd3.pipeline import Request, StartImages
@@ -87,14 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
             run,
             start=StartImages(image, arguments.strength if arguments.direct else 1.0),
             edit=_edit(arguments),
+            loras=opened.loras,
+            words=opened.words,
         )
+        record = records.recorder(opened, arguments)(request, _settings(arguments))
         (images,) = session.draw(opened, [request], 1, offload=arguments.offload)
     runtime.check_finite(images)
-    drawn, settings = pixels.to_pil(images)[0], _settings(arguments)
+    drawn = pixels.to_pil(images)[0]
     if single:
-        output.save(out, drawn, settings)
+        output.save(out, drawn, record)
     else:
-        out = output.save_new(out, f"{output.slug(arguments.target)}-edited", drawn, settings)
+        out = output.save_new(out, f"{output.slug(arguments.target)}-edited", drawn, record)
     timer.done("write")
     report.say(out)
     report.message(timer.summary())

@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from functional_sd3 import pipeline, weights
+from functional_sd3 import lora, pipeline, weights
 from functional_sd3.cli import guidance, lora_options, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
@@ -83,8 +83,9 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
     model, source = _model(arguments)
     runtime.require(model, ("transformer", "vae"), source)
     loras = lora_options.load(arguments.lora, model.config, runtime.device(arguments.device))
-    fetch = lora_options.added_to(model.params.__getitem__, loras)
-    model = model._replace(params={name: fetch(name) for name in model.params})
+    if loras:
+        trees, scales = zip(*loras, strict=True)
+        model = model._replace(params=lora.apply(model.params, trees, scales, lazy=True))
     rows = []
     kinds = (arguments.things,) if arguments.things else (1, 2)
     counts = [min(arguments.count, len(shapes.held_out_captions(things))) for things in kinds]

@@ -1,15 +1,28 @@
 """Draw images of prompts."""
 
 import argparse
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from functional_sd3.cli import controls, inputs, numbers, options, output, preview, prompt_words, regions, report
+from functional_sd3.cli import (
+    controls,
+    inputs,
+    numbers,
+    options,
+    output,
+    preview,
+    prompt_words,
+    regions,
+    report,
+    written,
+)
 from functional_sd3.cli.timing import Timer, progress
 from functional_sd3.cli.written import Job
 
 if TYPE_CHECKING:
+    from functional_sd3.cli.opened_model import Session
     from functional_sd3.pipeline import Region, Request, SamplingOptions, StartImages, TextOptions
 
 HELP = "draw images of prompts"
@@ -55,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = _jobs(prompts, arguments)
     prompt_words.note_missing_quotes(arguments.prompt)
 
-    from functional_sd3.cli import session, writer
+    from functional_sd3.cli import records, session, writer
 
     opened = session.open_session(arguments, timer)
     start = inputs.prepare(arguments, opened, size)
@@ -83,9 +96,19 @@ def run(arguments: argparse.Namespace) -> int:
     with progress(arguments.steps * batches) as bar:
         run = session.sampling_options(opened, arguments, lambda info: (bar.update(), show(info)), control)
         text = session.text_options(arguments)
-        requests = (_request(group, text, run, size, start, places, tile) for group in groups)
-        images = session.draw(opened, requests, arguments.batch, offload=arguments.offload)
-        writer.write(images, jobs, settings, out, single=single, timer=timer)
+        request = functools.partial(
+            _request, opened=opened, text=text, run=run, size=size, start=start, places=places, tile=tile
+        )
+        record = records.recorder(opened, arguments)
+        images = session.draw(opened, map(request, groups), arguments.batch, offload=arguments.offload)
+        writer.write(
+            images,
+            jobs,
+            lambda some: record(request(some), written.together(some, settings)),
+            out,
+            single=single,
+            timer=timer,
+        )
     report.message(timer.summary())
     return 0
 
@@ -103,7 +126,9 @@ def _groups(jobs: list[Job], arguments: argparse.Namespace) -> list[list[Job]]:
 
 
 def _request(
-    jobs: list[Job],
+    jobs: Sequence[Job],
+    *,
+    opened: "Session",
     text: "TextOptions",
     run: "SamplingOptions",
     size: tuple[int, int],
@@ -131,6 +156,8 @@ def _request(
         start=start,
         regions=places,
         tiling=tile and Tiling(*tile),
+        loras=opened.loras,
+        words=opened.words,
     )
 
 

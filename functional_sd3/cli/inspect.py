@@ -7,7 +7,7 @@ from pathlib import Path
 from functional_sd3.cli import options, report
 
 HELP = "say what weights of any form hold, how they differ from others, or how an image was made"
-_MOST_SHOWN = 20
+_MOST_SHOWN, _MOST_LINES = 20, 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,16 +52,18 @@ def _picture(path: Path) -> Iterator[str]:
     from functional_sd3.cli import written
 
     try:
-        settings = written.read_settings(path)
+        record = written.read_record(path)
     except ValueError as error:
         unknown = "of no known format" in str(error)
         raise ValueError(f"{error}, and no weights that are known" if unknown else str(error)) from None
-    if settings is None:
+    if record is None:
         raise ValueError(f"{path} is an image without the settings of functional-sd3 generate")
-    for name, value in settings.items():
-        yield f"{name}: {value}"
+    lines = [line for name, part in record.items() for line in written.lines(name, part)]
+    yield from lines[:_MOST_LINES]
+    if len(lines) > _MOST_LINES:
+        yield f"and {len(lines) - _MOST_LINES} more lines"
     yield ""
-    yield written.command(settings)
+    yield written.command(record["command"])
 
 
 def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from functional_sd3 import pipeline
-    from functional_sd3.cli import runtime, session
+    from functional_sd3.cli import records, runtime, session
     from functional_sd3.core import prng
 
     opened = session.open_session(arguments, timer)
@@ -81,10 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
             height=size[1],
             width=size[0],
             frames=None if arguments.trajectory else pipeline.Frames(frames, _mix(arguments)),
+            loras=opened.loras,
+            words=opened.words,
         )
+        record = records.recorder(opened, arguments)(request, _settings(arguments, size))
         images = torch.cat(list(_draw(opened, request, arguments)))
     runtime.check_finite(images)
-    for path in _write(out, single, images, arguments):
+    for path in _write(out, single, images, record, arguments):
         report.say(path)
     timer.done("write")
     report.message(timer.summary())
@@ -138,26 +141,30 @@ def _seed(word: str, seeds: str) -> int:
         raise ValueError(f"--seeds {seeds!r} must be whole numbers, such as 3,4: {error}") from None
 
 
-def _write(out: Path, single: bool, images, arguments: argparse.Namespace) -> list[Path]:
-    own = written.given(arguments, _RECORDED)
-    size = {"size": "x".join(map(str, images.shape[:1:-1]))}
-    settings = {"subcommand": "interpolate", "prompts": arguments.prompts, **own, **size, **options.settings(arguments)}
+def _settings(arguments: argparse.Namespace, size: tuple[int, int]) -> written.Settings:
+    own = {**written.given(arguments, _RECORDED), "size": "x".join(map(str, size)), **options.settings(arguments)}
+    return {"subcommand": "interpolate", "prompts": arguments.prompts, **own}
+
+
+def _write(
+    out: Path, single: bool, images: "Tensor", record: written.Record, arguments: argparse.Namespace
+) -> list[Path]:
     suffixes = [out.suffix.lower()] if single else [".png", ".gif"]
-    return [_save(out, single, suffix, images, settings, arguments) for suffix in suffixes]
+    return [_save(out, single, suffix, images, record, arguments) for suffix in suffixes]
 
 
 def _save(
-    out: Path, single: bool, suffix: str, images, settings: written.Settings, arguments: argparse.Namespace
+    out: Path, single: bool, suffix: str, images: "Tensor", record: written.Record, arguments: argparse.Namespace
 ) -> Path:
     """Write a strip, or an animation where the suffix is of one; its path."""
     from functional_sd3.formats import files
     from functional_sd3.image import pixels
 
     if suffix in output.ANIMATIONS:
-        content = output.encoded_animation(pixels.to_pil(images), suffix, settings, arguments.fps)
+        content = output.encoded_animation(pixels.to_pil(images), suffix, record, arguments.fps)
     else:
         strip = pixels.to_pil(pixels.grid(images, columns=len(images)))[0]
-        content = output.encoded(strip, suffix, settings)
+        content = output.encoded(strip, suffix, record)
     if not single:
         return output.write_new(out, f"{output.slug(arguments.prompts[0])}-frames", suffix, content)
     files.write_atomic(out, content)

@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +13,6 @@ from functional_sd3.formats.printable import shorten
 if TYPE_CHECKING:
     import torch
 
-    from functional_sd3.core.types import Params
     from functional_sd3.layouts.components import Config
     from functional_sd3.lora.tree import Lora
 
@@ -86,18 +85,3 @@ def note_left_out(path: str | Path, keys: Sequence[str]) -> None:
         some = ", ".join(shorten(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
         text = f"{len(keys)} tensors adapt nothing of this model and are left out: {some}"
         report.note(f"{shorten(path, 300)}: {text}")
-
-
-def added_to(fetch: "Callable[[str], Params]", loras: "Sequence[tuple[Lora, float]]") -> "Callable[[str], Params]":
-    """A component's name -> its parameters as `fetch` reads them, with the LoRAs' parts for that component added."""
-    from functional_sd3 import lora
-
-    def fetch_with_loras(name: str) -> "Params":
-        params = fetch(name)
-        parts = [({name: one[name]}, scale) for one, scale in loras if name in one]
-        if not parts:
-            return params
-        trees, scales = zip(*parts, strict=True)
-        return lora.apply({name: params}, trees, scales, lazy=True)[name]
-
-    return fetch_with_loras if loras else fetch

@@ -1,6 +1,6 @@
 """The model of a drawing command, as `session.open_session` opens it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,13 +9,16 @@ from functional_sd3.cli.timing import Timer
 from functional_sd3.core.types import Params
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.layouts.components import Config
+from functional_sd3.lora.tree import Lora
+from functional_sd3.text.textual_inversion import Word
 from functional_sd3.weights.model import Tokenizers
 
 
 class Session(NamedTuple):
     """A model and where it is computed.
 
-    fetch: a component's name -> its parameters, from memory or, with --offload, from disk each time.
+    fetch: a component's name -> its parameters, with LoRAs and words added, from memory or, with --offload, from disk
+    each time. config, tokenizers: with words added too.
     """
 
     config: Config
@@ -25,3 +28,5 @@ class Session(NamedTuple):
     dtype: torch.dtype | None
     timer: Timer
     guidance: Guidance | None = None
+    loras: Sequence[tuple[Lora, float]] = ()
+    words: Sequence[Word] = ()

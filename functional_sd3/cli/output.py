@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_sd3.cli import report
-from functional_sd3.cli.written import DESCRIPTION, METADATA, Settings
+from functional_sd3.cli.written import DESCRIPTION, METADATA, Record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,23 +106,23 @@ def write_new(folder: Path, name: str, suffix: str, content: bytes) -> Path:
         temporary.unlink(missing_ok=True)
 
 
-def save(path: Path, picture: "Image", settings: Settings) -> None:
+def save(path: Path, picture: "Image", record: Record) -> None:
     """Put an image with its settings at `path`, in the form of its suffix, whole or not at all."""
     from functional_sd3.formats import files
 
-    files.write_atomic(path, encoded(picture, path.suffix, settings))
+    files.write_atomic(path, encoded(picture, path.suffix, record))
 
 
-def save_new(folder: Path, name: str, picture: "Image", settings: Settings) -> Path:
+def save_new(folder: Path, name: str, picture: "Image", record: Record) -> Path:
     """A PNG with its settings under a name that is free; its path."""
-    return write_new(folder, name, ".png", encoded(picture, ".png", settings))
+    return write_new(folder, name, ".png", encoded(picture, ".png", record))
 
 
-def encoded(picture: "Image", suffix: str, settings: Settings) -> bytes:
+def encoded(picture: "Image", suffix: str, record: Record) -> bytes:
     """The bytes of a PNG, JPEG or lossless WebP, with the settings in its text, comment or EXIF description."""
     from PIL.PngImagePlugin import PngInfo
 
-    buffer, text = io.BytesIO(), json.dumps(settings)
+    buffer, text = io.BytesIO(), json.dumps(record)
     if suffix.lower() == ".png":
         info = PngInfo()
         info.add_text(METADATA, text)
@@ -139,9 +139,9 @@ def encoded(picture: "Image", suffix: str, settings: Settings) -> bytes:
     return buffer.getvalue()
 
 
-def encoded_animation(pictures: "Sequence[Image]", suffix: str, settings: Settings, fps: float) -> bytes:
+def encoded_animation(pictures: "Sequence[Image]", suffix: str, record: Record, fps: float) -> bytes:
     """The bytes of a GIF or WebP, by its suffix, that goes on for ever, with the settings inside."""
-    text, buffer = json.dumps(settings), io.BytesIO()
+    text, buffer = json.dumps(record), io.BytesIO()
     options: dict[str, Any] = {"save_all": True, "append_images": pictures[1:], "loop": 0}
     options["duration"] = round(1000 / fps)
     if suffix.lower() == ".gif":

@@ -11,7 +11,7 @@ from functional_sd3 import weights
 from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
 from functional_sd3.flow.ode.method import Method
-from functional_sd3.text import textual_inversion
+from functional_sd3.text.textual_inversion import Word
 from functional_sd3.weights.clip import Clip
 from functional_sd3.weights.model import Model
 
@@ -55,14 +55,16 @@ def require(model: Model, components: Sequence[str], source: object) -> None:
         raise ValueError(f"{source} has no {' and no '.join(absent)}, which this command needs")
 
 
-def with_words(model: Model, embeddings: Sequence[str]) -> Model:
-    """The model with textual inversions, each FILE or WORD=FILE."""
-    words = []
-    for text in embeddings:
-        token, equals, path = text.partition("=")
-        named = equals and not Path(text).exists()
-        words.append(weights.load_inversion(path, token=token) if named else weights.load_inversion(text))
-    return model._replace(**textual_inversion.add(model.params, model.config, model.tokenizers, *words)._asdict())
+def words(embeddings: Sequence[str]) -> list[Word]:
+    """The textual inversions of --embedding."""
+    sources = map(word_source, embeddings)
+    return [weights.load_inversion(path, token=token) for token, path in sources]
+
+
+def word_source(text: str) -> tuple[str | None, str]:
+    """The word (None: that of the file's name) and the path of WORD=FILE or FILE."""
+    token, equals, path = text.partition("=")
+    return (token, path) if equals and not Path(text).exists() else (None, text)
 
 
 def check_finite(images: Tensor) -> None:

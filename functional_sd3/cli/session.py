@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
 from functional_sd3.flow import ode
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import SPECS, require
-from functional_sd3.pipeline import Prepared, Request, SamplingOptions, TextOptions
+from functional_sd3.layouts.components import require
+from functional_sd3.pipeline import Components, Prepared, Request, SamplingOptions, TextOptions
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.transformer.control import Control
 from functional_sd3.weights import shipped
@@ -38,21 +39,20 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
     source = arguments.params or shipped.folder()
     dtype = runtime.dtype(arguments.dtype, device)
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
+    components: Components
     if arguments.offload:
-        if arguments.embedding:
-            raise ValueError("--embedding changes the text encoders, which --offload reads as they are: leave one out")
-        model, fetch = weights.outline(source, variant=arguments.variant), weights.fetcher(source, **options)
+        model, components = weights.outline(source, variant=arguments.variant), weights.fetcher(source, **options)
     else:
-        model = runtime.with_words(weights.load(source, **options), arguments.embedding)
-        fetch = model.params.__getitem__
+        model = weights.load(source, **options)
+        components = model.params
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
-    fetch = lora_options.added_to(fetch, lora_options.load(arguments.lora, model.config, device))
-    if not arguments.offload:
-        # Once for the run, not for each batch.
-        fetch = {name: fetch(name) for name in SPECS if getattr(model.config, name) is not None}.__getitem__
-    opened = Session(model.config, model.tokenizers, fetch, device, dtype, timer)
+    loras, words = lora_options.load(arguments.lora, model.config, device), runtime.words(arguments.embedding)
+    components, config, tokenizers = pipeline.adapted(components, model.config, model.tokenizers, loras, words)
+    # Of a tree once for the run, not for each batch.
+    fetch = components if callable(components) else dict(components).__getitem__
+    opened = Session(config, tokenizers, fetch, device, dtype, timer, loras=loras, words=words)
     return opened._replace(guidance=guidance.prepare(arguments, opened))
 
 
@@ -97,6 +97,8 @@ def sampling_options(
 def prepare(session: Session, request: Request) -> Prepared:
     """`pipeline.prepare`, with its time taken."""
     session.timer.stage = "reading the prompts"
+    # The components of the session have them.
+    request = replace(request, loras=(), words=())
     prepared = pipeline.prepare(session.fetch, session.config, session.tokenizers, request)
     session.timer.done("text", session.device)
     return prepared

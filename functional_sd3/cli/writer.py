@@ -2,15 +2,15 @@
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from functional_sd3.cli import output, report, runtime, written
-from functional_sd3.cli.written import Job, Settings
+from functional_sd3.cli import output, report, runtime
+from functional_sd3.cli.written import Job, Record
 from functional_sd3.image import pixels
 
 if TYPE_CHECKING:
@@ -21,10 +21,17 @@ _LARGEST_GRID = 2**27
 
 
 def write(
-    batches: Iterable[Tensor], jobs: Sequence[Job], settings: Settings, out: Path, *, single: bool, timer: "Timer"
+    batches: Iterable[Tensor],
+    jobs: Sequence[Job],
+    record: Callable[[Sequence[Job]], Record],
+    out: Path,
+    *,
+    single: bool,
+    timer: "Timer",
 ) -> None:
     """Write the images (count, 3, height, width) of all batches and print their paths.
 
+    record: of the one image of some jobs.
     single: `out` is one file for all, written at the end or, of those that were drawn, when the run is cut short; else
     it is the folder of a file for each, written after its batch, and of a grid of all. Ctrl-C and errors carry a note
     of how many were written.
@@ -41,24 +48,24 @@ def write(
                     kept.append(pixels.to_bytes(images))
                 if not single:
                     for job, image in zip(jobs[drawn:], images, strict=False):
-                        _say_path(_write_one(out, image, job, settings))
+                        _say_path(_write_one(out, image, job, record([job])))
                         count += 1
                 drawn += len(images)
                 timer.done("write")
                 timer.stage = "sampling"
         except BaseException:
             if single and kept:
-                _write_grid(out, kept, jobs, settings)
+                _write_grid(out, kept, record(jobs))
                 count = drawn
             raise
         timer.stage = "writing"
         if single:
-            _write_grid(out, kept, jobs, settings)
+            _write_grid(out, kept, record(jobs))
             count = len(jobs)
             _say_path(out)
         elif kept and len(jobs) > 1:
             grid = pixels.to_pil(pixels.grid(pixels.from_bytes(torch.cat(kept))))[0]
-            _say_path(output.save_new(out, "grid", grid, written.together(jobs, settings)))
+            _say_path(output.save_new(out, "grid", grid, record(jobs)))
         timer.done("write")
 
 
@@ -83,14 +90,13 @@ def _say_path(path: Path) -> None:
         report.note("standard output was closed: the paths of further images are not printed")
 
 
-def _write_one(folder: Path, image: Tensor, job: Job, settings: Settings) -> Path:
+def _write_one(folder: Path, image: Tensor, job: Job, record: Record) -> Path:
     seeds = f"{job.seed}" if job.variation_seed is None else f"{job.seed}-{job.variation_seed}"
-    own = {"prompts": [job.prompt], **job.settings(), **settings}
-    return output.save_new(folder, f"{output.slug(job.prompt)}-{seeds}", pixels.to_pil(image[None])[0], own)
+    return output.save_new(folder, f"{output.slug(job.prompt)}-{seeds}", pixels.to_pil(image[None])[0], record)
 
 
-def _write_grid(path: Path, kept: Sequence[Tensor], jobs: Sequence[Job], settings: Settings) -> None:
-    """One file of the images that there are; its settings are those of all."""
+def _write_grid(path: Path, kept: Sequence[Tensor], record: Record) -> None:
+    """One file of the images that there are; its record is that of all."""
     images = pixels.from_bytes(torch.cat(list(kept)))
     image = pixels.to_pil(images if len(images) == 1 else pixels.grid(images))[0]
-    output.save(path, image, written.together(jobs, settings))
+    output.save(path, image, record)

@@ -1,7 +1,7 @@
 """The settings inside an image, and the command line that makes it again."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,11 @@ _UNRECORDED = {
 }  # fmt: skip
 """Options that settings never hold: where images go and what the machine was like. A command line that was found
 in a file must not write where that file says."""
+
+Record = dict[str, Any]
+"""What is written into an image, in the words of JSON: "request", the `pipeline.describe` of what was drawn; "command",
+the settings of the command line that draws it again; "files", "model" and "program", which the request does not know.
+Images of earlier versions hold settings alone."""
 
 Settings = dict[str, Any]
 """Option -> value, in the words of JSON: a text or number is `--option value`, a list that for each of its items, True
@@ -55,7 +60,8 @@ def given(arguments: Any, names: Sequence[str]) -> Settings:
 def together(jobs: Sequence[Job], settings: Settings) -> Settings:
     """The settings of one image that shows all the jobs."""
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    return {"prompts": prompts, **jobs[0].settings(), "count": len(jobs) // len(prompts), **settings}
+    count = {} if len(jobs) == 1 else {"count": len(jobs) // len(prompts)}
+    return {"prompts": prompts, **jobs[0].settings(), **count, **settings}
 
 
 def command(settings: Settings) -> str:
@@ -64,10 +70,16 @@ def command(settings: Settings) -> str:
 
 
 def read_settings(path: Path) -> Settings | None:
-    """The settings written into an image, None where there are none.
+    """The "command" of `read_record`."""
+    record = read_record(path)
+    return None if record is None else record["command"]
+
+
+def read_record(path: Path) -> Record | None:
+    """The record written into an image, None where there is none; that of an earlier version is a "command" alone.
 
     Raises ValueError for a file that is no image, and for settings that are not those of one of this program's drawing
-    commands: all that is returned is safe to be made a command line of.
+    commands: of all that is returned the "command" is safe to be made a command line of.
     """
     from functional_sd3.formats import json_fields
     from functional_sd3.image import files
@@ -80,11 +92,30 @@ def read_settings(path: Path) -> Settings | None:
     if text is None:
         return None
     try:
-        settings = dict(json_fields.parse_object(text, "the text").values)
-        check(settings)
+        record = dict(json_fields.parse_object(text, "the text").values)
+        record = record if "command" in record else {"command": record}
+        check(record["command"])
     except ValueError as error:
         raise ValueError(f"{path} holds settings that are not this program's: {error}") from None
-    return settings
+    return record
+
+
+def lines(name: str, part: Any, indent: str = "") -> Iterator[str]:
+    """A part of a record for people, line by line; what is absent, empty or off is left out."""
+    if isinstance(part, dict) and part.get("kind") == "tensor" and "values" in part:
+        part = part["values"]
+    if part is None or part is False or part in ([], {}, ""):
+        return
+    if isinstance(part, list) and any(isinstance(each, dict) for each in part):
+        part = {"kind": "", **{str(index): each for index, each in enumerate(part)}}
+    if not isinstance(part, dict):
+        yield f"{indent}{name}: {shorten(part, 300)}"
+        return
+    kind = part.get("kind") if isinstance(part.get("kind"), str) else ""
+    yield f"{indent}{name}:{f' {kind}' if kind else ''}"
+    for below, each in part.items():
+        if below != "kind":
+            yield from lines(below, each, indent + "  ")
 
 
 def check(settings: Any) -> None:

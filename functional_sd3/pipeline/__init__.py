@@ -3,6 +3,7 @@
 The functions that draw (`generate`, `image_to_image`, ...) each make a request of their arguments.
 """
 
+from functional_sd3.pipeline.adapters import Adapted, adapted, with_loras
 from functional_sd3.pipeline.blending import Region, blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components
 from functional_sd3.pipeline.draw import decode_latents, draw, sample_latents
@@ -32,8 +33,10 @@ from functional_sd3.pipeline.masks import extend_canvas, keep_masked, latent_mas
 from functional_sd3.pipeline.mixing import between, lerp, mix_conditions, slerp
 from functional_sd3.pipeline.prepare import Prepared, prepare, slice_samples, split_batches
 from functional_sd3.pipeline.preview import preview
+from functional_sd3.pipeline.record import describe, read_description
 from functional_sd3.pipeline.regions import regional, tiled
 from functional_sd3.pipeline.request import (
+    AppliedLora,
     FlowEdit,
     Frames,
     InversionEdit,
@@ -57,6 +60,8 @@ from functional_sd3.pipeline.text_to_image import generate, generate_from
 from functional_sd3.pipeline.trajectories import denoised, draw_steps, states, trajectory
 
 __all__ = [
+    "Adapted",
+    "AppliedLora",
     "Components",
     "Conditions",
     "FlowEdit",
@@ -71,6 +76,7 @@ __all__ = [
     "TextOptions",
     "Tiling",
     "Variation",
+    "adapted",
     "add_noise",
     "between",
     "blend_fields",
@@ -81,6 +87,7 @@ __all__ = [
     "decode_latents",
     "default_method",
     "denoised",
+    "describe",
     "draw",
     "draw_steps",
     "edit",
@@ -109,6 +116,7 @@ __all__ = [
     "prepare",
     "preview",
     "pull_to",
+    "read_description",
     "regional",
     "restore_kept",
     "sample",
@@ -129,4 +137,5 @@ __all__ = [
     "variations",
     "velocities",
     "velocity",
+    "with_loras",
 ]

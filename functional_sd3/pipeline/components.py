@@ -31,17 +31,22 @@ def encoder_names(components: Components, config: Config) -> list[str]:
 
 def move(components: Components, device: torch.device | str) -> Components:
     """The components on a device, each moved when it is read."""
+    return changed(components, lambda name, params: tree.to(params, device))
+
+
+def changed(components: Components, change: Callable[[str, Params], Params]) -> Components:
+    """The components as `change(name, params)` makes them, each when it is read."""
     if callable(components):
-        return lambda name: tree.to(components(name), device)
-    return _Moved(components, device)
+        return lambda name: change(name, components(name))
+    return _Changed(components, change)
 
 
-class _Moved(Mapping[str, Params]):
-    def __init__(self, params: Mapping[str, Params], device: torch.device | str):
-        self.params, self.device = params, device
+class _Changed(Mapping[str, Params]):
+    def __init__(self, params: Mapping[str, Params], change: Callable[[str, Params], Params]):
+        self.params, self.change = params, change
 
     def __getitem__(self, name: str) -> Params:
-        return tree.to(self.params[name], self.device)
+        return self.change(name, self.params[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self.params

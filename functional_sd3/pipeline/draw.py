@@ -10,6 +10,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
+from functional_sd3.pipeline.adapters import with_loras
 from functional_sd3.pipeline.blending import blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components, device_of, fetch
 from functional_sd3.pipeline.edits import edit_latents, flow_edit_latents
@@ -29,7 +30,7 @@ def draw(components: Components, config: Config, prepared: Prepared, *, batch: i
     components: name -> parameters (`Components`); the transformer is read once, then the VAE. batch: images integrated
     and decoded at once, by default all.
     """
-    parts = split_batches(prepared, batch)
+    components, parts = with_loras(components, prepared.request.loras), split_batches(prepared, batch)
     latents = _sample_all({"transformer": fetch(components, "transformer")}, config, parts)
     params = {"vae": fetch(components, "vae")}
     images = [decode_latents(params, config, *each) for each in zip(parts, latents, strict=True)]

@@ -12,6 +12,7 @@ from functional_sd3.core.types import Key
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.pipeline import masks
+from functional_sd3.pipeline.adapters import adapted
 from functional_sd3.pipeline.components import Components, fetch
 from functional_sd3.pipeline.encoding import EncodedPrompts, encode_groups
 from functional_sd3.pipeline.latents import encode_images, latent_size, sample_keys
@@ -47,6 +48,7 @@ def prepare(components: Components, config: Config, tokenizers: Tokenizers, requ
     components: name -> parameters (`Components`); each text encoder and the VAE are read once. Raises ValueError for
     sizes and numbers that do not fit the model, and where it lacks what the request needs.
     """
+    components, config, tokenizers = adapted(components, config, tokenizers, request.loras, request.words)
     request = _with_size(request, config)
     if request.frames is not None:
         return _prepare_frames(components, config, tokenizers, request)

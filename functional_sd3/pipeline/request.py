@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -12,10 +12,13 @@ from functional_sd3.core.types import Key, Velocity
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance, check_scale
 from functional_sd3.flow.ode.method import Method, StepInfo
+from functional_sd3.lora.apply import Scale
+from functional_sd3.lora.tree import Lora
 from functional_sd3.pipeline import masks
 from functional_sd3.pipeline.blending import Region
 from functional_sd3.pipeline.fields import velocity
 from functional_sd3.pipeline.mixing import Mix, lerp
+from functional_sd3.text.textual_inversion import Word
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 
@@ -26,6 +29,13 @@ EDIT_ETA, EDIT_WINDOW, EDIT_SOURCE_CFG = 0.9, (0.0, 0.25), 1.0
 
 FLOW_EDIT_STRENGTH, FLOW_EDIT_SOURCE_CFG, FLOW_EDIT_CFG, FLOW_EDIT_STEPS = 0.66, 3.5, 13.5, 50
 """Defaults of `flow_edit`: those of the paper for SD3."""
+
+
+class AppliedLora(NamedTuple):
+    """A LoRA and its strength, a number or a function of the path of the weight (`lora.apply`)."""
+
+    lora: Lora
+    scale: Scale = 1.0
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,7 @@ class Request:
     or (batch, 2), a key for each; only what draws noise needs one. height, width: in pixels, by default those of the
     start images, else the model's own size. noise: the starting latents (batch, channels, height / 8, width / 8)
     instead of the key's. field: makes the velocity of one prompt, as `velocity` does, which it is by default.
+    loras: (LoRA, scale) of those added to the model; words: textual inversions, which the prompts may use.
     Raises ValueError for parts that do not fit together.
     """
 
@@ -162,9 +173,12 @@ class Request:
     edit: InversionEdit | FlowEdit | None = None
     frames: Frames | None = None
     field: Callable[..., Velocity] | None = None
+    loras: Sequence[tuple[Lora, Scale]] = ()
+    words: Sequence[Word] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", prompt_list(self.prompts))
+        object.__setattr__(self, "loras", tuple(AppliedLora(*pair) for pair in self.loras))
         if not self.prompts:
             raise ValueError("there are no prompts; give a string or several, and an empty one for no prompt")
         if self.frames is not None:

@@ -13,6 +13,7 @@ from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode.method import Method, StepInfo
 from functional_sd3.layouts.components import Config
+from functional_sd3.pipeline.adapters import with_loras
 from functional_sd3.pipeline.components import Components, fetch
 from functional_sd3.pipeline.draw import decode_latents, sample_latents
 from functional_sd3.pipeline.prepare import Prepared, prepare
@@ -75,7 +76,7 @@ def draw_steps(
     components: Components, config: Config, prepared: Prepared, show: Callable[[StepInfo], Tensor] = states
 ) -> Tensor:
     """What `show` takes of each step of an encoded request, decoded: (steps, batch, 3, height, width) in [0, 1]."""
-    shown: list[Tensor] = []
+    components, shown = with_loras(components, prepared.request.loras), list[Tensor]()
     sampling = prepared.request.sampling
 
     def keep(info: StepInfo) -> None:

@@ -5,7 +5,7 @@ new rows of the embedding tables; where it is typed, it stands for all of its ve
 returns new tables and new trees; nothing that was given is changed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -59,6 +59,15 @@ def add(params: dict[str, Params], config: Any, tokenizers: Any, *words: Word) -
                 changes = {"vocab": rows} | ({} if name == "t5" else {"eos_id": tables.eos_id})
                 config = _with(config, name, replace(getattr(config, name), **changes))
     return Learned(params, config, tokenizers)
+
+
+def empty_tables(config: Any, encoders: Sequence[str]) -> dict[str, Params]:
+    """The embedding tables of these encoders without values, on the meta device: enough for `add` to find new ids."""
+    sizes = {name: getattr(config, name) for name in ENCODERS if name in encoders}
+    return {
+        name: {_TABLE[name]: {"weight": torch.empty(size.vocab, size.width, dtype=torch.float32, device="meta")}}
+        for name, size in sizes.items()
+    }
 
 
 def names(token: str, count: int) -> list[str]:

@@ -29,7 +29,7 @@ def pixels_of(path) -> torch.Tensor:
 
 def size_and_settings(path):
     with Image.open(path) as picture:
-        return picture.size, json.loads(picture.info[written.METADATA])
+        return picture.size, json.loads(picture.info[written.METADATA])["command"]
 
 
 def run(*words) -> int:

@@ -74,7 +74,7 @@ def test_several_pictures_find_their_readers_by_kind_and_the_settings_say_them_a
     words += ["--control", f"canny={files}/edges.png:0.5", "--control", f"blur={files}/edges.png:2"]
     first = draw(files, *words, "--control-after-last")
     with Image.open(files / "out.png") as picture:
-        settings = json.loads(picture.info[written.METADATA])
+        settings = json.loads(picture.info[written.METADATA])["command"]
     said = written.command(settings)
     assert f"--control canny={files}/edges.png:0.5" in said and said.endswith("--control-after-last")
     again = shlex.split(said)

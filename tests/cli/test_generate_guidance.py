@@ -102,7 +102,7 @@ def test_the_picture_says_how_it_was_guided_and_is_made_again_by_what_it_says(fi
     options = ["--guidance", "apg:eta=0.2", "--guidance", "skip-layer:layers=1,stop=1", "--cfg", "3", "--offload"]
     first = draw(files, *options)
     with Image.open(files / "out.png") as picture:
-        settings = json.loads(picture.info[written.METADATA])
+        settings = json.loads(picture.info[written.METADATA])["command"]
     assert settings["guidance"] == ["apg:eta=0.2", "skip-layer:layers=1,stop=1"] and settings["cfg"] == 3.0
     said = shlex.split(written.command(settings))
     assert cli.main([*said[1:], "--out", str(files / "again.png")]) == 0
@@ -110,7 +110,7 @@ def test_the_picture_says_how_it_was_guided_and_is_made_again_by_what_it_says(fi
         assert torch.equal(torch.tensor(list(picture.tobytes())), first)
     draw(files)
     with Image.open(files / "out.png") as picture:
-        assert "guidance" not in json.loads(picture.info[written.METADATA])
+        assert "guidance" not in json.loads(picture.info[written.METADATA])["command"]
 
 
 @pytest.mark.parametrize(

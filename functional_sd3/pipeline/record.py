@@ -1,0 +1,185 @@
+"""A request as plain data, for the metadata of its images: `describe`, and `read_description` back.
+
+Every field of a request and of its parts is written, but for `UNRECORDED`: a table with the name of its "kind" for each
+dataclass, tensor, guidance, method and function. What plain data cannot hold is described: a large tensor by shape,
+dtype and SHA-256, a tree of parameters by its counts. Reading needs those parts given anew, and says which.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import transform, tree
+from functional_sd3.flow import guidance as guidances
+from functional_sd3.flow import ode
+from functional_sd3.flow.guidance import Guidance
+from functional_sd3.flow.ode import fixed_point
+from functional_sd3.flow.ode.method import Method
+from functional_sd3.pipeline import mixing, request
+from functional_sd3.pipeline.blending import Region
+from functional_sd3.pipeline.fields import velocity
+from functional_sd3.pipeline.request import Request
+
+UNRECORDED = {"on_step"}
+"""Fields that only observe a run."""
+
+_PARTS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        Request, Region, request.AppliedLora, request.TextOptions, request.SamplingOptions, request.StartImages,
+        request.Variation, request.Tiling, request.InversionEdit, request.FlowEdit, request.Frames,
+    )
+}  # fmt: skip
+_FUNCTIONS: dict[str, Callable] = {
+    f"{function.__module__.removeprefix('functional_sd3.')}.{function.__qualname__}": function
+    for function in (mixing.lerp, mixing.slerp, velocity, fixed_point.inverse, transform.compile)
+}
+"""Functions that a description may name. No others are looked up: descriptions are found in files of other people."""
+_MOST_NUMBERS = 1024
+
+
+def describe(value: Any) -> Any:
+    """A request, or a part of one, in the words of JSON."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"kind": "float", "value": str(value)}
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if isinstance(value, Guidance):
+        return _guidance(value)
+    if isinstance(value, Method | ode.Adaptive):
+        return _method(value)
+    if fields := field_names(value):
+        return {"kind": type(value).__name__, **{name: describe(getattr(value, name)) for name in fields}}
+    if _is_tree(value):
+        leaves = tree.leaves(value)
+        return {"kind": "parameters", "tensors": len(leaves), "numbers": sum(leaf.numel() for leaf in leaves)}
+    if isinstance(value, Mapping):
+        return {str(name): describe(part) for name, part in value.items()}
+    if isinstance(value, tuple | list | range | set | frozenset):
+        return [describe(part) for part in value]
+    if callable(value):
+        name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        name = name.removeprefix("functional_sd3.")
+        return {"kind": "function" if _FUNCTIONS.get(name) is value else "unwritten", "name": name}
+    return {"kind": "unwritten", "name": type(value).__qualname__}
+
+
+def field_names(value: Any) -> tuple[str, ...]:
+    """The recorded fields of a dataclass or a NamedTuple; none of anything else."""
+    fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else ()
+    return tuple(name for name in fields or getattr(value, "_fields", ()) if name not in UNRECORDED)
+
+
+def read_description(description: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Request:
+    """The request of a description.
+
+    given: by path ("start.images", "loras.0.lora", "sampling.guidance"), the parts that a description cannot hold, or
+    that are to be others. Raises ValueError, with the path, for a part that must be given, and for what is none.
+    """
+    made = _read(description, "", given or {})
+    if not isinstance(made, Request):
+        raise ValueError("this is no description of a request")
+    return made
+
+
+def _tensor(value: Tensor) -> dict[str, Any]:
+    value, dtype = value.detach(), str(value.dtype).removeprefix("torch.")
+    if value.numel() <= _MOST_NUMBERS or not value.is_floating_point():
+        return {"kind": "tensor", "dtype": dtype, "values": describe(value.tolist())}
+    content = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return {"kind": "tensor", "dtype": dtype, "shape": list(value.shape), "sha256": digest}
+
+
+def _guidance(value: Guidance) -> dict[str, Any]:
+    if value.made is None:
+        return {"kind": "unwritten", "name": "a guidance that no function of flow.guidance made"}
+    arguments = {name: describe(part) for name, part in value.made.arguments.items()}
+    return {"kind": f"guidance.{value.made.function}", **arguments}
+
+
+def _method(value: Method | ode.Adaptive) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    known: Method | ode.Adaptive | None = ode.METHODS.get(value.name)
+    if isinstance(value, ode.Adaptive) and value.name in ode.ADAPTIVE:
+        options = {"rtol": value.rtol, "atol": value.atol, "max_steps": value.max_steps}
+        known = ode.ADAPTIVE[value.name]._replace(**options)
+    if known != value:
+        return {"kind": "unwritten", "name": f"a method {value.name}, not that of ode"}
+    return {"kind": f"ode.{value.name}", **{name: describe(part) for name, part in options.items()}}
+
+
+def _is_tree(value: Any) -> bool:
+    if not isinstance(value, dict | list) or not value:
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return all(isinstance(part, Tensor) or part == {} or _is_tree(part) for part in parts)
+
+
+def _read(data: Any, path: str, given: Mapping[str, Any]) -> Any:
+    if path in given:
+        return given[path]
+    if isinstance(data, list):
+        return [_read(part, f"{path}.{index}", given) for index, part in enumerate(data)]
+    if not isinstance(data, Mapping):
+        return data
+    inner, place = f"{path}." if path else "", path or "this"
+    parts = {name: _read(part, inner + str(name), given) for name, part in data.items() if name != "kind"}
+    try:
+        return _make(str(data["kind"]), parts)
+    except LookupError as error:
+        raise ValueError(f"{place}: a description does not hold it; give it by this path ({error})") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{place} is no description of a part of a request: {error}") from None
+
+
+def _make(kind: str, parts: dict[str, Any]) -> Any:
+    """The part of that kind. Raises LookupError for what a description does not hold."""
+    room, _, name = kind.partition(".")
+    if kind in _PARTS:
+        return _PARTS[kind](**parts)
+    if kind == "float":
+        return float(parts["value"])
+    if kind == "tensor":
+        return torch.tensor(parts["values"], dtype=_dtype(parts["dtype"]), device="cpu")
+    if kind == "function":
+        return _FUNCTIONS[parts["name"]]
+    if room == "ode" and name in ode.ADAPTIVE:
+        return ode.ADAPTIVE[name]._replace(**parts)
+    if room == "ode":
+        return ode.METHODS[name]
+    if room == "guidance":
+        return _make_guidance(name, parts)
+    raise LookupError(f"{kind} {parts.get('name', '')}".strip())
+
+
+def _make_guidance(name: str, parts: dict[str, Any]) -> Guidance:
+    function = vars(guidances)[name]
+    if name not in guidances.__all__ or not hasattr(function, "__wrapped__"):
+        raise LookupError(name)
+    positional: list[Any] = []
+    keywords = {}
+    parameters = inspect.signature(function).parameters
+    if unknown := parts.keys() - parameters.keys():
+        raise TypeError(f"{name} has no {', '.join(sorted(unknown))}")
+    for each in parameters.values():
+        if each.kind is each.KEYWORD_ONLY:
+            keywords[each.name] = parts[each.name]
+        else:
+            positional += parts[each.name] if each.kind is each.VAR_POSITIONAL else [parts[each.name]]
+    return function(*positional, **keywords)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is no dtype")
+    return dtype
