@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.flow.spacing import Scalar, beta, exponential, karras, linear
-from functional_sd3.flow.times import at_hand
+from functional_sd3.flow.times import is_readable
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,9 @@ def check_levels(levels: Tensor) -> None:
         raise ValueError(f"levels have shape {tuple(levels.shape)}; they must be (n,), with at least one")
     if not levels.is_floating_point():
         raise ValueError(f"levels have dtype {levels.dtype}; they are noise levels in (0, 1], not timesteps")
-    if at_hand(levels) and not ((levels > 0) & (levels <= 1)).all():
+    if is_readable(levels) and not ((levels > 0) & (levels <= 1)).all():
         raise ValueError(f"levels {levels.tolist()} leave (0, 1]; 1 is noise, and the 0 at the end is added")
-    if at_hand(levels) and (levels.diff() > 0).any():
+    if is_readable(levels) and (levels.diff() > 0).any():
         raise ValueError(f"levels {levels.tolist()} do not descend from noise to data")
 
 

@@ -13,7 +13,7 @@ Times = Tensor | Sequence[float]
 def checked(times: Times, x: Tensor) -> Tensor:
     """`times` on the device of x and in the dtype of its state: (n + 1,) or (n + 1, batch).
 
-    Raises ValueError for the wrong shape and, when the values are at hand, for times that are not monotone or leave
+    Raises ValueError for the wrong shape and, where the values are readable, for times that are not monotone or leave
     [0, 1].
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -23,12 +23,12 @@ def checked(times: Times, x: Tensor) -> Tensor:
             f"times have shape {tuple(grid.shape)}; they must be (steps + 1,) or (steps + 1, batch), "
             f"with at least one step{'' if x.ndim == 0 else f' and batch {x.shape[0]}'}"
         )
-    if at_hand(grid):
+    if is_readable(grid):
         _check(grid)
     return grid.to(dtype=dtype, device=x.device)
 
 
-def at_hand(values: Tensor) -> bool:
+def is_readable(values: Tensor) -> bool:
     """True if values can be read without waiting for a device or breaking a trace."""
     return type(values) is Tensor and values.device.type == "cpu" and is_concrete(values)
 

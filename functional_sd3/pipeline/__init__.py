@@ -52,7 +52,6 @@ from functional_sd3.pipeline.sampling import (
     add_noise,
     chosen_method,
     default_method,
-    evaluation_times,
     sample,
     sigmas,
 )
@@ -96,7 +95,6 @@ __all__ = [
     "encode",
     "encode_from",
     "encode_images",
-    "evaluation_times",
     "extend_canvas",
     "flow_edit",
     "flow_edit_latents",

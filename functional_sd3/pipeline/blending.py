@@ -5,21 +5,19 @@ velocities of its parts, which is what their equation 5 minimises at every step.
 functions called as `velocity` is, so they compose, and `sample` takes them as `field=`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Params, Velocity
+from functional_sd3.flow.stepwise import RunVelocity, map_steps
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.pipeline import masks
-from functional_sd3.pipeline.fields import Conditions, velocity
+from functional_sd3.pipeline.fields import Conditions, Field, velocity
 from functional_sd3.transformer.control import Control
-
-Field = Callable[..., Velocity]
-"""Called as `velocity` is: (params, config, conditions, cfg, times, **options)."""
 
 Window = tuple[slice, slice]
 """Rows and columns."""
@@ -53,14 +51,15 @@ def blend_fields(shares: Tensor, field: Field = velocity) -> Field:
         config: Config,
         conditions: Sequence[Conditions],
         cfg: float | Tensor = 5.0,
-        times: Tensor | None = None,
+        times: Any = None,
         **options: Any,
-    ) -> Velocity:
-        fields = [field(params, config, each, cfg, times, **options) for each in conditions]
+    ) -> RunVelocity:
+        return map_steps(mean_of, *(field(params, config, each, cfg, times, **options) for each in conditions))
 
+    def mean_of(*fields: Velocity) -> Velocity:
         def mean(x: Tensor, t: Tensor) -> Tensor:
-            answers = torch.stack([each(x, t).to(x.dtype) for each in fields])
-            return (answers * shares[:, None]).sum(0)
+            velocities = torch.stack([each(x, t).to(x.dtype) for each in fields])
+            return (velocities * shares[:, None]).sum(0)
 
         return mean
 
@@ -83,30 +82,32 @@ def tiles(tile: int, overlap: int | None = None, field: Field = velocity) -> Fie
         config: Config,
         conditions: Any,
         cfg: float | Tensor = 5.0,
-        times: Tensor | None = None,
+        times: Any = None,
         *,
         control: Sequence[Control] = (),
         **options: Any,
-    ) -> Velocity:
+    ) -> RunVelocity:
         def cut(x: Tensor) -> list[tuple[Window, Tensor]]:
             return windows(x, tile, overlap, require(config, "transformer").patch_size)
 
-        def of(window: Window | None) -> Velocity:
+        def of(window: Window | None) -> RunVelocity:
             cropped = [_cropped(one, window) for one in control] if window else ()
             return field(params, config, conditions, cfg, times, control=cropped, **options)
 
+        def mean_of(*fields: Velocity) -> Velocity:
+            def mean(x: Tensor, t: Tensor) -> Tensor:
+                total, weight = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
+                for index, (window, ramp) in enumerate(cut(x)):
+                    part = fields[index if control else 0](x[(..., *window)], t)
+                    total = total + _placed(part.to(x.dtype) * ramp, window, x)
+                    weight = weight + _placed(ramp, window, weight)
+                return total / weight
+
+            return mean
+
         # Without ControlNets all tiles have the same field.
-        fields = [of(window) for window, _ in cut(control[0].image_latents)] if control else [of(None)]
-
-        def mean(x: Tensor, t: Tensor) -> Tensor:
-            total, weight = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
-            for index, (window, ramp) in enumerate(cut(x)):
-                answer = fields[index if control else 0](x[(..., *window)], t)
-                total = total + _placed(answer.to(x.dtype) * ramp, window, x)
-                weight = weight + _placed(ramp, window, weight)
-            return total / weight
-
-        return mean
+        windows_of_fields = [window for window, _ in cut(control[0].image_latents)] if control else [None]
+        return map_steps(mean_of, *map(of, windows_of_fields))
 
     return make
 

@@ -15,7 +15,7 @@ from functional_sd3.pipeline.blending import blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components, device_of, fetch
 from functional_sd3.pipeline.edits import edit_latents, flow_edit_latents
 from functional_sd3.pipeline.encoding import EncodedPrompts, conditions_of
-from functional_sd3.pipeline.fields import Conditions, velocity
+from functional_sd3.pipeline.fields import Conditions, Field, velocity
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.masks import keep_masked, latent_mask, restore_kept, unmask_times
 from functional_sd3.pipeline.mixing import between, slerp
@@ -123,7 +123,7 @@ def _start(config: Config, prepared: Prepared, noise: Tensor) -> _Start:
     return _Start(x, times, keep_masked(latents, noise, unmask_times(mask, sigmas(config, noise, steps))))
 
 
-def _field(config: Config, request: Request, noise: Tensor) -> Callable[..., Velocity] | None:
+def _field(config: Config, request: Request, noise: Tensor) -> Field | None:
     """What makes the velocity of regions and tiles; None for the usual one."""
     field = request.field
     if request.tiling is not None:

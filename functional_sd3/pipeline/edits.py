@@ -16,8 +16,9 @@ from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow import ode, path, schedule
 from functional_sd3.flow.ode.method import Method
 from functional_sd3.flow.path import broadcast
+from functional_sd3.flow.stepwise import RunVelocity, map_steps
 from functional_sd3.layouts.components import Config
-from functional_sd3.pipeline.fields import Conditions, velocity
+from functional_sd3.pipeline.fields import Conditions, Field, velocity
 from functional_sd3.pipeline.latents import sample_keys
 from functional_sd3.pipeline.request import FlowEdit, InversionEdit, SamplingOptions, check_eta, check_window
 from functional_sd3.pipeline.sampling import chosen_method, sample, sigmas
@@ -134,7 +135,7 @@ def flow_edit_latents(
 
 def edit_field(
     latents: Tensor, noises: Callable[[Tensor], Sequence[Tensor]], source: Conditions, source_cfg: float | Tensor
-) -> Callable[..., Velocity]:
+) -> Field:
     """The field of FlowEdit for the conditions of the target: its velocities less the source's, averaged."""
 
     def make(
@@ -142,18 +143,20 @@ def edit_field(
         config: Config,
         conditions: Conditions,
         cfg: float | Tensor = 5.0,
-        times: Tensor | None = None,
+        times: Any = None,
         **options: Any,
-    ) -> Velocity:
+    ) -> RunVelocity:
         unguided = {name: value for name, value in options.items() if name != "guidance"}
         start = velocity(params, config, source, source_cfg, times, **unguided)
         target = velocity(params, config, conditions, cfg, times, **options)
+        return map_steps(mean_difference, start, target)
 
-        def mean_difference(z: Tensor, t: Tensor) -> Tensor:
+    def mean_difference(start: Velocity, target: Velocity) -> Velocity:
+        def difference(z: Tensor, t: Tensor) -> Tensor:
             noised = [path.interpolate(latents, noise, t) for noise in noises(t)]
             return torch.stack([target(z + x - latents, t) - start(x, t) for x in noised]).mean(0)
 
-        return mean_difference
+        return difference
 
     return make
 

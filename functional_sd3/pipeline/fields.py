@@ -1,23 +1,30 @@
 """Velocity fields of prompts, ControlNets and image prompts: the guided one, or all that guidance combines."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow.guidance import Branch, Guidance, Velocities
-from functional_sd3.flow.times import at_hand
-from functional_sd3.layouts.components import Config
+from functional_sd3.flow.stepwise import RunVelocity, Stepwise, map_steps
+from functional_sd3.layouts.components import Config, require
+from functional_sd3.pipeline.modulation_table import Table, concat_batches, lookup, mask_invalid, split_steps
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import ip_adapter, mmdit
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+
+JointVelocities = Callable[[Tensor, Tensor], Velocities]
+"""Several velocity fields at one point: (x (batch, ...), t) -> {name: dx/dt}."""
+
+Field = Callable[..., RunVelocity]
+"""Makes a velocity, called as `velocity` is: (params, config, conditions, cfg, times, **options)."""
 
 
 class Conditions(NamedTuple):
@@ -38,6 +45,7 @@ def concat_conditions(conditions: Sequence[Conditions]) -> Conditions:
     return Conditions(*(Conditioning(*map(torch.cat, zip(*half, strict=True))) for half in halves))
 
 
+@overload
 def velocity(
     params: Params,
     config: Config,
@@ -51,18 +59,60 @@ def velocity(
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
     implementation: Implementation = "sdpa",
-) -> Velocity:
-    """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt.
+) -> Velocity: ...
+@overload
+def velocity(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    cfg: float | Tensor,
+    times: Sequence[Tensor],
+    *,
+    guidance: Guidance | None = None,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
+) -> Stepwise[Velocity]: ...
+
+
+def velocity(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    cfg: float | Tensor = 5.0,
+    times: Tensor | Sequence[Tensor] | None = None,
+    *,
+    guidance: Guidance | None = None,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
+) -> RunVelocity:
+    """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt, `Stepwise` where times are.
 
     guidance: `guidance.cfg(cfg)` by default; one that carries no state, and of one step (`guidance.at`) where it
     changes from step to step: `sample` takes any. The rest as in `velocities`.
     """
     guidance = guidances.cfg(cfg) if guidance is None else guidance
-    options: dict[str, Any] = {"skip_layers": skip_layers, "control": control, "image_prompt": image_prompt}
-    options |= {"block_transform": block_transform, "implementation": implementation}
-    return guidances.guided(guidance, velocities(params, config, conditions, guidance.needs, times, **options))
+    fields: Any = velocities(
+        params,
+        config,
+        conditions,
+        guidance.needs,
+        times,
+        skip_layers=skip_layers,
+        control=control,
+        image_prompt=image_prompt,
+        block_transform=block_transform,
+        implementation=implementation,
+    )
+    return map_steps(partial(guidances.guided, guidance), fields)
 
 
+@overload
 def velocities(
     params: Params,
     config: Config,
@@ -75,62 +125,95 @@ def velocities(
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
     implementation: Implementation = "sdpa",
-) -> Callable[[Tensor, Tensor], Velocities]:
+) -> JointVelocities: ...
+@overload
+def velocities(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    needs: Mapping[str, Branch],
+    times: Sequence[Tensor],
+    *,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
+) -> Stepwise[JointVelocities]: ...
+
+
+def velocities(
+    params: Params,
+    config: Config,
+    conditions: Conditions,
+    needs: Mapping[str, Branch],
+    times: Tensor | Sequence[Tensor] | None = None,
+    *,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
+    implementation: Implementation = "sdpa",
+) -> JointVelocities | Stepwise[JointVelocities]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
 
     needs: by name, how each differs from that of the prompts (`Guidance.needs`); those that differ in their
     conditioning alone are evaluated in one batch.
-    times: (n,) all the times it will be evaluated at. The modulations of every block depend on the time and the pooled
-    vector alone; they are then computed once for all of them, and a third of the weights is read once an image
-    instead of once a step. Without `times` t may be any, () or (batch,). control: ControlNets, active at every t;
-    their start and end belong to `sample`. image_prompt: an IP-Adapter and features, in whose place the negative
-    prompt has zeros. block_transform: as of `mmdit.apply`; `transform.compile` compiles one block for all of them.
-    implementation: of attention, of the transformer, its ControlNets and its image prompt; "math" has the derivatives
-    that the fused kernels lack (`attention.attention`).
+    times: the times of all evaluations, (n,) or (n, batch), where they are known; or a sequence of such tensors, those
+    of each step (`ode.evaluation_times`), for the field of each step, `Stepwise`. The modulations of every block depend
+    on the time and the pooled vector alone: they are computed at once for all times, so that a third of the weights is
+    read once an image instead of once a step. At another t the velocity raises ValueError, or is NaN where t cannot be
+    read (on a device, under transforms and compile), and it has no derivative in t. None: any t, () or (batch,).
+    control: ControlNets, active at every t; their start and end belong to `sample`. image_prompt: an IP-Adapter and
+    features, in whose place the negative prompt has zeros. block_transform: as of `mmdit.apply`; `transform.compile`
+    compiles one block for all of them. implementation: of attention, of the transformer, its ControlNets and its image
+    prompt; "math" has the derivatives that the fused kernels lack (`attention.attention`).
     """
     for one in control:
-        controls.check(one, config.transformer)
+        controls.check(one, require(config, "transformer"))
     batch = len(conditions.positive.pooled)
     control_images, features = controls.per_sample(control, batch), ip_adapter.per_sample(image_prompt, batch)
     no_features = {**features, "features": torch.zeros_like(features["features"])} if features else {}
-    tables: list[tuple[Branch, Tree]] = []
-    fields = []
-    for group in _groups(needs):
-        branch = next(iter(group.values()))
-        weights, sizes = branch.model or (params["transformer"], None)
-        sizes = sizes or config.transformer
-        arguments = {}
-        for name, one in group.items():
-            condition = _conditioning(one.conditioning, conditions, batch)
-            own_features = no_features if one.conditioning == "negative" else features
-            rows = () if times is None else (_table(tables, one, weights, sizes, condition.pooled, times, control),)
-            arguments[name] = (*condition, control_images, own_features, *rows)
-        _check_lengths({name: context for name, (context, *_) in arguments.items()})
+    conditionings = {name: _conditioning(branch.conditioning, conditions, batch) for name, branch in needs.items()}
+    _check_lengths(groups := _groups(needs), conditionings)
+    by_step = [] if times is None else [times] if isinstance(times, Tensor) else list(times)
+    tables = _tables(params, config, needs, conditionings, by_step, control)
+    fields: list[tuple[Callable[..., Velocities], Sequence[Table | None]]] = []
+    for group in groups:
+        branch = needs[group[0]]
         options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
-        evaluate = _network(weights, sizes, options, times, control, image_prompt, implementation)
-        fields.append(guidances.together(evaluate, arguments))
+        evaluate = _network(*_model(branch, params, config), options, control, image_prompt, implementation)
+        arguments = {}
+        for name in group:
+            own_features = no_features if needs[name].conditioning == "negative" else features
+            arguments[name] = (*conditionings[name], control_images, own_features)
+        of_steps = split_steps(concat_batches([tables[name] for name in group]), by_step) if tables else [None]
+        fields.append((guidances.batch_fields(evaluate, arguments), of_steps))
 
-    def answers(x: Tensor, t: Tensor) -> dict[str, Tensor]:
-        return {name: answer for field in fields for name, answer in field(x, t).items()}
+    def at(step: int) -> JointVelocities:
+        def evaluate_all(x: Tensor, t: Tensor) -> Velocities:
+            return {name: v for field, of_steps in fields for name, v in field(x, t, table=of_steps[step]).items()}
 
-    return answers
+        return evaluate_all
+
+    return at(0) if times is None or isinstance(times, Tensor) else Stepwise(at)
 
 
 def _network(
     weights: Params,
     sizes: mmdit.Config,
     options: dict[str, Any],
-    times: Tensor | None,
     control: Sequence[Control],
     image_prompt: ImagePrompt | None,
     implementation: Implementation,
 ) -> Callable[..., Tensor]:
-    """One evaluation: (x, t, then conditioning, images and modulations of each row of the batch) -> dx/dt."""
+    """One evaluation: (x, t, then conditioning and images of each row of the batch, table) -> dx/dt."""
 
     def evaluate(
-        x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, images: Tree, features: Tree, *rows: Tree
+        x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, images: Tree, features: Tree, *, table: Table | None
     ) -> Tensor:
-        modulations = _at(rows, times, t) if rows else {"transformer": None, "control": None}
+        row = None if table is None else lookup(table, t)
+        modulations = {"transformer": None, "control": None} if row is None else row.modulations
         active = [one._replace(**image) for one, image in zip(control, images, strict=True)]
         added = controls.residuals(
             active,
@@ -143,7 +226,7 @@ def _network(
             modulations=modulations["control"],
             implementation=implementation,
         )
-        return mmdit.apply(
+        velocity = mmdit.apply(
             weights,
             sizes,
             x,
@@ -157,22 +240,29 @@ def _network(
             implementation=implementation,
             **options,
         )
+        return velocity if row is None else mask_invalid(velocity, row)
 
     return evaluate
 
 
-def _groups(needs: Mapping[str, Branch]) -> list[dict[str, Branch]]:
-    """The branches that one evaluation of a network can answer, in order."""
-    groups: list[dict[str, Branch]] = []
+def _groups(needs: Mapping[str, Branch]) -> list[list[str]]:
+    """The names of branches that one evaluation of a network serves, in order."""
+    groups: list[list[str]] = []
     for name, branch in needs.items():
         for group in groups:
-            other = next(iter(group.values()))
+            other = needs[group[0]]
             if other.options == branch.options and guidances.same_model(other, branch):
-                group[name] = branch
+                group.append(name)
                 break
         else:
-            groups.append({name: branch})
+            groups.append([name])
     return groups
+
+
+def _model(branch: Branch, params: Params, config: Config) -> tuple[Params, mmdit.Config]:
+    """Parameters and config of a branch's transformer."""
+    weights, sizes = branch.model or (params["transformer"], None)
+    return weights, sizes or require(config, "transformer")
 
 
 def _conditioning(conditioning: Any, conditions: Conditions, batch: int) -> Conditioning:
@@ -181,33 +271,39 @@ def _conditioning(conditioning: Any, conditions: Conditions, batch: int) -> Cond
     return Conditioning(*(part.expand(batch, *part.shape[1:]) for part in conditioning))
 
 
-def _table(tables: list[tuple[Branch, Tree]], branch: Branch, weights, sizes, pooled, times, control) -> Tree:
-    """Modulations at all times, batch first as everything that guidance joins: once for each conditioning and model."""
-    for other, table in tables:
-        if other.conditioning is branch.conditioning and guidances.same_model(other, branch):
-            return table
-    made = {
-        "transformer": mmdit.modulations(weights, sizes, times[:, None], pooled),
-        "control": controls.modulations(control, times[:, None], pooled),
-    }
-    table = tree.map(lambda leaf: leaf.transpose(0, 1), made)
-    tables.append((branch, table))
-    return table
+def _tables(
+    params: Params,
+    config: Config,
+    needs: Mapping[str, Branch],
+    conditionings: Mapping[str, Conditioning],
+    by_step: Sequence[Tensor],
+    control: Sequence[Control],
+) -> dict[str, Table]:
+    """Modulations of each branch at all times: once for each conditioning and model."""
+    tables: dict[str, Table] = {}
+    if not by_step:
+        return tables
+    times = torch.cat(list(by_step))
+    times = times[:, None] if times.ndim == 1 else times
+    for name, branch in needs.items():
+        for other, table in tables.items():
+            if needs[other].conditioning is branch.conditioning and guidances.same_model(needs[other], branch):
+                tables[name] = table
+                break
+        else:
+            pooled = conditionings[name].pooled
+            made = {
+                "transformer": mmdit.modulations(*_model(branch, params, config), times, pooled),
+                "control": controls.modulations(control, times, pooled),
+            }
+            tables[name] = Table(times, made)
+    return tables
 
 
-def _check_lengths(contexts: Mapping[str, Tensor]) -> None:
-    lengths = {name: context.shape[1] for name, context in contexts.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"conditionings that differ in their number of tokens: {lengths}; encode them to one length")
-
-
-def _at(rows: Sequence[Any], times: Tensor, t: Tensor) -> Any:
-    matches = times == t
-    if at_hand(matches) and not matches.any():
-        raise ValueError(
-            f"the velocity is evaluated at t = {t.tolist()}, which is not among the {len(times)} times that it was "
-            "made for; pass times=None for any t"
-        )
-    # Chosen by a tensor, not by a number, so that no value is read from a device.
-    index = matches.to(torch.uint8).argmax().reshape(1)
-    return tree.map(lambda leaf: leaf.index_select(1, index).squeeze(1), rows[0])
+def _check_lengths(groups: Sequence[Sequence[str]], conditionings: Mapping[str, Conditioning]) -> None:
+    for group in groups:
+        lengths = {name: conditionings[name].context.shape[1] for name in group}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"conditionings that differ in their number of tokens: {lengths}; encode them to one length"
+            )

@@ -11,10 +11,10 @@ from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode.method import Method, StepInfo
 from functional_sd3.layouts.components import Config
-from functional_sd3.pipeline.blending import Field, Region
+from functional_sd3.pipeline.blending import Region
 from functional_sd3.pipeline.components import Components
 from functional_sd3.pipeline.draw import draw
-from functional_sd3.pipeline.fields import velocity
+from functional_sd3.pipeline.fields import Field, velocity
 from functional_sd3.pipeline.prepare import prepare
 from functional_sd3.pipeline.request import Request, SamplingOptions, TextOptions, Tiling
 from functional_sd3.transformer.control import Control

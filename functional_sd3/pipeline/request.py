@@ -8,7 +8,7 @@ from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_channels
-from functional_sd3.core.types import Key, Velocity
+from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance, check_scale
 from functional_sd3.flow.ode.method import Method, StepInfo
@@ -16,7 +16,7 @@ from functional_sd3.lora.apply import Scale
 from functional_sd3.lora.tree import Lora
 from functional_sd3.pipeline import masks
 from functional_sd3.pipeline.blending import Region
-from functional_sd3.pipeline.fields import velocity
+from functional_sd3.pipeline.fields import Field, velocity
 from functional_sd3.pipeline.mixing import Mix, lerp
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.transformer.control import Control
@@ -172,7 +172,7 @@ class Request:
     tiling: Tiling | None = None
     edit: InversionEdit | FlowEdit | None = None
     frames: Frames | None = None
-    field: Callable[..., Velocity] | None = None
+    field: Field | None = None
     loras: Sequence[tuple[Lora, Scale]] = ()
     words: Sequence[Word] = ()
 

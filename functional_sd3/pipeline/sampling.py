@@ -1,19 +1,20 @@
 """The integration of the flow from noise to latents, with guidance and ControlNets in their windows of steps."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
-from functional_sd3.core.types import Key, Params, Velocity
+from functional_sd3.core.types import Key, Params, Tree, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode, path, schedule
-from functional_sd3.flow.guidance import Guidance
-from functional_sd3.flow.ode.method import Advance, Method, StepInfo, no_carry
-from functional_sd3.layouts.components import Config
-from functional_sd3.pipeline.fields import Conditions, velocities, velocity
+from functional_sd3.flow.guidance import Guidance, StatefulVelocity
+from functional_sd3.flow.ode.method import Method, StepInfo, no_carry
+from functional_sd3.layouts.components import Config, require
+from functional_sd3.pipeline.fields import Conditions, Field, velocities, velocity
 from functional_sd3.pipeline.latents import step_keys
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer.control import Control
@@ -50,7 +51,7 @@ def sample(
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
     times: Tensor | None = None,
-    field: Callable[..., Velocity] | None = None,
+    field: Field | None = None,
     transform: Callable[[Velocity], Velocity] | None = None,
     implementation: Implementation = "sdpa",
 ) -> Tensor:
@@ -59,41 +60,51 @@ def sample(
     method: a method or the name of one; by default Euler's, or `ode.renoised` where the model's scheduler config says
     `stochastic_sampling`. One that is named draws its noise from `key`: (2,), from which sample i takes
     `fold_in(key, i)`, or (batch, 2).
-    guidance: how the velocities of a step are made one, instead of `guidance.cfg(cfg)`; may change from step to step,
-    and carry a state. times: (n + 1,) the grid, instead of the config's for `steps`: `noise` is then the state at its
-    first time, and of a grid of one time it is the answer. It may ascend, from data to noise. field: makes the
-    velocity, called as `velocity` is, which it is by default; `conditions` may be whatever it understands. transform:
-    of the guided velocity (`keep_masked` of a mask, for instance). implementation: of attention,
-    as of `velocities`. Raises ValueError for a cfg that is not finite, a field with a guidance that carries a state,
-    and where a key is needed and none is given.
+    guidance: instead of `guidance.cfg(cfg)`; may change from step to step, and carry a state.
+    times: the grid, (n + 1,) or (n + 1, batch), instead of the config's for `steps`: `noise` is then the state at its
+    first time, and the result for a grid of one time. It may ascend, from data to noise. field: makes the velocity,
+    called as `velocity` is, which it is by default; `conditions` may be whatever it takes. transform: of the guided
+    velocity (`keep_masked` of a mask, for instance). implementation: of attention, as of `velocities`. Raises
+    ValueError for a cfg that is not finite, a field with a guidance that carries a state, and where a key is needed and
+    none is given.
+
+    The velocity of a step, its guidance, ControlNets and modulations, is chosen by the step's index (`Stepwise`).
     """
     guidances.check_scale(cfg, "cfg")
     if isinstance(cfg, Tensor) and cfg.ndim and len(cfg) not in (1, len(noise)):
         raise ValueError(f"cfg {list(cfg.shape)} must be one number, or ({len(noise)},): one for each sample")
     method = chosen_method(config, len(noise), method, key)
-    times = sigmas(config, noise, steps) if times is None else times
-    steps, carries = len(times) - 1, guidance is not None and guidance.init is not no_carry
-    if field is not None and carries:
+    has_carry = guidance is not None and guidance.init is not no_carry
+    if field is not None and has_carry:
         raise ValueError("a guidance that carries a state cannot be given to a field of its own: choose one without")
-    transform = transform or (lambda velocity: velocity)
-    runner = guidances.with_carry(_with_transform(method, transform), guidance) if carries else method
+    times = sigmas(config, noise, steps) if times is None else times
+    runner = guidances.with_carry(method, guidance) if guidance is not None and has_carry else method
     state = ode.start(runner, noise, times[0])
-    # The run is split where the set of active ControlNets or guidance terms changes: inactive ones cost nothing.
-    for first, stop, active, step_guidance in _segments(control, guidance, steps):
-        grid, ends = times[first : stop + 1], stop == steps
-        # The times that an adaptive method evaluates at are not known before.
-        known = None if isinstance(method, ode.Adaptive) else evaluation_times(method, grid, len(noise), ends=ends)
+    grid = torch.as_tensor(times, dtype=state.t.dtype, device=state.t.device)
+    if len(grid) == 1:
+        return state.x
+
+    def segment_velocity(active: Sequence[Control], guidance: Guidance | None, times: list[Tensor] | None) -> Any:
+        """The velocity of steps with the same ControlNets and guidance, which evaluate it at these times."""
         options: dict[str, Any] = {"skip_layers": skip_layers, "control": active, "image_prompt": image_prompt}
         options |= {} if block_transform is None else {"block_transform": block_transform}
         options |= {} if implementation == "sdpa" else {"implementation": implementation}
-        if carries:
-            needed = velocities(params, config, conditions, step_guidance.needs, known, **options)
-            guided = guidances.guided_with_carry(step_guidance, needed)
-        else:
-            options |= {} if step_guidance is None else {"guidance": step_guidance}
-            guided = transform((field or velocity)(params, config, conditions, cfg, known, **options))
-        state = ode.run(runner, guided, state, grid, on_step=_renumbered(on_step, first, steps), ends=ends)
-    return state.x
+        if guidance is not None and has_carry:
+            fields: Any = velocities(params, config, conditions, guidance.needs, times, **options)
+            stateful = ode.map_steps(partial(guidances.guided_with_carry, guidance), fields)
+            return stateful if transform is None else ode.map_steps(partial(_transform_stateful, transform), stateful)
+        options |= {} if guidance is None else {"guidance": guidance}
+        guided = (field or velocity)(params, config, conditions, cfg, times, **options)
+        return guided if transform is None else ode.map_steps(transform, guided)
+
+    # The times that an adaptive method evaluates at are not known before.
+    known = None if isinstance(method, ode.Adaptive) else ode.evaluation_times(method, grid, len(noise))
+    by_step: list[Any] = []
+    # One velocity for each segment, so that ControlNets and guidance terms cost nothing in the steps without them.
+    for first, stop, active, step_guidance in _segments(control, guidance, len(grid) - 1):
+        of_segment = segment_velocity(active, step_guidance, None if known is None else known[first:stop])
+        by_step += [ode.at_step(of_segment, step) for step in range(stop - first)]
+    return ode.run(runner, ode.Stepwise(by_step.__getitem__), state, grid, on_step=on_step).x
 
 
 def default_method(config: Config) -> str:
@@ -120,40 +131,23 @@ def chosen_method(
 def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
     """The grid of times that the folder's scheduler config asks for, (steps + 1,) from 1 to 0."""
     settings = config.schedule or schedule.Config()
-    tokens = noise.shape[-1] * noise.shape[-2] // config.transformer.patch_size**2
+    tokens = noise.shape[-1] * noise.shape[-2] // require(config, "transformer").patch_size ** 2
     mu = schedule.resolution_mu(settings, tokens) if settings.use_dynamic_shifting else None
     return schedule.from_config(settings, steps, mu=mu, device=noise.device)
 
 
-def evaluation_times(method: Method, times: Tensor, count: int = 1, *, ends: bool = True) -> Tensor:
-    """The times at which a method evaluates the velocity on this grid, found by running it on `count` numbers, as many
-    as it has samples; `ends` as in `ode.run`."""
-    evaluated: list[Tensor] = []
+def _transform_stateful(transform: Callable[[Velocity], Velocity], velocity: StatefulVelocity) -> StatefulVelocity:
+    """The transform of a velocity that carries a state; the state passes through it."""
 
-    def record(x: Tensor, t: Tensor) -> Tensor:
-        evaluated.append(t)
-        return x
+    def transformed(x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
+        def evaluate(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal carry
+            dx, carry = velocity(x, t, carry)
+            return dx
 
-    ode.run(method, record, ode.start(method, times.new_zeros(count), times[0]), times, ends=ends)
-    return torch.stack(evaluated)
+        return transform(evaluate)(x, t), carry
 
-
-def _renumbered(on_step: Callable[[StepInfo], Any] | None, first: int, steps: int) -> Callable[[StepInfo], Any] | None:
-    """`on_step` of a part of a run, called with the index and number of steps of the whole."""
-    if on_step is None:
-        return None
-    return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
-
-
-def _with_transform(method: Method, transform: Callable[[Velocity], Velocity]) -> Method:
-    """The method on transformed velocities; an adaptive one as it is, for `with_carry` to refuse."""
-    if isinstance(method, ode.Adaptive):
-        return method
-
-    def step(velocity: Velocity, *state: Any) -> Advance:
-        return method.step(transform(velocity), *state)
-
-    return method._replace(step=step, last=method.last and _with_transform(method.last, transform))
+    return transformed
 
 
 def _segments(

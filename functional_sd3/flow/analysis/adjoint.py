@@ -22,7 +22,7 @@ from functional_sd3.core.types import Tree, Velocity
 from functional_sd3.flow import ode
 from functional_sd3.flow.ode.embedded import Adaptive
 from functional_sd3.flow.ode.method import Advance, Method
-from functional_sd3.flow.times import Times, at_hand, checked
+from functional_sd3.flow.times import Times, checked, is_readable
 
 Field = Callable[[Tree, Tensor, Tensor], Tensor]
 """A velocity with its arguments in the open: `(args, x (batch, ...), t) -> dx/dt`, args a tree of float tensors."""
@@ -169,7 +169,7 @@ def _grids(times: Times, backward_times: Times | None, x: Tensor) -> tuple[Tenso
             f"times have shape {tuple(grid.shape)} and the way back {tuple(back.shape)}; the continuous adjoint takes "
             "one grid for all samples, (steps + 1,): use `checkpointed` for a grid of each sample's own"
         )
-    if at_hand(grid) and at_hand(back) and not (back[0] == grid[-1] and back[-1] == grid[0]):
+    if is_readable(grid) and is_readable(back) and not (back[0] == grid[-1] and back[-1] == grid[0]):
         raise ValueError(
             f"backward_times go from {back[0]:.6g} to {back[-1]:.6g}; they must lead from the end of times, "
             f"{grid[-1]:.6g}, back to the start, {grid[0]:.6g}"

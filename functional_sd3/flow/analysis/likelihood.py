@@ -40,7 +40,7 @@ from functional_sd3.flow.analysis.inversion import (
     upwards,
 )
 from functional_sd3.flow.analysis.matching import advantage, losses, standard_error
-from functional_sd3.flow.times import at_hand
+from functional_sd3.flow.times import is_readable
 
 
 class Estimate(NamedTuple):
@@ -152,7 +152,7 @@ def bits_per_dimension(log_likelihood: Tensor, dimensions: int, *, bin_width: fl
 
 def _to_the_prior(times: ode.Times, x: Tensor) -> Tensor:
     grid = upwards(times, x)
-    if at_hand(grid) and not (grid[-1] == 1).all():
+    if is_readable(grid) and not (grid[-1] == 1).all():
         raise ValueError(f"times end at {grid[-1].min():.6g}; the prior, which a likelihood needs, is at t = 1")
     return grid
 

@@ -48,11 +48,11 @@ from functional_sd3.flow.guidance.literature import (
 from functional_sd3.flow.guidance.velocities import (
     StatefulVelocity,
     VelocityFields,
+    batch_fields,
     batched,
     classifier_free,
     guided,
     guided_with_carry,
-    together,
     with_carry,
 )
 from functional_sd3.flow.guidance.windows import fraction, per_step, step_fractions, strictly
@@ -72,6 +72,7 @@ __all__ = [
     "apg",
     "at",
     "auto",
+    "batch_fields",
     "batched",
     "cfg",
     "check_scale",
@@ -96,7 +97,6 @@ __all__ = [
     "step_fractions",
     "strictly",
     "tangential",
-    "together",
     "windowed",
     "with_carry",
     "zero_init",

@@ -17,7 +17,7 @@ from functional_sd3.core.types import Tree
 from functional_sd3.flow.guidance.combine import add_difference
 from functional_sd3.flow.guidance.windows import Window
 from functional_sd3.flow.ode.method import no_carry
-from functional_sd3.flow.times import at_hand
+from functional_sd3.flow.times import is_readable
 
 Scale = float | Tensor | Callable[[Tensor], Tensor]
 """A number, a tensor () or (batch,), or a function of t that gives one (`per_step`)."""
@@ -148,7 +148,7 @@ def check_scale(scale: Scale, name: str = "guidance scale") -> None:
     if isinstance(scale, Tensor):
         if scale.is_complex() or scale.dtype == torch.bool:
             raise ValueError(f"{name} of dtype {scale.dtype} must be a number; 1 is no guidance")
-        if at_hand(scale) and not scale.isfinite().all():
+        if is_readable(scale) and not scale.isfinite().all():
             raise ValueError(f"{name} {scale.tolist()} must be finite; 1 is no guidance")
     elif not callable(scale) and (not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale)):
         raise ValueError(f"{name} {scale!r} must be a finite number, a tensor or a function of t; 1 is no guidance")

@@ -17,6 +17,7 @@ from functional_sd3.flow.guidance.compose import (
     is_one,
     value,
 )
+from functional_sd3.flow.ode.embedded import Adaptive
 from functional_sd3.flow.ode.method import Advance, Method, no_carry
 
 VelocityFields = Mapping[str, Velocity] | Callable[[Tensor, Tensor], Velocities]
@@ -48,14 +49,14 @@ def guided_with_carry(guidance: Guidance, fields: VelocityFields) -> StatefulVel
     return velocity
 
 
-def with_carry(method: Method, guidance: Guidance) -> Method:
+def with_carry(method: Method | Adaptive, guidance: Guidance) -> Method:
     """The method for a `StatefulVelocity` of `guidance`, for `ode.integrate` and `ode.run`.
 
     Its carry is {"method", "velocity"}, saved and resumed like any other. The velocity's part passes from one
     evaluation to the next, in the method's order. Raises ValueError for an adaptive method, whose rejected attempts
     would change it.
     """
-    if not isinstance(method, Method):
+    if isinstance(method, Adaptive):
         raise ValueError(f"{method.name} may reject steps, and a guidance that carries a state cannot undo one")
 
     def init(x: Tensor, t: Tensor) -> Tree:
@@ -100,13 +101,13 @@ def batched(
     """`classifier_free` of `fn(x, t, *args)` in one evaluation, of the batch [unconditional, conditional].
 
     args: trees of tensors whose first dimension is the batch (context, pooled), the same structure in both; they are
-    joined here, once for a whole run. fn sees x (2 batch, ...), t () or (2 batch,). Python's scale 1 evaluates the
+    joined here, once for a whole run. fn gets x (2 batch, ...), t () or (2 batch,). Python's scale 1 evaluates the
     conditional half alone.
     """
     check_scale(scale)
     if is_one(scale):
         return lambda x, t: fn(x, t, *cond_args)
-    both = together(fn, {"uncond": uncond_args, "cond": cond_args})
+    both = batch_fields(fn, {"uncond": uncond_args, "cond": cond_args})
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         velocities = both(x, t)
@@ -115,20 +116,22 @@ def batched(
     return guided
 
 
-def together(fn: Callable[..., Tensor], arguments: Mapping[str, tuple[Tree, ...]]) -> Callable[[Tensor, Tensor], dict]:
-    """`fn(x, t, *args)` for several args in one evaluation: (x, t) -> {name: velocity}.
+def batch_fields(
+    fn: Callable[..., Tensor], arguments: Mapping[str, tuple[Tree, ...]]
+) -> Callable[..., dict[str, Tensor]]:
+    """`fn(x, t, *args)` for several args in one evaluation: (x, t, **options of fn) -> {name: velocity}.
 
     arguments: for each name trees of tensors whose first dimension is the batch, joined here in their order, once for
-    a whole run. fn sees x (n batch, ...) and t () or (n batch,).
+    a whole run. fn gets x (n batch, ...) and t () or (n batch,).
     """
     names = list(arguments)
     if len(names) == 1:
-        return lambda x, t: {names[0]: fn(x, t, *arguments[names[0]])}
+        return lambda x, t, **options: {names[0]: fn(x, t, *arguments[names[0]], **options)}
     joined = tree.map(lambda *parts: torch.cat(parts), *(tuple(arguments[name]) for name in names))
 
-    def evaluate(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def evaluate(x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
         count = len(names)
-        stacked = fn(torch.cat([x] * count), torch.cat([t] * count) if t.ndim else t, *joined)
+        stacked = fn(torch.cat([x] * count), torch.cat([t] * count) if t.ndim else t, *joined, **options)
         return dict(zip(names, stacked.chunk(count), strict=True))
 
     return evaluate

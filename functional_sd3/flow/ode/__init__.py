@@ -15,6 +15,7 @@ from functional_sd3.flow.ode.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
 from functional_sd3.flow.ode.integration import (
     NonFiniteError,
     Save,
+    evaluation_times,
     evaluations,
     finish,
     from_tensors,
@@ -30,6 +31,7 @@ from functional_sd3.flow.ode.predictor_corrector import UNIPC, unipc
 from functional_sd3.flow.ode.registry import ADAPTIVE, METHODS, NAMES, STOCHASTIC, named
 from functional_sd3.flow.ode.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4, Tableau, explicit
 from functional_sd3.flow.ode.stochastic import ancestral, churn, renoised
+from functional_sd3.flow.stepwise import RunVelocity, Stepwise, at_step, map_steps
 from functional_sd3.flow.times import Times
 
 __all__ = [
@@ -53,21 +55,26 @@ __all__ = [
     "RALSTON",
     "RK4",
     "STOCHASTIC",
+    "RunVelocity",
     "Save",
     "State",
     "StepInfo",
+    "Stepwise",
     "TSIT5",
     "Tableau",
     "Times",
     "UNIPC",
     "adams_bashforth",
     "ancestral",
+    "at_step",
     "churn",
+    "evaluation_times",
     "evaluations",
     "explicit",
     "finish",
     "from_tensors",
     "integrate",
+    "map_steps",
     "named",
     "no_carry",
     "renoised",

@@ -1,20 +1,24 @@
 """A run of a method over a grid of times: a fold of its step, whole (`integrate`) or in parts (`run`)."""
 
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import tree
+from functional_sd3.core.sequences import equal_runs
 from functional_sd3.core.types import Velocity
 from functional_sd3.flow.ode import adaptive, tolerances
 from functional_sd3.flow.ode.embedded import Adaptive
 from functional_sd3.flow.ode.method import Method, State, StepInfo
 from functional_sd3.flow.path import denoised
+from functional_sd3.flow.stepwise import RunVelocity, Stepwise, at_step
 from functional_sd3.flow.times import Times, checked
 
+Saved = TypeVar("Saved")
 Save = Literal["all"] | Collection[int] | Callable[[StepInfo], Any]
+OnStep = Callable[[StepInfo], Any]
 
 
 class NonFiniteError(ArithmeticError):
@@ -26,21 +30,50 @@ class NonFiniteError(ArithmeticError):
         self.index, self.t, self.state = index, state.t, state
 
 
+@overload
 def integrate(
     method: Method | Adaptive,
-    velocity: Velocity,
+    velocity: RunVelocity,
+    x: Tensor,
+    times: Times,
+    *,
+    save: Literal["all"] | Collection[int] | None = None,
+    on_step: OnStep | None = None,
+    check: bool = False,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+) -> Tensor: ...
+@overload
+def integrate(
+    method: Method | Adaptive,
+    velocity: RunVelocity,
+    x: Tensor,
+    times: Times,
+    *,
+    save: Callable[[StepInfo], Saved],
+    on_step: OnStep | None = None,
+    check: bool = False,
+    rtol: float | Tensor | None = None,
+    atol: float | Tensor | None = None,
+) -> list[Saved]: ...
+
+
+def integrate(
+    method: Method | Adaptive,
+    velocity: RunVelocity,
     x: Tensor,
     times: Times,
     *,
     save: Save | None = None,
-    on_step: Callable[[StepInfo], Any] | None = None,
+    on_step: OnStep | None = None,
     check: bool = False,
     rtol: float | Tensor | None = None,
     atol: float | Tensor | None = None,
-) -> Any:
+) -> Tensor | list[Any]:
     """x at times[-1], from x at times[0], in len(times) - 1 steps, or in those that an adaptive method chooses.
 
-    velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`.
+    velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`, or `Stepwise` ones, of which
+    step i evaluates `velocity.at(i)`. An adaptive method starts anew where neighbouring ones are not the same object.
     times: (n + 1,), descending to generate, ascending to invert, in [0, 1]; or (n + 1, batch), a grid for each sample,
     where shorter grids are padded by repeating their last time (`schedule.together`) and a `last` step is that of the
     longest. An adaptive method chooses its own steps between the ends; the times in between are only where the
@@ -51,8 +84,8 @@ def integrate(
     check: raise `NonFiniteError` after the first step whose state is not finite (which waits for the device each step).
     rtol, atol: of an adaptive method, which raises `adaptive.StepFailed` when it cannot go on; default 1e-5 and 1e-6.
 
-    Raises ValueError for grids of the wrong shape and, when the values are at hand (in CPU memory, not being traced),
-    for grids that are not monotone or leave [0, 1].
+    Raises ValueError for grids of the wrong shape and, where their values can be read (in CPU memory, not traced), for
+    grids that are not monotone or leave [0, 1].
     """
     grid = checked(times, x)
     steps = len(grid) - 1
@@ -61,19 +94,19 @@ def integrate(
     if save is None:
         return run(method, velocity, state, grid, on_step=on_step, check=check).x
     if callable(save):
-        answers: list[Any] = []
-        on_step = _both(on_step, lambda info: answers.append(save(info)))
+        saved: list[Any] = []
+        on_step = _both(on_step, lambda info: saved.append(save(info)))
         run(method, velocity, state, grid, on_step=on_step, check=check)
-        return answers
-    wanted = range(steps + 1) if save == "all" else [_index(index, steps) for index in save]
-    kept = {0: state.x}
+        return saved
+    indices = range(steps + 1) if save == "all" else [_index(index, steps) for index in save]
+    states = {0: state.x}
 
     def keep(info: StepInfo) -> None:
-        if info.index + 1 in wanted:
-            kept[info.index + 1] = info.x
+        if info.index + 1 in indices:
+            states[info.index + 1] = info.x
 
     run(method, velocity, state, grid, on_step=_both(on_step, keep), check=check)
-    return torch.stack([kept[index] for index in wanted])
+    return torch.stack([states[index] for index in indices])
 
 
 def start(method: Method | Adaptive, x: Tensor, t: Tensor | float) -> State:
@@ -99,33 +132,30 @@ def finish(method: Method | Adaptive, velocity: Velocity, state: State, t_next: 
 
 def run(
     method: Method | Adaptive,
-    velocity: Velocity,
+    velocity: RunVelocity,
     state: State,
     times: Times,
     *,
-    on_step: Callable[[StepInfo], Any] | None = None,
+    on_step: OnStep | None = None,
     ends: bool = True,
     check: bool = False,
 ) -> State:
     """From a state at times[0] to the state at times[-1]. Parts of a grid run one after the other give the whole run.
 
     So a run can pause after any step k (`times[: k + 1]`), be saved (`to_tensors`) and resume from there (`times[k:]`),
-    with the same result to the bit. `ends`: True if the last of `times` is the end of the whole grid,
-    where a method with a `last` step takes it; False for earlier parts.
+    with the same result to the bit; with a `Stepwise` velocity from `velocity.after(k)`. `ends`: True if the last of
+    `times` is the end of the whole grid, where a method with a `last` step takes it; False for earlier parts.
 
     An adaptive method ends each part exactly at its last time and carries only its next step length: the parts equal
     the whole within the tolerance. To pause one anywhere, to the bit, use `adaptive.step`.
     """
     grid = checked(times, state.x)
     if isinstance(method, Adaptive):
-        grid = grid if on_step is not None else grid[[0, -1]]
-        h = state.carry["h"] if state.carry else None
-        solution = adaptive.solve(method, velocity, state.x, grid, h=h, on_step=on_step)
-        return State(solution.x[-1], grid[-1], {"h": solution.h})
+        return _run_adaptive(method, velocity, state, grid, on_step)
     steps = len(grid) - 1
     for index, t_next in enumerate(grid[1:].unbind(0)):
         stepper = method.last if method.last and ends and index == steps - 1 else method
-        x, carry, slope = stepper.step(velocity, state.x, state.t, t_next, state.carry)
+        x, carry, slope = stepper.step(at_step(velocity, index), state.x, state.t, t_next, state.carry)
         before, state = state, State(x, t_next, carry)
         if check and not torch.isfinite(x).all():
             raise NonFiniteError(index, steps, before)
@@ -150,18 +180,47 @@ def evaluations(method: Method, steps: int) -> int:
 
     Raises ValueError for an adaptive method, whose number depends on the velocity: `adaptive.solve` counts it.
     """
+    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
+    return sum(len(times) for times in evaluation_times(method, grid))
+
+
+def evaluation_times(method: Method, times: Tensor, count: int = 1) -> list[Tensor]:
+    """Times at which each step of a run evaluates the velocity, in order: (evaluations,), or (evaluations, batch) where
+    times are (n + 1, batch).
+
+    By a run on one number for each of `count` samples. Raises ValueError for an adaptive method, whose times depend on
+    the velocity.
+    """
     if isinstance(method, Adaptive):
         raise ValueError(f"{method.name} has no fixed number of evaluations; adaptive.solve counts them")
-    calls = 0
+    evaluated: list[list[Tensor]] = [[] for _ in range(len(times) - 1)]
 
-    def counted(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return x
+    def recorder(step: int) -> Velocity:
+        def record(x: Tensor, t: Tensor) -> Tensor:
+            evaluated[step].append(t)
+            return x
 
-    grid = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")
-    integrate(method, counted, grid.new_zeros(1), grid)
-    return calls
+        return record
+
+    run(method, Stepwise(recorder), start(method, times.new_zeros(count), times[0]), times)
+    return [torch.stack(each) if each else times[:0] for each in evaluated]
+
+
+def _run_adaptive(method: Adaptive, velocity: RunVelocity, state: State, grid: Tensor, on_step: OnStep | None) -> State:
+    """`run`, in parts of neighbouring steps that have the same velocity."""
+    steps = len(grid) - 1
+    for first, stop in equal_runs([at_step(velocity, index) for index in range(steps)]):
+        part = grid[first : stop + 1] if on_step is not None else grid[[first, stop]]
+        h = state.carry["h"] if state.carry else None
+        report = None if on_step is None else _renumbered(on_step, first, steps)
+        solution = adaptive.solve(method, at_step(velocity, first), state.x, part, h=h, on_step=report)
+        state = State(solution.x[-1], grid[stop], {"h": solution.h})
+    return state
+
+
+def _renumbered(on_step: OnStep, first: int, steps: int) -> OnStep:
+    """`on_step` of a part of a run, called with the index and number of steps of the whole."""
+    return lambda info: on_step(info._replace(index=first + info.index, steps=steps))
 
 
 def _toleranced(
@@ -180,7 +239,7 @@ def _index(index: int, steps: int) -> int:
     return index % (steps + 1)
 
 
-def _both(first: Callable[[StepInfo], Any] | None, second: Callable[[StepInfo], Any]) -> Callable[[StepInfo], None]:
+def _both(first: OnStep | None, second: OnStep) -> OnStep:
     def call(info: StepInfo) -> None:
         if first is not None:
             first(info)

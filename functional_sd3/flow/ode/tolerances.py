@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.flow.ode.embedded import Adaptive
-from functional_sd3.flow.times import at_hand
+from functional_sd3.flow.times import is_readable
 
 
 def replace(
@@ -31,7 +31,7 @@ def check(method: Adaptive, x: Tensor) -> None:
         if isinstance(value, Tensor):
             if value.ndim > 1 or (value.ndim == 1 and value.shape != x.shape[:1]):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; it is a number or (batch,), ({len(x)},)")
-            if not at_hand(value):
+            if not is_readable(value):
                 continue
         numbers = value.flatten().tolist() if isinstance(value, Tensor) else [value]
         for number in numbers:
