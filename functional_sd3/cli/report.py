@@ -51,12 +51,6 @@ def say(text: object) -> None:
     _print(sys.stdout, printable.escape(text))
 
 
-def say_indented(text: str, indent: str = "  ") -> None:
-    """Print each line of a text, indented."""
-    for line in text.splitlines():
-        say(indent + line)
-
-
 def message(text: object) -> None:
     """Print one line about the run on standard error, unless --quiet."""
     if not _QUIET.get():

@@ -2,6 +2,7 @@
 
 Everything that is not a dict, a list or a tuple is a leaf. The path of a leaf is its names and positions joined by
 dots, "blocks.3.attention.qkv.weight"; order is always that of insertion. Nothing here writes into its arguments.
+`allclose` compares trees as `torch.allclose` does tensors, and `diff` lists what differs.
 """
 
 import math

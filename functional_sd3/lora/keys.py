@@ -185,12 +185,6 @@ def table(config: Config) -> Table:
     return Table({name: _modules(name, leaves) for name, leaves in _leaves(config).items()})
 
 
-def adaptable_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The weights of linear and convolution layers that LoRAs in files may adapt, by path of ours."""
-    leaves = {path: shape for one in _leaves(config).values() for path, shape in one.items()}
-    return {path: shape for path, shape in leaves.items() if adaptable(path, len(shape))}
-
-
 def leaf_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """The weights and biases of all layers, by path of ours."""
     return {path: shape for one in _leaves(config).values() for path, shape in one.items()}

@@ -17,7 +17,7 @@ from functional_sd3.pipeline.edits import (
     step_window_times,
 )
 from functional_sd3.pipeline.encoding import encode, encode_from
-from functional_sd3.pipeline.fields import Conditions, concat_conditions, slice_batch, velocities, velocity
+from functional_sd3.pipeline.fields import Conditions, slice_batch, velocities, velocity
 from functional_sd3.pipeline.image_to_image import image_to_image
 from functional_sd3.pipeline.inpainting import inpaint, outpaint
 from functional_sd3.pipeline.interpolation import interpolate, variations
@@ -80,7 +80,6 @@ __all__ = [
     "between",
     "blend_fields",
     "chosen_method",
-    "concat_conditions",
     "control_latents",
     "decode",
     "decode_latents",

@@ -39,12 +39,6 @@ def slice_batch(conditions: Conditions, index: slice | Tensor) -> Conditions:
     return Conditions(*(Conditioning(*(part[index] for part in half)) for half in conditions))
 
 
-def concat_conditions(conditions: Sequence[Conditions]) -> Conditions:
-    """The batches one after the other; all must be of the same number of tokens."""
-    halves = zip(*conditions, strict=True)
-    return Conditions(*(Conditioning(*map(torch.cat, zip(*half, strict=True))) for half in halves))
-
-
 @overload
 def velocity(
     params: Params,

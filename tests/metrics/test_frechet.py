@@ -7,7 +7,7 @@ import sys
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng
@@ -97,16 +97,6 @@ def test_a_common_rotation_and_shift_change_nothing(seed, n, m, width):
     assert turned == pytest.approx(plain, rel=1e-6, abs=1e-6 * scale)
 
 
-@few
-@given(seeds, sizes, sizes, st.integers(1, 60))
-@settings(max_examples=60)
-def test_singular_values_of_the_features_give_the_same_distance(seed, n, m, width):
-    x, y = draw(seed, n, width), draw(seed ^ 1, m, width)
-    wanted = frechet.distance(frechet.statistics(x), frechet.statistics(y))
-    scale = float((x - x.mean(0)).square().sum() / n + (y - y.mean(0)).square().sum() / m)
-    assert frechet.of_features(x, y) == pytest.approx(wanted, rel=1e-6, abs=1e-7 * scale)
-
-
 def made(mean: torch.Tensor, covariance: torch.Tensor, n: int = 1001) -> frechet.Statistics:
     return frechet.Statistics(n, mean.double(), covariance.double() * (n - 1))
 
@@ -186,9 +176,8 @@ def test_the_trace_can_be_differentiated():
 
 def test_few_samples_are_warned_of_with_their_number():
     a = frechet.statistics(draw(0, 15, 8))
-    for function, of in ((frechet.distance, a), (frechet.of_features, draw(0, 15, 8))):
-        with pytest.warns(frechet.FewSamples, match="N = 15 and 15 samples are few for 8 dimensions"):
-            function(of, of)
+    with pytest.warns(frechet.FewSamples, match="N = 15 and 15 samples are few for 8 dimensions"):
+        frechet.distance(a, a)
     enough = frechet.statistics(draw(0, 16, 8))
     frechet.distance(enough, enough)
 
@@ -198,17 +187,11 @@ def test_what_cannot_be_compared_is_refused_by_name():
     a = frechet.statistics(draw(0, 20, 3))
     with pytest.raises(ValueError, match="3 and of 4 dimensions"):
         frechet.distance(a, frechet.statistics(draw(0, 20, 4)))
-    with pytest.raises(ValueError, match="3 and of 4 dimensions"):
-        frechet.of_features(draw(0, 20, 3), draw(0, 20, 4))
     with pytest.raises(ValueError, match="1 samples have no covariance"):
         frechet.distance(a, frechet.statistics(draw(0, 1, 3)))
-    with pytest.raises(ValueError, match="1 samples have no covariance"):
-        frechet.of_features(draw(0, 1, 3), draw(0, 1, 3))
     broken = draw(0, 20, 30).index_fill(0, torch.tensor([4]), math.nan)
     with pytest.raises(ValueError, match="NaN"):
         frechet.distance(frechet.statistics(broken), frechet.statistics(broken))
-    with pytest.raises(ValueError, match="NaN"):
-        frechet.of_features(broken, broken)
     with pytest.raises(ValueError, match=r"torch.int64 \[3, 4\]"):
         frechet.statistics(torch.zeros(3, 4, dtype=torch.int64))
 
