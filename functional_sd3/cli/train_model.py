@@ -11,9 +11,8 @@ from functional_sd3 import weights
 from functional_sd3.cli import runtime
 from functional_sd3.core import tree
 from functional_sd3.core.types import Tree
-from functional_sd3.formats import finite
+from functional_sd3.formats import default_dtype, finite
 from functional_sd3.training import tasks
-from functional_sd3.weights import default_dtype
 from functional_sd3.weights.model import Model
 
 

@@ -1,4 +1,4 @@
-"""Pickles: what they are refused with, and the one kind that is read, the author's `.pth` files of TAESD.
+"""Pickles: read are small state dicts alone (TAESD's by its author, Inception's), into mapped memory.
 
 Nothing in a pickle is ever executed: `formats.state_dict` builds tensors and dicts within bounds and refuses the rest.
 """
@@ -18,15 +18,16 @@ from functional_sd3.formats.header import Entry, Header
 from functional_sd3.formats.magic import HOW_TO_CONVERT
 
 LARGEST = 64 * 2**20
-"""Bytes: several times TAESD, far below any other component."""
+"""Bytes: several times TAESD, far below any component of a model."""
 
 
-def open_pickle(path: Path) -> Mapped:
-    """The tensors of a small pickled state dict, copied into memory. Raises WeightsError for everything else."""
+def open_pickle(path: Path, limit: int = LARGEST) -> Mapped:
+    """The tensors of a pickled state dict of at most `limit` bytes, copied into memory. Raises WeightsError for
+    everything else."""
     with bounded.open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST:
+        if os.fstat(file.fileno()).st_size > limit:
             raise WeightsError(f"{path}: {HOW_TO_CONVERT}")
-    content = bounded.read_bytes(path, LARGEST)
+    content = bounded.read_bytes(path, limit)
     try:
         state = state_dict.read(content)
     except ValueError as error:

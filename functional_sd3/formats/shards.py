@@ -5,7 +5,7 @@ Names as diffusers and transformers give them, of the variant "fp16" for instanc
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.files import Mapped
-from functional_sd3.formats.header import MOST_TENSORS, Entry, too_many
+from functional_sd3.formats.header import MOST_TENSORS, too_many
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -66,24 +66,6 @@ def open_indexed(index: Path) -> dict[str, Mapped]:
     if problems:
         raise WeightsError(problems)
     return {key: shards[name] for key, name in places.items()}
-
-
-def entry(weights: WeightFiles, name: str) -> Entry:
-    return weights.tensors[name].header.tensors[name]
-
-
-def tensor(weights: WeightFiles, name: str) -> Tensor:
-    return files.tensor(weights.tensors[name], name)
-
-
-def stacked(weights: WeightFiles, names: Sequence[str]) -> Tensor | None:
-    """As `files.stacked`; None also where the tensors are in different files."""
-    first = weights.tensors[names[0]]
-    return files.stacked(first, names) if all(weights.tensors[name] is first for name in names) else None
-
-
-def release(weights: WeightFiles, name: str) -> None:
-    files.release(weights.tensors[name], name)
 
 
 def write_weights(

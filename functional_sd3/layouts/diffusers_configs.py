@@ -130,18 +130,26 @@ TAESD = Table(
     ),
 )
 
+
+def _clip_tower(width: int, heads: int) -> tuple[Field, ...]:
+    """The fields that CLIP's text and image encoders share, with their defaults."""
+    return (
+        Field("hidden_size", "width", size, width),
+        Field("num_hidden_layers", "layers", layers, 12),
+        Field("num_attention_heads", "heads", size, heads),
+        Field("intermediate_size", "mlp_width", size, 4 * width),
+        Field("hidden_act", "activation", choice(*clip.ACTIVATIONS), "quick_gelu"),
+        Field("projection_dim", "projection_width", size, 512),
+        Field("layer_norm_eps", "eps", number(), 1e-5),
+    )
+
+
 CLIP = Table(
     clip.Config,
     (
         Field("vocab_size", "vocab", size, 49408),
         Field("max_position_embeddings", "length", size, 77),
-        Field("hidden_size", "width", size, 512),
-        Field("num_hidden_layers", "layers", layers, 12),
-        Field("num_attention_heads", "heads", size, 8),
-        Field("intermediate_size", "mlp_width", size, 2048),
-        Field("hidden_act", "activation", choice(*clip.ACTIVATIONS), "quick_gelu"),
-        Field("projection_dim", "projection_width", size, 512),
-        Field("layer_norm_eps", "eps", number(), 1e-5),
+        *_clip_tower(512, 8),
         Field("eos_token_id", "eos_id", whole(0, LARGEST_SIZE), 49407),
     ),
     (
@@ -160,13 +168,7 @@ CLIP_IMAGE = Table(
     (
         Field("image_size", "size", size, 224),
         Field("patch_size", "patch", size, 32),
-        Field("hidden_size", "width", size, 768),
-        Field("num_hidden_layers", "layers", layers, 12),
-        Field("num_attention_heads", "heads", size, 12),
-        Field("intermediate_size", "mlp_width", size, 3072),
-        Field("hidden_act", "activation", choice(*clip.ACTIVATIONS), "quick_gelu"),
-        Field("projection_dim", "projection_width", size, 512),
-        Field("layer_norm_eps", "eps", number(), 1e-5),
+        *_clip_tower(768, 12),
     ),
     (
         Fixed("model_type", lambda config: "clip_vision_model", "clip_vision_model"),

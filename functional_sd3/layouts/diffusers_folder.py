@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from functional_sd3.layouts import registry
-from functional_sd3.layouts.registry import Format
+from functional_sd3.layouts.format import Format
 from functional_sd3.layouts.rules import Layout
 from functional_sd3.text import bpe, unigram
 

@@ -5,7 +5,8 @@ As `SD3Transformer2DModel`, `AutoencoderKL`, `CLIPTextModelWithProjection` and `
 
 import torch
 
-from functional_sd3.layouts.rules import FUSE, Default, Layout, Rule, renamed
+from functional_sd3.formats.sources import FUSE
+from functional_sd3.layouts.rules import Default, Layout, Rule, renamed
 
 
 def _qkv(ours: str, theirs: str, names: tuple[str, str, str]) -> Rule:

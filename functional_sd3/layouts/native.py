@@ -2,10 +2,10 @@
 loading copies nothing."""
 
 import re
-from collections.abc import Mapping
+from functools import partial
 
 from functional_sd3.image import taesd as taesd_module
-from functional_sd3.layouts.infer import Unreadable
+from functional_sd3.layouts.infer import Shapes, shape_of
 from functional_sd3.layouts.rules import Layout, renamed
 
 LAYOUT = Layout(renamed(("{*path}", "{*path}")))
@@ -20,18 +20,18 @@ SIGNS = {
 """Component -> pattern that some of its names match, below the prefix."""
 
 
-def taesd(shapes: Mapping[str, tuple[int, ...]]) -> taesd_module.Config:
+def taesd(shapes: Shapes, drops_ones: bool = False) -> taesd_module.Config:
     """The sizes of a TAESD under our own names."""
-    first, last = "encoder.conv_in.weight", "decoder.conv_in.weight"
-    for name in (first, last):
-        if len(shapes.get(name, ())) != 4:
-            raise Unreadable(name)
+    shape = partial(shape_of, shapes, drops_ones)
     return taesd_module.Config(
-        shapes[first][0], shapes[last][1], _blocks("encoder", shapes), _blocks("decoder", shapes)
+        shape("encoder.conv_in.weight", 4)[0],
+        shape("decoder.conv_in.weight", 4)[1],
+        _blocks("encoder", shapes),
+        _blocks("decoder", shapes),
     )
 
 
-def _blocks(half: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+def _blocks(half: str, shapes: Shapes) -> tuple[int, ...]:
     counts = [0] * (
         1 + sum(re.fullmatch(rf"{half}\.levels\.\d+\.resample\.weight", name) is not None for name in shapes)
     )

@@ -1,41 +1,20 @@
-"""Every format of a component's tensors, and which of them a file holds, by the names inside the file.
-
-A format is a layout below a prefix. Its sign is a pattern that matches some of its names and those of no other format.
-"""
+"""Every format of a component's tensors, and which of them a file holds, by the names inside the file."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.layouts import config_fields, diffusers_keys, infer, native, rules, stability, taesd
 from functional_sd3.layouts import diffusers_configs as configs
-from functional_sd3.layouts.components import Config
+from functional_sd3.layouts import diffusers_keys, infer, native, rules, stability, taesd
+from functional_sd3.layouts.components import SPECS, Config
+from functional_sd3.layouts.format import Format
+from functional_sd3.layouts.infer import Shapes
 from functional_sd3.layouts.rules import Layout
 
-Shapes = Mapping[str, tuple[int, ...]]
 CLIPS = ("clip_l", "clip_g")
-
-
-@dataclass(frozen=True, eq=False)
-class Format:
-    """`component` is "clip" where the names do not tell L from G. `names`: the layout as far as it does not depend on
-    sizes; `sized`: the whole, given the config; `infer`: the config from shapes below the prefix."""
-
-    owner: str
-    component: str
-    prefix: str
-    sign: str
-    names: Layout
-    sized: Callable[[Any], Layout]
-    infer: Callable[[Shapes], Any]
-
-    def has(self, name: str) -> bool:
-        return name.startswith(self.prefix) and re.match(self.sign, name[len(self.prefix) :]) is not None
-
-    def layout(self, config: Any) -> Layout:
-        return rules.prefixed(self.sized(config), self.prefix)
 
 
 def _format(
@@ -44,11 +23,14 @@ def _format(
     prefix: str,
     sign: str,
     names: Layout,
-    read: Callable[[Shapes], Any],
+    read: Callable[[Shapes, bool], Any],
     sized: Callable[[Any], Layout] | None = None,
 ) -> Format:
-    sized = sized or (lambda config: names)
-    return Format(owner, component, prefix, sign, names, sized, lambda s: read(rules.read_backwards(names, s)))
+    """A row of a component. read: the config from shapes by our own paths; by theirs where `names` has no rules."""
+    spec = SPECS["clip_l" if component == "clip" else component]
+    by_path = partial(rules.read_backwards, names) if names.rules else dict
+    table = configs.TABLES[component]
+    return Format(owner, component, prefix, sign, spec, names, lambda s, ones: read(by_path(s), ones), table, sized)
 
 
 _JOINT, _BLOCKS = r"joint_blocks\.\d+\.", r"transformer_blocks\.\d+\."
@@ -67,15 +49,8 @@ _INFER = {
 
 
 def _taesd(owner: str, prefix: str, sign: str, naming: taesd.Naming) -> Format:
-    return Format(
-        owner,
-        "taesd",
-        prefix,
-        sign,
-        Layout(()),
-        lambda config: taesd.layout(naming, config),
-        lambda shapes: taesd.infer(naming, shapes),
-    )
+    sized, read = partial(taesd.layout, naming), partial(taesd.infer, naming)
+    return _format(owner, "taesd", prefix, sign, Layout(()), read, sized)
 
 
 TAESD_HALF = _taesd("the author", "", r"\d+\.conv\.\d+\.(weight|bias)$", taesd.ORIGINAL)
@@ -128,15 +103,7 @@ NATIVE = {
     name: _format("functional_sd3", name, f"{name}.", native.SIGNS[name], native.LAYOUT, read)
     for name, read in _INFER.items()
 }
-NATIVE["taesd"] = Format(
-    "functional_sd3",
-    "taesd",
-    "taesd.",
-    native.SIGNS["taesd"],
-    native.LAYOUT,
-    lambda config: native.LAYOUT,
-    native.taesd,
-)
+NATIVE["taesd"] = _format("functional_sd3", "taesd", "taesd.", native.SIGNS["taesd"], native.LAYOUT, native.taesd)
 BARE = {
     "t5": _format("Stability", "t5", "", _T5, stability.T5, infer.t5),
     "transformer": _stability_transformer(""),
@@ -228,31 +195,10 @@ def infer_config(shapes: Shapes) -> Config:
     """
     found: dict[str, Any] = {}
     for format, names in recognise(shapes).items():
-        config = config_of(format, {name: shapes[name] for name in names})
+        config = format.config({name: shapes[name] for name in names})
         name = clip_named(config) if format.component == "clip" else format.component
         found[name] = activated(name, config)
     return Config(**found)
-
-
-def config_of(format: Format, shapes: Shapes) -> Any:
-    """The config of the one component these tensors (names with the prefix) are of."""
-    proper = rules.canonical(format.names, (name[len(format.prefix) :] for name in shapes))
-    try:
-        config = format.infer({one: shapes[format.prefix + found] for one, found in proper.items()})
-        return _checked(format.component, config)
-    except infer.Unreadable as error:
-        name = format.prefix + rules.name_of(format.names, error.args[0])
-        found = f"has shape {list(shapes[name])}" if name in shapes else "is missing"
-        raise WeightsError(f"{name} {found}, and the sizes of the model cannot be read without it") from None
-    except WeightsError:
-        raise
-    except (ValueError, ZeroDivisionError) as error:
-        raise WeightsError(f"the shapes are those of no model: {error}") from None
-
-
-def _checked(component: str, config: Any) -> Any:
-    table = configs.TABLES[component]
-    return config_fields.read(table, config_fields.write(table, config), "the shapes")
 
 
 def clip_named(config: Any) -> str:

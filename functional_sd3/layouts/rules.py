@@ -6,7 +6,6 @@ For every leaf of a spec the first rule that matches counts, so exceptions stand
 From the one table come the names and shapes a file must have, the parameters read from it and the tensors written.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -14,43 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Params, Tree
-
-# Above this many missing names a file is another model's: comparing it name by name would take minutes.
-_MOST_COMPARED = 100
-_MOST_ADVISED = 20
-
-
-class Transform(NamedTuple):
-    """`join`: their tensors -> ours; `split`: ours, and how many of theirs -> theirs. Each undoes the other exactly."""
-
-    name: str
-    join: Callable[[list[Tensor]], Tensor]
-    split: Callable[[Tensor, int], list[Tensor]]
+from functional_sd3.formats.sources import IDENTITY, Source, Sources, Transform, described, shapes_of
+from functional_sd3.formats.sources import check as check_sources
 
 
 def _only(change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], name: str) -> Transform:
     return Transform(name, lambda parts: change(parts[0]), lambda ours, count: [back(ours)])
 
 
-# Of meta tensors only shapes are asked, and torch's own `cat` of them imports its compiler: seconds, and 70 MiB.
-def _fuse(parts: list[Tensor]) -> Tensor:
-    if not parts[0].is_meta:
-        return torch.cat(parts)
-    if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
-        raise RuntimeError("tensors of different widths cannot be put one below the other")
-    return parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
-
-
 def _swap(value: Tensor) -> Tensor:
     return value if value.is_meta else torch.cat(value.chunk(2)[::-1])
 
 
-IDENTITY = _only(lambda value: value, lambda value: value, "identity")
-FUSE = Transform("fuse", _fuse, lambda ours, count: list(ours.chunk(count)))
-"""Several of theirs one below the other (query, key and value of one attention)."""
 SWAP_HALVES = _only(_swap, _swap, "swap halves")
 """Shift and scale in the other order."""
 FROM_CONV = _only(lambda value: value[:, :, 0, 0], lambda value: value[:, :, None, None], "1x1 convolution to linear")
@@ -93,20 +69,6 @@ class Layout(NamedTuple):
     copies: tuple[tuple[str, str], ...] = ()
 
 
-class Source(NamedTuple):
-    """Origin of one leaf of ours: names and transform; for a leaf of a spec also its Param and the shapes of theirs."""
-
-    names: tuple[str, ...]
-    transform: Transform
-    path: str
-    param: specs.Param | None = None
-    shapes: tuple[tuple[int, ...], ...] = ()
-
-
-Sources = dict[str, Source]
-"""Our paths -> where they come from."""
-
-
 def renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     """Rules (ours, theirs) that change nothing but the name."""
     return tuple(Rule(ours, (theirs,)) for ours, theirs in pairs)
@@ -126,7 +88,10 @@ def prefixed(layout: Layout, prefix: str) -> Layout:
 def sources(layout: Layout, spec: Tree) -> Sources:
     """Our paths -> their names and the transform. Raises ValueError when a leaf of the spec has no rule."""
     params = specs.paths(spec)
-    return {path: _described(source, params[path]) for path, source in sources_of(layout, params).items()}
+    return {
+        path: described(source, params[path], _default(layout, path, params[path].shape))
+        for path, source in sources_of(layout, params).items()
+    }
 
 
 def sources_of(layout: Layout, paths: Iterable[str]) -> Sources:
@@ -138,11 +103,6 @@ def sources_of(layout: Layout, paths: Iterable[str]) -> Sources:
 def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:
     """Their names -> shapes for a spec; costs no memory whatever the size."""
     return shapes_of(sources(layout, spec))
-
-
-def shapes_of(known: Sources) -> dict[str, tuple[int, ...]]:
-    """Their names -> shapes, of the sources of a spec."""
-    return {name: shape for source in known.values() for name, shape in zip(source.names, source.shapes, strict=True)}
 
 
 def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -202,36 +162,18 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]], known: Sources | None = None) -> list[str]:
+def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Mismatches between tensors of theirs (proper name -> shape) and the spec, one sentence each.
 
-    A leaf that is not learned (a table that the spec computes) or has a default may be missing. known: the spec's
-    `sources`, where at hand.
+    A leaf that is not learned (a table that the spec computes) or has a default may be missing.
     """
-    known = known or sources(layout, spec)
-    wanted = shapes_of(known)
-    unexpected = [name for name in shapes if name not in wanted]
-    absent = [source for source in known.values() if any(name not in shapes for name in source.names)]
-    needed = [source for source in absent if source.param is None or not default(layout, source.path, source.param)]
-    missing = [name for source in needed for name in source.names if name not in shapes]
-    problems = [f"{name} is missing (shape {list(wanted[name])})" for name in missing]
-    # Only the first are shown, and a comparison takes a tenth of a millisecond.
-    problems += [
-        f"{name} is unexpected{_closest(name, missing) if index < _MOST_ADVISED else ''}"
-        for index, name in enumerate(unexpected)
-    ]
-    for name, shape in wanted.items():
-        if name in shapes and tuple(shapes[name]) != shape:
-            problems.append(f"{name} has shape {list(shapes[name])}, expected {list(shape)}")
-    return problems
+    return check_sources(sources(layout, spec), shapes)
 
 
-def to_ours(
-    layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], Tensor], known: Sources | None = None
-) -> Params:
-    """The parameters of a spec, each leaf as `fetch(source, param)` returns it. known: as of `check`."""
-    found = known or sources(layout, spec)
-    return specs.map_params(lambda path, param: fetch(found[path], param), spec)
+def to_ours(layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], Tensor]) -> Params:
+    """The parameters of a spec, each leaf as `fetch(source, param)` returns it."""
+    known = sources(layout, spec)
+    return specs.map_params(lambda path, param: fetch(known[path], param), spec)
 
 
 def to_theirs(layout: Layout, spec: Tree, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,20 +193,11 @@ def _source(compiled: list[tuple[re.Pattern, Rule]], path: str) -> Source:
     raise ValueError(f"no rule of the layout says where {path} comes from")
 
 
-def _described(source: Source, param: specs.Param) -> Source:
-    if source.transform is IDENTITY:
-        return source._replace(param=param, shapes=(param.shape,))
-    parts = source.transform.split(torch.empty(param.shape, device="meta", dtype=torch.float32), len(source.names))
-    return source._replace(param=param, shapes=tuple(tuple(part.shape) for part in parts))
-
-
-def default(layout: Layout, path: str, param: specs.Param) -> Callable[[], Tensor] | None:
+def _default(layout: Layout, path: str, shape: tuple[int, ...]) -> Callable[[], Tensor] | None:
     """Function that makes a leaf which a file lacks; None if the file must have it."""
-    if not param.trainable:
-        return lambda: param.init(prng.key(0), param.shape)
     for pattern, fits, make in layout.defaults:
-        if re.fullmatch(_regex(pattern), path) and fits(param.shape):
-            return lambda: make(param.shape)
+        if re.fullmatch(_regex(pattern), path) and fits(shape):
+            return lambda: make(shape)
     return None
 
 
@@ -276,8 +209,3 @@ def _regex(pattern: str) -> str:
 
 def _fill(pattern: str, match: re.Match) -> str:
     return pattern.replace("{*", "{").format_map(match.groupdict())
-
-
-def _closest(name: str, missing: list[str]) -> str:
-    near = difflib.get_close_matches(name, missing, n=1, cutoff=0.8) if len(missing) <= _MOST_COMPARED else []
-    return f"; is it {near[0]}?" if near else ""

@@ -5,8 +5,9 @@ all-in-one files add `text_encoders.{clip_l,clip_g,t5xxl}.transformer.`, whose n
 Facts: Stability-AI/sd3.5 `mmditx.py`, `sd3_impls.py`; diffusers' `single_file_utils.py`.
 """
 
+from functional_sd3.formats.sources import FUSE
 from functional_sd3.layouts import diffusers_keys
-from functional_sd3.layouts.rules import FROM_CONV, FUSE, SWAP_HALVES, Layout, Rule, renamed, then
+from functional_sd3.layouts.rules import FROM_CONV, SWAP_HALVES, Layout, Rule, renamed, then
 
 TRANSFORMER_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 ENCODER_PREFIXES = {

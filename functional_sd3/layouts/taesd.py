@@ -6,14 +6,12 @@ the author's, the decoder starts with a clamp that has no weights, hence its num
 """
 
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import taesd
+from functional_sd3.layouts.infer import Shapes, with_leading_ones
 from functional_sd3.layouts.rules import Layout, renamed
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Naming(NamedTuple):
@@ -53,7 +51,7 @@ def layout(naming: Naming, config: taesd.Config) -> Layout:
     return Layout(renamed(*pairs))
 
 
-def infer(naming: Naming, shapes: Shapes) -> taesd.Config:
+def infer(naming: Naming, shapes: Shapes, drops_ones: bool = False) -> taesd.Config:
     """The sizes read off names and shapes. Raises WeightsError when one half is missing."""
     halves = {"encoder": naming.encoder, "decoder": naming.decoder}
     missing = [half for half, prefix in halves.items() if not any(name.startswith(prefix) for name in shapes)]
@@ -61,6 +59,7 @@ def infer(naming: Naming, shapes: Shapes) -> taesd.Config:
         raise WeightsError(f"the {missing[0]} of TAESD is missing: give its file as well")
     first = f"{naming.encoder}0.weight"
     last = f"{naming.decoder}{naming.first}.weight"
+    shapes = with_leading_ones(shapes, {first: 4, last: 4}, drops_ones)
     for name in (first, last):
         if len(shapes.get(name, ())) != 4:
             raise WeightsError(f"{name} is missing or no convolution, and the sizes cannot be read without it")

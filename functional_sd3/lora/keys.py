@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from functional_sd3.core import spec as specs
+from functional_sd3.formats.sources import IDENTITY, Source, Transform
 from functional_sd3.layouts import rules, stability
 from functional_sd3.layouts.components import Config, spec
 from functional_sd3.layouts.diffusers_folder import COMPONENTS
-from functional_sd3.layouts.rules import IDENTITY, SWAP_HALVES, Source
+from functional_sd3.layouts.rules import SWAP_HALVES
 
 KOHYA = {"transformer": "lora_unet_", "clip_l": "lora_te1_", "clip_g": "lora_te2_", "t5": "lora_te3_"}
 """Component -> the start of kohya's names of its layers."""
@@ -54,7 +55,7 @@ class Target(NamedTuple):
     path: str
     part: int
     parts: int
-    transform: rules.Transform
+    transform: Transform
 
 
 class Module(NamedTuple):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from functional_sd3.formats import files
+from functional_sd3.formats.sources import Source
 from functional_sd3.layouts.diffusers_folder import COMPONENTS
-from functional_sd3.layouts.rules import Source
 from functional_sd3.lora import keys as lora_keys
 from functional_sd3.lora import metadata as lora_metadata
 from functional_sd3.lora import tree as adapters

@@ -18,6 +18,7 @@ from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode.method import Method, StepInfo
+from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.components import Components, move
 from functional_sd3.pipeline.draw import draw
@@ -25,7 +26,6 @@ from functional_sd3.pipeline.prepare import prepare
 from functional_sd3.pipeline.request import Request, SamplingOptions, TextOptions
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
-from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.model import Tokenizers
 
 

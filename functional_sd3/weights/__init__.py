@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from functional_sd3.core.types import Params
-from functional_sd3.formats import atomic, files
+from functional_sd3.formats import atomic, default_dtype, files
+from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.layouts import registry
 from functional_sd3.layouts import rules as layout
@@ -25,7 +26,6 @@ from functional_sd3.layouts.registry import infer_config
 from functional_sd3.weights import (
     assemble,
     checkpoint_file,
-    default_dtype,
     diffusers,
     discover,
     merge,
@@ -35,7 +35,6 @@ from functional_sd3.weights import (
 from functional_sd3.weights.clip import load as load_clip
 from functional_sd3.weights.controlnets import load as load_controlnet
 from functional_sd3.weights.controlnets import save as save_controlnet
-from functional_sd3.weights.default_dtype import Dtype
 from functional_sd3.weights.describing import describe
 from functional_sd3.weights.inversions import load as load_inversion
 from functional_sd3.weights.inversions import save as save_inversion

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from functional_sd3.flow import schedule
+from functional_sd3.formats import default_dtype, trees
+from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.formats.notes import note
 from functional_sd3.layouts import registry, taesd
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import unigram
-from functional_sd3.weights import default_dtype, discover
-from functional_sd3.weights import read as reading
-from functional_sd3.weights.default_dtype import Dtype
+from functional_sd3.weights import discover, read
 from functional_sd3.weights.model import Model, Tokenizers
 from functional_sd3.weights.read import ComponentFiles, Discovered, LoadPlan
 
@@ -36,7 +36,7 @@ def load(
     if dtype is None:
         _say_defaults(plans, device, quantized)
     params = {
-        name: reading.read(plans[name], dtype=dtype, device=device, check_finite=finite, quantized=quantized)
+        name: trees.read(plans[name].tree, dtype=dtype, device=device, finite=finite, quantized=quantized)
         for name in SPECS
         if name in plans
     }
@@ -44,7 +44,7 @@ def load(
 
 
 def _say_defaults(plans: Mapping[str, LoadPlan], device: torch.device | str, quantized: bool) -> None:
-    stored = {name: reading.kinds(one, quantized) for name, one in plans.items()}
+    stored = {name: trees.kinds(one.tree, quantized) for name, one in plans.items()}
     chosen = {name: default_dtype.choose(None, kinds, device) for name, kinds in stored.items()}
     changed = {kind for name, kinds in stored.items() for kind in kinds if chosen[name] not in (None, kind)}
     default_dtype.say(changed, {dtype for dtype in chosen.values() if dtype}, device)
@@ -57,7 +57,7 @@ def outline(paths: Sequence[Path], *, only: Collection[str], variant: str | None
 
 def _outlined(contents: Discovered, plans: Mapping[str, LoadPlan], only: Collection[str]) -> Model:
     levels = contents.schedule
-    if levels is None and not contents.schedule_told and "transformer" in plans:
+    if levels is None and not contents.has_schedule and "transformer" in plans:
         # Files of tensors alone do not say; all released models were trained with this one.
         levels = schedule.Config()
     config = Config(**{name: one.config for name, one in plans.items()}, schedule=levels)
@@ -74,17 +74,17 @@ def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> t
     if contents.passed:
         shown, more = contents.passed[:_MOST_SHOWN], len(contents.passed) - _MOST_SHOWN
         note(f"passed over: {'; '.join(shown)}" + (f"; and {more} more" if more > 0 else ""))
-    pieces = [piece for piece in _whole(contents.pieces) if _asked(piece.component, only)]
-    planned = [attempt(problems, reading.plan, piece) for piece in pieces]
-    named = _named([one for one in planned if one is not None])
-    problems += _twice(named)
-    problems += _beyond_tables(named, contents.tokenizers)
+    pieces = [piece for piece in _joined_halves(contents.pieces) if _is_chosen(piece.component, only)]
+    planned = [attempt(problems, read.plan, piece) for piece in pieces]
+    named = _with_clips_named([one for one in planned if one is not None])
+    problems += _duplicated(named)
+    problems += _ids_beyond_embeddings(named, contents.tokenizers)
     if problems:
         raise WeightsError(problems)
     return contents, {one.component: one for one in named if one.component in only}
 
 
-def _beyond_tables(plans: Sequence[LoadPlan], tokenizers: Mapping[str, Any]) -> list[str]:
+def _ids_beyond_embeddings(plans: Sequence[LoadPlan], tokenizers: Mapping[str, Any]) -> list[str]:
     """Tokenizers with ids for which the encoder has no row: some prompts would end in an IndexError."""
     rows = {one.component: one.config.vocab for one in plans if one.component in Tokenizers._fields}
     largest = {name: _largest_id(tables) for name, tables in tokenizers.items()}
@@ -103,11 +103,11 @@ def _largest_id(tables: Any) -> int:
     return max((*tables.vocab.values(), *own))
 
 
-def _asked(component: str, only: Collection[str]) -> bool:
+def _is_chosen(component: str, only: Collection[str]) -> bool:
     return bool(set(registry.CLIPS) & set(only)) if component == "clip" else component in only
 
 
-def _whole(pieces: Sequence[ComponentFiles]) -> list[ComponentFiles]:
+def _joined_halves(pieces: Sequence[ComponentFiles]) -> list[ComponentFiles]:
     """The pieces, with an encoder and a decoder of TAESD that come in files of their own as one."""
     halves: dict[bool, ComponentFiles] = {}
     for piece in pieces:
@@ -122,7 +122,7 @@ def _whole(pieces: Sequence[ComponentFiles]) -> list[ComponentFiles]:
     return [piece for piece in pieces if piece is not encoder and piece is not decoder] + [joined]
 
 
-def _named(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
+def _with_clips_named(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
     """The plans, with those of a CLIP that may be either named L or G."""
     open_ones = [one for one in plans if one.component == "clip"]
     taken = {one.component for one in plans}
@@ -136,8 +136,8 @@ def _named(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
             # G is the larger; of two alike, L comes first as it does everywhere.
             sizes = [(one.config.width, one.config.layers) for one in open_ones]
             names = ["clip_g", "clip_l"] if sizes[0] > sizes[1] else ["clip_l", "clip_g"]
-    found = dict(zip(map(id, open_ones), names, strict=True))
-    return [_as(found[id(one)], one) if id(one) in found else one for one in plans]
+    chosen = dict(zip(map(id, open_ones), names, strict=True))
+    return [_as(chosen[id(one)], one) if id(one) in chosen else one for one in plans]
 
 
 def _guess(one: LoadPlan) -> str:
@@ -150,8 +150,8 @@ def _as(name: str, one: LoadPlan) -> LoadPlan:
     return one._replace(component=name, config=one.config if one.has_config else registry.activated(name, one.config))
 
 
-def _twice(plans: Sequence[LoadPlan]) -> list[str]:
-    found: dict[str, list[str]] = {}
+def _duplicated(plans: Sequence[LoadPlan]) -> list[str]:
+    places: dict[str, list[str]] = {}
     for one in plans:
-        found.setdefault(one.component, []).append(one.where)
-    return [f"{name} is in {' and in '.join(at)}: give it once" for name, at in found.items() if len(at) > 1]
+        places.setdefault(one.component, []).append(one.tree.where)
+    return [f"{name} is in {' and in '.join(at)}: give it once" for name, at in places.items() if len(at) > 1]

@@ -6,14 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
 from functional_sd3.formats import files, shards
-from functional_sd3.layouts import diffusers_folder, registry, rules
-from functional_sd3.layouts.components import SPECS
-from functional_sd3.layouts.registry import Format
+from functional_sd3.layouts import diffusers_folder, registry
+from functional_sd3.layouts.format import Format
 from functional_sd3.weights import metadata
 from functional_sd3.weights.discover import NATIVE_FOLDER, STABILITY_FILES
-from functional_sd3.weights.model import Model, scaled_weight
+from functional_sd3.weights.model import Model, split_scales
 
 _ALONE = {"clip_l": registry.DIFFUSERS["clip_l"], "clip_g": registry.DIFFUSERS["clip_g"], "t5": registry.BARE["t5"]}
 
@@ -23,7 +21,7 @@ def write_file(
 ) -> None:
     """Every component in one file, each under the names of its format."""
     tensors = _together(model, table, model.params)
-    check_size(str(path), tensors, dtype, shard_bytes)
+    _check_size(str(path), tensors, dtype, shard_bytes)
     files.write_atomic(path, tensors, metadata=metadata.write(model.config, tuple(model.params)), dtype=dtype)
 
 
@@ -33,7 +31,7 @@ def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, sh
         held = [name for name in components if name in model.params]
         if held:
             tensors = _together(model, {**registry.STABILITY, **_ALONE}, held)
-            check_size(file, tensors, dtype, shard_bytes)
+            _check_size(file, tensors, dtype, shard_bytes)
             files.write(folder / file, tensors, metadata=metadata.write(model.config, held), dtype=dtype)
     _write_tokenizers(folder, model)
 
@@ -49,13 +47,7 @@ def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard
     _write_tokenizers(folder, model)
 
 
-def tensors_of(model: Model, name: str, format: Format) -> dict[str, Tensor]:
-    """The tensors of one component under the names of a format, mostly views."""
-    config = getattr(model.config, name)
-    return rules.to_theirs(format.layout(config), SPECS[name](config), tree.flatten_paths(model.params[name]))
-
-
-def check_size(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int | None) -> None:
+def _check_size(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int | None) -> None:
     """Raise ValueError where a file that cannot be split would be larger than `shard_bytes`."""
     size = shards.size_of(tensors.values(), dtype)
     if shard_bytes is not None and size > shard_bytes:
@@ -73,11 +65,10 @@ def _write_tokenizers(folder: Path, model: Model) -> None:
 
 
 def _together(model: Model, table: Mapping[str, Format], components: Iterable[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in components:
-        found.update(tensors_of(model, name, table[name]))
-        for path, leaf in tree.flatten_paths(model.params[name]).items():
-            if scaled_weight(path):
-                # ComfyUI's name for the factors of a weight, which `reading` knows.
-                found[f"{table[name].prefix}{path}_weight"] = leaf
-    return found
+        weights, scales = split_scales(model.params[name])
+        tensors.update(table[name].tensors(getattr(model.config, name), weights))
+        # ComfyUI's name for the factors of a weight, which `formats.scaled_fp8` knows.
+        tensors.update({f"{table[name].prefix}{path}_weight": scale for path, scale in scales.items()})
+    return tensors

@@ -12,27 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params
-from functional_sd3.formats import bounded, files, json_fields, shards
+from functional_sd3.formats import bounded, files, json_fields, shards, trees
+from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.formats.errors import WeightsError, attempt, reason
+from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.json_fields import Object
-from functional_sd3.formats.shards import WeightFiles
+from functional_sd3.formats.tensors import open_tensors
 from functional_sd3.image import clip_pixels
-from functional_sd3.layouts import config_fields, diffusers_keys, rules
+from functional_sd3.layouts import config_fields
 from functional_sd3.layouts import diffusers_configs as configs
-from functional_sd3.layouts.rules import Layout, Rule, Source, renamed
-from functional_sd3.text import bpe, clip
+from functional_sd3.layouts.clip_dual import FORMAT
+from functional_sd3.text import bpe
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.text.clip import image as clip_image
-from functional_sd3.weights import default_dtype
-from functional_sd3.weights.default_dtype import Dtype
-
-_HEAD_WIDTH = 64
-"""Channels of a head in every CLIP released by OpenAI: gives the number of heads if only shapes are known."""
-_TEXT, _IMAGE = "text_model.", "vision_model."
+from functional_sd3.weights import read
+from functional_sd3.weights.read import ComponentFiles
 
 
 class Clip(NamedTuple):
@@ -42,34 +37,6 @@ class Clip(NamedTuple):
     config: clip_dual.Config
     tokenizer: Any
     pixels: clip_pixels.Config
-
-
-def _within(ours: str, rules: tuple[Rule, ...], start: str) -> tuple[Rule, ...]:
-    """Rules of the text encoder alone as rules below `ours`, whose tensors start with `start` instead."""
-    return tuple(
-        rule._replace(ours=ours + rule.ours, theirs=tuple(name.replace(_TEXT, start, 1) for name in rule.theirs))
-        for rule in rules
-    )
-
-
-_TEXT_RULES = diffusers_keys.CLIP.rules
-LAYOUT = Layout(
-    rules=(
-        *_within("text.", _TEXT_RULES, _TEXT),
-        *renamed(
-            ("logit_scale", "logit_scale"),
-            ("image.class_embedding", "vision_model.embeddings.class_embedding"),
-            ("image.patch.weight", "vision_model.embeddings.patch_embedding.weight"),
-            ("image.position_embedding.{leaf}", "vision_model.embeddings.position_embedding.{leaf}"),
-            ("image.first_norm.{leaf}", "vision_model.pre_layrnorm.{leaf}"),
-            ("image.final_norm.{leaf}", "vision_model.post_layernorm.{leaf}"),
-            ("image.projection.{leaf}", "visual_projection.{leaf}"),
-        ),
-        *_within("image.", tuple(rule for rule in _TEXT_RULES if rule.ours.startswith("blocks.")), _IMAGE),
-    ),
-    # Counted positions, which older transformers saved.
-    ignored=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
-)
 
 
 def load(path: str | os.PathLike, *, dtype: Dtype = None, device: torch.device | str = "cpu") -> Clip:
@@ -86,25 +53,24 @@ def load(path: str | os.PathLike, *, dtype: Dtype = None, device: torch.device |
     single = path.is_file()
     folder = path.parent if single else path
     problems: list[str] = []
-    weights = attempt(problems, _open, path, single)
-    names = rules.canonical(LAYOUT, weights.tensors) if weights else {}
-    shapes = {name: shards.entry(weights, found).shape for name, found in names.items()} if weights else {}
+    places = attempt(problems, _open, path)
     described = not single or os.path.lexists(folder / "config.json")
-    config = attempt(problems, _read_config, folder) if described else attempt(problems, _guess, path, shapes)
-    if weights and config:
-        problems += [f"{path}: {problem}" for problem in _problems(config, weights, names, shapes)]
+    config = attempt(problems, _read_config, folder) if described else None
+    planned = None
+    if places is not None and (config is not None or not described):
+        planned = attempt(problems, read.plan, ComponentFiles("CLIP", FORMAT, str(path), places, config))
+        config = planned.config if planned is not None else config
     pixels = attempt(problems, _read_pixels, folder, config) if config else None
     tokenizer = attempt(problems, _read_tokenizer, folder)
-    if problems or weights is None or config is None or pixels is None:
+    if problems or planned is None or pixels is None:
         raise WeightsError(problems)
-    return Clip(_read(config, weights, names, dtype, device), config, tokenizer, pixels)
+    return Clip(trees.load(planned.tree, dtype=dtype, device=device), planned.config, tokenizer, pixels)
 
 
-def _open(path: Path, single: bool) -> WeightFiles:
-    if not single:
-        return shards.open_weights(path, "model", None, single_first=True)
-    mapped = files.open_mapped(path)
-    return WeightFiles(None, dict.fromkeys(mapped.header.tensors, mapped))
+def _open(path: Path) -> dict[str, Mapped]:
+    if path.is_file():
+        return open_tensors(path)
+    return shards.open_weights(path, "model", None, single_first=True).tensors
 
 
 def _read_config(folder: Path) -> clip_dual.Config:
@@ -128,70 +94,6 @@ def _read_config(folder: Path) -> clip_dual.Config:
         raise WeightsError(problems)
     text, image = parts
     return clip_dual.Config(text, image)
-
-
-def _guess(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> clip_dual.Config:
-    """The config whose specs have these shapes, as far as shapes tell."""
-    try:
-        vocab, text_width = shapes["text_model.embeddings.token_embedding.weight"]
-        image_width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
-        patches = shapes["vision_model.embeddings.position_embedding.weight"][0] - 1
-        projection, _ = shapes["text_projection.weight"]
-        text = clip.Config(
-            vocab=vocab,
-            length=shapes["text_model.embeddings.position_embedding.weight"][0],
-            projection_width=projection,
-            **_tower(shapes, _TEXT, text_width),
-        )
-        image = clip_image.Config(
-            size=patch * round(patches**0.5), patch=patch, projection_width=projection,
-            **_tower(shapes, _IMAGE, image_width),
-        )  # fmt: skip
-    except KeyError as error:
-        raise WeightsError(f"{path}: lacks {error.args[0]}, so it is no CLIP model of transformers' layout") from None
-    except ValueError as error:
-        raise WeightsError(f"{path}: its shapes are not those of a CLIP model: {error}") from None
-    return clip_dual.Config(text, image)
-
-
-def _tower(shapes: Mapping[str, tuple[int, ...]], start: str, width: int) -> dict[str, Any]:
-    layer = f"{start}encoder.layers."
-    depth = len({name[len(layer) :].split(".")[0] for name in shapes if name.startswith(layer)})
-    mlp_width = shapes[f"{layer}0.mlp.fc1.weight"][0]
-    return {"width": width, "layers": depth, "heads": max(width // _HEAD_WIDTH, 1), "mlp_width": mlp_width}
-
-
-def _problems(config: clip_dual.Config, weights: WeightFiles, names: Mapping[str, str], shapes: Mapping) -> list[str]:
-    try:
-        problems = rules.check(LAYOUT, clip_dual.spec(config), shapes)
-    except (RuntimeError, OverflowError) as error:
-        return [f"its config describes tensors too large to exist: {error}"]
-    for name in names.values():
-        if not shards.entry(weights, name).dtype.is_floating_point:
-            problems.append(f"{name} has dtype {shards.entry(weights, name).dtype}, not a float")
-    return problems
-
-
-def _read(
-    config: clip_dual.Config,
-    weights: WeightFiles,
-    names: Mapping[str, str],
-    dtype: Dtype,
-    device: torch.device | str,
-) -> Params:
-    stored = {shards.entry(weights, name).dtype for name in names.values()}
-    chosen = default_dtype.choose(dtype, stored, device)
-    if dtype is None and chosen:
-        default_dtype.say(stored - {chosen}, {chosen}, device)
-
-    def fetch(source: Source, param: Param) -> Tensor:
-        found = [names[name] for name in source.names]
-        together = shards.stacked(weights, found) if source.transform is rules.FUSE else None
-        if together is None:
-            together = source.transform.join([shards.tensor(weights, name) for name in found])
-        return together.to(device=device, dtype=chosen).contiguous()
-
-    return rules.to_ours(LAYOUT, clip_dual.spec(config), fetch)
 
 
 def _read_pixels(folder: Path, config: clip_dual.Config) -> clip_pixels.Config:

@@ -13,8 +13,8 @@ import torch
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
-from functional_sd3.formats import files, finite
-from functional_sd3.formats.files import Mapped
+from functional_sd3.formats import trees
+from functional_sd3.formats.trees import TreePlan
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.weights import assemble, extras
 from functional_sd3.weights.extras import Extra
@@ -66,7 +66,7 @@ def describe(
     contents, plans = assemble.plan([Path(one) for one in paths], tuple(SPECS), variant)
     parts = [_part(plans[name], values) for name in SPECS if name in plans]
     tokenizers = Tokenizers(**contents.tokenizers)
-    mapped = {one.path: one.header for plan in plans.values() for one in plan.places.values()}
+    mapped = {one.path: one.header for plan in plans.values() for one in plan.tree.places.values()}
     return Description(
         parts,
         tokenizers,
@@ -76,18 +76,21 @@ def describe(
     )
 
 
-def _part(plan: LoadPlan, values: bool) -> Part:
-    nonfinite = [(name, what) for name in (plan.names.values() if values else ()) if (what := _nonfinite(plan, name))]
+def _part(planned: LoadPlan, values: bool) -> Part:
+    plan, format = planned.tree, planned.format
+    checked = plan.names.values() if values else ()
+    nonfinite = [(name, what) for name in checked if (what := trees.nonfinite_kind(plan, name))]
     tree = specs.map_params(lambda path, param: _leaf(plan, plan.sources[path].names, param), plan.spec)
-    format = "" if plan.format is None else f"named as by {plan.format.owner}"
-    format += f" below {plan.format.prefix}" if plan.format is not None and plan.format.prefix else ""
-    kinds = Counter(plan.places[name].header.tensors[name].blocks for name in plan.names.values())
+    words = f"named as by {format.owner}" + (f" below {format.prefix}" if format.prefix else "")
+    kinds = Counter(trees.entry(plan.places, name).blocks for name in plan.names.values())
     stored = {kind: count for kind, count in kinds.items() if kind}
-    return Part(plan.component, format, plan.where, plan.config, tree, len(plan.scales), stored, nonfinite)
+    return Part(planned.component, words, plan.where, planned.config, tree, len(plan.scales), stored, nonfinite)
 
 
 def _extra(found: Extra, values: bool) -> Part:
-    looked = [(name, _nonfinite_in(mapped, name)) for name, mapped in found.places.items()] if values else []
+    looked = (
+        [(name, trees.mapped_nonfinite_kind(mapped, name)) for name, mapped in found.places.items()] if values else []
+    )
     nonfinite = [(name, what) for name, what in looked if what]
     leaves = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
@@ -111,21 +114,6 @@ def _nested(leaves: Mapping[str, torch.Tensor]) -> Tree:
     return root
 
 
-def _leaf(plan: LoadPlan, names: Sequence[str], param: specs.Param) -> torch.Tensor:
-    dtypes: Mapping[str, torch.dtype] = {
-        name: plan.places[plan.names[name]].header.tensors[plan.names[name]].dtype
-        for name in names
-        if name in plan.names
-    }
-    return torch.empty(param.shape, dtype=next(iter(dtypes.values()), torch.float32), device="meta")
-
-
-def _nonfinite(plan: LoadPlan, name: str) -> str | None:
-    reads = [read for read in (name, plan.scales.get(name)) if read]
-    return next((what for read in reads if (what := _nonfinite_in(plan.places[read], read))), None)
-
-
-def _nonfinite_in(mapped: Mapped, name: str) -> str | None:
-    what = finite.nonfinite_kind(files.tensor(mapped, name))
-    files.release(mapped, name)
-    return what
+def _leaf(plan: TreePlan, names: Sequence[str], param: specs.Param) -> torch.Tensor:
+    dtypes = [trees.entry(plan.places, plan.names[name]).dtype for name in names if name in plan.names]
+    return torch.empty(param.shape, dtype=dtypes[0] if dtypes else torch.float32, device="meta")

@@ -16,9 +16,8 @@ import torch
 from functional_sd3.core import tree
 from functional_sd3.formats import files, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
-from functional_sd3.layouts import config_fields, rules
+from functional_sd3.layouts import config_fields
 from functional_sd3.layouts import diffusers_configs as configs
-from functional_sd3.layouts.components import SPECS
 from functional_sd3.layouts.diffusers_folder import (
     COMPONENTS,
     INDEX,
@@ -47,7 +46,7 @@ def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Dis
     variants: list[str | None] = []
     for name, component in _components(folder, index).items():
         if name in only and attempt(problems, _present, folder, index, component):
-            opened = attempt(problems, _open, name, component, folder / component.folder, variant)
+            opened = attempt(problems, open_component, name, component, folder / component.folder, variant)
             pieces += opened[:1] if opened else []
             variants += opened[1:] if opened else []
     tokenizers = {
@@ -95,7 +94,9 @@ def _components(folder: Path, index: Mapping[str, Any]) -> dict[str, Component]:
     return found
 
 
-def _open(name: str, component: Component, folder: Path, variant: str | None) -> tuple[ComponentFiles, str | None]:
+def open_component(
+    name: str, component: Component, folder: Path, variant: str | None
+) -> tuple[ComponentFiles, str | None]:
     """A component that is mapped and not yet checked, and the variant its files are of."""
     problems: list[str] = []
     config = attempt(problems, _read_config, configs.TABLES[name], folder / "config.json", component.owner)
@@ -163,11 +164,10 @@ def _write_component(
     folder: Path, name: str, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None
 ) -> None:
     component, config = {**COMPONENTS, "taesd": TAESD}[name], getattr(model.config, name)
-    leaves = tree.flatten_paths(model.params[name])
-    tensors = rules.to_theirs(component.format.layout(config), SPECS[name](config), leaves)
+    tensors = component.format.tensors(config, tree.flatten_paths(model.params[name]))
     folder.mkdir()
     shards.write_weights(folder, component.stem, tensors, dtype=dtype, shard_bytes=shard_bytes)
-    stored = str(dtype or next(iter(leaves.values())).dtype).removeprefix("torch.")
+    stored = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     said = {"torch_dtype": stored} if component.library == "transformers" else _signature(component.owner)
     _write_json(folder / "config.json", {**said, **config_fields.write(configs.TABLES[name], config)})
 

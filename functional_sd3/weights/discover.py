@@ -9,11 +9,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from functional_sd3.formats import atomic, files, gguf, magic, pickles, shards
+from functional_sd3.formats import atomic, files, magic, pickles, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.files import Mapped
-from functional_sd3.layouts import config_fields, diffusers_folder, registry, taesd
-from functional_sd3.layouts import diffusers_configs as configs
+from functional_sd3.formats.tensors import open_tensors
+from functional_sd3.layouts import diffusers_folder, registry, taesd
 from functional_sd3.text import bpe, unigram
 from functional_sd3.weights import diffusers, metadata, nested, shipped
 from functional_sd3.weights.read import ComponentFiles, Discovered
@@ -67,13 +67,17 @@ def _folder(named: Path, folder: Path, only: Collection[str], variant: str | Non
         names = {entry.name for entry in os.scandir(folder)}
     except OSError as error:
         raise WeightsError(f"{named}: cannot be opened: {reason(error)}") from error
+    rooms = [folder / name for name in sorted(names & set(nested.ROOMS))]
+    return _entire(folder, names, only, variant) or _loose(named, folder, names, only, rooms, variant)
+
+
+def _entire(folder: Path, names: Collection[str], only: Collection[str], variant: str | None) -> Discovered | None:
+    """Contents of a folder that is a model, a component or a tokenizer as a whole; None for any other."""
     if diffusers_folder.INDEX in names:
         return diffusers.open_folder(folder, only, variant)
     if "config.json" in names:
         return _component(folder, variant)
-    if names & nested.TOKENIZER:
-        return Discovered([], _tokenizer(folder, names))
-    return _loose(named, folder, names, only, [folder / name for name in sorted(names & set(nested.ROOMS))], variant)
+    return Discovered([], _tokenizer(folder, names)) if nested.TOKENIZER & set(names) else None
 
 
 def _component(folder: Path, variant: str | None) -> Discovered:
@@ -93,49 +97,32 @@ def _component(folder: Path, variant: str | None) -> Discovered:
         if said == "SD3ControlNetModel":
             raise registry.ForeignWeights(f"{path.parent}: is a ControlNet, which weights.load_controlnet reads")
         raise registry.ForeignWeights(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
-    problems: list[str] = []
     folders = {**diffusers_folder.COMPONENTS, "taesd": diffusers_folder.TAESD}
-    component = folders["clip_l" if name == "clip" else name]
-    config = attempt(problems, config_fields.read, configs.TABLES[name], values, path)
-    weights = attempt(
-        problems, shards.open_weights, folder, component.stem, variant, component.library == "transformers"
-    )
-    if problems or weights is None:
-        raise WeightsError(problems)
-    return Discovered([ComponentFiles(name, component.format, str(folder), weights.tensors, config)], {})
-
-
-def _room(folder: Path, names: frozenset[str], only: Collection[str], variant: str | None) -> Discovered:
-    """Contents of a subfolder of a `models/` folder."""
-    if diffusers_folder.INDEX in names:
-        return diffusers.open_folder(folder, only, variant)
-    if "config.json" in names:
-        return _component(folder, variant)
-    if names & nested.TOKENIZER:
-        return Discovered([], _tokenizer(folder, names))
-    return _loose(folder, folder, names, (), None, variant)
+    piece, _ = diffusers.open_component(name, folders["clip_l" if name == "clip" else name], folder, variant)
+    return Discovered([piece], {})
 
 
 def _rooms(
     rooms: Collection[Path], only: Collection[str], variant: str | None, problems: list[str], passed: list[str]
 ) -> list[Discovered]:
     """Contents of the subfolders of a `models/` folder. passed: files of no part of SD3 are added to it."""
-    found: list[Discovered] = []
+    contents: list[Discovered] = []
     tokenizers: dict[str, tuple[Path, Any]] = {}
     for folder, names in attempt(problems, nested.folders, rooms, passed) or ():
         try:
-            found.append(_room(folder, names, only, variant))
+            whole = _entire(folder, names, only, variant)
+            contents.append(whole or _loose(folder, folder, names, (), None, variant))
         except registry.ForeignWeights as error:
             passed.extend(error.problems)
             continue
         except WeightsError as error:
             problems.extend(error.problems)
             continue
-        for name, tables in found[-1].tokenizers.items():
+        for name, tables in contents[-1].tokenizers.items():
             first, others = tokenizers.setdefault(name, (folder, tables))
             if others != tables:
                 problems.append(f"a tokenizer of {name} is in {first} and another in {folder}: give one by its path")
-    return found
+    return contents
 
 
 def _loose(
@@ -152,7 +139,7 @@ def _loose(
     problems: list[str] = []
     passed: list[str] = []
     own = _of_variant(names, variant)
-    found: list[Discovered] = []
+    contents: list[Discovered] = []
     shard_names: set[str] = set()
     native = NATIVE_FOLDER in names
     for name in sorted(own if not native else ()):
@@ -161,36 +148,36 @@ def _loose(
             if tensors is not None:
                 shard_names |= {mapped.path.name for mapped in tensors.values()}
                 indexed = attempt(problems, _contents, str(folder / name), tensors)
-                found += [] if indexed is None else [indexed]
+                contents += [] if indexed is None else [indexed]
     for name in sorted(own - shard_names if not native else ()):
         if name.lower().endswith(nested.WEIGHTS):
             try:
-                found.append(_file(folder / name))
+                contents.append(_file(folder / name))
             except registry.ForeignWeights as error:
                 (passed if rooms is None else problems).extend(error.problems)
             except WeightsError as error:
                 problems.extend(error.problems)
     if rooms and not native:
-        found += _rooms(rooms, only, variant, problems, passed)
+        contents += _rooms(rooms, only, variant, problems, passed)
     if native:
         weights = attempt(problems, shards.open_weights, folder / NATIVE_FOLDER, NATIVE_FOLDER, None, False)
         if weights:
             saved = attempt(problems, _contents, str(folder / NATIVE_FOLDER), weights.tensors)
-            found += [] if saved is None else [saved]
+            contents += [] if saved is None else [saved]
     tokenizers = {
         name: attempt(problems, diffusers.read_tokenizer, folder / tokenizer.folder, tokenizer)
         for name, tokenizer in diffusers_folder.TOKENIZERS.items()
         if tokenizer.folder in names and name in only
     }
-    if not any(part.pieces or part.tokenizers or part.problems for part in found) and not (tokenizers or problems):
+    if not any(part.pieces or part.tokenizers or part.problems for part in contents) and not (tokenizers or problems):
         if rooms is None:
-            return merged(found)._replace(passed=tuple(passed))
-        passed += [sentence for part in found for sentence in part.passed]
+            return merged(contents)._replace(passed=tuple(passed))
+        passed += [sentence for part in contents for sentence in part.passed]
         raise WeightsError(
             f"{named}: holds no weights that are known: no {diffusers_folder.INDEX}, no config.json "
             "and no safetensors or GGUF file" + _listed(passed)
         )
-    whole = merged(found)
+    whole = merged(contents)
     return whole._replace(
         tokenizers={**whole.tokenizers, **{name: tables for name, tables in tokenizers.items() if tables}},
         problems=(*problems, *whole.problems),
@@ -219,7 +206,7 @@ def merged(parts: Collection[Discovered]) -> Discovered:
         [piece for part in parts for piece in part.pieces],
         tokenizers,
         schedule,
-        any(part.schedule_told for part in parts),
+        any(part.has_schedule for part in parts),
         tuple(problem for part in parts for problem in part.problems),
         tuple(sentence for part in parts for sentence in part.passed),
     )
@@ -234,16 +221,9 @@ def _tokenizer(folder: Path, names: Collection[str]) -> dict[str, Any]:
 
 def _file(path: Path) -> Discovered:
     start = files.start(path)
-    if start[8:9] != b"{":
-        if start.startswith(magic.ZIP):
-            return _pickled(path)
-        if start.startswith(magic.GGUF):
-            mapped = gguf.open_gguf(path)
-            return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
-        if start.lstrip().startswith(b"{"):
-            return _contents(str(path), shards.open_indexed(path))
-    mapped = files.open_mapped(path)
-    return _contents(str(path), dict.fromkeys(mapped.header.tensors, mapped))
+    if start.startswith(magic.ZIP) and start[8:9] != b"{":
+        return _pickled(path)
+    return _contents(str(path), open_tensors(path))
 
 
 def _pickled(path: Path) -> Discovered:
@@ -257,12 +237,12 @@ def _pickled(path: Path) -> Discovered:
 def _contents(where: str, tensors: Mapping[str, Mapped]) -> Discovered:
     """The components among the tensors of one file, or of its shards."""
     try:
-        found = registry.recognise(tensors)
+        formats = registry.recognise(tensors)
     except WeightsError as error:
         raise type(error)([f"{where}: {problem}" for problem in error.problems]) from None
     said = metadata.read(next(iter(tensors.values())).header.metadata, where)
     pieces = []
-    for format, names in found.items():
+    for format, names in formats.items():
         places = {name: tensors[name] for name in names}
         if format is registry.TAESD_HALF:
             format, places = registry.TAESD_WHOLE, _half(places)

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from functional_sd3.formats import files
+from functional_sd3.formats import files, trees
 from functional_sd3.formats.files import Mapped
+from functional_sd3.formats.tensors import open_tensors
 from functional_sd3.layouts import registry
 from functional_sd3.lora import read as lora_read
-from functional_sd3.weights import controlnets, ip_adapters, tree_file
+from functional_sd3.weights import controlnets, ip_adapters, read
+from functional_sd3.weights.read import ComponentFiles
 
 
 class Extra(NamedTuple):
@@ -40,25 +42,27 @@ def find(path: Path, variant: str | None = None) -> Extra | None:
 
 
 def _controlnet(path: Path, variant: str | None) -> Extra:
-    where, places, table, config = controlnets.find(path, variant=variant)
-    owner = "Stability" if table is controlnets.STABILITY else "diffusers"
-    return Extra("ControlNet", f"named as by {owner}", where, config, places)
+    return _of_tree(controlnets.find(path, variant=variant))
 
 
 def _ip_adapter(path: Path, variant: str | None) -> Extra:
-    places = tree_file.open_file(path)
-    return Extra("IP-Adapter", "named as by InstantX", str(path), ip_adapters.config_of(places, path), places)
+    return _of_tree(ip_adapters.find(path))
+
+
+def _of_tree(piece: ComponentFiles) -> Extra:
+    owner = f"named as by {piece.format.owner}"
+    return Extra(piece.component, owner, piece.where, read.config(piece), piece.places)
 
 
 def _lora(path: Path, variant: str | None) -> Extra:
     found = lora_read.layers(path)
     kinds = "\n".join(lora_read.summary(found))
-    return Extra("LoRA", f"of layers named as {found[0].name}", str(path), kinds, tree_file.open_file(path))
+    return Extra("LoRA", f"of layers named as {found[0].name}", str(path), kinds, open_tensors(path))
 
 
 def _inversion(path: Path, variant: str | None) -> Extra:
-    places = tree_file.open_file(path)
-    shapes = tree_file.shapes(places).items()
+    places = open_tensors(path)
+    shapes = trees.shapes(places).items()
     sizes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes)
     return Extra("textual inversion", "vectors by encoder", str(path), f"vectors: {sizes}", places)
 

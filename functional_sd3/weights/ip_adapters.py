@@ -7,22 +7,19 @@ Usage:
 """
 
 import os
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from functional_sd3.core import tree
 from functional_sd3.core.types import Params
 from functional_sd3.formats import files
-from functional_sd3.formats.errors import WeightsError
-from functional_sd3.formats.files import Mapped
-from functional_sd3.layouts import rules
-from functional_sd3.layouts.rules import Layout, renamed
+from functional_sd3.formats.default_dtype import Dtype
+from functional_sd3.formats.tensors import open_tensors
+from functional_sd3.layouts.ip_adapter import FORMAT
 from functional_sd3.transformer import ip_adapter
-from functional_sd3.weights import tree_file
-from functional_sd3.weights.default_dtype import Dtype
+from functional_sd3.weights import read
+from functional_sd3.weights.read import ComponentFiles
 
 
 class IPAdapter(NamedTuple):
@@ -30,51 +27,6 @@ class IPAdapter(NamedTuple):
 
     params: Params
     config: ip_adapter.Config
-
-
-_PROJ, _BLOCK, _THEIRS = "image_proj.", "resampler.blocks.{i}", "image_proj.layers.{i}"
-_OURS, _ATTENTION = "attentions.{i}", "ip_adapter.{i}"
-INSTANTX = Layout(
-    renamed(
-        ("resampler.queries", _PROJ + "latents"),
-        ("resampler.in.{leaf}", _PROJ + "proj_in.{leaf}"),
-        ("resampler.time.in.{leaf}", _PROJ + "time_embedding.linear_1.{leaf}"),
-        ("resampler.time.out.{leaf}", _PROJ + "time_embedding.linear_2.{leaf}"),
-        ("resampler.out.{leaf}", _PROJ + "proj_out.{leaf}"),
-        ("resampler.norm.{leaf}", _PROJ + "norm_out.{leaf}"),
-        (_BLOCK + ".image_norm.{leaf}", _THEIRS + ".0.norm1.{leaf}"),
-        (_BLOCK + ".token_norm.{leaf}", _THEIRS + ".0.norm2.{leaf}"),
-        (_BLOCK + ".query.{leaf}", _THEIRS + ".0.to_q.{leaf}"),
-        (_BLOCK + ".key_value.{leaf}", _THEIRS + ".0.to_kv.{leaf}"),
-        (_BLOCK + ".out.{leaf}", _THEIRS + ".0.to_out.{leaf}"),
-        (_BLOCK + ".mlp_norm.{leaf}", _THEIRS + ".1.0.{leaf}"),
-        (_BLOCK + ".mlp.in.{leaf}", _THEIRS + ".1.1.{leaf}"),
-        (_BLOCK + ".mlp.out.{leaf}", _THEIRS + ".1.3.{leaf}"),
-        (_BLOCK + ".modulation.{leaf}", _THEIRS + ".2.1.{leaf}"),
-        (_OURS + ".modulation.{leaf}", _ATTENTION + ".norm_ip.linear.{leaf}"),
-        (_OURS + ".key.{leaf}", _ATTENTION + ".to_k_ip.{leaf}"),
-        (_OURS + ".value.{leaf}", _ATTENTION + ".to_v_ip.{leaf}"),
-        (_OURS + ".query_norm.{leaf}", _ATTENTION + ".norm_q.{leaf}"),
-        (_OURS + ".key_norm.{leaf}", _ATTENTION + ".norm_k.{leaf}"),
-        (_OURS + ".prompt_key_norm.{leaf}", _ATTENTION + ".norm_ip_k.{leaf}"),
-    ),
-    # As diffusers calls the same in its own modules.
-    aliases=tuple(
-        (f"{_THEIRS}.{found}.{{leaf}}", f"{_THEIRS}.{meant}.{{leaf}}")
-        for found, meant in (
-            ("ln0", "0.norm1"),
-            ("ln1", "0.norm2"),
-            ("attn.to_q", "0.to_q"),
-            ("attn.to_kv", "0.to_kv"),
-            ("attn.to_out.0", "0.to_out"),
-            ("adaln_norm", "1.0"),
-            ("ff.net.0.proj", "1.1"),
-            ("ff.net.2", "1.3"),
-            ("adaln_proj", "2.1"),
-        )
-    ),
-)
-_HEAD_DIM = 64
 
 
 def load(
@@ -89,71 +41,15 @@ def load(
 
     Raises WeightsError naming everything that is wrong with the file.
     """
-    path = Path(path)
-    places = tree_file.open_file(path)
-    config = config_of(places, path)
-    spec = ip_adapter.spec(config)
-    params = tree_file.read(str(path), places, INSTANTX, spec, dtype=dtype, device=device, finite=finite)
-    return IPAdapter(params, config)
+    return IPAdapter(*read.load(find(path), dtype=dtype, device=device, finite=finite))
 
 
-def config_of(places: Mapping[str, Mapped], path: Any = "the file") -> ip_adapter.Config:
-    """The config of the IP-Adapter that these tensors are. Raises WeightsError as `infer` does."""
-    return infer(_proper(tree_file.shapes(places)), path)
+def find(path: str | os.PathLike) -> ComponentFiles:
+    """The tensors that `load` reads, with no value read yet. Raises WeightsError for what is no file of tensors."""
+    return ComponentFiles("IP-Adapter", FORMAT, str(path), open_tensors(path))
 
 
 def save(path: str | os.PathLike, adapter: IPAdapter, *, dtype: torch.dtype | None = None) -> None:
     """Write the file, whole or not at all. Raises WeightsError when the parameters do not fit the config."""
-    found = tree_file.tensors(INSTANTX, ip_adapter.spec(adapter.config), adapter.params)
-    files.write_atomic(path, found, metadata={"format": "pt"}, dtype=dtype)
-
-
-def infer(shapes: Mapping[str, tuple[int, ...]], path: Any = "the file") -> ip_adapter.Config:
-    """The config that tensors of these names and shapes belong to; the resampler's heads have 64 channels.
-
-    Raises WeightsError when it is no IP-Adapter of SD3.5.
-    """
-    problems = [
-        f"{path}: {name} is {'missing' if name not in shapes else f'of shape {list(shapes[name])}'}: "
-        "this is not an IP-Adapter of SD3.5"
-        for name, count in _TOLD.items()
-        if len(shapes.get(name, ())) != count or 0 in shapes[name]
-    ]
-    if problems:
-        raise WeightsError(problems)
-    hidden, image = shapes[_PROJ + "proj_in.weight"]
-    inner = shapes[_PROJ + "layers.0.0.to_q.weight"][0]
-    resampler_head_dim = _HEAD_DIM if inner % _HEAD_DIM == 0 else inner
-    return ip_adapter.Config(
-        attentions=_count(r"ip_adapter\.(\d+)\.to_k_ip\.weight", shapes),
-        width=shapes[_PROJ + "proj_out.weight"][0],
-        head_dim=shapes["ip_adapter.0.norm_q.weight"][0],
-        image_width=image,
-        hidden_width=hidden,
-        depth=_count(r"image_proj\.layers\.(\d+)\.0\.to_q\.weight", shapes),
-        heads=inner // resampler_head_dim,
-        resampler_head_dim=resampler_head_dim,
-        tokens=shapes[_PROJ + "latents"][1],
-        mlp_width=shapes[_PROJ + "layers.0.1.1.weight"][0],
-        time_frequencies=shapes[_PROJ + "time_embedding.linear_1.weight"][1],
-    )
-
-
-# What the config is read off, and how many dimensions it has.
-_TOLD = {
-    _PROJ + "proj_in.weight": 2,
-    _PROJ + "proj_out.weight": 2,
-    _PROJ + "latents": 3,
-    _PROJ + "time_embedding.linear_1.weight": 2,
-    _PROJ + "layers.0.0.to_q.weight": 2,
-    _PROJ + "layers.0.1.1.weight": 2,
-    "ip_adapter.0.norm_q.weight": 1,
-}
-
-
-def _proper(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {proper: shapes[name] for proper, name in rules.canonical(INSTANTX, shapes).items()}
-
-
-def _count(pattern: str, names: Mapping[str, Any]) -> int:
-    return len({match[1] for name in names if (match := re.fullmatch(pattern, name)) and len(match[1]) < 5})
+    tensors = FORMAT.tensors(adapter.config, tree.flatten_paths(adapter.params))
+    files.write_atomic(path, tensors, metadata={"format": "pt"}, dtype=dtype)

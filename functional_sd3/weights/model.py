@@ -50,27 +50,36 @@ def check(model: Model) -> list[str]:
     problems = unknown + without_config
     for name, part in spec(model.config).items():
         if name in model.params:
-            problems += _check_leaves(name, part, tree.flatten_paths(model.params[name]))
+            problems += _check_leaves(name, part, model.params[name])
     return problems
 
 
-def scaled_weight(path: str) -> str:
+def split_scales(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The leaves of a tree by path, and of these, apart, the scales of quantised weights ("x.scale" beside
+    "x.weight")."""
+    leaves = tree.flatten_paths(params)
+    scales = {path: leaf for path, leaf in leaves.items() if _scaled_weight(path) in leaves}
+    return {path: leaf for path, leaf in leaves.items() if path not in scales}, scales
+
+
+def _scaled_weight(path: str) -> str:
     """The path of the weight that a leaf at `path` is the scale of; an empty one for all other leaves."""
     layer, _, name = path.rpartition(".")
     return f"{layer}.weight" if name == "scale" else ""
 
 
-def _check_leaves(name: str, spec: Tree, leaves: dict[str, Any]) -> list[str]:
+def _check_leaves(name: str, spec: Tree, params: Params) -> list[str]:
+    weights, scales = split_scales(params)
+    leaves = {**weights, **scales}
     wrong = [path for path, leaf in leaves.items() if not hasattr(leaf, "is_floating_point")]
     if wrong:
         return [f"{name}.{path} is a {type(leaves[path]).__name__}, not a tensor" for path in wrong]
-    scales = {path: leaf for path, leaf in leaves.items() if scaled_weight(path) in leaves}
-    problems = specs.check(spec, {path: leaf for path, leaf in leaves.items() if path not in scales})
+    problems = specs.check(spec, weights)
     for path, scale in scales.items():
-        rows = leaves[scaled_weight(path)].shape[:1]
+        rows = weights[_scaled_weight(path)].shape[:1]
         if scale.shape != rows:
             problems.append(f"{path} has shape {list(scale.shape)}, expected one number for each row, {list(rows)}")
-    quantized = set(map(scaled_weight, scales))
+    quantized = set(map(_scaled_weight, scales))
     for path, leaf in leaves.items():
         if not leaf.is_floating_point() and path not in quantized:
             problems.append(f"{path} has dtype {leaf.dtype}, not a float")

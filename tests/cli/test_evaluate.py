@@ -13,11 +13,11 @@ from functional_sd3 import cli, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.layouts import rules
+from functional_sd3.layouts.clip_dual import LAYOUT
 from functional_sd3.metrics import inception
 from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.weights.clip import LAYOUT
 from tests import models
 
 

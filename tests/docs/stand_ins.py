@@ -15,12 +15,12 @@ from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import pixels, taesd
 from functional_sd3.layouts import rules
+from functional_sd3.layouts.clip_dual import LAYOUT
 from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip, textual_inversion
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.weights import controlnets, ip_adapters, shipped
-from functional_sd3.weights.clip import LAYOUT
 from tests import models
 from tests.docs.markdown import ROOT
 

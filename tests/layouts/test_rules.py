@@ -7,10 +7,11 @@ import torch
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
+from functional_sd3.formats.sources import FUSE, IDENTITY
 from functional_sd3.image.vae import SD3_VAE
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_folder import COMPONENTS
-from functional_sd3.layouts.rules import FROM_CONV, FUSE, IDENTITY, SWAP_HALVES, TRANSPOSE, Layout, Rule, renamed, then
+from functional_sd3.layouts.rules import FROM_CONV, SWAP_HALVES, TRANSPOSE, Layout, Rule, renamed, then
 from functional_sd3.text.clip import CLIP_G, CLIP_L
 from functional_sd3.text.t5 import T5_XXL
 from functional_sd3.transformer.mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM

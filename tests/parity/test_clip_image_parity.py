@@ -11,9 +11,9 @@ from PIL import Image
 from functional_sd3 import weights
 from functional_sd3.image import clip_pixels
 from functional_sd3.layouts import rules
+from functional_sd3.layouts.clip_dual import LAYOUT
 from functional_sd3.text import clip
 from functional_sd3.text.clip import dual as clip_dual
-from functional_sd3.weights.clip import LAYOUT
 
 transformers = pytest.importorskip("transformers")
 FEW = {"vocab": 300, "layers": 1, "eos_id": 299}

@@ -8,10 +8,11 @@ import torch
 from bench import peers
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
+from functional_sd3.layouts import controlnet as layouts
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import control, controlnet, mmdit
-from functional_sd3.weights import controlnets, load_controlnet, save_controlnet
+from functional_sd3.weights import load_controlnet, save_controlnet
 from tests import models
 from tests.parity.mmdit_models import (
     LAYOUTS,
@@ -50,7 +51,7 @@ def pair(config: controlnet.Config, seed: int = 0):
     params = random_controlnet(config, seed)
     theirs = peers.controlnet_module(config)
     spec = controlnet.spec(config)
-    theirs.load_state_dict(rules.to_theirs(controlnets.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True)
+    theirs.load_state_dict(rules.to_theirs(layouts.DIFFUSERS, spec, tree.flatten_paths(params)), strict=True)
     return params, theirs
 
 
@@ -126,7 +127,7 @@ def test_the_released_size_has_every_tensor_of_diffusers_and_the_released_number
         theirs = peers.controlnet_module(controlnet.SD35_LARGE).state_dict()
     theirs = {name: tuple(value.shape) for name, value in theirs.items()}
     spec = controlnet.spec(controlnet.SD35_LARGE)
-    assert rules.keys(controlnets.DIFFUSERS, spec) == theirs
+    assert rules.keys(layouts.DIFFUSERS, spec) == theirs
     # The file of the release counts a patch embedder that nothing reads.
     unread = 16 * 4 * 2432 + 2432
     assert specs.count(spec) + unread == 2_153_677_056

@@ -8,6 +8,7 @@ import torch
 from bench import peers
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
+from functional_sd3.layouts import ip_adapter as layouts
 from functional_sd3.layouts import rules
 from functional_sd3.layouts.diffusers_keys import TRANSFORMER
 from functional_sd3.transformer import ip_adapter, mmdit
@@ -47,7 +48,7 @@ def theirs_of(config: mmdit.Config, params, adapter_config, adapter):
     """Their transformer with the adapter, loaded as they load InstantX's file."""
     theirs = peers.transformer_module(config)
     theirs.load_state_dict(rules.to_theirs(TRANSFORMER, mmdit.spec(config), tree.flatten_paths(params)), strict=True)
-    names = rules.to_theirs(ip_adapters.INSTANTX, ip_adapter.spec(adapter_config), tree.flatten_paths(adapter))
+    names = rules.to_theirs(layouts.INSTANTX, ip_adapter.spec(adapter_config), tree.flatten_paths(adapter))
     state = {
         part: {name.removeprefix(part + "."): value for name, value in names.items() if name.startswith(part + ".")}
         for part in ("image_proj", "ip_adapter")
@@ -112,6 +113,6 @@ def test_the_released_size_has_diffusers_shapes():
     theirs = {f"image_proj.{name}": tuple(value.shape) for name, value in resampler.items()}
     for index in range(38):
         theirs |= {f"ip_adapter.{index}.{name}": tuple(value.shape) for name, value in attention.items()}
-    ours = rules.keys(ip_adapters.INSTANTX, ip_adapter.spec(ip_adapter.SD35_LARGE))
-    assert {proper: theirs[name] for proper, name in rules.canonical(ip_adapters.INSTANTX, theirs).items()} == ours
-    assert ip_adapters.infer(ours) == ip_adapter.SD35_LARGE
+    ours = rules.keys(layouts.INSTANTX, ip_adapter.spec(ip_adapter.SD35_LARGE))
+    assert {proper: theirs[name] for proper, name in rules.canonical(layouts.INSTANTX, theirs).items()} == ours
+    assert layouts.infer(ours) == ip_adapter.SD35_LARGE

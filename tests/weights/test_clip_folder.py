@@ -10,10 +10,10 @@ from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import clip_pixels
 from functional_sd3.layouts import rules
+from functional_sd3.layouts.clip_dual import LAYOUT
 from functional_sd3.text import bpe, clip
 from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.weights import WeightsError
-from functional_sd3.weights.clip import LAYOUT
 from tests import models
 
 CONFIG = clip_dual.Config(

@@ -83,9 +83,10 @@ def test_a_config_is_read_off_the_shapes(config, tmp_path):
 
 
 def test_the_released_config_is_read_off_the_shapes():
+    from functional_sd3.layouts import controlnet as layouts
     from functional_sd3.layouts import rules
 
-    assert controlnets.infer(rules.keys(controlnets.STABILITY, controlnet.spec(controlnet.SD35_LARGE))) == (
+    assert layouts.infer(rules.keys(layouts.STABILITY, controlnet.spec(controlnet.SD35_LARGE))) == (
         controlnet.SD35_LARGE
     )
 

@@ -10,9 +10,9 @@ from functional_sd3 import cli, pipeline, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import ode
 from functional_sd3.flow.analysis import likelihood
+from functional_sd3.formats import default_dtype
 from functional_sd3.formats.notes import Note
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import default_dtype
 from tests.models import random_model
 
 F32, F16, BF16, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn

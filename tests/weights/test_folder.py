@@ -181,8 +181,8 @@ def rewrite(path, change):
 def joined(folder):
     """One file in place of the shards of a component."""
     stem = "diffusion_pytorch_model" if folder.name in ("vae", "transformer") else "model"
-    found = shards.open_weights(folder, stem, None, False)
-    tensors = {name: shards.tensor(found, name).clone() for name in found.tensors}
+    places = shards.open_weights(folder, stem, None, False).tensors
+    tensors = {name: files.tensor(mapped, name).clone() for name, mapped in places.items()}
     for path in folder.glob("*safetensors*"):
         path.unlink()
     files.write_atomic(folder / f"{stem}.safetensors", tensors)

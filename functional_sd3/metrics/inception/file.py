@@ -6,12 +6,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Params
-from functional_sd3.formats import bounded, files, state_dict
+from functional_sd3.formats import pickles, trees
 from functional_sd3.formats.errors import WeightsError, reason
+from functional_sd3.formats.files import Mapped
+from functional_sd3.formats.sources import own_names
+from functional_sd3.formats.tensors import open_tensors
+from functional_sd3.formats.trees import TreePlan
 from functional_sd3.metrics.inception import network
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -43,19 +45,12 @@ def load(
     """
     path = Path(path)
     # Opened first: a file that cannot be read has no hash to complain of.
-    tensors = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    tensors = {name: value for name, value in tensors.items() if not name.endswith(_COUNTER)}
+    places = open_tensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    names = {name: name for name in places if not name.endswith(_COUNTER)}
     spec = network.spec()
-    problems = specs.check(spec, tensors)
-    problems += [
-        f"{name} is {value.dtype} ({value.layout}), not dense and floating"
-        for name, value in tensors.items()
-        if not value.is_floating_point() or value.layout is not torch.strided
-    ]
-    if problems:
-        raise WeightsError(f"{path}: {problem}" for problem in problems)
+    plan = trees.check(TreePlan(str(path), spec, own_names(spec), names, places, {}))
     _check_hash(path, strict)
-    return specs.map_params(lambda name, param: tensors[name].to(device, dtype), spec)
+    return trees.load(plan, dtype=dtype, device=device)
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -77,14 +72,9 @@ def _check_hash(path: Path, strict: bool) -> None:
     warnings.warn(message, UnknownWeights, stacklevel=3)
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    mapped = files.open_mapped(path)
-    return {name: files.tensor(mapped, name) for name in mapped.header.tensors}
-
-
-def _pickled(path: Path) -> dict[str, Tensor]:
-    content = bounded.read_bytes(path, LARGEST)
+def _pickled(path: Path) -> dict[str, Mapped]:
     try:
-        return state_dict.read(content)
-    except ValueError as error:
-        raise WeightsError(f"{path}: is not a file of tensors such as {FILE}: {error}") from error
+        mapped = pickles.open_pickle(path, LARGEST)
+    except WeightsError as error:
+        raise WeightsError(f"{error}; a file of tensors such as {FILE} is needed here") from error
+    return dict.fromkeys(mapped.header.tensors, mapped)
