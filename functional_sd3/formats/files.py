@@ -51,13 +51,13 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises WeightsError when the file cannot be opened, is truncated or too long, or its header is not valid: bad
     length, not JSON, a name twice, unknown dtype, bytes that overlap, leave gaps or do not fit the shape.
     """
-    with opened(path) as file:
+    with bounded.open_file(path) as file:
         return read(path, file)
 
 
 def start(path: str | os.PathLike, count: int = 16) -> bytes:
     """The first bytes of a file, by which its kind is told."""
-    with opened(path) as file:
+    with bounded.open_file(path) as file:
         try:
             return file.read(count)
         except OSError as error:
@@ -74,13 +74,17 @@ def open_mapped(path: str | os.PathLike) -> Mapped:
 
     A file that another program rewrites in place while it is mapped changes under us; `write_atomic` never does that.
     """
-    with opened(path) as file:
-        header = read(path, file)
-        size = os.fstat(file.fileno()).st_size
-        try:
-            return Mapped(Path(path), header, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{path}: cannot be mapped into memory: {error}") from error
+    with bounded.open_file(path) as file:
+        return Mapped(Path(path), read(path, file), map_bytes(path, file))
+
+
+def map_bytes(path: str | os.PathLike, file: BinaryIO) -> mmap.mmap:
+    """All bytes of an open file, copy-on-write. Raises WeightsError, naming `path`, when the system refuses."""
+    try:
+        return mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        said = reason(error) if isinstance(error, OSError) else error
+        raise WeightsError(f"{path}: cannot be mapped into memory: {said}") from error
 
 
 def tensor(mapped: Mapped, name: str) -> Tensor:
@@ -199,11 +203,6 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises WeightsError when it cannot be opened, is no object, or has a name twice."""
     return dict(json_fields.read(path, limit=_LARGEST_JSON).values)
-
-
-def opened(path: str | os.PathLike) -> BinaryIO:
-    """A regular file, open for reading. Raises WeightsError, naming it, for everything else."""
-    return bounded.open_file(path)
 
 
 def raw(value: Tensor) -> memoryview:

@@ -6,8 +6,6 @@ every file nothing is read of a tensor before it is used, and nothing is believe
 """
 
 import math
-import mmap
-import os
 import struct
 from collections.abc import Mapping
 from itertools import pairwise
@@ -16,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functional_sd3.formats import files, magic
+from functional_sd3.formats import bounded, files, magic
 from functional_sd3.formats.blocks import BLOCKS
-from functional_sd3.formats.errors import WeightsError, reason
+from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.header import MOST_TENSORS, Entry, Header, too_many
 from functional_sd3.formats.printable import shorten
@@ -64,7 +62,9 @@ def open_gguf(path: Path) -> Mapped:
 
     Raises WeightsError for what is truncated, contradicts itself, or is in a format whose blocks we do not decode.
     """
-    size, buffer = _map(path)
+    with bounded.open_file(path) as file:
+        buffer = files.map_bytes(path, file)
+    size = len(buffer)
     try:
         described = _read(_Reader(buffer, min(size, _LONGEST_HEADER)))
         entries = {name: _entry(name, one, size) for name, one in described.tensors.items()}
@@ -144,16 +144,6 @@ class _Reader:
 
     def _single(self, kind: int) -> Any:
         return self.text() if kind == _STRING else self.number(_code(kind))
-
-
-def _map(path: Path) -> tuple[int, mmap.mmap]:
-    with files.opened(path) as file:
-        try:
-            size = os.fstat(file.fileno()).st_size
-            return size, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            said = reason(error) if isinstance(error, OSError) else error
-            raise WeightsError(f"{path}: cannot be mapped into memory: {said}") from error
 
 
 def _read(reader: _Reader) -> _Described:

@@ -6,6 +6,7 @@ are not about the whole file) and names that stand twice. Nothing is allocated t
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
         # Counted before it is parsed, which takes seconds where there are hundreds of thousands.
         if (count := text.count(_OFFSETS)) > MOST_TENSORS:
             raise ValueError(too_many(count))
-        table = parse(text)
+        table = json_fields.parse_object(text.decode("utf-8"), "the header").values
         if len(table) > MOST_TENSORS + 1:
             raise ValueError(too_many(len(table)))
         return Header(_entries(table, 8 + length, size), _metadata(table))
@@ -105,19 +106,14 @@ def _is_text(start: bytes) -> bool:
     return all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start)
 
 
-def parse(text: bytes) -> dict[str, Any]:
-    """A JSON object none of whose names stand twice. Raises WeightsError for anything else."""
-    return dict(json_fields.parse_object(text.decode("utf-8"), "the header").values)
-
-
-def _metadata(table: dict[str, Any]) -> dict[str, str]:
+def _metadata(table: Mapping[str, Any]) -> dict[str, str]:
     metadata = table.get("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ must map names to strings")
     return metadata
 
 
-def _entries(table: dict[str, Any], offset: int, size: int) -> dict[str, Entry]:
+def _entries(table: Mapping[str, Any], offset: int, size: int) -> dict[str, Entry]:
     entries = {name: _entry(name, value, offset) for name, value in table.items() if name != "__metadata__"}
     place, before = offset, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):

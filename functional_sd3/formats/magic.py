@@ -31,7 +31,7 @@ def foreign_kind(start: bytes) -> str | None:
     if start.startswith(_PICKLES):
         return HOW_TO_CONVERT
     if start.startswith(GGUF):
-        return "is a GGUF file: only components of a model are read from these, by weights.load"
+        return "is a GGUF file: only models, ControlNets, IP-Adapters and CLIP are read from these"
     if text.startswith(b"version https://git-"):
         return "is a pointer of Git LFS to the weights, not the weights: fetch them with `git lfs pull`"
     for marks, what in _OTHERS:

@@ -184,6 +184,15 @@ LOADERS = {
 }
 
 
+WITHOUT_TENSORS = {
+    "ControlNet": "this is not a ControlNet of SD3",
+    "IP-Adapter": "this is not an IP-Adapter of SD3.5",
+    "CLIP": "this is no CLIP model",
+    "model": "is nothing known of SD3: 0 tensors",
+}
+"""What is said of a GGUF file without tensors by those that read GGUF."""
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_what_people_take_for_weights_is_named_as_what_it_is_whatever_was_to_be_loaded(tmp_path, name):
     torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt")
@@ -199,10 +208,10 @@ def test_what_people_take_for_weights_is_named_as_what_it_is_whatever_was_to_be_
         with pytest.raises(WeightsError) as caught:
             LOADERS[name](tmp_path / file)
         assert caught.value.problems[0].startswith(f"{tmp_path / file}: {said}")
-    if name != "model":
-        (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
-        with pytest.raises(WeightsError, match="is a GGUF file: only components of a model are read from these"):
-            LOADERS[name](tmp_path / "x.gguf")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(100))
+    others = "is a GGUF file: only models, ControlNets, IP-Adapters and CLIP are read from these"
+    with pytest.raises(WeightsError, match=WITHOUT_TENSORS.get(name, others)):
+        LOADERS[name](tmp_path / "x.gguf")
 
 
 def test_the_command_that_converts_pickles_converts_them(saved, tmp_path):

@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from functional_sd3 import weights
-from functional_sd3.core import tree
+from functional_sd3.core import prng, tree
+from functional_sd3.core import spec as specs
 from functional_sd3.formats import blocks
 from functional_sd3.formats import gguf as ours
+from functional_sd3.image import taesd
+from functional_sd3.layouts import controlnet as controlnet_layout
+from functional_sd3.layouts import ip_adapter as ip_adapter_layout
 from functional_sd3.layouts import registry, rules
 from functional_sd3.text import t5
-from functional_sd3.transformer import mmdit
+from functional_sd3.transformer import controlnet, ip_adapter, mmdit
 from functional_sd3.weights import Config, WeightsError
 from tests.weights.conftest import CONFIG
 from tests.weights.gguf_files import write
@@ -268,3 +272,52 @@ def test_a_gguf_file_with_changed_bytes_is_a_weights_error_or_a_whole_model(vict
         return
     assert weights.check(found) == []
     assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(found.params))
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("transformer", {"in_channels": 1, "out_channels": 1, "patch_size": 1}),
+        ("clip_l", {"length": 1}),
+        ("clip_l", {"projection_width": 1}),
+        ("t5", {"vocab": 1}),
+        ("taesd", {"width": 1, "latent_channels": 1}),
+    ],
+    ids=str,
+)
+def test_sizes_are_read_off_shapes_without_leading_ones(make_model, tmp_path, name, changes):
+    sizes = taesd.Config(encoder_blocks=(1, 1), decoder_blocks=(1, 1)) if name == "taesd" else getattr(CONFIG, name)
+    model = make_model(Config(**{name: replace(sizes, **changes)}))
+    tensors = theirs(model, name, (registry.NATIVE if name == "taesd" else registry.STABILITY)[name])
+    dropped = as_ggml_writes(tensors)
+    assert any(dropped[each].shape != tensors[each].shape for each in tensors)
+    write(tmp_path / "x.gguf", dropped, Kind.F32)
+    loaded = weights.load(tmp_path / "x.gguf")
+    assert tree.diff(loaded.params[name], model.params[name]) == []
+    assert {field: getattr(getattr(loaded.config, name), field) for field in changes} == changes
+
+
+def test_trees_beside_a_model_load_from_gguf_without_leading_ones(tmp_path):
+    net = controlnet.Config(depth=1, heads=1, head_dim=8, context_width=8, pooled_width=8, position_size=4)
+    adapter = ip_adapter.Config(
+        attentions=2,
+        width=8,
+        head_dim=4,
+        image_width=6,
+        hidden_width=8,
+        depth=1,
+        heads=1,
+        resampler_head_dim=8,
+        tokens=3,
+        mlp_width=12,
+        time_frequencies=4,
+    )
+    loaders = {"ControlNet": weights.load_controlnet, "IP-Adapter": weights.load_ip_adapter}
+    rows = [(controlnet_layout.FORMATS["diffusers"], net), (ip_adapter_layout.FORMAT, adapter)]
+    for format, config in rows:
+        params = specs.init(prng.key(0), format.spec(config))
+        tensors = format.tensors(config, tree.flatten_paths(params))
+        dropped = as_ggml_writes(tensors)
+        assert any(dropped[each].shape != tensors[each].shape for each in tensors)
+        write(tmp_path / "x.gguf", dropped, Kind.F32)
+        assert tree.diff(loaders[format.component](tmp_path / "x.gguf").params, params) == []
