@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 from functional_sd3.formats import bounded
 from functional_sd3.formats.errors import WeightsError
@@ -21,6 +21,7 @@ from functional_sd3.formats.printable import shorten
 
 REQUIRED: Any = object()
 """The default of a field that must be there."""
+Default = TypeVar("Default")
 _DEEPEST = 64
 _KINDS = {
     dict: "an object",
@@ -43,18 +44,20 @@ class Object(NamedTuple):
     values: Mapping[str, Any]
     where: str
 
-    def text(self, name: str, default: Any = REQUIRED, *, longest: int = 2**20) -> str:
+    def text(self, name: str, default: Default = REQUIRED, *, longest: int = 2**20) -> str | Default:
         """A string of at most `longest` characters."""
         value = self._value(name, default, str)
         if isinstance(value, str) and len(value) > longest:
             raise self.error(name, f"has {len(value):,} characters, more than {longest:,}")
         return value
 
-    def boolean(self, name: str, default: Any = REQUIRED) -> bool:
+    def boolean(self, name: str, default: Default = REQUIRED) -> bool | Default:
         """True or false; numbers are neither."""
         return self._value(name, default, bool)
 
-    def integer(self, name: str, default: Any = REQUIRED, *, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    def integer(
+        self, name: str, default: Default = REQUIRED, *, low: int = -(2**63), high: int = 2**63 - 1
+    ) -> int | Default:
         """A whole number from `low` to `high`; a float without a fraction (1e3) counts as one."""
         value: Any = self.number(name, default)
         if name not in self.values or self.values[name] is None:
@@ -63,14 +66,20 @@ class Object(NamedTuple):
             raise self.error(name, f"must be a whole number from {low} to {high}")
         return int(value)
 
-    def number(self, name: str, default: Any = REQUIRED) -> float:
+    def number(self, name: str, default: Default = REQUIRED) -> float | Default:
         """A finite number."""
         value = self._value(name, default, float)
         if value is default:
             return value
         return _finite(value, self, name)
 
-    def mapping(self, name: str, default: Any = REQUIRED) -> "Object":
+    @overload
+    def mapping(self, name: str, default: None) -> "Object | None": ...
+
+    @overload
+    def mapping(self, name: str, default: Mapping[str, Any] = REQUIRED) -> "Object": ...
+
+    def mapping(self, name: str, default: Mapping[str, Any] | None = REQUIRED) -> "Object | None":
         """An object within this one; where the field is absent, one of the mapping `default`."""
         value = self._value(name, default, dict)
         return Object(value, f"{self.where}: {shorten(name)}") if isinstance(value, dict) else value

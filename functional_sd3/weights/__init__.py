@@ -12,7 +12,7 @@ Usage:
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -148,6 +148,27 @@ def fetcher(path: str | os.PathLike | Sequence[str | os.PathLike], **options: An
     What `pipeline.encode_from` and `pipeline.generate_from` take components from, one after another.
     """
     return lambda name: load(path, only=name, **options).params[name]
+
+
+@overload
+def save(
+    path: str | os.PathLike,
+    model: Model,
+    *,
+    layout: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+) -> None: ...
+@overload
+def save(
+    path: str | os.PathLike,
+    model: dict[str, Params],
+    config: Config,
+    *,
+    layout: str = "diffusers",
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+) -> None: ...
 
 
 def save(
