@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from functional_sd3.core import layers, prng
+from functional_sd3.core import blend, layers, prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, attention
 from functional_sd3.core.checks import check_channels, check_dtype, check_floating
@@ -119,9 +119,10 @@ def decode_tiled(params: Params, config: Config, latents: Tensor, *, tile: int =
         for left in _tile_starts(width, tile, overlap):
             bottom, right = min(top + tile, height), min(left + tile, width)
             part = decode(params, config, latents[..., top:bottom, left:right])
+            seam = overlap * scale
             ramp = torch.outer(
-                _ramp(bottom - top, top > 0, bottom < height, overlap, scale, part),
-                _ramp(right - left, left > 0, right < width, overlap, scale, part),
+                blend.ramp((bottom - top) * scale, seam, rises=top > 0, falls=bottom < height, like=part),
+                blend.ramp((right - left) * scale, seam, rises=left > 0, falls=right < width, like=part),
             )
             window = (slice(top * scale, bottom * scale), slice(left * scale, right * scale))
             total[(..., *window)] += part * ramp
@@ -179,17 +180,6 @@ def _tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     if size <= tile:
         return [0]
     return [*range(0, size - tile, tile - overlap), size - tile]
-
-
-def _ramp(length: int, fade_in: bool, fade_out: bool, overlap: int, scale: int, like: Tensor) -> Tensor:
-    steps = min(overlap, length) * scale
-    rise = (torch.arange(steps, device=like.device, dtype=like.dtype) + 1) / (steps + 1)
-    ramp = like.new_ones(length * scale)
-    if fade_in and steps:
-        ramp[:steps] = rise
-    if fade_out and steps:
-        ramp[-steps:] = torch.minimum(ramp[-steps:], rise.flip(0))
-    return ramp
 
 
 def _middle_spec(channels: int) -> Tree:

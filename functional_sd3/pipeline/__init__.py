@@ -3,6 +3,7 @@
 The functions that draw (`generate`, `image_to_image`, ...) each make a request of their arguments.
 """
 
+from functional_sd3.core.blend import slerp
 from functional_sd3.pipeline.adapters import Adapted, adapted, with_loras
 from functional_sd3.pipeline.blending import Region, blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components
@@ -30,7 +31,7 @@ from functional_sd3.pipeline.latents import (
     step_keys,
 )
 from functional_sd3.pipeline.masks import extend_canvas, keep_masked, latent_mask, restore_kept, unmask_times
-from functional_sd3.pipeline.mixing import between, lerp, mix_conditions, slerp
+from functional_sd3.pipeline.mixing import between, lerp, mix_conditions
 from functional_sd3.pipeline.prepare import Prepared, prepare, slice_samples, split_batches
 from functional_sd3.pipeline.preview import preview
 from functional_sd3.pipeline.record import describe, read_description

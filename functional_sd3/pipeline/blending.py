@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.core import blend
 from functional_sd3.core.types import Params, Velocity
 from functional_sd3.flow.stepwise import RunVelocity, map_steps
 from functional_sd3.image import vae
@@ -119,8 +120,8 @@ def windows(x: Tensor, tile: int, overlap: int, patch: int = 1) -> list[tuple[Wi
         (
             (slice(top, top + high), slice(left, left + wide)),
             torch.outer(
-                _ramp(x, high, top > 0, top + high < x.shape[-2], overlap),
-                _ramp(x, wide, left > 0, left + wide < x.shape[-1], overlap),
+                blend.ramp(high, overlap, rises=top > 0, falls=top + high < x.shape[-2], like=x),
+                blend.ramp(wide, overlap, rises=left > 0, falls=left + wide < x.shape[-1], like=x),
             ),
         )
         for top, high in rows
@@ -135,12 +136,6 @@ def _spans(side: int, tile: int, overlap: int, patch: int) -> list[tuple[int, in
     count = -(-(side - overlap) // (tile - overlap))
     starts = [round(index * (side - tile) / (count - 1) / patch) * patch for index in range(count)]
     return [(start, tile) for start in starts]
-
-
-def _ramp(like: Tensor, length: int, rises: bool, falls: bool, overlap: int) -> Tensor:
-    slope = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (overlap + 1)
-    flat = torch.ones_like(slope)
-    return torch.minimum(slope if rises else flat, slope.flip(0) if falls else flat).clamp_max(1)
 
 
 def _placed(part: Tensor, window: Window, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import tree
+from functional_sd3.core.blend import slerp
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
@@ -18,7 +19,7 @@ from functional_sd3.pipeline.encoding import EncodedPrompts, conditions_of
 from functional_sd3.pipeline.fields import Conditions, Field, velocity
 from functional_sd3.pipeline.latents import decode, initial_noise
 from functional_sd3.pipeline.masks import keep_masked, latent_mask, restore_kept, unmask_times
-from functional_sd3.pipeline.mixing import between, slerp
+from functional_sd3.pipeline.mixing import between
 from functional_sd3.pipeline.prepare import Prepared, split_batches
 from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, Tiling, needed
 from functional_sd3.pipeline.sampling import add_noise, sample, sigmas

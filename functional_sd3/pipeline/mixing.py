@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from functional_sd3.core.blend import slerp
 from functional_sd3.flow.path import broadcast
 from functional_sd3.pipeline.fields import Conditions, slice_batch
 from functional_sd3.text.conditioning import Conditioning
@@ -17,26 +18,6 @@ def lerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
     """start + amount (end - start), and `end` itself for 1."""
     amount = broadcast(torch.as_tensor(amount, dtype=start.dtype, device=start.device), start)
     return (1 - amount) * start + amount * end
-
-
-def slerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
-    """Along the arc between vectors: (batch, ...), each sample one vector; amount () or (batch,).
-
-    sin((1 - a) w) / sin(w) start + sin(a w) / sin(w) end with w the angle between them (Shoemake 1985). Between two
-    Gaussian noises it is one, where `lerp` has too little variance. Parallel and opposed vectors, which have no arc,
-    are mixed as `lerp` does.
-    """
-    amount = broadcast(torch.as_tensor(amount, dtype=start.dtype, device=start.device), start)
-    axes = tuple(range(1, start.ndim))
-    cosine = (start * end).sum(axes, keepdim=True) / (
-        start.square().sum(axes, keepdim=True) * end.square().sum(axes, keepdim=True)
-    ).sqrt().clamp_min(torch.finfo(start.dtype).tiny)
-    has_arc = cosine.abs() < 1 - 1e-6
-    # Where there is none the angle is a harmless number, so that derivatives are finite too.
-    angle = torch.acos(torch.where(has_arc, cosine, 0.0))
-    first = torch.where(has_arc, torch.sin((1 - amount) * angle) / torch.sin(angle), 1 - amount)
-    second = torch.where(has_arc, torch.sin(amount * angle) / torch.sin(angle), amount + torch.zeros_like(angle))
-    return first * start + second * end
 
 
 def mix_conditions(start: Conditions, end: Conditions, amount: float | Tensor, mix: Mix = lerp) -> Conditions:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core import transform, tree
+from functional_sd3.core import blend, transform, tree
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
@@ -38,7 +38,7 @@ _PARTS: dict[str, type] = {
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable] = {
     f"{function.__module__.removeprefix('functional_sd3.')}.{function.__qualname__}": function
-    for function in (mixing.lerp, mixing.slerp, velocity, fixed_point.inverse, transform.compile)
+    for function in (mixing.lerp, blend.slerp, velocity, fixed_point.inverse, transform.compile)
 }
 """Functions that a description may name. No others are looked up: descriptions are found in files of other people."""
 _MOST_NUMBERS = 1024

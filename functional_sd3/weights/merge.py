@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
+from functional_sd3.core import blend, tree
 from functional_sd3.core.types import Params
 
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -36,25 +36,11 @@ def average(trees: Sequence[Params], weights: Sequence[Weight] | None = None) ->
 
 
 def slerp(first: Params, second: Params, t: Weight) -> Params:
-    """From `first` (t = 0) to `second` (t = 1) along the arc between them, every leaf a vector of its own.
-
-    sin((1 - t) a) / sin(a) theta_0 + sin(t a) / sin(a) theta_1, where a is the angle between the two (Shoemake 1985,
-    "Animating rotation with quaternion curves"); along the chord where they are parallel or zero.
-    """
+    """From `first` (t = 0) to `second` (t = 1) along the arc between them (`blend.slerp`), every leaf a vector."""
 
     def between(one: Tensor, other: Tensor) -> Tensor:
         wide = _wider(one)
-        start, end = one.to(wide), other.to(one.device, wide)
-        norms = torch.linalg.vector_norm(start) * torch.linalg.vector_norm(end)
-        cosine = ((start * end).sum() / norms.clamp_min(torch.finfo(wide).tiny)).clamp(-1, 1)
-        angle = torch.acos(cosine)
-        sine = torch.sin(angle)
-        straight = (sine < 1e-6) | (norms == 0)
-        sine = torch.where(straight, 1.0, sine)
-        # As first + weights of changes: leaves that are equal stay equal.
-        near = torch.where(straight, 1.0 - t, torch.sin((1.0 - t) * angle) / sine)
-        far = torch.where(straight, t, torch.sin(t * angle) / sine)
-        return (start * (near + far) + (end - start) * far).to(one.dtype)
+        return blend.slerp(one.to(wide)[None], other.to(one.device, wide)[None], t)[0].to(one.dtype)
 
     return tree.map(between, first, second)
 
