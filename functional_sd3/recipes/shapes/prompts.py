@@ -5,7 +5,7 @@ rest into connected regions, and names each region by the drawn shape that overl
 count, shapes, colours, sizes, background and relation all are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy
@@ -27,6 +27,10 @@ class Reading(NamedTuple):
     things: tuple[world.Thing, ...]
     background: str
     overlaps: tuple[float, ...]
+
+
+Reader = Callable[[Tensor], Reading]
+"""Reads an image (3, height, width) in [0, 1]."""
 
 
 class Verdict(NamedTuple):
@@ -121,14 +125,15 @@ def readings(images: Tensor) -> list[Reading]:
     return [_read(image, stencils) for image in images]
 
 
-def verdicts(images: Tensor, scenes: Sequence[world.Scene]) -> list[Verdict]:
-    """`judge` of each image of a batch (batch, 3, height, width) and its scene."""
-    return [judge(reading, scene) for reading, scene in zip(readings(images), scenes, strict=True)]
+def verdicts(images: Tensor, scenes: Sequence[world.Scene], *, reader: Reader | None = None) -> list[Verdict]:
+    """`judge` of each image of a batch (batch, 3, height, width) and its scene, to a reader, by default `read`."""
+    read_images = readings(images) if reader is None else map(reader, images)
+    return [judge(reading, scene) for reading, scene in zip(read_images, scenes, strict=True)]
 
 
-def table(images: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of images (batch, 3, height, width) that are right, in all and in each respect."""
-    judged = verdicts(images, scenes)
+def table(images: Tensor, scenes: Sequence[world.Scene], *, reader: Reader | None = None) -> dict[str, float]:
+    """Share of images (batch, 3, height, width) that are right, in all and in each respect; reader: of `verdicts`."""
+    judged = verdicts(images, scenes, reader=reader)
     shares = {name: float(numpy.mean([getattr(verdict, name) for verdict in judged])) for name in Verdict._fields}
     return {"right": float(numpy.mean([verdict.right for verdict in judged])), **shares}
 

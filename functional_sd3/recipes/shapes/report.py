@@ -1,46 +1,76 @@
 """Prompt following of a model of the shapes world, and the model card of params/tiny."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key
+from functional_sd3.image import pixels, vae
+from functional_sd3.layouts.components import require
 from functional_sd3.recipes import model_card
-from functional_sd3.recipes.shapes import prompts, world
-from functional_sd3.training import log
+from functional_sd3.recipes.shapes import outlines, prompts, spread, world
 from functional_sd3.weights.model import Model
 
+RESPECTS = ("right", "count", "shape", "colour", "size", "background", "relation")
+READERS: dict[str, prompts.Reader] = {"prompts": prompts.read, "outlines": outlines.read}
+"""Readers of images by the module they are of."""
 
-def prompt_following(
-    model: Model, things: int, count: int, key: Key, *, batch: int = 25, **options
-) -> dict[str, float]:
-    """Shares of images that are right (see `prompts.table`), of `count` held-out captions of one or two things.
 
-    The captions are spread evenly over all held-out ones; `options` go to `pipeline.generate`.
+def held_out_images(
+    model: Model, things: int, count: int, key: Key, *, noises: int = 1, batch: int = 25, **options
+) -> tuple[Tensor, list[world.Scene]]:
+    """Images (captions * noises, 3, height, width) of `count` held-out captions of one or two things, and their scenes.
+
+    The captions are spread evenly over all held-out ones, of which there may be fewer, and drawn from `noises` noises
+    each; `options` go to `pipeline.generate`.
     """
     listed = world.held_out_captions(things)
     count = min(count, len(listed))
-    chosen = [listed[index * len(listed) // count] for index in range(count)]
+    chosen = [listed[index * len(listed) // count] for index in range(count)] * noises
     images = []
     with torch.no_grad():
-        for start in range(0, count, batch):
+        for start in range(0, len(chosen), batch):
             captions = [caption for caption, _ in chosen[start : start + batch]]
             keys = prng.fold_in(key, torch.arange(start, start + len(captions), dtype=torch.int64, device="cpu"))
             images.append(pipeline.generate(model.params, model.config, model.tokenizers, captions, keys, **options))
-    return prompts.table(torch.cat(images), [scene for _, scene in chosen]) | {"captions": count}
+    return torch.cat(images), [scene for _, scene in chosen]
 
 
-def describe(out: Path, model: Model, log_path: Path, *, command: str, history: str, captions: int = 200) -> None:
-    """Write the model card: README.md, loss.png and samples.png with the run, its loss and its prompt following."""
-    rows = [(int(row["step"]), float(row["loss"])) for row in log.read(log_path)]
-    tables = [prompt_following(model, things, captions, prng.key(0)) for things in (1, 2)]
-    names = ("right", "count", "shape", "colour", "size", "background", "relation")
-    lines = [f"| things | captions | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for things, table in enumerate(tables, 1):
-        shares = " | ".join(f"{100 * table[name]:.1f} %" for name in names)
-        lines.append(f"| {things} | {table['captions']} | {shares} |")
+def prompt_following(
+    model: Model, things: int, count: int, key: Key, *, noises: int = 1, batch: int = 25, **options
+) -> dict[str, float]:
+    """Shares of images that are right (see `prompts.table`), of those of `held_out_images`."""
+    images, scenes = held_out_images(model, things, count, key, noises=noises, batch=batch, **options)
+    return prompts.table(images, scenes) | {"captions": len(scenes) // noises}
+
+
+def decoded_originals(model: Model, count: int, key: Key) -> tuple[Tensor, list[world.Scene]]:
+    """Images of `count` scenes, held-out ones among them, encoded and decoded by the model's autoencoder."""
+    scenes, config = world.scenes(key, count, hold_out=False), require(model.config, "vae")
+    decoded = []
+    with torch.no_grad():
+        for start in range(0, count, 50):
+            originals = pixels.to_signed(pixels.from_pil([world.draw(scene) for scene in scenes[start : start + 50]]))
+            latents = vae.encode(model.params["vae"], config, originals).mean
+            decoded.append(pixels.from_signed(vae.decode(model.params["vae"], config, latents)))
+    return torch.cat(decoded), scenes
+
+
+def describe(
+    out: Path,
+    model: Model,
+    curves: Sequence[model_card.Curve],
+    *,
+    command: str,
+    history: str,
+    captions: int = 300,
+    noises: int = 2,
+) -> None:
+    """Write the model card: README.md, curves and samples.png with the run, its logs and its prompt following."""
     shown = [text for things in (1, 2) for text, _ in world.held_out_captions(things)[:: 8 + 1550 * (things - 1)][:8]]
     with torch.no_grad():
         samples = pipeline.generate(model.params, model.config, model.tokenizers, shown, prng.key(0))
@@ -54,10 +84,46 @@ A whole SD3.5 pipeline in miniature, in diffusers' folder layout, trained from s
 {history}.
 Parameters: {sizes}. MIT licence, as the code.
 
-## Prompt following
+{_following(model, captions, noises)}"""
+    model_card.write(out, title="params/tiny", text=text, curves=curves, samples=samples, captions=shown)
 
-Held-out captions (never trained on) drawn at the default settings and read back by
-`functional_sd3/recipes/shapes/prompts.py`; `python -m bench.prompt_following` measures it again.
 
-{chr(10).join(lines)}"""
-    model_card.write(out, title="params/tiny", text=text, log=rows, samples=samples, captions=shown)
+def _following(model: Model, captions: int, noises: int) -> str:
+    """The sections on what is drawn right."""
+    head = ["| images | of | reader |", "|---|---|---|"]
+    table = [
+        each + rest for each, rest in zip(head, (f" {' | '.join(RESPECTS)} |", "---|" * len(RESPECTS)), strict=True)
+    ]
+    spreads = [
+        "| images | right | place, pixels | the world's | side, pixels | the world's | distance | of two draws |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    drawn = {
+        f"{name} held-out captions": held_out_images(model, things, captions, prng.key(0), noises=noises)
+        for things, name in ((1, "one-object"), (2, "two-object"))
+    }
+    drawn["decoded originals"] = decoded_originals(model, 300, prng.key(1))
+    for name, (images, scenes) in drawn.items():
+        for reader, read in READERS.items():
+            shares = prompts.table(images, scenes, reader=read)
+            row = " | ".join(f"{100 * shares[each]:.1f} %" for each in RESPECTS)
+            table.append(f"| {name} | {len(scenes)} | {reader} | {row} |")
+        found = spread.measure(images, scenes, prng.key(2), reader=prompts.read)
+        values = " | ".join(f"{value:.2f}" for value in found[1:])
+        spreads.append(f"| {name} | {found.images} | {values} |")
+    lines = "\n".join
+    return f"""## Prompt following
+
+Held-out captions (never trained on), {noises} noises each, drawn at the default settings and read back by
+`functional_sd3/recipes/shapes/prompts.py`, by which the model was rewarded, and by `outlines.py` there, by which it was
+not; `python -m bench.prompt_following` measures it again.
+
+{lines(table)}
+
+## Diversity
+
+Right images against as many of the world with the same captions (`functional_sd3/recipes/shapes/spread.py`): standard
+deviations of the things' coordinates and of their sides, the square roots of their areas, and the Kolmogorov-Smirnov
+distance of the coordinates from the world's.
+
+{lines(spreads)}"""

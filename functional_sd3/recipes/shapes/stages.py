@@ -1,4 +1,4 @@
-"""Training stages of `params/tiny`: the autoencoder, a pool of latents, and the transformer on that pool.
+"""Training stages of `params/tiny`: the autoencoder, a pool of latents, the transformer on that pool, the decoder.
 
 Hidden matrices are trained by Muon, which at this size needs several times fewer steps than AdamW.
 """
@@ -25,6 +25,8 @@ POOL = 131072
 """Number of images in the pool."""
 VAE_BATCH = 32
 FLOW_BATCH = 64
+DECODER_EDGES = 1.0
+DECODER_NOISE = 0.2
 DROPOUT = 0.1
 ADAMW_ONLY = (
     "embedding",
@@ -58,12 +60,41 @@ def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     train_step = step.make_train_step(
         objectives.vae_loss(require(config, "vae"), divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
     )
+    return Stage(step.init(run_key, params, optimizer), train_step, _new_images(data_key))
+
+
+def decoder_stage(
+    key: Key, config: Config, params: Params, steps: int, *, peak: float = 1e-3, dtype: torch.dtype | None = None
+) -> Stage:
+    """The decoder alone, from the autoencoder `params`: the encoder is frozen, so all latents stay as they are.
+
+    The posterior's mean is decoded, with little noise: a draw of the posterior no longer says where corners are, and
+    the transformer's latents are nearer to the mean than a draw is. `dtype`: as of `flow_stage`.
+    """
+    sizes = require(config, "vae")
+    run_key, data_key = prng.split(key)
+    rate = optim.trapezoid(peak, min(100, steps // 4), steps, int(0.6 * steps))
+    optimizer = _optimizer(rate, rate, dtype=dtype)
+    learned = step.trainable(SPECS["vae"](sizes), "decoder.*")
+    train_step = step.make_train_step(
+        objectives.vae_loss(sizes, divergence=0.0, edges=DECODER_EDGES, noise=DECODER_NOISE, dtype=dtype),
+        optimizer,
+        trainable=learned,
+        ema_decay=0.998,
+        donate=True,
+        rate=rate,
+    )
+    return Stage(step.init(run_key, params, optimizer, trainable=learned), train_step, _new_images(data_key))
+
+
+def _new_images(key: Key) -> Callable[[int], dict[str, Tensor]]:
+    """Batches of images that are drawn anew in every step."""
 
     def batch(index: int) -> dict[str, Tensor]:
-        images, _ = world.images(prng.fold_in(data_key, index), VAE_BATCH)
+        images, _ = world.images(prng.fold_in(key, index), VAE_BATCH)
         return {"images": pixels.to_signed(pixels.from_bytes(images))}
 
-    return Stage(step.init(run_key, params, optimizer), train_step, batch)
+    return batch
 
 
 def pool(key: Key, params: Params, config: Config, tables: Tokenizers, count: int) -> dict:

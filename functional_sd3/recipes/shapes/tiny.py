@@ -2,13 +2,15 @@
 
     python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 
-or further training of a finished model's transformer alone:
+or further training of a finished model, of its transformer alone or of its decoder alone:
 
-    python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --compile --refine-steps 12000
+    python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --compile --decoder-steps 0
+    python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --refine-steps 0
 
 Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on new images; a
 pool of images encoded once; the transformer and the three text encoders together; then the transformer alone, which
-is what takes time (`architecture`, `stages`). Stopped at any moment, the same command goes on.
+is what takes time; the decoder alone, which leaves the latents as they are (`architecture`, `stages`). Stopped at any
+moment, the same command goes on.
 """
 
 import argparse
@@ -24,10 +26,11 @@ from functional_sd3.core.types import Key, Params
 from functional_sd3.formats import files
 from functional_sd3.image import pixels
 from functional_sd3.layouts.components import SPECS, Config
+from functional_sd3.recipes import model_card
 from functional_sd3.recipes.shapes import architecture, report, stages, world
 from functional_sd3.recipes.shapes.stages import Stage
 from functional_sd3.text import conditioning
-from functional_sd3.training import checkpoint, loop, step
+from functional_sd3.training import checkpoint, log, loop, step
 from functional_sd3.weights.model import Model, Tokenizers
 
 VAE_STEPS = 1200
@@ -35,6 +38,14 @@ FLOW_STEPS = 2200
 """Of the transformer and the text encoders together."""
 REFINE_STEPS = 12000
 """Of the transformer alone."""
+DECODER_STEPS = 6000
+"""Of the decoder alone."""
+CURVES = (
+    ("flow", "loss", "flow_loss", "Loss of transformer and text encoders", True),
+    ("refine", "loss", "loss", "Loss of the transformer alone", True),
+    ("decoder", "psnr", "psnr", "Decoded images against their originals, PSNR in dB", False),
+)
+"""Stage, column of its log, name, title, and whether it is drawn logarithmically."""
 
 
 def train(
@@ -45,6 +56,7 @@ def train(
     vae_steps: int,
     flow_steps: int,
     refine_steps: int = 0,
+    decoder_steps: int = 0,
     start: Model | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -52,12 +64,12 @@ def train(
 ) -> Model | None:
     """The whole recipe: the model, saved in `out`; None when it was stopped. `work` holds logs and checkpoints.
 
-    `flow_steps` of transformer and text encoders, then `refine_steps` of the transformer, each with its own rise and
-    fall of the learning rate. `start`: a finished model whose transformer learns on; its tokenizers, encoders and
-    autoencoder stay as they are.
+    `flow_steps` of transformer and text encoders, then `refine_steps` of the transformer and `decoder_steps` of the
+    decoder, each with its own rise and fall of the learning rate. `start`: a finished model whose transformer and
+    decoder learn on; its tokenizers, encoders and the autoencoder's encoder stay as they are.
     """
     root = prng.key(seed)
-    tokens_key, _, pool_key, flow_key = prng.split(root, 4)
+    tokens_key, decoder_key, pool_key, flow_key = prng.split(root, 4)
     if start is None:
         tables = architecture.tokenizers(tokens_key)
         sizes = architecture.config(tables)
@@ -67,7 +79,9 @@ def train(
         autoencoder = trained.ema
     else:
         tables, sizes, autoencoder = start.tokenizers, start.config, start.params["vae"]
-    data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
+    data: dict = {}
+    if start is None or refine_steps:
+        data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
     if start is None:
         sizes = stages.with_measured_scaling(sizes, data["latents"])
 
@@ -90,6 +104,12 @@ def train(
             if state is None:
                 return None
             params = state.ema
+    if decoder_steps:
+        decoder = stages.decoder_stage(decoder_key, sizes, autoencoder, decoder_steps, dtype=dtype)
+        state = _run(work / "decoder", decoder, decoder_steps, progress)
+        if state is None:
+            return None
+        autoencoder = state.ema
     params = {**(params or {}), "vae": autoencoder}
     model = Model({name: params[name] for name in SPECS if name in params}, sizes, tables)
     weights.save(out, model, dtype=torch.float16)
@@ -107,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS, help="of transformer and text encoders")
     parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS, help="of the transformer alone, after those")
-    parser.add_argument("--start", type=Path, help="folder of a finished model, whose transformer is refined")
-    parser.add_argument("--bfloat16", action="store_true", help="compute the flow in bfloat16")
+    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS, help="of the decoder alone, after those")
+    parser.add_argument("--start", type=Path, help="folder of a finished model, which learns on")
+    parser.add_argument("--bfloat16", action="store_true", help="compute flow and decoder in bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile the flow's gradient")
     parsed = parser.parse_args(arguments)
     parsed.work.mkdir(parents=True, exist_ok=True)
@@ -119,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vae_steps=parsed.vae_steps,
         flow_steps=parsed.flow_steps,
         refine_steps=parsed.refine_steps,
+        decoder_steps=parsed.decoder_steps,
         start=weights.load(parsed.start, dtype=torch.float32) if parsed.start else None,
         dtype=torch.bfloat16 if parsed.bfloat16 else None,
         compile=parsed.compile,
@@ -127,14 +149,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     typed = sys.argv[1:] if arguments is None else arguments
-    before = "those of the refined model" if parsed.start else f"{parsed.flow_steps} of transformer and text encoders"
+    done = {
+        "autoencoder": 0 if parsed.start else parsed.vae_steps,
+        "transformer and text encoders": 0 if parsed.start else parsed.flow_steps,
+        "transformer alone": parsed.refine_steps,
+        "decoder alone": parsed.decoder_steps,
+    }
+    history = ", ".join(f"{steps} of the {name}" for name, steps in done.items() if steps)
     report.describe(
         parsed.out,
         model,
-        parsed.work / ("refine" if parsed.refine_steps else "flow") / "log.csv",
+        _curves(parsed.work),
         command=" ".join(["python -m functional_sd3.recipes.shapes.tiny", *typed]),
-        history=f"{parsed.vae_steps} steps of the autoencoder, {before}, "
-        f"{parsed.refine_steps} of the transformer alone, {stages.FLOW_BATCH} images a step",
+        history=f"Steps: {history}" + (", after those of the model at --start" if parsed.start else ""),
     )
     print(parsed.out)
     return 0
@@ -165,6 +192,15 @@ def _run(
         progress=progress,
     )
     return outcome.state if outcome.reason == "done" else None
+
+
+def _curves(work: Path) -> list[model_card.Curve]:
+    """Curves of the stages whose logs are in `work`."""
+    return [
+        model_card.Curve(name, title, [(int(row["step"]), float(row[column])) for row in rows], logarithmic)
+        for stage, column, name, title, logarithmic in CURVES
+        if (rows := log.read(work / stage / "log.csv"))
+    ]
 
 
 def _kept_pool(path: Path, key: Key, params: Params, config: Config, tables: Tokenizers) -> dict:

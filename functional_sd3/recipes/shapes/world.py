@@ -9,7 +9,8 @@ import hashlib
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,6 +124,11 @@ def scenes(key: Key, count: int, *, two: float = 0.7, hold_out: bool = True) -> 
     raise AssertionError("unreachable")
 
 
+def placed(key: Key, scene: Scene) -> Scene:
+    """The scene with its things at other places, drawn at random as `scenes` does."""
+    return _placed(scene, prng.uniform(key, (4,)).tolist())
+
+
 def draw(scene: Scene, side: int = SIDE, *, supersample: int = 4) -> "Image":
     """The scene as an RGB image `side` pixels wide, drawn larger and reduced by averaging."""
     from PIL import Image, ImageDraw
@@ -189,12 +195,23 @@ def _scene(row: list[float], two: float) -> Scene:
     sizes, shapes = (pick(RADII), pick(RADII)), (pick(SHAPES), pick(SHAPES))
     relation = pick(RELATIONS)
     places = [next(draws) for _ in range(4)]
+    first = Thing(sizes[0], first_colour, shapes[0])
     if not pair:
-        x, y = (_between(RADII[sizes[0]], SIDE - RADII[sizes[0]], place) for place in places[:2])
-        return Scene((Thing(sizes[0], first_colour, shapes[0], x, y),), ground)
-    (x1, y1), (x2, y2) = _place(RELATIONS[relation], RADII[sizes[0]], RADII[sizes[1]], places)
-    things = (Thing(sizes[0], first_colour, shapes[0], x1, y1), Thing(sizes[1], second_colour, shapes[1], x2, y2))
-    return Scene(things, ground, relation)
+        return _placed(Scene((first,), ground), places)
+    return _placed(Scene((first, Thing(sizes[1], second_colour, shapes[1])), ground, relation), places)
+
+
+def _placed(scene: Scene, places: list[float]) -> Scene:
+    """The things of the scene at places from four uniforms."""
+    radii = [RADII[thing.size] for thing in scene.things]
+    centres: Sequence[tuple[float, float]]
+    if scene.relation is None:
+        low, high = radii[0], SIDE - radii[0]
+        centres = [(_between(low, high, places[0]), _between(low, high, places[1]))]
+    else:
+        centres = _place(RELATIONS[scene.relation], radii[0], radii[1], places)
+    things = (replace(thing, x=x, y=y) for thing, (x, y) in zip(scene.things, centres, strict=True))
+    return replace(scene, things=tuple(things))
 
 
 def _place(
