@@ -1,1 +1,1 @@
-"""Foundations of every room: keys, trees, specs, layers, attention, transforms, dispatch."""
+"""Foundations of every package: keys, trees, specs, layers, attention, transforms, dispatch."""

@@ -32,7 +32,7 @@ def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes
 
 @op
 def linear(params: Params, x: Tensor) -> Tensor:
-    """x (..., inputs) -> (..., outputs)."""
+    """Linear layer: x (..., inputs) -> (..., outputs)."""
     weight = dequantized_weight(params, x.dtype) if "scale" in params else params["weight"]
     y = F.linear(x, weight, params.get("bias"))
     if "low_rank" not in params:
@@ -71,7 +71,7 @@ def split_outputs(params: Params, sizes: Sequence[int]) -> list[Params]:
 
 
 def cast(params: Params, dtype: torch.dtype) -> Params:
-    """The floating-point leaves in `dtype`, as `tree.cast`, for a tree that is differentiated."""
+    """`tree.cast` by the one operation `cast_leaves`, which has a fused kernel forwards and backwards."""
     leaves, changed = tree.leaves(params), []
     for leaf in leaves:
         if leaf.is_floating_point() and leaf.dtype != dtype:
@@ -130,7 +130,7 @@ def residual_block_spec(inputs: int, outputs: int) -> Tree:
 def residual_block(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """Residual block with pre-activation (He et al. 2016): x + conv(silu(norm(conv(silu(norm(x)))))).
 
-    Group norms and 3x3 convolutions; where "shortcut" is there, x goes through this 1x1 convolution.
+    Group norms and 3x3 convolutions; the optional "shortcut" is a 1x1 convolution of x.
     """
     h = conv2d(params["conv1"], group_norm_silu(params["norm1"], x, groups, eps), padding=1)
     h = conv2d(params["conv2"], group_norm_silu(params["norm2"], h, groups, eps), padding=1)
@@ -147,17 +147,17 @@ def patches_linear(params: Params) -> Params:
 
 @op
 def image_layout(x: Tensor) -> Tensor:
-    """x (batch, channels, height, width) itself, in the memory order in which convolutions are fastest."""
+    """x (batch, channels, height, width) in the memory format in which convolutions are fastest."""
     return x.contiguous()
 
 
 def embedding_spec(entries: int, width: int, *, scale: float = 0.02) -> Tree:
-    """Table (entries, width)."""
+    """Parameters of an embedding: a table (entries, width)."""
     return {"weight": Param((entries, width), spec.normal(scale), ("vocab", "width"))}
 
 
 def embedding(params: Params, ids: Tensor) -> Tensor:
-    """ids (...) int64 -> (..., width)."""
+    """Rows of the embedding table: ids (...) int64 -> (..., width)."""
     return F.embedding(ids, params["weight"])
 
 
@@ -170,7 +170,7 @@ def norm_spec(width: int, *, bias: bool = True) -> Tree:
 
 
 def layer_norm(params: Params, x: Tensor, eps: float) -> Tensor:
-    """Over the last axis; `params` may be empty (a norm without scale and shift)."""
+    """Layer norm (Ba et al. 2016) over the last axis; `params` may be empty: a norm without scale and shift."""
     return F.layer_norm(x, x.shape[-1:], params.get("weight"), params.get("bias"), eps)
 
 
@@ -187,7 +187,7 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 @op
 def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
-    """x (batch, channels, ...); `groups` must divide channels (Wu and He 2018)."""
+    """Group norm (Wu and He 2018) of x (batch, channels, ...); `groups` must divide channels."""
     if params["weight"].requires_grad and not x.requires_grad:
         # PyTorch 2.13 on a CPU crashes in the backward pass of a channels_last image that needs no gradient itself.
         x = x.contiguous()

@@ -72,7 +72,7 @@ def adamw_inplace(
 ) -> None:  # fmt: skip
     """One step of AdamW written into weights, mean and square, float32 (Loshchilov and Hutter 2019, algorithm 2).
 
-    count (): the number of this step, float32. divisor: what the gradients are divided by first; they may be
+    count (): the number of this step, float32. divisor: the gradients are first divided by it; they may be
     overwritten by the quotients. weight <- weight - rate (direction + decay weight).
     """
     if divisor is not None:

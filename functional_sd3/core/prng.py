@@ -3,9 +3,9 @@
 Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". A key is an int64 tensor (..., 2) of two 32-bit
 words; element i of a draw is the cipher of the 64-bit counter i (JAX's `jax_threefry_partitionable`), so it depends on
 the key and on i alone: the same on any device and in any batch. `bits`, `uniform`, `split`, `fold_in`, `randint`,
-`bernoulli` and `permutation` equal `jax.random`'s bit for bit; `normal` within a few units in the last place. What a
-network then makes of the same draw is the same up to rounding, about 1e-7 in float32: another number of threads, batch
-or processor sums in another order.
+`bernoulli` and `permutation` equal `jax.random`'s bit for bit; `normal` within a few units in the last place. A
+network's results for the same draw are equal up to rounding, about 1e-7 in float32: with another number of threads,
+batch size or processor sums are taken in another order.
 
 Keys may be batched: (..., 2) gives (..., *shape), each row being the draw of its key alone. A key is used once: split
 it, fold into it or draw from it.
@@ -77,7 +77,7 @@ def split(key: Key, n: Shape = 2) -> Key:
 
 
 def fold_in(key: Key, data: int | Tensor) -> Key:
-    """The key of `key` and one more number, such as a step or the index of a sample.
+    """A key derived from `key` and a number, such as a step or the index of a sample.
 
     `data`: an int in [-2**31, 2**32), taken mod 2**32, or an integer tensor that broadcasts with the key's batch.
     """
@@ -98,8 +98,8 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
 def sample_keys(key: Key | None, count: int, each: str = "sample") -> Key:
     """A key for each of `count` samples, (count, 2): `fold_in(key, i)` of one key (2,), or keys (count, 2) as they are.
 
-    So what a sample draws does not depend on its batch. `each`: what one of them is called in the ValueError for keys
-    of another number and for None.
+    So the draws of a sample do not depend on its batch. `each`: the word for a sample in the ValueError for another
+    number of keys and for None.
     """
     if key is None:
         raise ValueError(f"no key to draw from for each {each}: give key=prng.key(seed)")
@@ -112,7 +112,7 @@ def sample_keys(key: Key | None, count: int, each: str = "sample") -> Key:
 
 
 def bits(key: Key, shape: Shape = ()) -> Tensor:
-    """32 random bits an element: int64 (..., *shape) in [0, 2**32)."""
+    """32 random bits per element: int64 (..., *shape) in [0, 2**32)."""
     return _unsigned(_bits(key, _shape(shape)))
 
 
@@ -136,7 +136,7 @@ def uniform(
         first, second = map(_unsigned, _draw(key, shape))
         draw = (first << 20 | second >> 12).to(torch.float64).mul_(2.0**-52)
     else:
-        draw = _shift_right(_bits(key, shape), 9).to(torch.float32).mul_(2.0**-23)
+        draw = _shift_right_inplace(_bits(key, shape), 9).to(torch.float32).mul_(2.0**-23)
     if isinstance(minval, Tensor) or isinstance(maxval, Tensor) or (minval, maxval) != (0.0, 1.0):
         low, high = (torch.as_tensor(bound, dtype=draw.dtype, device=draw.device) for bound in (minval, maxval))
         draw = _scale(draw, high - low, low)
@@ -216,7 +216,7 @@ def randint(key: Key, shape: Shape, minval: int | Tensor, maxval: int | Tensor) 
 def permutation(key: Key, x: int | Tensor) -> Tensor:
     """A random order of range(x), (..., x), or of the rows of a tensor: (..., *x.shape).
 
-    Sorts by random bits, stably, as many times as make ties harmless: the very order `jax.random.permutation` gives.
+    Sorts by random bits, stably, often enough that ties do not matter: the order of `jax.random.permutation`.
     """
     if isinstance(x, Tensor):
         if x.ndim == 0:
@@ -243,13 +243,13 @@ def _check_floating(dtype: torch.dtype) -> None:
 
 
 def check_key(key: Key) -> None:
-    """Raise ValueError for what is no key: an int64 tensor (..., 2)."""
+    """Raises ValueError unless key is an int64 tensor (..., 2)."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
         given = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
         raise ValueError(f"key is {given}; a key is an int64 tensor (..., 2), made by prng.key(seed)")
 
 
-# Words are int32 from here on: half the memory of int64, and sums that overflow as the cipher's do.
+# The cipher's words are int32 below: half the memory of int64, and sums overflow as in the cipher.
 
 
 def _key(first: Tensor, second: Tensor) -> Key:
@@ -261,8 +261,8 @@ def _unsigned(words: Tensor) -> Tensor:
     return words.to(torch.int64).bitwise_and_(_WORD)
 
 
-def _shift_right(words: Tensor, places: int) -> Tensor:
-    """In the memory of `words`, zeros coming in from above."""
+def _shift_right_inplace(words: Tensor, places: int) -> Tensor:
+    """Logical right shift of `words`, in place."""
     return words.bitwise_right_shift_(places).bitwise_and_((1 << (32 - places)) - 1)
 
 
@@ -290,12 +290,12 @@ def threefry(key0: Tensor, key1: Tensor, low: Tensor, high: Tensor | None = None
     """Threefry-2x32 with 20 rounds of the counter high * 2**32 + low (`high` None: 0); all words int32, broadcast."""
     schedule = (key0, key1, key0 ^ key1 ^ PARITY)
     second = key1 + low
-    # Both words get the full shape (and vmap's batch) here: what is in place below is so on tensors of our own.
+    # Both words get the full shape (and vmap's batch) here, so the in-place operations below write into new tensors.
     first = key0 + (torch.zeros_like(second) if high is None else high)
     for group in range(5):
         for rotation in ROTATIONS[group % 2]:
             first += second
-            second = (second << rotation).bitwise_or_(_shift_right(second, 32 - rotation))
+            second = (second << rotation).bitwise_or_(_shift_right_inplace(second, 32 - rotation))
             second ^= first
         first += schedule[(group + 1) % 3]
         second += schedule[(group + 2) % 3] + (group + 1)

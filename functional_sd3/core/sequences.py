@@ -1,4 +1,4 @@
-"""Sequences of Python values, such as what is active at each step of a run."""
+"""Runs of equal values in a sequence, such as the set of active ControlNets at each step."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -35,10 +35,12 @@ class Param:
 
 
 def zeros(key: Key, shape: tuple[int, ...]) -> Tensor:
+    """Every element 0; the key is not used."""
     return torch.zeros(shape, device=key.device, dtype=torch.float32)
 
 
 def ones(key: Key, shape: tuple[int, ...]) -> Tensor:
+    """Every element 1; the key is not used."""
     return torch.ones(shape, device=key.device, dtype=torch.float32)
 
 
@@ -87,7 +89,7 @@ def count(spec: Tree) -> int:
 
 
 def init(key: Key, spec: Tree, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Initial parameters of a spec, each leaf from a key of its own; `device="meta"` allocates nothing."""
+    """Initial parameters of a spec, each leaf from a separate key; `device="meta"` allocates nothing."""
     if torch.device(device).type == "meta":
         return map_params(lambda path, param: torch.empty(param.shape, dtype=dtype, device="meta"), spec)
     order = {path: index for index, path in enumerate(paths(spec))}

@@ -18,7 +18,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.dispatch import can_replace_saved_tensors, in_transform
 from functional_sd3.core.types import Tree
 
-# True while `value_and_grad` runs its function: a gradient taken in there has to stay differentiable.
+# True while `value_and_grad` runs its function: gradients taken inside of it have to stay differentiable.
 _differentiating: ContextVar[bool] = ContextVar("differentiating", default=False)
 
 
@@ -27,8 +27,8 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Any]]:
     """`torch.func.grad_and_value` in half its memory, with room for `remat` and sharded leaves.
 
-    Takes and returns what that does, gradients first: `(grads, value)`, or `(grads, (value, aux))` with `has_aux`; for
-    a tuple of `argnums` a tuple of gradients. The arguments differentiated are trees of float tensors; leaves that `fn`
+    The same arguments and results, gradients first: `(grads, value)`, or `(grads, (value, aux))` with `has_aux`; for a
+    tuple of `argnums` a tuple of gradients. The arguments differentiated are trees of float tensors; leaves that `fn`
     does not use have zero gradients. Raises ValueError naming a leaf that is not float, or a value that is no scalar.
 
     At the top level it is one backward pass without a graph of its own (`torch.autograd.grad` on detached leaves).
@@ -80,8 +80,8 @@ def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
 def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None) -> Callable[..., Tree]:
     """From `loss(params, *sample) -> scalar` to `(params, *batch) -> gradients`, each leaf (batch, *leaf.shape).
 
-    `batch` are tensors or trees with a leading batch axis that `loss` does not see; `chunk_size` samples are worked on
-    at a time (all by default).
+    `batch` are tensors or trees with a leading batch axis, over which `loss` is mapped, `chunk_size` samples at a time
+    (all by default).
     """
     grad = torch.func.grad(loss)
 
@@ -115,7 +115,7 @@ def compile(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # no
     """`torch.compile(fn, fullgraph=True, **options)`: one graph or an error, never a silent fall back to eager parts.
 
     Compile outside and transform inside: `compile(torch.func.grad_and_value(loss))`; a transform of a compiled function
-    runs eagerly. Raises RuntimeError where the default backend would find no C++ compiler; see `compiler_available`.
+    runs eagerly. Raises RuntimeError where the default backend has no C++ compiler; see `compiler_available`.
     """
     if options.get("backend", "inductor") == "inductor":
         check_compiler()
@@ -123,7 +123,7 @@ def compile(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:  # no
 
 
 def check_compiler() -> None:
-    """RuntimeError where `compile` would find no C++ compiler, or not Python's headers."""
+    """Raises RuntimeError where the C++ compiler or Python's headers, which `compile` needs, are not installed."""
     if not compiler_available():
         raise RuntimeError(
             f"compiling needs the C++ compiler {_compiler()} and Python's headers ({_python_header()}); "
@@ -161,8 +161,8 @@ def _detach(path: str, leaf: Tensor) -> Tensor:
 
 def _gradients(value: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
-        given = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the function returned {given}; only a scalar float tensor can be differentiated")
+        kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the function returned {kind}; only a scalar float tensor can be differentiated")
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     return torch.autograd.grad(value, leaves, materialize_grads=True)

@@ -71,11 +71,11 @@ def unflatten_paths(flat: dict[str, Any]) -> Tree:
         if name in node:
             raise ValueError(f"{path} is both a leaf and the parent of other leaves")
         node[name] = leaf
-    return _settle(root, "")
+    return _branches_to_lists(root, "")
 
 
 def select(tree: Tree, chooser: Chooser) -> dict[str, Any]:
-    """The chosen leaves by path: what `flatten_paths` gives, less the rest."""
+    """The chosen leaves by dotted path, in order."""
     chosen = _predicate(chooser)
     return {path: leaf for path, leaf in _walk("", tree) if chosen(path, leaf)}
 
@@ -190,7 +190,7 @@ def _walk(path: str, tree: Tree) -> list[tuple[str, Any]]:
 
 
 def _collect(path: str, tree: Tree, leaves: list[tuple[str, Any]]) -> None:
-    # Into one list: generators of generators pass every leaf up through every level.
+    # One list for the whole tree: nested generators would pass every leaf through every level.
     if not isinstance(tree, _NODES):
         leaves.append((path, tree))
         return
@@ -238,10 +238,11 @@ class _Branch(dict):
     """A node under construction, to distinguish it from a leaf that is a dict."""
 
 
-def _settle(node: Any, path: str) -> Tree:
+def _branches_to_lists(node: Any, path: str) -> Tree:
+    """The tree of a `_Branch`: branches whose names are 0..n-1 become lists, others dicts."""
     if not isinstance(node, _Branch):
         return node
-    children = {name: _settle(child, _join(path, name)) for name, child in node.items()}
+    children = {name: _branches_to_lists(child, _join(path, name)) for name, child in node.items()}
     names = [name for name in children if not _is_position(name)]
     if len(names) == len(children):
         return children
@@ -291,7 +292,7 @@ def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) 
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    # By size: float8 has no promotion.
+    # By itemsize: torch.promote_types does not take float8.
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 

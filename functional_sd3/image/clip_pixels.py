@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """resize: the shorter side, in pixels; crop: the side of the central square. mean, std: of pixels in [0, 1], red,
-    green and blue; the defaults are OpenAI's."""
+    """Settings of the preprocessing; the defaults are OpenAI's.
+
+    resize: the shorter side, in pixels; crop: the side of the central square. mean, std: of red, green and blue in
+    [0, 1].
+    """
 
     resize: int = 224
     crop: int = 224
@@ -71,8 +74,8 @@ def _preprocess(config: Config, image: "Image") -> Tensor:
     size = (int(config.resize * width / short), int(config.resize * height / short))
     resized = numpy.asarray(image.resize(size, Image.Resampling.BICUBIC))
     top, left = (size[1] - config.crop) // 2, (size[0] - config.crop) // 2
-    cut = resized[top : top + config.crop, left : left + config.crop]
+    cropped = resized[top : top + config.crop, left : left + config.crop]
     # Operations and roundings in transformers' order: bytes to float32 by way of float64, then mean and deviation.
-    scaled = (cut.astype(numpy.float64) * (1 / 255)).astype(numpy.float32)
+    scaled = (cropped.astype(numpy.float64) * (1 / 255)).astype(numpy.float32)
     normalised = (scaled - numpy.array(config.mean, numpy.float32)) / numpy.array(config.std, numpy.float32)
     return torch.from_numpy(numpy.ascontiguousarray(normalised.transpose(2, 0, 1)))

@@ -40,5 +40,5 @@ def encode(
     latents = vae.normalize(config, latents) if shifted else latents * config.scaling
     if mask is None:
         return latents
-    kept = 1 - F.interpolate(mask.to(latents), latents.shape[-2:])
-    return torch.cat([latents, kept.expand(len(latents), -1, -1, -1)], dim=1)
+    keep = 1 - F.interpolate(mask.to(latents), latents.shape[-2:])
+    return torch.cat([latents, keep.expand(len(latents), -1, -1, -1)], dim=1)

@@ -1,6 +1,6 @@
 """Greyscale of more than 8 bits (Pillow's modes I, I;16 and F), which Pillow itself clips to 255 when it converts it.
 
-Integers span 0 (black) to 65535 (white), or what a TIFF says of its bits; floats 0 to 1. Values outside are refused.
+Integers span 0 (black) to 65535 (white), or as many bits as a TIFF declares; floats 0 to 1. Values outside are refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,11 +28,11 @@ def eight_bits(image: "Image") -> "Image":
     if not is_deep(image):
         return image
     grey = _by_rows(image, "L", _unit(image, numpy.uint8, 255.0))
-    hidden = image.info.get("transparency")
-    if isinstance(hidden, int):
-        # PNG names one of the 65536 greys as the transparent one.
-        opaque = lambda values: numpy.where(values == hidden, 0, 255).astype(numpy.uint8)  # noqa: E731
-        grey.putalpha(_by_rows(image, "L", opaque))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        # PNG declares one of the 65536 greys transparent.
+        alpha = lambda values: numpy.where(values == transparent, 0, 255).astype(numpy.uint8)  # noqa: E731
+        grey.putalpha(_by_rows(image, "L", alpha))
     return grey
 
 
@@ -42,11 +42,11 @@ def floats(image: "Image") -> "Image":
 
 
 def _unit(image: "Image", dtype: type, white: float) -> Callable[[numpy.ndarray], numpy.ndarray]:
-    """Values of a deep image -> `white` times what they are of its full scale; ValueError for values beyond it."""
+    """Function of a deep image's values that scales full scale to `white`. Raises ValueError for values beyond it."""
     scale = 1.0 if image.mode == "F" else _full_scale(image)
     extrema = [(part.min(), part.max()) for _, part in _rows(image)]
     low, high = min(low for low, _ in extrema), max(high for _, high in extrema)
-    # Floats may be beyond by what rounding makes.
+    # Rounding may take floats slightly beyond the range.
     if not (low >= -1e-5 and high <= scale * (1 + 1e-5)):
         kind = "floats" if image.mode == "F" else "integers of more than 8 bits"
         raise RefusedError(
@@ -64,7 +64,7 @@ def _unit(image: "Image", dtype: type, white: float) -> Callable[[numpy.ndarray]
 
 
 def _full_scale(image: "Image") -> float:
-    """White of integers of more than 8 bits: 65535, unless a TIFF says that it has fewer bits or a sign."""
+    """White of integers of more than 8 bits: 65535, unless a TIFF declares fewer bits or a sign."""
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, (16,))[0]
     if bits == 16 and tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
@@ -73,7 +73,7 @@ def _full_scale(image: "Image") -> float:
 
 
 def _by_rows(image: "Image", mode: str, function: Callable[[numpy.ndarray], numpy.ndarray]) -> "Image":
-    """An image of `mode` from `function` of the values, in memory little more than the result's."""
+    """An image of `mode` from `function` of the values, some rows at a time: little memory beyond the result's."""
     from PIL import Image
 
     result = Image.new(mode, image.size)
@@ -83,7 +83,7 @@ def _by_rows(image: "Image", mode: str, function: Callable[[numpy.ndarray], nump
 
 
 def _rows(image: "Image") -> Iterator[tuple[int, numpy.ndarray]]:
-    """The values of some rows at a time, and the first one's number."""
+    """Index of the first row and values, of some rows at a time."""
     width, height = image.size
     rows = max(1, 2**20 // width)
     for top in range(0, height, rows):

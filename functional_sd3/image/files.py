@@ -1,4 +1,4 @@
-"""Image files of any format and mode, read within bounds: the one place of this program that opens an image.
+"""Image files of any format and mode, read within bounds: the only module that opens an image.
 
 Greyscale, palettes, CMYK, 16 bits, transparency and EXIF orientation are converted to upright RGB:
 
@@ -39,8 +39,8 @@ _REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FIT
 (IPTC) or unpack without a bound (FITS)."""
 _MOST_DECODED = 2**32
 """Pixels of a JPEG times its scans: each scan goes over the whole image, and a file has room for thousands."""
-_JPEG_MARK = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])", re.DOTALL)
-"""A mark of a segment, of those that do not stand within values of the image."""
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])", re.DOTALL)
+"""A marker that begins a segment or ends the image; fill bytes, restarts and starts of images are none."""
 _ORIENTATION, _DESCRIPTION, _COMMENT = 0x0112, 0x010E, 0x9286
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
@@ -63,7 +63,7 @@ def suffixes() -> frozenset[str]:
 
 
 def suffix_words() -> str:
-    """The usual suffixes, and how many there are besides, for a message."""
+    """The usual suffixes and the number of others, as words of a message."""
     known, usual = suffixes(), (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
     shown = [suffix for suffix in usual if suffix in known]
     return f"{', '.join(shown)} and {len(known) - len(shown)} more"
@@ -71,12 +71,12 @@ def suffix_words() -> str:
 
 def read(file: str | os.PathLike | BinaryIO) -> "Image":
     """The image in RGB, 8 bits a channel, composed over white."""
-    return _decoded(file, lambda image: pixels.opaque(_turned(depth.eight_bits(image), _orientation(image))))
+    return _decode(file, lambda image: pixels.opaque(_upright(depth.eight_bits(image), _orientation(image))))
 
 
 def read_transparent(file: str | os.PathLike | BinaryIO) -> "Image":
     """The image in RGBA, 8 bits a channel; alpha is 255 everywhere where the file has no transparency."""
-    return _decoded(file, lambda image: _turned(depth.eight_bits(image), _orientation(image)).convert("RGBA"))
+    return _decode(file, lambda image: _upright(depth.eight_bits(image), _orientation(image)).convert("RGBA"))
 
 
 def read_deep(file: str | os.PathLike | BinaryIO) -> "Image":
@@ -84,10 +84,10 @@ def read_deep(file: str | os.PathLike | BinaryIO) -> "Image":
 
     def convert(image: "Image") -> "Image":
         if depth.is_deep(image):
-            return _turned(depth.floats(image), _orientation(image))
-        return pixels.opaque(_turned(depth.eight_bits(image), _orientation(image)))
+            return _upright(depth.floats(image), _orientation(image))
+        return pixels.opaque(_upright(depth.eight_bits(image), _orientation(image)))
 
-    return _decoded(file, convert)
+    return _decode(file, convert)
 
 
 def read_texts(file: str | os.PathLike | BinaryIO) -> dict[str, str]:
@@ -102,15 +102,15 @@ def read_texts(file: str | os.PathLike | BinaryIO) -> dict[str, str]:
                  for name, value in fields.items() if name not in ("exif", "icc_profile")}  # fmt: skip
         return {name: str(value) for name, value in texts.items() if isinstance(value, str)}
 
-    return _decoded(file, convert, decode=False)
+    return _decode(file, convert, decode=False)
 
 
-def _decoded(file, function: Callable[["Image"], Result], *, decode: bool = True) -> Result:
+def _decode(file, function: Callable[["Image"], Result], *, decode: bool = True) -> Result:
     """`function(image)` of the image in a file, after its header has passed the checks of size."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # Warnings about a file that is read all the same (broken EXIF, for instance) are of no use here.
+        # Pillow warns of defects that do not prevent reading, such as broken EXIF.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _stream(file) as stream:
@@ -129,7 +129,7 @@ def _decoded(file, function: Callable[["Image"], Result], *, decode: bool = True
         raise ValueError(f"has more than {MOST_PIXELS:,} pixels, the most that is read; reduce it first") from None
     except MemoryError:
         raise ValueError("not a readable image (there is not enough memory for it)") from None
-    # Decoders meet broken files with many kinds of errors, SyntaxError and struct.error among them.
+    # Decoders raise many kinds of errors for broken files, SyntaxError and struct.error among them.
     except Exception as error:
         reason = shorten(str(error) or type(error).__name__, 200)
         raise ValueError(f"not a readable image ({reason})") from None
@@ -175,30 +175,30 @@ def _check_header(image: "Image", stream: BinaryIO) -> None:
         if any(not isinstance(side, int) for side in sides) or sides[0] * sides[1] > MOST_PIXELS:
             raise RefusedError(f"is a TIFF with tiles of {sides[0]} x {sides[1]}, more than {MOST_PIXELS:,} pixels")
     if image.format in ("JPEG", "MPO"):
-        place = stream.tell()
+        offset = stream.tell()
         stream.seek(0)
         scans = _count_scans(stream.read(MOST_BYTES))
-        stream.seek(place)
+        stream.seek(offset)
         if scans * image.width * image.height > _MOST_DECODED:
             raise RefusedError(f"is a JPEG of {scans} scans of {image.width} x {image.height} pixels: too many")
 
 
 def _count_scans(content: bytes) -> int:
-    """Scans of the first image in a JPEG file: behind its end phones put videos, in which the mark stands by chance."""
-    scans, place = 0, 2
-    while mark := _JPEG_MARK.search(content, place):
-        place = mark.end()
-        if mark[1] == b"\xd9":
+    """Scans of the first image in a JPEG file; phones append videos, which may hold a marker's bytes by chance."""
+    scans, offset = 0, 2
+    while marker := _JPEG_MARKER.search(content, offset):
+        offset = marker.end()
+        if marker[1] == b"\xd9":
             break
-        scans += mark[1] == b"\xda"
-        # Behind a mark without a length there is nothing to skip.
-        if mark[1] != b"\x01":
-            place += int.from_bytes(content[place : place + 2], "big")
+        scans += marker[1] == b"\xda"
+        # The marker TEM alone is not followed by the length of a segment.
+        if marker[1] != b"\x01":
+            offset += int.from_bytes(content[offset : offset + 2], "big")
     return scans
 
 
 def _exif(image: "Image") -> dict:
-    """Empty where it cannot be read."""
+    """EXIF tags of an image; empty where they cannot be read."""
     try:
         return dict(image.getexif()) | dict(image.getexif().get_ifd(0x8769))
     except Exception:
@@ -210,8 +210,8 @@ def _orientation(image: "Image") -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def _turned(image: "Image", orientation: int) -> "Image":
-    """The image upright, by EXIF's number of the camera's orientation."""
+def _upright(image: "Image", orientation: int) -> "Image":
+    """The image turned upright, given EXIF's orientation of the camera, 1 to 8."""
     from PIL import Image
 
     turns = Image.Transpose

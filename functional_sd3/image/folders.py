@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CHUNK = 8
-"""Number of images in a chunk of work for a process."""
+"""Number of images that a process reads at a time."""
 
 
 class Skipped(NamedTuple):
@@ -46,7 +46,7 @@ class Item(NamedTuple):
 
 
 def source(path: str | os.PathLike) -> Source:
-    """The images below a folder, or in a zip archive, by the suffixes of their names; hidden ones are passed by.
+    """The images below a folder, or in a zip archive, by the suffixes of their names; hidden ones are left out.
 
     Raises FileNotFoundError when there is no such path, ValueError when it is neither or has no images.
     """
@@ -96,13 +96,13 @@ def _in_folder(folder: Path) -> Iterator[str]:
     entered = {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         # Links to folders are followed as those to files are, but no folder is entered twice.
-        kept = []
+        unvisited = []
         for name in sorted(folders):
-            place = os.path.realpath(os.path.join(root, name))
-            if place not in entered and not name.startswith("."):
-                entered.add(place)
-                kept.append(name)
-        folders[:] = kept
+            real = os.path.realpath(os.path.join(root, name))
+            if real not in entered and not name.startswith("."):
+                entered.add(real)
+                unvisited.append(name)
+        folders[:] = unvisited
         yield from ((Path(root) / name).relative_to(folder).as_posix() for name in names)
 
 
@@ -130,18 +130,18 @@ def _opened(path: Path) -> Iterator[Callable[[str], "Image"]]:
 
 def _bytes(archive: zipfile.ZipFile, name: str) -> bytes:
     declared, method = archive.getinfo(name).file_size, archive.getinfo(name).compress_type
-    # zipfile unpacks what it reads at a time without a bound, except where the method is deflate.
+    # zipfile bounds the size that a read unpacks to for deflate only; other methods are read in small blocks.
     size = 2**20 if method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 2**12
     content = bytearray()
     try:
         if declared > files.MOST_BYTES:
             raise ValueError(f"{declared:,} bytes, more than the {files.MOST_BYTES:,} that are read of one image")
-        # A member gives no more than it declares.
+        # A member unpacks to no more bytes than it declares.
         with archive.open(name) as member:
             while block := member.read(size):
                 content += block
         return bytes(content)
-    # Damage and encryption show as errors of zipfile, of zlib and of neither.
+    # Damage and encryption raise errors of zipfile, of zlib and others.
     except Exception as error:
         raise ValueError(f"cannot be taken out of the archive ({error or type(error).__name__})") from None
 
@@ -176,7 +176,7 @@ def _in_processes(source: Source, transform: Callable, workers: int) -> Iterator
         finished = True
     finally:
         pool.shutdown(wait=finished, cancel_futures=True)
-        # After an early end, by Ctrl-C for instance, the images under way are not waited for.
+        # After an early end, by Ctrl-C for instance, images being read are not waited for.
         for process in set(active_children()) - others:
             process.terminate()
 

@@ -26,14 +26,15 @@ _SHARE = 0.98
 
 
 class Mask(NamedTuple):
-    """`image` in mode "L"; `reading` says what was drawn anew by the rule of transparency, "" where there is none."""
+    """`image` in mode "L"; `reading`: words for the part that the rule of transparency draws anew, "" where it did not
+    apply."""
 
     image: "Image"
     reading: str
 
 
 def from_image(mask: "Image", image: "Image | None" = None) -> Mask:
-    """The mask in an RGBA image by the rule above; `image`: what it is a mask of.
+    """The mask in an RGBA image by the rule above; `image`: the image that it masks.
 
     Raises ValueError where alpha is (nearly) 0 everywhere.
     """
@@ -45,24 +46,24 @@ def from_image(mask: "Image", image: "Image | None" = None) -> Mask:
         raise ValueError(f"is transparent everywhere: its alpha is at most {most} of 255, where 255 is opaque")
     if most - least < _VARIES:
         return Mask(mask.convert("RGB").convert("L"), "")
-    # Decided on at most a million pixels, resized to the nearest so that no colours are mixed.
+    # Decided on at most a million pixels, resized without interpolation so that no colours are mixed.
     scale = min(1.0, (2**20 / (mask.width * mask.height)) ** 0.5)
     size = [max(1, round(side * scale)) for side in mask.size]
-    look = numpy.asarray(mask.resize(size, Image.Resampling.NEAREST))
-    if not (look[..., 3] >= most / 2).any():
-        look = numpy.asarray(mask)
-    visible = look[..., 3] >= most / 2
-    colours = look[..., :3][visible].astype(numpy.int16)
+    values = numpy.asarray(mask.resize(size, Image.Resampling.NEAREST))
+    if not (values[..., 3] >= most / 2).any():
+        values = numpy.asarray(mask)
+    visible = values[..., 3] >= most / 2
+    colours = values[..., :3][visible].astype(numpy.int16)
     white = (colours >= 255 - _NEAR).all(1)
     black = (colours <= _NEAR).all(1)
     if white.mean() >= _SHARE:
         return Mask(alpha, "its white strokes are")
-    same = image is not None and _is_of(image, look, visible)
-    if not same and white.any() and (white | black).mean() >= _SHARE:
+    is_image = image is not None and _shows(image, values, visible)
+    if not is_image and white.any() and (white | black).mean() >= _SHARE:
         ground = Image.new("RGBA", mask.size, (0, 0, 0, 255))
         return Mask(Image.alpha_composite(ground, mask).convert("L"), "what is white in it is")
     near = (abs(colours - numpy.median(colours, axis=0)) <= _NEAR).all(1)
-    if not same and near.mean() >= _SHARE and black.mean() < _SHARE:
+    if not is_image and near.mean() >= _SHARE and black.mean() < _SHARE:
         return Mask(alpha, "its strokes of one colour are")
     return Mask(alpha.point(range(255, -1, -1)), "what is transparent in it is")
 
@@ -84,10 +85,10 @@ def _extrema(channel: "Image") -> tuple[int, int]:
     return levels[0], levels[-1]
 
 
-def _is_of(image: "Image", look: numpy.ndarray, visible: numpy.ndarray) -> bool:
-    """True if what is visible of a mask is the image."""
+def _shows(image: "Image", values: numpy.ndarray, visible: numpy.ndarray) -> bool:
+    """True if the visible pixels of a mask, RGBA values (height, width, 4), are those of the image."""
     from PIL import Image
 
-    height, width = look.shape[:2]
+    height, width = values.shape[:2]
     other = numpy.asarray(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)).astype(numpy.int16)
-    return (abs(other[visible] - look[..., :3][visible]) <= _NEAR).all(1).mean() >= _SHARE
+    return (abs(other[visible] - values[..., :3][visible]) <= _NEAR).all(1).mean() >= _SHARE

@@ -89,7 +89,7 @@ def opaque(image: "Image") -> "Image":
 
 
 def grid(images: Tensor, columns: int | None = None, *, gap: int = 2) -> Tensor:
-    """images (batch, 3, height, width) -> one image (1, 3, ...), row by row on white; `columns` near a square."""
+    """Contact sheet of images (batch, 3, height, width): (1, 3, ...), row by row on white; by default about square."""
     count, channels, height, width = images.shape
     columns = columns or int(numpy.ceil(numpy.sqrt(count)))
     rows = -(-count // columns)

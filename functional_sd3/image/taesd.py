@@ -1,8 +1,7 @@
-"""TAESD, the tiny autoencoder of Ollin Boer Bohan, in the size made for the latents of SD3: quick previews in place of
-the VAE.
+"""TAESD, the tiny autoencoder of Ollin Boer Bohan, for SD3's latents: a fast approximation of the VAE, for previews.
 
-https://github.com/madebyollin/taesd (no paper); numerics of diffusers' `AutoencoderTiny`. Its latents are those the
-transformer sees: no scaling, no shift.
+https://github.com/madebyollin/taesd (no paper); numerics of diffusers' `AutoencoderTiny`. Its latents are the
+transformer's: no scaling, no shift.
 """
 
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ TAESD3 = Config()
 
 
 def factor(config: Config) -> int:
-    """Pixels a side of one latent: 8 for four resolutions."""
+    """Downsampling factor per side: 8 for four resolutions."""
     return 2 ** (len(config.decoder_blocks) - 1)
 
 
@@ -87,7 +86,7 @@ def encode(params: Params, config: Config, images: Tensor) -> Tensor:
 
 
 def decode(params: Params, config: Config, latents: Tensor) -> Tensor:
-    """Latents as the transformer sees them (batch, latent_channels, h, w) -> images (batch, 3, factor * h, ...), about
+    """The transformer's latents (batch, latent_channels, h, w) -> images (batch, 3, factor * h, ...), about
     [-1, 1]. Raises ValueError when the latents have another number of channels, or another dtype than the parameters.
     """
     check_floating("latents", latents)

@@ -1,6 +1,7 @@
-"""The 16-channel variational autoencoder of Stable Diffusion 3: images <-> latents, eight times smaller a side.
+"""The 16-channel variational autoencoder of Stable Diffusion 3, which downsamples images by 8 per side.
 
-Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; sizes and constants of SD3's file.
+Kingma and Welling 2014, "Auto-Encoding Variational Bayes"; Rombach et al. 2022, "High-Resolution Image Synthesis with
+Latent Diffusion Models"; sizes and constants of SD3's file.
 Keeps the behaviour of diffusers' `AutoencoderKL` without quantisation convolutions.
 """
 
@@ -41,14 +42,14 @@ SD3_VAE = Config()
 
 
 class Posterior(NamedTuple):
-    """The Gaussian an image is encoded to; both (batch, latent_channels, height / factor, width / factor)."""
+    """Gaussian posterior q(z | x) of the latents; both (batch, latent_channels, height / factor, width / factor)."""
 
     mean: Tensor
     logvar: Tensor
 
 
 def factor(config: Config) -> int:
-    """Pixels a side of one latent: 8 for four levels."""
+    """Downsampling factor per side: 8 for four levels."""
     return 2 ** (len(config.channels) - 1)
 
 
@@ -75,7 +76,7 @@ def encode(params: Params, config: Config, images: Tensor, *, implementation: Im
         for block in level["blocks"]:
             x = layers.residual_block(block, x, config.groups, config.eps)
         if "resample" in level:
-            # One pixel at the right and bottom only, as the released weights were trained.
+            # Padded at the right and bottom only, as the released weights were trained.
             x = layers.conv2d(level["resample"], F.pad(x, (0, 1, 0, 1)), stride=2)
     x = _middle(params["middle"], config, x, implementation)
     x = layers.group_norm_silu(params["norm_out"], x, config.groups, config.eps)
@@ -131,7 +132,7 @@ def decode_tiled(params: Params, config: Config, latents: Tensor, *, tile: int =
 
 
 def sample(posterior: Posterior, key: Key) -> Tensor:
-    """One draw of the posterior: mean + exp(logvar / 2) * noise."""
+    """A sample of the posterior, reparameterised: mean + exp(logvar / 2) * noise."""
     noise = prng.normal(key, posterior.mean.shape, dtype=posterior.mean.dtype)
     return posterior.mean + torch.exp(0.5 * posterior.logvar) * noise
 

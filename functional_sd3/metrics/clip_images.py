@@ -3,7 +3,7 @@
     model = weights.load_clip("clip-vit-large-patch14-336")
     clip_images.scores(model.params, model.config, model.tokenizer, model.pixels, images, captions)
 
-Published CLIP scores are of ViT-B/32 or ViT-L/14, published CMMD of ViT-L/14 at 336 pixels: say which beside a figure.
+Published CLIP scores use ViT-B/32 or ViT-L/14, published CMMD ViT-L/14 at 336 pixels: name the model beside a figure.
 """
 
 from collections.abc import Sequence
@@ -31,15 +31,15 @@ def scores(
     images: "Tensor | Sequence[Image]",
     captions: Sequence[str],
 ) -> Tensor:
-    """The CLIP score of each image with its caption, 0 to 100: float64 (n,); their mean is what is published.
+    """The CLIP score of each image with its caption, 0 to 100: float64 (n,); their mean is the published figure.
 
     images: (n, 3, height, width) in [0, 1], or n images of any sizes. Captions longer than CLIP reads are cut off.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions must be as many")
-    seen = image_embeddings(params, config, clip_pixels.apply(pixels, images))
-    ids = bpe.apply(tokenizer, captions, length=config.text.length).to(seen.device)
-    return clip_score.pairs(seen, clip_dual.text_embeddings(params, config, ids))
+    embeddings = image_embeddings(params, config, clip_pixels.apply(pixels, images))
+    ids = bpe.apply(tokenizer, captions, length=config.text.length).to(embeddings.device)
+    return clip_score.pairs(embeddings, clip_dual.text_embeddings(params, config, ids))
 
 
 def cmmd_distance(
@@ -57,6 +57,6 @@ def cmmd_distance(
 
 
 def image_embeddings(params: Params, config: clip_dual.Config, images: Tensor) -> Tensor:
-    """`clip_dual.image_embeddings` of prepared images (n, 3, size, size), moved to the parameters, without gradient."""
+    """`clip_dual.image_embeddings` of prepared images (n, 3, size, size), on the parameters' device; no gradient."""
     with torch.no_grad():
         return clip_dual.image_embeddings(params, config, images.to(params["logit_scale"].device))

@@ -16,8 +16,8 @@ _ROWS = 1024
 def distance(x: Tensor, y: Tensor) -> float:
     """CMMD of image embeddings x (n, d) and y (m, d), which are first scaled to length 1.
 
-    The estimate that keeps the pairs of each sample with itself, as the authors': at least 0, and 0 for equal sets.
-    Raises ValueError for dimensions that differ, an empty set, integers, or an embedding that has no direction.
+    The biased estimate, which includes the pairs of each sample with itself, as in the authors' code: at least 0, and 0
+    for equal sets. Raises ValueError for dimensions that differ, an empty set, integers, or an embedding that has no direction.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not min(len(x), len(y)):
         raise ValueError(f"embeddings {list(x.shape)} and {list(y.shape)} must be (n, d) and (m, d), not empty")
@@ -36,11 +36,12 @@ def squared(x: Tensor, y: Tensor, *, sigma: float = SIGMA) -> Tensor:
 
 
 def _mean_less_one(x: Tensor, y: Tensor, sigma: float) -> Tensor:
+    """The mean of k(a, b) - 1 over all pairs, in blocks."""
     sums = []
     for rows in x.split(_ROWS):
         for columns in y.split(_ROWS):
-            apart = rows.square().sum(1)[:, None] + columns.square().sum(1) - 2 * rows @ columns.T
-            sums.append(torch.expm1(-apart / (2 * sigma**2)).sum())
+            squared_distances = rows.square().sum(1)[:, None] + columns.square().sum(1) - 2 * rows @ columns.T
+            sums.append(torch.expm1(-squared_distances / (2 * sigma**2)).sum())
     return torch.stack(sums).sum() / (len(x) * len(y))
 
 

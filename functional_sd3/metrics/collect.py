@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """Features (n, d), or the Frechet statistics of them, and what was skipped."""
+    """Features (n, d), or their Frechet statistics, and the skipped files."""
 
     values: Tensor | frechet.Statistics
     skipped: tuple[Skipped, ...]
@@ -49,7 +49,7 @@ def walk(embed: Callable[[Tensor], Tensor], items: Iterable[Item], *, batch_size
 
 
 def statistics(batches: Iterable[Batch]) -> Collected:
-    """Frechet statistics of all. Raises ValueError, naming the first, when none could be read."""
+    """Frechet statistics of all batches. Raises ValueError, naming the first image, when none could be read."""
     total: frechet.Statistics | None = None
     skipped: list[Skipped] = []
     for batch in batches:
@@ -58,17 +58,17 @@ def statistics(batches: Iterable[Batch]) -> Collected:
             part = frechet.statistics(batch.features)
             total = part if total is None else frechet.merge(total, part)
     if total is None:
-        raise _nothing(skipped)
+        raise _no_images_error(skipped)
     return Collected(total, tuple(skipped))
 
 
 def features(batches: Iterable[Batch]) -> Collected:
-    """All features. Raises ValueError, naming the first, when none could be read."""
-    kept = list(batches)
-    skipped = tuple(one for batch in kept for one in batch.skipped)
-    parts = [batch.features for batch in kept if len(batch.features)]
+    """Features of all batches. Raises ValueError, naming the first image, when none could be read."""
+    batches = list(batches)
+    skipped = tuple(one for batch in batches for one in batch.skipped)
+    parts = [batch.features for batch in batches if len(batch.features)]
     if not parts:
-        raise _nothing(skipped)
+        raise _no_images_error(skipped)
     return Collected(torch.cat(parts), skipped)
 
 
@@ -80,7 +80,7 @@ def _batch(embed: Callable[[Tensor], Tensor], values: list[Tensor], skipped: lis
     return Batch(features, tuple(skipped))
 
 
-def _nothing(skipped: Iterable[Skipped]) -> ValueError:
+def _no_images_error(skipped: Iterable[Skipped]) -> ValueError:
     skipped = tuple(skipped)
     if not skipped:
         return ValueError("there are no images")

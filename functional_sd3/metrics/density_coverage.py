@@ -21,15 +21,15 @@ class DensityCoverage(NamedTuple):
 def score(real: Tensor, generated: Tensor, *, neighbour: int = 5) -> DensityCoverage:
     """Density and coverage of features real (n, d) and generated (m, d).
 
-    Around every real sample is a ball that reaches to its `neighbour`-th nearest real one, border excluded. density: in
-    how many balls a generated sample is on average, over `neighbour`; coverage: the share of balls that hold a
+    Around every real sample is a ball that reaches to its `neighbour`-th nearest real one, border excluded. density:
+    mean number of balls that a generated sample is in, over `neighbour`; coverage: the share of balls that contain a
     generated sample. Raises ValueError for dimensions that differ, NaN, or too few samples.
     """
     neighbours.check(real, generated, neighbour)
-    around = neighbours.radii(real, neighbour)
+    radii = neighbours.radii(real, neighbour)
     counts, start = [], 0
     for block in neighbours.blocks(real, generated):
-        counts.append((block < around[start : start + len(block), None]).sum(1))
+        counts.append((block < radii[start : start + len(block), None]).sum(1))
         start += len(block)
-    held = torch.cat(counts).double()
-    return DensityCoverage(float(held.sum()) / (neighbour * len(generated)), float((held > 0).double().mean()))
+    in_ball = torch.cat(counts).double()
+    return DensityCoverage(float(in_ball.sum()) / (neighbour * len(generated)), float((in_ball > 0).double().mean()))

@@ -1,8 +1,8 @@
 """Frechet inception distance between statistics that carry their provenance, in memory and as .npz files.
 
 Published numbers differ by the resize, the scaling, the weights and N more than by the models compared. So statistics
-travel with the name of the preprocessing, the fingerprint of the weights and the tap, and those that differ in one of
-them are not compared.
+are stored with the name of the preprocessing, the fingerprint of the weights and the tap, and those that differ in one
+of them are not compared.
 
 Files have the entries `mu` (d,) and `sigma` (d, d), pytorch-fid's names of the mean and the covariance, which it reads
 too, and `n`, `preprocessing`, `weights` and `tap`.
@@ -31,7 +31,7 @@ class Record(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Frechet distance of `n` samples against `m` at a tap; its text has all four."""
+    """Frechet distance of `n` samples against `m` at a tap; as a string it names all four."""
 
     value: float
     n: int
@@ -89,13 +89,13 @@ def load(
     n, preprocessing, weights, tap: for pytorch-fid's files, which lack them; a file that has them must agree. Raises
     WeightsError for a file that is missing or broken, and for provenance that neither the file nor the arguments have.
     """
-    given = {"n": n, "preprocessing": preprocessing, "weights": weights, "tap": tap}
-    entries = npz.read(path, "statistics", ("mu", "sigma", *given))
+    arguments = {"n": n, "preprocessing": preprocessing, "weights": weights, "tap": tap}
+    entries = npz.read(path, "statistics", ("mu", "sigma", *arguments))
     if "mu" not in entries and "sigma" not in entries:
         raise WeightsError(f"{path}: holds {npz_kind.describe(path, 'statistics')}; statistics are mu and sigma")
     problems = [f"{name} is missing" for name in ("mu", "sigma") if name not in entries]
     labels: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in arguments.items():
         labels[name] = entries[name].item() if name in entries and entries[name].ndim == 0 else value
         if labels[name] is None:
             problems.append(f"does not say {name}; if you know it, pass {name}=...")

@@ -28,7 +28,7 @@ class FewSamples(UserWarning):
 
 
 def statistics(features: Tensor) -> Statistics:
-    """Statistics of features (n, d) of any floating dtype, where they are; n may be 0, which `merge` ignores.
+    """Statistics of features (n, d) of any floating dtype, on their device; n may be 0, which `merge` ignores.
 
     Raises ValueError for another shape or for integers.
     """
@@ -113,8 +113,8 @@ def _factor(matrix: Tensor, rank: int) -> Tensor:
         if not failed:
             return factor
     values, vectors = torch.linalg.eigh(matrix)
-    kept = slice(len(values) - rank, None)
-    return vectors[:, kept] * values[kept].clamp(min=0).sqrt()
+    largest = slice(len(values) - rank, None)
+    return vectors[:, largest] * values[largest].clamp(min=0).sqrt()
 
 
 def _check_features(name: str, features: Tensor) -> None:

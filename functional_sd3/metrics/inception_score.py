@@ -20,7 +20,7 @@ class InceptionScore(NamedTuple):
 
 
 def score(logits: Tensor, *, splits: int = 10, key: Key | None = None) -> InceptionScore:
-    """The score of logits (n, classes); custom takes Inception's without the bias, `inception.unbiased`.
+    """The score of logits (n, classes); by convention Inception's without the bias, `inception.unbiased`.
 
     splits: parts of nearly equal size that are scored one by one; their size matters (Barratt and Sharma 2018). key:
     shuffles the images first, for sets that are sorted by class. Raises ValueError with fewer images than splits.

@@ -11,7 +11,7 @@ from functional_sd3.core import prng
 from functional_sd3.core.types import Key
 
 SUBSETS, SIZE = 100, 1000
-"""What published scores use."""
+"""Numbers that published scores use."""
 
 _ROWS = 1024
 
@@ -28,7 +28,7 @@ def distance(x: Tensor, y: Tensor, key: Key, *, subsets: int = SUBSETS, size: in
 def estimates(x: Tensor, y: Tensor, key: Key, *, subsets: int = SUBSETS, size: int | None = None) -> Tensor:
     """`unbiased` of `subsets` random subsets of `size` samples from x (n, d) and y (m, d): float64 (subsets,).
 
-    Their standard deviation is what is published beside the mean. size: None for 1000, or all of the smaller set where
+    Their standard deviation is published beside the mean. size: None for 1000, or all of the smaller set where
     it has fewer. Raises ValueError when a set has fewer than `size`, or size is below 2.
     """
     _check(x, y)

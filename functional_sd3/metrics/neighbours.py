@@ -20,9 +20,9 @@ def blocks(x: Tensor, y: Tensor) -> Iterator[Tensor]:
     lengths = y.square().sum(1)
     for part in x.split(_ROWS):
         rows = part.double() - middle
-        both = rows.square().sum(1)[:, None] + lengths
-        squared = both - 2 * rows @ y.T
-        yield torch.where(squared <= _ROUNDING * both, 0.0, squared).sqrt()
+        squared_lengths = rows.square().sum(1)[:, None] + lengths
+        squared = squared_lengths - 2 * rows @ y.T
+        yield torch.where(squared <= _ROUNDING * squared_lengths, 0.0, squared).sqrt()
 
 
 def radii(x: Tensor, k: int) -> Tensor:

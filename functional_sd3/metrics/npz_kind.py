@@ -1,4 +1,4 @@
-"""Names of the kinds of .npz files that metrics leave on people's disks."""
+"""Descriptions of .npz files of another kind than a metric reads, for its error message."""
 
 import os
 
@@ -7,7 +7,7 @@ from functional_sd3.formats.printable import shorten
 
 
 def describe(path: str | os.PathLike, wanted: str) -> str:
-    """What an .npz file without `wanted` ("statistics" or "features") holds instead, for an error message."""
+    """Words for the content of an .npz file without `wanted` ("statistics" or "features")."""
     headers = npz.headers(path, wanted)
     if "mu" in headers and "sigma" in headers:
         return "statistics (mu and sigma), from which features cannot be had back"

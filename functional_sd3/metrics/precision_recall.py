@@ -1,7 +1,7 @@
 """Improved precision and recall: the share of generated samples within the real manifold, and the converse.
 
 Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models", equation 1. The paper
-uses features of VGG-16; torch-fidelity, and most since, those of Inception.
+uses features of VGG-16; torch-fidelity and most later work use those of Inception.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from functional_sd3.metrics import neighbours
 
 
 class PrecisionRecall(NamedTuple):
-    """Both in [0, 1]."""
+    """Improved precision and recall, both in [0, 1]."""
 
     precision: float
     recall: float
@@ -27,11 +27,11 @@ def score(real: Tensor, generated: Tensor, *, neighbour: int = 3) -> PrecisionRe
     dimensions that differ, NaN, or too few samples. Time grows with the square of the samples, memory does not.
     """
     neighbours.check(real, generated, neighbour)
-    around_real, around_generated = neighbours.radii(real, neighbour), neighbours.radii(generated, neighbour)
+    real_radii, generated_radii = neighbours.radii(real, neighbour), neighbours.radii(generated, neighbour)
     recalled, precise = [], torch.zeros(len(generated), dtype=torch.bool, device=real.device)
     start = 0
     for block in neighbours.blocks(real, generated):
-        recalled.append((block <= around_generated).any(1))
-        precise = precise | (block <= around_real[start : start + len(block), None]).any(0)
+        recalled.append((block <= generated_radii).any(1))
+        precise = precise | (block <= real_radii[start : start + len(block), None]).any(0)
         start += len(block)
     return PrecisionRecall(float(precise.double().mean()), float(torch.cat(recalled).double().mean()))

@@ -1,6 +1,6 @@
 """Preprocessing of images for the Inception network of FID, as published scores were computed.
 
-The ways differ in resizing to 299 x 299 and in scaling, so scores of different modes must not be compared:
+The modes differ in resizing to 299 x 299 and in scaling, so their scores must not be compared with each other:
 
 - `pytorch_fid` (pytorch-fid): bilinear without antialiasing, 2 x - 1 of pixels in [0, 1];
 - `clean` (clean-fid; Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"): Pillow's
@@ -8,8 +8,8 @@ The ways differ in resizing to 299 x 299 and in scaling, so scores of different 
 - `tf1` (torch-fidelity, and torchmetrics with antialias=False): the bilinear resizing of TensorFlow 1, which samples
   at i * size / 299 without a half pixel's offset, (x - 128) / 128.
 
-All are bit for bit what those packages make of an upright, opaque 8-bit image. Others they read worse: they drop
-transparency, clip 16 bits to 8 and ignore the orientation of photographs; `image.files.read` does none of that.
+For upright, opaque 8-bit images each equals its package bit for bit. With other images the packages drop transparency,
+clip 16 bits to 8 and ignore the EXIF orientation; `image.files.read` does none of that.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def pytorch_fid(images: Tensor) -> Tensor:
 
 
 def clean(images: Tensor) -> Tensor:
-    """As `pytorch_fid`, by clean-fid's rules; on the CPU, and nothing can be differentiated through it."""
+    """As `pytorch_fid`, by clean-fid's rules; on the CPU and not differentiable."""
     from PIL import Image
 
     channels = _bytes_as_floats(_batch(images)).detach().flatten(0, 1).cpu().numpy()
@@ -43,8 +43,8 @@ def clean(images: Tensor) -> Tensor:
         numpy.asarray(Image.fromarray(channel).resize((SIZE, SIZE), Image.Resampling.BICUBIC)).clip(0.0, 255.0)
         for channel in channels
     ]
-    together = torch.from_numpy(numpy.stack(resized) if resized else numpy.empty((0, SIZE, SIZE), numpy.float32))
-    return ((together.to(images.device) - 128.0) / 128.0).reshape(*images.shape[:-2], SIZE, SIZE)
+    stacked = torch.from_numpy(numpy.stack(resized) if resized else numpy.empty((0, SIZE, SIZE), numpy.float32))
+    return ((stacked.to(images.device) - 128.0) / 128.0).reshape(*images.shape[:-2], SIZE, SIZE)
 
 
 def tf1(images: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _batch(images: Tensor) -> Tensor:
 
 
 def _bytes_as_floats(batch: Tensor) -> Tensor:
-    """In [0, 255]; floats are not rounded to bytes, as no file was written of them."""
+    """Floats in [0, 255]; float images are not rounded to bytes first."""
     return batch.float() if batch.dtype == torch.uint8 else batch.float() * 255.0
 
 

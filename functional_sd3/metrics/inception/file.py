@@ -1,4 +1,4 @@
-"""The weights of the Inception network that scores rest on: pytorch-fid's file, or its tensors as safetensors."""
+"""The Inception weights of published scores: pytorch-fid's file, or its tensors as safetensors."""
 
 import hashlib
 import os
@@ -22,12 +22,12 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 LARGEST = 2**28
 """Bytes that are read of a pickled file, more than twice those of `FILE`."""
-# Counts the batches seen in training; newer files carry it, older ones do not, and nothing depends on it.
+# Counter of training batches in newer files, which nothing depends on.
 _COUNTER = ".num_batches_tracked"
 
 
 class UnknownWeights(UserWarning):
-    """The file is not the one that published scores were computed with, as far as its hash tells."""
+    """The file's hash is not that of the weights that published scores were computed with."""
 
 
 def load(
@@ -44,7 +44,7 @@ def load(
     that is missing or broken or holds something else, missing, unexpected or misshapen tensors.
     """
     path = Path(path)
-    # Opened first: a file that cannot be read has no hash to complain of.
+    # Opened first, so that an unreadable file is reported as such and not by its hash.
     places = open_tensors(path) if path.suffix == ".safetensors" else _pickled(path)
     names = {name: name for name in places if not name.endswith(_COUNTER)}
     spec = network.spec()

@@ -2,7 +2,7 @@
 
 Szegedy et al. 2015, "Rethinking the Inception Architecture", as trained for TensorFlow on 2015-12-05 and used by
 Heusel et al. 2017; pytorch-fid and torch-fidelity are the references. It is not torchvision's `inception_v3`: average
-pools leave the padding out, the pool of the last block takes the maximum, there are 1008 classes and no second head.
+pools exclude the padding, the pool of the last block takes the maximum, there are 1008 classes and no second head.
 Parameters are named as in `pt_inception-2015-12-05-6726825d.pth`, so a file holds the tree as it is.
 """
 
@@ -39,6 +39,8 @@ class Unit(NamedTuple):
 
 
 class Pool(NamedTuple):
+    """A pooling function."""
+
     apply: Callable[[Tensor], Tensor]
 
 
@@ -67,7 +69,7 @@ Step = Unit | Pool | Branches | Block | Tap
 def spec() -> Tree:
     """The parameter tree: 472 leaves, 23,885,392 parameters. The norms' leaves are `bn.running_mean` and so on."""
     params: Tree = {}
-    channels = _describe(params, _NETWORK, 3)
+    channels = _add_specs(params, _NETWORK, 3)
     return params | {"fc": layers.linear_spec(channels, CLASSES)}
 
 
@@ -81,9 +83,8 @@ def apply(params: Params, images: Tensor, *, last: int = TAPS[-1]) -> dict[int |
 
     Returns the taps 64, 192, 768 and 2048, each (batch, tap), averaged over the pixels, and "logits" (batch, 1008),
     in the dtype of the parameters; with a smaller `last` only the taps as far as that one, and no more work than they
-    take. Packages differ in how they resize and scale images to these, which changes the scores: see
-    `preprocess`. Raises ValueError for another shape, for integers and for a tap that does not
-    exist.
+    take. Packages differ in how they resize and scale images to these, which changes the scores: see `preprocess`.
+    Raises ValueError for another shape, for integers and for a tap that does not exist.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
         raise ValueError(f"images {list(images.shape)} must be (batch, 3, {SIZE}, {SIZE}); resize them first")
@@ -93,14 +94,14 @@ def apply(params: Params, images: Tensor, *, last: int = TAPS[-1]) -> dict[int |
         raise ValueError(f"last {last} must be one of {TAPS}")
     images = layers.image_layout(images.to(params["fc"]["weight"].dtype))
     features: dict[int | str, Tensor] = {}
-    _flow(params, _NETWORK[: _NETWORK.index(Tap(last)) + 1], images, features)
+    _apply_steps(params, _NETWORK[: _NETWORK.index(Tap(last)) + 1], images, features)
     if last != TAPS[-1]:
         return features
     return features | {"logits": layers.linear(params["fc"], features[TAPS[-1]])}
 
 
 def unbiased(params: Params, logits: Tensor) -> Tensor:
-    """Logits (batch, 1008) without the last layer's bias, of which the inception score is computed by custom."""
+    """Logits (batch, 1008) without the last layer's bias, from which the inception score is computed by convention."""
     return logits - params["fc"]["bias"]
 
 
@@ -115,7 +116,7 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def _describe(params: Tree, steps: tuple[Step, ...], channels: int) -> int:
+def _add_specs(params: Tree, steps: tuple[Step, ...], channels: int) -> int:
     """Add the specs of `steps` to the new tree `params`; returns the number of output channels."""
     for step in steps:
         if isinstance(step, Unit):
@@ -123,9 +124,9 @@ def _describe(params: Tree, steps: tuple[Step, ...], channels: int) -> int:
             channels = step.outputs
         elif isinstance(step, Block):
             params[step.name] = {}
-            channels = _describe(params[step.name], (step.branches,), channels)
+            channels = _add_specs(params[step.name], (step.branches,), channels)
         elif isinstance(step, Branches):
-            channels = sum(_describe(params, branch, channels) for branch in step.steps)
+            channels = sum(_add_specs(params, branch, channels) for branch in step.steps)
     return channels
 
 
@@ -138,8 +139,8 @@ def _unit_spec(unit: Unit, inputs: int) -> Tree:
     }
 
 
-def _flow(params: Params, steps: tuple[Step, ...], x: Tensor, features: dict[int | str, Tensor]) -> Tensor:
-    """Output of `steps`; the features on the way are added to the new dict `features`."""
+def _apply_steps(params: Params, steps: tuple[Step, ...], x: Tensor, features: dict[int | str, Tensor]) -> Tensor:
+    """Output of `steps`; the features at their taps are added to the new dict `features`."""
     for step in steps:
         if isinstance(step, Unit):
             x = _unit(params[step.name], step, x)
@@ -148,14 +149,14 @@ def _flow(params: Params, steps: tuple[Step, ...], x: Tensor, features: dict[int
         elif isinstance(step, Tap):
             features[step.width] = x.mean((2, 3))
         elif isinstance(step, Block):
-            x = _flow(params[step.name], (step.branches,), x, features)
+            x = _apply_steps(params[step.name], (step.branches,), x, features)
         else:
-            x = torch.cat([_flow(params, branch, x, features) for branch in step.steps], 1)
+            x = torch.cat([_apply_steps(params, branch, x, features) for branch in step.steps], 1)
     return x
 
 
 def _unit(params: Params, unit: Unit, x: Tensor) -> Tensor:
-    # The norm is linear, so it goes into the convolution: two passes over every activation less.
+    # The norm is linear and folded into the convolution, which saves two passes over every activation.
     norm = params["bn"]
     scale = norm["weight"] * torch.rsqrt(norm["running_var"] + _EPS)
     weight = params["conv"]["weight"] * scale[:, None, None, None]
@@ -246,7 +247,7 @@ _NETWORK: tuple[Step, ...] = (
     Tap(768),
     _block_d("Mixed_7a"),
     _block_e("Mixed_7b", _mean),
-    # Not the mean: the graph the weights were trained as does so, and every published score rests on it.
+    # Maximum, not mean, as in the original graph, by which every published score was computed.
     _block_e("Mixed_7c", _maximum),
     Tap(2048),
 )
