@@ -17,7 +17,8 @@ def distance(x: Tensor, y: Tensor) -> float:
     """CMMD of image embeddings x (n, d) and y (m, d), which are first scaled to length 1.
 
     The biased estimate, which includes the pairs of each sample with itself, as in the authors' code: at least 0, and 0
-    for equal sets. Raises ValueError for dimensions that differ, an empty set, integers, or an embedding that has no direction.
+    for equal sets. Raises ValueError for dimensions that differ, an empty set, integers, or an embedding without
+    direction.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not min(len(x), len(y)):
         raise ValueError(f"embeddings {list(x.shape)} and {list(y.shape)} must be (n, d) and (m, d), not empty")

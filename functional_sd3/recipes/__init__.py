@@ -1,1 +1,1 @@
-"""Whole recipes: data, model, stages of training and report, each made of the other rooms."""
+"""Whole recipes: data, model, stages of training and report."""

@@ -16,7 +16,8 @@ _HOW = "with --params, which may be repeated (in Python: weights.load([MODEL, ..
 def check_encoders(present: Collection[str], tokenizers: Any) -> None:
     """Raise ValueError where no text encoder is present or one lacks its tokenizer; a Note where some are absent.
 
-    present: those of "clip_l", "clip_g", "t5" whose parameters are there. tokenizers: tables by these names, or None.
+    present: the names among "clip_l", "clip_g", "t5" whose parameters are present. tokenizers: tables by these names,
+    or None.
     """
     absent = [name for name in _TITLES if name not in present]
     if len(absent) == len(_TITLES):
@@ -25,11 +26,12 @@ def check_encoders(present: Collection[str], tokenizers: Any) -> None:
             f"Download {_listed(_FILES.values())} (in text_encoders/ of {_RELEASE}) and the tokenizers, its folders "
             f"{_listed(_TOKENIZERS.values())}, and give each {_HOW}"
         )
-    unread = [name for name in present if getattr(tokenizers, name, None) is None]
-    if unread:
+    without_tokenizer = [name for name in present if getattr(tokenizers, name, None) is None]
+    if without_tokenizer:
         raise ValueError(
-            f"no tokenizer for {', '.join(unread)}, whose parameters are given: download "
-            f"{_listed(_TOKENIZERS[name] for name in unread)} of {_RELEASE} and give the folder they are in {_HOW}"
+            f"no tokenizer for {', '.join(without_tokenizer)}, whose parameters are given: download "
+            f"{_listed(_TOKENIZERS[name] for name in without_tokenizer)} of {_RELEASE} and give the folder they are "
+            f"in {_HOW}"
         )
     if absent:
         places = _listed(f"{_FOLDERS[name]} or {_FILES[name]}" for name in absent)
@@ -40,6 +42,6 @@ def check_encoders(present: Collection[str], tokenizers: Any) -> None:
         )
 
 
-def _listed(words) -> str:
-    words = list(words)
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def _listed(names) -> str:
+    names = list(names)
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

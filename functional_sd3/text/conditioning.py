@@ -6,7 +6,7 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers", section 4; numerics of
               [                 T5                          ]   then along the tokens
     pooled  =   CLIP-L projected   | CLIP-G projected
 
-An encoder whose parameters are absent contributes zeros; `apply` says which, and needs at least one.
+An encoder whose parameters are absent contributes zeros; `apply` warns of it, and needs at least one encoder.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,15 @@ from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params
 from functional_sd3.text import clip, t5, weighting
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.text.tokenization import Config, Emphasis, Ids, Tokenizers, read, tokenize, tokenize_weighted
+from functional_sd3.text.tokenization import (
+    Config,
+    Emphasis,
+    Ids,
+    Tokenizers,
+    tokenize,
+    tokenize_prompts,
+    tokenize_weighted,
+)
 
 __all__ = ["Conditioning", "Emphasis", "Ids", "apply", "apply_from", "encode", "tokenize", "tokenize_weighted"]
 
@@ -50,7 +58,7 @@ def apply(
     """Conditioning of prompts: `encode` of their `tokenize`; see there for the arguments.
 
     weighted: `(words:1.3)` weighs words. long_prompts: tokens beyond CLIP's length go into further chunks, which make
-    the context longer; prompts of a batch that are shorter end in empty chunks. Both off, as in training:
+    the context longer; prompts of a batch that are shorter end in empty chunks. Both off, as in training;
     see `weighting`. The ids are made on the CPU and moved to the device of the parameters.
 
     Raises ValueError where `params` has no text encoder, or one without its tokenizer; warns (`notes.Note`) naming the
@@ -58,7 +66,7 @@ def apply(
     """
     check_encoders([name for name in Ids._fields if name in params], tokenizers)
     options = {"prompts_2": prompts_2, "prompts_3": prompts_3, "t5_length": t5_length}
-    tokens = read(config, tokenizers, prompts, **options, weighted=weighted, long_prompts=long_prompts)
+    tokens = tokenize_prompts(config, tokenizers, prompts, **options, weighted=weighted, long_prompts=long_prompts)
     _check_known([name for name in Ids._fields if name in params], config, tokens[0])
     ids, emphasis = tree.map(lambda part: part.to(_like(params).device), tokens)
     return encode(params, config, ids, clip_skip=clip_skip, emphasis=emphasis or None, implementation=implementation)
@@ -80,42 +88,44 @@ def apply_from(
     `fetch` gives the parameters of "clip_l", "clip_g" and "t5". It is called once for each of `names`, by default for
     those that the config has, after the previous encoder has been released.
     """
-    there = [name for name in Ids._fields if (getattr(config, name) is not None if names is None else name in names)]
-    check_encoders(there, tokenizers)
-    ids, emphasis = read(config, tokenizers, prompts, **text_options)
-    _check_known(there, config, ids)
+    if names is None:
+        names = [name for name in Ids._fields if getattr(config, name) is not None]
+    encoders = [name for name in Ids._fields if name in names]
+    check_encoders(encoders, tokenizers)
+    ids, emphasis = tokenize_prompts(config, tokenizers, prompts, **text_options)
+    _check_known(encoders, config, ids)
     options = {"clip_skip": clip_skip, "implementation": implementation}
     # The encoders fill disjoint blocks, so summing is exact.
-    parts = [_encode_alone(fetch, config, name, (ids, emphasis), options) for name in there]
+    parts = [_encode_alone(fetch, config, name, (ids, emphasis), options) for name in encoders]
     return Conditioning(*(sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)))
 
 
 def _check_known(names: Sequence[str], config: Config, ids: Ids) -> None:
     """Raises ValueError for ids that an encoder has no embedding for; they are on the CPU here."""
     for name in names:
-        own, most = getattr(config, name), int(getattr(ids, name).max())
-        if own is not None and most >= own.vocab:
+        encoder, highest = getattr(config, name), int(getattr(ids, name).max())
+        if encoder is not None and highest >= encoder.vocab:
             raise ValueError(
-                f"the tokenizer of {name} gives the token {most}, but its encoder has embeddings for {own.vocab} "
-                "tokens, so they are of different models"
+                f"the tokenizer of {name} gives the token {highest}, but its encoder has embeddings for "
+                f"{encoder.vocab} tokens, so they are of different models"
             )
 
 
 def _encode_alone(fetch, config: Config, name: str, tokens: tuple[Ids, Any], options: dict) -> Conditioning:
     params = {name: fetch(name)}
     ids, emphasis = tree.map(lambda part: part.to(_like(params).device), tokens)
-    found = []
+    outputs = []
     for start in range(0, len(ids.t5), _BATCH):
-        some = tree.map(lambda part, first=start: part[first : first + _BATCH], ids)
-        stressed = None
+        batch_ids = tree.map(lambda part, first=start: part[first : first + _BATCH], ids)
+        batch_emphasis = None
         if emphasis:
             weights = tree.map(lambda part, first=start: part[first : first + _BATCH], emphasis.weights)
-            stressed = emphasis._replace(weights=weights)
-        found.append(encode(params, config, some, emphasis=stressed, **options))
-    return Conditioning(*map(torch.cat, zip(*found, strict=True)))
+            batch_emphasis = emphasis._replace(weights=weights)
+        outputs.append(encode(params, config, batch_ids, emphasis=batch_emphasis, **options))
+    return Conditioning(*map(torch.cat, zip(*outputs, strict=True)))
 
 
-# Texts in one batch of an encoder where encoders run one after the other over all texts.
+# Batch size of an encoder where encoders run one after the other over all texts.
 _BATCH = 32
 
 
@@ -129,12 +139,12 @@ def encode(
     emphasis: Emphasis | None = None,
     implementation: Implementation = "sdpa",
 ) -> Conditioning:
-    """Conditioning of token ids: pure tensors in, pure tensors out, differentiable in the parameters.
+    """Conditioning of token ids, differentiable in the parameters.
 
     `clip_skip` more layers of both CLIPs are left out of the context. `t5_mask` (batch, t5 tokens) hides T5's padding
-    from T5; SD3 was trained, and is run by default, without. `emphasis` weighs the tokens. Of CLIP's chunks the context
-    has all, one after the other, and the pooled vector is the first's. Raises ValueError when the CLIPs together are
-    wider than the context, when T5's width is not the one the transformer reads, and for unequal batches.
+    from T5; SD3 was trained, and is run by default, without. `emphasis` weighs the tokens. The context contains all
+    chunks of CLIP, one after the other; the pooled vector is the first chunk's. Raises ValueError when the CLIPs
+    together are wider than the context, when T5's width is not the one the transformer reads, and for unequal batches.
     """
     rows = {part.shape[0] for part in ids}
     if len(rows) > 1:
@@ -161,17 +171,20 @@ def _clip(
     params: Params, config: Config, name: str, ids: Ids, emphasis: Emphasis | None, options: dict
 ) -> tuple[Tensor, Tensor]:
     """Features (batch, chunks * tokens, width) and pooled vector (batch, projection width) of one CLIP encoder."""
-    own, tokens = getattr(config, name), getattr(ids, name)
+    encoder, tokens = getattr(config, name), getattr(ids, name)
     chunks = tokens.shape[1] if tokens.ndim == 3 else 1
     if name not in params:
-        width, pooled_width = (own.width, own.projection_width) if own else (_absent_width(config, name),) * 2
-        whole = tokens.flatten(1)
-        return _zeros(params, whole, width), _zeros(params, whole[:, 0], pooled_width)
-    output = clip.apply(params[name], own, tokens.reshape(-1, tokens.shape[-1]), **options)
+        width, pooled_width = (
+            (encoder.width, encoder.projection_width) if encoder else (_absent_width(config, name),) * 2
+        )
+        flat = tokens.flatten(1)
+        return _zeros(params, flat, width), _zeros(params, flat[:, 0], pooled_width)
+    output = clip.apply(params[name], encoder, tokens.reshape(-1, tokens.shape[-1]), **options)
     features = output.penultimate.unflatten(0, (-1, chunks)).flatten(1, 2)
     pooled = output.projected.unflatten(0, (-1, chunks))[:, 0]
     if emphasis is not None:
-        blank = clip.apply(params[name], own, getattr(emphasis.blank, name), **options).penultimate.repeat(1, chunks, 1)
+        blank_output = clip.apply(params[name], encoder, getattr(emphasis.blank, name), **options)
+        blank = blank_output.penultimate.repeat(1, chunks, 1)
         features = weighting.reweigh(features, blank, getattr(emphasis.weights, name).flatten(1))
     return features, pooled
 

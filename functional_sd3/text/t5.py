@@ -22,7 +22,7 @@ from functional_sd3.core.types import Key, Params, Tree
 class Config:
     """Sizes of a T5 encoder; `T5_XXL` is the one of SD3.
 
-    `buckets` relative positions are distinguished, half of them each way, up to `max_distance` tokens.
+    `buckets` relative positions are distinguished, half of them in each direction, up to `max_distance` tokens.
     """
 
     vocab: int = 32128
@@ -109,9 +109,9 @@ def apply(
 
 
 def relative_bias(params: Params, config: Config, tokens: int) -> Tensor:
-    """Relative position bias of the attention scores of every block, (1, heads, query tokens, key tokens)."""
+    """Relative position bias of the attention scores, shared by all blocks: (1, heads, query tokens, key tokens)."""
     positions = torch.arange(tokens, device=params["weight"].device, dtype=torch.int64)
-    # Of the tokens ** 2 distances only 2 tokens - 1 differ.
+    # Only 2 tokens - 1 of the tokens ** 2 distances differ.
     distances = torch.arange(1 - tokens, tokens, device=positions.device, dtype=torch.int64)
     bucket = relative_bucket(distances, config.buckets, config.max_distance)
     return params["weight"].t()[:, bucket[positions[None, :] - positions[:, None] + tokens - 1]][None]
@@ -120,16 +120,17 @@ def relative_bias(params: Params, config: Config, tokens: int) -> Tensor:
 def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
     """Bucket of a distance (key position - query position), int64, same shape, in [0, buckets).
 
-    Half of the buckets are for keys that come later. Of each half, the first half holds one distance each, the rest
-    widens logarithmically up to `max_distance`; what is farther shares the last (Raffel et al. 2020, section 2.1).
+    Half of the buckets are for keys after the query. In each half the first half of the buckets holds one distance
+    each, the others widen logarithmically up to `max_distance`; larger distances share the last (Raffel et al. 2020,
+    section 2.1).
     """
-    each_way = buckets // 2
-    exact = each_way // 2
-    apart = distance.abs()
-    # float32 in this order of operations, as the released weights were trained: some distances lie on an edge.
-    octaves = torch.log(apart.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    widening = (exact + (octaves * (each_way - exact)).long()).clamp(max=each_way - 1)
-    return torch.where(apart < exact, apart, widening) + each_way * (distance > 0)
+    directed = buckets // 2
+    exact = directed // 2
+    absolute = distance.abs()
+    # float32 in this order of operations, as the released weights were trained: some distances lie on a bucket's edge.
+    position = torch.log(absolute.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    logarithmic = (exact + (position * (directed - exact)).long()).clamp(max=directed - 1)
+    return torch.where(absolute < exact, absolute, logarithmic) + directed * (distance > 0)
 
 
 def _attention(params: Params, config: Config, x: Tensor, bias: Tensor, implementation: Implementation) -> Tensor:
@@ -140,8 +141,9 @@ def _attention(params: Params, config: Config, x: Tensor, bias: Tensor, implemen
 
 
 def _mlp(params: Params, x: Tensor) -> Tensor:
-    gated, linear = layers.split_outputs(params["in"], 2 * [params["in"]["weight"].shape[0] // 2])
-    gate, value = layers.linear_activation(gated, x, "gelu_tanh"), layers.linear(linear, x)
+    """GEGLU with the tanh form of GELU (Shazeer 2020): (gelu(x W) * (x V)) W_2."""
+    gate_layer, value_layer = layers.split_outputs(params["in"], 2 * [params["in"]["weight"].shape[0] // 2])
+    gate, value = layers.linear_activation(gate_layer, x, "gelu_tanh"), layers.linear(value_layer, x)
     if x.dtype == torch.float16:
         # T5-XXL's outputs exceed float16's range: divide by a power of two before, multiply in float32 after.
         return layers.linear(params["out"], gate * (value / 64)).float() * 64
@@ -149,11 +151,11 @@ def _mlp(params: Params, x: Tensor) -> Tensor:
 
 
 def _qkv_init(config: Config) -> specs.Initializer:
-    """Normal, 1/sqrt(width); queries smaller by sqrt(head_dim), which stands for the missing scale of the scores."""
+    """Normal, 1/sqrt(width); queries divided by sqrt(head_dim), in place of the scale that the scores lack."""
 
     def draw(key: Key, shape: tuple[int, ...]) -> Tensor:
         weight = config.width**-0.5 * prng.normal(key, shape)
-        queries, rest = weight.split([shape[0] // 3, shape[0] - shape[0] // 3])
-        return torch.cat((queries * config.head_dim**-0.5, rest))
+        query, key_value = weight.split([shape[0] // 3, shape[0] - shape[0] // 3])
+        return torch.cat((query * config.head_dim**-0.5, key_value))
 
     return draw

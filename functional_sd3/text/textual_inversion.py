@@ -1,8 +1,8 @@
 """Textual inversion: new words as embedding vectors beside the learned embeddings of a text encoder.
 
 Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). A word becomes an added token of the tokenizers and
-new rows of the embedding tables; where it is typed, it stands for all of its vectors, one token each. Everything here
-returns new tables and new trees; nothing that was given is changed.
+new rows of the embedding tables; where it is typed, it stands for all of its vectors, one token each. All functions
+return new tables and new trees; their arguments are unchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +39,12 @@ class Learned(NamedTuple):
 def add(params: dict[str, Params], config: Any, tokenizers: Any, *words: Word) -> Learned:
     """The model with words added, in order; an encoder for which a word has no vectors tokenizes it as ordinary text.
 
-    params, config, tokenizers: of a model (`weights.Model`), whose parts may be absent. A word takes the ids that
-    follow the tokenizer's; rows of the embedding that no token has (T5 has 28 of them) are used first. CLIPs that pool
+    params, config, tokenizers: of a model (`weights.Model`), some of whose components may be absent. A word takes the
+    ids that follow the tokenizer's; embedding rows without a token (T5 has 28 of them) are used first. CLIPs that pool
     at a text's highest id (`clip.LEGACY_EOS_ID`) get the end token's id as `eos_id`, since added tokens are higher.
 
-    Raises ValueError when a word is empty or known already, has vectors of another width than the encoder or for none
-    that is there, or different numbers of vectors for different encoders.
+    Raises ValueError when a word is empty or already a token, has vectors of another width than the encoder's, for no
+    encoder of the model, or in different numbers for different encoders.
     """
     for word in words:
         _check(word, params, config, tokenizers)
@@ -83,8 +83,8 @@ def _check(word: Word, params: Mapping[str, Params], config: Any, tokenizers: An
         raise ValueError(f"the word {word.token!r} must not be empty, nor begin or end with white space")
     present = [name for name in word.vectors if name in params]
     if not present:
-        meant = ", ".join(word.vectors) or "no encoder"
-        raise ValueError(f"{word.token!r} has vectors for {meant}, of which none is here")
+        listed = ", ".join(word.vectors) or "no encoder"
+        raise ValueError(f"{word.token!r} has vectors for {listed}, of which the model has none")
     counts = {name: len(word.vectors[name]) for name in word.vectors}
     if len(set(counts.values())) > 1 or 0 in counts.values():
         raise ValueError(f"{word.token!r} must have as many vectors for each encoder, at least 1; it has {counts}")

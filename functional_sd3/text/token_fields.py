@@ -11,13 +11,13 @@ FILE_LIMIT = 32 * MEBIBYTE
 MOST_PIECES = 2**19
 """Tokens of a vocabulary; CLIP's has 49,408, T5's 32,100, multilingual T5's 256,300."""
 MOST_ADDED = 2**13
-"""Tokens that are cut out of the text, each of which is looked for at every place."""
+"""Added tokens, each of which is matched at every position of a text."""
 LONGEST_ADDED = 2**10
 HIGHEST_ID = 2**31 - 1
 
 MULTI_TOKEN = "several_vectors"
-"""Our own key of a tokenizer_config.json, which transformers skips: lists of tokens for which the first of each
-stands."""
+"""Key of this project in tokenizer_config.json, which transformers ignores: lists of tokens, all of which the first
+of each list stands for."""
 
 
 def token(config: Object, name: str, default: str | None) -> str | None:
@@ -29,7 +29,8 @@ def token(config: Object, name: str, default: str | None) -> str | None:
 
 
 def multi_token(config: Object, known: Collection[str]) -> list[list[str]]:
-    """Lists of tokens for which the first of each stands. Raises WeightsError for tokens that are not `known`."""
+    """Lists of tokens, all of which the first of each list stands for. Raises WeightsError for tokens that are not
+    `known`."""
     groups = config.items(MULTI_TOKEN, (), list, most=MOST_ADDED)
     if sum(map(len, groups)) > MOST_ADDED:
         raise config.error(MULTI_TOKEN, f"names more than {MOST_ADDED:,} tokens")

@@ -11,7 +11,7 @@ from functional_sd3.text.batches import text_batch
 
 
 class Config(Protocol):
-    """The encoders' configs (None where absent), and the transformer's, which has the widths of absent ones."""
+    """The encoders' configs (None where absent), and the transformer's, from which the widths of absent ones follow."""
 
     @property
     def clip_l(self) -> clip.Config | None: ...
@@ -50,7 +50,7 @@ class Emphasis(NamedTuple):
     blank: Ids
 
 
-def read(
+def tokenize_prompts(
     config: Config,
     tokenizers: Tokenizers,
     prompts: str | Sequence[str],
@@ -59,7 +59,7 @@ def read(
     long_prompts: bool = False,
     **options: Any,
 ) -> tuple[Ids, Emphasis | tuple]:
-    """Token ids of prompts, weighted or not, and their emphasis, () for none."""
+    """Token ids of prompts by `tokenize` or `tokenize_weighted`, and their emphasis, () where unweighted."""
     if not (weighted or long_prompts):
         return tokenize(config, tokenizers, prompts, **options), ()
     ids, emphasis = tokenize_weighted(
@@ -79,9 +79,9 @@ def tokenize(
 ) -> Ids:
     """Token ids of one prompt or several.
 
-    `prompts` go to CLIP-L; `prompts_2` to CLIP-G and `prompts_3` to T5, both by default the same; one string stands for
-    all of a batch. CLIP texts have CLIP-L's length, T5's `t5_length` tokens, padding included; zeros where there is no
-    tokenizer. Raises ValueError when the numbers of prompts differ, or the length is below 1.
+    `prompts` go to CLIP-L; `prompts_2` to CLIP-G and `prompts_3` to T5, both by default the same; one string is
+    repeated for the batch. CLIP texts have CLIP-L's length, T5's `t5_length` tokens, padding included; zeros where
+    there is no tokenizer. Raises ValueError when the numbers of prompts differ, or the length is below 1.
     """
     if t5_length < 1:
         raise ValueError(f"t5_length {t5_length} must be at least 1 (SD3 uses 77 to 512)")
@@ -108,11 +108,11 @@ def tokenize_weighted(
     """Token ids and emphasis of prompts of any length: CLIP's ids are (batch, chunks, tokens)."""
     blank = tokenize(config, tokenizers, "", t5_length=t5_length)
     texts = _texts(prompts, prompts if prompts_2 is None else prompts_2, prompts if prompts_3 is None else prompts_3)
-    read = [[weighting.parse(text) for text in one] if weighted else weighting.unweighted(one) for one in texts]
+    parsed = [[weighting.parse(text) for text in one] if weighted else weighting.unweighted(one) for one in texts]
     length = blank.clip_l.shape[1]
     split = {
         name: weighting.clip_rows(getattr(tokenizers, name), one, length, long=long_prompts)
-        for name, one in zip(("clip_l", "clip_g"), read, strict=False)
+        for name, one in zip(("clip_l", "clip_g"), parsed, strict=False)
         if getattr(tokenizers, name) is not None
     }
     chunks = max((len(chunks) for prompts in split.values() for chunks in prompts), default=1)
@@ -124,7 +124,7 @@ def tokenize_weighted(
         ones = torch.ones(len(texts[0]), t5_length, dtype=torch.float32, device="cpu")
         rows["t5"] = weighting.Rows(blank.t5.expand(len(texts[0]), -1), ones)
     else:
-        rows["t5"] = weighting.t5_rows(tokenizers.t5, read[2], t5_length)
+        rows["t5"] = weighting.t5_rows(tokenizers.t5, parsed[2], t5_length)
     ids, weights = (Ids(*(getattr(rows[name], part) for name in Ids._fields)) for part in ("ids", "weights"))
     return ids, Emphasis(weights, blank)
 
@@ -143,7 +143,7 @@ def _texts(*prompts: str | Sequence[str]) -> list[list[str]]:
 
 
 def _clip_length(config: Config, tokenizers: Tokenizers) -> int:
-    """The length both CLIPs read: CLIP-L's, or CLIP-G's where that is absent."""
+    """The token length of both CLIPs: CLIP-L's, or CLIP-G's where that is absent."""
     for name in ("clip_l", "clip_g"):
         tables, encoder = getattr(tokenizers, name), getattr(config, name)
         if tables is not None and encoder is not None:

@@ -42,14 +42,14 @@ class _Group(NamedTuple):
 
 
 def parse(prompt: str) -> Weighted:
-    """A prompt's text without the notation, and the weight of each character. No prompt is an error.
+    """A prompt's text without the notation, and the weight of each character. Every string is a valid prompt.
 
     Time grows with the length of the prompt alone, however deep its parentheses are.
     """
     # None where a character belongs to the notation; escaped characters end no group and are no part of a weight.
     characters: list[str | None] = []
     escaped_at: set[int] = set()
-    opened: list[int] = []
+    open_groups: list[int] = []
     groups: dict[int, _Group] = {}
     escaped = False
     for character in prompt:
@@ -60,14 +60,14 @@ def parse(prompt: str) -> Weighted:
             escaped_at.add(len(characters))
             characters.append("\\")
             escaped = False
-        if character == ")" and not escaped and opened:
-            start = opened.pop()
+        if character == ")" and not escaped and open_groups:
+            start = open_groups.pop()
             groups[start] = _close(characters, escaped_at, start)
         else:
             if escaped:
                 escaped_at.add(len(characters))
             elif character == "(":
-                opened.append(len(characters))
+                open_groups.append(len(characters))
             characters.append(character)
         escaped = False
     if escaped:
@@ -86,10 +86,10 @@ def clip_rows(tables: bpe.Tables, prompts: Sequence[Weighted], length: int, *, l
     """Chunks of `length` tokens of each prompt, (tokens,) each: one, truncated, or with `long` as many as needed."""
     room = length - 2
     texts = [prompt.text for prompt in prompts]
-    kept = None if long else length
-    every = zip(_clip_ids(tables, texts, kept), bpe.offsets(tables, texts, length=kept), prompts, strict=True)
+    limit = None if long else length
+    encoded = zip(_clip_ids(tables, texts, limit), bpe.offsets(tables, texts, length=limit), prompts, strict=True)
     rows = []
-    for ids, spans, prompt in every:
+    for ids, spans, prompt in encoded:
         ids = ids[: len(spans)]
         weights = _token_weights(spans, prompt.weights)
         starts = range(1, max(len(ids) - 1, 2), room) if long else [1]
@@ -118,12 +118,12 @@ def t5_rows(tables: unigram.Tables, prompts: Sequence[Weighted], length: int) ->
     """The tokens of each prompt, cut or padded to `length`."""
     texts = [prompt.text for prompt in prompts]
     ids = unigram.apply(tables, texts, length=length).tolist()
-    every = zip(ids, unigram.offsets(tables, texts, length=length), prompts, strict=True)
+    encoded = zip(ids, unigram.offsets(tables, texts, length=length), prompts, strict=True)
     rows = []
-    for ids, spans, prompt in every:
-        kept = len(spans) - 1
+    for ids, spans, prompt in encoded:
+        count = len(spans) - 1
         weights = _token_weights(spans, prompt.weights)
-        rows.append(_padded(ids[:kept], weights[:kept], tables.eos_id, tables.pad_id, length))
+        rows.append(_padded(ids[:count], weights[:count], tables.eos_id, tables.pad_id, length))
     return Rows(*(torch.stack([getattr(row, name) for row in rows]) for name in Rows._fields))
 
 
@@ -154,16 +154,16 @@ def _close(characters: list[str | None], escaped_at: set[int], start: int) -> _G
 
 
 def _weights(count: int, groups: dict[int, _Group]) -> list[float]:
-    """The product of the weights of all groups that a character is in, for each of `count` characters."""
-    weights, around = [], [_Group(count, 1.0)]
+    """For each of `count` characters the product of the weights of the groups that it is in."""
+    weights, enclosing = [], [_Group(count, 1.0)]
     for index in range(count):
-        while len(around) > 1 and index >= around[-1].end:
-            around.pop()
+        while len(enclosing) > 1 and index >= enclosing[-1].end:
+            enclosing.pop()
         if index in groups:
             end, weight = groups[index]
             # Finite, so that a weight of 0 within thousands of parentheses is 0.
-            around.append(_Group(end, min(max(around[-1].weight * weight, -_HEAVIEST), _HEAVIEST)))
-        weights.append(around[-1].weight)
+            enclosing.append(_Group(end, min(max(enclosing[-1].weight * weight, -_HEAVIEST), _HEAVIEST)))
+        weights.append(enclosing[-1].weight)
     return weights
 
 
@@ -173,10 +173,10 @@ def _token_weights(spans: Sequence[tuple[int, int]], weights: Sequence[float]) -
 
 
 def _padded(ids: Sequence[int], weights: Sequence[float], eos: int, pad: int, length: int) -> Rows:
-    rest = length - 1 - len(ids)
+    padding = length - 1 - len(ids)
     return Rows(
-        torch.tensor([*ids, eos, *[pad] * rest], dtype=torch.int64, device="cpu"),
-        torch.tensor([*weights, 1.0, *[1.0] * rest], dtype=torch.float32, device="cpu"),
+        torch.tensor([*ids, eos, *[pad] * padding], dtype=torch.int64, device="cpu"),
+        torch.tensor([*weights, 1.0, *[1.0] * padding], dtype=torch.float32, device="cpu"),
     )
 
 

@@ -1,6 +1,6 @@
 """Captions of a folder of images, in the layouts that public trainers and Hugging Face's `imagefolder` read.
 
-The caption of an image is the first of these that there is:
+The caption of an image is the first of these that exists:
 
 1. its line of `metadata.jsonl`, else of `metadata.csv`, in the nearest folder above it that has one: `file_name`,
    relative to that folder, and `text` (or `caption`, or `prompt`). Images there that it does not list are left out.
@@ -24,9 +24,11 @@ from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape, shorten
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-BESIDE = (".txt", ".caption", ".json")
+SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
 KEYS = ("text", "caption", "prompt")
-LIKE_CAPTIONS = frozenset({*BESIDE, ".captions", ".tags", ".prompt", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"})
+LIKE_CAPTIONS = frozenset(
+    {*SIDECAR_SUFFIXES, ".captions", ".tags", ".prompt", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}
+)
 """Suffixes of files that a trainer may take captions from; those that were not read are named."""
 NOT_READ = frozenset(
     {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".exr", ".hdr",
@@ -71,8 +73,8 @@ def metadata(path: Path, where: str) -> Iterator[Entry]:
         yield Entry(name, caption)
 
 
-class Beside:
-    """Finds the caption files beside images among `names`, files relative to `folder`; `read` are those that were."""
+class Sidecars:
+    """Caption files beside images, among `names`, files relative to `folder`; `read`: those that were read."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self.folder = folder
@@ -80,22 +82,23 @@ class Beside:
         self._by_stem: dict[str, dict[str, str]] = {}
         for name in names:
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in BESIDE:
+            if suffix.lower() in SIDECAR_SUFFIXES:
                 self._by_stem.setdefault(stem, {}).setdefault(suffix.lower(), name)
 
     def files(self, image: str) -> list[str]:
-        """The files that may hold the caption of an image, the first first."""
+        """The sidecar files of an image, in order of precedence."""
         tables = (self._by_stem.get(stem, {}) for stem in (os.path.splitext(image)[0], image))
-        return [table[suffix] for table in tables for suffix in BESIDE if suffix in table]
+        return [table[suffix] for table in tables for suffix in SIDECAR_SUFFIXES if suffix in table]
 
     def caption(self, image: str) -> Caption | None:
-        """None where no file has one. Raises ValueError, naming the file, for what cannot be read."""
+        """The caption in an image's sidecar files; None without one. Raises ValueError, naming a file that cannot be
+        read."""
         texts: dict[str, str] = {}
         for name in self.files(image):
             try:
-                text = _beside(self.folder / name, name)
+                text = _read_sidecar(self.folder / name, name)
             except ValueError:
-                # Other programs write .json files for purposes of their own: behind a caption they do not matter.
+                # Other programs write .json files for other purposes: after a caption they are ignored.
                 if not texts:
                     raise
                 continue
@@ -109,7 +112,7 @@ class Beside:
 
 
 def folder_name(image: str) -> str:
-    """The words of the folder that an image lies in, "" at the top; kohya's number of repeats ("20_dog") is none."""
+    """The words of the name of an image's folder, without kohya's number of repeats ("20_dog"); "" at the top."""
     name = PurePosixPath(image).parent.name
     return _REPEATS.sub("", name).replace("_", " ").replace("-", " ").strip()
 
@@ -130,7 +133,7 @@ def check_characters(text: str) -> None:
         raise ValueError(f"its caption {shorten(repr(text), 60)} holds half a character at {error.start}") from None
 
 
-def _beside(path: Path, where: str) -> str | None:
+def _read_sidecar(path: Path, where: str) -> str | None:
     text: str | None = decode(path, where)
     if path.suffix.lower() == ".json":
         values = json_fields.parse(text or "", where)
@@ -142,15 +145,15 @@ def _beside(path: Path, where: str) -> str | None:
 
 
 def _one_text(value: Any) -> str | None:
-    """Of a list of captions for one image the first, as diffusers' scripts take it when they do not draw one."""
+    """A caption; of a list of captions the first, as diffusers' scripts take it when they do not draw one."""
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         return value[0]
     return "" if value is None else value if isinstance(value, str) else None
 
 
 def _rows_of_json(text: str, where: str) -> Iterator[tuple[int, Any, str]]:
-    """The number of each line, what it holds, and what is wrong with it."""
-    # Not splitlines, which also parts lines at characters that JSON texts may hold.
+    """Number, content and problem ("" for none) of each line."""
+    # Not splitlines, which also splits at characters that JSON texts may contain.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:

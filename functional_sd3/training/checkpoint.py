@@ -19,8 +19,8 @@ from functional_sd3.core.types import Tree
 from functional_sd3.formats import files, finite, json_fields
 from functional_sd3.formats.errors import WeightsError
 
-LEAST = 2
-"""Checkpoints that are kept at least: the newest may turn out to be unreadable."""
+MIN_KEPT = 2
+"""Least number of checkpoints to keep: the newest may be unreadable."""
 _NAME = re.compile(r"step-([0-9]{1,18})\.safetensors")
 
 
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike, like: Tree) -> Tree:
         raise WeightsError(sorted(problems))
 
     def read(name: str, leaf: Tensor) -> Tensor:
-        # A copy of its own: a donated step may write into it, and the file may be pruned.
+        # Copied: a donated step may write into it, and the file may be pruned.
         return files.tensor(mapped, name).to(leaf.device, copy=True)
 
     with torch.no_grad():
@@ -74,8 +74,8 @@ def load(path: str | os.PathLike, like: Tree) -> Tree:
 
 
 class Resumed(NamedTuple):
-    """A state, the checkpoint it was read from and its settings; `passed_over`: newer ones that cannot be read, and
-    why."""
+    """A state, the checkpoint it was read from and its settings; `passed_over`: newer, unreadable ones with their
+    errors."""
 
     state: Tree
     path: Path
@@ -120,8 +120,8 @@ def set_aside(path: Path) -> Path:
 def not_finite(state: Tree) -> str | None:
     """The first leaf of a state that holds NaN or an infinity, as a sentence; None when there is none."""
     for name, leaf in tree.flatten_paths(state).items():
-        if leaf.is_floating_point() and (what := finite.nonfinite_kind(leaf)):
-            return f"{name} holds {what}"
+        if leaf.is_floating_point() and (kind := finite.nonfinite_kind(leaf)):
+            return f"{name} holds {kind}"
     return None
 
 

@@ -13,7 +13,7 @@ _FREE = ("steps", "params", "data", "template")
 
 
 class Difference(NamedTuple):
-    """A setting, what the checkpoint has and what the command line says."""
+    """A setting, its value in the checkpoint and its value on the command line."""
 
     name: str
     before: Any
@@ -28,53 +28,58 @@ class Difference(NamedTuple):
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Difference]:
     """The settings that differ. One that the checkpoint lacks, as it is older than the option, had its default.
 
-    Where files lie ("params", "data") is no difference of its own where the checkpoint has digests of what is in them;
-    captions are compared, not the template that some were made by.
+    The paths "params" and "data" are not compared where the checkpoint has digests of their contents; captions are
+    compared, not the template that some were made by.
     """
     old = {**defaults, **before}
-    found = [
+    changes = [
         Difference(name, old[name], value)
         for name, value in now.items()
         if name not in _FREE and name in old and old[name] != value
     ]
-    if any(each.name == CONTENTS + "the data" for each in found):
+    if any(each.name == CONTENTS + "the data" for each in changes):
         implied = ("fingerprint of the data", CONTENTS + "the tokens")
-        found = [each for each in found if each.name not in implied]
-    # Where the files lie is no difference of its own, but where their contents differ it says what to give.
-    is_model = any(each.name.startswith(CONTENTS) and each.name.endswith(" of the model") for each in found)
+        changes = [each for each in changes if each.name not in implied]
+    # The path alone is no difference, but where the contents differ it shows the path to pass.
+    is_model = any(each.name.startswith(CONTENTS) and each.name.endswith(" of the model") for each in changes)
     if is_model or not any(name.startswith(CONTENTS) for name in before):
         if before.get("params", now["params"]) != now["params"]:
-            found.append(Difference("params", before["params"], now["params"]))
-    return found
+            changes.append(Difference("params", before["params"], now["params"]))
+    return changes
 
 
-def check(found: list[Difference], out: object, *, force: bool) -> None:
+def check(changes: list[Difference], out: object, *, force: bool) -> None:
     """Raises ValueError where a difference is not allowed, naming each and what would be right."""
-    fixed = [each for each in found if each.name in FIXED]
+    fixed = [each for each in changes if each.name in FIXED]
     if fixed:
         raise ValueError(
-            f"the run in {out} was begun otherwise: {_listed(fixed)}. Even with --force that takes another folder"
+            f"the run in {out} was started with other settings: {_listed(fixed)}. "
+            "Even with --force that takes another folder"
         )
-    if found and not force:
+    if changes and not force:
         raise ValueError(
-            f"the run in {out} was begun otherwise: {_listed(found)}. Resume with the same, pass --force to go on with "
-            "what is given now, or begin in another folder"
+            f"the run in {out} was started with other settings: {_listed(changes)}. Resume with the same, "
+            "pass --force to go on with the new ones, or start in another folder"
         )
 
 
-def notes(found: list[Difference], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Sentences on what changes, and on what cannot be compared."""
-    said = [f"changed by --force: {_listed(found)}"] if found else []
+def notes(changes: list[Difference], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Sentences on the settings that change and on those that cannot be compared."""
+    sentences = [f"changed by --force: {_listed(changes)}"] if changes else []
     unknown = [name for name in before if name not in now and name not in _FREE]
     if unknown:
-        said.append(f"settings of the checkpoint that this version does not know are ignored: {_shortened(unknown)}")
+        sentences.append(
+            f"settings of the checkpoint that this version does not know are ignored: {_shortened(unknown)}"
+        )
     if not any(name.startswith(CONTENTS) for name in before):
-        said.append("the checkpoint has no digests of the weights and images it began with, so they are not compared")
-    return said
+        sentences.append(
+            "the checkpoint has no digests of the weights and images it began with, so they are not compared"
+        )
+    return sentences
 
 
-def _listed(found: list[Difference]) -> str:
-    return "; ".join(map(str, found))
+def _listed(changes: list[Difference]) -> str:
+    return "; ".join(map(str, changes))
 
 
 def _shortened(names: list[str]) -> str:

@@ -61,11 +61,11 @@ def image_folder(
 ) -> Index:
     """The images below a folder, with the captions that `captions` describes, "" where there is none.
 
-    template: of the captions that the names of folders make. caption: one for all images, in place of theirs. follow:
-    read what lies outside of the folder too, where links and names in metadata lead. Where only the folder `train` has
+    template: for captions made of the names of folders. caption: one for all images, in place of theirs. follow: read
+    files outside of the folder too, to which links and names in metadata lead. Where only the folder `train` has
     metadata, the images are those of `train` (Hugging Face's layout of splits).
 
-    Every image is read once; a file that cannot be is left out and listed in `skipped`. Hidden files are passed by.
+    Every image is read once; a file that cannot be is left out and listed in `skipped`. Hidden files are left out.
     Raises ValueError when the folder is not there, has no readable image, or a metadata line is not of that form.
     """
     folder = Path(folder)
@@ -92,8 +92,8 @@ def image_folder(
 
 
 def summary(index: Index, *, captioned: bool = True) -> str:
-    """One line: how many images there are and, where `captioned`, how many of them have no caption and where the
-    others' came from."""
+    """One line: the number of images and, where `captioned`, of those without a caption, with the sources of the
+    others."""
     if not captioned:
         return f"{len(index.samples)} images in {escape(index.folder)}"
     count, empty = len(index.samples), sum(not sample.caption.strip() for sample in index.samples)
@@ -168,8 +168,7 @@ def _check_template(template: str) -> None:
     """Raises ValueError unless `{}` occurs and no other brace does."""
     if "{}" not in template:
         raise ValueError(f"template {shorten(repr(template))} must contain {{}}, where the name of the class goes")
-    rest = template.replace("{}", "")
-    other = re.search(r"\{[^{}]*\}?|\}", rest)
+    other = re.search(r"\{[^{}]*\}?|\}", template.replace("{}", ""))
     if other:
         raise ValueError(
             f"template {shorten(repr(template))} holds {shorten(repr(other[0]), 40)}; {{}}, for the name of the class, "
@@ -186,14 +185,14 @@ class _Gathered(NamedTuple):
 
 def _gather(listing: Listing, template: str) -> _Gathered:
     """Images and captions by the rules of `captions`; nothing of the images is read."""
-    governing = _governing(listing.names)
+    metadata_files = _metadata_files(listing.names)
     suffixes = files.suffixes()
     images = [name for name in listing.names if Path(name).suffix.lower() in suffixes]
     notes = []
-    if "" not in governing and "train" in governing:
+    if "" not in metadata_files and "train" in metadata_files:
         others = [name for name in images if not name.startswith("train/")]
         images = [name for name in images if name.startswith("train/")]
-        governing = {place: name for place, name in governing.items() if name.startswith("train/")}
+        metadata_files = {place: name for place, name in metadata_files.items() if name.startswith("train/")}
         if others:
             notes.append(f"train/ has metadata of its own and is the set; left out: {_named(others)}")
     masks = _masks_of_others(images)
@@ -203,11 +202,12 @@ def _gather(listing: Listing, template: str) -> _Gathered:
     unknown = [name for name in listing.names if Path(name).suffix.lower() in caption_files.NOT_READ - suffixes]
     if unknown:
         notes.append(f"are in formats that are not read, convert them to PNG or JPEG: {_named(unknown)}")
-    beside = caption_files.Beside(listing.folder, listing.names)
+    sidecars = caption_files.Sidecars(listing.folder, listing.names)
     samples, skipped, conflicts, repeated = [], [], [], []
     unlisted: dict[str, Any] = {}
     described: dict[str, str] = {}
-    for place, name in sorted(governing.items(), key=lambda item: (-item[0].count("/") - bool(item[0]), item)):
+    deepest_first = sorted(metadata_files.items(), key=lambda item: (-item[0].count("/") - bool(item[0]), item))
+    for place, name in deepest_first:
         for entry in caption_files.metadata(listing.folder / name, escape(listing.folder / name)):
             path, reason = listing.resolve(place, entry.name)
             if path is None:
@@ -222,14 +222,14 @@ def _gather(listing: Listing, template: str) -> _Gathered:
             skipped.append(Skipped(image, refusal))
             continue
         try:
-            nearest = _nearest(image, governing)
-            for name in beside.files(image):
+            nearest = _nearest(image, metadata_files)
+            for name in sidecars.files(image):
                 if refusal := listing.refusal(name):
                     raise ValueError(f"{name} {refusal}")
             if nearest is not None and image not in described:
-                unlisted.setdefault(governing[nearest], []).append(image)
+                unlisted.setdefault(metadata_files[nearest], []).append(image)
                 continue
-            caption = beside.caption(image)
+            caption = sidecars.caption(image)
             if image in described:
                 if caption is not None and caption.text != " ".join(described[image].split()):
                     conflicts.append(image)
@@ -250,7 +250,7 @@ def _gather(listing: Listing, template: str) -> _Gathered:
                      f"{_named(conflicts)}")  # fmt: skip
     if repeated:
         notes.append(f"listed more than once, of which the first caption is used: {_named(repeated)}")
-    known = {*governing.values(), *beside.read}
+    known = {*metadata_files.values(), *sidecars.read}
     unread = [name for name in listing.names
               if Path(name).suffix.lower() in caption_files.LIKE_CAPTIONS and name not in known]  # fmt: skip
     if unread:
@@ -265,7 +265,7 @@ def _masks_of_others(images: Sequence[str]) -> set[str]:
     return {name for name, stem in marked if stem.endswith(_MASK) and stem.removesuffix(_MASK) in stems}
 
 
-def _governing(names: Sequence[str]) -> dict[str, str]:
+def _metadata_files(names: Sequence[str]) -> dict[str, str]:
     """Folder -> its file of metadata, relative to the set; "" is the set's own folder."""
     metadata: dict[str, str] = {}
     for kind in caption_files.METADATA:
@@ -276,11 +276,12 @@ def _governing(names: Sequence[str]) -> dict[str, str]:
     return metadata
 
 
-def _nearest(image: str, governing: dict[str, str]) -> str | None:
+def _nearest(image: str, metadata_files: dict[str, str]) -> str | None:
+    """The nearest folder above an image that has a file of metadata."""
     place = image
     while place:
         place = place.rpartition("/")[0]
-        if place in governing:
+        if place in metadata_files:
             return place
     return None
 

@@ -8,7 +8,7 @@ from functional_sd3.core.types import Tree
 
 
 def check_donated(trees: Tree) -> None:
-    """Raise ValueError, naming the paths, unless every leaf has memory of its own and takes part in no graph."""
+    """Raise ValueError, naming the paths, where leaves share memory or require grad."""
     flat = tree.flatten_paths(trees)
     for path, leaf in flat.items():
         if leaf.requires_grad:
@@ -52,10 +52,12 @@ def check_strides(paths: list[str], weights: dict[str, Tensor], *moments: dict[s
     """Raise ValueError, naming the path, unless each weight is dense and its moments have its strides."""
     for path in paths:
         strides = weights[path].stride()
-        if strides != torch.empty_like(weights[path]).stride() or any(own[path].stride() != strides for own in moments):
+        if strides != torch.empty_like(weights[path]).stride() or any(
+            moment[path].stride() != strides for moment in moments
+        ):
             raise ValueError(f"{path} has gaps in memory, or another order than its moments; make both contiguous")
 
 
 def with_strides_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` with the strides of `like`; copied only if its own differ."""
+    """`tensor` with the strides of `like`; copied only if they differ."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)

@@ -23,7 +23,7 @@ class Listing(NamedTuple):
     follow: bool
 
     def refusal(self, name: str) -> str | None:
-        """Why a file of the folder may not be read; None where it may."""
+        """The reason why a file of the folder may not be read; None where it may."""
         try:
             real = os.path.realpath(self.folder / name)
         except (ValueError, OSError) as error:
@@ -33,7 +33,7 @@ class Listing(NamedTuple):
         return None if inside or self.follow else _LEADS_OUT
 
     def resolve(self, place: str, name: str) -> tuple[str | None, str]:
-        """The path, relative to the folder, of what metadata in the folder `place` calls `name`; None, and why."""
+        """The path, relative to the folder, of `name` in metadata of the folder `place`; or None and the reason."""
         path = os.path.normpath(os.path.join(place, name))
         if "\\" in name and not os.path.lexists(self.folder / path):
             # Written under Windows.
@@ -41,7 +41,7 @@ class Listing(NamedTuple):
         refused = self.refusal(path)
         if refused:
             return None, refused
-        # Other ways to write the path of a file of the folder.
+        # Absolute paths of files in the folder.
         relative = os.path.relpath(os.path.realpath(self.folder / path), os.path.realpath(self.folder))
         named = path if not os.path.isabs(path) else Path(relative).as_posix()
         return (named if not named.startswith("..") else os.path.abspath(self.folder / path)), ""
@@ -60,7 +60,7 @@ def list_files(folder: Path, *, follow: bool = False) -> Listing:
         notes.append(f"folder {shorten(_relative(error.filename, folder))} cannot be read: {reason(error)}")
 
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=follow):
-        kept = []
+        entered_here = []
         for name in sorted(folders):
             path = os.path.join(root, name)
             if not is_shown(name):
@@ -73,8 +73,8 @@ def list_files(folder: Path, *, follow: bool = False) -> Listing:
             if follow and real in entered:
                 continue
             entered.add(real)
-            kept.append(name)
-        folders[:] = kept
+            entered_here.append(name)
+        folders[:] = entered_here
         names += [_relative(os.path.join(root, name), folder) for name in files if is_shown(name)]
     return Listing(folder, tuple(sorted(names)), tuple(notes), follow)
 

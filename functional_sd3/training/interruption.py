@@ -20,7 +20,7 @@ _TERMINATIONS = tuple(number for number in (signal.SIGTERM, _HANGUP) if number i
 
 
 class Interruption:
-    """Whether a signal has requested that a run stops; made by `catch`."""
+    """State of the signals that request a run to stop; created by `catch`."""
 
     def __init__(self) -> None:
         self._signals = 0
@@ -46,11 +46,11 @@ class Interruption:
         if self._abortable:
             self._abortable = False
             raise KeyboardInterrupt
-        # Several SIGTERMs are a scheduler's way of being sure; only a person gives up what is not saved.
+        # Schedulers repeat SIGTERM; only a repeated Ctrl-C discards the steps that are not saved.
         if self._interrupts >= GIVE_UP:
             raise KeyboardInterrupt
         if self._interrupts == 2:
-            # Not by print: a signal may arrive while that very stream is being written. Where standard error was closed
+            # Not by print: a signal may arrive while that stream is being written. Where standard error was closed
             # from the start, its number may be that of any file.
             if sys.__stderr__ is None:
                 return
@@ -74,7 +74,7 @@ def catch() -> Iterator[Interruption]:
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what was opened is closed."""
+    """Context in which SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, so that open resources are closed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -42,14 +42,14 @@ class Holder(NamedTuple):
 
 @contextmanager
 def hold(folder: str | os.PathLike, note: Callable[[str], None]) -> Iterator[None]:
-    """The lock of a folder, which is made where it is missing, its parents too, and removed again where it stays empty.
+    """Context that holds the lock of a folder, which is created with its parents if missing, and removed if left empty.
 
-    A lock whose holder is gone is taken over, which `note` says. Raises WeightsError, naming the holder and what to do,
-    while another run holds it, and where a file that cannot be read stands in its place.
+    The lock of a process that has ended is taken over, with a `note`. Raises WeightsError, naming the holder and what
+    to do, while another run holds it, and where a file that cannot be read stands in its place.
     """
     folder = Path(folder)
     path = folder / NAME
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path, note)
@@ -62,7 +62,7 @@ def hold(folder: str | os.PathLike, note: Callable[[str], None]) -> Iterator[Non
             path.unlink()
         os.close(descriptor)
         with suppress(OSError):
-            for each in made:
+            for each in created:
                 each.rmdir()
 
 
@@ -81,7 +81,7 @@ def is_running(holder: Holder) -> bool:
             os.kill(holder.pid, 0)
         except (ProcessLookupError, OverflowError):
             return False
-        except OSError:  # Another person's.
+        except OSError:  # Another user's process.
             pass
     return holder.tick == _tick(holder.pid)
 
@@ -106,11 +106,11 @@ def _acquire(path: Path, note: Callable[[str], None]) -> int:
             raise
         # Its holder removed it between our opening and locking it.
         os.close(descriptor)
-    raise WeightsError(f"{path}: changed hands {_ATTEMPTS} times while it was being taken; try again")
+    raise WeightsError(f"{path}: was taken by other processes {_ATTEMPTS} times; try again")
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """The lock file, and whether it was made here. Links are not followed, pipes not waited for."""
+    """Descriptor of the lock file, and True if it was created. Links are not followed, pipes not waited for."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
@@ -179,8 +179,8 @@ def _boot() -> str:
 
 
 def _tick(pid: int) -> str:
-    """When a process was started, in clock ticks since the boot."""
+    """Start of a process, in clock ticks since the boot; "" where the system does not say."""
     with suppress(OSError, IndexError):
-        # Its name, in parentheses, may hold spaces and parentheses itself.
+        # The process's name, in parentheses, may contain spaces and parentheses.
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     return ""

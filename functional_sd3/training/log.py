@@ -25,11 +25,11 @@ def resume(path: Path, done: int) -> Log:
     Raises WeightsError as `read` does.
     """
     rows = read(path)
-    kept = [row for row in rows if int(row["step"]) <= done]
-    names = tuple(kept[0]) if kept else ()
+    rows = [row for row in rows if int(row["step"]) <= done]
+    names = tuple(rows[0]) if rows else ()
     if path.exists():
-        files.write_atomic(path, _csv([names, *([row[name] for name in names] for row in kept)]).encode())
-    return Log(path, names, float(kept[-1]["seconds"]) if kept else 0.0)
+        files.write_atomic(path, _csv([names, *([row[name] for name in names] for row in rows)]).encode())
+    return Log(path, names, float(rows[-1]["seconds"]) if rows else 0.0)
 
 
 def append(log: Log, step: int, row: dict[str, float], seconds: float, *, durable: bool) -> Log:
@@ -51,7 +51,7 @@ def append(log: Log, step: int, row: dict[str, float], seconds: float, *, durabl
                 if durable:
                     os.fsync(file.fileno())
         except OSError:
-            # Half a row would spoil the next one.
+            # An incomplete row would corrupt the next one.
             os.truncate(log.path, size)
             raise
     except OSError as error:

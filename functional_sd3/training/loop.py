@@ -1,7 +1,7 @@
-"""The training loop: batches, log, checkpoints, samples, and how a run stops.
+"""The training loop: batches, log, checkpoints, samples and interruption.
 
-A run is a function of its first state and of `batch_of_step`, a function of the step's number. So a killed run goes on
-from its last checkpoint bit for bit as if it had not been killed.
+A run is a function of its first state and of `batch_of_step`, a function of the step's number. So a killed run is
+resumed from its last checkpoint bit for bit as if it had not been killed.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def print_note(text: str) -> None:
 
 
 class UnsavedError(WeightsError):
-    """The last checkpoint of a run cannot be written; `state` is what it would have held."""
+    """The last checkpoint of a run cannot be written; `state` is the state that it would have held."""
 
     state: Any
 
@@ -76,15 +76,15 @@ def run(
     note: Note = print_note,
     summary: Summary | None = None,
 ) -> Outcome[S]:
-    """Train until `state.step` is `steps`, from wherever it stands.
+    """Train from `state` until `state.step` is `steps`.
 
     Writes OUT/checkpoints (the last `keep`, at least two, every `save_every` steps and at the end) and OUT/log.csv, a
     row every `log_every` steps with the means of the metrics since the row before, by way of `summary` (default
     `columns`); `on_row` is called with each. `on_sample` is called every `sample_every` steps and at the end, and
-    before the first step where the sample of the state at hand is due and `has_sample(step)` is false. rollout: of the
-    state and the batch, what `train_step` takes in place of the batch: data drawn by what is trained.
+    before the first step where the sample of the initial state is due and `has_sample(step)` is false. rollout:
+    `rollout(state, batch)` is what `train_step` takes in place of the batch: data drawn by the trained model.
 
-    Ctrl-C, SIGTERM or SIGHUP finish the step at hand, or give up the sample or rollout at hand, save and return; a
+    Ctrl-C, SIGTERM or SIGHUP let the current step finish, or abandon the current sample or rollout, save and return; a
     third Ctrl-C raises KeyboardInterrupt. A batch or rollout that fails ends the run after its state is saved. A
     sample, a row or a checkpoint that cannot be written is reported by `note`, and the run goes on, unless it is the
     last checkpoint. Raises DivergedError at a loss, gradient or state that is not finite, leaving the last good
@@ -120,7 +120,7 @@ def run(
                     raise
                 break
             except Exception:
-                # The state is whole, and what follows the last checkpoint may be hours of work.
+                # The state is complete, and the steps since the last checkpoint may be hours of work.
                 if done != saved:
                     recorder.write(done, durable=True)
                     save(final=True)
@@ -132,7 +132,7 @@ def run(
             recorder.add(metrics)
             last = done == steps or stop.is_requested()
             saves = last or done % save_every == 0
-            # A row before every checkpoint: a resumed run starts its means afresh there, as this one does.
+            # A row before every checkpoint, where a resumed run restarts its means as this one does.
             if saves or done % log_every == 0:
                 bar.set_postfix_str(f"loss {recorder.write(done, durable=saves):.4f}", refresh=False)
             if saves and save(final=last):
@@ -172,7 +172,7 @@ def _save(
     """True if the checkpoint of `step` is on the disk. Raises DivergedError, and UnsavedError where `final`."""
     if problem := checkpoint.not_finite(state):
         raise diverged(problem, step, folder)
-    least = 1 if final else checkpoint.LEAST
+    least = 1 if final else checkpoint.MIN_KEPT
     try:
         checkpoint.save(folder, step, state, settings)
     except WeightsError as error:
@@ -184,13 +184,13 @@ def _save(
             checkpoint.save(folder, step, state, settings)
         except WeightsError as again:
             return _unsaved(again, folder, step, note, final)
-    checkpoint.prune(folder, max(keep, checkpoint.LEAST))
+    checkpoint.prune(folder, max(keep, checkpoint.MIN_KEPT))
     return True
 
 
 def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool) -> bool:
-    kept = [path.name for path in checkpoint.paths(folder)]
-    newest = f"the newest one is {kept[-1]}" if kept else "there is none yet"
+    saved = [path.name for path in checkpoint.paths(folder)]
+    newest = f"the newest one is {saved[-1]}" if saved else "there is none yet"
     message = f"the checkpoint of step {step} could not be written, {newest}: {error}"
     if final:
         raise UnsavedError(message) from error

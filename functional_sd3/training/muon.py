@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised for every matrix before it is applied.
+"""Muon: momentum whose matrices are orthogonalised before they are applied.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the quintic Newton-Schulz iteration and
 its coefficients); the scale of the update that lets it share AdamW's learning rate: Liu et al. 2025, "Muon is scalable
@@ -32,14 +32,14 @@ def muon(
     """Muon with Nesterov momentum for leaves of two or more dimensions; others raise ValueError.
 
     Convolutions count as matrices (outputs, inputs * height * width), and a fused query-key-value matrix (3 n, n) as
-    three. Every update has the root mean square 0.2, AdamW's typical one, times `rate`. `dtype` is that of the
-    iteration, which bears bfloat16 (Jordan et al.), by default the gradients'.
+    three. Every update has the root mean square 0.2, AdamW's typical one, times `rate`. `dtype`: of the iteration,
+    for which bfloat16 suffices (Jordan et al.); by default the gradients'.
     """
     return chain(scale_by_muon(momentum=momentum, iterations=iterations, dtype=dtype), scale_by_learning_rate(rate))
 
 
 def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5, dtype: torch.dtype | None = None) -> Optimizer:
-    """Momentum, then orthogonalisation; ascending, as gradients are."""
+    """Orthogonalised momentum, in the direction of ascent as the gradients."""
 
     def init(params: Params) -> MuonState:
         for path, leaf in tree.flatten_paths(params).items():
@@ -48,10 +48,10 @@ def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5, dtype: torch.d
         return MuonState(zeros_like(params))
 
     def update(grads: Tree, state: MuonState, params: Params) -> tuple[Tree, MuonState]:
-        mixed = tree.map(lambda past, grad: momentum * past + grad, state.momentum, grads)
-        nesterov = tree.map(lambda past, grad: grad + momentum * past, mixed, grads)
+        averaged = tree.map(lambda past, grad: momentum * past + grad, state.momentum, grads)
+        nesterov = tree.map(lambda past, grad: grad + momentum * past, averaged, grads)
         updates = _orthogonalized(tree.flatten_paths(nesterov), iterations, dtype)
-        return tree.map_with_path(lambda path, leaf: updates[path], nesterov), MuonState(mixed)
+        return tree.map_with_path(lambda path, leaf: updates[path], nesterov), MuonState(averaged)
 
     return Optimizer(init, update)
 
@@ -62,13 +62,13 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     Five iterations bring every singular value that is not tiny into about [0.7, 1.2].
     """
     a, b, c = COEFFICIENTS
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    transposed = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if transposed else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return x.mT if transposed else x
 
 
 def _orthogonalized(flat: dict[str, Tensor], iterations: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -83,8 +83,8 @@ def _orthogonalized(flat: dict[str, Tensor], iterations: int, dtype: torch.dtype
     updates: dict[str, Tensor] = {}
     for shape, names in groups.items():
         scale = UPDATE_RMS * math.sqrt(max(shape))
-        together = torch.cat([parts[name] for name in names])
-        stacked = scale * orthogonalize(together.to(dtype or together.dtype), iterations).to(together.dtype)
-        for name, part in zip(names, stacked.split([len(parts[name]) for name in names]), strict=True):
+        stacked = torch.cat([parts[name] for name in names])
+        orthogonal = scale * orthogonalize(stacked.to(dtype or stacked.dtype), iterations).to(stacked.dtype)
+        for name, part in zip(names, orthogonal.split([len(parts[name]) for name in names]), strict=True):
             updates[name] = part.reshape(flat[name].shape)
     return {path: updates[path] for path in flat}

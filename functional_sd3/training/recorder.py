@@ -1,4 +1,4 @@
-"""Means of a run's metrics as rows of its log, and the check that they are finite."""
+"""Rows of the log: means of a run's metrics, checked to be finite."""
 
 import math
 import time
@@ -38,7 +38,7 @@ class Recorder:
         self._started = time.monotonic()
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add the metrics of a step; one that is a number of Python's, NaN, was not measured in it."""
+        """Add the metrics of a step; a metric that is a Python float, NaN, was not measured in it."""
         for name, value in metrics.items():
             added, count = self._sums.get(name, (math.nan, 0))
             if isinstance(value, Tensor):
@@ -79,10 +79,10 @@ class Recorder:
 
 
 def diverged(what: str, step: int, folder: Path) -> DivergedError:
-    """The error of a run whose checkpoints are in `folder`, to be raised."""
+    """The error for a run that is not finite at `step`, naming its newest checkpoint in `folder`."""
     saved = checkpoint.paths(folder)
-    kept = f"the last good state is {saved[-1]}" if saved else "nothing was saved yet"
-    return DivergedError(f"{what} at step {step}, so training stopped; {kept}. Try a lower learning rate.")
+    newest = f"the last good state is {saved[-1]}" if saved else "nothing was saved yet"
+    return DivergedError(f"{what} at step {step}, so training stopped; {newest}. Try a lower learning rate.")
 
 
 def columns(means: dict[str, Any]) -> dict[str, float]:

@@ -138,18 +138,19 @@ def _gradient(loss: Loss, gradient: str, compile: bool) -> Gradient:
     # A transform goes inside what is compiled: around it, torch.func would run the function eagerly.
     if gradient == "func":
         whole_gradient = torch.func.grad_and_value(whole, has_aux=True)
-        return _first(transform.compile(whole_gradient, dynamic=False) if compile else whole_gradient)
-    return _first(transform.value_and_grad(transform.compile(whole, dynamic=False) if compile else whole, has_aux=True))
+        return _without_graph(transform.compile(whole_gradient, dynamic=False) if compile else whole_gradient)
+    compiled = transform.compile(whole, dynamic=False) if compile else whole
+    return _without_graph(transform.value_and_grad(compiled, has_aux=True))
 
 
-def _first(gradient: Callable[..., Any]) -> Gradient:
-    """The gradients and the detached loss and metrics; the loss that carries a graph is dropped."""
+def _without_graph(gradient: Callable[..., Any]) -> Gradient:
+    """`gradient` without the loss that carries a graph: only gradients, detached loss and metrics."""
 
-    def without(*arguments: Any) -> tuple[Params, tuple[Tensor, Metrics]]:
+    def gradients_and_metrics(*arguments: Any) -> tuple[Params, tuple[Tensor, Metrics]]:
         grads, (_, reported) = gradient(*arguments)
         return grads, reported
 
-    return without
+    return gradients_and_metrics
 
 
 def _accumulated(differentiate: Gradient, parts: int) -> Gradient:

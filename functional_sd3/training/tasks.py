@@ -56,7 +56,7 @@ class Generate(Protocol):
 
 
 class TrainingTask(NamedTuple):
-    """What `loop.run` runs, and what its states stand for.
+    """A training run: the arguments of `loop.run`, and the model and samples of its states.
 
     batch: step number -> batch. model: state -> the whole model with the averaged parameters. sample: state -> images
     (batch, 3, height, width) in [0, 1]. trained: names of the trained components, empty for a LoRA.
@@ -102,7 +102,8 @@ class Settings:
 
 
 def folder_images(index: datasets.Index, side: int) -> TrainingImages:
-    """The images of a folder, read when they are loaded, which raises WeightsError for one that is gone or broken."""
+    """The images of a folder, read when they are loaded, which raises WeightsError for one that is missing or broken by
+    then."""
     captions = tuple(sample.caption for sample in index.samples)
     load = lambda rows: datasets.load_batch(index, rows, side)  # noqa: E731
     names = [f"{sample.path}\n{sample.caption}" for sample in index.samples]
@@ -179,7 +180,7 @@ def flow_task(
 
 
 def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings) -> TrainingTask:
-    """Training of the autoencoder on images; from scratch, scaling and shift are measured when the model is read off.
+    """Training of the autoencoder on images; from scratch, scaling and shift are measured by `TrainingTask.model`.
 
     A transformer needs the latents of the encoder it was trained with: `settings.decoder_only` freezes the encoder.
     """
@@ -263,8 +264,8 @@ def _initial_params(key: Key, model: Model, names: Sequence[str], scratch: bool)
     device = tree.leaves(model.params)[0].device
     keys = prng.split(key, len(names))
     return {
-        name: specs.init(own, SPECS[name](getattr(model.config, name)), device=device)
-        for own, name in zip(keys, names, strict=True)
+        name: specs.init(name_key, SPECS[name](getattr(model.config, name)), device=device)
+        for name_key, name in zip(keys, names, strict=True)
     }
 
 

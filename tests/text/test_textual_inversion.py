@@ -182,7 +182,7 @@ def test_files_that_are_no_words_say_so(tensors, message, tmp_path):
     [
         (Word("", {"clip_l": torch.ones(1, 4)}), "the word '' must not be empty"),
         (Word("<a>", {"bert": torch.ones(1, 4)}), "'<a>' has vectors for 'bert'; encoders are clip_l, clip_g, t5"),
-        (Word("<a>", {}), "for no encoder, of which none is here"),
+        (Word("<a>", {}), "for no encoder, of which the model has none"),
         (Word("<a>", {"clip_l": torch.ones(1, 5)}), r"vectors of shape \[1, 5\] for clip_l, whose width is"),
         (
             Word("<a>", {"clip_l": torch.ones(1, WIDTHS["clip_l"]), "t5": torch.ones(2, WIDTHS["t5"])}),

@@ -86,7 +86,7 @@ def test_a_change_needs_force_and_is_said_by_name(command, run):
     with pytest.raises(ValueError) as caught:
         command("--out", run, "--resume", *changes)
     said = "batch-size 4 -> 2; dropout 0.1 -> 0.2; ema 0.999 -> 0.9; lr 0.01 -> 0.02"
-    assert f"was begun otherwise: {said}. Resume with the same, pass --force" in str(caught.value)
+    assert f"was started with other settings: {said}. Resume with the same, pass --force" in str(caught.value)
     status, messages = command("--out", run, "--resume", "--force", *changes)
     assert status == 0 and f"note: changed by --force: {said}" in messages
     # From now on these are the run's.
@@ -163,7 +163,7 @@ def test_images_that_were_swapped_are_noticed_and_encoded_again(command, images,
     base = ["--out", tmp_path / "out", "--data", images, "--part", part]
     command(*base, "--steps", 3)
     Image.new("RGB", (16, 16), (1, 2, 3)).save(images / "3.png")
-    with pytest.raises(ValueError, match="was begun otherwise: the contents of the data changed"):
+    with pytest.raises(ValueError, match="was started with other settings: the contents of the data changed"):
         command(*base, "--resume")
     messages = command(*base, "--resume", "--force")[1]
     assert "changed by --force: the contents of the data" in messages

@@ -59,7 +59,7 @@ def config(tables: Tokenizers) -> Config:
             qk_norm=True,
             dual_attention_layers=(0,),
         ),
-        # Flat colours live in the mean over a group: one group keeps all but one of them.
+        # A flat colour is the mean over a group, which group norm removes: with one group only one mean is lost.
         vae=vae.Config(
             channels=(16, 32, 64, 64), blocks_per_level=1, groups=1, scaling=1.0, shift=0.0, sample_size=world.SIDE
         ),

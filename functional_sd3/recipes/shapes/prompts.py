@@ -1,7 +1,7 @@
 """Prompt following in the shapes world: images read back as scenes and compared with their captions.
 
-The reader knows nothing of how the image was made. It finds the background (the commonest palette colour), cuts the
-rest into connected regions, and names each region by the drawn shape that overlaps it best. An image is right when
+Reading uses the pixels alone. The background is the commonest palette colour; all other pixels form connected regions,
+each of which is named after the shape whose drawing overlaps it best. An image is right when
 count, shapes, colours, sizes, background and relation all are.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from functional_sd3.recipes.shapes import world
 
 LEAST_PIXELS = 20
-"""Regions smaller than this (a small ring has 110, a small star 55) are blemishes."""
+"""Regions smaller than this (a small ring has 110, a small star 55) are ignored."""
 LEAST_OVERLAP = 0.6
 """Intersection over union below which a region is no shape at all."""
 
@@ -34,7 +34,7 @@ Reader = Callable[[Tensor], Reading]
 
 
 class Verdict(NamedTuple):
-    """Which properties of the scene the image has; `right`: all of them."""
+    """True for each property in which the image matches the scene; `right`: in all of them."""
 
     count: bool  # type: ignore[assignment]  # hides tuple.count
     shape: bool
@@ -51,8 +51,8 @@ class Verdict(NamedTuple):
 def read(image: Tensor) -> Reading:
     """The background and the things of an image (3, height, width), float in [0, 1] or uint8.
 
-    It reads any such image, whatever its values: those beyond [0, 1] are clamped, NaN is grey, which is no colour of
-    the palette, and other sizes than 64 x 64 are resized to it. Raises ValueError for a tensor of another shape or
+    Values beyond [0, 1] are clamped, NaN is grey, which is no colour of the palette, and other sizes are resized to
+    64 x 64. Raises ValueError for a tensor of another shape or
     dtype, which is no image.
     """
     return _read(image, _stencils())
@@ -66,8 +66,8 @@ def _read(image: Tensor, stencils: "_Stencils") -> Reading:
     nearest = _nearest(pixels, palette)
     ground = int(numpy.bincount(nearest.ravel(), minlength=len(names)).argmax())
     distance = numpy.sqrt(((pixels - palette[ground]) ** 2).sum(-1))
-    # What differs from the ground forms regions; colours at soft edges lie between two of the palette's, so a region
-    # takes the colour of its inner pixels.
+    # Pixels unlike the ground form regions. Colours at soft edges lie between two of the palette's, so a region takes
+    # the colour of its inner pixels.
     regions, count = ndimage.label(distance > 40.0, structure=numpy.ones((3, 3)))
     named = []
     for index in range(1, count + 1):
@@ -107,9 +107,9 @@ def _pixels(image: Tensor) -> numpy.ndarray:
 
 def judge(reading: Reading, scene: world.Scene) -> Verdict:
     """Compare a reading with the scene of the caption."""
-    wanted, seen = scene.things, reading.things
-    count = len(seen) == len(wanted) and all(overlap >= LEAST_OVERLAP for overlap in reading.overlaps)
-    pairs = _pair_things(wanted, seen)
+    wanted, read = scene.things, reading.things
+    count = len(read) == len(wanted) and all(overlap >= LEAST_OVERLAP for overlap in reading.overlaps)
+    pairs = _pair_things(wanted, read)
     matched = len(pairs) == len(wanted)
 
     def same(attribute: str) -> bool:
@@ -138,15 +138,15 @@ def table(images: Tensor, scenes: Sequence[world.Scene], *, reader: Reader | Non
     return {"right": float(numpy.mean([verdict.right for verdict in judged])), **shares}
 
 
-def _pair_things(wanted, seen) -> list[tuple[world.Thing, world.Thing]]:
-    """Each wanted thing with a seen one, matched by colour: the colours of a scene's things differ."""
-    if len(wanted) != len(seen):
+def _pair_things(wanted, read) -> list[tuple[world.Thing, world.Thing]]:
+    """Pairs of a wanted thing and one that was read, matched by colour: the colours of a scene's things differ."""
+    if len(wanted) != len(read):
         return []
     if len(wanted) == 1:
-        return [(wanted[0], seen[0])]
-    straight = list(zip(wanted, seen, strict=True))
-    crossed = list(zip(wanted, reversed(seen), strict=True))
-    return max(straight, crossed, key=lambda pairs: sum(one.colour == other.colour for one, other in pairs))
+        return [(wanted[0], read[0])]
+    in_order = list(zip(wanted, read, strict=True))
+    exchanged = list(zip(wanted, reversed(read), strict=True))
+    return max(in_order, exchanged, key=lambda pairs: sum(one.colour == other.colour for one, other in pairs))
 
 
 def _has_relation(first: world.Thing, second: world.Thing, relation: str) -> bool:
@@ -161,17 +161,17 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[world.Thing, 
     from scipy import ndimage
 
     offsets = pixels[mask] - ground
-    # Along a soft edge a colour is a mixture with the ground; the farthest pixels are the purest.
+    # Along a soft edge the colour is mixed with the ground's; the pixels farthest from the ground's colour are purest.
     strength = numpy.linalg.norm(offsets, axis=1)
     pure = pixels[mask][strength >= numpy.quantile(strength, 0.6)].mean(0)
     colour = int(((palette - pure) ** 2).sum(1).argmin())
     towards = palette[colour] - ground
-    # A pixel wider than a stencil: the middle of a region at the edge lies up to half a pixel outside the image.
+    # One pixel wider than a stencil: the middle of a region at the edge lies up to half a pixel outside the image.
     coverage = numpy.zeros((world.SIDE + 2 * (_MARGIN + 1),) * 2)
-    grown = ndimage.binary_dilation(mask, structure=numpy.ones((3, 3)))
+    dilated = ndimage.binary_dilation(mask, structure=numpy.ones((3, 3)))
     edge = _MARGIN + 1
     inner = coverage[edge:-edge, edge:-edge]
-    inner[grown] = numpy.clip((pixels[grown] - ground) @ towards / max(float(towards @ towards), 1.0), 0.0, 1.0)
+    inner[dilated] = numpy.clip((pixels[dilated] - ground) @ towards / max(float(towards @ towards), 1.0), 0.0, 1.0)
     rows, columns = numpy.nonzero(mask)
     middle_x, middle_y = (columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2
     total, best = coverage.sum(), -1.0
@@ -179,8 +179,8 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[world.Thing, 
         for y in numpy.arange(middle_y - 1, middle_y + 1.5, 0.5):
             left, top = int(numpy.floor(x)), int(numpy.floor(y))
             window = coverage[top + 1 :, left + 1 :][: 2 * _MARGIN, : 2 * _MARGIN]
-            drawn = stencils.drawn[int(2 * (x - left)), int(2 * (y - top))]
-            shared = numpy.minimum(drawn, window).sum((1, 2))
+            stencil = stencils.coverage[int(2 * (x - left)), int(2 * (y - top))]
+            shared = numpy.minimum(stencil, window).sum((1, 2))
             overlaps = shared / (stencils.areas[int(2 * (x - left)), int(2 * (y - top))] + total - shared)
             if overlaps.max() > best:
                 best = float(overlaps.max())
@@ -190,10 +190,10 @@ def _name(mask, pixels, ground, palette, names, stencils) -> tuple[world.Thing, 
 
 
 class _Stencils(NamedTuple):
-    """How much of each pixel every kind of thing covers, for centres at whole and half pixels."""
+    """Share of each pixel that every kind of thing covers, for centres at whole and half pixels."""
 
     kinds: list[tuple[str, str]]
-    drawn: numpy.ndarray
+    coverage: numpy.ndarray
     """(2, 2, kinds, 2 * margin, 2 * margin), indexed by twice the fractions of x and y."""
     areas: numpy.ndarray
 
@@ -203,8 +203,10 @@ _MARGIN = 16
 
 def _stencils() -> _Stencils:
     kinds = [(size, shape) for size in world.RADII for shape in world.SHAPES]
-    drawn = numpy.array([[[_coverage(*kind, fx / 2, fy / 2) for kind in kinds] for fy in range(2)] for fx in range(2)])
-    return _Stencils(kinds, drawn, drawn.sum((-1, -2)))
+    coverage = numpy.array(
+        [[[_coverage(*kind, fx / 2, fy / 2) for kind in kinds] for fy in range(2)] for fx in range(2)]
+    )
+    return _Stencils(kinds, coverage, coverage.sum((-1, -2)))
 
 
 def _coverage(size: str, shape: str, x: float, y: float) -> numpy.ndarray:

@@ -130,7 +130,7 @@ def flow_stage(
 ) -> Stage:
     """The transformer and the text encoders together, from fresh parameters; or the transformer alone, from `start`.
 
-    `dtype` is that of the computation, beside float32 parameters: bfloat16 where the machine multiplies it fast.
+    `dtype`: of the computation, beside float32 parameters; bfloat16 pays where the processor has instructions for it.
     """
     params_key, run_key, data_key = prng.split(key, 3)
     makers: dict[str, Callable[..., Params]] = {
@@ -139,7 +139,7 @@ def flow_stage(
     keys = prng.split(params_key, len(makers))
     if start is None:
         parts = zip(keys, makers.items(), strict=True)
-        params = {name: make(own, getattr(config, name)) for own, (name, make) in parts}
+        params = {name: make(name_key, getattr(config, name)) for name_key, (name, make) in parts}
     else:
         params = {name: start[name] for name in makers}
     rate = optim.trapezoid(peak, min(100, steps // 4), steps, int(0.4 * steps))
@@ -152,7 +152,7 @@ def flow_stage(
         optimizer,
         trainable=learned,
         ema_decay=0.999,
-        # As one graph with its gradient, bfloat16 does not get through inductor's C++ (PyTorch 2.13).
+        # Inductor's C++ code for a graph with its gradient in bfloat16 does not compile (PyTorch 2.13).
         gradient="autograd",
         compile=compile,
         donate=True,

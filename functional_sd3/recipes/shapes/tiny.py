@@ -1,4 +1,4 @@
-"""The recipe of `params/tiny`: a whole SD3.5 pipeline in miniature, trained from scratch on the world of `world`.
+"""The recipe of `params/tiny`: a whole SD3.5 pipeline in miniature, trained from scratch on scenes of `world`.
 
     python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 
@@ -9,8 +9,8 @@ or further training of a finished model, of its transformer alone or of its deco
 
 Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on new images; a
 pool of images encoded once; the transformer and the three text encoders together; then the transformer alone, which
-is what takes time; the decoder alone, which leaves the latents as they are (`architecture`, `stages`). Stopped at any
-moment, the same command goes on.
+is what takes time; the decoder alone, which leaves the latents as they are (`architecture`, `stages`). After an
+interruption the same command continues.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def train(
 
     `flow_steps` of transformer and text encoders, then `refine_steps` of the transformer and `decoder_steps` of the
     decoder, each with its own rise and fall of the learning rate. `start`: a finished model whose transformer and
-    decoder learn on; its tokenizers, encoders and the autoencoder's encoder stay as they are.
+    decoder are trained further; its tokenizers, encoders and the autoencoder's encoder stay as they are.
     """
     root = prng.key(seed)
     tokens_key, decoder_key, pool_key, flow_key = prng.split(root, 4)
@@ -81,21 +81,21 @@ def train(
         tables, sizes, autoencoder = start.tokenizers, start.config, start.params["vae"]
     data: dict = {}
     if start is None or refine_steps:
-        data = _kept_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
+        data = _load_or_encode_pool(work / "pool.safetensors", pool_key, autoencoder, sizes, tables)
     if start is None:
         sizes = stages.with_measured_scaling(sizes, data["latents"])
 
     def draw(state: step.TrainState, done: int) -> None:
         params = {**state.ema, "vae": autoencoder}
         listed = [world.held_out_captions(things) for things in (1, 2)]
-        captions = [every[index * len(every) // 8][0] for every in listed for index in range(8)]
+        captions = [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
         with torch.no_grad():
             images = pipeline.generate(params, sizes, tables, captions, prng.key(seed))
         (work / "samples").mkdir(exist_ok=True)
         pixels.to_pil(pixels.grid(images, 4))[0].save(work / "samples" / f"{done:06d}.png")
 
-    def stage(steps: int, given: Params | None) -> Stage:
-        return stages.flow_stage(flow_key, sizes, tables, data, steps, start=given, dtype=dtype, compile=compile)
+    def stage(steps: int, initial: Params | None) -> Stage:
+        return stages.flow_stage(flow_key, sizes, tables, data, steps, start=initial, dtype=dtype, compile=compile)
 
     params: Params | None = None if start is None else start.params
     for name, steps in (("flow", 0 if start else flow_steps), ("refine", refine_steps)):
@@ -146,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compile=parsed.compile,
     )
     if model is None:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         return 130
     typed = sys.argv[1:] if arguments is None else arguments
     done = {
@@ -174,7 +174,7 @@ def _run(
     progress: bool,
     on_sample: Callable[[step.TrainState, int], None] | None = None,
 ) -> step.TrainState | None:
-    """The stage's last state, from wherever its checkpoints stand; None when it was interrupted."""
+    """The stage's last state, resumed from its newest checkpoint; None when it was interrupted."""
     saved = checkpoint.paths(out / "checkpoints")
     state = checkpoint.load(saved[-1], like=stage.state) if saved else stage.state
     if int(state.step) >= steps:
@@ -203,7 +203,8 @@ def _curves(work: Path) -> list[model_card.Curve]:
     ]
 
 
-def _kept_pool(path: Path, key: Key, params: Params, config: Config, tables: Tokenizers) -> dict:
+def _load_or_encode_pool(path: Path, key: Key, params: Params, config: Config, tables: Tokenizers) -> dict:
+    """The pool of latents and ids in a file, which is written first where it is missing."""
     if not path.exists():
         data = stages.pool(key, params, config, tables, stages.POOL)
         files.write_atomic(path, tree.flatten_paths({"latents": data["latents"], "ids": data["ids"]._asdict()}))

@@ -87,7 +87,7 @@ def vocabulary() -> frozenset[str]:
 def is_held_out(scene: Scene) -> bool:
     """True if the canonical caption belongs to the tenth that is never trained on."""
     canonical = caption(scene)
-    # People write "a orange background" too; a scene is held out when either spelling is.
+    # "a orange background" is a common spelling too; a scene is held out when either spelling is.
     spellings = {canonical, canonical.replace(" an ", " a ")}
     return any(hashlib.sha256(text.encode()).digest()[0] < HELD_OUT_BYTE for text in spellings)
 
@@ -221,12 +221,12 @@ def _place(
     sign = direction[0] or direction[1]
     least, most = first + second + GAP, SIDE - first - second
     apart = _between(least, most, places[0])
-    # Both stay inside: the pair may slide along the axis by what is left over.
+    # Both stay inside the image: the pair may be anywhere along the axis.
     low, high = (first, second) if sign < 0 else (second, first)
     start = _between(low, SIDE - high - apart, places[1])
     along = (start, start + apart) if sign < 0 else (start + apart, start)
     across_first = _between(first, SIDE - first, places[2])
-    # The relation named must be the plainest one: never further across than nine tenths of the way along.
+    # The relation must be unambiguous: the distance across is at most nine tenths of that along the axis.
     reach = 0.9 * apart
     across_second = _between(max(second, across_first - reach), min(SIDE - second, across_first + reach), places[3])
     if direction[0]:

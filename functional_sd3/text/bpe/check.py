@@ -27,7 +27,7 @@ class Special(NamedTuple):
 
 
 def vocab_problems(vocab: Any) -> list[str]:
-    """Problems of a map from tokens to distinct ids; none of None, a file that could not be read."""
+    """Problems of a map from tokens to distinct ids; none for None, a file that could not be read."""
     if vocab is None:
         return []
     if not isinstance(vocab, Mapping) or not vocab:
@@ -65,7 +65,7 @@ def merge_problems(vocab: Mapping[str, int] | None, merges: Any) -> list[str]:
     pairs = [pair(merge) for merge in merges]
     wrong = [merge for merge, halves in zip(merges, pairs, strict=True) if len(halves) != 2 or not all(halves)]
     if wrong:
-        return [f"{len(wrong)} merges are not two tokens parted by one space, such as {shorten(repr(wrong[0]))}"]
+        return [f"{len(wrong)} merges are not two tokens separated by one space, such as {shorten(repr(wrong[0]))}"]
     if vocab is None:
         return []
     unknown = [(a, b) for a, b in pairs if a not in vocab or b not in vocab or a + b not in vocab]
@@ -76,8 +76,8 @@ def merge_problems(vocab: Mapping[str, int] | None, merges: Any) -> list[str]:
 
 
 def pair(merge: Any) -> tuple[str, ...]:
-    """The two halves of a merge: a pair already in newer tokenizer.json files, a line of text elsewhere; () for what is
-    neither."""
+    """The two halves of a merge: a pair in newer tokenizer.json files, a line of text elsewhere; () for anything
+    else."""
     if isinstance(merge, str):
         return tuple(merge.split(" "))
     if not isinstance(merge, list | tuple) or not all(isinstance(half, str) for half in merge):
@@ -86,7 +86,7 @@ def pair(merge: Any) -> tuple[str, ...]:
 
 
 def length_of(config: Object) -> int:
-    """`model_max_length`, with CLIP's own where none is given.
+    """`model_max_length`, CLIP's 77 where there is none.
 
     Raises WeightsError for a length without room for the start and the end token.
     """
@@ -99,7 +99,7 @@ def length_of(config: Object) -> int:
 def tokens_of(
     vocab: Mapping[str, int] | None, config: Object, added: Mapping[str, Any]
 ) -> tuple[dict[str, Special], list[str]]:
-    """The tokens to cut out of texts, by content: those listed with their flags, and those only named."""
+    """The special tokens by content, and problems: those listed with their flags, and those that are only named."""
     problems: list[str] = []
     wrong = [(content, i) for content, i in added.items() if type(i) is not int or not 0 <= i <= HIGHEST_ID]
     if wrong:
@@ -138,7 +138,7 @@ def _listed(config: Object) -> dict[str, Special]:
 
 
 def _named(config: Object) -> dict[str, tuple[str, Object]]:
-    """The tokens that are only named, with their roles and the flags that they bring."""
+    """Role -> content and flags of the tokens that are only named."""
     named = {name: (token(config, name, default), _flags(config, name)) for name, default in NAMED.items()}
     for name in ("additional_special_tokens", "extra_special_tokens"):
         extra = config.values.get(name) or []
@@ -167,7 +167,7 @@ def _check_flags(flags: Object, content: str) -> None:
 
 
 def _misplaced(vocab: Mapping[str, int], tokens: Mapping[str, Special]) -> list[str]:
-    """Problems of the ids of added tokens: the vocabulary's, or one that no other token has."""
+    """Problems of the ids of added tokens, each of which must be the vocabulary's, or one that no other token has."""
     if len(tokens) > MOST_ADDED:
         return [f"there are {len(tokens):,} added tokens; at most {MOST_ADDED:,} are read"]
     problems = []

@@ -1,4 +1,4 @@
-"""Cleaning a prompt before it is tokenized, as the references did whose ids differ from today's `CLIPTokenizer`.
+"""Cleaning a prompt before it is tokenized, as references do whose ids differ from today's `CLIPTokenizer`.
 
 Each is a plain text -> text function for the `clean` argument of `bpe.apply`.
 """
@@ -25,13 +25,13 @@ def basic_clean(text: str) -> str:
 
     Control and format characters and U+FFFD vanish, every Chinese character stands alone; NFC; lower case.
     """
-    kept = "".join(
+    spaced = "".join(
         " " if character in "\t\n\r" or category == "Zs" else f" {character} " if _is_chinese(character) else character
         for character in text
         if (category := unicodedata.category(character))[0] != "C" or character in "\t\n\r"
         if character != "\ufffd"
     )
-    return " ".join(word.lower() for word in unicodedata.normalize("NFC", kept).split())
+    return " ".join(word.lower() for word in unicodedata.normalize("NFC", spaced).split())
 
 
 def _is_chinese(character: str) -> bool:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def decode(tables: "Tables", ids: Tensor | Sequence[Any], *, skip_special: bool = True) -> str | list[str]:
-    """The text of ids (a string for one row, a list of strings for several), in lower case, words parted by one space.
+    """The text of ids (a string for one row, a list of strings for several), in lower case, words separated by one
+    space.
 
     `skip_special` leaves out the start, end and padding tokens and every other special one. Bytes that are not UTF-8
     (half a character) become U+FFFD. Raises ValueError for an id outside the vocabulary.
@@ -27,8 +28,8 @@ def _decode(tables: "Tables", ids: Sequence[int], skip_special: bool) -> str:
     if unknown:
         raise ValueError(f"ids {unknown[:5]} are not in the vocabulary of {len(tables.names)} tokens")
     special = {entry.id for entry in tables.specials if entry.special} if skip_special else set()
-    kept = [tables.names[i] for i in ids if i not in special]
-    return b"".join(map(_token_bytes, kept)).decode(errors="replace").strip(" ")
+    tokens = [tables.names[i] for i in ids if i not in special]
+    return b"".join(map(_token_bytes, tokens)).decode(errors="replace").strip(" ")
 
 
 def _token_bytes(token: str) -> bytes:

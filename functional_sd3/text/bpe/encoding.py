@@ -1,4 +1,4 @@
-"""Texts to ids, and where each id stands in its text: the byte-pair encoding of CLIP's tokenizer."""
+"""Byte-pair encoding of CLIP's tokenizer: texts to ids, and the character span of each id."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -52,9 +52,9 @@ def apply(
     pad or `pad_token` (a string or an id). `special_tokens` says which special tokens typed into a text count as such:
     True all (transformers' behaviour: for SD3's second tokenizer, which pads with "!", every "!" is cut out and becomes
     the pad id), False none, or the ones listed (listing the start and the end token alone is Stability's behaviour).
-    `clean` is applied to each text first, such as `openai_clean`, `basic_clean` or `ftfy.fix_text`. Of a long text only
-    what `length` has room for is merged. Raises ValueError for a length below 2, a text that is not a string or holds
-    lone surrogates, an unknown pad token.
+    `clean` is applied to each text first, such as `openai_clean`, `basic_clean` or `ftfy.fix_text`. Only the beginning
+    of a long text that fits into `length` is merged. Raises ValueError for a length below 2, a text that is not a
+    string or holds lone surrogates, an unknown pad token.
     """
     _check_length(length)
     cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
@@ -127,7 +127,7 @@ class _Part(NamedTuple):
 
 
 def _cut(pattern: re.Pattern[str] | None, text: str) -> Iterable[_Part]:
-    """`text` in parts: what `pattern` matches, and what lies between."""
+    """`text` in parts: the matches of `pattern` and the text between them."""
     if pattern is None or pattern.search(text) is None:
         return (_Part(0, text, False),)
     return _parts(pattern, text)
@@ -144,7 +144,7 @@ def _parts(pattern: re.Pattern[str], text: str) -> Iterator[_Part]:
 
 
 def _word(tables: Tables, word: str, room: int | None = None) -> list[int]:
-    """Ids of one word, or the first `room`. A literal that the pattern kept whole falls into its own words here."""
+    """Ids of one word, or the first `room`. A literal that the pattern kept whole is split into words here."""
     ids: list[int] = []
     for part in words(WORDS, word):
         symbols = symbols_of(part.encode(), tables.inner, tables.final)
@@ -159,11 +159,11 @@ def offsets(
     length: int | None = None,
     special_tokens: bool | Collection[str] = True,
 ) -> list[list[tuple[int, int]]]:
-    """Where each id of `apply(tables, texts, length=None)` stands in its text: (start, end) in characters.
+    """Character spans (start, end) of each id of `apply(tables, texts, length=None)` in its text.
 
-    With a `length` only those that `apply` keeps, start and end token among them, padding not. The start and end tokens
-    stand at (0, 0). As in `tokenizers`, a token that is part of a character spans all of it, and a character that NFC
-    composed spans the first of the characters it was made of.
+    With a `length` those of the ids that `apply` keeps, without padding. The start and end tokens have (0, 0). As in
+    `tokenizers`, a token that is part of a character spans all of it, and a character that NFC composed spans the first
+    of the characters it was made of.
     """
     cuts = tables.cuts if special_tokens is True else cuts_of(tables.specials, special_tokens)
     _check_length(length)

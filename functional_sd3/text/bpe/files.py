@@ -30,7 +30,7 @@ class Files(NamedTuple):
     specials: tuple[Special, ...]
     names: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
     model_max_length: int
-    keeps_literals: bool  # whether the words pattern holds the special tokens as literals, as transformers 5 has it
+    keeps_literals: bool  # True if the pattern of words has the special tokens as literals, as in transformers 5
     multi_token: tuple[tuple[str, ...], ...] = ()  # tokens that stand for themselves and others
 
 
@@ -128,8 +128,8 @@ def _read_tokenizer_json(path: Path, problems: list[str]) -> _Raw:
     model, ends = content.mapping("model", {}), content.mapping("post_processor", {})
     kind, suffix = model.text("type", "BPE"), model.text("end_of_word_suffix", None)
     if (kind, suffix) != ("BPE", "</w>"):
-        said = f"{shorten(repr(kind))} with end_of_word_suffix {shorten(repr(suffix))}"
-        problems.append(f"{path}: the model is {said}, not 'BPE' with '</w>'")
+        described = f"{shorten(repr(kind))} with end_of_word_suffix {shorten(repr(suffix))}"
+        problems.append(f"{path}: the model is {described}, not 'BPE' with '</w>'")
     pattern = json.dumps(content.values.get("pre_tokenizer"))
     if json.dumps(_PATTERN)[1:-1] not in pattern:
         problems.append(f"{path}: pre_tokenizer does not split by CLIP's pattern")

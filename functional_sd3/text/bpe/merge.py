@@ -10,11 +10,12 @@ _HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
 # Every byte as one visible character, in CLIP's order of ids: printable bytes as themselves, the others from U+0100 on.
 BYTE_SYMBOLS = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_HIDDEN)}
 BYTES = {symbol: byte for byte, symbol in BYTE_SYMBOLS.items()}
-_GONE = -1
+_REMOVED = -1
 
 
 class Merges(NamedTuple):
-    """The merges by their ids: the rank of each pair, what the pair of each rank becomes, bytes of the longest."""
+    """Merges of ids: the rank of each pair, the id that each rank's pair becomes, and the bytes of the longest
+    token."""
 
     ranks: Mapping[tuple[int, int], int]
     merged: Sequence[int]
@@ -38,7 +39,7 @@ def merge(merges: Merges, symbols: Sequence[int]) -> list[int]:
         # an entry is stale once one of the two has been joined to something else
         if right == count or rank_of((current[left], current[right])) != rank:
             continue
-        current[left], current[right] = merged[rank], _GONE
+        current[left], current[right] = merged[rank], _REMOVED
         following[left] = after = following[right]
         if after < count:
             preceding[after] = left
@@ -46,18 +47,18 @@ def merge(merges: Merges, symbols: Sequence[int]) -> list[int]:
                 heappush(queue, (rank, left))
         if (before := preceding[left]) >= 0 and (rank := rank_of((current[before], current[left]))) is not None:
             heappush(queue, (rank, before))
-    return [symbol for symbol in current if symbol != _GONE]
+    return [symbol for symbol in current if symbol != _REMOVED]
 
 
 def merge_first(merges: Merges, symbols: Sequence[int], count: int) -> list[int]:
-    """The first `count` ids of `merge(merges, symbols)`, found from the beginning of `symbols` where that is long.
+    """The first `count` ids of `merge(merges, symbols)`, computed from the beginning of `symbols` where that is long.
 
     Merges on the two sides of a boundary between two tokens of the result are independent, so the tokens before it are
     those of the symbols before it alone. Among `merges.longest` places in a row one is such a boundary.
     Where the beginnings that end at each of them have the same first tokens, the whole has them too.
     """
     size = 4 * count + merges.longest
-    # As long as the attempts cost less than the whole.
+    # Attempts are made while they cost less than merging the whole.
     while merges.longest * size < len(symbols):
         ends = range(size - merges.longest + 1, size + 1)
         first = merge(merges, symbols[:size])[:count]
@@ -68,7 +69,7 @@ def merge_first(merges: Merges, symbols: Sequence[int], count: int) -> list[int]
 
 
 def symbols_of(encoded: bytes, inner: Sequence[int], final: Sequence[int]) -> list[int]:
-    """The ids that a word's bytes start from."""
+    """The ids of a word's bytes, before any merge."""
     return [*[inner[byte] for byte in encoded[:-1]], final[encoded[-1]]]
 
 

@@ -34,7 +34,8 @@ class Tables:
 
 
 class Cuts(NamedTuple):
-    """Patterns of special tokens: matched first in the raw text, then in the normalised rest."""
+    """Patterns of special tokens: first those matched in the raw text, then those matched in the normalised
+    remainder."""
 
     raw: re.Pattern[str] | None
     normalized: re.Pattern[str] | None
@@ -90,9 +91,9 @@ def cuts_of(specials: Sequence[Special], chosen: bool | Collection[str] = True) 
     unknown = [] if isinstance(chosen, bool) else sorted(set(chosen) - known)
     if unknown:
         raise ValueError(f"special_tokens {unknown} are not among those of this tokenizer, {sorted(known)}")
-    kept = [s for s in specials if chosen is True or not s.special or (chosen and s.content in chosen)]
-    raw = {special.content: special.id for special in kept if not special.normalized}
-    normalized = {normalize(special.content): special.id for special in kept if special.normalized}
+    matched = [s for s in specials if chosen is True or not s.special or (chosen and s.content in chosen)]
+    raw = {special.content: special.id for special in matched if not special.normalized}
+    normalized = {normalize(special.content): special.id for special in matched if special.normalized}
     return Cuts(_any_of(raw), _any_of(normalized), raw | normalized)
 
 

@@ -39,13 +39,13 @@ def _learn(counts: Counter[str], limit: int, min_frequency: int) -> list[tuple[s
             frequency[pair] += counts[word]
             holders[pair].add(word)
     merges: list[tuple[str, str]] = []
-    made: set[str] = set()  # fewer than the merges, where two of them spell the same token
-    while len(made) < limit and frequency:
+    tokens: set[str] = set()  # fewer than the merges, where two of them spell the same token
+    while len(tokens) < limit and frequency:
         best = min(frequency, key=lambda pair: (-frequency[pair], pair))
         if frequency[best] < min_frequency:
             break
         merges.append(best)
-        made.add(best[0] + best[1])
+        tokens.add(best[0] + best[1])
         for word in holders.pop(best):
             before, after = spelt[word], _join(spelt[word], best)
             for pair in zip(before, before[1:], strict=False):
@@ -66,7 +66,7 @@ def _spell(word: str) -> list[str]:
 def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     joined: list[str] = []
     for symbol in symbols:
-        # what was just joined is longer than either half, so it never counts as one: "aaa" is "aa" + "a"
+        # a joined symbol is longer than either half, so it is never a half again: "aaa" becomes "aa" + "a"
         if joined and (joined[-1], symbol) == pair:
             joined[-1] = pair[0] + pair[1]
         else:

@@ -1,6 +1,6 @@
-"""Pre-tokenization of CLIP: Unicode NFC, lower case, then words, digits and runs of the rest.
+"""Pre-tokenization of CLIP: Unicode NFC, lower case, then words, digits and runs of other characters.
 
-The behaviour kept is that of Hugging Face's `tokenizers` (the only backend `CLIPTokenizer` has in transformers 5):
+The behaviour is that of Hugging Face's `tokenizers` (the only backend `CLIPTokenizer` has in transformers 5):
 NFC by the tables of Unicode 9, lower-casing character by character, and the splitting pattern of OpenAI's CLIP.
 """
 
@@ -13,8 +13,9 @@ from typing import NamedTuple
 # The pattern of OpenAI's CLIP, over the *shape* of a text (see `_shape`), where every letter outside ASCII reads "a".
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+"
 WORDS = re.compile(_WORDS, re.ASCII)
-# transformers 5 keeps two literals whole here. As special tokens they have been cut out before; what is left (typed in
-# capitals, or not to be recognised) is split by WORDS afterwards, yet never glued to the punctuation that follows.
+# transformers 5 keeps two literals whole here. As special tokens they have been cut out before; those that remain
+# (typed in capitals, or not to be recognised) are split by WORDS afterwards, but never joined to the punctuation that
+# follows.
 WORDS_AND_LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|" + _WORDS, re.ASCII)
 
 # Characters younger than Unicode 9 that combine, compose or decompose. The reference's NFC does not know them, so they
@@ -44,16 +45,16 @@ def normalize(text: str) -> str:
         return text.lower()
     if _has_long_run(text):
         return normalize_aligned(text).text
-    # parts of a text in NFC are in NFC, so that asking for the whole first is quick and exact
+    # parts of a text in NFC are in NFC, so checking the whole first is fast and exact
     parts = [text] if unicodedata.is_normalized("NFC", text) else _YOUNGER_THAN_UNICODE_9.split(text)
     composed = "".join(unicodedata.normalize("NFC", part) for part in parts)
-    # str.lower() would look at the neighbours of a capital sigma and write ς at the end of a word.
+    # str.lower() depends on the neighbours of a capital sigma and writes ς at the end of a word.
     return composed.replace("Σ", "σ").lower()
 
 
 def _has_long_run(text: str) -> bool:
-    """Whether so many combining characters follow one another that `unicodedata`, which sorts them by insertion, would
-    take long; the three that are none themselves but decompose to such count."""
+    """True if so many combining characters follow one another that `unicodedata`, which sorts them by insertion, would
+    take long; three characters that decompose to combining ones count too."""
     if len(text) < _LONG_RUN:
         return False
     combining = map(unicodedata.combining, text.translate(_DECOMPOSING_TO_MARKS))
@@ -72,7 +73,7 @@ def words(pattern: re.Pattern[str], text: str, most: int | None = None) -> list[
 
 
 def spans(pattern: re.Pattern[str], text: str, most: int | None = None) -> list[tuple[int, int]]:
-    """Where the words of a normalised text, or the first `most` of them, begin and end."""
+    """Spans (start, end) of the words of a normalised text, or of the first `most` of them."""
     return [word.span() for word in islice(pattern.finditer(_shape(text)), most)]
 
 
@@ -102,7 +103,7 @@ _STAND_INS = {"L": "a", "N": "0", "Z": " "}
 
 
 def normalize_aligned(text: str) -> Aligned:
-    """`normalize(text)` together with where each character came from.
+    """`normalize(text)` with the index in `text` that each character came from.
 
     As in the reference, a composed character points at its first part, and characters that a decomposition inserts
     point where their predecessor does.

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that both towers of CLIP are made of: causal for texts, not for images."""
+"""Pre-norm transformer block of CLIP's text and image encoders: causal for texts, not for images."""
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ def check(width: int, heads: int, activation: str) -> None:
 
 
 def spec(width: int, mlp_width: int, depth: int) -> Tree:
-    """One block of a tower of `depth`, with the initialisation of the CLIP paper's code."""
+    """Parameters of one block of an encoder of `depth` blocks, with the initialisation of the CLIP paper's code."""
     narrow = specs.normal(width**-0.5)
     residual = specs.normal(width**-0.5 * (2 * depth) ** -0.5)
     return {

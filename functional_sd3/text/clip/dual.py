@@ -38,7 +38,7 @@ VIT_L14_336 = Config(clip.CLIP_L, clip_image.VIT_L14_336)
 
 
 def spec(config: Config) -> Tree:
-    """The parameter tree: both encoders, and the logarithm of the factor that similarities are multiplied by."""
+    """The parameter tree: both encoders, and the logarithm of the inverse temperature of the similarities."""
     return {
         "text": clip.spec(config.text),
         "image": clip_image.spec(config.image),
@@ -62,7 +62,7 @@ def image_embeddings(params: Params, config: Config, images: Tensor) -> Tensor:
 
 
 def apply(params: Params, config: Config, ids: Tensor, images: Tensor) -> Tensor:
-    """Logits (images, texts): the cosine of every image with every text, times the learned factor."""
+    """Logits (images, texts): the cosine of every image with every text, times exp(logit_scale)."""
     cosines = image_embeddings(params, config, images) @ text_embeddings(params, config, ids).T
     return cosines * params["logit_scale"].exp()
 

@@ -1,7 +1,7 @@
 """CLIP image encoders (vision transformers), as pure functions. `clip.image_apply` and so on.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4: the vision
-transformer of Dosovitskiy et al. 2021 with another norm before its first block, pooled at a learned class token.
+transformer of Dosovitskiy et al. 2021 with an additional norm before its first block, pooled at a learned class token.
 Numerics of transformers' `CLIPVisionModelWithProjection`. Beside the text encoders because the two share their block.
 """
 
@@ -99,13 +99,13 @@ def apply(params: Params, config: Config, images: Tensor, *, implementation: Imp
         )
     weight = params["patch"]["weight"]
     patches = F.conv2d(images.to(weight.dtype), weight, stride=config.patch).flatten(2).transpose(1, 2)
-    beginning = params["class_embedding"].expand(len(images), 1, -1)
-    x = torch.cat([beginning, patches], dim=1) + params["position_embedding"]["weight"]
-    before = x = layers.layer_norm(params["first_norm"], x, config.eps)
+    class_token = params["class_embedding"].expand(len(images), 1, -1)
+    x = torch.cat([class_token, patches], dim=1) + params["position_embedding"]["weight"]
+    penultimate = x = layers.layer_norm(params["first_norm"], x, config.eps)
     for block in params["blocks"]:
-        before = x
+        penultimate = x
         x = clip_block.apply(
             block, x, config.heads, config.activation, config.eps, causal=False, implementation=implementation
         )
     pooled = layers.layer_norm(params["final_norm"], x[:, 0], config.eps)
-    return Output(x, before, pooled, layers.linear(params["projection"], pooled))
+    return Output(x, penultimate, pooled, layers.linear(params["projection"], pooled))

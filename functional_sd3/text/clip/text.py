@@ -17,13 +17,13 @@ from functional_sd3.core.checks import check_ids
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.text.clip import block as clip_block
 
-# The value of `eos_id` by which old configurations, all of SD3's among them, ask for pooling at the highest id.
+# The value of `eos_id` that in old configurations, all of SD3's among them, means pooling at the highest id.
 LEGACY_EOS_ID = 2
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a CLIP text encoder; `CLIP_L` and `CLIP_G` are SD3's, `CLIP_B` is beside the image tower ViT-B/32.
+    """Sizes of a CLIP text encoder; `CLIP_L` and `CLIP_G` are SD3's, `CLIP_B` is that of ViT-B/32.
 
     `activation`: a key of `ACTIVATIONS`. `eos_id`: texts are pooled at the first token with this id; 2 means at the
     first token with the text's highest id (the end token is the last of CLIP's vocabulary), as in transformers.
@@ -84,8 +84,8 @@ def apply(
 ) -> Output:
     """Encodes token ids (batch, tokens), int64, tokens <= config.length, each id below config.vocab.
 
-    `skip` more layers are left out of `penultimate` (clip skip): it is transformers' `hidden_states[-(skip + 2)]`.
-    The outputs have the parameters' dtype. Raises ValueError for ids of another shape and a skip that leaves nothing.
+    `skip` more layers are left out of `penultimate` (clip skip): it is transformers' `hidden_states[-(skip + 2)]`. The
+    outputs have the parameters' dtype. Raises ValueError for ids of another shape and for a skip that leaves no layer.
     """
     check_ids("ids", ids)
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= config.length:
@@ -94,19 +94,19 @@ def apply(
         raise ValueError(f"skip {skip} must be between 0 and {config.layers - 1}, one less than the layers")
     positions = params["position_embedding"]["weight"][: ids.shape[1]]
     x = layers.embedding(params["token_embedding"], ids) + positions
-    read_by = []
+    block_inputs = []
     for block in params["blocks"]:
-        read_by.append(x)
+        block_inputs.append(x)
         x = clip_block.apply(
             block, x, config.heads, config.activation, config.eps, causal=True, implementation=implementation
         )
     last = layers.layer_norm(params["final_norm"], x, config.eps)
     pooled = torch.take_along_dim(last, _end(config, ids)[:, None, None], dim=1).squeeze(1)
-    return Output(last, read_by[-1 - skip], pooled, layers.linear(params["projection"], pooled))
+    return Output(last, block_inputs[-1 - skip], pooled, layers.linear(params["projection"], pooled))
 
 
 def _end(config: Config, ids: Tensor) -> Tensor:
-    """Position of the end token of every text, (batch,); argmax takes the first of equals."""
+    """Position of the first end token of every text, (batch,): argmax returns the first of equal values."""
     if config.eos_id == LEGACY_EOS_ID:
         return ids.argmax(dim=-1)
     return (ids == config.eos_id).int().argmax(dim=-1)

@@ -3,7 +3,7 @@
 The blob is `u32 size | size bytes of trie units | NUL-terminated UTF-8 replacements`, all little-endian. The trie is a
 Darts double array (Aoe 1989; Yata, darts-clone). A unit packs
 
-    bits 0-7, 31   the byte that leads here (bit 31 set: no byte does, the unit is a value or is unused)
+    bits 0-7, 31   the byte that leads here (bit 31 set: the unit is a value or unused)
     bit 8          a spelling ends here: its value stands at the node's base
     bits 9, 10-30  offset from this position to the node's base; bit 9 scales it by 256
 
@@ -163,7 +163,7 @@ def _layout(root: dict) -> list[int]:
     taken_bases: set[int] = set()
     queue = [(0, root)]
     for position, node in queue:
-        # A base may serve one node only: otherwise one node's children would answer for the other.
+        # A base belongs to one node only: otherwise one node's children would be taken for the other's.
         base = 1
         while base in taken_bases or any((base ^ byte) in units for byte in node) or not _reachable(position ^ base):
             base += 1

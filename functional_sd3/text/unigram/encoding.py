@@ -1,4 +1,4 @@
-"""Texts to ids and back, and where each id stands in its text: the unigram tokenizer in its three modes."""
+"""Unigram tokenizer in its three modes: texts to ids and back, and the character span of each id."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -46,17 +46,17 @@ def apply(
     """Ids of texts, each ended by the end token.
 
     Returns int64 (batch, length), cut (the end token stays) and filled with the pad id; with `length=None` a list of
-    lists as long as the texts. Of a long text only what `length` has room for is segmented. `typed_specials=False`
-    reads special tokens in the text, such as "</s>", as ordinary characters. Raises ValueError for a length below 1, an
-    unknown mode, or text that has no UTF-8.
+    lists as long as the texts. Only the beginning of a long text that fits into `length` is segmented.
+    `typed_specials=False` reads special tokens in the text, such as "</s>", as ordinary characters. Raises ValueError
+    for a length below 1, an unknown mode, or text that has no UTF-8.
     """
     room = _room(length)
     _check_mode(mode)
     rows = [[*_ids(tables, text, mode, typed_specials, room), tables.eos_id] for text in text_batch(texts)]
     if length is None:
         return rows
-    kept = [row if len(row) <= length else [*row[: length - 1], tables.eos_id] for row in rows]
-    padded = [row + [tables.pad_id] * (length - len(row)) for row in kept]
+    cut = [row if len(row) <= length else [*row[: length - 1], tables.eos_id] for row in rows]
+    padded = [row + [tables.pad_id] * (length - len(row)) for row in cut]
     return torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
 
@@ -77,7 +77,7 @@ def _decode(tables: Tables, ids: list[int], skip_special: bool) -> str:
     if unknown:
         raise ValueError(f"ids {unknown[:5]} are no tokens; there are {len(tables.pieces)}")
     tokens = [added.get(index) or tables.pieces[index] for index in ids if not (skip_special and index in added)]
-    # The space that every text begins with was never typed.
+    # The space symbol that every text begins with is not part of the text.
     return "".join(token.replace(SPACE, " " if place else "") for place, token in enumerate(tokens))
 
 
@@ -89,10 +89,10 @@ def offsets(
     mode: Mode = "hf",
     typed_specials: bool = True,
 ) -> list[list[Span]]:
-    """For each id of `apply(..., length=None)`, the characters [start, end) of the text it stands for.
+    """Character spans [start, end) of each id of `apply(..., length=None)` in its text, as the library of `mode` has
+    them.
 
-    As the library of `mode` gives them; the end token has (0, 0). With a `length` only those that `apply` keeps, the
-    end token among them, padding not.
+    The end token has (0, 0). With a `length` those of the ids that `apply` keeps, without padding.
     """
     room = _room(length)
     _check_mode(mode)
@@ -100,7 +100,8 @@ def offsets(
 
 
 def normalize(tables: Tables, text: str, *, mode: Mode = "hf") -> str:
-    """The text that is segmented, special tokens aside, with its spaces as they are typed: what `decode` gives back."""
+    """The normalised text that is segmented, without special tokens and with ordinary spaces: the result of
+    `decode`."""
     _check_mode(mode)
     (text,) = text_batch(text)
     if mode == "sentencepiece":
@@ -109,7 +110,7 @@ def normalize(tables: Tables, text: str, *, mode: Mode = "hf") -> str:
 
 
 def _room(length: Any) -> int | None:
-    """How many ids there are before the end token."""
+    """Number of ids before the end token."""
     if length is None:
         return None
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:

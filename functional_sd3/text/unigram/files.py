@@ -38,7 +38,7 @@ WHITESPACE = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"},
 def init(source: str | os.PathLike) -> Tables:
     """Tables of the tokenizer in a folder, a `tokenizer.json` or a `spiece.model`.
 
-    In a folder `tokenizer.json` is preferred, and `tokenizer_config.json` has the longest length and the names of the
+    In a folder `tokenizer.json` is preferred, and `tokenizer_config.json` has the maximum length and the names of the
     special tokens. A sentencepiece model gets T5's sentinels (100, or the config's `extra_ids`) behind its pieces, as
     transformers adds them. Raises WeightsError, a ValueError, naming the file and what is wrong with it.
     """

@@ -1,8 +1,8 @@
-"""Extended grapheme clusters (Unicode Standard Annex 29), as far as text in short clusters can tell.
+"""Extended grapheme clusters (Unicode Standard Annex 29), exact for short clusters.
 
-`unicodedata` has general categories but not the properties this rule is written in, so the exceptions stand here.
-Flags (pairs of regional indicators) are left apart: their clusters take eight bytes of UTF-8 and more, and the one user
-of this file, the normaliser, goes through such clusters character by character.
+`unicodedata` has general categories but not the properties that the rules use, so the exceptions are listed here. Flags
+(pairs of regional indicators) are not joined: their clusters take at least eight bytes of UTF-8, and the normaliser,
+the only caller, treats such clusters character by character.
 """
 
 import unicodedata
@@ -41,7 +41,7 @@ def _joined(text: str, kinds: list[str], index: int) -> bool:
 
 
 def _first_extend(kinds: list[str], end: int) -> int:
-    """Where the run of extending characters that stops at `end` begins."""
+    """Index of the first of the extending characters before `end`."""
     while end and kinds[end - 1] == "extend":
         end -= 1
     return end
@@ -83,7 +83,7 @@ _LINKERS = (
     "\U00010a3f\U00011133\U000113d0\U0001193e\U00011a47\U00011a99\U00011f42"
 )
 
-# What the general category does not say: code points and ranges of them, hexadecimal, from Unicode 17.
+# Properties beyond the general category: code points and ranges of them, hexadecimal, from Unicode 17.
 _RANGES = {
     # Spacing marks that stand alone.
     "": "102B-102C 1038 1062-1064 1067-106D 1083 1087-108C 108F 109A-109C 1A61 1A63-1A64 AA7B AA7D 11720-11721",

@@ -1,6 +1,7 @@
 """Normalization before unigram segmentation: characters rewritten, spaces made visible.
 
-The two libraries that read T5's files differ here most, see `words` (Hugging Face) and `sentence` (sentencepiece).
+The two libraries that read T5's files differ most in this step: see `words` (Hugging Face) and `sentence`
+(sentencepiece).
 """
 
 import re
@@ -34,10 +35,11 @@ def _split(text: str) -> list[str]:
 
 
 def _by_cluster(tables: Tables, text: str) -> Iterator[tuple[str, str]]:
-    """Every stretch of the text with what replaces it, as Hugging Face's `Precompiled` rewrites.
+    """Substrings of the text with their replacements, in order, by the rules of Hugging Face's `Precompiled`.
 
-    A grapheme cluster of fewer than six bytes becomes the replacement of its first spelling, whatever else it holds
-    (so a no-break space loses its accents); longer clusters, and those without one, go character by character.
+    A grapheme cluster of fewer than six bytes becomes the replacement of its first spelling, whatever else it holds (so
+    a no-break space loses its accents); longer clusters, and those without a spelling, are rewritten character by
+    character.
     """
     if tables.characters is None:
         yield from zip(text, text, strict=True)
@@ -57,7 +59,7 @@ def _by_cluster(tables: Tables, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _by_longest(tables: Tables, text: str) -> Iterator[tuple[str, str]]:
-    """Every stretch of the text with what replaces it, as sentencepiece rewrites."""
+    """Substrings of the text with their replacements, in order, by the rules of sentencepiece."""
     if tables.characters is None:
         yield from zip(text, text, strict=True)
         return
@@ -75,7 +77,7 @@ def _by_longest(tables: Tables, text: str) -> Iterator[tuple[str, str]]:
 
 
 def sentence(tables: Tables, text: str) -> tuple[str, list[int]]:
-    """The text as sentencepiece segments it, and for each of its characters, and its end, the place it comes from."""
+    """The text that sentencepiece segments, and the index in `text` of each of its characters and of its end."""
     characters: list[str] = []
     origins: list[int] = []
     place, after_space = 0, True
@@ -114,19 +116,19 @@ def aligned_words(tables: Tables, text: str, split: bool) -> list[list[tuple[str
 def _aligned(rewrites: Iterable[tuple[str, str]]) -> list[tuple[str, Span]]:
     """Rewritten characters with their spans, by the book-keeping of `tokenizers`' `NormalizedString`.
 
-    Each new character notes a change: 0 replaces one old character, 1 is added to the one before, -n also removes the
-    next n. Characters removed at the very start find no note to stand in, so what follows is misplaced by as many.
+    Each new character has a change: 0 replaces one old character, 1 is inserted after the one before, -n also removes
+    the next n. Characters removed at the very start are recorded nowhere, so all later spans are off by their number.
     """
-    notes: list[list] = []
+    changes: list[list] = []
     for old, new in rewrites:
-        grown = len(new) - len(old)
-        notes += [[character, 0] for character in new]
-        for note in notes[len(notes) - grown :] if grown > 0 else ():
-            note[1] = 1
-        if grown < 0 and notes:
-            notes[-1][1] += grown
+        growth = len(new) - len(old)
+        changes += [[character, 0] for character in new]
+        for inserted in changes[len(changes) - growth :] if growth > 0 else ():
+            inserted[1] = 1
+        if growth < 0 and changes:
+            changes[-1][1] += growth
     aligned, place = [], 0
-    for character, change in notes:
+    for character, change in changes:
         if change > 0:
             span = (place - 1, place) if place else (0, 0)
         else:

@@ -1,4 +1,4 @@
-"""SentencePiece's model file (`spiece.model`): the few fields of its protobuf that a unigram tokenizer is made of.
+"""SentencePiece's model file (`spiece.model`): the fields of its protobuf that a unigram tokenizer needs.
 
 A protobuf message is a sequence of (key, value): the key is `field number << 3 | wire type`, and the wire types that
 occur are 0 (varint), 1 (8 bytes), 2 (length, then bytes) and 5 (4 bytes). Field numbers: sentencepiece_model.proto.
@@ -33,7 +33,7 @@ class SentencePieceModel(NamedTuple):
 def parse(data: bytes) -> SentencePieceModel:
     """The unigram model stored in `data`.
 
-    Raises ValueError when the bytes are no such message, or when the file uses what T5 does not: another
+    Raises ValueError when the bytes are no such message, or when the file uses a feature that T5 does not: another
     model type, byte fallback, user-defined symbols, or other treatment of white space.
     """
     pieces: list[Piece] = []
@@ -57,7 +57,7 @@ def parse(data: bytes) -> SentencePieceModel:
     except (ValueError, struct.error, TypeError) as error:
         raise ValueError(f"not a sentencepiece model: {error}") from None
     kind = trainer.get(3, _UNIGRAM)
-    strange = [piece for piece in pieces if piece.kind not in _KINDS]
+    unsupported = [piece for piece in pieces if piece.kind not in _KINDS]
     problems = [
         problem
         for wrong, problem in (
@@ -66,7 +66,7 @@ def parse(data: bytes) -> SentencePieceModel:
             (trainer.get(35, 0), "it falls back to bytes, which T5 does not"),
             (trainer.get(24, 0), "it treats white space as a suffix, which T5 does not"),
             *((not normalizer.get(field, 1), f"its normalizer switches {name} off") for field, name in _SPACES.items()),
-            *((True, f"piece {shorten(text)!r} is of type {shorten(repr(of))}") for text, _, of in strange[:5]),
+            *((True, f"piece {shorten(text)!r} is of type {shorten(repr(of))}") for text, _, of in unsupported[:5]),
         )
         if wrong
     ]
@@ -76,7 +76,8 @@ def parse(data: bytes) -> SentencePieceModel:
 
 
 def serialize(model: SentencePieceModel) -> bytes:
-    """Bytes that `parse` and the sentencepiece library read as `model`; pad, end and unknown ids are found by type."""
+    """Bytes that `parse` and the sentencepiece library read as `model`; pad, end and unknown pieces are recognised by
+    type."""
     names = {piece.text: index for index, piece in enumerate(model.pieces) if piece.kind != NORMAL}
     unknown = next(index for index, piece in enumerate(model.pieces) if piece.kind == UNKNOWN)
     # Ids of unknown, begin, end and padding; protobuf writes -1, "there is none", as 64 bits.

@@ -26,7 +26,8 @@ _HIGHEST_SCORE = 1e30
 
 
 class AddedToken(NamedTuple):
-    """A token cut out of the raw text before anything else; it eats white space on the sides that are stripped."""
+    """A token matched in the raw text before normalisation; lstrip, rstrip: the white space on that side belongs to
+    it."""
 
     id: int
     content: str
@@ -37,8 +38,8 @@ class AddedToken(NamedTuple):
 class Spacing(NamedTuple):
     """Treatment of spaces around the character map; the defaults are those of T5's released file.
 
-    strip drops them at the end, collapse makes runs one, split drops white space of every kind between words (which is
-    what transformers 5 does with any T5 tokenizer).
+    strip drops them at the end, collapse replaces runs by one, split drops white space of every kind between words
+    (which is what transformers 5 does with any T5 tokenizer).
     """
 
     strip: bool = True
@@ -52,8 +53,8 @@ T5_SPACING = Spacing()
 class Lattice(NamedTuple):
     """Edges of the segmentation graph: `scores` and `ids` of pieces, and the score of one unknown character.
 
-    `scores` is a trie too: what begins a piece but is none has the score -inf. `float32` keeps the sums along
-    a path in float32 as sentencepiece does, otherwise in float64 as `tokenizers` does.
+    `scores` is a trie too: a proper prefix of a piece that is no piece has the score -inf. `float32` keeps the sums
+    along a path in float32 as sentencepiece does, otherwise in float64 as `tokenizers` does.
     """
 
     scores: Mapping[str, float]
@@ -108,7 +109,7 @@ def build(
     model_max_length: int = UNBOUNDED,
     multi_token: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Tables:
-    """Tables from their parts. Raises ValueError naming all that is inconsistent, or more than is read of any file:
+    """Tables from their parts. Raises ValueError naming all inconsistencies, and for more than is read of any file:
     524,288 pieces, 128 characters of a piece, 8,192 added tokens."""
     added = tuple(added)
     _check(pieces, scores, added, {"unk_id": unk_id, "eos_id": eos_id, "pad_id": pad_id})
@@ -157,8 +158,8 @@ def from_pieces(
     """A T5 tokenizer of ordinary pieces with their log-probabilities, such as `unigram.train` makes.
 
     `<pad>`, `</s>` and `<unk>` become ids 0, 1 and 2, the pieces follow, and `extra_ids` sentinels end the vocabulary.
-    Scores are rounded to float32, which is what a sentencepiece file holds, so that every reader has the same. White
-    space is dropped between words whatever its kind, so that every reader splits alike.
+    Scores are rounded to float32, which is what a sentencepiece file holds, so that every reader has the same. All
+    kinds of white space between words are dropped, so that every reader splits alike.
     """
     names, scores = zip(*pieces, strict=True)
     names = ("<pad>", "</s>", "<unk>", *names, *(f"<extra_id_{i}>" for i in reversed(range(extra_ids))))
@@ -243,8 +244,8 @@ def _in_float32(lattice: Lattice) -> Lattice:
 def _whole_words(ordinary: Lattice, full: Lattice) -> dict[str, int]:
     """Words, written without their leading space, that no other segmentation beats, with their ids.
 
-    Most words of most texts are such, and one lookup then stands for the search. The search is done here for all of
-    them at once: in sorted order each word shares with the one before it the best sums of its beginning, and the
+    Most words of most texts are among them, and one lookup replaces the search. Here the search is done for all of them
+    at once: in sorted order each word shares with the one before it the best sums of its beginning, and the
     starts from which the beginning could still be continued to a piece. A tie goes to the earliest start, which is the
     whole word.
     """

@@ -22,17 +22,17 @@ from functional_sd3.text.unigram.tables import SPACE, WHITE_SPACE, from_pieces
 
 _LONGEST = 16  # characters of a piece, as in T5
 _ROUNDS = 2  # of EM between prunings
-_KEPT = 0.75  # of the pieces at each pruning
-_SLACK = 1.1  # pruning stops here; the pieces of lowest probability make the rest of the way
-_LEAST = 0.5  # expected count below which a piece is dropped, and which a character is taken to have
+_KEPT = 0.75  # share of the pieces that each pruning keeps
+_SLACK = 1.1  # of `size`: pruning stops there; then the least probable pieces are dropped
+_LEAST = 0.5  # expected count below which a piece is dropped, and the smallest count of a character
 
 
 def train(texts: Iterable[str], size: int, *, charsmap: bytes = b"") -> list[tuple[str, float]]:
     """At most `size` pieces with their log-probabilities (float32 values), most probable first.
 
     `texts` are rewritten with the precompiled `charsmap` first (see `plain_charsmap`). The pieces do not include
-    padding, end and unknown: `unigram.from_pieces` puts them in front. Fewer than `size` come back when the texts hold
-    no more that are worth it. Raises ValueError when `texts` hold no words, or more distinct characters than `size`.
+    padding, end and unknown: `unigram.from_pieces` puts them in front. There are fewer than `size` when no others
+    increase the likelihood. Raises ValueError when `texts` hold no words, or more distinct characters than `size`.
     """
     blank = from_pieces([(SPACE, -1.0)], charsmap=charsmap)
     words = Counter(SPACE + word for text in texts for word in normalize(blank, text).split(" ") if word)
@@ -75,7 +75,7 @@ def _seeds(words: Mapping[str, int], characters: set[str], most: int) -> dict[st
 
 
 def _expected(words: Mapping[str, int], scores: Mapping[str, float]) -> dict[str, float]:
-    """How often each piece is expected in a segmentation of all words."""
+    """Expected count of each piece over the segmentations of all words, by forward-backward."""
     expected: dict[str, float] = defaultdict(float)
     for word, count in sorted(words.items()):
         edges = _edges(word, scores)
@@ -98,15 +98,15 @@ def _maximized(expected: Mapping[str, float], characters: set[str]) -> dict[str,
 
 
 def _pruned(words: Mapping[str, int], scores: Mapping[str, float], characters: set[str], kept: int) -> dict[str, float]:
-    """The `kept` pieces that the most probable segmentations would miss most."""
+    """The `kept` pieces whose removal would lower the likelihood of the best segmentations most."""
     used: Counter[str] = Counter()
     for word, count in sorted(words.items()):
         for piece in _best(word, scores)[1]:
             used[piece] += count
 
     def loss(piece: str) -> float:
-        rest = {other: score for other, score in scores.items() if other != piece}
-        return used[piece] * (scores[piece] - _best(piece, rest)[0]) if used[piece] else 0.0
+        others = {other: score for other, score in scores.items() if other != piece}
+        return used[piece] * (scores[piece] - _best(piece, others)[0]) if used[piece] else 0.0
 
     losses = {piece: math.inf if piece in characters else loss(piece) for piece in scores}
     ranked = sorted(scores, key=lambda piece: (-losses[piece], -scores[piece], piece))[:kept]

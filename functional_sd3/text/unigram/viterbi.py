@@ -13,14 +13,14 @@ _LONG_WORD = 4096
 def segment(tables: Tables, lattice: Lattice, text: str, room: int | None = None) -> list[tuple[int, int]]:
     """The best path through the lattice of `text`, as (id, characters); neighbouring unknown characters are one token.
 
-    With `room` a path whose first ids, so many, are those of the best path: it is found from the beginning of a long
-    text. The best path has a boundary among as many places in a row as the longest piece has characters, and up to
-    there it is the best path to that place; where the best paths to all of them begin alike, so does the whole.
+    With `room`, a path whose first `room` ids are those of the best path, computed from the beginning of a long text.
+    Among as many consecutive places as the longest piece has characters the best path has a boundary, and up to there
+    it is the best path to that place; where the best paths to all of these places begin alike, so does the whole.
     """
     if room is not None:
         longest = max(map(len, tables.pieces)) if len(text) > _LONG_WORD else len(text)
         size = 4 * room + longest
-        # As long as the attempts cost less than the whole.
+        # Attempts are made while they cost less than the whole.
         while 2 * longest * size < len(text):
             origin = _origins(lattice, text[:size])
             ends = range(size - longest + 1, size + 1)
@@ -33,7 +33,7 @@ def segment(tables: Tables, lattice: Lattice, text: str, room: int | None = None
 
 
 def _origins(lattice: Lattice, text: str) -> list[int]:
-    """For each place in `text` where the last piece of the best path to it begins.
+    """For each place in `text`, the start of the last piece of the best path to it.
 
     Starts are tried from left to right and only a better sum replaces an earlier one, so ties go to the longest last
     piece. Sums that differ in float64 may tie in float32, which is why they are compared as they are kept.
@@ -49,10 +49,10 @@ def _origins(lattice: Lattice, text: str) -> list[int]:
         end = start + 1
         total = here + (lattice.unknown if one == -inf else one)
         while True:
-            kept = best[end]
-            if total > kept:
+            previous = best[end]
+            if total > previous:
                 best[end] = total
-                if best[end] > kept:
+                if best[end] > previous:
                     origin[end] = start
             end += 1
             if end > size:
@@ -79,5 +79,5 @@ def _path(tables: Tables, lattice: Lattice, text: str, origin: Sequence[int], en
 
 
 def boundaries(path: Sequence[tuple[int, int]]) -> list[int]:
-    """Where the tokens of a path begin and end, in characters: one number more than tokens, the first of them 0."""
+    """Character positions at which the tokens of a path begin and end: (tokens + 1) numbers, the first 0."""
     return [0, *accumulate(length for _, length in path)]

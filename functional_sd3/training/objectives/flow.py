@@ -32,7 +32,7 @@ def flow_loss(
     """Rectified-flow loss of a whole model: params {"transformer", and any of "clip_l", "clip_g", "t5"}.
 
     batch: {"latents": normalised (batch, channels, height, width), and either "ids": `conditioning.Ids`, read by the
-    encoders in `params` (which learn too, where they are trainable), or "context" and "pooled" computed before}.
+    encoders in `params` (which are trained too, where trainable), or "context" and "pooled" computed before}.
     t is drawn from `density` and moved by `shift`. With probability `dropout` a sample's ids, or context and pooled,
     become those of the empty prompt, `empty`: one row of the same entries of the batch. `dtype` is that of the
     computation; gradients stay the parameters'. `implementation`: of attention; "math" has every derivative and every

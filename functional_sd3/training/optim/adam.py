@@ -64,7 +64,7 @@ def adamw(
     schedule = as_schedule(rate)
 
     def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
-        adam, rest, counted = state
+        adam, decay_state, counted = state
         divisor = _divisor(gradients)
         grads = gradients.tree if divisor is not None else unscaled(gradients)
         weights, flat, mean, square = map(tree.flatten_paths, (params, grads, adam.mean, adam.square))
@@ -74,11 +74,11 @@ def adamw(
             if paths:
                 check_strides(paths, weights, mean, square)
                 leaves, means, squares = ([part[path] for path in paths] for part in (weights, mean, square))
-                # The kernel walks through memory and not through indices, so all four need the same strides.
-                own = [with_strides_of(flat[path], weights[path]) for path in paths]
+                # The kernel goes through memory and not through indices, so all four need the same strides.
+                aligned = [with_strides_of(flat[path], weights[path]) for path in paths]
                 rate = schedule(counted.count)
-                leafwise.adamw_inplace(leaves, own, means, squares, count, divisor, rate, b1, b2, eps, amount)
-        return params, (adam._replace(count=adam.count + 1), rest, CountState(counted.count + 1))
+                leafwise.adamw_inplace(leaves, aligned, means, squares, count, divisor, rate, b1, b2, eps, amount)
+        return params, (adam._replace(count=adam.count + 1), decay_state, CountState(counted.count + 1))
 
     return Optimizer(pure.init, pure.update, donate)
 

@@ -1,4 +1,4 @@
-"""Combinators of optimisers: one after the other, one for each label of leaves, one for some leaves alone."""
+"""Combinators of optimisers: `chain` in sequence, `partitioned` by labels of leaves, `masked` for chosen leaves."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
     def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
         states = []
-        for optimizer, own in zip(optimizers, state, strict=True):
-            grads, own = optimizer.update(grads, own, params)
-            states.append(own)
+        for optimizer, optimizer_state in zip(optimizers, state, strict=True):
+            grads, optimizer_state = optimizer.update(grads, optimizer_state, params)
+            states.append(optimizer_state)
         return grads, tuple(states)
 
     last_donate = optimizers[-1].donate if optimizers else None
@@ -25,27 +25,28 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
     def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
         states = []
-        for optimizer, own in zip(optimizers[:-1], state, strict=False):
+        for optimizer, optimizer_state in zip(optimizers[:-1], state, strict=False):
             if optimizer.factor:
-                gradients = _times(gradients, optimizer.factor)
+                gradients = _scaled_by(gradients, optimizer.factor)
             else:
-                grads, own = optimizer.update(unscaled(gradients), own, params)
+                grads, optimizer_state = optimizer.update(unscaled(gradients), optimizer_state, params)
                 gradients = ScaledGradients(grads)
-            states.append(own)
+            states.append(optimizer_state)
         params, last = last_donate(gradients, state[-1], params)
         return params, (*states, last)
 
     return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update, donate)
 
 
-def _times(gradients: ScaledGradients, factor: Callable[[Tensor], Tensor]) -> ScaledGradients:
+def _scaled_by(gradients: ScaledGradients, factor: Callable[[Tensor], Tensor]) -> ScaledGradients:
     norm = global_norm(unscaled(gradients)) if gradients.norm is None else gradients.norm
     scale = factor(norm)
     return ScaledGradients(gradients.tree, scale if gradients.scale is None else gradients.scale * scale, norm * scale)
 
 
 def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor], str]) -> Optimizer:
-    """One optimiser for each label of leaves, `label(path, parameter)`: matrices by Muon and the rest by AdamW, say.
+    """One optimiser for each label of leaves, `label(path, parameter)`: for instance Muon for matrices and AdamW for
+    others.
 
     Raises ValueError naming the leaf whose label has no optimiser.
     """
@@ -57,7 +58,7 @@ def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor],
                 raise ValueError(f"{path} is labelled {name!r}; the optimisers are {sorted(optimizers)}")
 
         def part(name: str) -> Callable[[Tree], Tree]:
-            return lambda whole: tree.map(lambda leaf, own: leaf if own == name else {}, whole, labels)
+            return lambda whole: tree.map(lambda leaf, label: leaf if label == name else {}, whole, labels)
 
         return {name: part(name) for name in optimizers}
 
@@ -68,8 +69,8 @@ def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor],
         states: dict[str, Tree] = {}
         updates: dict[str, Tensor] = {}
         for name, part in split(params).items():
-            own, states[name] = optimizers[name].update(part(grads), state[name], part(params))
-            updates |= tree.flatten_paths(own)
+            part_updates, states[name] = optimizers[name].update(part(grads), state[name], part(params))
+            updates |= tree.flatten_paths(part_updates)
         return like(grads, [updates[path] for path in tree.flatten_paths(grads)]), states
 
     return Optimizer(init, update)
@@ -83,8 +84,8 @@ def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
 
     def update(grads: Tree, state: Tree, params: Params) -> tuple[Tree, Tree]:
         paths = set(tree.select(params, chooser))
-        mine, others = tree.partition(grads, lambda path, leaf: path in paths)
-        mine, state = optimizer.update(mine, state, tree.partition(params, lambda path, leaf: path in paths)[0])
-        return tree.combine(mine, others), state
+        chosen, others = tree.partition(grads, lambda path, leaf: path in paths)
+        updates, state = optimizer.update(chosen, state, tree.partition(params, lambda path, leaf: path in paths)[0])
+        return tree.combine(updates, others), state
 
     return Optimizer(init, update)

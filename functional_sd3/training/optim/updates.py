@@ -41,7 +41,7 @@ def donate(
 
 
 def ema_decay(decay: float, step: Tensor) -> Tensor:
-    """min(decay, (1 + step) / (10 + step)): a young average forgets its random start quickly."""
+    """min(decay, (1 + step) / (10 + step)): early averages forget their random start quickly."""
     return torch.clamp((1 + step).float() / (10 + step), max=decay)
 
 
