@@ -1,1 +1,1 @@
-"""Side by side with the libraries people would run instead."""
+"""Benchmarks side by side with other libraries."""

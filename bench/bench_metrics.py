@@ -1,4 +1,4 @@
-"""Scores of generated pictures."""
+"""Metrics of generated images."""
 
 import torch
 

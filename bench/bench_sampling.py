@@ -1,4 +1,4 @@
-"""Pictures from prompts: the whole of sampling, and what it costs in steps."""
+"""Images from prompts: whole sampling, and its cost per step."""
 
 import warnings
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What it costs to begin: imports, the command line, loading, compiling."""
+"""Start-up time: imports, the command line, loading, compiling."""
 
 import os
 import subprocess

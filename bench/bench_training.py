@@ -39,8 +39,8 @@ def test_step(versus, compiled):
         latents, noise = data["latents"], torch.randn(data["latents"].shape, generator=generator)
         t = torch.sigmoid(torch.randn(BATCH, generator=generator))
         mixed = (1 - t.view(-1, 1, 1, 1)) * latents + t.view(-1, 1, 1, 1) * noise
-        found = run(mixed, data["context"], data["pooled"], 1000 * t, return_dict=False)[0]
-        loss = (found - (noise - latents)).square().mean()
+        velocity = run(mixed, data["context"], data["pooled"], 1000 * t, return_dict=False)[0]
+        loss = (velocity - (noise - latents)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
@@ -101,8 +101,8 @@ def test_per_sample_gradients(versus):
     one = transform.value_and_grad(lambda *arguments: loss(*arguments, implementation="sdpa"))
 
     def by_loop():
-        found = [tree.leaves(one(params, *(part[index] for part in data))[0]) for index in range(16)]
-        return [torch.stack(leaves) for leaves in zip(*found, strict=True)]
+        gradients = [tree.leaves(one(params, *(part[index] for part in data))[0]) for index in range(16)]
+        return [torch.stack(leaves) for leaves in zip(*gradients, strict=True)]
 
     versus(
         "per-sample gradients of the loss, width 128, 2 blocks, 16 + 24 tokens, batch 16",

@@ -1,4 +1,4 @@
-"""Fixtures of the rows, and what is written when they are done: bench/RESULTS.md."""
+"""Fixtures of the rows, and bench/RESULTS.md, written at the end."""
 
 import os
 import warnings

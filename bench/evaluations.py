@@ -1,4 +1,4 @@
-"""What an evaluation of the velocity buys, method by method: `python -m bench.evaluations`, about a quarter of an hour.
+"""Error of every method against evaluations of the velocity: `python -m bench.evaluations`, about a quarter of an hour.
 
 Runs every method of `ode` within budgets of evaluations at several guidance scales, on prompts that were never trained
 on, each with noise of its own, and compares the latents with those of a converged run. Writes the tables into
@@ -95,9 +95,9 @@ def controlled(case: Case, methods, scale: float, exact: Tensor, tolerances=TOLE
     rows = []
     for method in methods:
         for tolerance in tolerances:
-            found = _adaptive(case, method, scale, tolerance)
-            spent, steps = found.evaluations.float().mean().item(), int(found.accepted.max())
-            rows.append(Row(method.name, scale, tolerance, steps, spent, error(found.x[-1], exact)))
+            solution = _adaptive(case, method, scale, tolerance)
+            spent, steps = solution.evaluations.float().mean().item(), int(solution.accepted.max())
+            rows.append(Row(method.name, scale, tolerance, steps, spent, error(solution.x[-1], exact)))
     return rows
 
 
@@ -126,14 +126,14 @@ def tables(rows: Sequence[Row]) -> str:
         lines.append("|---" * (len(scales) + 2) + "|")
         for name in dict.fromkeys(row.method for row in loose):
             for tolerance in tolerances:
-                found = {r.scale: r for r in loose if r.method == name and r.allowed == tolerance}
-                cells = [f"{found[s].spent:.0f}: {percent(found[s].error)}" for s in scales]
+                row_of_scale = {r.scale: r for r in loose if r.method == name and r.allowed == tolerance}
+                cells = [f"{row_of_scale[s].spent:.0f}: {percent(row_of_scale[s].error)}" for s in scales]
                 lines.append(f"| {name} | {tolerance:.0e} | {' | '.join(cells)} |")
         parts.append("Adaptive methods, evaluations (mean over the samples): error:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
-def picture(rows: Sequence[Row]):
+def image(rows: Sequence[Row]):
     """Error against evaluations, a panel for each scale."""
     scales = sorted({row.scale for row in rows})
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {f"scale {scale:g}": {} for scale in scales}
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{percent(checked)} % away. Made in {minutes:.0f} minutes of one core.\n\n{tables(rows)}"
     )
     buffer = io.BytesIO()
-    picture(rows).save(buffer, format="PNG", optimize=True)
+    image(rows).save(buffer, format="PNG", optimize=True)
     files.write_atomic(parsed.page.parent / "evaluations.png", buffer.getvalue())
     files.write_atomic(parsed.page, with_section(parsed.page.read_text(encoding="utf-8"), text).encode())
     print(text)

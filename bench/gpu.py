@@ -86,11 +86,11 @@ def captured(place: Place, run: Callable[[], torch.Tensor]) -> Callable[[], torc
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        answer = run()
+        result = run()
 
     def replay() -> torch.Tensor:
         graph.replay()
-        return answer
+        return result
 
     return replay
 
@@ -275,8 +275,8 @@ def training(place: Place) -> Iterator[Row]:
             noise, t = torch.randn_like(data["latents"]), torch.sigmoid(torch.randn(batch, device=place.device))
             mixed = (1 - t.view(-1, 1, 1, 1)) * data["latents"] + t.view(-1, 1, 1, 1) * noise
             with torch.autocast(place.device.type, torch.bfloat16):
-                found = run(mixed, data["context"], data["pooled"], 1000 * t, return_dict=False)[0]
-            value = (found.float() - (noise - data["latents"])).square().mean()
+                actual = run(mixed, data["context"], data["pooled"], 1000 * t, return_dict=False)[0]
+            value = (actual.float() - (noise - data["latents"])).square().mean()
             value.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Does a picture's caption make it likelier than a shuffled one? `python -m bench.likelihood [--params DIR]`
+"""Log-likelihood of images under their caption against a shuffled one: `python -m bench.likelihood [--params DIR]`
 
 Held-out scenes of the shapes world (whose captions were never trained on) are drawn and encoded, and each is asked
 about under its caption and under a caption of the very same words in which two things, or a thing and the background,
@@ -39,12 +39,12 @@ class Pair(NamedTuple):
 
 def pairs(key: Key, count: int) -> list[Pair]:
     """Held-out scenes as `shapes.scenes` draws them, seven of ten with two things."""
-    found: list[Scene] = []
-    while len(found) < count:
+    held_out: list[Scene] = []
+    while len(held_out) < count:
         key, drawn = prng.split(key)
-        found += [scene for scene in shapes.scenes(drawn, 512, hold_out=False) if shapes.is_held_out(scene)]
+        held_out += [scene for scene in shapes.scenes(drawn, 512, hold_out=False) if shapes.is_held_out(scene)]
     choices = prng.uniform(key, count).tolist()
-    return [_pair(scene, choice) for scene, choice in zip(found[:count], choices, strict=True)]
+    return [_pair(scene, choice) for scene, choice in zip(held_out[:count], choices, strict=True)]
 
 
 def latents(model: Model, scenes: list[Scene]) -> Tensor:
@@ -103,9 +103,9 @@ def main() -> None:
     for name, way in ways.items():
         start = time.perf_counter()
         with torch.no_grad():
-            found = [way(part, prng.fold_in(probes_key, index)) for index, part in enumerate(parts)]
+            estimates = [way(part, prng.fold_in(probes_key, index)) for index, part in enumerate(parts)]
         seconds = time.perf_counter() - start
-        gained, error = (torch.cat(each) for each in zip(*found, strict=True))
+        gained, error = (torch.cat(each) for each in zip(*estimates, strict=True))
         cells = [_share(gained, chosen, kind) for kind in (None, *kinds)]
         middle = f"{gained.median():.3g} | {error.median():.2g}"
         print(f"| {name} | {seconds:.0f} | {cells[0]} | {middle} | " + " | ".join(cells[1:]) + " |", flush=True)

@@ -1,4 +1,4 @@
-"""Lines over two logarithmic axes as a picture, by Pillow alone."""
+"""Line plots over two logarithmic axes, by Pillow alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ def panels(titles: Mapping[str, Mapping[str, Points]], across: str, upwards: str
     names = list(dict.fromkeys(name for lines in titles.values() for name in lines))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     rows = (len(titles) + 1) // 2
-    picture = Image.new("RGB", (2 * WIDTH + LEGEND, rows * HEIGHT), "white")
+    image = Image.new("RGB", (2 * WIDTH + LEGEND, rows * HEIGHT), "white")
     for index, (title, lines) in enumerate(titles.items()):
         panel = _panel(title, lines, colours, frame, across, upwards)
-        picture.paste(panel, (index % 2 * WIDTH, index // 2 * HEIGHT))
-    pen = ImageDraw.Draw(picture)
+        image.paste(panel, (index % 2 * WIDTH, index // 2 * HEIGHT))
+    pen = ImageDraw.Draw(image)
     for index, name in enumerate(names):
         y = TOP + 6 + 16 * index
         pen.line([(2 * WIDTH + 4, y), (2 * WIDTH + 22, y)], fill=colours[name], width=3)
         pen.text((2 * WIDTH + 28, y - 6), name, fill="black")
     # A palette is a quarter of the size, and there are few colours.
-    return picture.quantize(64)
+    return image.quantize(64)
 
 
 def _panel(title, lines, colours, frame, across, upwards) -> Image.Image:

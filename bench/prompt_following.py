@@ -1,4 +1,4 @@
-"""Does a model draw what captions of the shapes world ask for? `python -m bench.prompt_following [--params DIR]`
+"""Prompt following of a model in the shapes world: `python -m bench.prompt_following [--params DIR]`
 
 Draws held-out captions (never trained on) at the model's default settings and reads the images back with both readers;
 says too how spread the things are, and how originals of the world are read that its autoencoder encodes and decodes.
@@ -38,8 +38,8 @@ def main() -> None:
 
 def _print(name: str, images: torch.Tensor, scenes: list) -> None:
     for reader, read in shapes_report.READERS.items():
-        found = prompts.table(images, scenes, reader=read)
-        shares = " | ".join(f"{100 * found[respect]:.1f} %" for respect in shapes_report.RESPECTS)
+        shares_right = prompts.table(images, scenes, reader=read)
+        shares = " | ".join(f"{100 * shares_right[respect]:.1f} %" for respect in shapes_report.RESPECTS)
         print(f"| {name} | {len(scenes)} | {reader} | {shares} |", flush=True)
 
 

@@ -22,13 +22,13 @@ class Row(NamedTuple):
 
 def rows(run: dict[str, Any]) -> list[Row]:
     """The rows of one run."""
-    found = []
+    lines = []
     for each in run["benchmarks"]:
         facts, stats = dict(each["extra_info"]), each["stats"]
         theirs, repeat = facts.pop("theirs"), facts.pop("repeat", 1)
         if least := facts.pop("least", None):
             facts["products_alone"] = f"{statistics.median(least) / statistics.median(theirs):.2f}"
-        found.append(
+        lines.append(
             Row(
                 facts.pop("row"),
                 facts.pop("peer", ""),
@@ -38,7 +38,7 @@ def rows(run: dict[str, Any]) -> list[Row]:
                 facts,
             )
         )
-    return found
+    return lines
 
 
 def page(run: dict[str, Any]) -> str:

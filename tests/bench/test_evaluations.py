@@ -55,7 +55,7 @@ def test_the_tables_have_every_error_in_percent_and_the_best_in_bold():
     assert "Guidance scale 5:" in text and "| method | 4 | 8 |" in text
     assert "| euler | **50** | 25 |" in text and "| rk4 |  | **1.2** |" in text
     assert "| bosh3 | 1e-03 | 30: 0.1 |" in text
-    image = evaluations.picture(rows).convert("RGB")
+    image = evaluations.image(rows).convert("RGB")
     assert image.size == (2 * plot.WIDTH + plot.LEGEND, plot.HEIGHT)
     assert {plot.COLOURS[0], plot.COLOURS[1], plot.COLOURS[2]} <= {colour for _, colour in image.getcolors(10_000)}
 

@@ -76,9 +76,9 @@ def test_a_backward_pass_may_be_mapped(name):
     params, x = learned(tree.map(torch.clone, params)), X.clone().requires_grad_()
     value = call(params, x)
     leaves, gradients = [*tree.leaves(params), x], drawn(3, *value.shape, seed=9, dtype=torch.float32)
-    found = torch.autograd.grad(value, leaves, gradients, is_grads_batched=True, retain_graph=True)
+    actual = torch.autograd.grad(value, leaves, gradients, is_grads_batched=True, retain_graph=True)
     for index, gradient in enumerate(gradients):
-        for one, other in zip(found, torch.autograd.grad(value, leaves, gradient, retain_graph=True), strict=True):
+        for one, other in zip(actual, torch.autograd.grad(value, leaves, gradient, retain_graph=True), strict=True):
             torch.testing.assert_close(one[index], other, rtol=1e-5, atol=1e-5)
 
 
@@ -104,12 +104,12 @@ def test_a_layer_learns_as_it_does_under_torch_func(name):
     def loss(params, x):
         return (call(params, x) - target).square().mean()
 
-    found, value = transform.value_and_grad(loss, argnums=(0, 1))(params, X)
+    actual, value = transform.value_and_grad(loss, argnums=(0, 1))(params, X)
     expected, other = torch.func.grad_and_value(loss, argnums=(0, 1))(params, X)
-    assert tree.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert tree.allclose(actual, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(value, other)
     rematerialised, _ = transform.value_and_grad(transform.remat(loss), argnums=(0, 1))(params, X)
-    assert tree.allclose(rematerialised, found, rtol=1e-5, atol=1e-6)
+    assert tree.allclose(rematerialised, actual, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("extra", ["low_rank", "scale"])

@@ -1,4 +1,4 @@
-"""Layers that take a shorter way where nothing watches compute what the long way does."""
+"""Layers: each equals its formula under autograd, transforms, compilers and modes."""
 
 import pytest
 import torch
@@ -47,9 +47,9 @@ def test_a_hidden_layer_has_its_derivatives_and_leaves_its_input_alone(activatio
     def plainly(params):
         return MEANT[activation](F.linear(x, params["weight"], params["bias"])).square().sum()
 
-    found, expected = torch.func.grad(total)(params), torch.func.grad(plainly)(params)
+    actual, expected = torch.func.grad(total)(params), torch.func.grad(plainly)(params)
     for name in params:
-        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(actual[name], expected[name])
     assert torch.equal(x, before)
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
     total(leaves).backward()
@@ -125,13 +125,13 @@ def test_a_compiled_gelu_is_the_eager_one_at_every_size_of_number(dtype):
         y = gelu(x.requires_grad_())
         return y.detach(), torch.autograd.grad(y.sum(), x)[0]
 
-    (found, slope), (expected, expected_slope) = (
+    (actual, slope), (expected, expected_slope) = (
         both(torch.compile(layers.gelu_tanh, backend="eager")),
         both(layers.gelu_tanh),
     )
     # 1 + tanh has lost these digits below -5.
     close = {"rtol": 2e-6, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(found, expected, **close)
+    torch.testing.assert_close(actual, expected, **close)
     torch.testing.assert_close(slope, expected_slope, **close)
 
 

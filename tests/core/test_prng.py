@@ -73,7 +73,7 @@ def ulps(ours, theirs):
 
 
 @pytest.mark.parametrize("counter, key, output", RANDOM123)
-def test_the_cipher_gives_the_known_answers_of_random123(counter, key, output):
+def test_the_cipher_equals_the_published_test_vectors_of_random123(counter, key, output):
     high, low = (torch.tensor(word).to(torch.int32) for word in counter)
     words = prng.threefry(*(torch.tensor(word).to(torch.int32) for word in key), low, high)
     assert tuple(int(prng._unsigned(word)) for word in words) == output
@@ -175,7 +175,7 @@ def test_vmap_over_the_folded_number_equals_a_loop(key):
 
 
 @given(SEEDS, SHAPES)
-def test_uniform_is_in_the_half_open_interval_and_has_the_shape_asked_for(seed, shape):
+def test_uniform_is_in_the_half_open_interval_and_has_the_requested_shape(seed, shape):
     for dtype in (torch.float32, torch.float64):
         draw = prng.uniform(prng.key(seed), shape, dtype)
         assert draw.shape == shape and draw.dtype == dtype
@@ -291,6 +291,6 @@ def test_sample_keys_are_folded_from_one_key_and_kept_when_there_is_one_for_each
         (lambda key: prng.permutation(key, -1), "length -1"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(key, call, message):
+def test_invalid_arguments_of_draws_are_named(key, call, message):
     with pytest.raises(ValueError, match=message):
         call(key)

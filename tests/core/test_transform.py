@@ -142,7 +142,7 @@ def test_gradients_of_tied_leaves_are_separate_and_inputs_stay_as_they_were(para
         (lambda params: 1.0, {"w": torch.ones(2)}, "returned float; only a scalar"),
     ],
 )
-def test_what_has_no_gradient_is_named(fn, argument, message):
+def test_arguments_without_gradient_are_named(fn, argument, message):
     with pytest.raises(ValueError, match=message):
         transform.value_and_grad(fn)(argument)
 
@@ -249,7 +249,7 @@ def test_compile_takes_the_whole_function_or_fails():
         transform.compile(printing, backend="eager")(torch.ones(2))
 
 
-def test_compile_says_what_is_missing_without_a_compiler(monkeypatch):
+def test_compile_names_the_missing_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not transform.compiler_available()
     with pytest.raises(RuntimeError, match="needs the C.. compiler no-such-compiler and Python's headers"):

@@ -131,7 +131,7 @@ def test_errors_of_the_mapped_function_pass_through():
         (["a..b"], "path 'a..b' has an empty name"),
     ],
 )
-def test_unflatten_paths_names_what_is_wrong(paths, message):
+def test_unflatten_paths_names_the_faulty_path(paths, message):
     with pytest.raises(ValueError, match=message):
         tree.unflatten_paths(dict.fromkeys(paths, torch.zeros(1)))
 
@@ -196,7 +196,7 @@ def test_count_and_nbytes_add_up_elements_and_bytes(params):
     assert (tree.count({}), tree.nbytes([])) == (0, 0)
 
 
-def test_diff_names_what_differs_worst_first():
+def test_diff_lists_differences_worst_first():
     nan, inf = math.nan, math.inf
     first = {
         "same": torch.tensor([1.0, nan, inf]),
@@ -251,5 +251,5 @@ def test_float8_leaves_are_compared_by_their_values():
     one = {"a": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)}
     other = {"a": torch.tensor([1.0, 4.0]).to(torch.float8_e4m3fn)}
     assert not tree.diff(one, one)
-    assert [(found.kind, found.amount) for found in tree.diff(one, other)] == [("value", 2.0)]
-    assert [found.kind for found in tree.diff(one, tree.map(torch.Tensor.float, one))] == ["dtype"]
+    assert [(each.kind, each.amount) for each in tree.diff(one, other)] == [("value", 2.0)]
+    assert [each.kind for each in tree.diff(one, tree.map(torch.Tensor.float, one))] == ["dtype"]

@@ -1,4 +1,4 @@
-"""A reader's folder: a checkout's files, and small stand-ins for what people download."""
+"""The folder in which the pages' commands run: the checkout's files, and stand-ins for downloads."""
 
 import os
 import shutil

@@ -26,7 +26,7 @@ def run(folder: str, blocks: list[dict]) -> str:
     return ""
 
 
-def answer(request: dict) -> str:
+def result(request: dict) -> str:
     """`run` in a process of its own."""
     reader, writer = os.pipe()
     if not os.fork():
@@ -42,4 +42,4 @@ def answer(request: dict) -> str:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(result(json.loads(line))), flush=True)

@@ -139,25 +139,25 @@ def runs(text: str) -> list[list[str]]:
 
 def substituted(words: list[str]) -> list[str]:
     """The words with those in capitals replaced by what they stand for."""
-    found, option = [], "*"
+    replaced, option = [], "*"
     for word in words:
         option = word if word.startswith("--") else option
         table = PLACEHOLDERS["*"] | PLACEHOLDERS.get(option, {})
         name, equals, value = word.partition("=")
-        found.append(f"{table.get(name, name)}{equals}{table.get(value, value)}" if equals else table.get(word, word))
-    return found
+        replaced.append(f"{table.get(name, name)}{equals}{table.get(value, value)}" if equals else table.get(word, word))
+    return replaced
 
 
 def bounded(words: list[str]) -> list[str]:
     """The words with numbers cut to `CAPS`, and with what `ADDED` says."""
-    found = list(words)
+    extended = list(words)
     for index, word in enumerate(words[:-1]):
         if word in CAPS:
-            found[index + 1] = str(min(int(words[index + 1]), CAPS[word]))
+            extended[index + 1] = str(min(int(words[index + 1]), CAPS[word]))
         if word in ("--rtol", "--atol"):
-            found[index + 1] = "0.5"
+            extended[index + 1] = "0.5"
     added = ADDED.get(words[0]) or ADDED.get(" ".join(words[:2]), [])
     for option, value in zip(added[::2], added[1::2], strict=True):
         if option not in words:
-            found += [option, value]
-    return found
+            extended += [option, value]
+    return extended

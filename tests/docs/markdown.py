@@ -10,7 +10,7 @@ from functional_sd3.cli import SUBCOMMANDS
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONTINUES = "# Continues the block above"
-"""How a block of Python begins that needs what the block above it made."""
+"""First line of a block of Python that continues the block above it."""
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`]+)`")
@@ -40,28 +40,28 @@ def blocks(page: str) -> list[Block]:
 
 def programs(page: str) -> list[list[Block]]:
     """The Python blocks of a page as programs: a block with those that continue it."""
-    found: list[list[Block]] = []
+    joined: list[list[Block]] = []
     for block in blocks(page):
         if block.language == "python":
             if block.text.startswith(CONTINUES):
-                found[-1].append(block)
+                joined[-1].append(block)
             else:
-                found.append([block])
-    return found
+                joined.append([block])
+    return joined
 
 
 def commands(page: str) -> list[Command]:
     """Every command line of a page in order: the lines of shell blocks, and the code within sentences and tables."""
-    found = []
+    lines = []
     for block in blocks(page):
         if block.language in _SHELL:
-            found += _lines(block)
+            lines += _lines(block)
     for line, text in spans(page):
         if text.split()[0] in SUBCOMMANDS and len(text.split()) > 1:
             text = f"functional-sd3 {text}"
         if text.startswith(_PROGRAMS):
-            found.append(Command(line, text))
-    return sorted(found, key=lambda command: command.line)
+            lines.append(Command(line, text))
+    return sorted(lines, key=lambda command: command.line)
 
 
 def spans(page: str) -> list[tuple[int, str]]:
@@ -71,11 +71,11 @@ def spans(page: str) -> list[tuple[int, str]]:
 
 
 def _lines(block: Block) -> list[Command]:
-    found, begun = [], ""
+    lines, pending = [], ""
     for number, line in enumerate(block.text.splitlines(), block.line):
-        begun += line.removesuffix("\\")
+        pending += line.removesuffix("\\")
         if not line.endswith("\\"):
-            words = shlex.split(begun, comments=True)
-            found += [Command(number, shlex.join(words))] if words else []
-            begun = ""
-    return found
+            words = shlex.split(pending, comments=True)
+            lines += [Command(number, shlex.join(words))] if words else []
+            pending = ""
+    return lines

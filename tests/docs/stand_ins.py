@@ -1,4 +1,4 @@
-"""What the commands and programs of the pages need and nobody ships: made small and at random by the program itself."""
+"""Small random stand-ins for the files that the pages' commands and programs need, written by this project."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The example programs do what the docs say of them, here with fewer steps and prompts."""
+"""The example programs reach their documented results, here with fewer steps and prompts."""
 
 import importlib.util
 from pathlib import Path
@@ -16,14 +16,14 @@ def program(name):
 
 
 def test_a_learned_grid_ends_nearer_to_the_converged_run_than_the_shifted_one():
-    found = program("learn_grid").main(["--steps", "4", "--prompts", "2", "--iterations", "6", "--cfg", "1"])
-    assert 0 < found["learned"] < min(value for name, value in found.items() if name != "learned")
+    actual = program("learn_grid").main(["--steps", "4", "--prompts", "2", "--iterations", "6", "--cfg", "1"])
+    assert 0 < actual["learned"] < min(value for name, value in actual.items() if name != "learned")
 
 
 def test_an_embedding_rises_to_redder_images(tmp_path):
     out = tmp_path / "images.png"
     options = ["--steps", "4", "--iterations", "10", "--cfg", "1", "--others", "1", "--rate", "12", "--out", str(out)]
-    found = program("optimise_prompt").main(options)
-    assert found["after"] > found["before"] + 0.1
+    actual = program("optimise_prompt").main(options)
+    assert actual["after"] > actual["before"] + 0.1
     with Image.open(out) as sheet:
         assert sheet.size[0] > 2 * 64 and sheet.size[1] > 2 * 64

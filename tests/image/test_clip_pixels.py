@@ -1,4 +1,4 @@
-"""What CLIP's preprocessing promises apart from parity with transformers."""
+"""Properties of CLIP's preprocessing apart from parity with transformers."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ from functional_sd3.image import clip_pixels, pixels
 CONFIG = clip_pixels.Config(resize=24, crop=20)
 
 
-def test_a_tensor_is_read_as_the_picture_it_would_be_saved_as():
+def test_a_tensor_is_preprocessed_as_its_png_would_be():
     images = prng.uniform(prng.key(0), (3, 3, 40, 30))
     assert torch.equal(clip_pixels.apply(CONFIG, images), clip_pixels.apply(CONFIG, pixels.to_pil(images)))
 
 
-def test_pictures_of_different_sizes_form_a_batch_and_none_an_empty_one():
+def test_images_of_different_sizes_form_a_batch_and_none_an_empty_one():
     pictures = [pixels.to_pil(torch.rand(1, 3, *size))[0] for size in ((20, 20), (50, 31), (24, 99))]
     assert clip_pixels.apply(CONFIG, pictures).shape == (3, 3, 20, 20)
     assert clip_pixels.apply(CONFIG, []).shape == (0, 3, 20, 20)

@@ -1,4 +1,4 @@
-"""One reader for every input image: each mode and format becomes what a person sees, within bounds of memory."""
+"""Image files: every mode and format is read as viewers display it, within bounds of memory."""
 
 import ast
 import io
@@ -47,8 +47,8 @@ def test_every_format_that_pillow_writes_and_we_read_is_read(tmp_path):
                 path.unlink(missing_ok=True)
         if path.exists():
             written.add(suffix)
-            found = files.read(path)
-            assert found.mode == "RGB" and (found.size == (16, 16) or suffix == ".icns")
+            reread = files.read(path)
+            assert reread.mode == "RGB" and (reread.size == (16, 16) or suffix == ".icns")
     expected = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".tga", ".ico"}
     assert written >= expected | ({".avif"} if features.check("avif") else set())
     assert not files.suffixes() & {".eps", ".ps", ".pdf", ".wmf", ".mpg", ".h5", ".txt", ".iim", ".fits"}
@@ -101,7 +101,7 @@ def test_other_depths_follow_the_stated_rule_and_nothing_is_clipped(tmp_path):
                 getattr(files, kind)(tmp_path / f"{name}.tif")
 
 
-def test_tiffs_of_fewer_bits_or_of_inverted_grey_are_scaled_by_what_they_say(tmp_path):
+def test_tiffs_of_fewer_bits_or_of_inverted_grey_are_scaled_by_their_tags(tmp_path):
     Image.fromarray(RAMP).save(tmp_path / "plain.tif")
     content = bytearray((tmp_path / "plain.tif").read_bytes())
     # The entry of PhotometricInterpretation: tag 262, a SHORT, once; 0 is "white is zero".
@@ -169,7 +169,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_the_header_declares_is_bounded_before_anything_is_decoded(tmp_path, kind):
+def test_sizes_in_the_header_are_bounded_before_decoding(tmp_path, kind):
     side = 11586
     (tmp_path / "a.png").write_bytes(png(8, 8, 16, 0).replace(struct.pack(">II", 8, 8), struct.pack(">II", side, side)))
     data = bytearray((tmp_path / "a.png").read_bytes())
@@ -244,7 +244,7 @@ def test_jpegs_of_thousands_of_scans_and_tiffs_of_huge_tiles_are_refused(tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_file_is_refused_and_nothing_waits(tmp_path, kind):
+def test_paths_that_are_no_regular_file_are_refused_without_waiting(tmp_path, kind):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     for name, said in (("pipe.png", "is a named pipe"), ("folder.png", "is a folder"), ("none.png", "is missing")):
@@ -257,7 +257,7 @@ def test_what_is_no_file_is_refused_and_nothing_waits(tmp_path, kind):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_members_of_archives_are_bounded_by_what_they_declare_and_what_they_are(tmp_path, method, monkeypatch):
+def test_members_of_archives_are_bounded_by_declared_and_by_actual_size(tmp_path, method, monkeypatch):
     monkeypatch.setattr(files, "MOST_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
         archive.writestr("large.png", bytes(2**21))

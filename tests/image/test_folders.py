@@ -1,4 +1,4 @@
-"""Files of pictures of every kind, folders and archives of them, in order, by any number of processes."""
+"""Folders and archives of images of every kind: read in order, by any number of processes."""
 
 import time
 import zipfile
@@ -16,17 +16,17 @@ from functional_sd3.metrics import preprocess
 RED, WHITE = (220, 40, 40), (255, 255, 255)
 
 
-def pixels_of(picture) -> torch.Tensor:
-    return torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)
+def pixels_of(img) -> torch.Tensor:
+    return torch.from_numpy(numpy.array(img)).permute(2, 0, 1)
 
 
 def corner(path) -> tuple[int, ...]:
-    picture = files.read(path)
-    assert picture.mode == "RGB"
-    return picture.getpixel((0, 0))
+    img = files.read(path)
+    assert img.mode == "RGB"
+    return img.getpixel((0, 0))
 
 
-def test_every_kind_of_file_becomes_what_a_person_sees(tmp_path):
+def test_every_kind_of_file_is_read_as_viewers_display_it(tmp_path):
     Image.new("RGBA", (4, 4), (*RED, 0)).save(tmp_path / "clear.png")
     Image.new("LA", (4, 4), (80, 255)).save(tmp_path / "grey_alpha.png")
     Image.new("L", (4, 4), 80).save(tmp_path / "grey.png")
@@ -44,11 +44,11 @@ def test_every_kind_of_file_becomes_what_a_person_sees(tmp_path):
 
 
 def test_a_turned_photograph_is_read_upright(tmp_path):
-    picture = Image.new("RGB", (6, 4), WHITE)
-    picture.putpixel((0, 0), (0, 0, 0))
+    img = Image.new("RGB", (6, 4), WHITE)
+    img.putpixel((0, 0), (0, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "turned.png", exif=exif)
+    img.save(tmp_path / "turned.png", exif=exif)
     upright = files.read(tmp_path / "turned.png")
     assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (0, 0, 0)
 
@@ -81,7 +81,7 @@ def zipped(folder, path):
     return path
 
 
-def test_a_folder_is_read_in_order_and_what_is_broken_is_named(folder):
+def test_a_folder_is_read_in_order_and_broken_files_are_named(folder):
     source = folders.source(folder)
     assert source.names == NAMES
     items = list(folders.stream(source, pixels_of))
@@ -112,7 +112,7 @@ def test_an_archive_is_read_as_the_folder_it_was_made_of(folder, tmp_path):
         assert one.value is None or torch.equal(one.value, other.value)
 
 
-def test_processes_read_what_one_reads_in_the_same_order(folder, tmp_path):
+def test_several_processes_read_the_same_items_in_the_same_order_as_one(folder, tmp_path):
     # Several portions for each process.
     for index in range(60):
         Image.new("L", (1 + index, 3), index).save(folder / f"{index}.png")
@@ -124,16 +124,16 @@ def test_processes_read_what_one_reads_in_the_same_order(folder, tmp_path):
             assert one.value is None or torch.equal(one.value, other.value)
 
 
-def test_nothing_is_read_before_it_is_asked_for(folder):
+def test_images_are_read_lazily(folder):
     seen = []
-    items = folders.stream(folders.source(folder), lambda picture: seen.append(picture) or torch.zeros(1))
+    items = folders.stream(folders.source(folder), lambda img: seen.append(img) or torch.zeros(1))
     assert not seen
     next(items), next(items)
     assert len(seen) == 1
 
 
-def test_a_picture_that_the_transform_refuses_is_named(folder):
-    def refuse(picture):
+def test_an_image_that_the_transform_refuses_is_named(folder):
+    def refuse(img):
         raise ValueError("too small")
 
     assert {item.reason for item in folders.stream(folders.source(folder), refuse) if item.name == "b.png"} == {
@@ -141,7 +141,7 @@ def test_a_picture_that_the_transform_refuses_is_named(folder):
     }
 
 
-def test_what_holds_no_pictures_is_refused(tmp_path):
+def test_paths_without_images_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         folders.source(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images"):
@@ -167,13 +167,13 @@ def test_an_archive_with_damage_inside_names_the_damaged(folder, tmp_path):
     assert "cannot be taken out of the archive" in reasons["b.png"] and reasons["c.bmp"] is None
 
 
-def slow(picture) -> torch.Tensor:
-    if picture.width == 2:
+def slow(img) -> torch.Tensor:
+    if img.width == 2:
         time.sleep(100)
     return torch.zeros(1)
 
 
-def test_who_stops_early_waits_for_nothing_and_leaves_no_process_behind(folder):
+def test_stopping_early_waits_for_nothing_and_leaves_no_process_behind(folder):
     for index in range(40):
         Image.new("L", (1 if index < 10 else 2, 1)).save(folder / f"d{index:02}.png")
     before = set(active_children())

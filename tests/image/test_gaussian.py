@@ -14,15 +14,15 @@ def expected(sigma: float, reach: int) -> torch.Tensor:
 
 
 def test_repeated_borders_keep_the_size():
-    answer = gaussian.blur(IMAGES, 1.3, 4, border="replicate")
-    torch.testing.assert_close(answer, expected(1.3, 4), rtol=1e-12, atol=1e-12)
+    result = gaussian.blur(IMAGES, 1.3, 4, border="replicate")
+    torch.testing.assert_close(result, expected(1.3, 4), rtol=1e-12, atol=1e-12)
 
 
 def test_valid_borders_are_the_middle_of_the_repeated():
-    answer = gaussian.blur(IMAGES, 2.0, 3, border="valid")
-    torch.testing.assert_close(answer, expected(2.0, 3)[..., 3:-3, 3:-3], rtol=1e-12, atol=1e-12)
+    result = gaussian.blur(IMAGES, 2.0, 3, border="valid")
+    torch.testing.assert_close(result, expected(2.0, 3)[..., 3:-3, 3:-3], rtol=1e-12, atol=1e-12)
 
 
 def test_a_reach_far_beyond_the_image_takes_little_memory():
-    answer = gaussian.blur(torch.rand(1, 1, 8, 8), 20_000.0, 60_000, border="replicate")
-    assert answer.shape == (1, 1, 8, 8) and answer.isfinite().all()
+    result = gaussian.blur(torch.rand(1, 1, 8, 8), 20_000.0, 60_000, border="replicate")
+    assert result.shape == (1, 1, 8, 8) and result.isfinite().all()

@@ -64,18 +64,18 @@ def written_samples() -> list[bytes]:
     deep = Image.fromarray(noise[..., 0].astype(numpy.uint16) * 257)
     floats = Image.fromarray(noise[..., 0].astype(numpy.float32) / 255)
     modes = [colours, deep, floats, *(colours.convert("RGB").convert(mode) for mode in ("RGB", "P", "L", "1", "CMYK"))]
-    found = set(HANDMADE.values())
+    actual = set(HANDMADE.values())
     for name in sorted({*files.formats()} - {"ICNS", "IM"}):
         for image in modes:
             for way in WAYS:
                 buffer = io.BytesIO()
                 try:
                     image.save(buffer, format=name, **way)
-                    found.add(buffer.getvalue())
+                    actual.add(buffer.getvalue())
                 except (OSError, ValueError, KeyError, TypeError, AttributeError, SystemError):
                     continue
-    assert len(found) > 60
-    return sorted(found)
+    assert len(actual) > 60
+    return sorted(actual)
 
 
 def test_mutated_images_of_every_format_are_read_or_refused_within_bounds(samples):

@@ -1,4 +1,4 @@
-"""Masks with transparency in all the forms that people have, by one rule."""
+"""Masks in all common forms of transparency, by one rule."""
 
 import numpy
 import pytest
@@ -81,7 +81,7 @@ def test_soft_edges_stay_soft():
     assert numpy.array_equal(numpy.asarray(erased), soft)
 
 
-def test_a_single_visible_pixel_of_a_large_mask_is_seen():
+def test_a_single_visible_pixel_of_a_large_mask_counts():
     mask = Image.new("RGBA", (1500, 1500), (0, 0, 0, 0))
     mask.putpixel((701, 3), (255, 255, 255, 255))
     assert masks.from_image(mask).image.getbbox() == (701, 3, 702, 4)

@@ -1,4 +1,4 @@
-"""Pictures and tensors."""
+"""Conversions between images and tensors."""
 
 import numpy
 import pytest
@@ -46,12 +46,12 @@ def test_greyscale_becomes_rgb_and_transparency_white():
     assert pixels.from_pil(palette).shape == (1, 3, 4, 4)
 
 
-def test_pictures_of_two_sizes_are_no_batch():
+def test_images_of_two_sizes_are_no_batch():
     with pytest.raises(ValueError, match="one size"):
         pixels.from_pil([Image.new("RGB", (4, 4)), Image.new("RGB", (8, 4))])
 
 
-def test_a_grid_holds_every_picture_in_reading_order():
+def test_a_grid_holds_every_image_in_reading_order():
     images = torch.arange(5.0)[:, None, None, None].expand(5, 3, 2, 2) / 10
     sheet = pixels.grid(images, columns=3, gap=1)
     assert sheet.shape == (1, 3, 5, 8)

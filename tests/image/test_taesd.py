@@ -18,7 +18,7 @@ def test_the_released_size_has_its_published_number_of_parameters():
     assert tree.count(taesd.init(prng.key(0), taesd.TAESD3, device="meta")) == 2_458_899
 
 
-def test_pictures_become_latents_a_factor_smaller_and_back(params):
+def test_images_become_latents_a_factor_smaller_and_back(params):
     assert taesd.factor(SMALL) == 4
     latents = taesd.encode(params, SMALL, torch.zeros(2, 3, 16, 24))
     assert latents.shape == (2, 3, 4, 6)
@@ -30,7 +30,7 @@ def test_latents_are_softly_clamped_to_three(params):
     assert torch.equal(taesd.decode(params, SMALL, huge), taesd.decode(params, SMALL, 10 * huge))
 
 
-def test_a_batch_is_decoded_picture_by_picture_and_vmap_gives_the_same(params):
+def test_a_batch_is_decoded_image_by_image_and_vmap_gives_the_same(params):
     latents = prng.normal(prng.key(1), (3, 3, 2, 2))
     together = taesd.decode(params, SMALL, latents)
     alone = torch.func.vmap(lambda one: taesd.decode(params, SMALL, one[None])[0])(latents)

@@ -37,14 +37,14 @@ def test_a_draw_has_the_posterior_moments():
     assert float(draw.std()) == pytest.approx(0.3679, abs=0.01)
 
 
-def test_tiles_as_large_as_the_picture_are_the_plain_decode(params):
+def test_tiles_as_large_as_the_image_are_the_plain_decode(params):
     latents = prng.normal(prng.key(4), (1, 16, 4, 6))
     assert torch.equal(
         vae.decode_tiled(params, CONFIG, latents, tile=6, overlap=2), vae.decode(params, CONFIG, latents)
     )
 
 
-def test_tiles_blend_to_a_constant_picture_without_seams():
+def test_tiles_blend_to_a_constant_image_without_seams():
     constant = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG))
     constant["decoder"]["conv_out"]["bias"] = torch.tensor([0.1, 0.2, 0.3])
     decoded = vae.decode_tiled(constant, CONFIG, torch.zeros(1, 16, 13, 9), tile=4, overlap=2)

@@ -1,7 +1,7 @@
-"""What the reference packages compute for inputs that any machine can make again: see `references.json`.
+"""Results of the reference packages for reproducible inputs: see `references.json`.
 
 pytorch-fid, torch-fidelity and prdc need a torchvision that does not load beside this torch, so they are no
-requirement of the tests: their answers are kept. `python -m tests.metrics.references` asks them again, in an
+requirement of the tests: their results are recorded. `python -m tests.metrics.references` computes them again, in an
 environment that has torchvision 0.28.0, pytorch-fid 0.3.0, torch-fidelity 0.4.0 and prdc 0.2 (all installed with
 `--no-deps`) and scipy 1.17.
 """
@@ -18,13 +18,13 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.metrics import inception
 
-ANSWERS = Path(__file__).with_suffix(".json")
+RECORDED = Path(__file__).with_suffix(".json")
 KEPT = 24
 """Features kept of an image at each tap, evenly spaced."""
 
 
-def answers() -> dict:
-    return json.loads(ANSWERS.read_text())
+def results() -> dict:
+    return json.loads(RECORDED.read_text())
 
 
 def random_params() -> dict:
@@ -114,18 +114,18 @@ def _distances() -> dict:
     from pytorch_fid.fid_score import calculate_frechet_distance
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-    found = {}
+    results = {}
     for name, (n, m, width) in FRECHET.items():
         both = [features(n, width, 1).double().numpy(), features(m, width, 2).double().numpy()]
         (mean_a, mean_b), (cov_a, cov_b) = zip(
             *((values.mean(0), numpy.cov(values, rowvar=False)) for values in both), strict=True
         )
         fidelity = fid_statistics_to_metric({"mu": mean_a, "sigma": cov_a}, {"mu": mean_b, "sigma": cov_b}, False)
-        found[name] = {
+        results[name] = {
             "pytorch-fid": float(calculate_frechet_distance(mean_a, cov_a, mean_b, cov_b)),
             "torch-fidelity": float(fidelity["frechet_inception_distance"]),
         }
-    return found
+    return results
 
 
 def _features_metrics() -> dict:
@@ -160,9 +160,9 @@ def _features_metrics() -> dict:
 def _isc() -> dict:
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    found = isc_features_to_metric(logits(), splits=5, shuffle=False)
-    return {"mean": found["inception_score_mean"], "deviation": found["inception_score_std"]}
+    scores = isc_features_to_metric(logits(), splits=5, shuffle=False)
+    return {"mean": scores["inception_score_mean"], "deviation": scores["inception_score_std"]}
 
 
 if __name__ == "__main__":
-    ANSWERS.write_text(json.dumps(_ask(), indent=1) + "\n")
+    RECORDED.write_text(json.dumps(_ask(), indent=1) + "\n")

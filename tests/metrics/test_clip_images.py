@@ -1,4 +1,4 @@
-"""CLIP score and CMMD from pictures to the figure, with both encoders small and random."""
+"""CLIP score and CMMD from images to the figure, with small random encoders."""
 
 import math
 
@@ -25,21 +25,21 @@ CAPTIONS = ["a small red circle", "a large blue star on a white background", "x"
 
 
 def test_clip_score_is_a_hundred_times_the_cosine_or_0():
-    found = clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, IMAGES, CAPTIONS)
+    actual = clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, IMAGES, CAPTIONS)
     ids = bpe.apply(TOKENIZER, CAPTIONS, length=24)
     logits = clip_dual.apply(PARAMS, CONFIG, ids, clip_pixels.apply(PIXELS, IMAGES))
     cosines = logits.diagonal() / PARAMS["logit_scale"].exp()
-    torch.testing.assert_close(found, 100 * cosines.clamp(min=0).double(), rtol=1e-4, atol=1e-4)
-    assert found.max() > 0
+    torch.testing.assert_close(actual, 100 * cosines.clamp(min=0).double(), rtol=1e-4, atol=1e-4)
+    assert actual.max() > 0
     as_pictures = clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, pixels.to_pil(IMAGES), CAPTIONS)
-    assert torch.equal(found, as_pictures)
+    assert torch.equal(actual, as_pictures)
     with pytest.raises(ValueError, match="3 images and 2 captions"):
         clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, IMAGES, CAPTIONS[:2])
 
 
 def test_cmmd_is_the_kernel_s_mean_over_all_pairs_and_0_for_equal_sets():
     others = prng.uniform(prng.key(2), (2, 3, 20, 30)) ** 3
-    found = clip_images.cmmd_distance(PARAMS, CONFIG, PIXELS, IMAGES, others)
+    actual = clip_images.cmmd_distance(PARAMS, CONFIG, PIXELS, IMAGES, others)
     x, y = (
         clip_dual.image_embeddings(PARAMS, CONFIG, clip_pixels.apply(PIXELS, images, square=True)).detach().double()
         for images in (IMAGES, others)
@@ -48,14 +48,14 @@ def test_cmmd_is_the_kernel_s_mean_over_all_pairs_and_0_for_equal_sets():
     def mean(a, b):
         return sum(math.exp(-float((u - v).square().sum()) / 200) for u in a for v in b) / (len(a) * len(b))
 
-    assert found == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-6) and found > 0
+    assert actual == pytest.approx(1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y)), rel=1e-6) and actual > 0
     assert clip_images.cmmd_distance(PARAMS, CONFIG, PIXELS, IMAGES, IMAGES) == pytest.approx(0, abs=1e-9)
 
 
 def test_cmmd_cuts_out_the_middle_before_it_resizes():
-    picture = pixels.to_pil(prng.uniform(prng.key(3), (1, 3, 33, 50)))[0]
-    cut = picture.crop((8, 0, 41, 33)).resize((16, 16), Image.Resampling.BICUBIC)
+    img = pixels.to_pil(prng.uniform(prng.key(3), (1, 3, 33, 50)))[0]
+    cut = img.crop((8, 0, 41, 33)).resize((16, 16), Image.Resampling.BICUBIC)
     expected = (pixels.from_pil(cut)[0] - torch.tensor(PIXELS.mean)[:, None, None]) / torch.tensor(PIXELS.std)[
         :, None, None
     ]
-    torch.testing.assert_close(clip_pixels.apply(PIXELS, picture, square=True)[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(clip_pixels.apply(PIXELS, img, square=True)[0], expected, rtol=1e-5, atol=1e-6)

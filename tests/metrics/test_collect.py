@@ -1,4 +1,4 @@
-"""From a lazy stream of pictures to features and statistics: the same in any batches, and what is skipped is told."""
+"""Features and statistics of a lazy stream of images: equal in any batches; skipped files are listed."""
 
 from functools import partial
 
@@ -27,17 +27,17 @@ def embed(images: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 100])
 def test_features_and_statistics_do_not_depend_on_the_batches(batch_size):
-    found = collect.features(collect.walk(embed, BROKEN, batch_size=batch_size))
-    torch.testing.assert_close(found.values, VALUES @ MATRIX)
-    assert found.skipped == (Skipped("x", "torn"), Skipped("y", "wet"))
+    actual = collect.features(collect.walk(embed, BROKEN, batch_size=batch_size))
+    torch.testing.assert_close(actual.values, VALUES @ MATRIX)
+    assert actual.skipped == (Skipped("x", "torn"), Skipped("y", "wet"))
     summed = collect.statistics(collect.walk(embed, BROKEN, batch_size=batch_size))
     expected = frechet.statistics(VALUES @ MATRIX)
-    assert summed.values.n == 23 and summed.skipped == found.skipped
+    assert summed.values.n == 23 and summed.skipped == actual.skipped
     torch.testing.assert_close(summed.values.mean, expected.mean)
     torch.testing.assert_close(summed.values.m2, expected.m2)
 
 
-def test_pictures_are_read_one_batch_ahead_at_most():
+def test_images_are_read_one_batch_ahead_at_most():
     read = []
 
     def items():
@@ -51,7 +51,7 @@ def test_pictures_are_read_one_batch_ahead_at_most():
     assert len(read) == 4
 
 
-def test_a_set_without_a_readable_picture_is_refused_by_name():
+def test_a_set_without_a_readable_image_is_refused_by_name():
     for gather in (collect.features, collect.statistics):
         with pytest.raises(ValueError, match="none of 2 images could be read; the first, x: torn"):
             gather(collect.walk(embed, [Item("x", None, "torn"), Item("y", None, "wet")]))
@@ -63,10 +63,10 @@ def test_a_set_without_a_readable_picture_is_refused_by_name():
 
 def test_features_on_disk_say_how_they_were_made(tmp_path):
     path = tmp_path / "features.npz"
-    found = Features(VALUES, "tf1", "ab" * 32, 192)
-    features.save(path, found)
+    actual = Features(VALUES, "tf1", "ab" * 32, 192)
+    features.save(path, actual)
     again = features.load(path)
-    assert torch.equal(again.values, VALUES) and again[1:] == found[1:]
+    assert torch.equal(again.values, VALUES) and again[1:] == actual[1:]
     numpy.savez(tmp_path / "bare.npz", features=VALUES.numpy())
     numpy.savez(tmp_path / "statistics.npz", mu=numpy.zeros(3), sigma=numpy.eye(3))
     numpy.savez(tmp_path / "whole.npz", features=numpy.arange(3), preprocessing="clean", weights="x", tap="64")
@@ -82,20 +82,20 @@ def test_features_on_disk_say_how_they_were_made(tmp_path):
             features.load(tmp_path / name)
 
 
-def test_a_folder_becomes_the_features_of_its_pictures(tmp_path):
+def test_a_folder_becomes_the_features_of_its_images(tmp_path):
     generator = numpy.random.default_rng(0)
     arrays = [generator.integers(0, 256, (20 + index, 31, 3), dtype=numpy.uint8) for index in range(3)]
     for index, array in enumerate(arrays):
         Image.fromarray(array).save(tmp_path / f"{index}.png")
     params = models.random_inception()
     items = folders.stream(folders.source(tmp_path), partial(preprocess.image, mode="pytorch_fid"))
-    found = collect.features(
+    actual = collect.features(
         collect.walk(lambda images: inception.apply(params, images, last=64)[64], items, batch_size=2)
     )
     images = [preprocess.pytorch_fid(torch.from_numpy(array).permute(2, 0, 1)) for array in arrays]
     with torch.no_grad():
         expected = inception.apply(params, torch.stack(images), last=192)
     assert sorted(expected) == [64, 192]
-    torch.testing.assert_close(found.values, expected[64], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.values, expected[64], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="last 65 must be one of"):
         inception.apply(params, torch.stack(images), last=65)

@@ -1,4 +1,4 @@
-"""Records of statistics: what was made differently is not compared, and every score says of how many pictures."""
+"""Records of statistics: different provenance is not compared, and every score names its numbers of images."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def record(seed: int, n: int = 40, **labels) -> fid.Record:
     return fid.Record(frechet.statistics(references.features(n, 8, seed)), **made)
 
 
-def test_a_score_says_how_many_pictures_it_is_of():
+def test_a_score_names_its_numbers_of_images():
     score = fid.score(record(1), record(2, 30))
     assert score.value == frechet.distance(record(1).statistics, record(2, 30).statistics)
     assert str(score) == f"FID {score.value:.4f} (N = 40 and 30)"
@@ -35,11 +35,11 @@ def test_records_add_up():
     ],
 )
 @pytest.mark.parametrize("together", [fid.score, fid.merge])
-def test_what_was_made_differently_is_refused_by_name(labels, said, together):
+def test_statistics_of_different_provenance_are_refused_by_name(labels, said, together):
     with pytest.raises(ValueError, match=said):
         together(record(1), record(2, **labels))
 
 
-def test_too_few_pictures_are_warned_of():
+def test_too_few_images_give_a_warning():
     with pytest.warns(frechet.FewSamples, match="N = 15 and 40"):
         fid.score(record(1, 15), record(2))

@@ -40,7 +40,7 @@ def test_pytorch_fid_finds_its_entries(tmp_path, record):
         numpy.testing.assert_allclose(file["sigma"], numpy.cov(values, rowvar=False), rtol=1e-9, atol=1e-12)
 
 
-def test_files_of_pytorch_fid_need_to_be_told_how_they_were_made(tmp_path, record):
+def test_files_of_pytorch_fid_need_their_provenance_as_arguments(tmp_path, record):
     values = references.features(20, 7, 1).double().numpy()
     numpy.savez(tmp_path / "x.npz", mu=values.mean(0), sigma=numpy.cov(values, rowvar=False))
     with pytest.raises(WeightsError, match="does not say n;") as caught:
@@ -51,7 +51,7 @@ def test_files_of_pytorch_fid_need_to_be_told_how_they_were_made(tmp_path, recor
     assert fid.score(loaded, record).value < 1e-9
 
 
-def test_a_file_that_says_otherwise_is_refused(tmp_path, record):
+def test_a_file_of_another_provenance_is_refused(tmp_path, record):
     fid.save(tmp_path / "x.npz", record)
     with pytest.raises(WeightsError, match="says preprocessing 'clean', not 'tf1'"):
         fid.load(tmp_path / "x.npz", preprocessing="tf1")

@@ -1,4 +1,4 @@
-"""Frechet statistics and distance: closed forms, and what holds of any features and any way of adding them up."""
+"""Frechet statistics and distance: closed forms, and properties for any features and order of merging."""
 
 import math
 import subprocess
@@ -35,12 +35,12 @@ def close(a: frechet.Statistics, b: frechet.Statistics) -> None:
 @given(seeds, st.integers(2, 200), widths, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 def test_statistics_are_numpys_mean_and_covariance(seed, n, width, dtype):
     features = draw(seed, n, width).to(dtype)
-    found = frechet.statistics(features)
+    actual = frechet.statistics(features)
     values = features.double().numpy()
-    numpy.testing.assert_allclose(found.mean.numpy(), values.mean(0), rtol=1e-12)
+    numpy.testing.assert_allclose(actual.mean.numpy(), values.mean(0), rtol=1e-12)
     wanted = numpy.cov(values, rowvar=False).reshape(width, width)
-    numpy.testing.assert_allclose(frechet.covariance(found).numpy(), wanted, rtol=1e-9, atol=1e-9)
-    assert found.n == n and found.mean.dtype == found.m2.dtype == torch.float64
+    numpy.testing.assert_allclose(frechet.covariance(actual).numpy(), wanted, rtol=1e-9, atol=1e-9)
+    assert actual.n == n and actual.mean.dtype == actual.m2.dtype == torch.float64
 
 
 def test_statistics_of_more_rows_than_a_block_are_numpys_too():
@@ -104,8 +104,8 @@ def made(mean: torch.Tensor, covariance: torch.Tensor, n: int = 1001) -> frechet
 def test_diagonal_covariances_have_the_closed_form():
     mean, other = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
     spread, wide = torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.5, 3.0, 4.0])
-    found = frechet.distance(made(mean, spread.square().diag()), made(other, wide.square().diag()))
-    assert found == pytest.approx(float((mean - other).square().sum() + (spread - wide).square().sum()), rel=1e-12)
+    actual = frechet.distance(made(mean, spread.square().diag()), made(other, wide.square().diag()))
+    assert actual == pytest.approx(float((mean - other).square().sum() + (spread - wide).square().sum()), rel=1e-12)
 
 
 def test_degenerate_covariances_have_their_closed_forms():
@@ -145,9 +145,9 @@ def test_features_that_never_fire_change_nothing(dead):
     x, y = references.features(200, 48, 1), references.features(200, 48, 2)
     alive = torch.ones(48, dtype=torch.bool).index_fill(0, torch.arange(48)[dead], False)
     wanted = frechet.distance(frechet.statistics(x[:, alive]), frechet.statistics(y[:, alive]))
-    found = frechet.distance(frechet.statistics(x * alive), frechet.statistics(y * alive))
+    actual = frechet.distance(frechet.statistics(x * alive), frechet.statistics(y * alive))
     # Here N does not tell the rank: the roots of rounding errors remain, 1e-8 of the distance.
-    assert found == pytest.approx(wanted, rel=1e-6)
+    assert actual == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.1, 1.0])
@@ -183,7 +183,7 @@ def test_few_samples_are_warned_of_with_their_number():
 
 
 @few
-def test_what_cannot_be_compared_is_refused_by_name():
+def test_statistics_that_cannot_be_compared_are_refused_by_name():
     a = frechet.statistics(draw(0, 20, 3))
     with pytest.raises(ValueError, match="3 and of 4 dimensions"):
         frechet.distance(a, frechet.statistics(draw(0, 20, 4)))

@@ -102,8 +102,8 @@ def test_the_norms_are_the_affine_map_of_their_stored_statistics(network, images
     wanted = torch.nn.functional.batch_norm(
         plain, norm["running_mean"], norm["running_var"], norm["weight"], norm["bias"], training=False, eps=1e-3
     ).relu()
-    answer = network_definition._unit(unit, network_definition._NETWORK[0], images)
-    torch.testing.assert_close(answer, wanted, rtol=1e-4, atol=1e-5)
+    result = network_definition._unit(unit, network_definition._NETWORK[0], images)
+    torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_images_are_refused(network):
@@ -114,7 +114,7 @@ def test_wrong_images_are_refused(network):
 
 
 def test_the_fingerprint_is_of_the_values_and_their_places(network):
-    found = inception.fingerprint(network)
-    assert found == inception.fingerprint(dict(reversed(list(network.items())))) and len(found) == 64
+    actual = inception.fingerprint(network)
+    assert actual == inception.fingerprint(dict(reversed(list(network.items())))) and len(actual) == 64
     changed = {**network, "fc": {**network["fc"], "bias": network["fc"]["bias"] + 1}}
-    assert inception.fingerprint(changed) != found
+    assert inception.fingerprint(changed) != actual

@@ -1,4 +1,4 @@
-"""The files of Inception weights that people have, and those that only look like them."""
+"""Files of Inception weights: the published ones, their variants and invalid files."""
 
 import pickle
 
@@ -33,8 +33,8 @@ def published(state, tmp_path_factory):
 
 
 def same(params, state) -> bool:
-    found = tree.flatten_paths(params)
-    return found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    actual = tree.flatten_paths(params)
+    return actual.keys() == state.keys() and all(torch.equal(actual[name], state[name]) for name in state)
 
 
 @unknown
@@ -53,16 +53,16 @@ def test_a_file_without_counters_and_one_of_safetensors_hold_the_same(tmp_path, 
 
 
 @unknown
-def test_the_dtype_is_as_asked(published):
+def test_the_dtype_is_the_requested_one(published):
     params = inception.load(published, dtype=torch.bfloat16)
     assert {leaf.dtype for leaf in tree.leaves(params)} == {torch.bfloat16}
 
 
-def test_unknown_weights_are_said_and_refused_when_strict(published):
-    found = files.sha256(published)
-    with pytest.warns(inception.UnknownWeights, match=f"SHA-256 {found} is not that of {files.FILE}"):
+def test_unknown_weights_give_a_warning_and_an_error_when_strict(published):
+    actual = files.sha256(published)
+    with pytest.warns(inception.UnknownWeights, match=f"SHA-256 {actual} is not that of {files.FILE}"):
         inception.load(published)
-    with pytest.raises(WeightsError, match=found):
+    with pytest.raises(WeightsError, match=actual):
         inception.load(published, strict=True)
 
 
@@ -85,7 +85,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_together(tmp_path, s
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_what_is_no_file_of_tensors_is_refused(tmp_path, published):
+def test_files_without_tensors_are_refused(tmp_path, published):
     class Trap:
         def __reduce__(self):
             return print, ("executed",)

@@ -1,4 +1,4 @@
-"""The kernel inception distance: its definition, its subsets and what holds of any features."""
+"""The kernel inception distance: definition, subsets, and properties for any features."""
 
 import numpy
 import pytest
@@ -83,7 +83,7 @@ def test_the_mean_over_subsets_is_near_the_full_estimate():
     assert abs(float(estimates.mean() - kid.unbiased(x, y))) < 4 * error
 
 
-def test_small_sets_are_used_whole_unless_a_size_is_asked_for():
+def test_small_sets_are_used_whole_without_a_size():
     x, y = draw(1, 30), draw(2, 30)
     assert kid.distance(x, y, prng.key(0), subsets=1) == pytest.approx(float(kid.unbiased(x, y)), abs=1e-12)
     with pytest.raises(ValueError, match="subsets of 31 cannot be drawn from 30 and 30 samples"):

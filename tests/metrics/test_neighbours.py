@@ -37,8 +37,8 @@ def by_definition(real: numpy.ndarray, generated: numpy.ndarray, k: int) -> tupl
 def test_all_four_are_their_definitions(seed, n, m, k, shift):
     real, generated = draw(seed, n), draw(seed ^ 1, m) + shift
     wanted = by_definition(real.numpy(), generated.numpy(), k)
-    found = precision_recall.score(real, generated, neighbour=k) + density_coverage.score(real, generated, neighbour=k)
-    assert found == pytest.approx(wanted, abs=1e-12)
+    actual = precision_recall.score(real, generated, neighbour=k) + density_coverage.score(real, generated, neighbour=k)
+    assert actual == pytest.approx(wanted, abs=1e-12)
 
 
 @given(seeds)
@@ -46,9 +46,9 @@ def test_all_four_are_their_definitions(seed, n, m, k, shift):
 def test_precision_of_one_set_is_recall_of_the_other_and_rotation_changes_nothing(seed):
     x, y = draw(seed, 15), draw(seed ^ 1, 20)
     rotation, _ = torch.linalg.qr(draw(seed ^ 2, 3) - 5)
-    found = precision_recall.score(x, y)
-    assert tuple(precision_recall.score(y, x)) == (found.recall, found.precision)
-    assert precision_recall.score(x @ rotation, y @ rotation) == found
+    actual = precision_recall.score(x, y)
+    assert tuple(precision_recall.score(y, x)) == (actual.recall, actual.precision)
+    assert precision_recall.score(x @ rotation, y @ rotation) == actual
     assert density_coverage.score(x @ rotation, y @ rotation) == density_coverage.score(x, y)
 
 
@@ -58,8 +58,8 @@ def test_equal_sets_are_perfect_and_far_ones_hopeless(copies):
     real = (1e3 * draw(1, 30, 40).float()).repeat(copies, 1)
     assert precision_recall.score(real, real.flip(0)) == (1.0, 1.0)
     if copies == 1:
-        found = density_coverage.score(real, real)
-        assert found.coverage == 1.0 and found.density == pytest.approx(1.0)
+        actual = density_coverage.score(real, real)
+        assert actual.coverage == 1.0 and actual.density == pytest.approx(1.0)
     assert precision_recall.score(real, real + 1e6) == (0.0, 0.0)
     assert density_coverage.score(real, real + 1e6) == (0.0, 0.0)
 

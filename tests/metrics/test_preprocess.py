@@ -47,10 +47,10 @@ def expected(mode: str, image: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(28, 28), (64, 48), (512, 333), (1, 2), (298, 300)])
 def test_each_mode_is_its_definition(mode, size):
     image = noise(*size)
-    found = preprocess.MODES[mode](image)
-    assert found.dtype == torch.float32
+    actual = preprocess.MODES[mode](image)
+    assert actual.dtype == torch.float32
     # Places in a picture are float32 in the packages too: on noise that is this much.
-    torch.testing.assert_close(found.double(), expected(mode, image), rtol=0, atol=1.5e-4)
+    torch.testing.assert_close(actual.double(), expected(mode, image), rtol=0, atol=1.5e-4)
 
 
 @given(st.sampled_from(MODES), st.integers(1, 400), st.integers(1, 400), st.integers(0, 255))
@@ -77,7 +77,7 @@ def test_an_image_is_processed_alone_in_any_batch_and_as_floats_too(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_no_image_is_refused(mode):
+def test_tensors_that_are_no_image_are_refused(mode):
     for wrong in (torch.zeros(1, 5, 5), torch.zeros(5, 5), torch.zeros(3, 0, 5)):
         with pytest.raises(ValueError, match="must be .*3, height, width"):
             preprocess.MODES[mode](wrong)

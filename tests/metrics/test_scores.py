@@ -26,7 +26,7 @@ def test_equal_predictions_score_one():
     assert inception_score.score(draw(1, 1, 9).expand(20, 9), splits=4) == pytest.approx((1, 0), abs=1e-12)
 
 
-def test_two_kinds_of_pictures_have_the_closed_form():
+def test_two_kinds_of_images_have_the_closed_form():
     p = 0.9
     logits = torch.tensor([[p, 1 - p], [1 - p, p]]).log()
     wanted = 2 * math.exp(p * math.log(p) + (1 - p) * math.log(1 - p))
@@ -37,9 +37,9 @@ def test_two_kinds_of_pictures_have_the_closed_form():
 @settings(max_examples=30)
 def test_the_score_lies_between_one_and_the_classes_and_adding_to_all_logits_changes_nothing(seed, n, splits):
     logits = 4 * draw(seed, n, 5)
-    found = inception_score.score(logits, splits=splits)
-    assert 1 - 1e-12 <= found.mean <= 5 and found.deviation >= 0
-    assert inception_score.score(logits + 3, splits=splits) == pytest.approx(found, abs=1e-9)
+    actual = inception_score.score(logits, splits=splits)
+    assert 1 - 1e-12 <= actual.mean <= 5 and actual.deviation >= 0
+    assert inception_score.score(logits + 3, splits=splits) == pytest.approx(actual, abs=1e-9)
 
 
 def test_impossible_classes_contribute_nothing():
@@ -54,7 +54,7 @@ def test_a_key_shuffles():
     assert shuffled.mean > 3.5 and shuffled == inception_score.score(logits, splits=4, key=prng.key(0))
 
 
-def test_too_few_pictures_cannot_be_split():
+def test_too_few_images_cannot_be_split():
     with pytest.raises(ValueError, match="3 images cannot be scored in 10 splits"):
         inception_score.score(draw(0, 3, 5))
 
@@ -89,7 +89,7 @@ def test_cmmd_of_equal_sets_is_zero_in_any_order_and_any_blocks(monkeypatch):
         assert 0 <= cmmd.distance(same, same[prng.permutation(prng.key(seed), 30)]) < 1e-9
 
 
-def test_cmmd_refuses_what_has_no_direction():
+def test_cmmd_refuses_embeddings_without_direction():
     with pytest.raises(ValueError, match="an embedding of y is 0"):
         cmmd.distance(draw(0, 3, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"\[3, 4\] and \[3, 5\]"):

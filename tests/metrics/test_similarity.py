@@ -17,8 +17,8 @@ NOISY = (IMAGES + 0.1 * prng.normal(prng.key(1), IMAGES.shape)).clamp(0, 1)
 def test_psnr_of_a_constant_difference_is_its_decibels():
     reference = torch.rand(3, 3, 8, 8)
     offsets = torch.tensor([0.1, 0.01, 1.0])
-    found = similarity.psnr(reference + offsets[:, None, None, None], reference)
-    torch.testing.assert_close(found, torch.tensor([20.0, 40.0, 0.0]).double(), rtol=0, atol=1e-3)
+    actual = similarity.psnr(reference + offsets[:, None, None, None], reference)
+    torch.testing.assert_close(actual, torch.tensor([20.0, 40.0, 0.0]).double(), rtol=0, atol=1e-3)
     assert similarity.psnr(reference, reference).tolist() == [math.inf] * 3
     assert similarity.psnr(255 * IMAGES, 255 * NOISY, peak=255).allclose(similarity.psnr(IMAGES, NOISY))
 
@@ -53,15 +53,15 @@ def test_ssim_equals_scikit_image():
 
 def test_ssim_of_one_colour_is_its_luminance_term_and_of_equal_images_1():
     a, b = 0.3, 0.7
-    found = similarity.ssim(torch.full((1, 3, 11, 15), a), torch.full((1, 3, 11, 15), b))
+    actual = similarity.ssim(torch.full((1, 3, 11, 15), a), torch.full((1, 3, 11, 15), b))
     expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
-    torch.testing.assert_close(found, torch.tensor([expected]).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, torch.tensor([expected]).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(similarity.ssim(IMAGES, IMAGES), torch.ones(2).double(), rtol=0, atol=1e-12)
     assert similarity.ssim(IMAGES, 1 - IMAGES).max() < 0
     assert torch.equal(similarity.ssim(IMAGES, NOISY), similarity.ssim(NOISY, IMAGES))
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_images_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         similarity.psnr(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 9))
     with pytest.raises(ValueError, match="smaller than SSIM's window of 11"):

@@ -107,7 +107,7 @@ def test_every_assigned_code_point_alone_and_between_letters_equals_the_referenc
     assert [text for text, ours, theirs in zip(texts, ids, expected, strict=True) if ours != theirs.ids] == []
 
 
-def test_special_tokens_are_plain_text_when_asked_for(pair):
+def test_special_tokens_are_plain_text_on_request(pair):
     _, reference = pair
     reference.encode_special_tokens = True
     try:

@@ -92,11 +92,11 @@ def test_the_image_encoder_equals_transformers(pair):
     config, model, loaded = pair
     images = inputs(config)[1]
     expected = model.vision_model(images, output_hidden_states=True)
-    found = clip.image_apply(loaded.params["image"], config.image, images)
-    assert error(found.last, expected.last_hidden_state) <= 1e-5
-    assert error(found.penultimate, expected.hidden_states[-2]) <= 1e-5
-    assert error(found.pooled, expected.pooler_output) <= 1e-5
-    assert error(found.projected, model.visual_projection(expected.pooler_output)) <= 1e-5
+    actual = clip.image_apply(loaded.params["image"], config.image, images)
+    assert error(actual.last, expected.last_hidden_state) <= 1e-5
+    assert error(actual.penultimate, expected.hidden_states[-2]) <= 1e-5
+    assert error(actual.pooled, expected.pooler_output) <= 1e-5
+    assert error(actual.projected, model.visual_projection(expected.pooler_output)) <= 1e-5
 
 
 @torch.no_grad()
@@ -133,14 +133,14 @@ def pictures() -> list[Image.Image]:
 def test_preprocessing_equals_the_processor_to_the_bit(index):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    picture = pictures()[index]
+    img = pictures()[index]
     for config in (clip_pixels.Config(), clip_pixels.Config(resize=60, crop=49, mean=(0.5, 0.4, 0.3))):
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": config.resize}, crop_size={"height": config.crop, "width": config.crop},
             image_mean=list(config.mean), image_std=list(config.std),
         )  # fmt: skip
-        expected = processor(images=picture, return_tensors="pt")["pixel_values"]
-        assert torch.equal(clip_pixels.apply(config, picture), expected)
+        expected = processor(images=img, return_tensors="pt")["pixel_values"]
+        assert torch.equal(clip_pixels.apply(config, img), expected)
 
 
 def test_the_preprocessing_that_a_folder_names_is_read(pair, tmp_path):
@@ -152,12 +152,12 @@ def test_the_preprocessing_that_a_folder_names_is_read(pair, tmp_path):
     CLIPImageProcessorPil(
         size={"shortest_edge": side + 5}, crop_size=side, image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3]
     ).save_pretrained(tmp_path)
-    found = weights.load_clip(tmp_path).pixels
-    assert found == clip_pixels.Config(side + 5, side, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+    actual = weights.load_clip(tmp_path).pixels
+    assert actual == clip_pixels.Config(side + 5, side, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
     # As files of 2021 have it.
     old = {"size": side + 5, "crop_size": side, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
-    assert weights.load_clip(tmp_path).pixels == found
+    assert weights.load_clip(tmp_path).pixels == actual
 
 
 @torch.no_grad()
@@ -181,6 +181,6 @@ def test_clip_score_of_a_folder_that_their_processor_wrote_equals_theirs(shared_
     expected = model(input_ids=ids, pixel_values=images)
     cosines = (expected.image_embeds * expected.text_embeds).sum(-1)
     ours = weights.load_clip(tmp_path)
-    found = clip_images.scores(ours.params, ours.config, ours.tokenizer, ours.pixels, pictures()[:5], captions)
-    assert found.max() > 1
-    torch.testing.assert_close(found, 100 * cosines.clamp(min=0).double(), rtol=1e-4, atol=1e-4)
+    actual = clip_images.scores(ours.params, ours.config, ours.tokenizer, ours.pixels, pictures()[:5], captions)
+    assert actual.max() > 1
+    torch.testing.assert_close(actual, 100 * cosines.clamp(min=0).double(), rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Whole pictures with ControlNets against diffusers' StableDiffusion3ControlNetPipeline."""
+"""Images with ControlNets against diffusers' StableDiffusion3ControlNetPipeline."""
 
 import dataclasses
 import warnings
@@ -83,12 +83,12 @@ def test_pixels_equal_diffusers(made, names, monkeypatch):
         controls = [
             Control(
                 *nets[name],
-                pipeline.control_latents(model.params, model.config, picture, nets[name].config),
+                pipeline.control_latents(model.params, model.config, img, nets[name].config),
                 scale=scale,
                 start=start,
                 end=end,
             )
-            for name, picture, (scale, start, end) in zip(names, pictures, numbers, strict=True)
+            for name, img, (scale, start, end) in zip(names, pictures, numbers, strict=True)
         ]
         options = {"noise": noise, "steps": 6, "cfg": 4.0}
         images = pipeline.generate(*parts(model), PROMPTS, prng.key(0), control=controls, **options)
@@ -99,7 +99,7 @@ def test_pixels_equal_diffusers(made, names, monkeypatch):
         root,
         names,
         noise,
-        [2 * picture - 1 for picture in pictures],
+        [2 * img - 1 for img in pictures],
         monkeypatch,
         controlnet_conditioning_scale=scale,
         control_guidance_start=start,
@@ -114,25 +114,25 @@ def test_cannys_odd_range_is_that_of_stabilitys_image_processor(made):
 
     model, _, nets = made
     canny = dataclasses.replace(nets["alone"].config, kind="canny")
-    picture = prng.uniform(prng.key(3), (1, 3, 64, 64))
+    img = prng.uniform(prng.key(3), (1, 3, 64, 64))
     # As documented beside diffusers' pipeline for Stability's file: not normalised, then x * 255 * 0.5 + 0.5.
-    seen = VaeImageProcessor(do_normalize=False).preprocess(picture) * 255 * 0.5 + 0.5
+    seen = VaeImageProcessor(do_normalize=False).preprocess(img) * 255 * 0.5 + 0.5
     from functional_sd3.image import vae
 
     expected = vae.normalize(model.config.vae, vae.encode(model.params["vae"], model.config.vae, seen).mean)
-    assert torch.equal(pipeline.control_latents(model.params, model.config, picture, canny), expected)
+    assert torch.equal(pipeline.control_latents(model.params, model.config, img, canny), expected)
     joint = dataclasses.replace(nets["joint"].config, kind="canny")
-    plain = pipeline.control_latents(model.params, model.config, picture, nets["joint"].config)
-    assert torch.equal(pipeline.control_latents(model.params, model.config, picture, joint), plain)
+    plain = pipeline.control_latents(model.params, model.config, img, nets["joint"].config)
+    assert torch.equal(pipeline.control_latents(model.params, model.config, img, joint), plain)
 
 
-def test_a_mask_hides_the_picture_and_is_told_as_diffusers_tells_it(made):
+def test_a_mask_hides_the_image_and_is_encoded_as_in_diffusers(made):
     from diffusers import AutoencoderKL
     from diffusers.pipelines.controlnet_sd3 import pipeline_stable_diffusion_3_controlnet_inpainting as inpainting
 
     model, root, nets = made
     net = dataclasses.replace(nets["joint"].config, extra_channels=1)
-    picture, mask = prng.uniform(prng.key(3), (1, 3, 64, 64)), (prng.uniform(prng.key(4), (1, 1, 64, 64)) > 0.6).float()
+    img, mask = prng.uniform(prng.key(3), (1, 3, 64, 64)), (prng.uniform(prng.key(4), (1, 1, 64, 64)) > 0.6).float()
 
     class Theirs:
         vae = AutoencoderKL.from_pretrained(root / "model" / "vae")
@@ -144,9 +144,9 @@ def test_a_mask_hides_the_picture_and_is_told_as_diffusers_tells_it(made):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
-        expected = theirs.prepare(2 * picture - 1, mask, 64, 64, 1, 1, "cpu", torch.float32)
-    ours = pipeline.control_latents(model.params, model.config, picture, net, mask=mask)
+        expected = theirs.prepare(2 * img - 1, mask, 64, 64, 1, 1, "cpu", torch.float32)
+    ours = pipeline.control_latents(model.params, model.config, img, net, mask=mask)
     assert ours.shape == (1, 17, 8, 8)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="reads 1 channels beside the latents: it wants a mask"):
-        pipeline.control_latents(model.params, model.config, picture, net)
+        pipeline.control_latents(model.params, model.config, img, net)

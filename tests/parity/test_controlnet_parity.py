@@ -55,7 +55,7 @@ def pair(config: controlnet.Config, seed: int = 0):
     return params, theirs
 
 
-def picture(config: controlnet.Config, seed: int = 5, batch: int = 3) -> torch.Tensor:
+def img(config: controlnet.Config, seed: int = 5, batch: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, config.in_channels + config.extra_channels, 20, 28, generator=generator)
 
@@ -76,7 +76,7 @@ def test_residuals_and_the_velocity_with_them_equal_diffusers(kind, implementati
     their_transformer.load_state_dict(rules.to_theirs(TRANSFORMER, spec, tree.flatten_paths(transformer)), strict=True)
     params, theirs = pair(config)
     latents, t, context, pooled = random_inputs(TRANSFORMER_CONFIG)
-    image = picture(config)
+    image = img(config)
     seen = latents if config.has_patch_embedding else mmdit.embed_image(transformer, TRANSFORMER_CONFIG, latents)
     expected = their_residuals(theirs, seen, t, context, pooled, image, 0.7)
     ours = controlnet.apply(params, config, seen, t, context, pooled, image, 0.7, implementation=implementation)
@@ -96,7 +96,7 @@ def test_several_equal_diffusers_multi_controlnet():
     pairs = [pair(config, seed) for seed, config in enumerate(configs)]
     multi = diffusers.SD3MultiControlNetModel([theirs for _, theirs in pairs])
     latents, t, context, pooled = random_inputs(TRANSFORMER_CONFIG)
-    images, scales = [picture(JOINT, 6), picture(JOINT, 7)], [0.4, 1.3]
+    images, scales = [img(JOINT, 6), img(JOINT, 7)], [0.4, 1.3]
     with torch.no_grad():
         expected = multi(latents, images, scales, torch.zeros_like(pooled), context, 1000 * t, return_dict=False)[0]
     controls = [

@@ -143,7 +143,7 @@ def test_rescaled_zero_init_is_not_a_number_in_diffusers_and_no_velocity_here():
     assert not next(ours(rescaled(guidance.zero_init(guidance.zero_star(5.0))), ("positive", "negative"))).any()
 
 
-def test_magnitude_aware_guidance_equals_diffusers_where_that_works_which_is_not_with_pictures():
+def test_magnitude_aware_guidance_equals_diffusers_which_does_not_run_on_images():
     theirs = guider("MagnitudeAwareGuidance", guidance_scale=10.0, alpha=3.0)
     assert max(errors(guidance.magnitude_aware(10.0, 3.0), theirs, shape=(2, 4, 30))) < 2e-5
     with pytest.raises((RuntimeError, ValueError)):  # torch.norm takes no three dimensions
@@ -156,12 +156,12 @@ def test_skip_layers_add_what_diffusers_guider_adds_in_the_steps_that_both_take(
     # 0.5 of 8 steps is 4; of 0.6 their guider takes whole steps, int(4.8), where their pipeline and Stability take 4.8.
     for stop, differing in ((0.5, []), (0.6, [4])):
         window = {"skip_layer_guidance_start": 0.125, "skip_layer_guidance_stop": stop}
-        found = errors(
+        actual = errors(
             guidance.skip_layer(guidance.cfg(5.0), (1,), 2.5, 0.125, stop),
             guider("SkipLayerGuidance", **options, **window),
             names,
         )
-        assert [step for step, error in enumerate(found) if error > 2e-5] == differing
+        assert [step for step, error in enumerate(actual) if error > 2e-5] == differing
     # Without classifier-free guidance theirs extrapolates from the worse velocity: a scale more by 1 than ours.
     alone = guider("SkipLayerGuidance", **{**options, "guidance_scale": 1.0}, skip_layer_guidance_stop=0.5)
     given = [{"pred_cond": p, "pred_uncond": n, "pred_cond_skip": w} for p, n, w in predictions()][2]
@@ -208,7 +208,7 @@ def difference(pair, guiding, **options):
 
 
 @pytest.mark.parametrize("layers, start, stop", [([1], 0.01, 0.5), ([0, 2, 3], 0.1, 0.6)])
-def test_pictures_of_skip_layer_guidance_equal_diffusers_pipeline(plain, layers, start, stop):
+def test_images_of_skip_layer_guidance_equal_diffusers_pipeline(plain, layers, start, stop):
     options = {
         "num_inference_steps": 7,
         "guidance_scale": 4.0,
@@ -224,7 +224,7 @@ def test_pictures_of_skip_layer_guidance_equal_diffusers_pipeline(plain, layers,
 
 @pytest.mark.parametrize("layers", [[1], [0, 2]])
 @pytest.mark.parametrize("scale", [4.0, 1.0])
-def test_pictures_of_perturbed_attention_guidance_equal_diffusers_pipeline(perturbed, layers, scale):
+def test_images_of_perturbed_attention_guidance_equal_diffusers_pipeline(perturbed, layers, scale):
     model, theirs = perturbed
     theirs.set_pag_applied_layers([f"blocks.{layer}" for layer in layers], _processors())
     options = {"num_inference_steps": 4, "guidance_scale": scale, "pag_scale": 1.5}
@@ -278,7 +278,7 @@ def _third_evaluation(guider, transformer):
     return _their_velocity(transformer)
 
 
-def test_what_of_diffusers_guiders_does_not_run_on_sd3():
+def test_diffusers_guiders_that_do_not_run_on_sd3():
     from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 
     layers = {"skip_layer_guidance_stop": 0.5}
@@ -306,7 +306,7 @@ def test_what_of_diffusers_guiders_does_not_run_on_sd3():
     assert torch.equal(_third_evaluation(seg, transformer), _their_velocity(transformer))
 
 
-def test_diffusers_default_of_perturbed_layers_names_ten_more_blocks_than_it_says(perturbed):
+def test_diffusers_default_of_perturbed_layers_matches_ten_more_blocks_than_block_1(perturbed):
     import re
 
     names = [f"transformer_blocks.{index}.attn" for index in range(24)]

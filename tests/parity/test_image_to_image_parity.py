@@ -1,4 +1,4 @@
-"""Pictures from pictures against diffusers' StableDiffusion3Img2ImgPipeline and StableDiffusion3InpaintPipeline."""
+"""Image to image and inpainting against diffusers' Img2Img and Inpaint pipelines of Stable Diffusion 3."""
 
 import warnings
 
@@ -51,7 +51,7 @@ def diffusers_module(name: str) -> str:
     ("strength", "steps", "cfg", "size"),
     [(0.6, 8, 5.0, (8, 8)), (0.2, 20, 1.0, (8, 8)), (1.0, 4, 4.0, (6, 12)), (0.33, 7, 4.0, (8, 8))],
 )
-def test_pixels_from_pictures_equal_diffusers(made, run_theirs, strength, steps, cfg, size):
+def test_pixels_from_images_equal_diffusers(made, run_theirs, strength, steps, cfg, size):
     model, _ = made
     noise = prng.normal(prng.key(1), (2, 16, *size))
     images = prng.uniform(prng.key(2), (2, 3, 8 * size[0], 8 * size[1]))

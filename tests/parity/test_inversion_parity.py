@@ -1,4 +1,4 @@
-"""Added words against transformers: the ids of texts that hold them, and what the encoders then say."""
+"""Added words against transformers: ids of texts that contain them, and the encoders' outputs."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_t5_ids_equal_transformers(folder, learned):
     assert unigram.apply(tables, "<cat-toy>", length=None) == [[32100, 32101, 32102, 1]]
 
 
-def test_the_encoders_say_what_transformers_with_resized_embeddings_says(folder, learned):
+def test_the_encoders_equal_transformers_with_resized_embeddings(folder, learned):
     ours, vectors, params, config = learned
     sizes = transformers.CLIPTextConfig(
         vocab_size=49408, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

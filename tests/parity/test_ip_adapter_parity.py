@@ -70,8 +70,10 @@ def test_the_velocity_with_an_image_prompt_equals_diffusers(name, implementation
     expected = their_velocity(
         theirs, latents, t, context, pooled, joint_attention_kwargs={"ip_adapter_image_embeds": features}
     )
-    told = ip_adapter.apply(adapter, adapter_config, features, t, config, 0.7, implementation=implementation)
-    ours = mmdit.apply(params, config, latents, t, context, pooled, image_prompt=told, implementation=implementation)
+    arguments = ip_adapter.apply(adapter, adapter_config, features, t, config, 0.7, implementation=implementation)
+    ours = mmdit.apply(
+        params, config, latents, t, context, pooled, image_prompt=arguments, implementation=implementation
+    )
     assert relative_error(ours, expected) <= 1e-5
     assert relative_error(ours, their_velocity(theirs, latents, t, context, pooled)) > 1e-2
 
@@ -88,7 +90,7 @@ def test_the_resampler_equals_diffusers():
 
 
 @pytest.mark.parametrize("spelling", ["InstantX", "diffusers"])
-def test_the_file_is_told_by_its_names_in_both_spellings(spelling, tmp_path):
+def test_the_file_is_recognised_by_its_names_in_both_spellings(spelling, tmp_path):
     adapter = random_adapter(ADAPTER)
     path = tmp_path / "anything.safetensors"
     save_ip_adapter(path, ip_adapters.IPAdapter(adapter, ADAPTER))

@@ -1,4 +1,4 @@
-"""Files in the forms people hold, written and read by the libraries that own them."""
+"""Files of every published format, written and read by the libraries they come from."""
 
 import json
 from dataclasses import replace
@@ -63,9 +63,9 @@ def test_the_other_components_of_our_files_pass_diffusers_own_converters(tmp_pat
     assert all(torch.equal(t5[key], value) for key, value in state_of(model, "t5").items())
     for name in ("clip_l", "clip_g"):
         prefix = f"text_encoders.{name}.transformer."
-        found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        actual = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         wanted = state_of(model, name)
-        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        assert actual.keys() == wanted.keys() and all(torch.equal(actual[key], wanted[key]) for key in wanted)
 
 
 def test_each_folder_and_file_of_a_pipeline_of_theirs_loads_alone_and_together(tmp_path):
@@ -74,10 +74,10 @@ def test_each_folder_and_file_of_a_pipeline_of_theirs_loads_alone_and_together(t
     whole = weights.load(pipeline)
     paths = {name: pipeline / component.folder for name, component in COMPONENTS.items()}
     for name, path in paths.items():
-        found = weights.load(path)
-        assert list(found.params) == [name]
-        assert getattr(found.config, name) == getattr(BASE, name)
-        assert tree.diff(found.params[name], whole.params[name]) == []
+        actual = weights.load(path)
+        assert list(actual.params) == [name]
+        assert getattr(actual.config, name) == getattr(BASE, name)
+        assert tree.diff(actual.params[name], whole.params[name]) == []
     assert tree.diff(weights.load(list(paths.values())).params, whole.params) == []
     files = [next(path.glob("*.safetensors")) for path in paths.values()]
     assert tree.diff(weights.load(files).params, whole.params) == []
@@ -90,8 +90,8 @@ def test_files_without_projection_or_with_old_names_load(tmp_path):
     tensors["text_model.embeddings.position_ids"] = torch.arange(20)[None]
     tensors["logit_scale"] = torch.tensor(4.6)
     save_file(tensors, tmp_path / "clip.safetensors")
-    found = weights.load(tmp_path / "clip.safetensors").params["clip_l"]
-    assert torch.equal(found["projection"]["weight"], torch.eye(16))
+    actual = weights.load(tmp_path / "clip.safetensors").params["clip_l"]
+    assert torch.equal(actual["projection"]["weight"], torch.eye(16))
 
 
 @pytest.fixture(scope="module")
@@ -183,25 +183,25 @@ def test_scaled_fp8_files_load_as_weight_times_scale(tmp_path, name, prefix):
             theirs[prefix + key] = expected[key] = value.half() if "shared" in key else value
     path = tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors"
     save_file(theirs, path)
-    found = weights.load(path, dtype=torch.float32)
+    actual = weights.load(path, dtype=torch.float32)
     spec = weights.SPECS["t5"](BASE.t5)
     table = COMPONENTS["t5"].layout
     ours = rules.to_ours(
         table, spec, lambda source, _: source.transform.join([expected[n].float() for n in source.names])
     )
-    assert found.config.t5 == BASE.t5
-    assert tree.diff(found.params["t5"], ours) == []
+    assert actual.config.t5 == BASE.t5
+    assert tree.diff(actual.params["t5"], ours) == []
     half = weights.load(path, dtype=torch.bfloat16).params["t5"]
     assert tree.diff(half, tree.cast(ours, torch.bfloat16)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_files_of_narrow_floats_load_as_they_are_or_as_asked(tmp_path, dtype):
+def test_files_of_narrow_floats_load_in_their_own_or_the_requested_dtype(tmp_path, dtype):
     model = random_model(BASE)
     stored = {key: value.to(dtype) for key, value in state_of(model, "t5").items()}
     save_file(stored, tmp_path / "x.safetensors")
-    found = weights.load(tmp_path / "x.safetensors", dtype="stored").params["t5"]
-    assert found["embedding"]["weight"].dtype == dtype
+    actual = weights.load(tmp_path / "x.safetensors", dtype="stored").params["t5"]
+    assert actual["embedding"]["weight"].dtype == dtype
     wide = weights.load(tmp_path / "x.safetensors", dtype=torch.bfloat16).params["t5"]
     assert torch.equal(wide["embedding"]["weight"], stored["shared.weight"].to(torch.bfloat16))
 

@@ -59,7 +59,7 @@ CONFIGS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("form", ["folder", "metadata"])
-def test_what_peft_merges_we_add(tmp_path, name, form):
+def test_merged_weights_equal_pefts(tmp_path, name, form):
     torch.manual_seed(4)
     model = Block()
     before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in model.layers()]
@@ -94,9 +94,11 @@ def as_diffusers_writes(folder, adapted):
     """Keys with the component before them, and PEFT's config in the metadata."""
     state = peft.get_peft_model_state_dict(adapted)
     tensors = {key.replace("base_model.model.", "transformer."): value.contiguous() for key, value in state.items()}
-    told = adapted.peft_config["default"].to_dict()
+    arguments = adapted.peft_config["default"].to_dict()
     said = {
-        f"transformer.{name}": value for name, value in told.items() if isinstance(value, int | float | dict | None)
+        f"transformer.{name}": value
+        for name, value in arguments.items()
+        if isinstance(value, int | float | dict | None)
     }
     file = folder / "pytorch_lora_weights.safetensors"
     save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(said)})
@@ -104,7 +106,7 @@ def as_diffusers_writes(folder, adapted):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_peft_has_and_no_formula_here_is_named(tmp_path):
+def test_peft_methods_without_a_formula_here_are_named(tmp_path):
     adapted = peft.get_peft_model(Block(), peft.OFTConfig(r=2, oft_block_size=0, target_modules=LINEAR[1:]))
     adapted.save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="part of an OFT or BOFT, which is not supported"):

@@ -1,4 +1,4 @@
-"""LoRAs against diffusers and PEFT: what they fuse we apply, what we write they load, in all their spellings."""
+"""LoRAs against diffusers and PEFT: applied as they fuse, in all key spellings, and written so that they load them."""
 
 from dataclasses import replace
 
@@ -48,13 +48,13 @@ def assert_same(pipe, params):
         theirs = getattr(pipe, COMPONENTS[name].folder).state_dict()
         theirs = {key.replace("base_layer.", ""): value for key, value in theirs.items() if "lora_" not in key}
         for key, value in ours.items():
-            found = theirs[key if key in theirs else key.removeprefix("text_model.")]
-            torch.testing.assert_close(value, found, rtol=1e-5, atol=1e-5, msg=lambda said, key=key: f"{key}: {said}")
+            actual = theirs[key if key in theirs else key.removeprefix("text_model.")]
+            torch.testing.assert_close(value, actual, rtol=1e-5, atol=1e-5, msg=lambda said, key=key: f"{key}: {said}")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("alpha", [2.0, 3.0])
-def test_what_we_write_diffusers_fuses_as_we_apply(folder, tmp_path, alpha):
+def test_diffusers_fuses_our_files_as_we_apply_them(folder, tmp_path, alpha):
     one = adapters.build(
         adapters.entries(random_lora(alpha=alpha))
         | adapters.entries(random_lora(rank=3, alpha=alpha, targets="transformer.blocks.*.mlp.*"))
@@ -68,18 +68,18 @@ def test_what_we_write_diffusers_fuses_as_we_apply(folder, tmp_path, alpha):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_diffusers_writes_we_read_as_it_computes(folder, tmp_path):
+def test_files_that_diffusers_wrote_apply_as_in_diffusers(folder, tmp_path):
     from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
     pipe = pipeline(folder)
-    told = LoraConfig(
+    arguments = LoraConfig(
         r=4, lora_alpha=6, init_lora_weights=False,
         target_modules=["attn.to_k", "attn.to_q", "attn2.to_v", "attn.add_q_proj", "attn.to_out.0", "ff.net.0.proj"],
         rank_pattern={"attn.to_q": 2}, alpha_pattern={"attn.to_k": 5},
     )  # fmt: skip
-    pipe.transformer.add_adapter(told)
+    pipe.transformer.add_adapter(arguments)
     state = get_peft_model_state_dict(pipe.transformer)
     metadata = _collate_lora_metadata({"transformer": pipe.transformer})
     StableDiffusion3Pipeline.save_lora_weights(tmp_path, transformer_lora_layers=state, **metadata)

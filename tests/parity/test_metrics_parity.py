@@ -1,4 +1,4 @@
-"""The metrics against pytorch-fid, torch-fidelity and prdc, whose answers are kept (tests/metrics/references.py)."""
+"""The metrics against recorded results of pytorch-fid, torch-fidelity and prdc (tests/metrics/references.py)."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from functional_sd3.metrics import density_coverage, frechet, inception, inception_score, kid, precision_recall
 from tests.metrics import references
 
-KEPT = references.answers()
+KEPT = references.results()
 CPUS_AGREE = 1e-6
 """Relative difference up to which two CPUs agree on a number computed from float32 features that are drawn here: the
 draws' logarithms and the products of the features round differently under another instruction set (1e-9 to 1e-7)."""
@@ -54,15 +54,15 @@ def test_kernel_distance_equals_torch_fidelity():
 
 
 def test_precision_and_recall_equal_torch_fidelity():
-    found = precision_recall.score(*references.sets())
-    assert found == pytest.approx((KEPT["features"]["precision"], KEPT["features"]["recall"]), abs=CPUS_AGREE)
+    actual = precision_recall.score(*references.sets())
+    assert actual == pytest.approx((KEPT["features"]["precision"], KEPT["features"]["recall"]), abs=CPUS_AGREE)
 
 
 def test_density_and_coverage_equal_prdc():
-    found = density_coverage.score(*references.sets())
-    assert found == pytest.approx((KEPT["features"]["density"], KEPT["features"]["coverage"]), abs=CPUS_AGREE)
+    actual = density_coverage.score(*references.sets())
+    assert actual == pytest.approx((KEPT["features"]["density"], KEPT["features"]["coverage"]), abs=CPUS_AGREE)
 
 
 def test_inception_score_equals_torch_fidelity():
-    found = inception_score.score(references.logits(), splits=5)
-    assert found == pytest.approx((KEPT["isc"]["mean"], KEPT["isc"]["deviation"]), rel=CPUS_AGREE)
+    actual = inception_score.score(references.logits(), splits=5)
+    assert actual == pytest.approx((KEPT["isc"]["mean"], KEPT["isc"]["deviation"]), rel=CPUS_AGREE)

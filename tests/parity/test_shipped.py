@@ -1,4 +1,4 @@
-"""The shipped model: found, small, loaded by diffusers, and the same picture there for the same noise."""
+"""The shipped model: its path and size; diffusers loads it and draws the same image from the same noise."""
 
 import warnings
 
@@ -24,7 +24,7 @@ def test_the_folder_is_at_most_25_megabytes():
     assert sum(file.stat().st_size for file in shipped.folder().rglob("*") if file.is_file()) <= 25e6
 
 
-def test_diffusers_draws_the_same_picture(model):
+def test_diffusers_draws_the_same_image(model):
     from diffusers import StableDiffusion3Pipeline
 
     noise = prng.normal(prng.key(3), (2, 16, 8, 8))
@@ -44,7 +44,7 @@ def test_diffusers_draws_the_same_picture(model):
     assert float((images - expected).abs().max()) <= 2 / 255
 
 
-def test_backgrounds_are_drawn_as_asked(model):
+def test_backgrounds_are_drawn_as_prompted(model):
     from functional_sd3.recipes.shapes import prompts
 
     with torch.no_grad():

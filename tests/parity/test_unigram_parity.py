@@ -1,4 +1,4 @@
-"""T5's tokenizer against the libraries that people run: `tokenizers`, transformers and sentencepiece."""
+"""T5's tokenizer against `tokenizers`, transformers and sentencepiece."""
 
 import itertools
 import json
@@ -262,7 +262,7 @@ def test_a_trained_tokenizer_has_the_ids_and_the_length_that_transformers_expect
     assert (processor.pad_id(), processor.eos_id(), processor.unk_id(), processor.bos_id()) == (0, 1, 2, -1)
 
 
-def test_what_transformers_saves_again_is_read_as_the_same_tokenizer(tiny, tmp_path):
+def test_a_tokenizer_saved_by_transformers_is_read_as_the_same(tiny, tmp_path):
     tables, folder = tiny
     T5TokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
     again = unigram.init(tmp_path)

@@ -1,4 +1,4 @@
-"""Folders against diffusers and transformers: what they write we load, what we write they load, bit for bit."""
+"""Folders written by diffusers, transformers and this project load in each other bit for bit."""
 
 from dataclasses import replace
 
@@ -22,21 +22,21 @@ def differences(model: Model, pipeline) -> list[str]:
 
     Their table of positions stays float32 whatever the dtype asked for: its values are compared, not its dtype.
     """
-    found = []
+    actual = []
     for name, folder in FOLDERS.items():
         ours, theirs = state_of(model, name), getattr(pipeline, folder).state_dict()
         # Newer transformers leave the wrapper of CLIP out of the names in memory, not in the file.
         shortened = {key.removeprefix("text_model."): value for key, value in ours.items()}
         theirs = {key.removeprefix("text_model."): value for key, value in theirs.items()}
         theirs.pop("encoder.embed_tokens.weight", None)
-        found += [f"{name}: {key}" for key in shortened.keys() ^ theirs.keys()]
-        found += [
+        actual += [f"{name}: {key}" for key in shortened.keys() ^ theirs.keys()]
+        actual += [
             f"{name}: {key}"
             for key in shortened.keys() & theirs.keys()
             if not torch.equal(shortened[key].float(), theirs[key].float())
             or (shortened[key].dtype != theirs[key].dtype and key != "pos_embed.pos_embed")
         ]
-    return found
+    return actual
 
 
 def from_pretrained(path, **options):
@@ -51,7 +51,7 @@ def from_pretrained(path, **options):
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_what_diffusers_writes_loads_bit_for_bit(tmp_path, name):
+def test_folders_that_diffusers_wrote_load_bit_for_bit(tmp_path, name):
     config = config_of(name)
     pipeline = write_with_diffusers(tmp_path / "model", config)
     model = weights.load(tmp_path / "model")
@@ -59,7 +59,7 @@ def test_what_diffusers_writes_loads_bit_for_bit(tmp_path, name):
     assert differences(model, pipeline) == []
 
 
-def test_what_diffusers_writes_in_shards_of_a_variant_loads_bit_for_bit(tmp_path):
+def test_shards_of_a_variant_that_diffusers_wrote_load_bit_for_bit(tmp_path):
     pipeline = write_with_diffusers(tmp_path / "model", BASE, variant="fp16", max_shard_size="20KB")
     assert list((tmp_path / "model" / "transformer").glob("*.safetensors.index.*json"))
     assert differences(weights.load(tmp_path / "model", variant="fp16"), pipeline) == []
@@ -67,7 +67,7 @@ def test_what_diffusers_writes_in_shards_of_a_variant_loads_bit_for_bit(tmp_path
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 @pytest.mark.parametrize("shard_bytes", [None, 20_000])
-def test_what_we_write_diffusers_loads_bit_for_bit(tmp_path, name, shard_bytes):
+def test_diffusers_loads_our_folders_bit_for_bit(tmp_path, name, shard_bytes):
     model = random_model(config_of(name))
     weights.save(tmp_path / "ours", model, shard_bytes=shard_bytes)
     pipeline = from_pretrained(tmp_path / "ours")
@@ -86,7 +86,7 @@ def test_half_precision_folders_load_in_diffusers_as_they_are(tmp_path):
 
 
 @torch.no_grad()
-def test_loaded_parameters_compute_what_the_pipelines_own_modules_compute(tmp_path):
+def test_loaded_parameters_compute_the_same_as_the_pipelines_modules(tmp_path):
     config = config_of("SD3.5-medium")
     weights.save(tmp_path / "model", random_model(config))
     pipeline, model = from_pretrained(tmp_path / "model"), weights.load(tmp_path / "model")

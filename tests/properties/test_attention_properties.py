@@ -1,4 +1,4 @@
-"""What holds of joint attention, and of the transformer made of it, whatever the sizes and the numbers."""
+"""Properties of joint attention and of the transformer, for any sizes and values."""
 
 import pytest
 import torch
@@ -73,16 +73,16 @@ def test_splitting_a_stream_in_two_changes_nothing(given_streams, data, implemen
 
 @FEW
 @given(streams(), st.data())
-def test_a_stream_that_asks_nothing_is_seen_all_the_same(given_streams, data):
-    silent = data.draw(st.integers(0, len(given_streams) - 1))
-    mute = [s._replace(query=None) if i == silent else s for i, s in enumerate(given_streams)]
+def test_a_stream_without_queries_is_attended_to(given_streams, data):
+    inactive = data.draw(st.integers(0, len(given_streams) - 1))
+    mute = [s._replace(query=None) if i == inactive else s for i, s in enumerate(given_streams)]
     if len(mute) == 1:
         with pytest.raises(ValueError, match="at least one stream with queries"):
             joint_attention(mute)
         return
     full, partial = joint_attention(given_streams), joint_attention(mute)
-    assert partial[silent] is None
-    assert all(close(x, y) for i, (x, y) in enumerate(zip(full, partial, strict=True)) if i != silent)
+    assert partial[inactive] is None
+    assert all(close(x, y) for i, (x, y) in enumerate(zip(full, partial, strict=True)) if i != inactive)
 
 
 @FEW

@@ -1,4 +1,4 @@
-"""What holds of every grid, path, guidance and run."""
+"""Properties of every grid, path, guidance and run."""
 
 import torch
 from hypothesis import given
@@ -100,7 +100,7 @@ def test_adaptive_methods_are_exact_along_a_straight_path_in_one_step_as_long_as
 
 
 @given(st.sampled_from(list(ode.ADAPTIVE.values())), seeds, st.lists(times, min_size=1, max_size=6, unique=True))
-def test_adaptive_runs_are_the_same_whatever_is_asked_for_between_and_in_any_batch(method, seed, asked):
+def test_adaptive_runs_are_the_same_for_any_times_between_and_in_any_batch(method, seed, asked):
     x = normal(seed) * torch.tensor([0.1, 4.0]).double()[:, None, None]
 
     def velocity(x, t):

@@ -108,7 +108,7 @@ def test_clip_never_looks_ahead(seed, position):
 
 @given(seed=seeds, lengths=st.lists(st.integers(1, 8), min_size=4, max_size=4))
 @settings(max_examples=20)
-def test_what_t5_may_not_attend_to_does_not_matter(seed, lengths):
+def test_masked_tokens_do_not_change_t5s_output(seed, lengths):
     mask = torch.arange(8)[None] < torch.tensor(lengths)[:, None]
     ids = random_ids(seed)
     changed = torch.where(mask, ids, random_ids(seed + 1))
@@ -158,9 +158,9 @@ def test_torch_autograd_equals_torch_func(name):
     ids = random_ids(9)
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
     loss = encode(leaves, ids, "sdpa").sin().mean()
-    found = torch.autograd.grad(loss, tree.leaves(leaves), allow_unused=True, materialize_grads=True)
+    actual = torch.autograd.grad(loss, tree.leaves(leaves), allow_unused=True, materialize_grads=True)
     expected = grad(lambda tree: encode(tree, ids, "sdpa").sin().mean())(params)
-    for ours, theirs in zip(found, tree.leaves(expected), strict=True):
+    for ours, theirs in zip(actual, tree.leaves(expected), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -1,4 +1,4 @@
-"""A model without text encoders, or without some: refused or noted, whoever encodes a prompt."""
+"""A model without any text encoder is refused, one without some is noted, by every function that encodes prompts."""
 
 import shutil
 import subprocess
@@ -68,7 +68,7 @@ def test_every_absent_encoder_is_named_with_its_file(absent, model):
     assert Path(one.filename).name == "test_completeness.py", "the warning is at the caller's line"
 
 
-def test_a_missing_tokenizer_says_what_to_download_and_which_option_takes_it(model):
+def test_the_error_for_a_missing_tokenizer_names_download_and_option(model):
     bare = model._replace(tokenizers=weights.Tokenizers())
     expected = r"no tokenizer for clip_l, clip_g, t5.*download tokenizer/, tokenizer_2/ and tokenizer_3/.*--params"
     with pytest.raises(ValueError, match=expected):

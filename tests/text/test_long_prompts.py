@@ -1,4 +1,4 @@
-"""Long and hostile prompts: work grows with the prompt at most linearly, and what is kept has the ids of the whole."""
+"""Long and hostile prompts: time grows at most linearly, and the kept ids are those of the whole prompt."""
 
 import random
 import re
@@ -55,7 +55,7 @@ def tables():
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_what_is_kept_of_a_long_prompt_has_the_ids_of_the_whole(tables, prompt):
+def test_the_kept_part_of_a_long_prompt_has_the_ids_of_the_whole(tables, prompt):
     clip_tables, t5_tables = tables
     kept = bpe.apply(clip_tables, prompt)[0].tolist()
     (whole,) = bpe.apply(clip_tables, prompt, length=None)
@@ -191,7 +191,7 @@ def test_a_long_text_without_spaces_is_segmented_from_its_beginning_alone(tables
 
 
 @pytest.mark.parametrize("length", [2, 3, 10, 77])
-def test_offsets_of_what_is_kept_are_the_first_of_all(tables, length):
+def test_offsets_of_the_kept_ids_are_the_first_of_all(tables, length):
     for text in ("a large red circle! <extra_id_0> <|endoftext|> e\u0301☃ xyz" * 3, ""):
         (whole,) = bpe.offsets(tables[0], text)
         assert bpe.offsets(tables[0], text, length=length) == [[*whole[:-1][: length - 1], (0, 0)]]
@@ -210,14 +210,14 @@ def test_long_runs_of_marks_are_normalised_as_unicodedata_does():
 
 def test_three_characters_that_are_no_marks_decompose_to_marks():
     """They are counted as marks; a fourth would hide a long run."""
-    found = [
+    actual = [
         character
         for character in map(chr, range(0x110000))
         if not unicodedata.combining(character)
         and (first := unicodedata.normalize("NFD", character)[:1]) != character
         and unicodedata.combining(first)
     ]
-    assert [ord(character) for character in found] == list(bpe_text._DECOMPOSING_TO_MARKS)
+    assert [ord(character) for character in actual] == list(bpe_text._DECOMPOSING_TO_MARKS)
 
 
 def by_recursion(prompt):

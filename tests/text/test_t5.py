@@ -1,4 +1,4 @@
-"""What T5's encoder promises apart from parity with transformers."""
+"""Properties of T5's encoder apart from parity with transformers."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_both_attention_implementations_agree():
 
 
 @torch.no_grad()
-def test_float16_survives_what_overflows_it():
+def test_float16_encoder_is_finite_where_its_sums_exceed_float16():
     """An MLP whose outputs, and sums, are beyond 65504, as T5-XXL's are."""
     params = tree.map(torch.clone, PARAMS)
     for block in params["blocks"]:

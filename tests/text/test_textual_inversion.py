@@ -82,7 +82,7 @@ def test_words_are_added_one_after_another():
     assert torch.equal(rows, torch.cat([first["clip_g"], second["clip_g"]]))
 
 
-def test_vectors_are_differentiable_through_a_picture():
+def test_vectors_are_differentiable_through_an_image():
     vectors = {name: value.requires_grad_() for name, value in word(count=1).vectors.items()}
     ours = learned(Word("<thing>", vectors))
     image = pipeline.generate(*parts(ours), "a <thing>", prng.key(0), steps=1)
@@ -103,7 +103,7 @@ def test_a_saved_model_keeps_its_words(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])
 @pytest.mark.parametrize("value", [3, [["<nobody>"]], [[]]])
-def test_folders_whose_words_make_no_sense_are_refused(name, value, tmp_path):
+def test_folders_with_invalid_words_are_refused(name, value, tmp_path):
     import json
 
     weights.save(tmp_path, learned(word()))
@@ -115,8 +115,8 @@ def test_folders_whose_words_make_no_sense_are_refused(name, value, tmp_path):
 
 def test_a_file_is_a_word(tmp_path):
     save_inversion(tmp_path / "cat-toy.safetensors", word())
-    found = load_inversion(tmp_path / "cat-toy.safetensors")
-    assert found.token == "<cat-toy>" and not tree.diff(dict(found.vectors), dict(word().vectors))
+    actual = load_inversion(tmp_path / "cat-toy.safetensors")
+    assert actual.token == "<cat-toy>" and not tree.diff(dict(actual.vectors), dict(word().vectors))
     assert set(files.shapes(tmp_path / "cat-toy.safetensors")) == {"clip_l", "clip_g", "t5xxl"}
     assert load_inversion(tmp_path / "cat-toy.safetensors", token="toy").token == "toy"
     files.write_atomic(tmp_path / "one.safetensors", {"clip_l": torch.ones(WIDTHS["clip_l"])})
@@ -128,10 +128,10 @@ def test_a_file_is_a_word(tmp_path):
     ("name", "typed"),
     [("emb_params", "<x>"), ("string_to_param.*", "<x>"), ("*", "<x>"), ("<cat-toy>", "<cat-toy>"), ("sks", "sks")],
 )
-def test_vectors_without_the_name_of_an_encoder_are_told_by_their_width(tmp_path, width, encoder, name, typed):
+def test_vectors_without_the_name_of_an_encoder_are_recognised_by_their_width(tmp_path, width, encoder, name, typed):
     files.write_atomic(tmp_path / "x.safetensors", {name: torch.ones(2, width)})
-    found = load_inversion(tmp_path / "x.safetensors")
-    assert found.token == typed and {key: list(value.shape) for key, value in found.vectors.items()} == {
+    actual = load_inversion(tmp_path / "x.safetensors")
+    assert actual.token == typed and {key: list(value.shape) for key, value in actual.vectors.items()} == {
         encoder: [2, width]
     }
     assert load_inversion(tmp_path / "x.safetensors", token="toy").token == "toy"

@@ -1,4 +1,4 @@
-"""Emphasis and long prompts: what the notation says, which tokens it reaches, and what the encoders then give."""
+"""Emphasis and long prompts: the notation, the weights of tokens, and the encoders' outputs."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def weights_of(prompt: str) -> list[tuple[str, float]]:
         ("", []),
     ],
 )
-def test_the_notation_says(prompt, meant):
+def test_the_notation_gives_text_and_weights(prompt, meant):
     assert weights_of(prompt) == meant
 
 
@@ -67,13 +67,13 @@ def test_nothing_that_is_typed_is_an_error_and_escaping_all_is_the_text_itself(p
     assert weighting.parse(escaped) == weighting.Weighted(prompt, (1.0,) * len(prompt))
 
 
-def told(prompts, **options):
+def arguments(prompts, **options):
     return conditioning.tokenize_weighted(MODEL.config, MODEL.tokenizers, prompts, t5_length=T5_LENGTH, **options)
 
 
 @pytest.mark.parametrize("name, module", [("clip_l", bpe), ("clip_g", bpe), ("t5", unigram)])
 def test_a_weight_reaches_the_tokens_of_its_words_only(name, module):
-    ids, emphasis = told("a (large red:1.5) circle")
+    ids, emphasis = arguments("a (large red:1.5) circle")
     row, weights = (getattr(part, name).flatten().tolist() for part in (ids, emphasis.weights))
     tables = getattr(MODEL.tokenizers, name)
     (plain,) = module.apply(tables, "a large red circle", length=None)
@@ -88,8 +88,8 @@ def test_without_notation_and_within_the_length_nothing_changes():
     prompts = ["a red circle", "", "a small blue star left of a green ring"]
     plain = conditioning.apply(*parts(MODEL), prompts, t5_length=T5_LENGTH)
     for options in ({"weighted": True}, {"long_prompts": True}, {"weighted": True, "long_prompts": True}):
-        told = conditioning.apply(*parts(MODEL), prompts, t5_length=T5_LENGTH, **options)
-        assert all(torch.equal(*pair) for pair in zip(told, plain, strict=True))
+        arguments = conditioning.apply(*parts(MODEL), prompts, t5_length=T5_LENGTH, **options)
+        assert all(torch.equal(*pair) for pair in zip(arguments, plain, strict=True))
     brackets = conditioning.apply(*parts(MODEL), r"a \(red\) circle", t5_length=T5_LENGTH, weighted=True)
     literal = conditioning.apply(*parts(MODEL), "a (red) circle", t5_length=T5_LENGTH)
     assert all(torch.equal(*pair) for pair in zip(brackets, literal, strict=True))
@@ -104,7 +104,7 @@ def test_a_weighted_token_lies_on_the_line_from_the_empty_prompt():
     heavy = conditioning.apply(*parts(MODEL), "a (red:1.7) circle", t5_length=T5_LENGTH, weighted=True)
     moved = (heavy.context != plain).any(-1)
     torch.testing.assert_close(heavy.context[moved], (empty + 1.7 * (plain - empty))[moved])
-    ids, emphasis = told("a (red:1.7) circle")
+    ids, emphasis = arguments("a (red:1.7) circle")
     clip_moved = (emphasis.weights.clip_l.flatten(1) != 1) | (emphasis.weights.clip_g.flatten(1) != 1)
     assert torch.equal(moved, torch.cat([clip_moved, emphasis.weights.t5 != 1], dim=1)) and moved.any()
     assert torch.equal(heavy.pooled, conditioning.apply(*parts(MODEL), "a red circle", t5_length=T5_LENGTH).pooled)
@@ -115,7 +115,7 @@ def test_a_weighted_token_lies_on_the_line_from_the_empty_prompt():
 
 def test_long_prompts_are_read_in_chunks_each_as_a_prompt_of_its_own():
     words = ["red", "blue", "green", "star"] * LENGTH
-    ids, _ = told(" ".join(words))
+    ids, _ = arguments(" ".join(words))
     (flat,) = bpe.apply(MODEL.tokenizers.clip_l, " ".join(words), length=None)
     room = LENGTH - 2
     count = -(-(len(flat) - 2) // room)
@@ -123,15 +123,15 @@ def test_long_prompts_are_read_in_chunks_each_as_a_prompt_of_its_own():
     assert torch.cat([chunk[1:-1] for chunk in ids.clip_l[0]])[: len(flat) - 2].tolist() == flat[1:-1]
     assert (ids.clip_l[0, :, 0] == MODEL.tokenizers.clip_l.bos_id).all()
     assert (ids.clip_l == MODEL.tokenizers.clip_l.eos_id).any(-1).all()
-    found = conditioning.encode(MODEL.params, MODEL.config, ids)
+    actual = conditioning.encode(MODEL.params, MODEL.config, ids)
     own, width = MODEL.config.clip_l, MODEL.config.clip_l.width
     chunks = [clip.apply(MODEL.params["clip_l"], own, chunk[None]) for chunk in ids.clip_l[0]]
     for index, chunk in enumerate(chunks):
-        part = found.context[:, index * LENGTH : (index + 1) * LENGTH, :width]
+        part = actual.context[:, index * LENGTH : (index + 1) * LENGTH, :width]
         torch.testing.assert_close(part, chunk.penultimate)
-    torch.testing.assert_close(found.pooled[:, : own.projection_width], chunks[0].projected)
+    torch.testing.assert_close(actual.pooled[:, : own.projection_width], chunks[0].projected)
     text = t5.apply(MODEL.params["t5"], MODEL.config.t5, ids.t5)
-    torch.testing.assert_close(found.context[:, count * LENGTH :], text)
+    torch.testing.assert_close(actual.context[:, count * LENGTH :], text)
 
 
 @given(words=st.integers(0, 3 * LENGTH))
@@ -147,14 +147,14 @@ def test_no_token_is_lost_and_chunks_are_as_few_as_can_be(words):
 
 def test_weights_reach_into_later_chunks():
     prompt = "red " * (LENGTH + 3) + "(blue:1.4)"
-    ids, emphasis = told(prompt)
+    ids, emphasis = arguments(prompt)
     heavy = emphasis.weights.clip_l == torch.tensor(1.4)
     assert not heavy[:, 0].any() and heavy[:, 1].any()
     assert set(ids.clip_l[heavy].tolist()) == set(bpe.apply(MODEL.tokenizers.clip_l, "blue", length=None)[0][1:-1])
 
 
 def test_shorter_prompts_of_a_batch_end_in_empty_chunks():
-    ids, _ = told(["red " * 2 * LENGTH, "red"])
+    ids, _ = arguments(["red " * 2 * LENGTH, "red"])
     blank = bpe.apply(MODEL.tokenizers.clip_l, "", length=LENGTH)[0]
     assert all(torch.equal(chunk, blank) for chunk in ids.clip_l[1, 1:])
 
@@ -171,7 +171,7 @@ def test_absent_encoders_leave_zeros(absent):
     assert torch.equal(without.context[kept], whole.context[kept]) and not torch.equal(without.context, whole.context)
 
 
-def test_pictures_follow_weights_and_the_end_of_long_prompts():
+def test_images_follow_weights_and_the_end_of_long_prompts():
     options = {"steps": 1, "cfg": 2.0}
 
     def draw(prompt, **more):

@@ -38,9 +38,9 @@ def setting():
 def train(out, train_step=None, batch_of_step=None, **options):
     """The run from its last checkpoint, or from the start; options of `loop.run`."""
     state, plain_step, batch = setting()
-    found = checkpoint.paths(Path(out) / "checkpoints")
-    if found:
-        state = checkpoint.load(found[-1], state)
+    actual = checkpoint.paths(Path(out) / "checkpoints")
+    if actual:
+        state = checkpoint.load(actual[-1], state)
     options = {"steps": STEPS, "save_every": 5, "log_every": 2, "keep": 2, "progress": False} | options
     return loop.run(state, train_step or plain_step, batch_of_step or batch, out=Path(out), **options)
 

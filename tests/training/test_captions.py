@@ -1,4 +1,4 @@
-"""Where captions come from: every layout that public trainers read, what stands in conflict, what was not read."""
+"""Captions: every layout that public trainers read, conflicts, and files that were not read."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_hugging_faces_layout_of_splits_reads_the_training_split(tmp_path):
     assert captions(tmp_path / "train") == {"a.png": "one", "deep/b.png": "two"}
 
 
-def test_the_nearest_metadata_counts_and_what_it_does_not_list_is_said(tmp_path):
+def test_the_nearest_metadata_counts_and_unlisted_images_are_named(tmp_path):
     images(tmp_path, "a.png", "cats/b.png", "cats/c.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
     (tmp_path / "cats" / "metadata.csv").write_text("file_name,text\nb.png,two\n")
@@ -70,7 +70,7 @@ def test_the_nearest_metadata_counts_and_what_it_does_not_list_is_said(tmp_path)
     assert "cats/metadata.csv does not list, so left out: 1 image (cats/c.png)" in noted(tmp_path)
 
 
-def test_precedence_and_conflicts_are_said(tmp_path):
+def test_precedence_of_captions_and_notes_on_conflicts(tmp_path):
     images(tmp_path, "a.png", "b.png", "c.png", "class/d.png")
     for name, text in (("a.txt", "one"), ("a.caption", "two"), ("b.txt", "same"), ("b.caption", "same"),
                        ("c.caption", "short"), ("c.png.txt", "long"), ("class/d.txt", "own")):  # fmt: skip
@@ -94,7 +94,7 @@ def test_files_that_look_like_captions_and_were_not_read_are_named_but_not_all(t
     assert captions(tmp_path) == {"a.png": ""}
 
 
-def test_one_line_says_how_many_images_have_no_caption(tmp_path):
+def test_one_line_counts_the_images_without_caption(tmp_path):
     images(tmp_path, "a.png", "b.png", "c.png", "two_words/d.png")
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text(" \n")
@@ -112,7 +112,7 @@ def test_one_line_says_how_many_images_have_no_caption(tmp_path):
 @pytest.mark.parametrize(
     "name", ["../secret.png", "{}/secret.png", "link.png", "linked/secret.png", "sub/../../secret.png"]
 )
-def test_what_leads_out_of_the_folder_is_read_on_request_only(tmp_path, name):
+def test_links_out_of_the_folder_are_followed_on_request_only(tmp_path, name):
     data = tmp_path / "data"
     images(tmp_path, "secret.png", "data/a.png")
     (data / "link.png").symlink_to(tmp_path / "secret.png")

@@ -23,7 +23,7 @@ def captions(index):
     return {sample.path: sample.caption for sample in index.samples}
 
 
-def test_class_folders_name_what_their_pictures_show(tmp_path):
+def test_class_folders_give_the_captions_of_their_images(tmp_path):
     plain(tmp_path / "ankle_boot" / "1.png")
     plain(tmp_path / "bag" / "2.JPG")
     index = datasets.image_folder(tmp_path)
@@ -31,14 +31,14 @@ def test_class_folders_name_what_their_pictures_show(tmp_path):
     assert captions(datasets.image_folder(tmp_path, template="{}"))["bag/2.JPG"] == "bag"
 
 
-def test_a_text_file_beside_a_picture_is_its_caption(tmp_path):
+def test_a_text_file_beside_an_image_is_its_caption(tmp_path):
     plain(tmp_path / "one.png")
     plain(tmp_path / "two.png")
     (tmp_path / "one.txt").write_text("a red\n square \n", encoding="utf-8")
     assert captions(datasets.image_folder(tmp_path)) == {"one.png": "a red square", "two.png": ""}
 
 
-def test_metadata_lists_the_pictures_and_their_texts(tmp_path):
+def test_metadata_lists_the_images_and_their_texts(tmp_path):
     plain(tmp_path / "deep" / "one.png")
     plain(tmp_path / "two.png")
     lines = [{"file_name": "deep/one.png", "text": "größe"}, {"file_name": "gone.png", "text": "?"}]
@@ -69,7 +69,7 @@ def test_broken_files_are_named_and_skipped(tmp_path):
     assert all(skipped.reason.startswith("not a readable image") for skipped in index.skipped)
 
 
-def test_a_caption_that_is_not_text_skips_its_picture(tmp_path):
+def test_a_caption_that_is_not_text_skips_its_image(tmp_path):
     plain(tmp_path / "good.png")
     plain(tmp_path / "bad.png")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfa")
@@ -77,7 +77,7 @@ def test_a_caption_that_is_not_text_skips_its_picture(tmp_path):
     assert list(captions(index)) == ["good.png"] and "caption cannot be read" in index.skipped[0].reason
 
 
-def test_a_folder_that_is_missing_or_has_no_picture_is_refused(tmp_path):
+def test_a_folder_that_is_missing_or_has_no_image_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         datasets.image_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images"):
@@ -144,26 +144,26 @@ def test_palettes_keep_their_colours(tmp_path):
 
 
 def test_a_photograph_is_turned_upright_by_its_exif_tag(tmp_path):
-    picture = Image.new("RGB", (16, 16), RED)
-    picture.paste(BLUE, (0, 0, 16, 8))
+    img = Image.new("RGB", (16, 16), RED)
+    img.paste(BLUE, (0, 0, 16, 8))
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "turned.png", exif=exif)
+    img.save(tmp_path / "turned.png", exif=exif)
     upright = one(tmp_path / "turned.png", 16)
     # Orientation 6: what is stored at the top is the right side.
     assert upright[:, 8, 13].tolist() == list(BLUE) and upright[:, 8, 2].tolist() == list(RED)
 
 
-def test_the_middle_of_a_wide_picture_is_what_remains(tmp_path):
-    picture = Image.new("RGB", (48, 16), RED)
-    picture.paste(BLUE, (16, 0, 32, 16))
-    picture.save(tmp_path / "wide.png")
+def test_a_wide_image_is_cropped_to_its_middle(tmp_path):
+    img = Image.new("RGB", (48, 16), RED)
+    img.paste(BLUE, (16, 0, 32, 16))
+    img.save(tmp_path / "wide.png")
     middle = one(tmp_path / "wide.png", 8)
     assert middle.shape == (3, 8, 8) and middle[:, 4, 4].tolist() == list(BLUE)
     assert middle.reshape(3, -1).float().mean(1)[2] > 200
 
 
-def test_a_picture_lost_later_is_named(tmp_path):
+def test_an_image_deleted_later_is_named(tmp_path):
     plain(tmp_path / "here.png")
     index = datasets.image_folder(tmp_path)
     (tmp_path / "here.png").unlink()
@@ -184,7 +184,7 @@ def test_images_in_ten_class_folders_all_load(tmp_path):
     assert batch.shape == (3, 3, 16, 16) and batch.dtype == torch.uint8 and batch.float().std() > 10
 
 
-def test_latents_are_those_of_each_picture_whatever_the_batch(tmp_path, model_folder):
+def test_latents_are_those_of_each_image_whatever_the_batch(tmp_path, model_folder):
     model = weights.load(model_folder, dtype=torch.float32)
     for index in range(5):
         plain(tmp_path / f"{index}.png", (50 * index, 100, 200 - 40 * index), (16, 16))

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or hindered keeps what it learned, and goes on to the same bits."""
+"""A run that is stopped, killed or meets a full disk keeps its state and is resumed bit for bit."""
 
 import errno
 import math
@@ -41,8 +41,8 @@ def test_runs_killed_at_random_moments_go_on_to_the_same_bits(tmp_path, whole):
     assert child.returncode == 0, child.stderr
     left = []
     for index in range(8):
-        found = checkpoint.paths(tmp_path / str(index) / "checkpoints")
-        left.append(checkpoint.step_of(found[-1]) if found else 0)
+        actual = checkpoint.paths(tmp_path / str(index) / "checkpoints")
+        left.append(checkpoint.step_of(actual[-1]) if actual else 0)
         assert not tree.diff(interrupted.train(tmp_path / str(index)).state, whole)
     assert len(set(left)) > 1, left
 
@@ -50,7 +50,7 @@ def test_runs_killed_at_random_moments_go_on_to_the_same_bits(tmp_path, whole):
 # Each is called when the step of that number is done, or before it.
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["batch", "step", "row", "checkpoint", "sample", "last step", "last sample"])
-def test_a_signal_at_any_moment_is_answered_when_the_state_is_saved(tmp_path, whole, monkeypatch, moment, number):
+def test_a_signal_at_any_moment_ends_the_run_after_the_state_is_saved(tmp_path, whole, monkeypatch, moment, number):
     plain_step, batch = interrupted.setting()[1:]
     # A step at which the run saves anyway shows nothing of a signal during its sample.
     at = interrupted.STEPS if moment.startswith("last") else 10 if moment == "checkpoint" else 8
@@ -247,6 +247,6 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path):
         interrupted.train(tmp_path, failing, log_every=100)
 
 
-def test_two_checkpoints_are_kept_whatever_was_asked_for(tmp_path):
+def test_at_least_two_checkpoints_are_kept(tmp_path):
     interrupted.train(tmp_path, keep=1)
     assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path / "checkpoints")] == [20, 23]

@@ -88,7 +88,7 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("has_flock", [True, False])
-def test_the_lock_of_another_machine_says_how_to_remove_it(tmp_path, monkeypatch, has_flock):
+def test_the_error_for_the_lock_of_another_machine_says_how_to_remove_it(tmp_path, monkeypatch, has_flock):
     if not has_flock:
         without_flock(monkeypatch)
     left(tmp_path, host="node\x1b[2J17", boot="x")
@@ -102,7 +102,7 @@ def test_the_lock_of_another_machine_says_how_to_remove_it(tmp_path, monkeypatch
     "content",
     [b"nonsense", b"[]", b"\0" * 200, b'{"pid": "x"}', b'{"pid": 1e400}', b"9" * 10_000, b'{"pid": -1, "host": ""}'],
 )
-def test_a_lock_that_names_nobody_says_how_to_remove_it(tmp_path, content):
+def test_the_error_for_a_lock_without_holder_says_how_to_remove_it(tmp_path, content):
     (tmp_path / lock.NAME).write_bytes(content)
     with pytest.raises(WeightsError, match="train.lock"):
         with lock.hold(tmp_path, pytest.fail):
@@ -110,14 +110,14 @@ def test_a_lock_that_names_nobody_says_how_to_remove_it(tmp_path, content):
     assert (tmp_path / lock.NAME).read_bytes() == content
 
 
-def test_an_empty_lock_that_nobody_holds_is_taken(tmp_path):
+def test_an_empty_lock_without_holder_is_taken(tmp_path):
     (tmp_path / lock.NAME).touch()
     with lock.hold(tmp_path, pytest.fail):
         pass
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("elsewhere", path)])
-def test_what_is_no_file_is_no_lock(tmp_path, make):
+def test_a_lock_that_is_no_regular_file_is_refused(tmp_path, make):
     make(tmp_path / lock.NAME)
     with pytest.raises(WeightsError, match="train.lock"):
         with lock.hold(tmp_path, pytest.fail):

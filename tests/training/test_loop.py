@@ -39,8 +39,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, whole, when, number, le
     command = [sys.executable, str(CHILD), str(tmp_path), when, str(number)]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(PACKAGE)})
     assert child.returncode == -signal.SIGKILL, child.stderr
-    found = checkpoint.paths(tmp_path / "checkpoints")
-    assert [int(path.stem[5:]) for path in found[-1:]] == [left] * bool(left)
+    actual = checkpoint.paths(tmp_path / "checkpoints")
+    assert [int(path.stem[5:]) for path in actual[-1:]] == [left] * bool(left)
     outcome = interrupted.train(tmp_path)
     assert outcome.reason == "done"
     assert not tree.diff(outcome.state, whole[1])

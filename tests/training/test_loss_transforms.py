@@ -111,7 +111,7 @@ def fields(model):
     params, config = model.params, model.config
     sizes, t = config.transformer, torch.tensor([0.4])
     context, pooled = drawn(1, 5, sizes.context_width, seed=2), drawn(1, sizes.pooled_width, seed=3)
-    told = conditioning.Conditioning(context, pooled)
+    arguments = conditioning.Conditioning(context, pooled)
     net = controlnet.Config(
         depth=1, heads=2, head_dim=16, context_width=sizes.context_width, pooled_width=sizes.pooled_width,
         position_size=12, sample_size=8,
@@ -127,7 +127,7 @@ def fields(model):
         return clip.apply(weights, config.clip_l, ids, **options).pooled
 
     def velocity(x, **options):
-        return pipeline.velocity(params, config, pipeline.Conditions(told, told), 3.0, **options)(x, t[0])
+        return pipeline.velocity(params, config, pipeline.Conditions(arguments, arguments), 3.0, **options)(x, t[0])
 
     def loss(x, **options):
         batch = {"latents": x, "context": context, "pooled": pooled}
@@ -172,12 +172,12 @@ def test_forward_mode_with_the_default_attention_says_what_to_do(fields, name, w
 
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives .* pass implementation='math'"):
         forward()
-    found = forward(implementation="math")
+    actual = forward(implementation="math")
     step, ends = 1e-3, []
     for sign in (1, -1):
         ends.append(run(x + sign * step * x.cos(), implementation="math"))
     expected = (ends[0] - ends[1]) / (2 * step)
-    assert (found - expected).norm() <= 0.03 * expected.norm()
+    assert (actual - expected).norm() <= 0.03 * expected.norm()
 
 
 def test_other_missing_kernels_keep_their_own_message():

@@ -116,7 +116,7 @@ def test_psnr_of_a_black_answer_is_that_of_its_error_in_unit_range():
     assert float(metrics["psnr"]) == pytest.approx(20.0, abs=1e-3)
 
 
-def test_edges_cost_only_where_pictures_change():
+def test_edges_cost_only_where_images_change():
     params = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG))
     flat = {"images": torch.full((4, 3, 8, 8), 0.2)}
     for images, more in ((flat, False), (IMAGES, True)):

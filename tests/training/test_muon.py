@@ -19,8 +19,8 @@ def test_orthogonalized_matrices_have_singular_values_near_one(rows, columns, se
     rank = min(rows, columns)
     values = 0.2 + prng.uniform(prng.key(seed + 2), (rank,))
     matrix = (left[:, :rank] * values) @ right[:rank]
-    found = torch.linalg.svdvals(muon.orthogonalize(matrix))
-    assert 0.6 < float(found.min()) and float(found.max()) < 1.3
+    actual = torch.linalg.svdvals(muon.orthogonalize(matrix))
+    assert 0.6 < float(actual.min()) and float(actual.max()) < 1.3
     # The directions stay: the product with the exact factor is symmetric and positive.
     product = muon.orthogonalize(matrix).T @ (left[:, :rank] @ right[:rank])
     torch.testing.assert_close(product, product.T, atol=1e-3, rtol=1e-3)

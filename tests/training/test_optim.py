@@ -218,7 +218,7 @@ def test_a_donated_step_clips_equal_gradients_that_are_one_tensor_once():
     ],
     ids=["clip", "clip, clip", "clip, decay", "decay, clip", "chain, clip"],
 )
-def test_what_stands_before_a_kernel_means_the_same_when_donated(before, known):
+def test_transforms_before_a_fused_kernel_are_equal_when_donated(before, known):
     # eps is large, so that the direction depends on the size of the gradient.
     optimizer = optim.chain(*before, optim.adamw(0.1, eps=1.0))
     pure, pure_state = params(), optimizer.init(params())
@@ -249,16 +249,16 @@ def test_warmup_reaches_its_peak_on_its_last_step():
 
 
 def test_cosine_falls_from_the_peak_through_the_middle_to_the_floor():
-    found = values(optim.warmup_cosine(1.0, 2, 12, floor=0.2), 15)
-    assert found[:3] == pytest.approx([0.5, 1.0, 1.0])
-    assert found[7] == pytest.approx(0.6)
-    assert found[12:] == pytest.approx([0.2] * 3)
-    assert found[2:] == sorted(found[2:], reverse=True)
+    actual = values(optim.warmup_cosine(1.0, 2, 12, floor=0.2), 15)
+    assert actual[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert actual[7] == pytest.approx(0.6)
+    assert actual[12:] == pytest.approx([0.2] * 3)
+    assert actual[2:] == sorted(actual[2:], reverse=True)
 
 
 def test_trapezoid_is_level_between_its_slopes():
-    found = values(optim.trapezoid(1.0, 2, 10, 4, floor=0.2), 12)
-    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
+    actual = values(optim.trapezoid(1.0, 2, 10, 4, floor=0.2), 12)
+    assert actual == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
 @pytest.mark.parametrize("make", [optim.warmup_cosine, optim.trapezoid])

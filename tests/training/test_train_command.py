@@ -57,14 +57,14 @@ def test_decoder_only_leaves_the_latents_as_they_were(command, model_folder, tmp
         command("--out", tmp_path / "sharp", "--part", "vae", "--decoder-only", "--resume")
 
 
-def test_sample_pictures_are_drawn_while_it_trains(command, tmp_path):
+def test_sample_images_are_drawn_during_training(command, tmp_path):
     for part in ("transformer", "vae"):
         command("--out", tmp_path / part, "--part", part, "--sample-every", "4")
         names = sorted(path.name for path in (tmp_path / part / "samples").iterdir())
         assert names == ["00000004.png", "00000006.png"]
         rows = {"transformer": 1, "vae": 2}[part]
-        with Image.open(tmp_path / part / "samples" / names[0]) as picture:
-            assert picture.size == (4 * 18 - 2, rows * 18 - 2)
+        with Image.open(tmp_path / part / "samples" / names[0]) as image:
+            assert image.size == (4 * 18 - 2, rows * 18 - 2)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
@@ -88,7 +88,7 @@ def test_the_seed_decides_the_run(command, tmp_path):
     assert not tree.diff(folders[0], folders[1]) and tree.diff(folders[0], folders[2])
 
 
-def test_a_folder_of_pictures_is_learned_and_its_broken_files_named(command, tmp_path):
+def test_a_folder_of_images_is_trained_on_and_its_broken_files_named(command, tmp_path):
     for index in range(5):
         folder = tmp_path / "data" / f"class_{index % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def dtypes(params):
         (["--part", "vae"], {"vae"}),
     ],
 )
-def test_what_is_not_trained_stays_as_it_is_stored(command, model_folder, tmp_path, seen, options, learned):
+def test_components_that_are_not_trained_stay_as_stored(command, model_folder, tmp_path, seen, options, learned):
     weights.save(tmp_path / "model", weights.load(model_folder, dtype=torch.bfloat16))
     assert command("--params", tmp_path / "model", "--out", tmp_path / "out", "--sample-every", 3, *options)[0] == 0
     model, _ = seen[0]

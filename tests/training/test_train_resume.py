@@ -1,4 +1,4 @@
-"""`train --resume`: what may change, what is said of it, and what a stopped or damaged run goes on from."""
+"""`train --resume`: settings that may change, their notes, and resuming stopped or damaged runs."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def test_fewer_steps_than_are_done_are_refused(command, run):
         command("--out", run, "--resume", "--steps", 5)
 
 
-def test_a_change_needs_force_and_is_said_by_name(command, run):
+def test_a_changed_setting_needs_force_and_is_named(command, run):
     changes = ["--lr", "0.02", "--batch-size", "2", "--dropout", "0.2", "--ema", "0.9", "--steps", "8"]
     with pytest.raises(ValueError) as caught:
         command("--out", run, "--resume", *changes)
@@ -102,7 +102,7 @@ def test_a_change_needs_force_and_is_said_by_name(command, run):
         (["--scratch"], "scratch False -> True"),
     ],
 )
-def test_what_a_checkpoint_does_not_hold_cannot_be_forced(command, run, options, said):
+def test_settings_that_change_the_contents_of_a_checkpoint_cannot_be_forced(command, run, options, said):
     with pytest.raises(ValueError, match=f"{said}.*Even with --force that takes another folder"):
         command("--out", run, "--resume", "--force", *options)
 
@@ -226,7 +226,7 @@ def test_a_sample_that_cannot_be_written_does_not_end_the_run(command, finished,
     assert not tree.diff(params(out), params(finished))
 
 
-def test_a_result_that_cannot_be_written_says_where_the_state_is(command, tmp_path, monkeypatch):
+def test_the_error_for_a_result_that_cannot_be_written_names_the_checkpoint(command, tmp_path, monkeypatch):
     def full(*arguments):
         raise WeightsError("out: cannot be written: no space left on device")
 
@@ -257,7 +257,7 @@ def test_a_second_run_in_the_folder_is_refused(command, run):
         command("--out", run, "--resume")
 
 
-def test_a_digest_knows_every_byte_and_no_name_of_a_file(tmp_path):
+def test_a_digest_depends_on_every_byte_and_not_on_file_names(tmp_path):
     params = {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.ones(2, dtype=torch.float16), torch.zeros(0)]}
     digest = digests.params_digest(params)
     assert digest == digests.params_digest(tree.map(torch.clone, params))

@@ -1,4 +1,4 @@
-"""ControlNets by themselves: what they start as, sums of several, active steps, and errors."""
+"""ControlNets: initial values, sums of several, active steps and errors."""
 
 import dataclasses
 
@@ -60,7 +60,7 @@ def close(first, second, tolerance=1e-5):
 
 
 @BOTH
-def test_a_fresh_controlnet_says_nothing(config):
+def test_a_fresh_controlnet_has_zero_residuals(config):
     fresh = controlnet.init(prng.key(0), config)
     assert not any(part.any() for part in residuals(config, fresh, *inputs(), random(6, 4, 3, 8, 6)))
 
@@ -247,7 +247,7 @@ def test_control_images_of_other_sizes_are_refused(config, shape, message):
         residuals(config, NETS[config], *inputs(), torch.zeros(shape))
 
 
-def test_what_is_missing_is_named():
+def test_missing_inputs_are_named():
     latents, t, context, pooled = inputs()
     image = torch.zeros(1, 3, 8, 6)
     with pytest.raises(ValueError, match="no patches of its own.*mmdit.embed_image"):

@@ -1,4 +1,4 @@
-"""Image prompts by themselves: what scale 0 means, batches, guidance, transforms, and what is refused."""
+"""Image prompts: scale 0, batches, guidance, transforms and errors."""
 
 import dataclasses
 import pickle
@@ -44,10 +44,10 @@ def inputs(batch: int = 3) -> tuple[torch.Tensor, ...]:
 
 
 def velocity(adapter, features, scale, latents, t, context, pooled, implementation="sdpa"):
-    told = ip_adapter.apply(adapter, CONFIG, features, t, TRANSFORMER, scale, implementation=implementation)
+    arguments = ip_adapter.apply(adapter, CONFIG, features, t, TRANSFORMER, scale, implementation=implementation)
     weights = MODEL.params["transformer"]
     return mmdit.apply(
-        weights, TRANSFORMER, latents, t, context, pooled, image_prompt=told, implementation=implementation
+        weights, TRANSFORMER, latents, t, context, pooled, image_prompt=arguments, implementation=implementation
     )
 
 
@@ -89,14 +89,14 @@ def test_vmap_and_grad_work():
 def test_adapter_and_transformer_may_be_of_different_dtypes(narrow):
     exact = velocity(ADAPTER, FEATURES, torch.full((3,), 0.7), *inputs())
     adapter = ADAPTER if narrow == "transformer" else tree.cast(ADAPTER, torch.bfloat16)
-    told = ip_adapter.apply(adapter, CONFIG, FEATURES, inputs()[1], TRANSFORMER, torch.full((3,), 0.7))
+    arguments = ip_adapter.apply(adapter, CONFIG, FEATURES, inputs()[1], TRANSFORMER, torch.full((3,), 0.7))
     weights = MODEL.params["transformer"]
     weights = weights if narrow == "adapter" else tree.cast(weights, torch.bfloat16)
-    found = mmdit.apply(weights, TRANSFORMER, *inputs(), image_prompt=told)
-    assert found.dtype == torch.float32 and (found - exact).norm() <= 3e-2 * exact.norm()
+    actual = mmdit.apply(weights, TRANSFORMER, *inputs(), image_prompt=arguments)
+    assert actual.dtype == torch.float32 and (actual - exact).norm() <= 3e-2 * exact.norm()
 
 
-def test_what_is_guided_away_from_sees_zeros():
+def test_the_negative_velocity_of_guidance_gets_zero_features():
     conditions = pipeline.encode(*parts(MODEL), ["a red circle"] * 3)
     prompt = ImagePrompt(ADAPTER, CONFIG, FEATURES, 0.7)
     x, t = random(6, 3, 16, 8, 8), torch.tensor(0.4)
@@ -108,7 +108,7 @@ def test_what_is_guided_away_from_sees_zeros():
     assert close(guided, ends[0] + 3.0 * (ends[1] - ends[0]), 1e-4)
 
 
-def test_a_picture_follows_the_image_prompt():
+def test_an_image_follows_the_image_prompt():
     options = {"steps": 2, "cfg": 3.0}
     plain = pipeline.generate(*parts(MODEL), "a red circle", prng.key(0), **options)
     prompt = ImagePrompt(ADAPTER, CONFIG, FEATURES[:1])
@@ -122,7 +122,7 @@ def test_a_picture_follows_the_image_prompt():
         )
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="made for another model: its width is 48, the model's 32"):
         ip_adapter.check(dataclasses.replace(CONFIG, width=48), TRANSFORMER)
     with pytest.raises(ValueError, match="its attentions is 9, the model's 4"):

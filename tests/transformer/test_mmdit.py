@@ -1,4 +1,4 @@
-"""The MMDiT by itself: sizes, what it starts as, what its options mean, and what it refuses."""
+"""The MMDiT: sizes, initial values, options and errors."""
 
 import math
 from functools import partial
@@ -85,7 +85,7 @@ def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero(inputs):
 def test_equal_keys_give_equal_parameters_and_others_do_not():
     first, again, other = (mmdit.init(prng.key(seed), CONFIG) for seed in (3, 3, 4))
     assert not tree.diff(first, again)
-    assert "blocks.2.image.attention.qkv.weight" in [found.path for found in tree.diff(first, other)]
+    assert "blocks.2.image.attention.qkv.weight" in [difference.path for difference in tree.diff(first, other)]
 
 
 def test_init_on_the_meta_device_costs_no_memory():
@@ -131,16 +131,16 @@ def test_residuals_are_spread_over_the_blocks_and_the_last_block_gets_none(param
 
 
 def test_only_the_last_blocks_context_has_no_queries(params, inputs):
-    silent = []
+    inactive = []
 
     def recorded(streams, **options):
-        silent.append([stream.query is None for stream in streams])
+        inactive.append([stream.query is None for stream in streams])
         return attention.joint_attention(streams, **options)
 
     recording = mmdit.apply(params, CONFIG, *inputs, block_transform=lambda block: partial(block, attend=recorded))
     assert close(recording, mmdit.apply(params, CONFIG, *inputs))
     dual, joint, last = [[False, False], [False]], [[False, False]], [[False, True]]
-    assert silent == dual * 2 + joint + last
+    assert inactive == dual * 2 + joint + last
 
 
 def test_a_forward_holds_no_more_than_it_goes_on_with():
@@ -154,7 +154,7 @@ def test_a_forward_holds_no_more_than_it_goes_on_with():
     assert allocated_peak(run) < 14.5 * image
 
 
-def test_the_second_attention_sees_the_image_alone(params):
+def test_the_second_attention_is_over_the_image_alone(params):
     block = params["blocks"][0]
     dual = {**block, "image": {name: leaf for name, leaf in block["image"].items() if name != "attention2"}}
     assert "attention2" in block["image"] and "attention2" not in params["blocks"][2]["image"]
@@ -234,7 +234,7 @@ def test_rematerialised_blocks_give_the_same_gradients(params, inputs):
         ({"skip_layers": (1, 7)}, r"skip_layers \[7\] are not among the blocks 0 to 3"),
     ],
 )
-def test_what_does_not_fit_is_named(params, inputs, change, message):
+def test_inputs_that_do_not_fit_are_named(params, inputs, change, message):
     arguments = dict(zip(("latents", "t", "context", "pooled"), inputs, strict=True)) | change
     with pytest.raises(ValueError, match=message):
         mmdit.apply(params, CONFIG, **arguments)

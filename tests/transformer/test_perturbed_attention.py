@@ -39,11 +39,11 @@ def inputs(batch=2, height=4, width=6):
 
 def streams(*lengths, asking=None, batch=2):
     asking = len(lengths) if asking is None else asking
-    found = []
+    actual = []
     for index, length in enumerate(lengths):
         query, key, value = prng.normal(prng.fold_in(prng.key(2), index), (3, batch, 3, length, 8))
-        found.append(attention.Stream(query if index < asking else None, key, value))
-    return found
+        actual.append(attention.Stream(query if index < asking else None, key, value))
+    return actual
 
 
 @pytest.mark.parametrize("lengths, asking", [((6, 4), 2), ((6, 4), 1), ((6, 3, 2), 3), ((6,), 1)])
@@ -61,7 +61,7 @@ def test_identity_attention_is_joint_attention_under_a_mask_that_leaves_the_diag
             torch.testing.assert_close(ours, theirs)
 
 
-def test_blurred_attention_without_blur_is_joint_attention_and_with_all_of_it_asks_one_question():
+def test_blurred_attention_without_blur_is_joint_attention_and_with_infinite_blur_has_one_query():
     given = streams(6, 4)
     sharp = attention.blurred_attention(given, size=(2, 3), sigma=1e-3)
     for ours, theirs in zip(sharp, attention.joint_attention(given), strict=True):

@@ -87,7 +87,7 @@ def test_a_drawing_of_any_size_and_dtype_is_read_alike():
     assert not prompts.judge(prompts.read(broken), SCENE).right
 
 
-def test_what_is_no_image_is_refused():
+def test_tensors_that_are_no_image_are_refused():
     for wrong in (torch.zeros(64, 64), torch.zeros(1, 64, 64), torch.zeros(3, 0, 64), torch.zeros(2, 3, 64, 64)):
         with pytest.raises(ValueError, match="must be \\(3, height, width\\)"):
             prompts.read(wrong)

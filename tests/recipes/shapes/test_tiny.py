@@ -1,4 +1,4 @@
-"""The recipe of params/tiny, at a few steps of a small world: it runs, goes on, and keeps what it says it keeps."""
+"""The recipe of params/tiny with a few steps: it runs, resumes, and keeps its documented files."""
 
 import pytest
 import torch

@@ -18,7 +18,7 @@ def scene(size="large", colour="red", shape="circle", background="white", x=32.0
     return shapes.Scene((shapes.Thing(size, colour, shape, x, y),), background)
 
 
-def test_canonical_captions_read_as_the_world_says():
+def test_canonical_captions_follow_the_grammar():
     assert shapes.caption(scene()) == "a large red circle on a white background"
     two = shapes.Scene(
         (shapes.Thing("small", "blue", "star"), shapes.Thing("large", "green", "square")), "black", "left of"
@@ -44,7 +44,7 @@ def test_held_out_captions_are_never_drawn_and_are_a_tenth():
 
 
 @given(st.integers(0, 2**31))
-def test_things_stay_inside_and_apart_and_stand_as_said(seed):
+def test_things_are_inside_apart_and_in_the_relation_of_the_caption(seed):
     (drawn,) = shapes.scenes(prng.key(seed), 1, two=1.0)
     first, second = drawn.things
     for thing in drawn.things:
@@ -64,8 +64,8 @@ def test_scenes_are_a_function_of_the_key():
 
 def test_shapes_have_the_areas_of_their_definitions():
     def area(shape, size):
-        picture = numpy.asarray(shapes.draw(scene(size, "white", shape, "black"), supersample=8), dtype=float)
-        return ((picture[:, :, 0] - 20) / 225).sum()
+        img = numpy.asarray(shapes.draw(scene(size, "white", shape, "black"), supersample=8), dtype=float)
+        return ((img[:, :, 0] - 20) / 225).sum()
 
     for size, r in shapes.RADII.items():
         expected = {
@@ -80,7 +80,7 @@ def test_shapes_have_the_areas_of_their_definitions():
             assert area(shape, size) == pytest.approx(value, rel=0.06), (shape, size)
 
 
-def test_the_reader_reads_every_kind_of_true_picture():
+def test_the_reader_reads_every_kind_of_drawn_image():
     drawn = shapes.scenes(prng.key(5), 150)
     images = pixels.from_pil([shapes.draw(one) for one in drawn])
     assert prompts.table(images, drawn)["right"] == 1.0
@@ -97,13 +97,13 @@ def test_the_reader_reads_every_kind_of_true_picture():
         (scene(background="black"), "background"),
     ],
 )
-def test_the_reader_names_what_is_wrong(wrong, named):
+def test_the_reader_names_the_wrong_property(wrong, named):
     verdict = prompts.judge(prompts.read(pixels.from_pil(shapes.draw(wrong))[0]), scene())
     assert not getattr(verdict, named) and not verdict.right
     assert [name for name in verdict._fields if not getattr(verdict, name)] == [named]
 
 
-def test_the_reader_sees_a_thing_too_many_and_a_wrong_relation():
+def test_the_reader_notices_a_surplus_thing_and_a_wrong_relation():
     two = shapes.Scene(
         (shapes.Thing("small", "blue", "star", 12, 30), shapes.Thing("large", "green", "square", 45, 32)),
         "black",
@@ -119,7 +119,7 @@ def test_the_reader_sees_a_thing_too_many_and_a_wrong_relation():
     assert not prompts.judge(reading, one).count
 
 
-def test_a_blank_or_a_smeared_picture_is_not_right():
+def test_a_blank_or_a_blurred_image_is_not_right():
     assert not prompts.judge(prompts.read(torch.ones(3, 64, 64)), scene()).right
     smear = torch.linspace(0, 1, 64).expand(3, 64, 64)
     assert not prompts.judge(prompts.read(smear), scene()).right

@@ -1,4 +1,4 @@
-"""The byte-pair tokenizer on a small vocabulary trained here: what holds for any tokenizer of this format."""
+"""The byte-pair tokenizer on a small trained vocabulary: properties of any tokenizer of this format."""
 
 import copy
 import dataclasses
@@ -63,7 +63,7 @@ def test_a_row_does_not_depend_on_its_batch(batch):
 
 
 @given(texts)
-def test_encoding_what_was_decoded_gives_the_same_ids(text):
+def test_encoding_decoded_text_gives_the_same_ids(text):
     ids = plain(text, special_tokens=False)
     assert plain(bpe.decode(TABLES, ids), special_tokens=False) == ids
 
@@ -125,7 +125,7 @@ def test_offsets_point_into_the_text_as_it_was_written():
     assert [text[start:end] for start, end in spans] == ["", "A", "Red", "CIRCLE", ""]
 
 
-def test_special_tokens_typed_into_a_text_count_unless_told_otherwise():
+def test_special_tokens_typed_into_a_text_count_by_default():
     text = "red<|endoftext|>blue"
     assert plain(text) == [BOS, VOCAB["red</w>"], EOS, VOCAB["blue</w>"], EOS]
     assert EOS not in plain(text, special_tokens=False)[:-1]
@@ -191,7 +191,7 @@ def test_bytes_that_a_vocabulary_lacks_become_its_unknown_token():
     assert bpe.offsets(bpe.init(vocab, []), "aba z") == [[(0, 0), (0, 1), (1, 2), (2, 3), (4, 5), (0, 0)]]
 
 
-def test_what_save_writes_init_reads_back(tmp_path):
+def test_init_reads_the_files_that_save_wrote(tmp_path):
     tables = bpe.init((VOCAB, MERGES), pad_token="!", model_max_length=24)
     bpe.save(tmp_path / "new" / "folder", tables)
     assert bpe.init(tmp_path / "new" / "folder") == tables
@@ -246,7 +246,7 @@ def test_a_wrong_argument_is_named(call, message):
         call()
 
 
-def test_every_problem_of_a_folder_is_told_in_one_error_with_its_path(tmp_path):
+def test_every_problem_of_a_folder_is_in_one_error_with_its_path(tmp_path):
     bpe.save(tmp_path, TABLES)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
     vocab = {token: i for token, i in VOCAB.items() if token != "<|endoftext|>"}
@@ -256,7 +256,7 @@ def test_every_problem_of_a_folder_is_told_in_one_error_with_its_path(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text("[]")
     with pytest.raises(ValueError) as caught:
         bpe.init(tmp_path)
-    told = str(caught.value)
+    arguments = str(caught.value)
     for part in (
         str(tmp_path),
         "'a b c'",
@@ -265,7 +265,7 @@ def test_every_problem_of_a_folder_is_told_in_one_error_with_its_path(tmp_path):
         "eos_token '<|endoftext|>' is not in the vocabulary",
         "special_tokens_map.json: is [], not a JSON object",
     ):
-        assert part in told
+        assert part in arguments
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What CLIP's text encoder promises apart from parity with transformers."""
+"""Properties of CLIP's text encoder apart from parity with transformers."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_projected_is_a_linear_map_of_pooled_without_a_bias():
     torch.testing.assert_close(output.projected, output.pooled @ PARAMS["projection"]["weight"].T)
 
 
-def test_penultimate_is_what_the_last_block_reads():
+def test_penultimate_is_the_input_of_the_last_block():
     shorter = replace(CONFIG, layers=2)
     first_two = {**PARAMS, "blocks": PARAMS["blocks"][:2]}
     embedded = {**PARAMS, "blocks": PARAMS["blocks"][:1]}

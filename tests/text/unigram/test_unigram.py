@@ -129,13 +129,13 @@ def test_decoding_gives_back_the_normalised_text(tables, mode, words):
     assert unigram.decode(tables, [ids, ids]) == [unigram.decode(tables, ids)] * 2
 
 
-def test_decoding_names_special_tokens_only_when_asked(tables):
+def test_decoding_keeps_special_tokens_only_on_request(tables):
     ids = unigram.apply(tables, "red star<extra_id_1>", length=8)
     assert unigram.decode(tables, ids) == ["red star"]
     assert unigram.decode(tables, ids, skip_special=False) == ["red star<extra_id_1></s>" + "<pad>" * 4]
 
 
-def test_typed_special_tokens_are_tokens_or_text_as_asked(tables):
+def test_typed_special_tokens_are_tokens_or_text_by_option(tables):
     sentinel = tables.pieces.index("<extra_id_0>")
     (ids,) = unigram.apply(tables, "red <extra_id_0> star</s>", length=None)
     red, star = (unigram.apply(tables, word, length=None)[0][:-1] for word in ("red", "star"))
@@ -147,7 +147,7 @@ def test_typed_special_tokens_are_tokens_or_text_as_asked(tables):
     )
 
 
-def test_tables_are_equal_to_what_they_are_saved_as_and_survive_copying(tables, bare, tmp_path):
+def test_saved_and_copied_tables_equal_the_original(tables, bare, tmp_path):
     for index, one in enumerate((tables, bare)):
         unigram.save(tmp_path / str(index), one)
         assert unigram.init(tmp_path / str(index)) == one
@@ -203,7 +203,7 @@ def test_the_sentencepiece_file_alone_gives_the_same_tokenizer_but_for_spacing(t
         (lambda d: d["post_processor"].update(single=[]), "post_processor"),
     ],
 )
-def test_a_tokenizer_file_that_asks_for_something_else_is_refused_by_path_and_reason(tables, tmp_path, change, problem):
+def test_a_tokenizer_file_with_unsupported_settings_is_refused_by_path_and_reason(tables, tmp_path, change, problem):
     unigram.save(tmp_path, tables)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     change(content)
@@ -258,8 +258,8 @@ def test_a_built_character_map_finds_exactly_its_keys(mapping, text):
     read = charsmap.parse(charsmap.build(mapping))
     for probe in (text, *mapping, *(key + text for key in mapping)):
         ends = {len(key.encode()): value for key, value in mapping.items() if probe.startswith(key)}
-        found = {end: charsmap.replacement(read, place) for end, place in charsmap.matches(read, probe.encode())}
-        assert found == ends
+        actual = {end: charsmap.replacement(read, place) for end, place in charsmap.matches(read, probe.encode())}
+        assert actual == ends
 
 
 def test_a_character_map_that_points_outside_itself_is_refused():
@@ -313,7 +313,7 @@ def test_training_is_deterministic_and_ignores_the_order_of_the_texts():
 
 
 @pytest.mark.parametrize("size", [30, 45, 70])
-def test_a_trained_vocabulary_has_the_size_asked_for_and_reaches_every_text(size):
+def test_a_trained_vocabulary_has_the_requested_size_and_encodes_every_text(size):
     pieces = unigram.train(CAPTIONS, size)
     assert len(pieces) <= size and len({piece for piece, _ in pieces}) == len(pieces)
     assert {c for caption in CAPTIONS for c in caption if c != " "} <= {piece for piece, _ in pieces}
@@ -355,7 +355,7 @@ def test_the_maximisation_of_training_is_a_difference_of_digammas():
     assert scores["b"] == pytest.approx(-euler - 2 * math.log(2) - twenty, abs=1e-12)
 
 
-def test_training_refuses_what_it_cannot_do():
+def test_training_refuses_impossible_sizes_and_empty_texts():
     with pytest.raises(ValueError, match="size is 3; the texts hold"):
         unigram.train(CAPTIONS, 3)
     with pytest.raises(ValueError, match="no words"):
