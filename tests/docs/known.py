@@ -144,7 +144,9 @@ def substituted(words: list[str]) -> list[str]:
         option = word if word.startswith("--") else option
         table = PLACEHOLDERS["*"] | PLACEHOLDERS.get(option, {})
         name, equals, value = word.partition("=")
-        replaced.append(f"{table.get(name, name)}{equals}{table.get(value, value)}" if equals else table.get(word, word))
+        replaced.append(
+            f"{table.get(name, name)}{equals}{table.get(value, value)}" if equals else table.get(word, word)
+        )
     return replaced
 
 
