@@ -180,8 +180,8 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
     weight (x.shape[-1],).
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    upcast = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = upcast * torch.rsqrt(upcast.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * params["weight"]
 
 

@@ -59,9 +59,9 @@ def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
     if isinstance(seed, Tensor):
         if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
             raise ValueError(f"seed has dtype {seed.dtype}; a seed is an integer")
-        wide = seed.to(device or seed.device, torch.int64)
-        fits = (wide >= -(2**31)) & (wide < 2**32)
-        return torch.stack((torch.where(fits, 0, (wide >> 32) & _WORD), wide & _WORD), dim=-1)
+        seeds = seed.to(device or seed.device, torch.int64)
+        fits = (seeds >= -(2**31)) & (seeds < 2**32)
+        return torch.stack((torch.where(fits, 0, (seeds >> 32) & _WORD), seeds & _WORD), dim=-1)
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise ValueError(f"seed {seed!r} is not an integer")
     seed = seed.__index__()
@@ -245,8 +245,8 @@ def _check_floating(dtype: torch.dtype) -> None:
 def check_key(key: Key) -> None:
     """Raises ValueError unless key is an int64 tensor (..., 2)."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.ndim < 1 or key.shape[-1] != 2:
-        given = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise ValueError(f"key is {given}; a key is an int64 tensor (..., 2), made by prng.key(seed)")
+        described = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+        raise ValueError(f"key is {described}; a key is an int64 tensor (..., 2), made by prng.key(seed)")
 
 
 # The cipher's words are int32 below: half the memory of int64, and sums overflow as in the cipher.

@@ -280,13 +280,13 @@ def _compare(path: str, ours: Tensor, theirs: Tensor, rtol: float, atol: float) 
     differences = []
     if ours.dtype != theirs.dtype:
         differences.append(Difference(path, "dtype", math.inf, f"{ours.dtype} against {theirs.dtype}"))
-    wide = torch.promote_types(_at_least_float32(ours.dtype), _at_least_float32(theirs.dtype))
-    ours, theirs = ours.detach().to(wide), theirs.detach().to(theirs.device, wide).to(ours.device)
-    off = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
-    if off.any():
-        gaps = (ours[off].double() - theirs[off].double()).abs()
+    dtype = torch.promote_types(_at_least_float32(ours.dtype), _at_least_float32(theirs.dtype))
+    ours, theirs = ours.detach().to(dtype), theirs.detach().to(theirs.device, dtype).to(ours.device)
+    differs = ~torch.isclose(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
+    if differs.any():
+        gaps = (ours[differs].double() - theirs[differs].double()).abs()
         amount = float(gaps.nan_to_num(math.inf).max())
-        detail = f"{int(off.sum())} of {off.numel()} elements differ, by at most {amount:.3g}"
+        detail = f"{int(differs.sum())} of {differs.numel()} elements differ, by at most {amount:.3g}"
         differences.append(Difference(path, "value", amount, detail))
     return differences
 

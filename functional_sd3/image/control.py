@@ -15,21 +15,21 @@ def encode(
     images: Tensor,
     *,
     shifted: bool = True,
-    wide: bool = False,
+    canny_range: bool = False,
     mask: Tensor | None = None,
     key: Key | None = None,
 ) -> Tensor:
     """images (batch, 3, height, width) in [0, 1] -> float32 latents (batch, channels [+ 1], height / 8, width / 8).
 
     shifted: normalised with the VAE's shift, as the transformer's latents are; diffusers leaves the shift out for
-    ControlNets that were trained without the pooled embedding. wide: the VAE's input spans 0.5 to 128 instead of -1 to
-    1, as in Stability's reference for its canny file, and in diffusers. mask (batch or 1, 1, height, width): pixels
-    above 0.5 are replaced by -1 before encoding, and an additional channel is 1 where the image is kept. key: samples
-    the posterior (diffusers); its mean by default. Raises ValueError for other shapes.
+    ControlNets that were trained without the pooled embedding. canny_range: the VAE's input spans 0.5 to 128 instead of
+    -1 to 1, as in Stability's reference for its canny file, and in diffusers. mask (batch or 1, 1, height, width):
+    pixels above 0.5 are replaced by -1 before encoding, and an additional channel is 1 where the image is kept. key:
+    samples the posterior (diffusers); its mean by default. Raises ValueError for other shapes.
     """
     check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
     check_channels("images", images, 3)
-    inputs = images * 255.0 * 0.5 + 0.5 if wide else pixels.to_signed(images)
+    inputs = images * 255.0 * 0.5 + 0.5 if canny_range else pixels.to_signed(images)
     if mask is not None:
         if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[-2:] != images.shape[-2:]:
             size = ", ".join(map(str, images.shape[-2:]))

@@ -32,7 +32,8 @@ def squared(x: Tensor, y: Tensor, *, sigma: float = SIGMA) -> Tensor:
     """The biased squared discrepancy of x (n, d) and y (m, d) for k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), a float64
     scalar. Memory grows with n + m, not with their product."""
     x, y = x.double(), y.double()
-    # The kernel of near points is near 1 and its sums nearly cancel: k - 1 is summed, whose ones cancel exactly.
+    # The kernel of near points is near 1 and its sums nearly cancel, so k - 1 is summed instead: the ones cancel
+    # exactly.
     return _mean_less_one(x, x, sigma) + _mean_less_one(y, y, sigma) - 2 * _mean_less_one(x, y, sigma)
 
 

@@ -27,7 +27,7 @@ def blocks(x: Tensor, y: Tensor) -> Iterator[Tensor]:
 
 def radii(x: Tensor, k: int) -> Tensor:
     """The distance from each of x (n, d) to its k-th nearest other sample: float64 (n,)."""
-    # Each is its own nearest neighbour.
+    # k + 1, as each sample is the nearest neighbour of itself.
     return torch.cat([block.kthvalue(k + 1, 1).values for block in blocks(x, x)])
 
 

@@ -94,7 +94,7 @@ def control_latents(
         require(config, "vae"),
         images,
         shifted=mask is not None or not net.zero_pooled,
-        wide=net.kind == "canny" and net.context_width is None,
+        canny_range=net.kind == "canny" and net.context_width is None,
         mask=mask,
         key=key,
     )

@@ -178,7 +178,7 @@ def _check_template(template: str) -> None:
 
 class _Gathered(NamedTuple):
     samples: list[tuple[Sample, str]]
-    """Each with the words for where its caption came from, "" where there is none."""
+    """Each with words for the source of its caption, "" where there is none."""
     skipped: list[Skipped]
     notes: list[str]
 

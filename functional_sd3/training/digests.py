@@ -18,7 +18,7 @@ from functional_sd3.formats import bounded, files
 from functional_sd3.formats.errors import WeightsError, reason
 
 LENGTH = 32
-"""Hexadecimal digits that are kept: collisions by accident are out of the question."""
+"""Hexadecimal digits of a digest: 128 bits, enough to exclude accidental collisions."""
 _BLOCK = 2**20
 
 

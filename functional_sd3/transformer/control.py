@@ -47,8 +47,10 @@ def check(control: Control, transformer: mmdit.Config) -> None:
         if theirs != ours:
             raise ValueError(f"the ControlNet was made for another model: its {name} is {theirs}, the model's {ours}")
     if config.context_width not in (None, transformer.context_width):
-        wide = f"{config.context_width} wide, the model's {transformer.context_width}"
-        raise ValueError(f"the ControlNet was made for another model: its context is {wide}")
+        raise ValueError(
+            f"the ControlNet was made for another model: its context is {config.context_width} wide, "
+            f"the model's {transformer.context_width}"
+        )
     if config.depth > transformer.depth:
         raise ValueError(
             f"the ControlNet was made for another model: it has {config.depth} blocks, "
