@@ -33,7 +33,7 @@ TOKENS = 333
 
 
 class Row(NamedTuple):
-    """Milliseconds of both sides; `difference`: of their outputs, relative; `more`: what else there is to say."""
+    """Milliseconds of both sides; `difference`: of their outputs, relative; `more`: remarks."""
 
     what: str
     ours: float
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where and how: a device, the rounds of a row, the models, the sides of their pictures in pixels, the steps."""
+    """Where and how: a device, the rounds of a row, the models, the sides of their images in pixels, the steps."""
 
     device: torch.device
     rounds: int
@@ -78,7 +78,7 @@ def milliseconds(place: Place, *runs: Callable[[], object], rounds: int | None =
 
 
 def captured(place: Place, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The run as one CUDA graph: what is pure needs nothing but to be recorded."""
+    """The run as one CUDA graph, which a pure function allows."""
     if not place.cuda:
         return run
     for _ in range(3):
@@ -139,7 +139,7 @@ def product(place: Place) -> Iterator[Row]:
 
 
 def forward(place: Place) -> Iterator[Row]:
-    """One evaluation for a picture with guidance."""
+    """One evaluation for an image with guidance."""
     from torch.utils.flop_counter import FlopCounterMode
 
     block = transform.compile(joint_block.apply, dynamic=False)
@@ -207,8 +207,8 @@ def sampling(place: Place) -> Iterator[Row]:
         def guided(x, t):
             index = schedule.position(times[:-1], t).reshape(1)
             row = tree.map(lambda leaf: leaf.index_select(0, index).squeeze(0), rows)
-            told = torch.cat([x, x]).to(context.dtype), None, context, None
-            both = mmdit.apply(pair.params, config, *told, modulations=row, block_transform=block_transform)
+            inputs = torch.cat([x, x]).to(context.dtype), None, context, None
+            both = mmdit.apply(pair.params, config, *inputs, modulations=row, block_transform=block_transform)
             return combining.extrapolate(*both.chunk(2), 5.0)
 
         return guided
@@ -219,8 +219,8 @@ def sampling(place: Place) -> Iterator[Row]:
     def theirs():
         x = noise
         for t, later in zip(times, times[1:], strict=False):
-            told = torch.cat([x, x]).to(context.dtype), context, pooled, 1000 * t.repeat(2)
-            uncond, cond = _peer(pair.module, *told).float().chunk(2)
+            inputs = torch.cat([x, x]).to(context.dtype), context, pooled, 1000 * t.repeat(2)
+            uncond, cond = _peer(pair.module, *inputs).float().chunk(2)
             x = x + (later - t) * (uncond + 5.0 * (cond - uncond))
         return x
 

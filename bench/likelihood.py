@@ -1,8 +1,8 @@
 """Log-likelihood of images under their caption against a shuffled one: `python -m bench.likelihood [--params DIR]`
 
-Held-out scenes of the shapes world (whose captions were never trained on) are drawn and encoded, and each is asked
-about under its caption and under a caption of the very same words in which two things, or a thing and the background,
-have changed one attribute. Prints how often the true caption wins, by log-likelihood and by the training loss.
+Held-out scenes of the shapes world (whose captions were never trained on) are drawn and encoded, and compared under
+their caption and under a caption of the same words in which two things, or a thing and the background, have exchanged
+one attribute. Prints how often the true caption is likelier, by log-likelihood and by the training loss.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ATTRIBUTES = ("colour", "shape", "size")
 
 
 class Pair(NamedTuple):
-    """A scene, and its caption with one attribute changed about."""
+    """A scene, and its caption with one attribute exchanged."""
 
     scene: Scene
     shuffled: str
@@ -53,8 +53,10 @@ def latents(model: Model, scenes: list[Scene]) -> Tensor:
 
 
 def advantages(model: Model, pairs: list[Pair], key: Key, **run) -> tuple[Tensor, Tensor]:
-    """By how many nats the caption makes each picture likelier than the shuffled one, and the standard error of that;
-    run: options of `likelihood.estimate`."""
+    """Log-likelihood (nats) of each image under its caption less that under the shuffled one, with its standard error.
+
+    run: options of `likelihood.estimate`.
+    """
     x0 = latents(model, [pair.scene for pair in pairs])
     keys = prng.fold_in(key, torch.arange(len(pairs)))
     true, shuffled = (likelihood.estimate(field, x0, key=keys, **run) for field in _fields(model, pairs))
@@ -63,7 +65,7 @@ def advantages(model: Model, pairs: list[Pair], key: Key, **run) -> tuple[Tensor
 
 
 def loss_advantages(model: Model, pairs: list[Pair], key: Key, draws: int) -> tuple[Tensor, Tensor]:
-    """By how much the shuffled caption's loss is above the caption's, and the standard error of that."""
+    """Loss under the shuffled caption less that under the caption, with its standard error."""
     x0 = latents(model, [pair.scene for pair in pairs])
     keys = prng.fold_in(key, torch.arange(len(pairs)))
     true, shuffled = (likelihood.losses(field, x0, keys, draws=draws) for field in _fields(model, pairs))
@@ -73,7 +75,7 @@ def loss_advantages(model: Model, pairs: list[Pair], key: Key, draws: int) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=None)
-    parser.add_argument("--count", type=int, default=200, help="pictures")
+    parser.add_argument("--count", type=int, default=200, help="images")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--method", default="euler")

@@ -49,7 +49,7 @@ def test_each_mode_is_its_definition(mode, size):
     image = noise(*size)
     actual = preprocess.MODES[mode](image)
     assert actual.dtype == torch.float32
-    # Places in a picture are float32 in the packages too: on noise that is this much.
+    # Places in an image are float32 in the packages too: on noise that is this much.
     torch.testing.assert_close(actual.double(), expected(mode, image), rtol=0, atol=1.5e-4)
 
 

@@ -109,7 +109,7 @@ def test_the_latent_blend_of_inpainting_equals_diffusers(made, run_theirs, stren
             *parts(model), PROMPTS, images, mask, prng.key(0), noise=noise, strength=strength, steps=steps, cfg=cfg
         )
     assert float((ours - expected).abs().max()) < 1e-4
-    # What they make pictures of is not shifted: theirs are those of other latents.
+    # What they make images of is not shifted: theirs are those of other latents.
     pictures = run_theirs("StableDiffusion3InpaintPipeline", noise, images, mask_image=mask, **options)
     with torch.no_grad():
         unshifted = vae.decode(model.params["vae"], model.config.vae, latents / model.config.vae.scaling)

@@ -129,7 +129,7 @@ PARAMS = random_params()
 
 @st.composite
 def samples(draw, batch=sizes):
-    """latents, t, context, pooled of any batch, picture size and number of text tokens."""
+    """latents, t, context, pooled of any batch, image size and number of text tokens."""
     generator = torch.Generator().manual_seed(draw(seeds))
     n, height, width, tokens = draw(batch), 2 * draw(st.integers(1, 6)), 2 * draw(st.integers(1, 6)), draw(sizes)
     latents = torch.randn(n, 2, height, width, generator=generator)

@@ -51,7 +51,7 @@ def tiny() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """A whole model with tokenizers in a folder, in float16, for pictures of 16 pixels a side."""
+    """A whole model with tokenizers in a folder, in float16, for images of 16 pixels a side."""
     captions = [shapes.caption(scene, index) for index, scene in enumerate(shapes.scenes(prng.key(0), 60))]
     tables = bpe.init(bpe.train(captions, 560), model_max_length=16)
     charsmap = unigram.plain_charsmap()
