@@ -8,7 +8,6 @@ from functional_sd3.pipeline.adapters import Adapted, adapted, with_loras
 from functional_sd3.pipeline.blending import Region, blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components
 from functional_sd3.pipeline.draw import decode_latents, draw, sample_latents
-from functional_sd3.pipeline.editing import edit, flow_edit
 from functional_sd3.pipeline.edits import (
     edit_field,
     edit_latents,
@@ -19,8 +18,7 @@ from functional_sd3.pipeline.edits import (
 )
 from functional_sd3.pipeline.encoding import encode, encode_from
 from functional_sd3.pipeline.fields import Conditions, slice_batch, velocities, velocity
-from functional_sd3.pipeline.image_to_image import image_to_image
-from functional_sd3.pipeline.inpainting import inpaint, outpaint
+from functional_sd3.pipeline.from_images import edit, flow_edit, image_to_image, inpaint, outpaint
 from functional_sd3.pipeline.interpolation import interpolate, variations
 from functional_sd3.pipeline.latents import (
     control_latents,
@@ -35,7 +33,6 @@ from functional_sd3.pipeline.mixing import between, lerp, mix_conditions
 from functional_sd3.pipeline.prepare import Prepared, prepare, slice_samples, split_batches
 from functional_sd3.pipeline.preview import preview
 from functional_sd3.pipeline.record import describe, read_description
-from functional_sd3.pipeline.regions import regional, tiled
 from functional_sd3.pipeline.request import (
     AppliedLora,
     FlowEdit,
@@ -56,7 +53,7 @@ from functional_sd3.pipeline.sampling import (
     sample,
     sigmas,
 )
-from functional_sd3.pipeline.text_to_image import generate, generate_from
+from functional_sd3.pipeline.text_to_image import generate, generate_from, regional, tiled
 from functional_sd3.pipeline.trajectories import denoised, draw_steps, states, trajectory
 
 __all__ = [

@@ -1,21 +1,30 @@
 """Images near an image, and images on the way from one prompt or seed to another."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key
-from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
-from functional_sd3.flow.ode.method import Method, StepInfo
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.components import Components
 from functional_sd3.pipeline.draw import draw
 from functional_sd3.pipeline.mixing import Mix, lerp
 from functional_sd3.pipeline.prepare import prepare
-from functional_sd3.pipeline.request import Frames, Request, SamplingOptions, TextOptions, Variation, prompt_list
+from functional_sd3.pipeline.request import (
+    AnyMethod,
+    BlockTransform,
+    Frames,
+    Loras,
+    OnStep,
+    Prompts,
+    Request,
+    SamplingOptions,
+    TextOptions,
+    Variation,
+    prompt_list,
+)
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Tokenizers
@@ -25,27 +34,28 @@ def variations(
     params: Components,
     config: Config,
     tokenizers: Tokenizers,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     key: Key,
     *,
     towards: Key,
     amount: float | Tensor = 0.2,
-    negative: str | Sequence[str] | None = None,
+    negative: Prompts | None = None,
     steps: int = 28,
     cfg: float | Tensor = 5.0,
     guidance: Guidance | None = None,
     height: int | None = None,
     width: int | None = None,
-    method: Method | ode.Adaptive | str | None = None,
-    on_step: Callable[[StepInfo], Any] | None = None,
+    method: AnyMethod | None = None,
+    on_step: OnStep | None = None,
     t5_length: int | None = None,
     weighted: bool = False,
     long_prompts: bool = False,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: BlockTransform | None = None,
     implementation: Implementation = "sdpa",
+    loras: Loras = (),
 ) -> Tensor:
     """Images near those of a key: (batch, 3, height, width) in [0, 1], float32.
 
@@ -60,7 +70,7 @@ def variations(
     count = max(len(prompts), *(len(each) for each in (key, towards) if each.ndim > 1), 1)
     prompts = prompts * count if len(prompts) == 1 else prompts
     variation = Variation(towards, amount)
-    request = Request(prompts, key, text, run, height=height, width=width, variation=variation)
+    request = Request(prompts, key, text, run, height=height, width=width, variation=variation, loras=loras)
     return draw(params, config, prepare(params, config, tokenizers, request))
 
 
@@ -68,28 +78,29 @@ def interpolate(
     params: Components,
     config: Config,
     tokenizers: Tokenizers,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     keys: Key,
     *,
     frames: int = 8,
     mix: Mix = lerp,
     batch: int | None = None,
-    negative: str | Sequence[str] | None = None,
+    negative: Prompts | None = None,
     steps: int = 28,
     cfg: float | Tensor = 5.0,
     guidance: Guidance | None = None,
     height: int | None = None,
     width: int | None = None,
-    method: Method | ode.Adaptive | str | None = None,
-    on_step: Callable[[StepInfo], Any] | None = None,
+    method: AnyMethod | None = None,
+    on_step: OnStep | None = None,
     t5_length: int | None = None,
     weighted: bool = False,
     long_prompts: bool = False,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: BlockTransform | None = None,
     implementation: Implementation = "sdpa",
+    loras: Loras = (),
 ) -> Tensor:
     """Images on the way from prompt to prompt, or seed to seed, or both: (frames, 3, height, width) in [0, 1].
 
@@ -102,5 +113,5 @@ def interpolate(
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
     )
-    request = Request(prompts, keys, text, run, height=height, width=width, frames=Frames(frames, mix))
+    request = Request(prompts, keys, text, run, height=height, width=width, frames=Frames(frames, mix), loras=loras)
     return draw(params, config, prepare(params, config, tokenizers, request), batch=batch)

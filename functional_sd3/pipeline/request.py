@@ -24,6 +24,14 @@ from functional_sd3.transformer.ip_adapter import ImagePrompt
 
 T = TypeVar("T")
 
+Prompts = str | Sequence[str]
+AnyMethod = Method | ode.Adaptive | str
+"""A method, or the name of one (`ode.NAMES`)."""
+OnStep = Callable[[StepInfo], Any]
+BlockTransform = Callable[[Callable], Callable]
+Loras = Sequence[tuple[Lora, Scale]]
+"""LoRAs with their scales, which add up."""
+
 EDIT_ETA, EDIT_WINDOW, EDIT_SOURCE_CFG = 0.9, (0.0, 0.25), 1.0
 """Defaults of `edit`."""
 
@@ -42,7 +50,7 @@ class AppliedLora(NamedTuple):
 class TextOptions:
     """How prompts are read: options of `conditioning.apply`, and what to keep away from ("" by default)."""
 
-    negative: str | Sequence[str] | None = None
+    negative: Prompts | None = None
     t5_length: int | None = None
     """Tokens that T5 reads; by default 256, or as many as its tokenizer says."""
     weighted: bool = False
@@ -56,13 +64,13 @@ class SamplingOptions:
     steps: int = 28
     cfg: float | Tensor = 5.0
     guidance: Guidance | None = None
-    method: Method | ode.Adaptive | str | None = None
-    """A method, the name of one (`ode.NAMES`), or None for that of the model's scheduler config."""
-    on_step: Callable[[StepInfo], Any] | None = None
+    method: AnyMethod | None = None
+    """None for that of the model's scheduler config."""
+    on_step: OnStep | None = None
     skip_layers: Sequence[int] = ()
     control: Sequence[Control] = ()
     image_prompt: ImagePrompt | None = None
-    block_transform: Callable[[Callable], Callable] | None = None
+    block_transform: BlockTransform | None = None
     implementation: Implementation = "sdpa"
 
     def __post_init__(self) -> None:
@@ -173,7 +181,7 @@ class Request:
     edit: InversionEdit | FlowEdit | None = None
     frames: Frames | None = None
     field: Field | None = None
-    loras: Sequence[tuple[Lora, Scale]] = ()
+    loras: Loras = ()
     words: Sequence[Word] = ()
 
     def __post_init__(self) -> None:
@@ -226,12 +234,12 @@ def needed(part: T | None, name: str) -> T:
     return part
 
 
-def prompt_list(prompts: str | Sequence[str]) -> list[str]:
+def prompt_list(prompts: Prompts) -> list[str]:
     """Prompts as a list; a text is one prompt."""
     return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
-def broadcast_prompts(prompts: str | Sequence[str], images: Tensor) -> tuple[list[str], Tensor]:
+def broadcast_prompts(prompts: Prompts, images: Tensor) -> tuple[list[str], Tensor]:
     """As many prompts as images: one of either serves all of the other. Raises ValueError for other numbers."""
     prompts = prompt_list(prompts)
     check_channels("images", images, 3)

@@ -2,22 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key
-from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
-from functional_sd3.flow.ode.method import Method, StepInfo
+from functional_sd3.flow.ode.method import StepInfo
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.adapters import with_loras
 from functional_sd3.pipeline.components import Components, fetch
 from functional_sd3.pipeline.draw import decode_latents, sample_latents
 from functional_sd3.pipeline.prepare import Prepared, prepare
-from functional_sd3.pipeline.request import Request, SamplingOptions, TextOptions
+from functional_sd3.pipeline.request import (
+    AnyMethod,
+    BlockTransform,
+    Loras,
+    OnStep,
+    Prompts,
+    Request,
+    SamplingOptions,
+    TextOptions,
+)
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.weights.model import Tokenizers
@@ -37,27 +44,28 @@ def trajectory(
     params: Components,
     config: Config,
     tokenizers: Tokenizers,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     key: Key,
     *,
     show: Callable[[StepInfo], Tensor] = states,
-    negative: str | Sequence[str] | None = None,
+    negative: Prompts | None = None,
     steps: int = 28,
     cfg: float | Tensor = 5.0,
     guidance: Guidance | None = None,
     height: int | None = None,
     width: int | None = None,
-    method: Method | ode.Adaptive | str | None = None,
+    method: AnyMethod | None = None,
     noise: Tensor | None = None,
-    on_step: Callable[[StepInfo], Any] | None = None,
+    on_step: OnStep | None = None,
     t5_length: int | None = None,
     weighted: bool = False,
     long_prompts: bool = False,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: BlockTransform | None = None,
     implementation: Implementation = "sdpa",
+    loras: Loras = (),
 ) -> Tensor:
     """The steps of `generate`: (steps, batch, 3, height, width) in [0, 1], float32, decoded step by step.
 
@@ -68,7 +76,7 @@ def trajectory(
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
     )
-    request = Request(prompts, key, text, run, height=height, width=width, noise=noise)
+    request = Request(prompts, key, text, run, height=height, width=width, noise=noise, loras=loras)
     return draw_steps(params, config, prepare(params, config, tokenizers, request), show)
 
 

@@ -235,3 +235,23 @@ def test_loras_and_words_of_a_request_are_those_added_to_the_model(model):
     without = model._replace(params={name: part for name, part in model.params.items() if name != "t5"})
     with pytest.raises(ValueError, match="a LoRA adapts t5, which this model lacks"):
         pipeline.prepare(*parts(without), request)
+
+
+@pytest.mark.parametrize(
+    "name", ["generate", "image_to_image", "outpaint", "tiled", "interpolate", "trajectory", "edit"]
+)
+def test_every_function_that_draws_takes_loras(model, name):
+    style = small_lora(model.config)
+    style = tree.map_with_path(lambda path, leaf: leaf + 0.2 if path.endswith("up") else leaf, style)
+    calls = {
+        "image_to_image": ("a", IMAGES, KEY),
+        "outpaint": ("a", IMAGES, KEY),
+        "edit": ("a", "b", IMAGES),
+        "interpolate": (["a", "b"], KEY),
+    }
+    more = {"tiled": {"height": 64, "width": 80}, "outpaint": {"right": 16}, "interpolate": {"frames": 2}}.get(name, {})
+    function, words = getattr(pipeline, name), calls.get(name, ("a", KEY))
+    merged = model._replace(params=lora.apply(model.params, style, 0.5, lazy=True))
+    expected = function(*parts(merged), *words, steps=2, **more)
+    assert torch.equal(function(*parts(model), *words, steps=2, loras=[(style, 0.5)], **more), expected)
+    assert not torch.equal(function(*parts(model), *words, steps=2, **more), expected)

@@ -1,0 +1,306 @@
+"""From images to images: started from noised images, behind a mask, beyond their borders, and edited.
+
+Meng et al. 2022, "SDEdit", arXiv:2108.01073; the result of diffusers' `StableDiffusion3Img2ImgPipeline` for the same
+noise and the mean of the VAE's posterior. `masks.keep_masked` is the mask; `edits` has the two algorithms of editing.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from functional_sd3.core.attention import Implementation
+from functional_sd3.core.types import Key
+from functional_sd3.flow import ode
+from functional_sd3.flow.guidance import Guidance
+from functional_sd3.flow.ode.method import Method
+from functional_sd3.layouts.components import Config
+from functional_sd3.pipeline.components import Components
+from functional_sd3.pipeline.draw import draw
+from functional_sd3.pipeline.masks import extend_canvas
+from functional_sd3.pipeline.prepare import prepare
+from functional_sd3.pipeline.request import (
+    EDIT_ETA,
+    EDIT_SOURCE_CFG,
+    EDIT_WINDOW,
+    FLOW_EDIT_CFG,
+    FLOW_EDIT_SOURCE_CFG,
+    FLOW_EDIT_STEPS,
+    FLOW_EDIT_STRENGTH,
+    AnyMethod,
+    BlockTransform,
+    FlowEdit,
+    InversionEdit,
+    Loras,
+    OnStep,
+    Prompts,
+    Request,
+    SamplingOptions,
+    StartImages,
+    TextOptions,
+    broadcast_prompts,
+)
+from functional_sd3.transformer.control import Control
+from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.weights.model import Tokenizers
+
+
+def image_to_image(
+    params: Components,
+    config: Config,
+    tokenizers: Tokenizers,
+    prompts: Prompts,
+    images: Tensor,
+    key: Key,
+    *,
+    strength: float = 0.6,
+    negative: Prompts | None = None,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    guidance: Guidance | None = None,
+    method: AnyMethod | None = None,
+    noise: Tensor | None = None,
+    on_step: OnStep | None = None,
+    t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: BlockTransform | None = None,
+    implementation: Implementation = "sdpa",
+    loras: Loras = (),
+    posterior_key: Key | None = None,
+) -> Tensor:
+    """Images of prompts, started from images: (batch, 3, height, width) in [0, 1], float32.
+
+    images (batch, 3, height, width) in [0, 1]; one image or one prompt serves all of the other. strength, in [0, 1]:
+    the part of the `steps` that is taken, rounded up to whole ones; 0 gives the images back, encoded and decoded, and
+    1 is `generate`. Where steps * strength is a whole number it is that number of steps; diffusers computes it in
+    binary fractions and takes one more in some cases (of 50 steps at 0.56 it takes 29, not 28). posterior_key: draws
+    the latents from the VAE's posterior, as diffusers does; by default its mean is taken. The rest as of `generate`.
+
+    Raises ValueError for a strength outside [0, 1], and for images of other shapes or numbers, or sizes that the model
+    cannot draw.
+    """
+    text = TextOptions(negative, t5_length, weighted, long_prompts)
+    run = SamplingOptions(
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
+    )
+    prompts, images = broadcast_prompts(prompts, images)
+    start = StartImages(images, strength, posterior_key=posterior_key)
+    request = Request(prompts, key, text, run, noise=noise, start=start, loras=loras)
+    return draw(params, config, prepare(params, config, tokenizers, request))
+
+
+def inpaint(
+    params: Components,
+    config: Config,
+    tokenizers: Tokenizers,
+    prompts: Prompts,
+    images: Tensor,
+    mask: Tensor,
+    key: Key,
+    *,
+    strength: float = 1.0,
+    soften: float | None = None,
+    restore: bool = False,
+    negative: Prompts | None = None,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    guidance: Guidance | None = None,
+    method: AnyMethod | None = None,
+    noise: Tensor | None = None,
+    on_step: OnStep | None = None,
+    t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: BlockTransform | None = None,
+    implementation: Implementation = "sdpa",
+    loras: Loras = (),
+    posterior_key: Key | None = None,
+) -> Tensor:
+    """Images painted anew where a mask is white: (batch, 3, height, width) in [0, 1], float32.
+
+    mask (batch or 1, 1, any height, any width of the images' proportions), in [0, 1]. By default it is hard: what is
+    at least half white is painted, each latent as the mask's pixel at its upper left says (`masks.hard`). soften: takes
+    grey for what lies between, a `strength` of its own for each latent (Levin and Fried 2023, arXiv:2306.00950), after
+    a blur of so many pixels of the mask, 0 for none (`masks.soft`). restore: lays what is kept of the images over the
+    result, pixel by pixel, since encoding and decoding alters it a little. The rest as of `image_to_image`; strength is
+    1 here, which diffusers takes to be 0.6. Its latents are equal; its images are a little off, for it does not add
+    the VAE's shift before it decodes (0.42).
+
+    Raises ValueError as `image_to_image`, and for a mask of other proportions or another number.
+    """
+    text = TextOptions(negative, t5_length, weighted, long_prompts)
+    run = SamplingOptions(
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
+    )
+    prompts, images = broadcast_prompts(prompts, images)
+    start = StartImages(images, strength, mask.to(images), soften, restore, posterior_key)
+    request = Request(prompts, key, text, run, noise=noise, start=start, loras=loras)
+    return draw(params, config, prepare(params, config, tokenizers, request))
+
+
+def outpaint(
+    params: Components,
+    config: Config,
+    tokenizers: Tokenizers,
+    prompts: Prompts,
+    images: Tensor,
+    key: Key,
+    *,
+    left: int = 0,
+    right: int = 0,
+    top: int = 0,
+    bottom: int = 0,
+    overlap: int = 0,
+    strength: float = 1.0,
+    soften: float | None = None,
+    restore: bool = False,
+    negative: Prompts | None = None,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    guidance: Guidance | None = None,
+    method: AnyMethod | None = None,
+    noise: Tensor | None = None,
+    on_step: OnStep | None = None,
+    t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: BlockTransform | None = None,
+    implementation: Implementation = "sdpa",
+    loras: Loras = (),
+    posterior_key: Key | None = None,
+) -> Tensor:
+    """Images continued beyond their borders by so many pixels: `inpaint` on a larger canvas.
+
+    overlap: so many pixels inside the old border are painted anew too, for a seam that fits. The rest as of `inpaint`.
+    Raises ValueError where the canvas is of a size that the model cannot draw.
+    """
+    text = TextOptions(negative, t5_length, weighted, long_prompts)
+    run = SamplingOptions(
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
+    )
+    images, mask = extend_canvas(images, left=left, right=right, top=top, bottom=bottom, overlap=overlap)
+    prompts, images = broadcast_prompts(prompts, images)
+    start = StartImages(images, strength, mask, soften, restore, posterior_key)
+    request = Request(prompts, key, text, run, noise=noise, start=start, loras=loras)
+    return draw(params, config, prepare(params, config, tokenizers, request))
+
+
+def edit(
+    params: Components,
+    config: Config,
+    tokenizers: Tokenizers,
+    source: Prompts,
+    target: Prompts,
+    images: Tensor,
+    *,
+    eta: float | Tensor = EDIT_ETA,
+    window: tuple[float, float] = EDIT_WINDOW,
+    source_cfg: float | Tensor = EDIT_SOURCE_CFG,
+    inversion: Callable[[Method], Method] | None = None,
+    negative: Prompts | None = None,
+    steps: int = 28,
+    cfg: float | Tensor = 5.0,
+    guidance: Guidance | None = None,
+    method: AnyMethod | None = ode.EULER,
+    on_step: OnStep | None = None,
+    t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: BlockTransform | None = None,
+    implementation: Implementation = "sdpa",
+    loras: Loras = (),
+    posterior_key: Key | None = None,
+) -> Tensor:
+    """Images of the source prompts turned into images of the target prompts: (batch, 3, height, width) in [0, 1].
+
+    images (batch, 3, height, width) in [0, 1] of the source prompts are inverted: the flow of the source, guided by
+    `source_cfg`, is followed from data to noise. The flow of the target, guided by `cfg`, leads back. It is pulled to
+    the images by `eta` in [0, 1] (`pull_to`; () or (batch,)) during the steps of `window`, fractions of the run as of a
+    ControlNet: 0 is the target's flow alone, 1 up to the end gives the images back. inversion: as of `invert_latents`.
+    The rest as of `generate`, for both runs, but for `guidance`, which is the target's; the method is Euler's by
+    default, since a run that draws noise leads back to nothing.
+
+    Raises ValueError for an eta or window outside [0, 1], and as `image_to_image`.
+    """
+    text = TextOptions(negative, t5_length, weighted, long_prompts)
+    run = SamplingOptions(
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
+    )
+    source, target, images = _broadcast(source, target, images)
+    request = Request(
+        target,
+        text=text,
+        sampling=run,
+        start=StartImages(images, posterior_key=posterior_key),
+        edit=InversionEdit(source, source_cfg, eta, window, inversion),
+        loras=loras,
+    )
+    return draw(params, config, prepare(params, config, tokenizers, request))
+
+
+def flow_edit(
+    params: Components,
+    config: Config,
+    tokenizers: Tokenizers,
+    source: Prompts,
+    target: Prompts,
+    images: Tensor,
+    key: Key,
+    *,
+    strength: float = FLOW_EDIT_STRENGTH,
+    source_cfg: float | Tensor = FLOW_EDIT_SOURCE_CFG,
+    averages: int = 1,
+    negative: Prompts | None = None,
+    steps: int = FLOW_EDIT_STEPS,
+    cfg: float | Tensor = FLOW_EDIT_CFG,
+    guidance: Guidance | None = None,
+    method: AnyMethod | None = ode.EULER,
+    on_step: OnStep | None = None,
+    t5_length: int | None = None,
+    weighted: bool = False,
+    long_prompts: bool = False,
+    skip_layers: Sequence[int] = (),
+    control: Sequence[Control] = (),
+    image_prompt: ImagePrompt | None = None,
+    block_transform: BlockTransform | None = None,
+    implementation: Implementation = "sdpa",
+    loras: Loras = (),
+    posterior_key: Key | None = None,
+) -> Tensor:
+    """Images of the source prompts turned into images of the target prompts, without inversion: FlowEdit.
+
+    Returns (batch, 3, height, width) in [0, 1], float32. The image z itself moves, along
+    v_target(z + x_t - x_0, t) - v_source(x_t, t) with x_t = (1 - t) x_0 + t noise, the mean over `averages` noises, new
+    ones at every time from `key`. strength: the part of the steps that is taken, n_max / T of the paper, whose values
+    for SD3 are the defaults; 0 gives the images back. With the same prompts and scales nothing moves. The rest as of
+    `generate`; `guidance` is the target's, and the method is Euler's by default.
+    """
+    text = TextOptions(negative, t5_length, weighted, long_prompts)
+    run = SamplingOptions(
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
+    )
+    source, target, images = _broadcast(source, target, images)
+    start, flow = StartImages(images, strength, posterior_key=posterior_key), FlowEdit(source, source_cfg, averages)
+    request = Request(target, key, text, run, start=start, edit=flow, loras=loras)
+    return draw(params, config, prepare(params, config, tokenizers, request))
+
+
+def _broadcast(source: Prompts, target: Prompts, images: Tensor) -> tuple[list[str], list[str], Tensor]:
+    """As many source prompts, target prompts and images."""
+    # The source twice: the target may have brought more images.
+    source, images = broadcast_prompts(source, images)
+    target, images = broadcast_prompts(target, images)
+    source, images = broadcast_prompts(source, images)
+    return source, target, images
