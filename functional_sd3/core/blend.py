@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def slerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
-    """Along the arc between vectors: (batch, ...), each sample one vector; amount () or (batch,).
+    """Spherical interpolation between vectors: (batch, ...), each sample one vector; amount () or (batch,).
 
     sin((1 - a) w) / sin(w) start + sin(a w) / sin(w) end with w the angle between them (Shoemake 1985, "Animating
     rotation with quaternion curves"). Between two Gaussian noises it is one, where the chord has too little variance.
@@ -17,7 +17,7 @@ def slerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
     squares = start.square().sum(axes, keepdim=True) * end.square().sum(axes, keepdim=True)
     cosine = (start * end).sum(axes, keepdim=True) / squares.sqrt().clamp_min(torch.finfo(start.dtype).tiny)
     has_arc = (cosine.abs() < 1 - 1e-6) & (squares > 0)
-    # Where there is none the angle is a harmless number, so that derivatives are finite too.
+    # Without an arc the angle is replaced by a constant, so that derivatives are finite too.
     angle = torch.acos(torch.where(has_arc, cosine, 0.0))
     sine = torch.sin(angle)
     arc = torch.sin((1 - amount) * angle) / sine * start + torch.sin(amount * angle) / sine * end
@@ -27,7 +27,7 @@ def slerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
 def ramp(length: int, overlap: int, *, rises: bool, falls: bool, like: Tensor) -> Tensor:
     """Weights of a tile along one side, (length,): linear over the overlap with another tile, else 1.
 
-    like: of what dtype and device.
+    like: a tensor of the dtype and device of the result.
     """
     slope = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (min(overlap, length) + 1)
     flat = torch.ones_like(slope)

@@ -76,7 +76,7 @@ _RESNET = (("shortcut", "nin_shortcut"), ("{part}", "{part}"))
 
 
 def vae(levels: int) -> Layout:
-    """The layout of a VAE of `levels` resolutions: theirs counts the decoder's from the largest pictures down."""
+    """The layout of a VAE of `levels` resolutions: theirs counts the decoder's from the largest images down."""
     rules = [
         *renamed(
             ("{side}.conv_in.{leaf}", "{side}.conv_in.{leaf}"),

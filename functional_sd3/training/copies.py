@@ -62,7 +62,7 @@ def renewed(every: int) -> Schedule:
 
 
 class Round(NamedTuple):
-    """The batch of a round, or None where there is nothing to learn from, and metrics of how it was made."""
+    """The batch of a round, or None where no group has spread, and the metrics of its rollout."""
 
     batch: Tree | None
     metrics: Metrics
@@ -84,16 +84,16 @@ def make_round_step(
     if updates < 1:
         raise ValueError(f"updates {updates} must be at least 1")
 
-    def round_step(state: PairState, given: Round) -> tuple[PairState, dict[str, Any]]:
+    def round_step(state: PairState, rollout: Round) -> tuple[PairState, dict[str, Any]]:
         train, done = state.train, state.step + 1
-        if given.batch is None:
+        if rollout.batch is None:
             zero = torch.zeros((), dtype=torch.float32, device=done.device)
             unmeasured = dict.fromkeys(names, math.nan)
-            return PairState(train, state.old, done), {"loss": zero, "grad_norm": zero, **unmeasured, **given.metrics}
+            return PairState(train, state.old, done), {"loss": zero, "grad_norm": zero, **unmeasured, **rollout.metrics}
         for _ in range(updates):
-            train, metrics = update(train, given.batch)
+            train, metrics = update(train, rollout.batch)
         with torch.no_grad():
             old = soft_update(state.old, train.params, decay(done))
-        return PairState(train, old, done), {**metrics, **given.metrics}
+        return PairState(train, old, done), {**metrics, **rollout.metrics}
 
     return round_step

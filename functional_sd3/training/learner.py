@@ -1,4 +1,4 @@
-"""What learns of a model: its transformer, or a LoRA over it; and the model at the start, which stays."""
+"""Trained parameters of a model: its transformer, or a LoRA over it; and the frozen model at the start."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from functional_sd3.weights.model import Model
 
 
 class Learner(NamedTuple):
-    """Trained parameters, and how a whole model is made of them.
+    """Trained parameters, and the functions that make a whole model of them.
 
     params: at the start: {"transformer": ...}, or the tree of a LoRA. whole: params -> those of the whole model; of a
     LoRA with the adapters beside the weights, for training and drawing. merged: params -> those of the whole model,
@@ -35,9 +35,9 @@ class Learner(NamedTuple):
 
 
 def learner(key: Key, model: Model, *, rank: int = 0) -> Learner:
-    """The transformer of a model as what learns; with a `rank`, a fresh LoRA of its attentions instead.
+    """Learner of a model's transformer; with a `rank`, of a fresh LoRA of its attentions instead.
 
-    The trained transformer is float32; other components are used as they are. Nothing of `model` is written to.
+    The trained transformer is float32; other components are used as they are. `model` is not written to.
     """
     start = model.params
     spec = {"transformer": SPECS["transformer"](model.config.transformer)}

@@ -1,4 +1,4 @@
-"""Methods of training by rewards: who draws, the batch of the rollouts, the objective, the decay of the old policy."""
+"""Methods of training by rewards: sampling policy, batch of the rollouts, objective, decay of the old policy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Options:
 
 
 class Policies(NamedTuple):
-    """Whole models' parameters that a batch is made with: at the start, the old policy's and the trained ones'."""
+    """Parameters of three whole models: at the start, the old policy's and the trained ones."""
 
     start: Params
     old: Params
@@ -38,7 +38,7 @@ class Policies(NamedTuple):
 
 
 class RewardMethod(NamedTuple):
-    """How images and their advantages train a policy.
+    """A method that trains a policy on images and their advantages.
 
     draws_from: the policy that draws. decay: of the old policy (`copies.soft_update`), by rounds done. batch:
     `(key, rows of a rollout, policies, times of the sampler (steps + 1,)) -> batch of the loss`. metrics: names of the

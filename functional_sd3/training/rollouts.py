@@ -19,7 +19,7 @@ Encode = Callable[[Sequence[str]], Conditioning]
 """prompts -> conditioning (prompts, ...)."""
 Draw = Callable[[Params, Conditioning, Key], Tree]
 """`(params of a whole model, conditioning (batch, ...), keys (batch, 2)) -> rows`, a dict of tensors (batch, ...):
-"latents", the samples x_0 (normalised), and whatever else of a run the objective learns from."""
+"latents", the samples x_0 (normalised), and other tensors of the run that the objective needs."""
 Decode = Callable[[Params, Tensor], Tensor]
 """`(params of a whole model, latents) -> images (batch, 3, height, width) in [0, 1]`."""
 
@@ -79,8 +79,8 @@ def draw_groups(
         conditioning = Conditioning(*(part.repeat_interleave(size, 0) for part in encoded))
         parts, images = [], []
         for start in range(0, count, at_once):
-            some = slice(start, start + at_once)
-            parts.append(draw(params, Conditioning(*(part[some] for part in conditioning)), keys[some]))
+            part_rows = slice(start, start + at_once)
+            parts.append(draw(params, Conditioning(*(part[part_rows] for part in conditioning)), keys[part_rows]))
             images.append(decode(params, parts[-1]["latents"]))
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         prompts_of_images = [text for text in texts for _ in range(size)]
@@ -97,7 +97,7 @@ def draw_groups(
 def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: Any) -> Rollout:
     """The first `wanted` groups with spread of `draw(0)`, `draw(1)`, ..., at most `draws` calls of it.
 
-    Groups whose rewards are all equal say nothing, and are dropped. options: of `rewards.group_advantages`, whose
+    Groups whose rewards are all equal give no advantage and are dropped. options: of `rewards.group_advantages`, whose
     standard deviation is that of all that was drawn.
 
     Metrics: reward and its std; every score; spread, the share of groups that have some; all_right and all_wrong, the
@@ -105,10 +105,10 @@ def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: An
     draws, calls of `draw`; diversity, the root of the mean variance of latents within a group.
     """
     drawn: list[Groups] = []
-    found = 0
-    while found < wanted and len(drawn) < draws:
+    count = 0
+    while count < wanted and len(drawn) < draws:
         drawn.append(draw(len(drawn)))
-        found += int(rewards.has_spread(drawn[-1].rewards).sum())
+        count += int(rewards.has_spread(drawn[-1].rewards).sum())
     together = torch.cat([each.rewards for each in drawn])
     has_spread = rewards.has_spread(together)
     right = ~has_spread & (together.amin(1) >= drawn[0].highest / 2)

@@ -54,7 +54,7 @@ def read(image: Tensor) -> Reading:
 def _thing(mask, pixels, distance, palette, names, ground) -> world.Thing:
     from scipy import ndimage
 
-    # Pixels at the outline are mixed with the ground: the farther half votes.
+    # Pixels at the outline are mixed with the ground, so the half farther from its colour votes.
     far = pixels[mask & (distance >= numpy.median(distance[mask]))]
     nearest = ((far[:, None] - palette) ** 2).sum(-1).argmin(-1)
     votes = numpy.bincount(nearest, minlength=len(names))

@@ -1,4 +1,4 @@
-"""Rewards of the shapes world: what the reader of `prompts` says of an image, and a proxy that looks at colours alone.
+"""Rewards of the shapes world: the verdict of the reader of `prompts`, and a proxy that depends on colours alone.
 
 The source of their prompts gives the scene of each caption as its fact.
 """
@@ -32,7 +32,7 @@ def source(things: int | None = None) -> PromptSource:
 
 
 def shapes(images: Tensor, captions: Sequence[str], scenes: Sequence[world.Scene]) -> Mapping[str, Tensor]:
-    """ "right": 1 where the whole image is as its scene says, else 0; "partial": the share of its six properties."""
+    """ "right": 1 where the image matches its scene in all properties, else 0; "partial": the share of the six."""
     verdicts = prompts.verdicts(images, scenes)
     right = [float(verdict.right) for verdict in verdicts]
     partial = [sum(verdict) / len(verdict) for verdict in verdicts]
@@ -42,7 +42,7 @@ def shapes(images: Tensor, captions: Sequence[str], scenes: Sequence[world.Scene
 def colours(images: Tensor, captions: Sequence[str], scenes: Sequence[world.Scene]) -> Mapping[str, Tensor]:
     """ "colours": 1 - the distance (total variation) of the image's shares of palette colours from an ideal drawing's.
 
-    A proxy that sees neither shapes nor places: an image may satisfy it and be wrong.
+    A proxy that depends on neither shapes nor places: a wrong image may have the highest score.
     """
     shares = [_colour_shares(image) for image in images]
     wanted = [_wanted_shares(scene) for scene in scenes]
@@ -57,7 +57,7 @@ def _colour_shares(image: Tensor) -> numpy.ndarray:
 
 
 def _wanted_shares(scene: world.Scene) -> numpy.ndarray:
-    """The same of the scene as it is drawn; where its things stand does not matter."""
+    """Colour shares of a drawing of the scene, which hardly depend on the places of its things."""
     drawn = numpy.array(world.draw(scene), dtype=numpy.uint8)
     return _colour_shares(torch.from_numpy(drawn).permute(2, 0, 1))
 

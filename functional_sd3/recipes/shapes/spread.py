@@ -1,4 +1,4 @@
-"""Diversity of drawn images: are places and areas of things as spread as those of the world's own images?
+"""Diversity of drawn images: the spread of places and areas of things, against that of the world's images.
 
 A model that is trained towards a reward may come to draw one safe image for a caption, which the reward does not show.
 """
@@ -19,7 +19,7 @@ from functional_sd3.image import pixels
 from functional_sd3.recipes.shapes import prompts, world
 
 Groups = dict[tuple, list[float]]
-"""Values by what they depend on in the captions."""
+"""Values by the properties of the captions that they depend on."""
 
 
 class Spread(NamedTuple):
@@ -69,7 +69,7 @@ def measure(images: Tensor, scenes: Sequence[world.Scene], key: Key, *, reader: 
 
 
 def _matched(scene: world.Scene, reading: prompts.Reading) -> world.Scene:
-    """The scene with its things where the reading of a right image has them: their colours differ."""
+    """The scene with its things at the places of the reading of a right image, matched by colour."""
     seen = {thing.colour: thing for thing in reading.things}
     return replace(scene, things=tuple(seen[thing.colour] for thing in scene.things))
 

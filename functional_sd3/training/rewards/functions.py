@@ -24,7 +24,7 @@ def from_name(name: str) -> Reward:
     folder = os.getcwd()
     added = folder not in sys.path and "" not in sys.path
     try:
-        # A command's own path does not have the working directory, in which `python -m` and scripts look.
+        # The path of an installed command lacks the working directory, which `python -m` and scripts have.
         if added:
             sys.path.insert(0, folder)
         loaded: Any = importlib.import_module(module)

@@ -12,8 +12,8 @@ from functional_sd3.formats.printable import shorten
 Scores = dict[str, Tensor]
 """Scores of a batch of images by name, each (batch,)."""
 Reward = Callable[[Tensor, Sequence[str], Sequence[Any]], Mapping[str, Tensor]]
-"""`(images (batch, 3, height, width) in [0, 1], prompts, facts) -> scores`; facts: what the source of the prompts says
-of each beside its text, such as the scene that it describes, or None."""
+"""`(images (batch, 3, height, width) in [0, 1], prompts, facts) -> scores`; facts: data of the source of the prompts
+for each beside its text, such as the scene that it describes, or None."""
 
 
 class RewardError(ValueError):
@@ -23,7 +23,7 @@ class RewardError(ValueError):
 def check_scores(name: str, scores: Any, prompts: Sequence[str]) -> Scores:
     """The scores that the reward `name` returned, float32 on their device; a bare tensor is the score `name`.
 
-    Raises RewardError, naming the score, for what is no mapping of names to tensors (batch,) of finite numbers.
+    Raises RewardError, naming the score, unless they are a mapping of names to tensors (batch,) of finite numbers.
     """
     count = len(prompts)
     if isinstance(scores, Tensor):
@@ -42,7 +42,7 @@ def check_scores(name: str, scores: Any, prompts: Sequence[str]) -> Scores:
             raise RewardError(f"{what} has shape {list(score.shape)}; it must be ({count},), one number an image")
         if score.is_complex():
             raise RewardError(f"{what} is {score.dtype}; it must be of real numbers")
-        # A float64 beyond float32 would become infinite unseen.
+        # Cast before the check, as float64 values beyond float32 become infinite.
         score = score.to(torch.float32)
         bad = (~torch.isfinite(score)).nonzero().flatten().tolist()
         if bad:
@@ -55,7 +55,7 @@ def check_scores(name: str, scores: Any, prompts: Sequence[str]) -> Scores:
 def combined(rewards: Mapping[str, Reward]) -> Reward:
     """All scores of several rewards by name, each checked (`check_scores`).
 
-    What a reward raises becomes a RewardError that names it. Raises RewardError where two rewards give a score of the
+    An exception of a reward becomes a RewardError that names it. Raises RewardError where two rewards give a score of the
     same name.
     """
 
@@ -63,12 +63,12 @@ def combined(rewards: Mapping[str, Reward]) -> Reward:
         scores: Scores = {}
         for name, one in rewards.items():
             try:
-                given = one(images, prompts, facts)
+                returned = one(images, prompts, facts)
             except RewardError:
                 raise
             except Exception as error:
                 raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
-            checked = check_scores(name, given, prompts)
+            checked = check_scores(name, returned, prompts)
             if twice := scores.keys() & checked.keys():
                 raise RewardError(f"two rewards give the score {', '.join(sorted(twice))}; leave one of them out")
             scores |= checked
@@ -83,8 +83,8 @@ def total(scores: Mapping[str, Tensor], weights: Mapping[str, float], default: f
     Raises RewardError for a weight whose score is missing, and where no score has a weight.
     """
     if absent := [name for name in weights if name not in scores]:
-        given = ", ".join(scores)
-        raise RewardError(f"no reward gives the score {', '.join(absent)}, which has a weight; there are: {given}")
+        known = ", ".join(scores)
+        raise RewardError(f"no reward gives the score {', '.join(absent)}, which has a weight; there are: {known}")
     each = {name: weights.get(name, default) for name in scores}
     if not any(each.values()) or not all(map(math.isfinite, each.values())):
         raise RewardError(f"the weights {each} must be finite numbers, one of them not 0")
