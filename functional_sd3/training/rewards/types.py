@@ -55,8 +55,8 @@ def check_scores(name: str, scores: Any, prompts: Sequence[str]) -> Scores:
 def combined(rewards: Mapping[str, Reward]) -> Reward:
     """All scores of several rewards by name, each checked (`check_scores`).
 
-    An exception of a reward becomes a RewardError that names it. Raises RewardError where two rewards give a score of the
-    same name.
+    An exception of a reward becomes a RewardError that names it. Raises RewardError where two rewards give a score of
+    the same name.
     """
 
     def reward(images: Tensor, prompts: Sequence[str], facts: Sequence[Any]) -> Scores:
