@@ -34,7 +34,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
 
 
 def target(x0: Tensor, noise: Tensor) -> Tensor:
-    """dx_t/dt = noise - x_0: what the velocity network learns; the same at every t."""
+    """dx_t/dt = noise - x_0, the target of the velocity network; the same at every t."""
     return noise - x0
 
 
@@ -57,8 +57,8 @@ def loss(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tenso
     """Rectified-flow loss of each sample: mean over its elements of (v(x_t, t) - (noise - x_0))^2, float32 (batch,).
 
     velocity: called once, with x_t in float32 (float64 if x0 is) and `t`; may return any float dtype.
-    x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t). Drawing
-    t from a density weighs the times already: do not multiply by 1 / density as well, that undoes the drawing.
+    x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t). Times
+    that were drawn from a density have its weight already: 1 / density as `weight` would undo it.
     Raises ValueError when the shapes of x0 and noise, or of x0 and the velocity, differ.
     """
     if x0.shape != noise.shape:
@@ -72,8 +72,8 @@ def loss(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tenso
     return squares if weight is None else weight * squares
 
 
-# Densities of t. Each function draws float32 times of the given shape from one key. `schedule.shift(t, s)` moves what
-# was drawn towards noise, as the released models were trained; for a logit-normal it is the same as mean + log(s).
+# Densities of t. Each function draws float32 times of the given shape from one key. `schedule.shift(t, s)` moves them
+# towards noise, as the released models were trained; for a logit-normal that equals mean + log(s).
 
 
 def uniform(key: Key, shape: tuple[int, ...]) -> Tensor:
@@ -109,13 +109,8 @@ def cosine_map(key: Key, shape: tuple[int, ...]) -> Tensor:
 
 
 def logit_normal_log_density(t: Tensor, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Tensor:
-    """log p(t) of `logit_normal` for t in (0, 1); -inf at the ends."""
+    """log p(t) of `logit_normal` for t in (0, 1); -inf at the ends. Its exp is the weight of uniform times instead."""
     score = (torch.logit(t) - mean) / std
     scale = torch.log(std) if isinstance(std, Tensor) else math.log(std)
     inside = -0.5 * score.square() - scale - 0.5 * math.log(2 * math.pi) - torch.log(t) - torch.log1p(-t)
     return torch.where((t > 0) & (t < 1), inside, -torch.inf)
-
-
-def cosine_map_log_density(t: Tensor) -> Tensor:
-    """log p(t) of `cosine_map`: p = 2 / (pi (1 - 2 t + 2 t^2)). Its exp is the weight diffusers calls "cosmap"."""
-    return math.log(2 / math.pi) - torch.log(1 - 2 * t + 2 * t.square())

@@ -153,7 +153,7 @@ def learned(logits: Tensor) -> Tensor:
 
 
 def shifted(levels: Tensor, s: Scalar) -> Tensor:
-    """`shift` of a whole grid, refusing s <= 0 when its value is at hand."""
+    """`shift` of a whole grid. Raises ValueError for s <= 0, where it can be read."""
     if not isinstance(s, Tensor) and not (s > 0 and math.isfinite(s)):
         raise ValueError(f"shift {s} must be a positive number; 1 leaves the grid as it is, 3 is that of SD3")
     return shift(levels, s)
@@ -178,20 +178,17 @@ def partial(grid: Tensor, strength: float) -> Tensor:
     return grid[steps - math.ceil(round(steps * strength, 6)) :]
 
 
-def together(grids: Sequence[Tensor]) -> Tensor:
+def stack(grids: Sequence[Tensor]) -> Tensor:
     """Grids of different numbers of steps as one, (n + 1, batch), for `ode.integrate`: a grid for each sample.
 
-    The shorter ones repeat their last time, where a sample waits for the others.
+    The shorter ones repeat their last time, in steps of no length.
     """
     longest = max(len(grid) for grid in grids)
     return torch.stack([torch.cat([grid, grid[-1:].expand(longest - len(grid))]) for grid in grids], 1)
 
 
 def position(grid: Tensor, t: Tensor) -> Tensor:
-    """Index of the time of a grid (n,) that is nearest to each t, int64 shaped like t.
-
-    For a velocity that looks up what was computed for every time of the grid at once, without reading t on the host.
-    """
+    """Index of the time of a grid (n,) that is nearest to each t, int64 shaped like t; no value is read on the host."""
     return (grid - t[..., None]).abs().argmin(-1)
 
 
@@ -202,7 +199,7 @@ def check_steps(steps: int) -> None:
 
 
 def check_levels(levels: Tensor) -> None:
-    """Raise ValueError for levels that are not (n,) or, when their values are at hand, do not descend within (0, 1]."""
+    """Raise ValueError for levels that are not (n,) or, where they can be read, do not descend within (0, 1]."""
     if levels.ndim != 1 or len(levels) < 1:
         raise ValueError(f"levels have shape {tuple(levels.shape)}; they must be (n,), with at least one")
     if not levels.is_floating_point():

@@ -1,7 +1,7 @@
 """Modulations of a run, computed once for all its times, and the row of each evaluation.
 
 The modulations of every block depend on t and the pooled vector alone, and a third of a transformer's weights is used
-for nothing else: computed together they are read once an image instead of once a step.
+for nothing else: computed at once they are read once an image instead of once a step.
 """
 
 from collections.abc import Sequence

@@ -129,7 +129,7 @@ def chosen_method(
 
 
 def sigmas(config: Config, noise: Tensor, steps: int) -> Tensor:
-    """The grid of times that the folder's scheduler config asks for, (steps + 1,) from 1 to 0."""
+    """The grid of the model's scheduler config, (steps + 1,) from 1 to 0."""
     settings = config.schedule or schedule.Config()
     tokens = noise.shape[-1] * noise.shape[-2] // require(config, "transformer").patch_size ** 2
     mu = schedule.resolution_mu(settings, tokens) if settings.use_dynamic_shifting else None

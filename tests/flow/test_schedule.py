@@ -27,7 +27,7 @@ def test_shift_is_the_addition_of_its_logarithm_on_the_logit_of_sigma():
     torch.testing.assert_close(shifted, torch.logit(sigma) + torch.log(torch.tensor(3.0, dtype=torch.float64)))
 
 
-def test_grids_are_float32_and_on_the_asked_device():
+def test_grids_are_float32_and_on_the_given_device():
     grid = schedule.sigmas(5, device="meta")
     assert grid.dtype == torch.float32 and grid.device.type == "meta" and grid.shape == (6,)
 
@@ -83,7 +83,7 @@ def test_a_grid_of_ones_own_is_shifted_as_the_config_says_and_its_gradient_is_th
 @pytest.mark.parametrize("spacing", [None, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_the_gradient_in_mu_is_that_of_differences_for_every_spacing(spacing, kind):
-    # A spacing sees the ends alone, which shift_terminal would fix.
+    # A spacing depends on the ends alone, which shift_terminal would fix.
     options = {spacing: True} if spacing else {"shift_terminal": 0.05}
     config = schedule.Config(train_timesteps=20, use_dynamic_shifting=True, time_shift_type=kind, **options)
     mu, step = torch.tensor(1.15, dtype=torch.float64), 1e-3
@@ -104,7 +104,7 @@ def test_a_grid_is_learned_through_the_run_that_follows_it():
 
 
 def test_grids_of_different_lengths_stand_side_by_side_and_the_shorter_waits_at_its_end():
-    grids = schedule.together([schedule.sigmas(5), schedule.partial(schedule.sigmas(5), 0.4), torch.tensor([1.0, 0.2])])
+    grids = schedule.stack([schedule.sigmas(5), schedule.partial(schedule.sigmas(5), 0.4), torch.tensor([1.0, 0.2])])
     assert grids.shape == (6, 3) and torch.equal(grids[:, 0], schedule.sigmas(5))
     assert torch.equal(grids[:3, 1], schedule.sigmas(5)[3:]) and (grids[3:, 1] == 0).all()
     assert (grids[2:, 2] == grids[1, 2]).all()
@@ -116,7 +116,7 @@ def test_spacings_are_differentiable_in_their_ends(spacing):
     assert torch.autograd.gradcheck(lambda a, b: spacing(5, a, b), (lowest.requires_grad_(), highest.requires_grad_()))
 
 
-def test_stretching_puts_the_last_level_where_asked():
+def test_stretching_moves_the_last_level_to_the_given_one():
     levels = schedule.stretch(schedule.linear(6, 0.01), 0.1)
     assert levels[0] == 1 and levels[-1].item() == pytest.approx(0.1)
 
@@ -137,7 +137,7 @@ def test_learned_grids_descend_from_one_to_zero_and_even_logits_give_even_steps(
     assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
 
 
-def test_a_time_of_the_grid_is_found_at_its_position():
+def test_the_position_of_a_time_of_the_grid_is_its_index():
     grid = schedule.sigmas(9)
     assert torch.equal(schedule.position(grid, grid), torch.arange(10))
     assert schedule.position(grid, grid[3]).shape == () and schedule.position(grid, grid[3] + 1e-6) == 3

@@ -31,16 +31,16 @@ def noise(model):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the transformer is asked: (rows, blocks skipped, blocks perturbed) of each evaluation."""
-    seen, apply = [], mmdit.apply
+    """(rows, blocks skipped, blocks perturbed) of each evaluation of the transformer."""
+    evaluated, apply = [], mmdit.apply
 
     def counted(params, config, latents, *arguments, skip_layers=(), perturbed_layers=(), **options):
-        seen.append((len(latents), tuple(skip_layers), tuple(perturbed_layers)))
+        evaluated.append((len(latents), tuple(skip_layers), tuple(perturbed_layers)))
         options |= {"skip_layers": skip_layers, "perturbed_layers": perturbed_layers}
         return apply(params, config, latents, *arguments, **options)
 
     monkeypatch.setattr(mmdit, "apply", counted)
-    return seen
+    return evaluated
 
 
 def sample(model, conditions, noise, guiding=None, **options):
@@ -83,16 +83,16 @@ def test_a_step_evaluates_what_it_needs_and_no_more(model, conditions, noise, ca
     assert calls == expected
 
 
-def test_modulations_are_computed_once_for_all_that_are_told_the_same(model, conditions, noise, monkeypatch):
+def test_modulations_are_computed_once_for_equal_conditionings(model, conditions, noise, monkeypatch):
     made, modulations = [], mmdit.modulations
     monkeypatch.setattr(mmdit, "modulations", lambda *given: made.append(given[2].shape[0]) or modulations(*given))
     sample(model, conditions, noise, guidance.smoothed(guidance.perturbed(guidance.cfg(5.0), (1,)), (2,)))
     assert made == [4, 4]
 
 
-def plainly(model, conditions, told, **options):
+def plainly(model, conditioning, **options):
     def velocity(x, t):
-        return mmdit.apply(model.params["transformer"], model.config.transformer, x, t, *told, **options)
+        return mmdit.apply(model.params["transformer"], model.config.transformer, x, t, *conditioning, **options)
 
     return velocity
 
@@ -101,26 +101,24 @@ def plainly(model, conditions, told, **options):
 def test_a_guided_run_is_that_of_the_velocities_evaluated_one_by_one(model, conditions, noise, method):
     guiding = guidance.rescaled(guidance.perturbed(guidance.zero_star(5.0), (1,), 1.5), 0.5)
     fields = {
-        "positive": plainly(model, conditions, conditions.positive),
-        "negative": plainly(model, conditions, conditions.negative),
-        "perturbed_layers (1,)": plainly(model, conditions, conditions.positive, perturbed_layers=(1,)),
+        "positive": plainly(model, conditions.positive),
+        "negative": plainly(model, conditions.negative),
+        "perturbed_layers (1,)": plainly(model, conditions.positive, perturbed_layers=(1,)),
     }
     times = pipeline.sigmas(model.config, noise, 3)
     with torch.no_grad():
         expected = ode.integrate(ode.METHODS[method], guidance.guided(guiding, fields), noise, times)
-    found = sample(model, conditions, noise, guiding, steps=3, method=ode.METHODS[method])
-    close(found, expected, atol=1e-4, rtol=1e-4)
+    actual = sample(model, conditions, noise, guiding, steps=3, method=ode.METHODS[method])
+    close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["euler", "dpmpp_2m"])
-def test_a_run_cut_by_windows_is_the_steps_one_after_the_other_with_what_they_remember(
-    model, conditions, noise, method
-):
+def test_a_run_split_by_windows_is_its_steps_one_after_the_other_with_their_carry(model, conditions, noise, method):
     guiding = guidance.skip_layer(guidance.apg(5.0, longest=8.0), (1,), 1.5, 0.1, 0.7)
     fields = {
-        "positive": plainly(model, conditions, conditions.positive),
-        "negative": plainly(model, conditions, conditions.negative),
-        "skip_layers (1,)": plainly(model, conditions, conditions.positive, skip_layers=(1,)),
+        "positive": plainly(model, conditions.positive),
+        "negative": plainly(model, conditions.negative),
+        "skip_layers (1,)": plainly(model, conditions.positive, skip_layers=(1,)),
     }
     times, method = pipeline.sigmas(model.config, noise, 5), ode.METHODS[method]
     runner = guidance.with_carry(method, guiding)
@@ -130,20 +128,20 @@ def test_a_run_cut_by_windows_is_the_steps_one_after_the_other_with_what_they_re
             velocity = guidance.guided_with_carry(guidance.at(guiding, step, 5), fields)
             state = ode.run(runner, velocity, state, times[step : step + 2], ends=step == 4)
     steps = []
-    found = sample(
+    actual = sample(
         model, conditions, noise, guiding, steps=5, method=method, on_step=lambda info: steps.append(info.index)
     )
-    close(found, state.x, atol=1e-4, rtol=1e-4)
+    close(actual, state.x, atol=1e-4, rtol=1e-4)
     assert steps == [0, 1, 2, 3, 4]
 
 
-def test_a_guided_picture_does_not_depend_on_its_batch(model):
+def test_a_guided_image_does_not_depend_on_its_batch(model):
     keys = prng.split(prng.key(1), 2)
     for guiding in (guidance.apg(5.0), guidance.rescaled(guidance.perturbed(guidance.tangential(5.0), (1,)))):
-        together = pipeline.generate(*parts(model), PROMPTS, keys, steps=3, guidance=guiding)
+        batched = pipeline.generate(*parts(model), PROMPTS, keys, steps=3, guidance=guiding)
         for i in range(2):
             alone = pipeline.generate(*parts(model), PROMPTS[i], keys[i : i + 1], steps=3, guidance=guiding)
-            close(alone[0], together[i], atol=1e-4, rtol=0)
+            close(alone[0], batched[i], atol=1e-4, rtol=0)
 
 
 def test_a_weaker_model_guides_by_its_difference(model, conditions, noise):
@@ -161,24 +159,24 @@ def test_a_weaker_model_guides_by_its_difference(model, conditions, noise):
 
 
 def test_a_prompt_may_be_composed_of_several(model, conditions, noise, calls):
-    told = pipeline.encode(*parts(model), ["a green ring"]).positive
-    guiding = guidance.composed(guidance.cfg(3.0), (told, 2.0))
-    found = pipeline.velocity(model.params, model.config, conditions, guidance=guiding)(noise, torch.tensor(0.4))
+    prompt = pipeline.encode(*parts(model), ["a green ring"]).positive
+    guiding = guidance.composed(guidance.cfg(3.0), (prompt, 2.0))
+    actual = pipeline.velocity(model.params, model.config, conditions, guidance=guiding)(noise, torch.tensor(0.4))
     assert calls == [(6, (), ())]
-    each = [part.expand(2, *part.shape[1:]) for part in told]
+    each = [part.expand(2, *part.shape[1:]) for part in prompt]
     positive, negative, other = (
         mmdit.apply(model.params["transformer"], model.config.transformer, noise, torch.tensor(0.4), *of)
         for of in (conditions.positive, conditions.negative, each)
     )
-    close(found, negative + 3 * (positive - negative) + 2 * (other - negative), atol=1e-4, rtol=1e-4)
-    short = told._replace(context=told.context[:, :5])
+    close(actual, negative + 3 * (positive - negative) + 2 * (other - negative), atol=1e-4, rtol=1e-4)
+    short = prompt._replace(context=prompt.context[:, :5])
     with pytest.raises(ValueError, match="differ in their number of tokens.*'prompt 1': 5"):
         pipeline.velocity(
             model.params, model.config, conditions, guidance=guidance.composed(guidance.cfg(3.0), (short, 2.0))
         )
 
 
-def test_a_picture_is_differentiable_in_what_guides_it(model, noise):
+def test_an_image_is_differentiable_in_the_numbers_of_its_guidance(model, noise):
     numbers = torch.tensor([4.0, -0.5, 0.3, 6.0, 1.5, 0.4], requires_grad=True)
     scale, momentum, eta, longest, more, factor = numbers.unbind()
     guiding = guidance.apg(scale, momentum=momentum, eta=eta, longest=longest)
@@ -199,7 +197,7 @@ def test_a_guided_velocity_compiles_to_one_graph(conditions, noise):
     close(torch.compile(velocity, fullgraph=True, backend="eager")(*given), velocity(*given))
 
 
-def test_adaptive_methods_take_guidance_in_windows_but_none_with_a_memory(model, conditions, noise):
+def test_adaptive_methods_take_guidance_in_windows_but_none_with_a_carry(model, conditions, noise):
     limited = guidance.interval(guidance.zero_star(5.0), 0.25, 1.0)
     loose = ode.BOSH3._replace(rtol=1e-1, atol=1e-1)
     assert sample(model, conditions, noise[:, :, :4, :4], limited, steps=4, method=loose).isfinite().all()

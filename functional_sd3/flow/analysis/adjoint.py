@@ -59,20 +59,21 @@ def continuous(
     """x at times[-1], differentiated by the continuous adjoint: `integrate(method, partial(field, args), x, times)`.
 
     With a = dL/dx: from the end back to the start, da/dt = -(dv/dx)^T a and dg/dt = -(dv/dargs)^T a, g = 0 at the end,
-    beside dx/dt = v, which finds again the states that were not kept (Chen et al. 2018, eq. 4, 5 and algorithm 1).
+    beside dx/dt = v, which recomputes the states that were not kept (Chen et al. 2018, eq. 4, 5 and algorithm 1).
     Gradients reach args (a tree of float tensors, which may be empty), x, and of `times` the two ends: an exact flow
     does not depend on the times between. What `field` closes over gets none. To learn a grid use `checkpointed`.
 
-    times: (n + 1,), one grid for all samples. backward, backward_times: the method and the grid of the way back, from
-    times[-1] to times[0]; by default `method` and `times` reversed. options: further ones of `ode.integrate`, such as
-    tolerances, both ways. The gradient's error falls with the order of the method, and it is not the gradient of the
-    discrete steps. Flows that generate contract, so the way back spreads the errors of x: take care where the steps are
-    few. An evaluation on the way back costs one of `field` and one backward pass.
+    times: (n + 1,), one grid for all samples. backward, backward_times: the method and the grid of the backward
+    integration, from times[-1] to times[0]; by default `method` and `times` reversed. options: further ones of
+    `ode.integrate`, such as tolerances, for both. The gradient's error falls with the order of the method, and it is
+    not the gradient of the discrete steps. Flows that generate contract, so the backward integration amplifies the
+    errors of x, above all with few steps. Each of its evaluations costs one of `field` and one backward pass.
 
     Works under autograd, `transform.value_and_grad`, `torch.func.grad` and `vjp`, `vmap`, and for second derivatives.
-    The memory is that of one evaluation for the first two; `torch.func.grad` and second derivatives keep the whole way
-    back. No forward mode (`torch.func.jvp` of the plain run keeps nothing anyway), and not under `torch.compile`, which
-    cannot hold functions for a backward pass: compile `field` instead, and differentiate by `value_and_grad`.
+    The memory is that of one evaluation for the first two; `torch.func.grad` and second derivatives keep the whole
+    backward integration. No forward mode (`torch.func.jvp` of the plain run keeps nothing anyway), and not under
+    `torch.compile`, which cannot hold functions for a backward pass: compile `field` instead, and differentiate by
+    `value_and_grad`.
     Raises ValueError for grids of the wrong shape, and for arguments that are not float tensors.
     """
     grid, back = _grids(times, backward_times, x)
@@ -86,53 +87,54 @@ def continuous(
         given = iter(leaves)
         return field(tree.map(lambda _: next(given), args), x, t)
 
-    def forth(leaves: list[Tensor], x: Tensor, grid: Tensor) -> Tensor:
+    def forward(leaves: list[Tensor], x: Tensor, grid: Tensor) -> Tensor:
         return ode.integrate(method, partial(of_leaves, leaves), x, grid, **options)
 
-    def way_back(velocity: Velocity, state: Tensor, grid: Tensor) -> Tensor:
+    def integrate_backward(velocity: Velocity, state: Tensor, grid: Tensor) -> Tensor:
         return ode.integrate(backward or method, velocity, state, grid, **options)
 
-    return _Flow.apply(forth, way_back, of_leaves, grid, back, x, *leaves)
+    return _Flow.apply(forward, integrate_backward, of_leaves, grid, back, x, *leaves)
 
 
 class _Flow(torch.autograd.Function):
-    """(grid, x, leaves) -> x at the end. All tensors are arguments, as torch.func asks."""
+    """(grid, x, leaves) -> x at the end. All tensors are arguments, as torch.func requires."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(forth, way_back, field, grid, back, x, *leaves):
-        return forth(list(leaves), x, grid)
+    def forward(integrate, integrate_backward, field, grid, back, x, *leaves):
+        return integrate(list(leaves), x, grid)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.way_back, ctx.field, grid, back, x, *leaves = inputs
+        _, ctx.integrate_backward, ctx.field, grid, back, x, *leaves = inputs
         ctx.dtype = x.dtype
         ctx.save_for_backward(output, grid, back, *leaves)
 
     @staticmethod
     def backward(ctx, adjoint):
         end, grid, back, *leaves = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[6:])
-        asked = [leaf for leaf, wants in zip(leaves, wanted, strict=True) if wants]
+        needs_grad = list(ctx.needs_input_grad[6:])
+        inputs = [leaf for leaf, needs in zip(leaves, needs_grad, strict=True) if needs]
 
         def field(some: list[Tensor], x: Tensor, t: Tensor) -> Tensor:
             given = iter(some)
-            every = [next(given) if wants else leaf for leaf, wants in zip(leaves, wanted, strict=True)]
+            every = [next(given) if needs else leaf for leaf, needs in zip(leaves, needs_grad, strict=True)]
             return ctx.field(every, x, t).to(x.dtype)
 
-        start, first, grads = _way_back(ctx.way_back, field, asked, end, adjoint, back)
+        start, first, grads = _backward(ctx.integrate_backward, field, inputs, end, adjoint, back)
         ends = None
         if ctx.needs_input_grad[3]:
-            # dL/dt_N = a_N v_N and dL/dt_0 = -a_0 v_0: to start later is to leave a piece of the way out.
-            at_end = (adjoint * field(asked, end, grid[-1])).sum()
-            at_start = -(first * field(asked, start, grid[0])).sum()
+            # dL/dt_N = a_N v_N and dL/dt_0 = -a_0 v_0: a later start shortens the flow.
+            at_end = (adjoint * field(inputs, end, grid[-1])).sum()
+            at_start = -(first * field(inputs, start, grid[0])).sum()
             ends = torch.cat([at_start[None], torch.zeros_like(grid[1:-1]), at_end[None]])
-        found = iter(grads)
-        return None, None, None, ends, None, first.to(ctx.dtype), *(next(found) if wants else None for wants in wanted)
+        given = iter(grads)
+        of_leaves = [next(given) if needs else None for needs in needs_grad]
+        return None, None, None, ends, None, first.to(ctx.dtype), *of_leaves
 
 
-def _way_back(integrate, field, leaves, end, adjoint, back) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _backward(integrate, field, leaves, end, adjoint, back) -> tuple[Tensor, Tensor, list[Tensor]]:
     """x and dL/dx at the start, and dL/dleaves, by integrating (x, a, g) as one vector."""
     parts = [end, adjoint, *(torch.zeros_like(leaf) for leaf in leaves)]
 
@@ -146,7 +148,7 @@ def _way_back(integrate, field, leaves, end, adjoint, back) -> tuple[Tensor, Ten
         (of_leaves, of_x), (_, slope) = transform.value_and_grad(pairing, (0, 1), has_aux=True)(leaves, x)
         return _flatten([slope, -of_x, *(-grad for grad in of_leaves)], state.dtype)
 
-    # One row, not a row a number: a method that looks at the error of each sample sees the vector as a whole.
+    # One row: the error norm of an adaptive method is then that of the whole vector.
     state = integrate(augmented, _flatten(parts, end.dtype), back)
     start, first, *grads = _unflatten(state, parts)
     return start, first, [grad.to(leaf.dtype) for grad, leaf in zip(grads, leaves, strict=True)]
@@ -166,8 +168,8 @@ def _grids(times: Times, backward_times: Times | None, x: Tensor) -> tuple[Tenso
     back = grid.flip(0).detach() if backward_times is None else checked(backward_times, x).detach()
     if grid.ndim != 1 or back.ndim != 1:
         raise ValueError(
-            f"times have shape {tuple(grid.shape)} and the way back {tuple(back.shape)}; the continuous adjoint takes "
-            "one grid for all samples, (steps + 1,): use `checkpointed` for a grid of each sample's own"
+            f"times have shape {tuple(grid.shape)} and backward_times {tuple(back.shape)}; the continuous adjoint "
+            "takes one grid for all samples, (steps + 1,): use `checkpointed` for a grid of each sample's own"
         )
     if is_readable(grid) and is_readable(back) and not (back[0] == grid[-1] and back[-1] == grid[0]):
         raise ValueError(

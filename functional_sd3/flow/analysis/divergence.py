@@ -59,15 +59,15 @@ def divergence(
     mode: "forward" or "reverse"; None tries forward mode and takes reverse where the velocity has no forward
     derivative (name one under compile). chunk_size: forward products taken at once, None for all of them.
 
-    Works under vmap, grad and compile where the velocity does: grad of reverse mode asks for second derivatives, which
+    Works under vmap, grad and compile where the velocity does: grad of reverse mode needs second derivatives, which
     fused attention does not have. Raises ValueError for Hutchinson without a key, NotImplementedError for a mode that
     the velocity does not have.
     """
-    x, t = _working(x, t)
+    x, t = _in_float32(x, t)
     if (estimator or ("exact" if key is None else "hutchinson")) == "exact":
         return exact(velocity, x, t, mode=mode, chunk_size=chunk_size).values[0]
-    drawn = probe_vectors(prng.sample_keys(key, len(x)), probes, x, draw)
-    return quadratic_forms(velocity, x, t, drawn, mode=mode, chunk_size=chunk_size).values.mean(0)
+    vectors = probe_vectors(prng.sample_keys(key, len(x)), probes, x, draw)
+    return quadratic_forms(velocity, x, t, vectors, mode=mode, chunk_size=chunk_size).values.mean(0)
 
 
 def exact(
@@ -149,7 +149,7 @@ def _reverse(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Q
     return QuadraticForms(value, torch.stack([dot(pullback(vector)[0], vector) for vector in vectors.unbind()]))
 
 
-def _working(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+def _in_float32(x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x, torch.as_tensor(t, dtype=x.dtype, device=x.device)
 

@@ -77,7 +77,7 @@ def detour(line: Trajectory) -> Tensor:
 
 def acceleration(velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
     """Acceleration of the trajectory through x (batch, ...) at t () or (batch,): dv/dt + (dv/dx) v, shaped like x."""
-    return _motion(velocity, x, t)[1]
+    return _velocity_and_acceleration(velocity, x, t)[1]
 
 
 def curvature(velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
@@ -86,17 +86,17 @@ def curvature(velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
     |a - (a.v) v / |v|^2| / |v|^2, a the acceleration: do Carmo, "Differential Geometry of Curves and Surfaces", section
     1.5. Not finite where the velocity is 0. Two evaluations, one of them with a forward derivative.
     """
-    slope, bend = (part.flatten(1) for part in _motion(velocity, x, t))
+    slope, change = (part.flatten(1) for part in _velocity_and_acceleration(velocity, x, t))
     square = slope.square().sum(1)
-    across = bend - ((bend * slope).sum(1) / square)[:, None] * slope
-    return across.norm(dim=1) / square
+    normal = change - ((change * slope).sum(1) / square)[:, None] * slope
+    return normal.norm(dim=1) / square
 
 
 def lipschitz(velocity: Velocity, x: Tensor, t: Tensor, key: Key, *, probes: int = 4, iterations: int = 8) -> Tensor:
     """The local Lipschitz constant |dv/dx| (largest singular value) of each sample, (batch,), in 1 / time.
 
-    How fast nearby lines can part, and what an explicit step is stable against. An estimate from below, whose error
-    falls as (sigma_(probes + 1) / sigma_1)^(4 iterations + 2).
+    Bounds how fast nearby trajectories part and how long a stable explicit step may be. An estimate from below, whose
+    error falls as (sigma_(probes + 1) / sigma_1)^(4 iterations + 2).
     """
     return singular_values(velocity, x, t, key, count=1, oversample=probes - 1, iterations=iterations).values[:, 0]
 
@@ -132,22 +132,22 @@ def singular_values(
     def field(x: Tensor) -> Tensor:
         return velocity(x, t)
 
-    _, pull = transform.vjp(field, x)
+    _, pullback = transform.vjp(field, x)
 
     def forward(columns: Tensor) -> Tensor:
-        return _each(lambda tangent: jvp(field, (x,), (tangent,))[1], columns, x, chunk_size)
+        return _map_columns(lambda tangent: jvp(field, (x,), (tangent,))[1], columns, x, chunk_size)
 
     def transpose(columns: Tensor) -> Tensor:
-        return _each(lambda cotangent: pull(cotangent)[0], columns, x, chunk_size)
+        return _map_columns(lambda cotangent: pullback(cotangent)[0], columns, x, chunk_size)
 
     keys = prng.sample_keys(key, len(x))
     start = prng.normal(keys, (size, probes), x.dtype).to(x.device)
-    found = spectral.singular(forward, transpose, start, iterations=iterations)
-    left, right = (side[:, :count].transpose(0, 1).reshape(count, *x.shape) for side in (found.left, found.right))
-    return Singular(found.values[:, :count], left, right)
+    triplets = spectral.singular(forward, transpose, start, iterations=iterations)
+    left, right = (side[:, :count].transpose(0, 1).reshape(count, *x.shape) for side in (triplets.left, triplets.right))
+    return Singular(triplets.values[:, :count], left, right)
 
 
-def _motion(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def _velocity_and_acceleration(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Velocity and acceleration."""
     # Forward mode cannot differentiate an expanded tensor, whose elements share memory.
     x, t = x.contiguous(), torch.as_tensor(t, dtype=x.dtype, device=x.device).contiguous()
@@ -155,8 +155,8 @@ def _motion(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return slope, jvp(lambda x, t: velocity(x, t).to(x.dtype), (x, t), (slope, torch.ones_like(t)))[1]
 
 
-def _each(derivative, columns: Tensor, x: Tensor, chunk_size: int | None) -> Tensor:
+def _map_columns(derivative, columns: Tensor, x: Tensor, chunk_size: int | None) -> Tensor:
     """A derivative of directions shaped like x, for columns (batch, n, k) at once."""
     directions = columns.permute(2, 0, 1).reshape(-1, *x.shape)
-    answers = vmap(derivative, chunk_size=chunk_size)(directions)
-    return answers.flatten(2).permute(1, 2, 0)
+    products = vmap(derivative, chunk_size=chunk_size)(directions)
+    return products.flatten(2).permute(1, 2, 0)

@@ -27,14 +27,12 @@ STEPS = 50
 
 
 class Inversion(NamedTuple):
-    """A method from data to noise and one back, which invert one another exactly or approximately."""
+    """A method from data to noise and one from noise to data, exactly or approximately inverse to one another."""
 
-    there: ode.Method | ode.Adaptive
-    """From data to noise."""
-    back: ode.Method | ode.Adaptive
-    """From noise to data."""
-    carries: bool = False
-    """True if `back` needs the carry that `there` ended with, not its x alone."""
+    to_noise: ode.Method | ode.Adaptive
+    to_data: ode.Method | ode.Adaptive
+    has_carry: bool = False
+    """True if `to_data` starts from the carry that `to_noise` ended with, not from its x alone."""
 
 
 class RoundTrip(NamedTuple):
@@ -71,7 +69,7 @@ def corrected(
 
 def coupled(method: ode.Method = ode.MIDPOINT, coupling: float = COUPLING) -> Inversion:
     """Reversible coupling of two copies of the state: exact up to rounding, two steps of the method a step."""
-    return Inversion(*reversible(method, coupling), carries=True)
+    return Inversion(*reversible(method, coupling), has_carry=True)
 
 
 def invert(
@@ -89,14 +87,14 @@ def invert(
     velocity: as for `ode.integrate`. times: the grid of that run, (n + 1,) or (n + 1, batch), in either direction; by
     default 50 even steps from 1 to 0.
     method: of one step, which is inverted by `corrected` with these iterations and this tolerance; an adaptive one,
-    which integrates back; or an `Inversion` (of `coupled`, x alone is only half of the state that leads back exactly).
+    which integrates back; or an `Inversion` (x alone is only half of the state of `coupled`, so not exact).
     options: of `ode.run`: on_step, check.
 
-    Raises ValueError for methods that cannot be inverted, and `fixed_point.InversionFailed` where no start of a step
-    is found. Works under vmap, grad and compile where the method does; then the tolerance is not checked.
+    Raises ValueError for methods that cannot be inverted, and `fixed_point.InversionFailed` where the iteration of a
+    step does not converge. Works under vmap, grad and compile where the method does; then the tolerance is not checked.
     """
-    pair = _pair(method, iterations, tolerance)
-    return _there(pair, velocity, x0, upwards(times, x0), **options).x
+    inversion = _inversion(method, iterations, tolerance)
+    return _to_noise(inversion, velocity, x0, ascending(times, x0), **options).x
 
 
 def round_trip(
@@ -106,22 +104,22 @@ def round_trip(
 
     times, options and errors as of `invert`.
     """
-    pair = by or corrected()
-    grid = upwards(times, x0)
-    end = _there(pair, velocity, x0, grid, **options)
-    start = end if pair.carries else ode.start(pair.back, end.x, grid[-1])
-    data = ode.run(pair.back, velocity, start, grid.flip(0), **options).x
+    inversion = by or corrected()
+    grid = ascending(times, x0)
+    end = _to_noise(inversion, velocity, x0, grid, **options)
+    start = end if inversion.has_carry else ode.start(inversion.to_data, end.x, grid[-1])
+    data = ode.run(inversion.to_data, velocity, start, grid.flip(0), **options).x
     return RoundTrip(end.x, data, norm(data - x0) / norm(x0.to(data.dtype)))
 
 
-def upwards(times: Times | None, x: Tensor) -> Tensor:
+def ascending(times: Times | None, x: Tensor) -> Tensor:
     """Ascending grid from data to noise: `times`, which may ascend or descend; None for `STEPS` even steps."""
     grid = checked(torch.linspace(0, 1, STEPS + 1, dtype=torch.float32, device="cpu") if times is None else times, x)
     # Without reading a value: the grid may be traced, or on a device.
     return torch.where(grid[0] > grid[-1], grid.flip(0), grid)
 
 
-def _pair(method: Any, iterations: int, tolerance: float | None) -> Inversion:
+def _inversion(method: Any, iterations: int, tolerance: float | None) -> Inversion:
     if isinstance(method, Inversion):
         return method
     if isinstance(method, ode.Adaptive):
@@ -129,5 +127,5 @@ def _pair(method: Any, iterations: int, tolerance: float | None) -> Inversion:
     return corrected(method, iterations=iterations, tolerance=tolerance)
 
 
-def _there(pair: Inversion, velocity: Velocity, x0: Tensor, grid: Tensor, **options: Any) -> ode.State:
-    return ode.run(pair.there, velocity, ode.start(pair.there, x0, grid[0]), grid, **options)
+def _to_noise(inversion: Inversion, velocity: Velocity, x0: Tensor, grid: Tensor, **options: Any) -> ode.State:
+    return ode.run(inversion.to_noise, velocity, ode.start(inversion.to_noise, x0, grid[0]), grid, **options)

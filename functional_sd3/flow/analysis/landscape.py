@@ -31,7 +31,7 @@ class Eigenpairs(NamedTuple):
 
 
 class NoiseScale(NamedTuple):
-    """Gradient noise scale: two unbiased estimates and their quotient, shaped like the norms given."""
+    """Gradient noise scale: two unbiased estimates and their quotient, all scalars."""
 
     square: Tensor
     """|G|^2, the squared norm of the true gradient. By chance below 0 where the noise is much larger."""
@@ -47,7 +47,7 @@ def hessian_eigenvalues(
     """Eigenvalues of the Hessian of `loss`, a scalar, at `params`, by Lanczos with full reorthogonalisation.
 
     steps: Hessian-vector products, and as many vectors of the size of the parameters in memory (no more than there are
-    numbers in them). Most eigenvalues of a network are near 0 and a few stand out: these are found in tens of steps.
+    numbers in them). Most eigenvalues of a network are near 0; the few large ones converge in tens of steps.
     See `spectral.lanczos`, which raises ValueError for a `count` above `steps`.
     """
     leaves = tree.leaves(params)
@@ -61,10 +61,10 @@ def hessian_eigenvalues(
     def product(vector: Tensor) -> Tensor:
         return torch.cat([leaf.flatten() for leaf in tree.leaves(transform.hvp(loss, params, unravel(vector)))])
 
-    found = spectral.lanczos(
+    pairs = spectral.lanczos(
         product, key.to(leaves[0].device), sum(shapes), steps=min(steps, sum(shapes)), count=count, dtype=dtype
     )
-    return Eigenpairs(found.values, found.residuals, unravel(found.vectors))
+    return Eigenpairs(pairs.values, pairs.residuals, unravel(pairs.vectors))
 
 
 def noise_scale(grads: Tree) -> NoiseScale:
@@ -80,19 +80,4 @@ def noise_scale(grads: Tree) -> NoiseScale:
     means = [leaf.mean(0) for leaf in leaves]
     trace = sum((leaf - mean).square().sum() for leaf, mean in zip(leaves, means, strict=True)) / (samples - 1)
     square = sum(mean.square().sum() for mean in means) - trace / samples
-    return NoiseScale(square, trace, trace / square)
-
-
-def noise_scale_of_norms(small_square: Tensor, small: int, large_square: Tensor, large: int) -> NoiseScale:
-    """The noise scale from squared gradient norms of two batch sizes, without per-sample gradients.
-
-    small_square: mean of |G_small|^2 over batches of `small` samples; large_square: of |G_large|^2, `large` samples.
-    |G|^2 = (large |G_large|^2 - small |G_small|^2) / (large - small), tr(Sigma) = (|G_small|^2 - |G_large|^2) /
-    (1 / small - 1 / large): McCandlish et al. 2018, appendix A.1. Average both over many steps before taking the
-    quotient. Raises ValueError unless small < large.
-    """
-    if not 1 <= small < large:
-        raise ValueError(f"batches of {small} and {large} samples: the first must be smaller than the second")
-    square = (large * large_square - small * small_square) / (large - small)
-    trace = (small_square - large_square) / (1 / small - 1 / large)
     return NoiseScale(square, trace, trace / square)

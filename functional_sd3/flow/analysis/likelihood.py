@@ -32,12 +32,12 @@ from functional_sd3.flow.analysis.divergence import (
 from functional_sd3.flow.analysis.inversion import (
     Inversion,
     RoundTrip,
+    ascending,
     corrected,
     coupled,
     invert,
     plain,
     round_trip,
-    upwards,
 )
 from functional_sd3.flow.analysis.matching import advantage, losses, standard_error
 from functional_sd3.flow.times import is_readable
@@ -52,12 +52,12 @@ class Estimate(NamedTuple):
     """Of Hutchinson's estimate: the deviation of the volumes / sqrt(probes), NaN for one probe; 0 for exact
     divergence."""
     noise: Tensor
-    """(batch, ...): where the flow takes the data, at t = 1."""
+    """(batch, ...): the end of the flow from the data, at t = 1."""
     log_prior: Tensor
     """log N(noise; 0, 1)."""
     volumes: Tensor
-    """(probes, batch), (1, batch) for the exact one: the integral of the divergence as each probe sees it. Those of
-    several conditions that share their key may be subtracted from one another probe by probe."""
+    """(probes, batch), (1, batch) for the exact one: the integral of the divergence as each probe estimates it. Those
+    of several conditions that share their key may be subtracted from one another probe by probe."""
 
 
 def log_likelihood(
@@ -87,7 +87,7 @@ def estimate(
     key: Key | None = None,
     probes: int = 1,
     draw: Draw | None = None,
-    fresh: bool = False,
+    resample: bool = False,
     mode: Mode | None = None,
     chunk_size: int | None = CHUNK,
     **options: Any,
@@ -96,14 +96,14 @@ def estimate(
 
     velocity: as for `ode.integrate`, of independent samples. method: of `ode`; times: (n + 1,) or
     (n + 1, batch) from the data's time to 1, or the same descending, as `schedule.sigmas` gives them. The data are
-    x0 at the lesser end: 0, or the time whose density is asked for.
+    x0 at the lesser end: 0, or the time of another density.
     divergence: "exact", D evaluations of the Jacobian a step for D numbers a sample, or "hutchinson", one a probe; key,
     probes, draw, mode, chunk_size: as of `divergence`.
-    fresh: new probes at every evaluation, from fold_in(key, the bits of t), instead of the same along the run. Fresh
-    ones average out over the steps, so their error is the smaller; with the same ones the run is an ODE (FFJORD,
-    section 3.1), which adaptive methods need and whose error for two conditions is nearly the same.
+    resample: new probes at every evaluation, from fold_in(key, the bits of t), instead of the same along the run. Their
+    error averages out over the steps and is the smaller; with the same ones the run is an ODE (FFJORD, section 3.1),
+    which adaptive methods need and whose error for two conditions is nearly the same.
     options: of `ode.integrate`: on_step, check, and rtol, atol for adaptive methods, which hold the error of x and of
-    the volumes together. The state they see is (batch, D + probes).
+    the volumes together: their state is (batch, D + probes).
 
     Works under vmap, grad (in x0, times and what the velocity closes over) and compile where the velocity does and the
     method has fixed steps. Raises ValueError when times do not end at 1, the prior's place, and as `divergence` does.
@@ -111,7 +111,7 @@ def estimate(
     if divergence not in ("exact", "hutchinson"):
         raise ValueError(f"divergence {divergence!r} must be exact or hutchinson")
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    grid = _to_the_prior(times, x0)
+    grid = _grid_to_prior(times, x0)
     hutchinson = divergence == "hutchinson"
     rows = probes if hutchinson else 1
     keys = prng.sample_keys(key, len(x0)) if hutchinson else None
@@ -120,8 +120,8 @@ def estimate(
     def forms(x: Tensor, t: Tensor) -> QuadraticForms:
         if keys is None or vectors is None:
             return exact(velocity, x, t, mode=mode, chunk_size=chunk_size)
-        drawn = probe_vectors(prng.fold_in(keys, _bits(t)), probes, x, draw) if fresh else vectors
-        return quadratic_forms(velocity, x, t, drawn, mode=mode, chunk_size=chunk_size)
+        probe = probe_vectors(prng.fold_in(keys, _bits(t)), probes, x, draw) if resample else vectors
+        return quadratic_forms(velocity, x, t, probe, mode=mode, chunk_size=chunk_size)
 
     def augmented(state: Tensor, t: Tensor) -> Tensor:
         value, traces = forms(state[:, :-rows].reshape(x0.shape), t)
@@ -150,8 +150,8 @@ def bits_per_dimension(log_likelihood: Tensor, dimensions: int, *, bin_width: fl
     return -log_likelihood / (dimensions * math.log(2)) - math.log2(bin_width)
 
 
-def _to_the_prior(times: ode.Times, x: Tensor) -> Tensor:
-    grid = upwards(times, x)
+def _grid_to_prior(times: ode.Times, x: Tensor) -> Tensor:
+    grid = ascending(times, x)
     if is_readable(grid) and not (grid[-1] == 1).all():
         raise ValueError(f"times end at {grid[-1].min():.6g}; the prior, which a likelihood needs, is at t = 1")
     return grid

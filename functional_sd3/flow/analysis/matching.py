@@ -38,26 +38,26 @@ def losses(
     if draws < 1:
         raise ValueError(f"draws {draws} must be at least 1")
     keys = prng.sample_keys(key, len(x0))
-    found = []
+    losses_of_draws = []
     for index in range(draws):
-        place, noise = prng.split(prng.fold_in(keys, index)).unbind(-2)
-        t = (index + prng.uniform(place)) / draws
-        found.append(path.loss(velocity, x0, prng.normal(noise, tuple(x0.shape[1:])).to(x0), t.to(x0)))
+        time_key, noise_key = prng.split(prng.fold_in(keys, index)).unbind(-2)
+        t = (index + prng.uniform(time_key)) / draws
+        losses_of_draws.append(path.loss(velocity, x0, prng.normal(noise_key, tuple(x0.shape[1:])).to(x0), t.to(x0)))
         if on_draw is not None:
             on_draw(index)
-    return torch.stack(found)
+    return torch.stack(losses_of_draws)
 
 
 def advantage(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Score of the best condition minus that of each, and the standard error of the difference, both (conditions,).
 
-    scores (draws, conditions), higher is better, the same draws for all: differences are taken draw by draw, in which
-    what the conditions have in common cancels. The error is NaN for a single draw, and 0 for the best.
+    scores (draws, conditions), higher is better, the same draws for all: differences are taken draw by draw, so that
+    what is common to the conditions cancels. The error is NaN for a single draw, and 0 for the best.
     """
     best = scores[:, scores.mean(0).argmax()]
-    behind = best[:, None] - scores
-    error = standard_error(behind)
-    return behind.mean(0), torch.where((behind == 0).all(0), 0.0, error)
+    differences = best[:, None] - scores
+    error = standard_error(differences)
+    return differences.mean(0), torch.where((differences == 0).all(0), 0.0, error)
 
 
 def standard_error(draws: Tensor) -> Tensor:

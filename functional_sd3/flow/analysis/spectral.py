@@ -1,6 +1,6 @@
 """Lanczos eigenvalues and randomised singular values of matrix-free operators.
 
-A Jacobian or a Hessian is never written down: `transform.hvp`, `torch.func.jvp` and `vjp` multiply by it. All loops
+A Jacobian or a Hessian is never formed: `transform.hvp`, `torch.func.jvp` and `vjp` multiply by it. All loops
 have a fixed length and read nothing on the host, so everything here works under vmap, grad and torch.compile.
 """
 
@@ -20,7 +20,7 @@ class Eigenpairs(NamedTuple):
     """Ritz values of a symmetric operator, with residuals and vectors."""
 
     values: Tensor
-    """(steps,), descending: Ritz values, all within the spectrum. Those at both ends are found first."""
+    """(steps,), descending: Ritz values, all within the spectrum. Those at both ends converge first."""
     residuals: Tensor
     """(steps,): |A v - value v| of the unit Ritz vector v; an eigenvalue lies within this distance of the value."""
     vectors: Tensor
@@ -43,7 +43,7 @@ def lanczos(operator: Operator, key: Key, size: int, *, steps: int, count: int =
 
     Lanczos 1950, in the form of Golub and Van Loan, "Matrix Computations", section 10.3, with every vector
     orthogonalised twice against all before, so that no value appears twice by rounding. Where the vectors span an
-    invariant subspace the run goes on from a fresh one, which finds eigenvalues of any multiplicity; with steps = size
+    invariant subspace the next is random, which gives eigenvalues of any multiplicity; with steps = size
     all are exact up to rounding. Holds `steps` vectors, on the key's device. Raises ValueError unless
     1 <= count <= steps <= size.
     """
@@ -59,17 +59,17 @@ def lanczos(operator: Operator, key: Key, size: int, *, steps: int, count: int =
         length = rest.norm()
         largest = torch.maximum(largest, image.norm())
         # Below rounding there is nothing left in `rest` but noise: the subspace is invariant.
-        ended = length <= 10 * torch.finfo(dtype).eps * size**0.5 * largest
-        off.append(torch.where(ended, 0.0, length))
+        is_invariant = length <= 10 * torch.finfo(dtype).eps * size**0.5 * largest
+        off.append(torch.where(is_invariant, 0.0, length))
         if index + 1 < steps:
-            fresh = _unit(_orthogonal(prng.normal(prng.fold_in(key, index + 1), (size,), dtype), basis))
-            vector = torch.where(ended, fresh, rest / torch.where(ended, 1.0, length))
+            random = _unit(_orthogonal(prng.normal(prng.fold_in(key, index + 1), (size,), dtype), basis))
+            vector = torch.where(is_invariant, random, rest / torch.where(is_invariant, 1.0, length))
             basis.append(vector)
     projected = torch.diag_embed(torch.stack(diagonal))
     if steps > 1:
-        # Both sides, though eigh reads one: its derivative takes the matrix for symmetric.
-        beside = torch.stack(off[:-1])
-        projected = projected + torch.diag_embed(beside, -1) + torch.diag_embed(beside, 1)
+        # Both triangles, though eigh reads one: its derivative assumes a symmetric matrix.
+        off_diagonal = torch.stack(off[:-1])
+        projected = projected + torch.diag_embed(off_diagonal, -1) + torch.diag_embed(off_diagonal, 1)
     values, within = torch.linalg.eigh(projected)
     values, within = values.flip(-1), within.flip(-1)
     return Eigenpairs(values, off[-1] * within[-1].abs(), within[:, :count].mT @ torch.stack(basis))

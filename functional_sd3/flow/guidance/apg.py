@@ -38,7 +38,7 @@ def apg(
 ) -> Guidance:
     """v_n + scale u, with u from d = v_p - v_n: d + momentum d_last, norm at most `longest`, parallel part times `eta`.
 
-    This is diffusers' guider, whose defaults are no momentum and eta 1. The paper's algorithm is another in two ways:
+    This is diffusers' guider, whose defaults are no momentum and eta 1. The paper's algorithm differs in two ways:
     from_positive: v_p + (scale - 1) u instead, so that scale 1 is v_p whatever u is; of_data: all of it for the
     predictions x_0 = x - t v in place of velocities. longest: in the norm over a sample's elements, None for no limit.
     Python's momentum 0 carries nothing; with another the carry is one tensor like x, and `guidance.with_carry`
@@ -55,20 +55,20 @@ def apg(
 
     def combine(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
         negative, positive = promoted(velocities["negative"], velocities["positive"])
-        seen = [denoised(x, v, t) if of_data else v for v in (negative, positive)]
-        difference = seen[1] - seen[0]
+        start, end = (denoised(x, v, t) if of_data else v for v in (negative, positive))
+        difference = end - start
         if has_carry:
             difference = carry = difference + broadcast(value(momentum, t), x) * carry
         update = difference if longest is None else clip_norm(difference, value(longest, t))
-        update = scale_parallel(update, seen[1], value(eta, t))
+        update = scale_parallel(update, end, value(eta, t))
         if of_data:
-            at_data = scale_parallel(positive - negative, seen[1], value(eta, t))
+            at_data = scale_parallel(positive - negative, end, value(eta, t))
             time = broadcast(t, x)
             update = torch.where(time > 0, -update / torch.where(time > 0, time, 1.0), at_data)
-        start, by = (positive, value(scale, t) - 1) if from_positive else (negative, value(scale, t))
-        return start + broadcast(by, start) * update, carry
+        base, factor = (positive, value(scale, t) - 1) if from_positive else (negative, value(scale, t))
+        return base + broadcast(factor, base) * update, carry
 
-    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, nothing_yet if has_carry else no_carry)
+    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine, zero_momentum if has_carry else no_carry)
 
 
 @recorded
@@ -98,6 +98,6 @@ def mixed_apg(
     return windowed(projected._replace(combine=combine), projected, lambda step, _: step < first)
 
 
-def nothing_yet(x: Tensor, t: Tensor) -> Tensor:
+def zero_momentum(x: Tensor, t: Tensor) -> Tensor:
     """The momentum before the first evaluation."""
     return torch.zeros_like(x)

@@ -78,11 +78,11 @@ ZERO = Guidance({}, lambda velocities, x, t, carry: (torch.zeros_like(x), carry)
 def pairwise(combine: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Guidance:
     """The guidance `combine(negative, positive, x, t)` of these two velocities."""
 
-    def both(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
+    def combine_pair(velocities: Velocities, x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
         return combine(velocities["negative"], velocities["positive"], x, t), carry
 
     # In this order they are evaluated in one batch.
-    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, both)
+    return Guidance({"negative": NEGATIVE, "positive": POSITIVE}, combine_pair)
 
 
 def map_velocity(
@@ -94,17 +94,20 @@ def map_velocity(
         v, carry = guidance.combine(velocities, x, t, carry)
         return change(v, velocities, t), carry
 
-    later = None if guidance.at is None else lambda step, steps: map_velocity(at(guidance, step, steps), needs, change)
-    return Guidance(joined(guidance.needs, needs), combine, guidance.init, guidance.windows, later)
+    def change_at(step: int, steps: int) -> Guidance:
+        return map_velocity(at(guidance, step, steps), needs, change)
+
+    at_step = None if guidance.at is None else change_at
+    return Guidance(joined(guidance.needs, needs), combine, guidance.init, guidance.windows, at_step)
 
 
 def plus(guidance: Guidance, scale: Scale, end: Mapping[str, Branch], start: Mapping[str, Branch]) -> Guidance:
     """v + scale (v_end - v_start), v being that of `guidance`; end and start are one branch each, {"name": Branch}."""
     check_scale(scale)
-    ((to, _),), ((away, _),) = end.items(), start.items()
+    ((end_name, _),), ((start_name, _),) = end.items(), start.items()
 
     def change(v: Tensor, velocities: Velocities, t: Tensor) -> Tensor:
-        return add_difference(v, velocities[away], velocities[to], value(scale, t))
+        return add_difference(v, velocities[start_name], velocities[end_name], value(scale, t))
 
     return map_velocity(guidance, {**start, **end}, change)
 
@@ -144,7 +147,7 @@ def value(scale: Scale, t: Tensor) -> float | Tensor:
 
 
 def check_scale(scale: Scale, name: str = "guidance scale") -> None:
-    """Raises ValueError for a scale that is not finite, where its value is at hand, or no number at all."""
+    """Raises ValueError for a scale that is not finite, where its value can be read, or is no number at all."""
     if isinstance(scale, Tensor):
         if scale.is_complex() or scale.dtype == torch.bool:
             raise ValueError(f"{name} of dtype {scale.dtype} must be a number; 1 is no guidance")

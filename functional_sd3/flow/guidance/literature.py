@@ -27,7 +27,7 @@ from functional_sd3.flow.guidance.compose import (
     windowed,
 )
 from functional_sd3.flow.guidance.recorded import recorded
-from functional_sd3.flow.guidance.windows import Window, check_parts, fraction, strictly
+from functional_sd3.flow.guidance.windows import Window, check_fractions, fraction, strictly
 
 
 @recorded
@@ -36,7 +36,7 @@ def cfg(scale: Scale) -> Guidance:
 
     Python's scale 1 needs no v_n, here and in the others of one scale.
     """
-    return _from(lambda negative, positive: negative, scale)
+    return _extrapolate_from(lambda negative, positive: negative, scale)
 
 
 @recorded
@@ -45,13 +45,13 @@ def zero_star(scale: Scale) -> Guidance:
 
     The paper's zero-init, no velocity in the first steps, is `zero_init`; diffusers' guider does both.
     """
-    return _from(project_onto, scale)
+    return _extrapolate_from(project_onto, scale)
 
 
 @recorded
 def tangential(scale: Scale) -> Guidance:
     """Tangential guidance (Kwon et al. 2025, arXiv:2503.18137): v_s + scale (v_p - v_s), v_s v_n's shared component."""
-    return _from(tangential_component, scale)
+    return _extrapolate_from(tangential_component, scale)
 
 
 @recorded
@@ -63,8 +63,8 @@ def magnitude_aware(scale: Scale, rate: Scale = 8.0) -> Guidance:
         return CONDITIONAL
 
     def combine(negative: Tensor, positive: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        less = damped_scale(negative, positive, value(scale, t), value(rate, t))
-        return extrapolate(negative, positive, less)
+        damped = damped_scale(negative, positive, value(scale, t), value(rate, t))
+        return extrapolate(negative, positive, damped)
 
     return pairwise(combine)
 
@@ -120,7 +120,7 @@ def perturbed(
     the part of the run from start to stop.
     """
     worse = _with_blocks("perturbed_layers", layers)
-    return _away_from(guidance, worse, scale, _part(start, stop))
+    return _away_from(guidance, worse, scale, _window(start, stop))
 
 
 @recorded
@@ -140,7 +140,7 @@ def smoothed(
     if not sigma > 0:
         raise ValueError(f"sigma {sigma} of smoothed energy guidance must be above 0: the width of the blur in patches")
     worse = _with_blocks("perturbed_layers", layers, perturbation=partial(blurred_attention, sigma=sigma))
-    return _away_from(guidance, worse, scale, _part(start, stop))
+    return _away_from(guidance, worse, scale, _window(start, stop))
 
 
 @recorded
@@ -169,7 +169,7 @@ def interval(guidance: Guidance, start: float = 0.0, stop: float = 1.0) -> Guida
     """Guidance interval: guidance in a part of the run, v_p outside it, which halves the work there.
 
     Kynkaanniemi et al. 2024, arXiv:2404.07724. start, stop: fractions of the steps (`windows.fraction`);
-    `step_fractions` finds them for an interval of t.
+    `step_fractions` gives them for an interval of t.
     """
     return windowed(guidance, CONDITIONAL, fraction(start, stop))
 
@@ -182,7 +182,7 @@ def zero_init(guidance: Guidance, steps: int = 1) -> Guidance:
     return windowed(ZERO, guidance, lambda step, _: step < steps)
 
 
-def _from(start: Callable[[Tensor, Tensor], Tensor], scale: Scale) -> Guidance:
+def _extrapolate_from(start: Callable[[Tensor, Tensor], Tensor], scale: Scale) -> Guidance:
     """v_s + scale (v_p - v_s) with v_s = start(v_n, v_p)."""
     check_scale(scale)
     if is_one(scale):
@@ -201,10 +201,10 @@ def _with_blocks(option: str, layers: Collection[int], **more: Any) -> dict[str,
 
 def _away_from(guidance: Guidance, worse: dict[str, Branch], scale: Scale, window: Window | None) -> Guidance:
     """v + scale (v_p - v_worse), in a window of the run if there is one."""
-    moved = plus(guidance, scale, {"positive": POSITIVE}, worse)
-    return moved if window is None else windowed(moved, guidance, window)
+    guided = plus(guidance, scale, {"positive": POSITIVE}, worse)
+    return guided if window is None else windowed(guided, guidance, window)
 
 
-def _part(start: float, stop: float) -> Window | None:
-    check_parts(start, stop)
+def _window(start: float, stop: float) -> Window | None:
+    check_fractions(start, stop)
     return None if (start, stop) == (0, 1) else fraction(start, stop)

@@ -107,10 +107,10 @@ def batched(
     check_scale(scale)
     if is_one(scale):
         return lambda x, t: fn(x, t, *cond_args)
-    both = batch_fields(fn, {"uncond": uncond_args, "cond": cond_args})
+    fields = batch_fields(fn, {"uncond": uncond_args, "cond": cond_args})
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        velocities = both(x, t)
+        velocities = fields(x, t)
         return extrapolate(velocities["uncond"], velocities["cond"], value(scale, t))
 
     return guided

@@ -15,33 +15,35 @@ def fraction(start: float, stop: float) -> Window:
 
     Products within rounding of a whole number count as it: 0.29 of 100 steps are 29, where diffusers has 28.
     """
-    check_parts(start, stop)
+    check_fractions(start, stop)
 
-    def whole(part: float, steps: int) -> int:
+    def whole_steps(part: float, steps: int) -> int:
         return math.floor(part * steps + 1e-6)
 
-    return lambda step, steps: whole(start, steps) <= step < whole(stop, steps)
+    return lambda step, steps: whole_steps(start, steps) <= step < whole_steps(stop, steps)
 
 
 def strictly(start: float, stop: float) -> Window:
     """Window start steps < step < stop steps, as SD3.5's released code has it."""
-    check_parts(start, stop)
+    check_fractions(start, stop)
     return lambda step, steps: steps * start < step < steps * stop
 
 
-def check_parts(start: float, stop: float) -> None:
+def check_fractions(start: float, stop: float) -> None:
     """ValueError unless 0 <= start <= stop <= 1."""
     if not 0 <= start <= stop <= 1:
-        raise ValueError(f"start {start} and stop {stop} of guidance must be 0 <= start <= stop <= 1: parts of the run")
+        raise ValueError(
+            f"start {start} and stop {stop} of guidance must be 0 <= start <= stop <= 1: fractions of the run"
+        )
 
 
 def step_fractions(times: Tensor, low: float, high: float) -> tuple[float, float]:
-    """The part (start, stop) of a run whose steps begin at times low < t <= high; times (steps + 1,), descending.
+    """Fractions (start, stop) of a run whose steps start at times low < t <= high; times (steps + 1,), descending.
 
     Reads the times. Where x is x_0 + sigma noise, as in Karras et al. 2022, t = sigma / (1 + sigma).
     """
-    begins = times[:-1].tolist()
-    return sum(t > high for t in begins) / len(begins), sum(t > low for t in begins) / len(begins)
+    starts = times[:-1].tolist()
+    return sum(t > high for t in starts) / len(starts), sum(t > low for t in starts) / len(starts)
 
 
 def per_step(scales: Tensor, times: Tensor) -> Callable[[Tensor], Tensor]:
@@ -55,8 +57,8 @@ def per_step(scales: Tensor, times: Tensor) -> Callable[[Tensor], Tensor]:
 
     def scale(t: Tensor) -> Tensor:
         grid = times.to(t.dtype)
-        onwards = torch.sign(grid[-1] - grid[0])
-        step = (onwards * grid[1:-1, None] <= (onwards * t).reshape(1, -1)).sum(0)
+        direction = torch.sign(grid[-1] - grid[0])
+        step = (direction * grid[1:-1, None] <= (direction * t).reshape(1, -1)).sum(0)
         if t.ndim == 0:
             return scales.index_select(0, step).squeeze(0)
         if scales.ndim == 1:

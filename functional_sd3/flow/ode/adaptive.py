@@ -2,8 +2,8 @@
 
     solution = solve(DOPRI5, velocity, noise, [1.0, 0.0], rtol=1e-5, atol=1e-6)
 
-A sample's steps depend on it alone, so that its result is the same in any batch; samples that have arrived wait for
-the others. The solution at the times in between is dense output, without evaluations.
+A sample's steps depend on it alone, so that its result is the same in any batch; samples that have reached the end are
+no longer changed. The solution at the times in between is dense output, without evaluations.
 
 `solve` is a fold over `Run`, a tree of tensors: `start`, `step` until `finished`, `finish`. Between two steps a run can
 be saved and resumed, with the same result to the bit. `step` is straight-line code that reads no
@@ -44,11 +44,11 @@ class Run(NamedTuple):
     slope: Tensor
     """The velocity at (x, t), (batch, ...)."""
     h: Tensor
-    """The length of the step to try next, positive."""
+    """Length of the next attempt, positive."""
     error: Tensor
     """Of the last accepted step, in units of the tolerance."""
-    tried: Tensor
-    """The error of the last attempt: above 1 it was rejected, not finite where the velocity is not."""
+    attempt_error: Tensor
+    """Of the last attempt: above 1 where it was rejected, not finite where the velocity is not."""
     times: Tensor
     """(n, batch): the start, where the solution is wanted, and the end."""
     states: Tensor
@@ -67,13 +67,13 @@ class Solution(NamedTuple):
     times: Tensor
     """(n, batch)"""
     evaluations: Tensor
-    """int64 (batch,): evaluations that a sample needed; those while it waits for others are not counted."""
+    """int64 (batch,): evaluations of a sample until its end, not those of other samples after it."""
     accepted: Tensor
     """int64 (batch,): steps."""
     rejected: Tensor
-    """int64 (batch,): attempts that were too long."""
+    """int64 (batch,): attempts whose error was too large."""
     dense: list[dense.Piece]
-    """Every step, for `dense.evaluate(solution.dense, t)` at any t; empty unless asked for."""
+    """Every step, for `dense.evaluate(solution.dense, t)` at any t; empty unless kept."""
     h: Tensor
     """(batch,): the length that the next step would have."""
 
@@ -105,12 +105,12 @@ def solve(
 
     velocity: called with t (batch,), each sample's own time. times: (n,) or (n, batch), monotone within [0, 1].
     rtol, atol, max_steps: instead of the method's; the error of the end is of the size of the tolerance, not below it.
-    h: the length of the first step, by default chosen with one evaluation more. keep: fill `Solution.dense`, which
+    h: the length of the first step, by default from one evaluation more. keep: fill `Solution.dense`, which
     holds 4 or 5 times x for every step. on_step: called for each of times[1:] once all samples have passed it, with the
     straight line through it and the time before as the prediction of the data.
 
     Raises ValueError for times as `ode.integrate` does and for tolerances that x's dtype cannot meet; `StepFailed`,
-    naming sample, t and h, when a step underflows, the velocity is not finite or max_steps attempts did not suffice.
+    naming sample, t and h, when a step underflows, the velocity is not finite or max_steps attempts are not enough.
     """
     method = tolerances.replace(method, rtol, atol, max_steps)
     run, pieces, reported = start(method, velocity, x, times, h=h), [], 1
@@ -146,7 +146,7 @@ def start(method: Adaptive, velocity: Velocity, x: Tensor, times: Times, *, h: f
         slope=slope,
         h=torch.where(finite, length, 0.0),
         error=torch.full_like(t.detach(), 1e-4),
-        tried=torch.where(finite, 0.0, torch.nan).to(t.dtype),
+        attempt_error=torch.where(finite, 0.0, torch.nan).to(t.dtype),
         times=grid,
         states=x.expand(len(grid), *x.shape),
         evaluations=evaluations,
@@ -156,16 +156,16 @@ def start(method: Adaptive, velocity: Velocity, x: Tensor, times: Times, *, h: f
 
 
 def step(method: Adaptive, velocity: Velocity, run: Run) -> Run:
-    """One attempt of every sample that has not arrived: it goes on where the error is within the tolerance, and tries
-    a shorter step next where it is not."""
+    """One attempt of a step for every sample before its end: accepted where the error is within the tolerance, to be
+    repeated with a shorter step where it is not."""
     return _attempt(method, velocity, run, False)[0]
 
 
 def finished(method: Adaptive, run: Run) -> bool:
-    """True if all samples have arrived; raises `StepFailed` when one cannot. The only function that reads values."""
-    waiting, failing = run.t != run.times[-1], _failing(method, run)
+    """True if all samples have reached the end; raises `StepFailed` when one cannot. No other function reads values."""
+    unfinished, failing = run.t != run.times[-1], _failing(method, run)
     try:
-        code = (waiting.any() + 2 * failing.any()).item()
+        code = (unfinished.any() + 2 * failing.any()).item()
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
@@ -179,9 +179,9 @@ def finished(method: Adaptive, run: Run) -> bool:
 
 
 def finish(run: Run, pieces: list[dense.Piece] | None = None) -> Solution:
-    """The solution of a run that has arrived."""
-    arrived = broadcast(run.times == run.times[-1], run.states)
-    states = torch.where(arrived, run.x, run.states)
+    """The solution of a finished run."""
+    is_end = broadcast(run.times == run.times[-1], run.states)
+    states = torch.where(is_end, run.x, run.states)
     return Solution(states, run.times, run.evaluations, run.accepted, run.rejected, pieces or [], run.h)
 
 
@@ -197,35 +197,35 @@ def from_tensors(tensors: dict[str, Tensor]) -> Run:
 
 def _attempt(method: Adaptive, velocity: Velocity, run: Run, keep: bool) -> tuple[Run, dense.Piece | None]:
     x, t, end = run.x, run.t, run.times[-1]
-    # Up to 1 % longer instead of a tiny last step; and the end itself, not its rounding.
-    lands = 1.01 * run.h >= (end - t).detach().abs()
-    t_next = torch.where(lands, end, t + torch.copysign(run.h, (end - t).detach()))
+    # A step may be 1 % longer to avoid a tiny last one, and ends at the end itself, not its rounding.
+    is_last = 1.01 * run.h >= (end - t).detach().abs()
+    t_next = torch.where(is_last, end, t + torch.copysign(run.h, (end - t).detach()))
     slopes = stages(method.tableau, velocity, x, t, t_next, run.slope)
     h = broadcast(t_next - t, x)
     x_next = x + h * combine(method.tableau.weights, slopes)
     error = step_size.norm(h * combine(method.errors, slopes), x, x_next, method)
-    going = t != end
-    accepted, rejected = going & (error <= 1), going & ~(error <= 1)
-    length = (t_next - t).detach().abs() * step_size.factor(method, error, run.error, ~(run.tried <= 1))
-    # A step cut short by the end does not shorten the length to try next.
-    length = torch.where(accepted & lands, torch.maximum(length, run.h), length)
-    chosen, piece, states = broadcast(accepted, x), None, run.states
+    is_active = t != end
+    accepted, rejected = is_active & (error <= 1), is_active & ~(error <= 1)
+    length = (t_next - t).detach().abs() * step_size.factor(method, error, run.error, ~(run.attempt_error <= 1))
+    # A step shortened by the end does not shorten the length of the next.
+    length = torch.where(accepted & is_last, torch.maximum(length, run.h), length)
+    is_accepted, piece, states = broadcast(accepted, x), None, run.states
     if keep or len(run.times) > 2:
         piece = dense.piece(method, x, slopes, t, torch.where(accepted, t_next, t))
         between = run.times[1:-1]
-        reached = broadcast(dense.inside(piece, between), states)
+        reached = broadcast(dense.is_inside(piece, between), states)
         inner = torch.where(reached, dense.value(piece, between), states[1:-1])
         states = torch.cat([states[:1], inner, states[-1:]])
     after = Run(
-        x=torch.where(chosen, x_next, x),
+        x=torch.where(is_accepted, x_next, x),
         t=torch.where(accepted, t_next, t),
-        slope=torch.where(chosen, slopes[-1], run.slope),
-        h=torch.where(going, length, run.h),
+        slope=torch.where(is_accepted, slopes[-1], run.slope),
+        h=torch.where(is_active, length, run.h),
         error=torch.where(accepted, error, run.error),
-        tried=torch.where(going, error, run.tried),
+        attempt_error=torch.where(is_active, error, run.attempt_error),
         times=run.times,
         states=states,
-        evaluations=run.evaluations + going * (len(slopes) - 1),
+        evaluations=run.evaluations + is_active * (len(slopes) - 1),
         accepted=run.accepted + accepted,
         rejected=run.rejected + rejected,
     )
@@ -241,7 +241,7 @@ def _failing(method: Adaptive, run: Run) -> Tensor:
 def _failure(method: Adaptive, run: Run, sample: int) -> StepFailed:
     t, h, end = (float(value[sample]) for value in (run.t, run.h, run.times[-1]))
     place = f"sample {sample} stopped at t = {t:.9g} on its way to {end:.6g} after {int(run.accepted[sample])} steps: "
-    if not math.isfinite(float(run.tried[sample])):
+    if not math.isfinite(float(run.attempt_error[sample])):
         return StepFailed(
             f"{place}the velocity gives values that are not finite there (tried down to h = {h:.3g})", sample, run
         )

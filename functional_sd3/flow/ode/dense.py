@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     t: Tensor
     """(batch,)"""
     t_next: Tensor
-    """(batch,); where it equals t the sample took no step here."""
+    """(batch,); equal to t where the sample took no step."""
     coefficients: list[Tensor]
     """Each (batch, ...), the lowest power first."""
 
@@ -45,11 +45,11 @@ def value(step: Piece, t: Tensor) -> Tensor:
     return total
 
 
-def inside(step: Piece, t: Tensor) -> Tensor:
-    """True for the times t (..., batch) that the step reached: after its start, up to its end."""
-    forth = (step.t < t) & (t <= step.t_next)
-    back = (step.t_next <= t) & (t < step.t)
-    return forth | back
+def is_inside(step: Piece, t: Tensor) -> Tensor:
+    """True for the times t (..., batch) after the start of the step and up to its end."""
+    ascending = (step.t < t) & (t <= step.t_next)
+    descending = (step.t_next <= t) & (t < step.t)
+    return ascending | descending
 
 
 def evaluate(steps: Sequence[Piece], t: Tensor | float) -> Tensor:
@@ -58,5 +58,5 @@ def evaluate(steps: Sequence[Piece], t: Tensor | float) -> Tensor:
     t = torch.as_tensor(t, dtype=start.dtype, device=start.device).expand(len(start))
     x = torch.where(broadcast(t == steps[0].t, start), start, torch.nan)
     for step in steps:
-        x = torch.where(broadcast(inside(step, t), x), value(step, t), x)
+        x = torch.where(broadcast(is_inside(step, t), x), value(step, t), x)
     return x

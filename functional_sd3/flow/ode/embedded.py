@@ -12,7 +12,7 @@ from functional_sd3.flow.ode.runge_kutta import Tableau
 
 
 class Control(NamedTuple):
-    """Step-size control, from the error of a step to the length of the next: see `step_size.factor`."""
+    """Step-size control, of `step_size.factor`: from the error of a step to the length of the next."""
 
     safety: float = 0.9
     min_factor: float = 0.2

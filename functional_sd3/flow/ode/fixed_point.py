@@ -27,7 +27,7 @@ class InversionFailed(ArithmeticError):
     def __init__(self, sample: int, residual: float, tolerance: float, iterations: int, t: float):
         super().__init__(
             f"sample {sample} at t = {t:.6g}: {iterations} iterations left {residual:.2g} of |x|, above the tolerance "
-            f"{tolerance:.2g}; more steps or less guidance make the equation easier, tolerance=None takes what there is"
+            f"{tolerance:.2g}; use more steps or less guidance, or tolerance=None, which accepts any residual"
         )
         self.sample, self.residual, self.t = sample, residual, t
 
@@ -37,10 +37,10 @@ def inverse(
 ) -> Method:
     """The method whose step from (x, t) to t_next is the y for which `method`'s step from (y, t_next) to t gives x.
 
-    Each iteration evaluates the velocity once for each stage of `method`. A sample is done when
-    |x - step(y)| <= tolerance |x| (Euclidean; float32 reaches about 1e-7), and then stays as it is, so that it does not
-    depend on its batch; the iteration ends when all are done, or after `iterations`. tolerance None: all iterations,
-    whatever they reach.
+    Each iteration evaluates the velocity once for each stage of `method`. A sample is solved when
+    |x - step(y)| <= tolerance |x| (Euclidean; float32 reaches about 1e-7), and is not changed any more, so that it does
+    not depend on its batch; the iteration ends when all are solved, or after `iterations`. tolerance None: all
+    iterations, without a check.
     depth: of Anderson's acceleration (1965; Walker and Ni 2011), the number of earlier iterates that a step is combined
     with. 0 is the plain iteration, which converges where h |dphi/dy| < 1.
 
@@ -55,23 +55,23 @@ def inverse(
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         y = x
         pairs: list[tuple[Tensor, Tensor]] = []
-        enough = None if tolerance is None else tolerance * norm(x)
+        allowed = None if tolerance is None else tolerance * norm(x)
         for _ in range(iterations):
-            there = method.step(velocity, y, t_next, t, [])
-            residual = x - there.x
+            advance = method.step(velocity, y, t_next, t, [])
+            residual = x - advance.x
             pairs = [*pairs, (y, residual)][-depth - 1 :]
-            proposed = _combined(pairs)
-            if enough is None:
+            proposed = _anderson_iterate(pairs)
+            if allowed is None:
                 y = proposed
                 continue
-            left = norm(residual)
-            done = left <= enough
-            y = torch.where(broadcast(done, x), y, proposed)
-            if is_concrete(done) and done.all():
-                return Advance(y, carry, there.slope)
-        if tolerance is not None and is_concrete(left):
-            _raise_above_tolerance(left / norm(x), tolerance, iterations, t_next)
-        return Advance(y, carry, there.slope)
+            residual_norm = norm(residual)
+            is_solved = residual_norm <= allowed
+            y = torch.where(broadcast(is_solved, x), y, proposed)
+            if is_concrete(is_solved) and is_solved.all():
+                return Advance(y, carry, advance.slope)
+        if tolerance is not None and is_concrete(residual_norm):
+            _raise_above_tolerance(residual_norm / norm(x), tolerance, iterations, t_next)
+        return Advance(y, carry, advance.slope)
 
     return Method(
         no_carry, step, order=method.order, evaluations=iterations * method.evaluations, name=f"{method.name}_inverse"
@@ -93,7 +93,7 @@ def check_one_step(method: Method) -> None:
         )
 
 
-def _combined(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _anderson_iterate(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The next iterate from the last ones and their residuals, newest last: y + r - sum_j gamma_j (dy_j + dr_j), where
     |r - sum_j gamma_j dr_j| is least for each sample."""
     y, residual = pairs[-1]
@@ -103,19 +103,21 @@ def _combined(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     iterates, residuals = (
         torch.stack([each.reshape(len(y), -1) for each in part], 1) for part in zip(*pairs, strict=True)
     )
-    moves, changes, flat = iterates.diff(dim=1), residuals.diff(dim=1), residuals[:, -1]
+    dy, dr, last = iterates.diff(dim=1), residuals.diff(dim=1), residuals[:, -1]
     # The normal equations square the condition number, so they are solved in double precision. A ridge keeps them
-    # regular where iterates have stopped to move.
-    wide = changes.double()
-    gram = wide @ wide.transpose(1, 2)
+    # regular where iterates no longer change.
+    dr_double = dr.double()
+    gram = dr_double @ dr_double.transpose(1, 2)
     ridge = 1e-12 * gram.diagonal(dim1=1, dim2=2).amax(1) + torch.finfo(torch.float64).tiny
     gram = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    weights = torch.linalg.solve(gram, wide @ flat.double()[..., None]).to(flat.dtype)
-    return y + residual - (weights.transpose(1, 2) @ (moves + changes)).reshape(y.shape)
+    weights = torch.linalg.solve(gram, dr_double @ last.double()[..., None]).to(last.dtype)
+    return y + residual - (weights.transpose(1, 2) @ (dy + dr)).reshape(y.shape)
 
 
-def _raise_above_tolerance(left: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:
+def _raise_above_tolerance(residuals: Tensor, tolerance: float, iterations: int, t: Tensor) -> None:
     # A state that is not finite is reported by `check=True` of a run.
-    worst = int(left.nan_to_num(nan=0.0, posinf=0.0).argmax())
-    if tolerance < left[worst] < torch.inf:
-        raise InversionFailed(worst, float(left[worst]), tolerance, iterations, float(t if t.ndim == 0 else t[worst]))
+    worst = int(residuals.nan_to_num(nan=0.0, posinf=0.0).argmax())
+    if tolerance < residuals[worst] < torch.inf:
+        raise InversionFailed(
+            worst, float(residuals[worst]), tolerance, iterations, float(t if t.ndim == 0 else t[worst])
+        )

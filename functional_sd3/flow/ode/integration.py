@@ -75,12 +75,12 @@ def integrate(
     velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`, or `Stepwise` ones, of which
     step i evaluates `velocity.at(i)`. An adaptive method starts anew where neighbouring ones are not the same object.
     times: (n + 1,), descending to generate, ascending to invert, in [0, 1]; or (n + 1, batch), a grid for each sample,
-    where shorter grids are padded by repeating their last time (`schedule.together`) and a `last` step is that of the
+    where shorter grids are padded by repeating their last time (`schedule.stack`) and a `last` step is that of the
     longest. An adaptive method chooses its own steps between the ends; the times in between are only where the
     solution is returned.
     save: None returns the last x (batch, ...); "all" the n + 1 states at `times`, (n + 1, batch, ...); indices into
-    `times` those states only, stacked in the order given; a function the list of what it returned for each `StepInfo`.
-    on_step: called with the `StepInfo` after each step; what it returns is ignored.
+    `times` those states only, stacked in the order given; a function the list of its results for each `StepInfo`.
+    on_step: called with the `StepInfo` after each step; its result is ignored.
     check: raise `NonFiniteError` after the first step whose state is not finite (which waits for the device each step).
     rtol, atol: of an adaptive method, which raises `adaptive.StepFailed` when it cannot go on; default 1e-5 and 1e-6.
 

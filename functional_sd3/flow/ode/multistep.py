@@ -27,16 +27,16 @@ def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carr
     """
     slope = velocity(x, t).to(x.dtype)
     prediction = x - broadcast(t, x) * slope
-    seen = [{"value": prediction, "t": t}]
+    history = [{"value": prediction, "t": t}]
     if not carry:
-        return Advance(x + broadcast(t_next - t, x) * slope, seen, slope)
+        return Advance(x + broadcast(t_next - t, x) * slope, history, slope)
     last, t_last = carry[0]["value"], carry[0]["t"]
     finite = (t > 0) & (t_next > 0) & (t_last > 0) & (t_last != t)
-    # Where lambda is infinite the logarithms take other finite arguments, so that their derivatives are finite too.
+    # Where lambda is infinite the logarithms have other, finite arguments, so that their derivatives are finite too.
     before, here, after = (torch.where(finite, time, safe) for time, safe in ((t_last, 2.0), (t, 1.0), (t_next, 1.0)))
     ratio = (torch.log(here) - torch.log(after)) / (torch.log(before) - torch.log(here))
-    bend = broadcast(ratio / (2 * here), x) * (prediction - last)
-    return Advance(x + broadcast(t_next - t, x) * (slope - bend), seen, slope)
+    correction = broadcast(ratio / (2 * here), x) * (prediction - last)
+    return Advance(x + broadcast(t_next - t, x) * (slope - correction), history, slope)
 
 
 DPMPP_2M = Method(no_carry, dpmpp_2m_step, order=2, evaluations=1, name="dpmpp_2m")

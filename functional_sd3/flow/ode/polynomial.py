@@ -1,4 +1,4 @@
-"""Integrals of interpolation polynomials, of which multistep methods are made."""
+"""Integrals of interpolation polynomials, for multistep methods."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def integral(values: Sequence[Tensor], nodes: Sequence[Tensor], moments: Sequenc
     product = [torch.ones_like(moments[0])]
     for level in range(1, len(values)):
         differences = [
-            (differences[i] - differences[i + 1]) / broadcast(_apart(nodes[i], nodes[i + level]), x)
+            (differences[i] - differences[i + 1]) / broadcast(_difference(nodes[i], nodes[i + level]), x)
             for i in range(len(differences) - 1)
         ]
         root = nodes[level - 1]
@@ -31,6 +31,6 @@ def integral(values: Sequence[Tensor], nodes: Sequence[Tensor], moments: Sequenc
     return total
 
 
-def _apart(node: Tensor, other: Tensor) -> Tensor:
+def _difference(node: Tensor, other: Tensor) -> Tensor:
     # Equal times come from the padding at the end of a shorter grid in a batch, where every weight is 0.
     return torch.where(node == other, 1.0, node - other)

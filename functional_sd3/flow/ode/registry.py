@@ -22,7 +22,7 @@ STOCHASTIC = stochastic.METHODS
 """The methods that draw noise: functions of a key."""
 
 NAMES = (*METHODS, *ADAPTIVE, *STOCHASTIC)
-"""All that `named` knows."""
+"""The names of all methods, for `named`."""
 
 
 def named(

@@ -46,15 +46,15 @@ def first(method: Adaptive, velocity: Velocity, x: Tensor, t: Tensor, end: Tenso
     size, speed = norm(x, x, x, method), norm(slope, x, x, method)
     trial = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed.clamp(min=1e-5))
     trial = torch.minimum(trial, distance)
-    # The exact end, because rounding must not take the time out of [0, 1].
+    # The exact end: rounding must not move the time out of [0, 1].
     h = torch.where(trial < distance, torch.copysign(trial, end - t), end - t)
-    ahead = velocity(x + broadcast(h, x) * slope, torch.where(trial < distance, t + h, end)).to(x.dtype).detach()
-    bend = norm(ahead - slope, x, x, method) / trial.clamp(min=torch.finfo(x.dtype).tiny)
-    steepest = torch.maximum(speed, bend)
-    aimed = torch.where(
+    next_slope = velocity(x + broadcast(h, x) * slope, torch.where(trial < distance, t + h, end)).to(x.dtype).detach()
+    acceleration = norm(next_slope - slope, x, x, method) / trial.clamp(min=torch.finfo(x.dtype).tiny)
+    steepest = torch.maximum(speed, acceleration)
+    length = torch.where(
         steepest <= 1e-15, (1e-3 * trial).clamp(min=1e-6), (0.01 / steepest.clamp(min=1e-15)) ** (1 / method.estimate)
     )
-    return torch.minimum(torch.minimum(100 * trial, aimed), distance)
+    return torch.minimum(torch.minimum(100 * trial, length), distance)
 
 
 def smallest(x: Tensor, t: Tensor, end: Tensor) -> Tensor:

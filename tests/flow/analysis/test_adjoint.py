@@ -1,4 +1,4 @@
-"""Gradients of the end of a flow: the three ways agree, and keep in memory what they say."""
+"""Gradients of the end of a flow: the three ways agree, and their memory is the stated one."""
 
 from functools import partial
 
@@ -150,8 +150,8 @@ def test_autograd_torch_func_and_value_and_grad_give_one_gradient(way):
     expected = gradients(way, ode.HEUN, times)
     assert distance(grad(pairing(way, ode.HEUN), (0, 1, 2))(ARGS, X, times), expected) < 1e-12
     leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), (ARGS, X, times))
-    found = torch.autograd.grad(pairing(way, ode.HEUN)(*leaves), tree.leaves(leaves))
-    assert distance(found, tree.leaves(expected)) < 1e-12
+    actual = torch.autograd.grad(pairing(way, ode.HEUN)(*leaves), tree.leaves(leaves))
+    assert distance(actual, tree.leaves(expected)) < 1e-12
 
 
 def test_the_continuous_adjoint_is_mapped_over_its_arguments_and_its_start():
@@ -176,7 +176,7 @@ def test_second_derivatives_of_the_continuous_adjoint_converge_to_those_of_the_s
     assert np.log2(errors[0] / errors[1]) > 3.5 and errors[1] < 1e-3
 
 
-def test_the_way_back_may_take_another_method_and_another_grid():
+def test_the_backward_integration_may_have_another_method_and_another_grid():
     exact, times = gradients(plain, ode.RK4, even(64)), even(64)
 
     def error(**options):
@@ -246,7 +246,7 @@ def test_memory_grows_by_all_a_step_keeps_by_one_state_a_step_or_not_at_all(way,
     assert least <= (peak(way, 24) - peak(way, 8)) / 16 <= most
 
 
-def test_leaves_that_need_no_gradient_cost_none_on_the_way_back():
+def test_leaves_that_need_no_gradient_cost_none_in_the_backward_integration():
     frozen, scale = torch.ones(1000, 1000), torch.tensor(0.1, requires_grad=True)
 
     def product(args, x, t):
@@ -257,9 +257,9 @@ def test_leaves_that_need_no_gradient_cost_none_on_the_way_back():
         value = adjoint.continuous(ode.EULER, product, args, torch.ones(1, 1000), torch.linspace(1, 0, 5)).sum()
         return torch.autograd.grad(value, scale)
 
-    asked = frozen.clone().requires_grad_()
+    tracked = frozen.clone().requires_grad_()
     size = frozen.numel() * 4
-    assert allocated_peak(lambda: run(frozen)) < size < allocated_peak(lambda: run(asked))
+    assert allocated_peak(lambda: run(frozen)) < size < allocated_peak(lambda: run(tracked))
 
 
 # The whole program.
@@ -305,17 +305,17 @@ def ways(velocity, redness, method):
     }
 
 
-def test_a_pictures_redness_has_gradients_in_noise_prompt_guidance_lora_and_times_that_agree(whole):
+def test_an_images_redness_has_gradients_in_noise_prompt_guidance_lora_and_times_that_agree(whole):
     velocity, redness, args, noise = whole
-    found = {
+    actual = {
         name: transform.value_and_grad(value, (0, 1, 2))(args, noise, even(6))[0]
         for name, value in ways(velocity, redness, ode.RK4).items()
     }
-    exact = found["plain"]
+    exact = actual["plain"]
     parts = [exact[0]["conditions"], exact[0]["cfg"], exact[0]["lora"], exact[1], exact[2]]
     assert all(max(leaf.abs().max() for leaf in tree.leaves(part)) > 1e-6 for part in parts)
-    assert distance(found["checkpointed"], exact) < 1e-10
-    for ours, theirs in zip(tree.leaves(found["continuous"][:2]), tree.leaves(exact[:2]), strict=True):
+    assert distance(actual["checkpointed"], exact) < 1e-10
+    for ours, theirs in zip(tree.leaves(actual["continuous"][:2]), tree.leaves(exact[:2]), strict=True):
         assert (ours - theirs).norm() <= 1e-2 * theirs.norm() + 1e-9
 
 
@@ -327,8 +327,8 @@ def test_the_gradient_of_the_program_is_the_difference_quotient(whole):
     step = 1e-5
     ahead, behind = (tree.map(lambda a, d, s=s: a + s * step * d, (args, noise), direction) for s in (1, -1))
     quotient = (value(*ahead, times) - value(*behind, times)) / (2 * step)
-    found = transform.value_and_grad(value, (0, 1))(args, noise, times)[0]
-    slope = sum((one * other).sum() for one, other in zip(tree.leaves(found), tree.leaves(direction), strict=True))
+    actual = transform.value_and_grad(value, (0, 1))(args, noise, times)[0]
+    slope = sum((one * other).sum() for one, other in zip(tree.leaves(actual), tree.leaves(direction), strict=True))
     torch.testing.assert_close(slope, quotient, rtol=1e-5, atol=1e-7)
 
 

@@ -43,25 +43,25 @@ def line(velocity, x, times):
 
 def test_a_trajectory_is_the_run_with_its_velocities():
     x, times = normal((3, 2)), even(5)
-    found = line(curved, x, times)
-    assert torch.equal(found.states, ode.integrate(ode.RK4, curved, x, times, save="all"))
-    for state, slope, t in zip(found.states, found.slopes, times, strict=True):
+    actual = line(curved, x, times)
+    assert torch.equal(actual.states, ode.integrate(ode.RK4, curved, x, times, save="all"))
+    for state, slope, t in zip(actual.states, actual.slopes, times, strict=True):
         assert torch.equal(slope, curved(state, t))
 
 
 def test_straight_lines_have_no_straightness_to_lose_and_no_detour():
     drift = normal((3, 2, 2), 1)
-    found = line(lambda x, t: drift, normal((3, 2, 2)), even(4))
-    assert geometry.straightness(found).max() < 1e-25
-    torch.testing.assert_close(geometry.detour(found), torch.ones(3, dtype=torch.float64))
+    actual = line(lambda x, t: drift, normal((3, 2, 2)), even(4))
+    assert geometry.straightness(actual).max() < 1e-25
+    torch.testing.assert_close(geometry.detour(actual), torch.ones(3, dtype=torch.float64))
 
 
 def test_a_straight_line_at_changing_speed_is_no_detour_but_not_straight_in_time():
     # v = 3 t^2 d: the chord is d, and the integral of |d - 3 t^2 d|^2 is 4/5 |d|^2.
     drift = normal((3, 4), 1)
-    found = line(lambda x, t: 3 * t**2 * drift, normal((3, 4)), even(200))
-    torch.testing.assert_close(geometry.detour(found), torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close(geometry.straightness(found), 0.8 * drift.square().sum(1), rtol=1e-3, atol=0)
+    actual = line(lambda x, t: 3 * t**2 * drift, normal((3, 4)), even(200))
+    torch.testing.assert_close(geometry.detour(actual), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(geometry.straightness(actual), 0.8 * drift.square().sum(1), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("span", [(1.0, 0.0), (0.2, 0.9)])
@@ -71,26 +71,26 @@ def test_a_circle_is_as_crooked_as_its_arc(span):
     x = normal((3, 2))
     radius, time = x.norm(dim=1), abs(span[1] - span[0])
     angle, chord = 2 * time, 2 * radius * math.sin(time)
-    found = line(rotation, x, even(400, *span))
+    actual = line(rotation, x, even(400, *span))
     torch.testing.assert_close(
-        geometry.straightness(found), time * (2 * radius) ** 2 - chord**2 / time, rtol=1e-4, atol=0
+        geometry.straightness(actual), time * (2 * radius) ** 2 - chord**2 / time, rtol=1e-4, atol=0
     )
-    torch.testing.assert_close(geometry.detour(found), angle * radius / chord, rtol=1e-4, atol=0)
+    torch.testing.assert_close(geometry.detour(actual), angle * radius / chord, rtol=1e-4, atol=0)
 
 
 def test_every_sample_may_have_a_grid_of_its_own():
     x = normal((2, 2))
     grids = torch.stack([even(50), even(50, 0.9, 0.2)], 1)
-    together = geometry.straightness(line(curved, x, grids))
+    batched = geometry.straightness(line(curved, x, grids))
     for i in range(2):
         alone = geometry.straightness(line(curved, x[i : i + 1], grids[:, i]))
-        torch.testing.assert_close(together[i : i + 1], alone)
+        torch.testing.assert_close(batched[i : i + 1], alone)
 
 
 def test_the_curvature_of_a_circle_is_one_over_its_radius():
     x = normal((5, 2))
     torch.testing.assert_close(geometry.curvature(rotation, x, HALF), 1 / x.norm(dim=1))
-    # It does not see how fast the circle is run through.
+    # It does not depend on the speed along the circle.
     quick = geometry.curvature(lambda x, t: (3 + t) ** 2 * rotation(x, t), x, HALF)
     torch.testing.assert_close(quick, 1 / x.norm(dim=1))
 
@@ -99,8 +99,8 @@ def test_the_acceleration_of_a_linear_flow_in_time_has_both_its_parts():
     # v = (1 + t) A x: dv/dt along the line is A x + (1 + t)^2 A A x.
     x, matrix = normal((3, 4)), normal((4, 4), 1)
     expected = x @ matrix.T + 1.5**2 * x @ (matrix @ matrix).T
-    found = geometry.acceleration(lambda x, t: (1 + path.broadcast(t, x)) * (x @ matrix.T), x, HALF)
-    torch.testing.assert_close(found, expected)
+    actual = geometry.acceleration(lambda x, t: (1 + path.broadcast(t, x)) * (x @ matrix.T), x, HALF)
+    torch.testing.assert_close(actual, expected)
     each = geometry.acceleration(lambda x, t: (1 + path.broadcast(t, x)) * (x @ matrix.T), x, HALF.expand(3))
     torch.testing.assert_close(each, expected)
 
@@ -119,15 +119,15 @@ def test_the_jacobian_of_a_linear_field_has_the_singular_values_of_its_matrix():
         return (1 + t) * torch.einsum("bij,bj->bi", matrices, x.flatten(1)).reshape(x.shape)
 
     x = normal((3, 2, 4))
-    found = geometry.singular_values(linear, x, HALF, prng.key(5), count=3, oversample=5)
+    actual = geometry.singular_values(linear, x, HALF, prng.key(5), count=3, oversample=5)
     left, values, right = torch.linalg.svd(1.5 * matrices)
-    torch.testing.assert_close(found.values, values[:, :3])
-    assert found.left.shape == found.right.shape == (3, 3, 2, 4)
+    torch.testing.assert_close(actual.values, values[:, :3])
+    assert actual.left.shape == actual.right.shape == (3, 3, 2, 4)
     for k in range(3):
-        torch.testing.assert_close((found.right[k].flatten(1) * right[:, k]).sum(1).abs(), torch.ones(3).double())
-        torch.testing.assert_close((found.left[k].flatten(1) * left[:, :, k]).sum(1).abs(), torch.ones(3).double())
-        _, image = torch.func.jvp(lambda x: linear(x, HALF), (x,), (found.right[k],))
-        torch.testing.assert_close(image, found.values[:, k, None, None] * found.left[k])
+        torch.testing.assert_close((actual.right[k].flatten(1) * right[:, k]).sum(1).abs(), torch.ones(3).double())
+        torch.testing.assert_close((actual.left[k].flatten(1) * left[:, :, k]).sum(1).abs(), torch.ones(3).double())
+        _, image = torch.func.jvp(lambda x: linear(x, HALF), (x,), (actual.right[k],))
+        torch.testing.assert_close(image, actual.values[:, k, None, None] * actual.left[k])
 
 
 @settings(max_examples=20)
@@ -136,8 +136,8 @@ def test_few_probes_come_close_to_the_norm_of_the_jacobian_from_below_and_pairs_
     x, t = normal((2, 6), seed), torch.tensor(time, dtype=torch.float64)
     jacobian = torch.stack([torch.func.jacrev(lambda x: curved(x[None], t)[0])(row) for row in x])
     exact = torch.linalg.matrix_norm(jacobian, 2)
-    found = geometry.lipschitz(curved, x, t, prng.key(seed))
-    assert (found <= exact * (1 + 1e-12)).all() and (found >= 0.99 * exact).all()
+    actual = geometry.lipschitz(curved, x, t, prng.key(seed))
+    assert (actual <= exact * (1 + 1e-12)).all() and (actual >= 0.99 * exact).all()
     near = x + 1e-6 * normal((2, 6), seed + 1)
     assert (geometry.lipschitz_between(curved, x, near, t) <= exact * (1 + 1e-4)).all()
 
@@ -146,17 +146,17 @@ def test_the_lipschitz_quotient_of_a_linear_field_along_a_singular_direction_is_
     matrix = normal((5, 5), 1)
     _, values, right = torch.linalg.svd(matrix)
     x = normal((5, 5))
-    found = geometry.lipschitz_between(lambda x, t: x @ matrix.T, x, x + right, HALF)
-    torch.testing.assert_close(found, values)
+    actual = geometry.lipschitz_between(lambda x, t: x @ matrix.T, x, x + right, HALF)
+    torch.testing.assert_close(actual, values)
 
 
 def test_a_samples_geometry_does_not_depend_on_its_batch_nor_on_chunks():
     x = normal((3, 6))
-    together = geometry.singular_values(curved, x, HALF, prng.key(1), count=2)
+    batched = geometry.singular_values(curved, x, HALF, prng.key(1), count=2)
     chunked = geometry.singular_values(curved, x, HALF, prng.key(1), count=2, chunk_size=2)
-    torch.testing.assert_close(together, chunked)
+    torch.testing.assert_close(batched, chunked)
     first = geometry.singular_values(curved, x[:1], HALF, prng.key(1), count=2)
-    torch.testing.assert_close(together.values[:1], first.values)
+    torch.testing.assert_close(batched.values[:1], first.values)
     torch.testing.assert_close(geometry.curvature(curved, x, HALF)[1:2], geometry.curvature(curved, x[1:2], HALF))
 
 
@@ -177,13 +177,13 @@ def test_geometry_is_mapped_differentiated_and_compiled():
     torch.testing.assert_close(compiled(many[0]), [fn(many[0]) for fn in measures.values()])
 
 
-def test_the_jacobian_of_the_guided_model_is_found_by_the_same_few_products():
+def test_the_jacobian_of_the_guided_model_by_the_same_few_products():
     model = models.random_model()
     conditions = pipeline.encode(*models.parts(model), ["a red circle", "a blue star"])
     velocity = pipeline.velocity(model.params, model.config, conditions, 3.0)
     x, t = normal((2, model.config.transformer.in_channels, 2, 2)).float(), torch.tensor(0.6)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        found = geometry.lipschitz(velocity, x, t, prng.key(0), probes=6, iterations=6)
+        actual = geometry.lipschitz(velocity, x, t, prng.key(0), probes=6, iterations=6)
         straight = geometry.straightness(geometry.trajectory(ode.EULER, velocity, x, [1.0, 0.5, 0.0]))
         # A scalar time, and one a sample, are differentiated alike.
         bend, each = geometry.curvature(velocity, x, t), geometry.curvature(velocity, x, t.expand(2))
@@ -191,7 +191,7 @@ def test_the_jacobian_of_the_guided_model_is_found_by_the_same_few_products():
             lambda tangent: torch.func.jvp(lambda x: velocity(x, t), (x,), (tangent,))[1], chunk_size=16
         )(torch.eye(x[0].numel()).reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape))
     exact = torch.linalg.matrix_norm(jacobian.flatten(2).permute(1, 2, 0), 2)
-    torch.testing.assert_close(found, exact, rtol=1e-2, atol=0)
+    torch.testing.assert_close(actual, exact, rtol=1e-2, atol=0)
     assert (straight > 0).all() and bend.shape == (2,)
     torch.testing.assert_close(bend, each)
 

@@ -108,10 +108,10 @@ def test_a_sample_is_inverted_the_same_in_any_batch():
     x, scale = data((3, 2), torch.float32), torch.tensor([[0.1], [1.0], [6.0]])
     field = lambda x, t, scale=scale: torch.sin(scale * x)  # noqa: E731
     grid = schedule.sigmas(10)
-    together = likelihood.invert(field, x, grid)
+    batched = likelihood.invert(field, x, grid)
     for i in range(3):
         alone = likelihood.invert(lambda x, t, i=i: field(x, t, scale[i : i + 1]), x[i : i + 1], grid)
-        assert torch.equal(alone, together[i : i + 1])
+        assert torch.equal(alone, batched[i : i + 1])
 
 
 def test_the_iteration_stops_as_soon_as_all_samples_are_done():
@@ -123,7 +123,7 @@ def test_the_iteration_stops_as_soon_as_all_samples_are_done():
 
 @METHODS
 @pytest.mark.parametrize("coupling", [0.9, 1.0])
-def test_the_way_back_undoes_a_coupled_run_whatever_the_method(method, coupling):
+def test_the_inverse_undoes_a_coupled_run_whatever_the_method(method, coupling):
     there, back = reversible.reversible(method, coupling)
     x, grid = data(), schedule.sigmas(15).double().flip(0)
     start = ode.start(there, x, grid[0])
@@ -141,8 +141,8 @@ def test_a_coupled_method_has_the_order_of_its_base(method):
     velocity, solution = flows.FLOWS["rotation"]
     x, counts, errors = data(), [24, 48, 96], []
     for steps in counts:
-        found = ode.integrate(coupled, velocity, x, torch.linspace(1, 0, steps + 1, dtype=x.dtype))
-        errors.append((found - solution(x, 0.0)).norm().item())
+        actual = ode.integrate(coupled, velocity, x, torch.linspace(1, 0, steps + 1, dtype=x.dtype))
+        errors.append((actual - solution(x, 0.0)).norm().item())
     assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] > method.order - 0.2
 
 
@@ -164,10 +164,10 @@ def test_a_grid_for_each_sample_and_steps_of_no_length(way):
     x = data((2, 3))
     long, short = schedule.sigmas(8).double(), schedule.sigmas(5).double()
     padded = torch.cat([short, short[-1:].expand(3)])
-    together = likelihood.round_trip(flows.field, x, torch.stack([long, padded], 1), by=by)
+    batched = likelihood.round_trip(flows.field, x, torch.stack([long, padded], 1), by=by)
     alone = likelihood.round_trip(flows.field, x[1:], short, by=by)
-    assert (together.error < 1e-5).all()
-    torch.testing.assert_close(together.noise[1:], alone.noise, rtol=0, atol=1e-12 if way == "coupled" else 1e-5)
+    assert (batched.error < 1e-5).all()
+    torch.testing.assert_close(batched.noise[1:], alone.noise, rtol=0, atol=1e-12 if way == "coupled" else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -185,14 +185,14 @@ def test_inverting_under_grad_vmap_and_compile(by):
     plain = noise(x, weight)
     torch.testing.assert_close(vmap(lambda x: noise(x[None], weight)[0])(x), plain, rtol=1e-5, atol=1e-5)
     gradient = grad(lambda x, weight: noise(x, weight).square().sum(), argnums=(0, 1))
-    found, step = gradient(x, weight), 1e-2
+    actual, step = gradient(x, weight), 1e-2
     direction = data((3, 3), torch.float32, 2)
     ahead, behind = (noise(x, weight + s * direction).double().square().sum() for s in (step, -step))
-    slope = (found[1] * direction).sum().item()
+    slope = (actual[1] * direction).sum().item()
     assert slope == pytest.approx(((ahead - behind) / (2 * step)).item(), rel=1e-2)
     torch._dynamo.reset()
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(compiled(x, weight), found, strict=True):
+    for ours, theirs in zip(compiled(x, weight), actual, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -225,14 +225,14 @@ def test_what_cannot_be_inverted_is_refused_by_name(make, message):
         make()
 
 
-def test_a_velocity_that_is_not_finite_is_found_by_the_run():
+def test_a_velocity_that_is_not_finite_is_an_error_of_the_run():
     field = lambda x, t: torch.where(t > 0.5, math.nan, x)  # noqa: E731
     with pytest.raises(ode.NonFiniteError, match="step 3 of 4"):
         likelihood.invert(field, data(), torch.linspace(0, 1, 5), check=True)
 
 
 @pytest.mark.parametrize("way", [likelihood.corrected(), likelihood.coupled(ode.EULER)], ids=["corrected", "coupled"])
-def test_a_picture_of_the_shipped_model_survives_the_round_trip_of_fifty_steps(way):
+def test_an_image_of_the_shipped_model_survives_the_round_trip_of_fifty_steps(way):
     model = weights.load(shipped.folder(), dtype=torch.float32)
     scene = shapes.Scene((shapes.Thing("large", "red", "circle", 24.0, 40.0),), "white")
     with torch.no_grad():

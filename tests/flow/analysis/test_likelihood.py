@@ -60,38 +60,38 @@ def data(shape=(3, 3), dtype=torch.float32, seed=0):
 )
 def test_the_likelihood_under_a_gaussian_flow_is_the_gaussians(method, steps):
     x = gaussian_data()
-    found = likelihood.log_likelihood(gaussian_field, x, method=method, times=torch.linspace(0, 1, steps + 1))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), gaussian_log_density(x), rtol=1e-4, atol=0)
+    actual = likelihood.log_likelihood(gaussian_field, x, method=method, times=torch.linspace(0, 1, steps + 1))
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), gaussian_log_density(x), rtol=1e-4, atol=0)
 
 
 def test_the_density_of_a_bent_flow_integrates_to_one():
     x = torch.linspace(-9, 9, 3001)[:, None]
     field = lambda x, t: torch.sin(2 * x) * (1 + path.broadcast(t, x)) + 0.3  # noqa: E731
-    found = likelihood.log_likelihood(field, x, method=ode.RK4, times=schedule.sigmas(30))
-    assert found.std() > 1
-    assert torch.trapezoid(found.exp(), x[:, 0]).item() == pytest.approx(1, rel=1e-4)
+    actual = likelihood.log_likelihood(field, x, method=ode.RK4, times=schedule.sigmas(30))
+    assert actual.std() > 1
+    assert torch.trapezoid(actual.exp(), x[:, 0]).item() == pytest.approx(1, rel=1e-4)
 
 
 def test_the_volume_of_a_linear_flow_is_the_log_determinant_of_its_matrix():
     x = data(dtype=torch.float64)
     times = torch.linspace(0, 1, 41)
-    found = likelihood.estimate(linear_field, x, method=ode.RK4, times=times)
+    actual = likelihood.estimate(linear_field, x, method=ode.RK4, times=times)
     # dx/dt = (1 + t) A x has x(1) = exp(3/2 A) x(0).
     matrix = torch.linalg.matrix_exp(1.5 * LINEAR)
-    torch.testing.assert_close(found.volumes[0], torch.logdet(matrix).expand(3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.volumes[0], torch.logdet(matrix).expand(3), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.logdet(matrix), 1.5 * LINEAR.trace())
-    torch.testing.assert_close(found.noise, x @ matrix.T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual.noise, x @ matrix.T, rtol=1e-6, atol=1e-6)
     normal = torch.distributions.Normal(0.0, 1.0)
-    torch.testing.assert_close(found.log_prior, normal.log_prob(found.noise).sum(1), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.log_likelihood, found.log_prior + found.volumes[0])
-    assert torch.equal(found.standard_error, torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(actual.log_prior, normal.log_prob(actual.noise).sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.log_likelihood, actual.log_prior + actual.volumes[0])
+    assert torch.equal(actual.standard_error, torch.zeros(3, dtype=torch.float64))
 
 
 def test_without_a_flow_the_data_have_the_priors_density():
     x = data((2, 4, 4))
-    found = likelihood.log_likelihood(lambda x, t: 0 * x, x, method=ode.EULER, times=[0.0, 1.0])
-    torch.testing.assert_close(found, torch.distributions.Normal(0.0, 1.0).log_prob(x).sum((1, 2)))
+    actual = likelihood.log_likelihood(lambda x, t: 0 * x, x, method=ode.EULER, times=[0.0, 1.0])
+    torch.testing.assert_close(actual, torch.distributions.Normal(0.0, 1.0).log_prob(x).sum((1, 2)))
     bits = likelihood.bits_per_dimension(likelihood.log_normal(torch.zeros(1, 7)), 7)
     torch.testing.assert_close(bits, torch.tensor([0.5 * math.log2(2 * math.pi)]))
 
@@ -106,10 +106,10 @@ def test_bits_of_rounded_data_count_the_bins():
 @pytest.mark.parametrize("chunk_size", [1, 2, None])
 def test_the_exact_divergence_is_the_trace_of_the_jacobian(mode, chunk_size):
     x, t = data((2, 3, 2), torch.float64), torch.tensor([0.3, 0.8], dtype=torch.float64)
-    found = likelihood.divergence(bent_field, x, t, mode=mode, chunk_size=chunk_size)
+    actual = likelihood.divergence(bent_field, x, t, mode=mode, chunk_size=chunk_size)
     for i in range(2):
         jacobian = torch.func.jacrev(lambda x, i=i: bent_field(x[None], t[i : i + 1])[0])(x[i])
-        torch.testing.assert_close(found[i], jacobian.reshape(6, 6).trace())
+        torch.testing.assert_close(actual[i], jacobian.reshape(6, 6).trace())
 
 
 @MODES
@@ -118,7 +118,7 @@ def test_the_mean_over_a_thousand_probes_is_the_divergence(mode, draw):
     x = data((4, SIZE))
     times, options = torch.linspace(0, 1, 4), {"method": ode.HEUN}
     exact = likelihood.estimate(bent_field, x, times=times, **options)
-    found = likelihood.estimate(
+    actual = likelihood.estimate(
         bent_field,
         x,
         times=times,
@@ -130,10 +130,10 @@ def test_the_mean_over_a_thousand_probes_is_the_divergence(mode, draw):
         chunk_size=250,
         **options,
     )
-    off = (found.log_likelihood - exact.log_likelihood).abs()
-    assert (found.standard_error > 0).all() and (off <= 3 * found.standard_error).all()
-    torch.testing.assert_close(found.noise, exact.noise)
-    torch.testing.assert_close(found.standard_error, found.volumes.std(0) / math.sqrt(1000))
+    off = (actual.log_likelihood - exact.log_likelihood).abs()
+    assert (actual.standard_error > 0).all() and (off <= 3 * actual.standard_error).all()
+    torch.testing.assert_close(actual.noise, exact.noise)
+    torch.testing.assert_close(actual.standard_error, actual.volumes.std(0) / math.sqrt(1000))
 
 
 @pytest.mark.parametrize("gaussian", [False, True])
@@ -149,8 +149,8 @@ def test_probes_spread_as_the_theory_says(gaussian):
 
 
 def test_rademacher_probes_are_signs_and_as_many_of_each():
-    drawn = likelihood.rademacher(prng.key(1), (10000,))
-    assert set(drawn.tolist()) == {-1.0, 1.0} and abs(drawn.mean()) < 0.03 and drawn.dtype == torch.float32
+    probes = likelihood.rademacher(prng.key(1), (10000,))
+    assert set(probes.tolist()) == {-1.0, 1.0} and abs(probes.mean()) < 0.03 and probes.dtype == torch.float32
 
 
 def hutchinson(x, key, field=bent_field, **options):
@@ -158,36 +158,36 @@ def hutchinson(x, key, field=bent_field, **options):
     return likelihood.estimate(field, x, key=key, **options)
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_samples_estimate_depends_on_its_own_key_alone(fresh):
+@pytest.mark.parametrize("resample", [False, True])
+def test_a_samples_estimate_depends_on_its_own_key_alone(resample):
     x, key = data((4, 3)), prng.key(5)
-    together = hutchinson(x, key, fresh=fresh)
+    batched = hutchinson(x, key, resample=resample)
     for i in range(4):
-        alone = hutchinson(x[i : i + 1], prng.fold_in(key, torch.tensor([i])), fresh=fresh)
-        torch.testing.assert_close(alone.volumes, together.volumes[:, i : i + 1])
-    more = hutchinson(x, key, fresh=fresh, probes=3)
-    torch.testing.assert_close(more.volumes[:2], together.volumes)
-    assert not torch.allclose(together.volumes[0], together.volumes[1])
-    assert not torch.allclose(hutchinson(x, prng.key(6), fresh=fresh).volumes, together.volumes)
+        alone = hutchinson(x[i : i + 1], prng.fold_in(key, torch.tensor([i])), resample=resample)
+        torch.testing.assert_close(alone.volumes, batched.volumes[:, i : i + 1])
+    more = hutchinson(x, key, resample=resample, probes=3)
+    torch.testing.assert_close(more.volumes[:2], batched.volumes)
+    assert not torch.allclose(batched.volumes[0], batched.volumes[1])
+    assert not torch.allclose(hutchinson(x, prng.key(6), resample=resample).volumes, batched.volumes)
 
 
 def test_fresh_probes_are_unbiased_and_average_out_over_the_steps():
     x, options = data((2, 3)), {"probes": 200, "times": torch.linspace(0, 1, 11), "field": linear_field}
     exact = likelihood.estimate(linear_field, x, method=ode.HEUN, times=options["times"])
-    same, fresh = (hutchinson(x, prng.key(1), fresh=fresh, **options) for fresh in (False, True))
-    assert ((fresh.log_likelihood - exact.log_likelihood).abs() <= 3 * fresh.standard_error).all()
-    assert (fresh.standard_error < 0.5 * same.standard_error).all()
-    assert torch.equal(fresh.volumes, hutchinson(x, prng.key(1), fresh=True, **options).volumes)
+    same, resampled = (hutchinson(x, prng.key(1), resample=resample, **options) for resample in (False, True))
+    assert ((resampled.log_likelihood - exact.log_likelihood).abs() <= 3 * resampled.standard_error).all()
+    assert (resampled.standard_error < 0.5 * same.standard_error).all()
+    assert torch.equal(resampled.volumes, hutchinson(x, prng.key(1), resample=True, **options).volumes)
 
 
 def test_fresh_probes_follow_a_grid_for_each_sample():
     x = data((2, 3))
     grids = torch.stack([schedule.sigmas(6, shift=shift) for shift in (1.0, 3.0)], 1)
     keys = prng.split(prng.key(1))
-    together = hutchinson(x, keys, fresh=True, times=grids)
+    batched = hutchinson(x, keys, resample=True, times=grids)
     for i in range(2):
-        alone = hutchinson(x[i : i + 1], keys[i : i + 1], fresh=True, times=grids[:, i])
-        torch.testing.assert_close(alone.volumes, together.volumes[:, i : i + 1])
+        alone = hutchinson(x[i : i + 1], keys[i : i + 1], resample=True, times=grids[:, i])
+        torch.testing.assert_close(alone.volumes, batched.volumes[:, i : i + 1])
 
 
 def test_prompts_that_share_a_key_differ_more_surely_than_each_is_known():
@@ -196,11 +196,11 @@ def test_prompts_that_share_a_key_differ_more_surely_than_each_is_known():
     def two_prompts(x, t):
         return bent_field(x, t) * torch.tensor([[1.0], [1.05]])
 
-    found = hutchinson(x, key, field=two_prompts, probes=50)
-    behind, error = likelihood.advantage(found.log_prior + found.volumes)
-    best = found.log_likelihood.argmax()
-    torch.testing.assert_close(behind, found.log_likelihood[best] - found.log_likelihood)
-    assert behind[best] == 0 and error[best] == 0 and error[1 - best] < 0.3 * found.standard_error.min()
+    actual = hutchinson(x, key, field=two_prompts, probes=50)
+    behind, error = likelihood.advantage(actual.log_prior + actual.volumes)
+    best = actual.log_likelihood.argmax()
+    torch.testing.assert_close(behind, actual.log_likelihood[best] - actual.log_likelihood)
+    assert behind[best] == 0 and error[best] == 0 and error[1 - best] < 0.3 * actual.standard_error.min()
 
 
 def test_the_direction_of_the_grid_does_not_matter():
@@ -213,10 +213,10 @@ def test_the_direction_of_the_grid_does_not_matter():
 
 def test_data_at_a_later_time_have_the_density_of_that_time():
     x = gaussian_data(dtype=torch.float64)
-    found = likelihood.log_likelihood(gaussian_field, x, method=ode.RK4, times=torch.linspace(0.4, 1, 21).double())
+    actual = likelihood.log_likelihood(gaussian_field, x, method=ode.RK4, times=torch.linspace(0.4, 1, 21).double())
     covariance = 0.36 * COVARIANCE + 0.16 * torch.eye(SIZE, dtype=torch.float64)
     exact = torch.distributions.MultivariateNormal(0.6 * MEAN, covariance).log_prob(x)
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
 
 
 @MODES
@@ -256,11 +256,11 @@ def test_vmap_over_samples_and_over_grids_equals_the_batch(divergence):
     def one(x, key, grid):
         return likelihood.log_likelihood(bent_field, x[None], times=grid, key=key[None], **options)[0]
 
-    together = likelihood.log_likelihood(bent_field, x, times=grid, key=keys, **options)
-    torch.testing.assert_close(vmap(one, in_dims=(0, 0, None))(x, keys, grid), together)
+    batched = likelihood.log_likelihood(bent_field, x, times=grid, key=keys, **options)
+    torch.testing.assert_close(vmap(one, in_dims=(0, 0, None))(x, keys, grid), batched)
     grids = torch.stack([grid, schedule.sigmas(5, shift=1.0)])
     both = vmap(one, in_dims=(None, None, 0))(x[0], keys[0], grids)
-    torch.testing.assert_close(both[0], together[0])
+    torch.testing.assert_close(both[0], batched[0])
 
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
@@ -269,7 +269,7 @@ def test_a_likelihood_compiles_to_one_graph_with_its_gradient(divergence):
 
     def objective(x, weight, grid, key):
         field = lambda x, t: torch.tanh(x @ weight) * (1 + t)  # noqa: E731
-        options = {"method": ode.EULER, "divergence": divergence, "probes": 2, "mode": "forward", "fresh": True}
+        options = {"method": ode.EULER, "divergence": divergence, "probes": 2, "mode": "forward", "resample": True}
         return likelihood.log_likelihood(field, x, times=grid, key=key, **options).sum()
 
     torch._dynamo.reset()
@@ -278,11 +278,11 @@ def test_a_likelihood_compiles_to_one_graph_with_its_gradient(divergence):
     torch.testing.assert_close(compiled(x, weight, grid, key), gradient(x, weight, grid, key))
 
 
-def test_the_state_is_float32_whatever_the_velocity_answers_in_and_no_input_is_changed():
+def test_the_state_is_float32_whatever_the_dtype_of_the_velocity_and_no_input_is_changed():
     x = data((2, 3)).bfloat16()
     before = x.clone()
-    found = hutchinson(x, prng.key(0), field=lambda x, t: bent_field(x, t).bfloat16())
-    assert all(part.dtype == torch.float32 for part in found) and torch.equal(x, before)
+    actual = hutchinson(x, prng.key(0), field=lambda x, t: bent_field(x, t).bfloat16())
+    assert all(part.dtype == torch.float32 for part in actual) and torch.equal(x, before)
 
 
 CONFIG = mmdit.Config(
@@ -301,7 +301,7 @@ CONFIG = mmdit.Config(
 
 @pytest.fixture(scope="module")
 def network():
-    """A small random MMDiT as a velocity of pictures (2, 2, 4, 4), of either implementation of attention."""
+    """A small random MMDiT as a velocity of images (2, 2, 4, 4), of either implementation of attention."""
 
     def leaf(path, param):
         if not param.trainable:
@@ -336,21 +336,21 @@ def test_the_likelihood_under_a_transformer_is_the_same_by_both_divergences(netw
     x, options = data((2, 2, 4, 4), seed=3), {"method": ode.HEUN, "times": torch.linspace(0, 1, 4)}
     exact = likelihood.log_likelihood(network("math"), x, **options)
     options |= {"divergence": "hutchinson", "key": prng.key(2), "probes": 200, "chunk_size": 100}
-    found = likelihood.estimate(network("math"), x, **options)
-    assert ((found.log_likelihood - exact).abs() <= 3 * found.standard_error).all()
+    actual = likelihood.estimate(network("math"), x, **options)
+    assert ((actual.log_likelihood - exact).abs() <= 3 * actual.standard_error).all()
 
 
 def test_losses_share_noise_and_times_and_their_mean_is_the_training_loss():
     x = data((2, 3))
-    found = likelihood.losses(gaussian_free, x, prng.key(3), draws=800)
+    actual = likelihood.losses(gaussian_free, x, prng.key(3), draws=800)
     # v = 0: E |noise - x0|^2 / D = 1 + |x0|^2 / D.
-    error = found.std(0) / math.sqrt(800)
-    assert ((found.mean(0) - 1 - x.square().mean(1)).abs() < 3 * error).all()
+    error = actual.std(0) / math.sqrt(800)
+    assert ((actual.mean(0) - 1 - x.square().mean(1)).abs() < 3 * error).all()
     same = likelihood.losses(gaussian_free, x[:1].expand(2, 3), prng.key(3).expand(2, 2), draws=5)
     assert torch.equal(same[:, 0], same[:, 1])
-    seen = []
-    likelihood.losses(lambda x, t: seen.append(t) or 0 * x, x, prng.key(3), draws=10)
-    assert all(((t * 10).floor() == k).all() for k, t in enumerate(seen)) and (seen[0][0] != seen[0][1])
+    recorded = []
+    likelihood.losses(lambda x, t: recorded.append(t) or 0 * x, x, prng.key(3), draws=10)
+    assert all(((t * 10).floor() == k).all() for k, t in enumerate(recorded)) and (recorded[0][0] != recorded[0][1])
 
 
 def gaussian_free(x, t):

@@ -36,18 +36,18 @@ def products(matrix):
 def test_lanczos_with_as_many_steps_as_the_size_finds_every_eigenvalue():
     matrix = normal((SIZE, SIZE))
     matrix = matrix + matrix.T
-    found = lanczos(matrix, steps=SIZE, count=3)
+    actual = lanczos(matrix, steps=SIZE, count=3)
     expected = torch.linalg.eigvalsh(matrix).flip(0)
-    torch.testing.assert_close(found.values, expected)
-    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(3, dtype=torch.float64))
-    torch.testing.assert_close(found.vectors @ matrix, expected[:3, None] * found.vectors)
+    torch.testing.assert_close(actual.values, expected)
+    torch.testing.assert_close(actual.vectors @ actual.vectors.T, torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(actual.vectors @ matrix, expected[:3, None] * actual.vectors)
 
 
 def test_few_steps_find_the_eigenvalues_that_stand_out_at_both_ends():
     values = torch.cat([torch.tensor([-30.0, 50.0, 100.0]), torch.linspace(-1, 1, 197)]).double()
-    found = lanczos(symmetric(values), steps=14, count=2)
-    torch.testing.assert_close(found.values[[0, 1, -1]], torch.tensor([100.0, 50.0, -30.0]).double())
-    assert found.residuals[[0, 1, -1]].max() < 1e-5 < found.residuals[2:-1].max()
+    actual = lanczos(symmetric(values), steps=14, count=2)
+    torch.testing.assert_close(actual.values[[0, 1, -1]], torch.tensor([100.0, 50.0, -30.0]).double())
+    assert actual.residuals[[0, 1, -1]].max() < 1e-5 < actual.residuals[2:-1].max()
 
 
 @settings(max_examples=25)
@@ -56,37 +56,37 @@ def test_an_eigenvalue_lies_within_the_residual_of_each_ritz_value_and_none_leav
     matrix = normal((size, size), seed)
     matrix = matrix + matrix.T
     steps = data.draw(st.integers(1, size))
-    found = lanczos(matrix, steps=steps)
+    actual = lanczos(matrix, steps=steps)
     exact = torch.linalg.eigvalsh(matrix)
-    gaps = (found.values[:, None] - exact).abs().amin(1)
-    assert (gaps <= found.residuals + 1e-9).all()
-    assert found.values[0] <= exact[-1] + 1e-9 and found.values[-1] >= exact[0] - 1e-9
-    direction = found.vectors[0]
-    torch.testing.assert_close((matrix @ direction - found.values[0] * direction).norm(), found.residuals[0])
+    gaps = (actual.values[:, None] - exact).abs().amin(1)
+    assert (gaps <= actual.residuals + 1e-9).all()
+    assert actual.values[0] <= exact[-1] + 1e-9 and actual.values[-1] >= exact[0] - 1e-9
+    direction = actual.vectors[0]
+    torch.testing.assert_close((matrix @ direction - actual.values[0] * direction).norm(), actual.residuals[0])
 
 
 def test_eigenvalues_come_as_often_as_they_are_and_no_more_often():
     # An operator with three different eigenvalues spans three dimensions from any vector: then the run begins anew.
     values = torch.tensor([7.0] * 2 + [3.0] * 4 + [-2.0] * 6).double()
-    found = lanczos(symmetric(values), steps=12, count=12)
-    torch.testing.assert_close(found.values, values)
-    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(12, dtype=torch.float64))
-    # In float32 over many steps the vectors stay orthogonal, so that the largest is found once.
+    actual = lanczos(symmetric(values), steps=12, count=12)
+    torch.testing.assert_close(actual.values, values)
+    torch.testing.assert_close(actual.vectors @ actual.vectors.T, torch.eye(12, dtype=torch.float64))
+    # In float32 over many steps the vectors stay orthogonal, so that the largest is actual once.
     ladder = torch.cat([torch.tensor([1000.0]), torch.linspace(0, 1, 99)])
-    found = lanczos(symmetric(ladder.double()).float(), steps=60)
-    assert found.values[0] == pytest.approx(1000, rel=1e-4) and found.values[1] < 2
+    actual = lanczos(symmetric(ladder.double()).float(), steps=60)
+    assert actual.values[0] == pytest.approx(1000, rel=1e-4) and actual.values[1] < 2
 
 
 def test_the_zero_operator_has_the_eigenvalue_zero():
-    found = lanczos(torch.zeros(5, 5, dtype=torch.float64), steps=5)
-    assert torch.equal(found.values, torch.zeros(5, dtype=torch.float64)) and not found.residuals.any()
+    actual = lanczos(torch.zeros(5, 5, dtype=torch.float64), steps=5)
+    assert torch.equal(actual.values, torch.zeros(5, dtype=torch.float64)) and not actual.residuals.any()
 
 
 def test_singular_values_are_exact_where_there_are_as_many_probes_as_the_rank():
     matrix = normal((3, 7, 4)) @ normal((3, 4, 6), 1)
-    found = spectral.singular(*products(matrix), normal((3, 6, 5), 2), iterations=0)
-    torch.testing.assert_close(found.values[:, :4], torch.linalg.svdvals(matrix)[:, :4])
-    assert found.values[:, 4].max() < 1e-12
+    actual = spectral.singular(*products(matrix), normal((3, 6, 5), 2), iterations=0)
+    torch.testing.assert_close(actual.values[:, :4], torch.linalg.svdvals(matrix)[:, :4])
+    assert actual.values[:, 4].max() < 1e-12
 
 
 def test_iterations_bring_the_singular_values_up_to_the_true_ones_from_below():
@@ -103,11 +103,11 @@ def test_iterations_bring_the_singular_values_up_to_the_true_ones_from_below():
 
 def test_singular_vectors_are_orthonormal_and_lead_to_one_another():
     matrix = normal((2, 9, 6))
-    found = spectral.singular(*products(matrix), normal((2, 6, 6), 2), iterations=2)
+    actual = spectral.singular(*products(matrix), normal((2, 6, 6), 2), iterations=2)
     identity = torch.eye(6, dtype=torch.float64).expand(2, 6, 6)
-    torch.testing.assert_close(found.right @ found.right.mT, identity)
-    torch.testing.assert_close(found.left @ found.left.mT, identity)
-    torch.testing.assert_close(found.right @ matrix.mT, found.values[..., None] * found.left)
+    torch.testing.assert_close(actual.right @ actual.right.mT, identity)
+    torch.testing.assert_close(actual.left @ actual.left.mT, identity)
+    torch.testing.assert_close(actual.right @ matrix.mT, actual.values[..., None] * actual.left)
 
 
 def test_both_are_mapped_and_differentiated():

@@ -21,9 +21,9 @@ def point(seed: int, batch: int = 3, shape=(4, 6, 5)) -> tuple[torch.Tensor, tor
     return prng.normal(prng.key(seed + 1000), (batch, *shape)), torch.tensor(0.6)
 
 
-def combine(guiding: guidance.Guidance, answers, x, t, memory=None) -> torch.Tensor:
-    """The velocity that a guidance makes of these answers, from its first memory or a given one."""
-    return guiding.combine(answers, x, t, guiding.init(x, t) if memory is None else memory)[0]
+def combine(guiding: guidance.Guidance, by_name, x, t, carry=None) -> torch.Tensor:
+    """The guided velocity of velocities by name, from the first carry or a given one."""
+    return guiding.combine(by_name, x, t, guiding.init(x, t) if carry is None else carry)[0]
 
 
 BASES = {

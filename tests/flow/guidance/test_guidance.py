@@ -63,11 +63,11 @@ def test_one_evaluation_of_both_halves_equals_two_evaluations(t, scale):
         sizes.append(len(x))
         return network(x, t, *args)
 
-    together = guidance.batched(counted, negative, positive, scale)(X, t)
+    in_batch = guidance.batched(counted, negative, positive, scale)(X, t)
     apart = guidance.classifier_free(
         lambda x, t: network(x, t, *positive), lambda x, t: network(x, t, *negative), scale
     )(X, t)
-    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(in_batch, apart)
     assert sizes == [6]
 
 
@@ -84,9 +84,9 @@ def test_the_unconditional_half_comes_first():
 
 def test_each_sample_may_have_its_own_scale():
     scales = torch.tensor([0.0, 1.0, 7.5])
-    together = guidance.classifier_free(cond, uncond, scales)(X, T)
+    in_batch = guidance.classifier_free(cond, uncond, scales)(X, T)
     for i, scale in enumerate(scales.tolist()):
-        torch.testing.assert_close(together[i], guidance.classifier_free(cond, uncond, scale)(X, T)[i])
+        torch.testing.assert_close(in_batch[i], guidance.classifier_free(cond, uncond, scale)(X, T)[i])
 
 
 def test_halves_in_bfloat16_are_combined_in_float32():
@@ -107,9 +107,9 @@ def test_the_derivative_in_the_scale_is_the_difference_of_the_velocities():
 def test_a_guided_run_compiles_to_one_graph():
     negative, positive = arguments(1), arguments(2)
 
-    def picture(x, scale, times):
+    def image(x, scale, times):
         return ode.integrate(ode.EULER, guidance.batched(network, negative, positive, scale), x, times)
 
     inputs = (X, torch.tensor(4.0), schedule.sigmas(3))
-    compiled = torch.compile(picture, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs), picture(*inputs))
+    compiled = torch.compile(image, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), image(*inputs))

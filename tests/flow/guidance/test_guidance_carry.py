@@ -25,13 +25,13 @@ def run(method=ode.EULER, guiding=APG, x=X, times=TIMES, **options):
 
 
 def test_the_momentum_is_the_sum_of_past_differences_each_times_a_power():
-    beta, x, seen, carry = -0.4, X, [], APG.init(X, TIMES[0])
+    beta, x, differences, carry = -0.4, X, [], APG.init(X, TIMES[0])
     guiding = guidance.apg(3.0, momentum=beta, eta=1.0, longest=None)
     for t in TIMES[:-1]:
         positive, negative = FIELDS["positive"](x, t), FIELDS["negative"](x, t)
-        seen.append(positive - negative)
+        differences.append(positive - negative)
         v, carry = guiding.combine({"positive": positive, "negative": negative}, x, t, carry)
-        momentum = sum(beta**age * difference for age, difference in enumerate(reversed(seen)))
+        momentum = sum(beta**age * difference for age, difference in enumerate(reversed(differences)))
         close(carry, momentum)
         close(v, negative + 3.0 * momentum)
         x = x - 0.1 * v
@@ -80,25 +80,25 @@ def test_interleaved_runs_equal_separate_ones_also_from_two_threads():
         states = [ode.run(method, velocity, state, TIMES[step : step + 2]) for state in states]
     assert all(torch.equal(state.x, whole) for state, whole in zip(states, expected, strict=True))
 
-    found = {}
+    actual = {}
     threads = [
-        threading.Thread(target=lambda i=i: found.update({i: ode.integrate(method, velocity, starts[i], TIMES)}))
+        threading.Thread(target=lambda i=i: actual.update({i: ode.integrate(method, velocity, starts[i], TIMES)}))
         for i in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(found[i], expected[i]) for i in range(2))
+    assert all(torch.equal(actual[i], expected[i]) for i in range(2))
 
 
-def test_a_sample_of_a_remembering_run_does_not_depend_on_its_batch():
-    together = run()
+def test_a_sample_of_a_run_with_a_carry_does_not_depend_on_its_batch():
+    batched = run()
     for i in range(3):
-        close(run(x=X[i : i + 1])[0], together[i])
+        close(run(x=X[i : i + 1])[0], batched[i])
 
 
-def test_a_remembering_run_is_mapped_differentiated_and_compiled_over_its_numbers():
+def test_a_run_with_a_carry_is_mapped_differentiated_and_compiled_over_its_numbers():
     def end(numbers):
         guiding = guidance.apg(numbers[0], momentum=numbers[1], eta=numbers[2], longest=numbers[3])
         return run(guiding=guiding, x=X.to(numbers.dtype))
@@ -118,21 +118,21 @@ def test_a_remembering_run_is_mapped_differentiated_and_compiled_over_its_number
         assert abs(gradient[i]) > 1e-3
 
 
-def test_the_momentum_gathers_while_it_is_not_yet_heard_and_rests_outside_of_an_interval():
-    answers = {name: field(X, TIMES[0]) for name, field in FIELDS.items()}
-    difference = answers["positive"] - answers["negative"]
+def test_the_momentum_accumulates_before_its_first_use_and_is_unchanged_outside_of_an_interval():
+    by_name = {name: field(X, TIMES[0]) for name, field in FIELDS.items()}
+    difference = by_name["positive"] - by_name["negative"]
     mixed = guidance.mixed_apg(4.0, 8.0, momentum=-0.5, first=2)
     carry, start = mixed.init(X, TIMES[0]), torch.zeros_like(X)
     for step in range(4):
-        v, carry = guidance.at(mixed, step, 10).combine(answers, X, TIMES[0], carry)
+        v, carry = guidance.at(mixed, step, 10).combine(by_name, X, TIMES[0], carry)
         start = difference - 0.5 * start
         close(carry, start)
-        by_cfg = guidance.cfg(4.0).combine(answers, X, TIMES[0], [])[0]
+        by_cfg = guidance.cfg(4.0).combine(by_name, X, TIMES[0], [])[0]
         assert torch.allclose(v, by_cfg) == (step < 2)
     limited = guidance.interval(APG, 0.5, 1.0)
     assert limited.init is APG.init
-    v, rested = guidance.at(limited, 0, 10).combine(answers, X, TIMES[0], carry)
-    assert rested is carry and v is answers["positive"]
+    v, rested = guidance.at(limited, 0, 10).combine(by_name, X, TIMES[0], carry)
+    assert rested is carry and v is by_name["positive"]
 
 
 def test_a_carry_is_not_left_out_by_mistake():

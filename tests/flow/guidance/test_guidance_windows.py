@@ -1,4 +1,4 @@
-"""When guidance is heard: windows of a run's steps, and scales that change from step to step."""
+"""Step windows and per-step scales of guidance."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def inside(window, steps):
 
 
 @given(start=PARTS, stop=PARTS, steps=STEPS)
-def test_skip_layers_are_heard_strictly_between_the_fractions_as_in_the_released_code(start, stop, steps):
+def test_skip_layers_are_active_strictly_between_the_fractions_as_in_the_released_code(start, stop, steps):
     start, stop = sorted((start, stop))
     released = [i for i in range(steps) if i > start * steps and i < stop * steps]
     assert inside(guidance.strictly(start, stop), steps) == released
@@ -49,17 +49,17 @@ def test_a_fraction_that_is_a_whole_number_of_steps_is_that_number(steps, first)
 
 
 def test_outside_of_its_interval_guidance_is_the_prompts_velocity_and_needs_no_other():
-    answers, x_t = velocities(1), point(1)
+    by_name, x_t = velocities(1), point(1)
     limited = guidance.interval(guidance.rescaled(guidance.cfg(5.0)), 0.25, 0.75)
     for step in range(8):
         now = guidance.at(limited, step, 8)
         always = guidance.rescaled(guidance.cfg(5.0)) if 2 <= step < 6 else guidance.CONDITIONAL
         assert now.needs == always.needs and not now.windows
-        assert torch.equal(combine(now, answers, *x_t), combine(always, answers, *x_t))
+        assert torch.equal(combine(now, by_name, *x_t), combine(always, by_name, *x_t))
 
 
-def test_zero_init_asks_for_nothing_and_gives_nothing_first_also_rescaled():
-    answers, x_t = velocities(1), point(1)
+def test_zero_init_needs_no_velocity_and_gives_zero_first_also_rescaled():
+    by_name, x_t = velocities(1), point(1)
     for still in (
         guidance.zero_init(guidance.zero_star(5.0), 2),
         guidance.rescaled(guidance.zero_init(guidance.zero_star(5.0), 2), 0.7),
@@ -68,7 +68,7 @@ def test_zero_init_asks_for_nothing_and_gives_nothing_first_also_rescaled():
         for step in range(2):
             now = guidance.at(still, step, 10)
             assert now.needs == {} and torch.equal(combine(now, {}, *x_t), torch.zeros_like(x_t[0]))
-        assert combine(guidance.at(still, 2, 10), answers, *x_t).abs().min() > 0
+        assert combine(guidance.at(still, 2, 10), by_name, *x_t).abs().min() > 0
         assert [part[:2] for part in guidance.segments(still, 10)] == [(0, 2), (2, 10)]
     assert guidance.segments(guidance.zero_init(guidance.cfg(2.0), 0), 3)[0][:2] == (0, 3)
 
@@ -86,7 +86,7 @@ def test_segments_cover_the_run_in_order_and_each_is_the_guidance_of_all_its_ste
             assert guidance.at(nested, step, steps).needs == now.needs
 
 
-def test_a_window_inside_of_another_is_heard_where_both_are_open():
+def test_a_window_inside_of_another_is_active_where_both_are():
     twice = guidance.interval(guidance.skip_layer(guidance.cfg(4.0), (1,), 2.0, 0.0, 1.0), 0.5, 1.0)
     assert [len(guidance.at(twice, step, 4).needs) for step in range(4)] == [1, 1, 3, 3]
     assert len(guidance.at(guidance.skip_layer(guidance.cfg(4.0), (1,), 2.0, 0.0, 1.0), 0, 4).needs) == 2
@@ -94,15 +94,15 @@ def test_a_window_inside_of_another_is_heard_where_both_are_open():
 
 @pytest.mark.parametrize("step", range(4))
 def test_what_is_added_to_guidance_in_a_window_is_added_inside_and_outside_of_it(step):
-    answers, x_t = velocities(3), point(3)
+    by_name, x_t = velocities(3), point(3)
     limited = guidance.interval(guidance.cfg(5.0), 0.25, 0.75)
     more = guidance.composed(guidance.perturbed(limited, (1,), 1.5), (object(), 2.0))
-    below = combine(guidance.cfg(5.0) if step in (1, 2) else guidance.CONDITIONAL, answers, *x_t)
-    added = 1.5 * (answers["positive"] - answers["perturbed_layers (1,)"])
-    added = added + 2.0 * (answers["prompt 1"] - answers["negative"])
-    torch.testing.assert_close(combine(guidance.at(more, step, 4), answers, *x_t), below + added)
-    rescaled = combine(guidance.at(guidance.rescaled(more, 1.0), step, 4), answers, *x_t)
-    torch.testing.assert_close(rescaled.flatten(1).std(1), answers["positive"].flatten(1).std(1))
+    below = combine(guidance.cfg(5.0) if step in (1, 2) else guidance.CONDITIONAL, by_name, *x_t)
+    added = 1.5 * (by_name["positive"] - by_name["perturbed_layers (1,)"])
+    added = added + 2.0 * (by_name["prompt 1"] - by_name["negative"])
+    torch.testing.assert_close(combine(guidance.at(more, step, 4), by_name, *x_t), below + added)
+    rescaled = combine(guidance.at(guidance.rescaled(more, 1.0), step, 4), by_name, *x_t)
+    torch.testing.assert_close(rescaled.flatten(1).std(1), by_name["positive"].flatten(1).std(1))
 
 
 def test_guidance_that_changes_from_step_to_step_is_not_taken_for_one_that_does_not():
@@ -114,7 +114,7 @@ def test_guidance_that_changes_from_step_to_step_is_not_taken_for_one_that_does_
     assert torch.equal(guidance.guided(guidance.at(limited, 3, 4), fields)(x, t), x)
 
 
-def test_an_interval_of_times_is_found_among_the_steps_that_begin_in_it():
+def test_an_interval_of_times_is_that_of_the_steps_that_start_in_it():
     times = schedule.sigmas(28)
     start, stop = guidance.step_fractions(times, 0.3, 0.9)
     begins = times[inside(guidance.fraction(start, stop), 28)]
@@ -125,7 +125,7 @@ def test_an_interval_of_times_is_found_among_the_steps_that_begin_in_it():
 
 
 @pytest.mark.parametrize("ascending", [False, True])
-def test_a_scale_for_each_step_is_heard_in_its_step(ascending):
+def test_a_scale_for_each_step_holds_in_its_step(ascending):
     times = schedule.sigmas(4)
     times = times.flip(0) if ascending else times
     scales = torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -64,8 +64,8 @@ def residuals(matrix, weights, nodes, theta=1.0):
     return {order: max(abs(weights @ v - theta**order / d) for v, d in pairs) for order, pairs in trees.items()}
 
 
-def highest_order(found):
-    return max((order for order in found if all(found[low] < 1e-13 for low in range(1, order + 1))), default=0)
+def highest_order(actual):
+    return max((order for order in actual if all(actual[low] < 1e-13 for low in range(1, order + 1))), default=0)
 
 
 @METHODS
@@ -119,9 +119,9 @@ def test_no_step_is_accepted_whose_estimated_error_is_beyond_the_tolerance_and_n
     while not adaptive.finished(method, run):
         before, run = run, adaptive.step(method, restless, run)
         moved = run.accepted > before.accepted
-        assert (run.tried[moved] <= 1).all() and torch.equal(moved, run.t != before.t)
+        assert (run.attempt_error[moved] <= 1).all() and torch.equal(moved, run.t != before.t)
         refused = run.rejected > before.rejected
-        assert (run.tried[refused] > 1).all() and (run.h[refused] < before.h[refused]).all()
+        assert (run.attempt_error[refused] > 1).all() and (run.h[refused] < before.h[refused]).all()
         rejected += int(refused.sum())
     assert rejected > 0
 
@@ -170,13 +170,13 @@ def test_one_step_of_a_pair_its_error_and_its_dense_output_are_scipys(method, th
 def test_the_times_between_change_neither_the_end_nor_what_it_took(method):
     x = noise((3, 4))
     bare = adaptive.solve(method, restless, x, ENDS)
-    asked = adaptive.solve(method, restless, x, torch.linspace(1, 0, 12))
-    assert torch.equal(asked.x[-1], bare.x[-1]) and torch.equal(asked.x[0], x)
-    assert torch.equal(asked.evaluations, bare.evaluations) and torch.equal(asked.accepted, bare.accepted)
+    dense_output = adaptive.solve(method, restless, x, torch.linspace(1, 0, 12))
+    assert torch.equal(dense_output.x[-1], bare.x[-1]) and torch.equal(dense_output.x[0], x)
+    assert torch.equal(dense_output.evaluations, bare.evaluations) and torch.equal(dense_output.accepted, bare.accepted)
 
 
 @METHODS
-def test_dense_output_meets_the_tolerance_too_and_is_the_same_however_it_is_asked_for(method):
+def test_dense_output_meets_the_tolerance_too_and_is_the_same_by_either_function(method):
     x, times, tolerance = noise((2, 4)), [1.0, 0.93, 0.55, 0.41, 0.39, 0.02, 0.0], 1e-6
     solution = adaptive.solve(method, restless, x, times, rtol=tolerance, atol=tolerance, keep=True)
     assert (solution.x - converged(x, times)).abs().max() < 100 * tolerance
@@ -215,13 +215,13 @@ def test_a_sample_has_the_same_result_and_takes_the_same_steps_in_any_batch(meth
     # Samples of different difficulty, so that each has steps of its own and some wait for the others.
     x = noise((4, 6)) * torch.tensor([0.01, 1.0, 5.0, 30.0]).double()[:, None]
     times = torch.linspace(1, 0, 5)
-    together = adaptive.solve(method, restless, x, times)
-    assert len(set(together.evaluations.tolist())) > 1
+    batched = adaptive.solve(method, restless, x, times)
+    assert len(set(batched.evaluations.tolist())) > 1
     for i in range(4):
         alone = adaptive.solve(method, restless, x[i : i + 1], times)
-        assert torch.equal(alone.x[:, 0], together.x[:, i])
+        assert torch.equal(alone.x[:, 0], batched.x[:, i])
         for name in ("evaluations", "accepted", "rejected"):
-            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i])
+            assert torch.equal(getattr(alone, name)[0], getattr(batched, name)[i])
 
 
 @METHODS
@@ -319,8 +319,8 @@ def test_gradients_in_x_times_and_what_the_velocity_closes_over_are_those_of_the
         velocity = lambda x, t: torch.tanh(weight * x) * broadcast(1 + t, x)  # noqa: E731
         return ode.integrate(method, velocity, x, times, **tight).square().sum()
 
-    found = torch.func.grad(result, argnums=(0, 1, 2))(x, times, weight)
-    for argument, gradient in enumerate(found):
+    actual = torch.func.grad(result, argnums=(0, 1, 2))(x, times, weight)
+    for argument, gradient in enumerate(actual):
         inputs = [x, times, weight]
         for place in np.ndindex(*inputs[argument].shape):
             moved = []
@@ -389,15 +389,15 @@ def test_parts_of_a_run_give_the_whole_within_the_tolerance_and_take_their_step_
     torch.testing.assert_close(state.x, ode.integrate(method, restless, x, ENDS), rtol=0, atol=2e-5)
 
 
-def test_the_state_is_float32_whatever_the_velocity_answers_in():
-    seen = []
+def test_the_state_is_float32_whatever_the_dtype_of_the_velocity():
+    recorded = []
 
     def velocity(x, t):
-        seen.extend([x.dtype, t.dtype])
+        recorded.extend([x.dtype, t.dtype])
         return x.bfloat16()
 
     result = ode.integrate(ode.BOSH3, velocity, noise(dtype=torch.bfloat16), ENDS, rtol=1e-2, atol=1e-2)
-    assert result.dtype == torch.float32 and set(seen) == {torch.float32}
+    assert result.dtype == torch.float32 and set(recorded) == {torch.float32}
 
 
 def test_a_velocity_that_is_not_finite_is_named_with_its_sample_and_time_and_the_last_good_state_kept():
@@ -473,7 +473,7 @@ def test_the_length_of_the_next_step_follows_the_controllers_formula():
     method, error = ode.DOPRI5, torch.tensor([0.5, 0.5, 1e-9, 2.0, 1e9, math.nan, 0.01])
     last = torch.tensor([0.5, 0.1, 0.5, 0.5, 0.5, 0.5, 0.5])
     retrying = torch.tensor([False, False, False, False, False, False, True])
-    found = step_size.factor(method, error, last, retrying)
+    actual = step_size.factor(method, error, last, retrying)
     expected = [
         0.9 * 0.5**-0.17 * 0.5**0.04,
         0.9 * 0.5**-0.17 * 0.1**0.04,
@@ -483,4 +483,4 @@ def test_the_length_of_the_next_step_follows_the_controllers_formula():
         0.2,
         1.0,
     ]
-    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(actual, torch.tensor(expected))

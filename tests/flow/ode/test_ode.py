@@ -44,9 +44,9 @@ def test_the_error_falls_with_the_power_of_the_step_that_the_order_says(method, 
 @pytest.mark.parametrize("ends", [(0.9, 0.1), (0.1, 0.9)], ids=["to data", "to noise"])
 def test_unipc_gains_an_order_by_its_corrector_where_log_snr_is_finite(order, flow, ends):
     start, end = ends
-    found = convergence(ode.unipc(order), flow, end, start)
+    actual = convergence(ode.unipc(order), flow, end, start)
     # A corrector of order 3 is followed by a predictor from its start: Euler's first step then costs the fourth order.
-    assert min(order + 1, 3) - 0.2 < found
+    assert min(order + 1, 3) - 0.2 < actual
 
 
 @pytest.mark.parametrize(
@@ -151,34 +151,34 @@ def test_interleaved_runs_and_runs_in_threads_equal_separate_ones(method):
 def test_a_grid_for_each_sample_gives_each_sample_its_own_run(method):
     x = noise((3, 2, 2))
     grids = [schedule.sigmas(6, shift=shift).double() for shift in (3.0, 1.0, 8.0)]
-    together = ode.integrate(method, field, x, torch.stack(grids, 1))
+    batched = ode.integrate(method, field, x, torch.stack(grids, 1))
     for i, grid in enumerate(grids):
-        torch.testing.assert_close(together[i : i + 1], ode.integrate(method, field, x[i : i + 1], grid))
+        torch.testing.assert_close(batched[i : i + 1], ode.integrate(method, field, x[i : i + 1], grid))
 
 
 @pytest.mark.parametrize("method", [m for m in ode.METHODS.values() if m.last is None], ids=lambda m: m.name)
 def test_a_shorter_grid_padded_with_its_last_time_is_the_shorter_run(method):
     x = noise((2, 3))
     long, short = schedule.sigmas(8).double(), schedule.sigmas(5).double()
-    together = ode.integrate(method, field, x, schedule.together([long, short]))
-    torch.testing.assert_close(together[:1], ode.integrate(method, field, x[:1], long))
-    torch.testing.assert_close(together[1:], ode.integrate(method, field, x[1:], short))
+    batched = ode.integrate(method, field, x, schedule.stack([long, short]))
+    torch.testing.assert_close(batched[:1], ode.integrate(method, field, x[:1], long))
+    torch.testing.assert_close(batched[1:], ode.integrate(method, field, x[1:], short))
 
 
 @METHODS
 def test_the_result_of_a_sample_does_not_depend_on_its_batch_and_no_input_is_changed(method):
     x, grid = noise((4, 3), torch.float32), schedule.sigmas(7)
     x_before, grid_before = x.clone(), grid.clone()
-    together = ode.integrate(method, field, x, grid)
+    batched = ode.integrate(method, field, x, grid)
     assert torch.equal(x, x_before) and torch.equal(grid, grid_before)
     for i in range(4):
-        assert torch.equal(together[i : i + 1], ode.integrate(method, field, x[i : i + 1], grid))
+        assert torch.equal(batched[i : i + 1], ode.integrate(method, field, x[i : i + 1], grid))
 
 
 def test_times_in_a_list_are_as_exact_as_the_state():
-    seen = []
-    ode.integrate(ode.EULER, lambda x, t: seen.append(t.item()) or x, noise(), [0.9, 0.7, 0.1])
-    assert seen == [0.9, 0.7]
+    recorded = []
+    ode.integrate(ode.EULER, lambda x, t: recorded.append(t.item()) or x, noise(), [0.9, 0.7, 0.1])
+    assert recorded == [0.9, 0.7]
 
 
 def test_unipc_starts_its_next_step_from_the_corrected_state():
@@ -202,7 +202,7 @@ def test_unipc_starts_its_next_step_from_the_corrected_state():
     torch.testing.assert_close(last, exact(first, *grid[1:3]))
 
 
-def test_every_name_is_found_and_what_does_not_fit_it_is_refused():
+def test_every_name_has_its_method_and_options_that_do_not_fit_it_are_errors():
     for name, method in ode.METHODS.items():
         assert ode.named(name) is method and ode.named(name, key=prng.key(0)) is method
     assert ode.named("dopri5", rtol=1e-3)._replace(rtol=1e-5) == ode.DOPRI5
@@ -220,18 +220,18 @@ def test_every_name_is_found_and_what_does_not_fit_it_is_refused():
         ode.unipc(4)
 
 
-def test_the_state_is_float32_whatever_the_velocity_answers_in():
-    seen = []
+def test_the_state_is_float32_whatever_the_dtype_of_the_velocity():
+    recorded = []
 
     def velocity(x, t):
-        seen.extend([x.dtype, t.dtype])
+        recorded.extend([x.dtype, t.dtype])
         return x.bfloat16()
 
     result = ode.integrate(ode.HEUN, velocity, noise(dtype=torch.bfloat16), schedule.sigmas(3).double())
-    assert result.dtype == torch.float32 and set(seen) == {torch.float32}
+    assert result.dtype == torch.float32 and set(recorded) == {torch.float32}
 
 
-def test_save_returns_what_was_asked():
+def test_save_chooses_what_is_returned():
     x, grid = noise(), schedule.sigmas(5)
     final = ode.integrate(ode.HEUN, field, x, grid)
     everything = ode.integrate(ode.HEUN, field, x, grid, save="all")
@@ -241,7 +241,7 @@ def test_save_returns_what_was_asked():
     assert torch.equal(torch.stack(means), everything[1:].mean((1, 2)))
 
 
-def test_callbacks_are_told_every_step_with_the_prediction_it_started_from():
+def test_callbacks_get_every_step_with_the_prediction_it_started_from():
     x, grid = noise(), schedule.sigmas(4)
     infos = []
     final = ode.integrate(ode.HEUN, field, x, grid, on_step=infos.append)

@@ -94,11 +94,11 @@ def test_a_run_of_them_compiles_vmaps_and_has_gradients():
 def test_an_adaptive_method_starts_anew_where_the_velocity_changes():
     grid, x, infos = grids()["one"], noise(), []
     velocities = [field] * 2 + [lambda x, t: -field(x, t)] * 3
-    found = ode.integrate(ode.BOSH3, ode.Stepwise(velocities.__getitem__), x, grid, on_step=infos.append)
+    actual = ode.integrate(ode.BOSH3, ode.Stepwise(velocities.__getitem__), x, grid, on_step=infos.append)
     state = ode.start(ode.BOSH3, x, grid[0])
     for first, stop in ((0, 2), (2, 5)):
         state = ode.run(ode.BOSH3, velocities[first], state, grid[[first, stop]])
-    torch.testing.assert_close(found, state.x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, state.x, rtol=1e-12, atol=1e-12)
     assert [(info.index, info.steps) for info in infos] == [(step, STEPS) for step in range(STEPS)]
     assert torch.equal(torch.stack([info.t[0] for info in infos]), grid[1:])
     same = ode.integrate(ode.BOSH3, ode.Stepwise(lambda step: field), x, grid)

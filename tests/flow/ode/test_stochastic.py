@@ -38,12 +38,12 @@ def test_ancestral_steps_approach_the_distributions_of_the_flow_with_order_one(e
 
 def test_one_ancestral_step_is_its_formula():
     x, t, t_next = noise((2, 3)), 0.8, 0.5
-    drawn = prng.split(prng.fold_in(KEY, torch.arange(2)))[..., 1, :]
+    step_keys = prng.split(prng.fold_in(KEY, torch.arange(2)))[..., 1, :]
     for eta in (1.0, 0.4):
         down = t_next * (1 + eta * (t_next / t - 1))
         euler = x + (down - t) * field(x, torch.tensor(t, dtype=torch.float64))
         ratio = (1 - t_next) / (1 - down)
-        expected = ratio * euler + math.sqrt(t_next**2 - (down * ratio) ** 2) * prng.normal(drawn, 3, x.dtype)
+        expected = ratio * euler + math.sqrt(t_next**2 - (down * ratio) ** 2) * prng.normal(step_keys, 3, x.dtype)
         torch.testing.assert_close(ode.integrate(ode.ancestral(KEY, eta), field, x, [t, t_next]), expected)
 
 
@@ -76,16 +76,16 @@ def test_a_gamma_of_zero_is_the_base():
 @pytest.mark.parametrize("gamma", [0.05, 0.4])
 @pytest.mark.parametrize("t", [1.0, 0.5, 0.1])
 def test_churn_raises_a_level_of_the_flow_to_another_level_of_the_flow(gamma, t):
-    # One step, whose velocity tells where it was asked; 0 leaves x there.
-    asked = []
+    # One step, whose velocity records where it is evaluated; velocity 0 leaves x there.
+    evaluated = []
 
     def velocity(x, t):
-        asked.append((x, t))
+        evaluated.append((x, t))
         return torch.zeros_like(x)
 
     x = (1 - t) * MEAN + spread(t) * noise((100_000, 1))
     ode.integrate(ode.churn(KEY, gamma, base=ode.EULER), velocity, x, [t, 0.0])
-    ((raised_x, raised),) = asked
+    ((raised_x, raised),) = evaluated
     sigma = raised / (1 - raised)
     assert raised == t == 1 or sigma.item() == pytest.approx((1 + gamma) * t / (1 - t))
     assert raised_x.mean().item() == pytest.approx((1 - raised.item()) * MEAN, abs=0.015)
@@ -141,9 +141,9 @@ def test_a_run_stopped_written_and_taken_up_again_is_the_whole_run_to_the_bit(ma
 def test_the_noise_of_a_sample_depends_on_its_own_key_alone(make):
     x, grid = noise((4, 3), torch.float32), schedule.sigmas(5)
     keys = prng.split(KEY, 4)
-    together = ode.integrate(make(keys), field, x, grid)
+    batched = ode.integrate(make(keys), field, x, grid)
     for i in range(4):
-        assert torch.equal(ode.integrate(make(keys[i : i + 1]), field, x[i : i + 1], grid), together[i : i + 1])
+        assert torch.equal(ode.integrate(make(keys[i : i + 1]), field, x[i : i + 1], grid), batched[i : i + 1])
     first = ode.integrate(make(KEY), field, x, grid)
     assert torch.equal(ode.integrate(make(KEY), field, x[:2], grid), first[:2])
     assert not torch.equal(ode.integrate(make(prng.key(1)), field, x, grid), first)
@@ -153,16 +153,16 @@ def test_the_noise_of_a_sample_depends_on_its_own_key_alone(make):
 
 @MAKERS
 def test_every_step_draws_noise_of_its_own(make):
-    drawn = []
+    states = []
 
     def velocity(x, t):
-        drawn.append(x)
+        states.append(x)
         return torch.zeros_like(x)
 
     method = ode.churn(KEY, base=ode.EULER) if make is ode.churn else make(KEY)
     ode.integrate(method, velocity, torch.zeros(1, 5000), [0.9, 0.8, 0.7, 0.6, 0.5])
-    assert len(drawn) == 4
-    rises = torch.cat([(after - before) for before, after in zip(drawn, drawn[1:], strict=False)])
+    assert len(states) == 4
+    rises = torch.cat([(after - before) for before, after in zip(states, states[1:], strict=False)])
     assert rises.abs().min(1).values.max() > 0 and torch.corrcoef(rises).triu(1).abs().max() < 0.75
     assert len({tuple(row[:4].tolist()) for row in rises}) == 3
 
@@ -183,10 +183,10 @@ def test_interleaved_runs_equal_separate_ones_and_no_global_state_is_touched(mak
 def test_grids_of_different_lengths_run_as_one_batch(make):
     x, keys = noise((2, 3)), prng.split(KEY)
     grids = [schedule.sigmas(6).double(), schedule.sigmas(4).double()]
-    together = ode.integrate(make(keys), field, x, schedule.together(grids))
+    batched = ode.integrate(make(keys), field, x, schedule.stack(grids))
     for i, grid in enumerate(grids):
         alone = ode.integrate(make(keys[i : i + 1]), field, x[i : i + 1], grid)
-        torch.testing.assert_close(together[i : i + 1], alone)
+        torch.testing.assert_close(batched[i : i + 1], alone)
 
 
 @MAKERS
