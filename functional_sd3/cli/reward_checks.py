@@ -20,8 +20,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--group {group} is larger than --batch-size {batch}: an update learns from whole groups")
     if batch % group:
         raise ValueError(f"--batch-size {batch} must be a multiple of --group {group}, the images of a prompt")
-    if arguments.times > arguments.sampling_steps:
+    if arguments.method not in ("grpo", "draft") and arguments.times > arguments.sampling_steps:
         raise ValueError(f"--times {arguments.times} must be at most --sampling-steps {arguments.sampling_steps}")
+    _check_methods(arguments)
     if arguments.beta is not None and not 0 < arguments.beta < math.inf:
         raise ValueError(f"--beta {arguments.beta} must be a positive number")
     if arguments.kl is not None and not 0 <= arguments.kl < math.inf:
@@ -38,6 +39,23 @@ def check(arguments: argparse.Namespace) -> None:
         options.check_file(arguments.prompts, f"--prompts {shorten(arguments.prompts, 300)}")
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+
+
+def _check_methods(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an option of another method."""
+    method, steps = arguments.method, arguments.sampling_steps
+    of = {"beta": ("nft", "dpo"), "form": ("grpo",), "noise": ("grpo",), "window": ("grpo",), "eps": ("grpo", "awm")}
+    for name, methods in {**of, "last": ("draft",)}.items():
+        if getattr(arguments, name) is not None and method not in methods:
+            raise ValueError(f"--{name} is for --method {' and '.join(methods)}, not for {method}")
+    if method in ("grpo", "draft") and arguments.sampler != "euler":
+        raise ValueError(f"--method {method} follows steps of its own: leave out --sampler {arguments.sampler}")
+    if method == "grpo" and steps < 2:
+        raise ValueError("--method grpo needs --sampling-steps of at least 2: the last step is not trained on")
+    if method == "draft" and arguments.updates > 1:
+        raise ValueError("--updates is not for --method draft, which draws its images anew in every update")
+    if method == "draft" and arguments.last is not None and arguments.last > steps:
+        raise ValueError(f"--last {arguments.last} must be at most --sampling-steps {steps}")
 
 
 def weights(arguments: argparse.Namespace) -> dict[str, float]:

@@ -4,8 +4,10 @@ import argparse
 
 from functional_sd3.cli import options
 
-METHODS = ("nft",)
-"""Names of `training.reward_methods.METHODS`, known here without torch."""
+METHODS = ("nft", "awm", "grpo", "dpo", "draft")
+"""Names of `training.reward_task.NAMES`, known here without torch."""
+FORMS = ("flow", "fast", "cps", "mix", "dance", "guard")
+"""Names of `training.reward_methods.FORMS`, known here without torch."""
 NAMED = ("shapes", "colours", "clip", "psnr:FILE", "module:function")
 
 
@@ -40,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", default="euler", help="integrator of the images it learns from (default euler)")
     add("--cfg", type=float, default=1.0, help="guidance scale of the images it learns from (default 1, none)")
     add("--times", type=int, default=2, help="sampling times that each image is learned from (default 2)")
-    add("--beta", type=float, help="of nft: 1 for exact rewards, 0.1 for sums of several (default 1)")
+    add("--beta", type=float, help="of nft, 0.1 for sums of several rewards (default 1); of dpo (default 100)")
+    add("--form", choices=FORMS, help="of grpo: transitions, trained steps and ratio (default flow)")
+    add("--noise", type=float, help="of grpo: noise level of the steps (default: as published for the form)")
+    add("--window", type=int, help="of grpo: steps that draw noise and are trained on, 0 for all (default: the form's)")
+    add("--eps", type=float, help="of grpo and awm: bound of the ratio (default: as published)")
+    add("--last", type=int, help="of draft: last steps that are differentiated (default 1)")
+    add("--updates", type=int, default=1, help="gradient steps on the same images (default 1)")
     add("--kl", type=float, help="weight of the distance to the start (default: as published for the method)")
     add("--size", type=int, help="side of the images in pixels (default: the model's own)")
     add("--lr", type=float, default=1e-4, help="learning rate (default 1e-4)")

@@ -17,14 +17,16 @@ from functional_sd3.layouts.components import require
 from functional_sd3.recipes.shapes import rewards as shapes_rewards
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import continuing, digests, reward_methods, reward_task, rewards
+from functional_sd3.training.reward_methods import Sampler
 from functional_sd3.training.rewards import Reward
-from functional_sd3.training.rollouts import Draw, PromptSource
+from functional_sd3.training.rollouts import PromptSource
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Model
 
 _RECORDED = (
-    "batch_size", "beta", "cfg", "clip", "draw_dtype", "draws", "ema", "group", "kl", "lora", "lr", "method", "prompts",
-    "reward", "sampler", "sampling_steps", "seed", "size", "steps", "things", "times", "warmup", "weight",
+    "batch_size", "beta", "cfg", "clip", "draw_dtype", "draws", "ema", "eps", "form", "group", "kl", "last", "lora",
+    "lr", "method", "noise", "prompts", "reward", "sampler", "sampling_steps", "seed", "size", "steps", "things",
+    "times", "updates", "warmup", "weight", "window",
 )  # fmt: skip
 """The options that a checkpoint keeps."""
 
@@ -44,7 +46,18 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         training_run.check_continuing(arguments, differences)
     given = reward_checks.weights(arguments)
     options = reward_methods.Options(
-        times=arguments.times, kl=arguments.kl, beta=arguments.beta, rows=arguments.at_once, dtype=dtype
+        group=arguments.group,
+        times=arguments.times,
+        kl=arguments.kl,
+        beta=arguments.beta,
+        form=arguments.form or "flow",
+        noise=arguments.noise,
+        window=arguments.window,
+        eps=arguments.eps,
+        last=arguments.last or 1,
+        updates=arguments.updates,
+        rows=arguments.at_once,
+        dtype=dtype,
     )
     task = reward_task.reward_task(
         prng.fold_in(prng.key(arguments.seed), 2),
@@ -61,6 +74,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
             rate=arguments.lr,
             warmup=arguments.warmup,
             ema=arguments.ema,
+            updates=arguments.updates,
             lora=arguments.lora or 0,
             draw_dtype=torch.bfloat16 if arguments.draw_dtype == "bfloat16" else None,
             at_once=arguments.at_once,
@@ -69,39 +83,34 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         ),
         reward=_rewards(arguments, model),
         source=_source(arguments, prompts),
-        draw=_draw(arguments, model),
+        sampler=_sampler(arguments, model),
         decode=lambda params, latents: pipeline.decode(params, model.config, latents),
-        times=_times(arguments, model),
         t5_length=_t5_length(model),
     )
     return Setup(task, stored, settings, differences, bool(arguments.lora), _step_note(arguments))
 
 
-def _draw(arguments: argparse.Namespace, model: Model) -> Draw:
+def _sampler(arguments: argparse.Namespace, model: Model) -> Sampler:
     """Images as `generate` draws them, with the sampler, steps and guidance of the command line."""
-    config, cfg = model.config, max(arguments.cfg, 1.0)
+    config, cfg, size = model.config, max(arguments.cfg, 1.0), (arguments.size, arguments.size)
+    device = tree.leaves(model.params["transformer"])[0].device
     with torch.no_grad():
         empty = pipeline.encode(model.params, config, model.tokenizers, [""], t5_length=_t5_length(model)).negative
+    empty = Conditioning(*tree.cast(list(empty), torch.float32))
 
-    def draw(params: Params, conditioning: Conditioning, keys: Key) -> dict[str, torch.Tensor]:
-        count = len(keys)
-        negative = Conditioning(*(part.to(conditioning.context).expand(count, *part.shape[1:]) for part in empty))
-        size = arguments.size, arguments.size
-        noise = pipeline.initial_noise(keys, config, count, *size, device=conditioning.context.device)
+    def noise(keys: Key) -> torch.Tensor:
+        return pipeline.initial_noise(keys, config, len(keys), *size, device=device)
+
+    def draw(params: Params, conditioning: Conditioning, start: torch.Tensor, keys: Key) -> dict[str, torch.Tensor]:
+        negative = Conditioning(*(part.expand(len(keys), *part.shape[1:]) for part in empty))
         latents = pipeline.sample(
-            params, config, pipeline.Conditions(conditioning, negative), noise, steps=arguments.sampling_steps, cfg=cfg,
+            params, config, pipeline.Conditions(conditioning, negative), start, steps=arguments.sampling_steps, cfg=cfg,
             method=arguments.sampler, key=keys,
         )  # fmt: skip
         return {"latents": latents}
 
-    return draw
-
-
-def _times(arguments: argparse.Namespace, model: Model) -> torch.Tensor:
-    size = arguments.size, arguments.size
-    device = tree.leaves(model.params["transformer"])[0].device
-    noise = pipeline.initial_noise(prng.key(0), model.config, 1, *size, device=device)
-    return pipeline.sigmas(model.config, noise, arguments.sampling_steps)
+    times = pipeline.sigmas(config, noise(prng.key(0, device=device)[None]), arguments.sampling_steps)
+    return Sampler(draw, noise, times, empty, cfg)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str] | None:

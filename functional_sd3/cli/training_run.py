@@ -16,6 +16,7 @@ from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import pixels
 from functional_sd3.training import checkpoint, continuing, interruption, lock, loop
+from functional_sd3.training.rewards import RewardError
 from functional_sd3.weights.model import Model
 
 KEEP = 3
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace, setup: Setup) -> int:
             sample_every=arguments.sample_every,
             on_sample=on_sample if arguments.sample_every else None,
             rollout=getattr(task, "rollout", None),
+            unchanged_by=(RewardError,),
             has_sample=lambda done: (samples / f"{done:08d}.png").exists(),
             keep=KEEP,
             progress=progress,

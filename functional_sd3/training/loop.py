@@ -69,6 +69,7 @@ def run(
     sample_every: int = 0,
     on_sample: Sampler[S] | None = None,
     rollout: Callable[[S, Tree], Any] | None = None,
+    unchanged_by: tuple[type[Exception], ...] = (),
     has_sample: Callable[[int], bool] = lambda step: True,
     keep: int = 3,
     progress: bool = True,
@@ -83,6 +84,7 @@ def run(
     `columns`); `on_row` is called with each. `on_sample` is called every `sample_every` steps and at the end, and
     before the first step where the sample of the initial state is due and `has_sample(step)` is false. rollout:
     `rollout(state, batch)` is what `train_step` takes in place of the batch: data drawn by the trained model.
+    unchanged_by: errors of `train_step` that leave the state it was given as it was.
 
     Ctrl-C, SIGTERM or SIGHUP let the current step finish, or abandon the current sample or rollout, save and return; a
     third Ctrl-C raises KeyboardInterrupt. A batch or rollout that fails ends the run after its state is saved. A
@@ -106,6 +108,12 @@ def run(
             error.state = state
             raise
 
+    def save_whole() -> None:
+        """Save before an error: the state is complete, and the steps since the last checkpoint may be hours of work."""
+        if done != saved:
+            recorder.write(done, durable=True)
+            save(final=True)
+
     with interruption.catch() as stop, tqdm(initial=done, total=steps, disable=not progress, dynamic_ncols=True) as bar:
         if done and is_sample_due() and not has_sample(done):
             _sample(on_sample, state, done, stop, note)
@@ -120,14 +128,15 @@ def run(
                     raise
                 break
             except Exception:
-                # The state is complete, and the steps since the last checkpoint may be hours of work.
-                if done != saved:
-                    recorder.write(done, durable=True)
-                    save(final=True)
+                save_whole()
                 raise
             if rollout is not None and stop.is_requested():
                 break
-            state, metrics = train_step(state, batch)
+            try:
+                state, metrics = train_step(state, batch)
+            except unchanged_by:
+                save_whole()
+                raise
             done += 1
             recorder.add(metrics)
             last = done == steps or stop.is_requested()

@@ -1,6 +1,6 @@
 """Training by rewards as a task of `loop.run`: first state, rollouts, round step, samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -12,14 +12,17 @@ from functional_sd3.core.types import Key, Params
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import copies, learner, optim, reward_methods, rollouts, step
+from functional_sd3.training import copies, learner, optim, reward_rounds, rollouts, step
 from functional_sd3.training.copies import PairState, Round
+from functional_sd3.training.reward_methods import METHODS, Options, Sampler
 from functional_sd3.training.rewards import Reward
 from functional_sd3.training.tasks import ENCODERS
 from functional_sd3.weights.model import Model
 
 SAMPLES = 16
 """Images of a sample."""
+NAMES = (*METHODS, "draft")
+"""Names of all methods; "draft" alone differentiates the reward."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Settings:
     at_once: int | None = None
     rows: int = 64
     spread: Literal["batch", "group", "none"] = "batch"
-    options: reward_methods.Options = reward_methods.Options()
+    options: Options = Options()
 
 
 class RewardTask(NamedTuple):
@@ -74,39 +77,25 @@ def reward_task(
     *,
     reward: Reward,
     source: rollouts.PromptSource,
-    draw: rollouts.Draw,
+    sampler: Sampler,
     decode: rollouts.Decode,
-    times: Tensor,
     t5_length: int = 256,
 ) -> RewardTask:
     """Training of the transformer, or of a LoRA over it, by the rewards of its own images.
 
-    model: as of `tasks.flow_task`: the trained transformer float32, the rest of any dtype. reward, source, draw and
-    decode: see `rewards` and `rollouts`. times (steps + 1,): the grid that `draw` follows. Raises ValueError for a
-    method that there is not, and groups that do not make up the batch.
+    model: as of `tasks.flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
+    `rewards` and `rollouts`. Raises ValueError for a method that there is not, and groups that do not make up the
+    batch.
     """
     check(settings)
     config = model.config
     check_encoders([name for name in ENCODERS if name in model.params], model.tokenizers)
-    init_key, run_key, round_key, sample_key = prng.split(key, 4)
+    init_key, run_key, round_key, sample_key = prng.split(key, 4).unbind(-2)
     learns = learner.learner(init_key, model, rank=settings.lora)
-    method = reward_methods.METHODS[settings.method](config, settings.options)
-    rate = optim.warmup_constant(settings.rate, settings.warmup)
-    is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
-    optimizer = optim.chain(
-        optim.clip_by_global_norm(settings.clip), optim.adamw(rate, decay=settings.decay, mask=is_decayed)
-    )
+    device = tree.leaves(model.params["transformer"])[0].device
 
-    def loss(params: Params, batch: Any, keys: Key) -> Any:
-        return method.loss(learns.whole(params), batch, keys)
-
-    update = step.make_train_step(
-        loss, optimizer, trainable=learns.trainable, ema_decay=settings.ema, rows=settings.rows, donate=True, rate=rate
-    )
-
-    def encode(prompts: Any) -> Conditioning:
+    def encode(prompts: Sequence[str]) -> Conditioning:
         ids = conditioning.tokenize(config, model.tokenizers, list(prompts), t5_length=t5_length)
-        device = tree.leaves(model.params["transformer"])[0].device
         encoded = conditioning.encode(model.params, config, conditioning.Ids(*(part.to(device) for part in ids)))
         # The encoders may be stored in another dtype than the transformer is computed in.
         return Conditioning(*tree.cast(list(encoded), torch.float32))
@@ -117,39 +106,35 @@ def reward_task(
             return whole
         return {**whole, "transformer": layers.cast(whole["transformer"], settings.draw_dtype)}
 
-    def rollout(state: PairState, number: int) -> Round:
-        draw_key, batch_key = prng.split(prng.fold_in(round_key, number)).unbind(-2)
-        policy = drawing_params(state.old if method.draws_from == "old" else state.params)
-        prompts = settings.batch // settings.group
+    setting = reward_rounds.Setting(
+        config, settings, learns, round_key, reward, source, sampler, decode, encode, drawing_params
+    )
+    rounds = (reward_rounds.draft if settings.method == "draft" else reward_rounds.drawn)(setting)
+    rate = optim.warmup_constant(settings.rate, settings.warmup)
+    is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
+    optimizer = optim.chain(
+        optim.clip_by_global_norm(settings.clip), optim.adamw(rate, decay=settings.decay, mask=is_decayed)
+    )
 
-        def groups(attempt: int) -> rollouts.Groups:
-            return rollouts.draw_groups(
-                policy, prng.fold_in(draw_key, attempt), prompts, settings.group, source=source, encode=encode,
-                draw=draw, decode=decode, reward=reward, weights=settings.weights,
-                default_weight=settings.default_weight, at_once=settings.at_once,
-            )  # fmt: skip
+    def loss(params: Params, batch: Any, keys: Key) -> Any:
+        return rounds.loss(learns.whole(params), batch, keys)
 
-        drawn = rollouts.gather(groups, prompts, settings.draws, scale=settings.spread)
-        if drawn.rows is None:
-            return Round(None, drawn.metrics)
-        policies = reward_methods.Policies(learns.start, learns.whole(state.old), learns.whole(state.params))
-        return Round(method.batch(batch_key, drawn.rows, policies, times), drawn.metrics)
+    update = step.make_train_step(
+        loss, optimizer, trainable=learns.trainable, ema_decay=settings.ema, rows=settings.rows, donate=True, rate=rate
+    )
 
     def sample(state: PairState) -> Tensor:
         prompts, _ = source(sample_key, SAMPLES)
-        keys = prng.fold_in(sample_key, torch.arange(SAMPLES, dtype=torch.int64, device="cpu"))
+        keys = prng.fold_in(sample_key, torch.arange(SAMPLES, dtype=torch.int64, device="cpu")).to(device)
         with torch.no_grad():
-            encoded = encode(prompts)
             policy = drawing_params(state.ema)
-            return decode(policy, draw(policy, encoded, keys.to(encoded.context.device))["latents"])
+            return decode(policy, sampler.draw(policy, encode(prompts), sampler.noise(keys), keys)["latents"])
 
-    params = learns.params
-    train = step.init(run_key, params, optimizer, trainable=learns.trainable)
     return RewardTask(
-        copies.init(train),
-        copies.make_round_step(update, method.decay, updates=settings.updates, names=(*method.metrics, "rate")),
+        copies.init(step.init(run_key, learns.params, optimizer, trainable=learns.trainable)),
+        copies.make_round_step(update, rounds.decay, updates=settings.updates, names=(*rounds.metrics, "rate")),
         lambda number: number,
-        rollout,
+        rounds.rollout,
         lambda state: model._replace(params=learns.merged(state.ema)),
         sample,
         learns.trained,
@@ -158,8 +143,8 @@ def reward_task(
 
 def check(settings: Settings) -> None:
     """Raise ValueError for a method that there is not, and for groups that do not make up the batch."""
-    if settings.method not in reward_methods.METHODS:
-        raise ValueError(f"method {settings.method!r} must be one of {', '.join(reward_methods.METHODS)}")
+    if settings.method not in NAMES:
+        raise ValueError(f"method {settings.method!r} must be one of {', '.join(NAMES)}")
     if settings.group < 2:
         raise ValueError(f"group {settings.group} must be at least 2: an image is compared with others of its prompt")
     if settings.group > settings.batch:

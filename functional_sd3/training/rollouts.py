@@ -17,9 +17,9 @@ PromptSource = Callable[[Key, int], tuple[list[str], list[Any]]]
 """`(key, count) -> (prompts, facts)`, a pure function of the key; facts: as of `rewards.Reward`."""
 Encode = Callable[[Sequence[str]], Conditioning]
 """prompts -> conditioning (prompts, ...)."""
-Draw = Callable[[Params, Conditioning, Key], Tree]
-"""`(params of a whole model, conditioning (batch, ...), keys (batch, 2)) -> rows`, a dict of tensors (batch, ...):
-"latents", the samples x_0 (normalised), and other tensors of the run that the objective needs."""
+Draw = Callable[[Params, Conditioning, Tensor, Key], Tree]
+"""`(params of a whole model, conditioning (batch, ...), noise (batch, ...), keys (batch, 2)) -> rows`, a dict of
+tensors (batch, ...): "latents", the samples x_0 (normalised), and other tensors of the run that the objective needs."""
 Decode = Callable[[Params, Tensor], Tensor]
 """`(params of a whole model, latents) -> images (batch, 3, height, width) in [0, 1]`."""
 
@@ -55,17 +55,20 @@ def draw_groups(
     *,
     source: PromptSource,
     encode: Encode,
+    noise: Callable[[Key], Tensor],
     draw: Draw,
     decode: Decode,
     reward: Reward,
     weights: dict[str, float],
     default_weight: float = 0.0,
+    same_noise: bool = False,
     at_once: int | None = None,
 ) -> Groups:
     """`size` images of each of `prompts` prompts, and their rewards.
 
     params: the policy's, of a whole model. weights, default_weight: of `rewards.total`. at_once: images drawn and
-    decoded together, by default all. An image depends on its own key and the policy alone. Raises RewardError for a
+    decoded together, by default all. noise: keys (batch, 2) -> the starting noise; same_noise: the images of a prompt
+    start from that of the first. An image depends on its own key and the policy alone. Raises RewardError for a
     reward that raises or gives no number for an image.
     """
     prompt_key, noise_key = prng.split(key).unbind(-2)
@@ -76,11 +79,13 @@ def draw_groups(
     with torch.no_grad():
         encoded = encode(texts)
         keys = keys.to(encoded.context.device)
+        starts = keys[::size].repeat_interleave(size, 0) if same_noise else keys
         conditioning = Conditioning(*(part.repeat_interleave(size, 0) for part in encoded))
         parts, images = [], []
         for start in range(0, count, at_once):
             part_rows = slice(start, start + at_once)
-            parts.append(draw(params, Conditioning(*(part[part_rows] for part in conditioning)), keys[part_rows]))
+            own = Conditioning(*(part[part_rows] for part in conditioning))
+            parts.append(draw(params, own, noise(starts[part_rows]), keys[part_rows]))
             images.append(decode(params, parts[-1]["latents"]))
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         prompts_of_images = [text for text in texts for _ in range(size)]

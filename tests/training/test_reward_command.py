@@ -8,7 +8,7 @@ from functional_sd3 import weights
 from functional_sd3.cli import reward, reward_options, training_run
 from functional_sd3.core import tree
 from functional_sd3.formats import files
-from functional_sd3.training import checkpoint, log, reward_methods
+from functional_sd3.training import checkpoint, log, reward_methods, reward_task
 from functional_sd3.training.rewards import RewardError
 
 # The model here has no CLIP-G, which is noted whenever prompts are encoded.
@@ -39,6 +39,9 @@ def shape(images, prompts, facts):
 
 def same(images, prompts, facts):
     return torch.ones(len(prompts))
+
+def blind(images, prompts, facts):
+    return {"red": images.detach()[:, 0].mean((1, 2))}
 
 def interrupting(images, prompts, facts):
     global calls
@@ -129,6 +132,39 @@ def test_a_lora_is_a_file_and_goes_on_to_the_same_bits(command, tmp_path):
     assert learned and all(name.endswith((".down", ".up", ".alpha")) for name in learned)
 
 
+METHODS = [
+    ("awm",),
+    ("awm", "--updates", 2),
+    ("dpo",),
+    ("draft", "--last", 2),
+    ("grpo", "--cfg", 2, "--updates", 2),
+    *(("grpo", "--form", form, "--sampling-steps", 3) for form in ("fast", "cps", "mix", "dance", "guard")),
+]
+
+
+@pytest.mark.parametrize("words", METHODS, ids=lambda words: "-".join(map(str, words)).replace("--", ""))
+def test_every_method_learns_and_goes_on_to_the_same_bits(command, model_folder, tmp_path, words):
+    method = ["--method", *words, "--steps", 2, "--save-every", 1]
+    assert command("--out", tmp_path / "out", *method)[0] == 0
+    whole, first = (path.read_bytes() for path in checkpoint.paths(tmp_path / "out" / "checkpoints")[::-1])
+    (tmp_path / "out" / "checkpoints" / "step-00000002.safetensors").unlink()
+    assert command("--out", tmp_path / "out", *method, "--resume")[0] == 0
+    assert checkpoint.paths(tmp_path / "out" / "checkpoints")[-1].read_bytes() == whole != first
+    rows = log.read(tmp_path / "out" / "log.csv")
+    assert {"reward", "kl"} <= rows[0].keys() and float(rows[1]["grad_norm"]) > 0
+    before, after = (weights.load(path, dtype="stored").params for path in (model_folder, tmp_path / "out"))
+    assert {name for name in before if tree.diff(before[name], after[name])} == {"transformer"}
+
+
+def test_draft_needs_a_reward_with_a_gradient(command, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(RewardError, match="no gradient with respect to the images"):
+        command("--out", out, "--method", "draft", reward_name="blind")
+    with pytest.raises(RewardError, match="the scorer is gone"):
+        command("--out", out, "--method", "draft", "--save-every", 100, reward_name="later")
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(out / "checkpoints")] == [3]
+
+
 @pytest.mark.parametrize(
     ("name", "said", "kept"),
     [
@@ -207,6 +243,13 @@ def test_a_change_needs_force(command, tmp_path):
         (["--sampler", "eulr"], "--method 'eulr' must be one of"),
         (["--sampler", "dopri5"], "--sampler dopri5 chooses its own steps"),
         (["--force"], "--force is for --resume"),
+        (["--form", "cps"], "--form is for --method grpo, not for nft"),
+        (["--last", 2], "--last is for --method draft, not for nft"),
+        (["--method", "grpo", "--beta", 2], "--beta is for --method nft and dpo, not for grpo"),
+        (["--method", "grpo", "--sampler", "heun"], "--method grpo follows steps of its own"),
+        (["--method", "grpo", "--sampling-steps", 1], "needs --sampling-steps of at least 2"),
+        (["--method", "draft", "--updates", 2], "--updates is not for --method draft"),
+        (["--method", "draft", "--last", 3], "--last 3 must be at most --sampling-steps 2"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is no file"),
         (["--reward", "reward_functions:nothing"], "the module reward_functions has no nothing"),
         (["--reward", "reward_functions:red", "--weight", "blue=1"], "no reward gives the score blue"),
@@ -230,4 +273,4 @@ def test_a_target_of_another_size_is_refused(command, tmp_path):
 
 
 def test_the_words_of_the_command_line_are_those_of_the_methods():
-    assert reward_options.METHODS == tuple(reward_methods.METHODS)
+    assert reward_options.METHODS == reward_task.NAMES and reward_options.FORMS == tuple(reward_methods.FORMS)

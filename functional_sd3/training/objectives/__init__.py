@@ -1,11 +1,26 @@
 """Objectives of training, each `(params, batch, keys) -> (scalar, metrics)`.
 
-`flow` and `vae` learn from data, `nft` from rewards of a model's own samples.
+`flow` and `vae` learn from data; `nft`, `awm`, `policy` and `draft` from rewards of a model's own samples, `preference`
+from pairs.
 """
 
+from functional_sd3.training.objectives.awm import awm_loss
+from functional_sd3.training.objectives.draft import draft_loss
 from functional_sd3.training.objectives.flow import flow_loss
 from functional_sd3.training.objectives.nft import nft_loss
+from functional_sd3.training.objectives.policy import ratio_loss
+from functional_sd3.training.objectives.preference import dpo_loss
 from functional_sd3.training.objectives.types import Loss, Metrics
 from functional_sd3.training.objectives.vae import vae_loss
 
-__all__ = ["Loss", "Metrics", "flow_loss", "nft_loss", "vae_loss"]
+__all__ = [
+    "Loss",
+    "Metrics",
+    "awm_loss",
+    "dpo_loss",
+    "draft_loss",
+    "flow_loss",
+    "nft_loss",
+    "ratio_loss",
+    "vae_loss",
+]

@@ -78,3 +78,8 @@ def check_batch(batch: Tree, names: tuple[str, ...], what: str) -> None:
     """Raise ValueError where a batch lacks an entry that the objective `what` reads."""
     if absent := [name for name in names if name not in batch]:
         raise ValueError(f"the batch of {what} lacks {', '.join(absent)}; it has {', '.join(batch)}")
+
+
+def clipped(ratio: Tensor, advantage: Tensor, eps: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) of each sample (Schulman et al. 2017, arXiv:1707.06347, PPO)."""
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - eps, 1 + eps))

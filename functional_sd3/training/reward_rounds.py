@@ -1,0 +1,117 @@
+"""Rounds of training by rewards: images drawn and rewarded (`drawn`), or a reward to differentiate (`draft`)."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.training import copies, rewards, rollouts
+from functional_sd3.training.copies import PairState, Round
+from functional_sd3.training.learner import Learner
+from functional_sd3.training.objectives import Loss, draft_loss, points, policy
+from functional_sd3.training.objectives import draft as draft_objective
+from functional_sd3.training.reward_methods import METHODS, Policies, Sampler
+from functional_sd3.training.rewards import Reward
+from functional_sd3.training.schedules import Schedule
+
+if TYPE_CHECKING:
+    from functional_sd3.training.reward_task import Settings
+
+
+class Setting(NamedTuple):
+    """What rounds are made of: arguments of `reward_task`, what learns, and functions of the model.
+
+    drawing_params: trained parameters -> the whole model's, in the dtype that draws.
+    """
+
+    config: Any
+    settings: "Settings"
+    learns: Learner
+    key: Key
+    reward: Reward
+    source: rollouts.PromptSource
+    sampler: Sampler
+    decode: rollouts.Decode
+    encode: Callable[[Sequence[str]], Conditioning]
+    drawing_params: Callable[[Params], Params]
+
+
+class Rounds(NamedTuple):
+    """The objective of a whole model's parameters, names of its metrics, the slow copy's decay, and the rollout of a
+    round by its number."""
+
+    loss: Loss
+    metrics: tuple[str, ...]
+    decay: Schedule
+    rollout: Callable[[PairState, int], Round]
+
+
+def drawn(setting: Setting) -> Rounds:
+    """Rounds of a method of `reward_methods`."""
+    settings, learns = setting.settings, setting.learns
+    method = METHODS[settings.method](setting.config, settings.options, setting.sampler)
+
+    def rollout(state: PairState, number: int) -> Round:
+        draw_key, batch_key, step_key = prng.split(prng.fold_in(setting.key, number), 3).unbind(-2)
+        params = setting.drawing_params(state.old if method.draws_from == "old" else state.params)
+        draw, prompts = method.drawing(number, step_key), settings.batch // settings.group
+
+        def groups(attempt: int) -> rollouts.Groups:
+            return rollouts.draw_groups(
+                params, prng.fold_in(draw_key, attempt), prompts, settings.group, source=setting.source,
+                encode=setting.encode, noise=setting.sampler.noise, draw=draw, decode=setting.decode,
+                reward=setting.reward, weights=settings.weights, default_weight=settings.default_weight,
+                same_noise=method.same_noise, at_once=settings.at_once,
+            )  # fmt: skip
+
+        drawn = rollouts.gather(groups, prompts, settings.draws, scale=settings.spread)
+        if drawn.rows is None:
+            return Round(None, drawn.metrics)
+        policies = Policies(learns.start, learns.whole(state.old), learns.whole(state.params))
+        return Round(method.batch(batch_key, drawn.rows, policies), drawn.metrics)
+
+    return Rounds(method.loss, method.metrics, method.decay, rollout)
+
+
+def draft(setting: Setting) -> Rounds:
+    """Rounds of DRaFT: noise and prompts, from which the objective draws and rewards images that it differentiates."""
+    settings, options, sampler = setting.settings, setting.settings.options, setting.sampler
+    count = settings.batch // settings.group
+
+    def prompts_of(number: int) -> tuple[list[str], list[Any]]:
+        return setting.source(prng.fold_in(prng.fold_in(setting.key, number), 0), count)
+
+    def total(images: Tensor, batch: Tree) -> Tensor:
+        # A batch holds tensors alone: the prompts are drawn again from the number of the round.
+        texts, facts = prompts_of(int(batch["round"][0]))
+        rows = batch["prompt"].tolist()
+        scores = setting.reward(images, [texts[row] for row in rows], [facts[row] for row in rows])
+        return rewards.total(scores, settings.weights, settings.default_weight).to(images.device)
+
+    velocity_of = points.model_velocity(setting.config, dtype=options.dtype)
+    loss = draft_loss(
+        policy.guided_velocity(velocity_of, sampler.negative, sampler.cfg), setting.decode, total, sampler.times,
+        start=setting.learns.start, last=options.last, kl=options.kl or 0.0,
+    )  # fmt: skip
+
+    def rollout(state: PairState, number: int) -> Round:
+        texts, _ = prompts_of(number)
+        noise_key = prng.fold_in(prng.fold_in(setting.key, number), 1)
+        keys = prng.fold_in(noise_key, torch.arange(settings.batch, dtype=torch.int64, device="cpu"))
+        with torch.no_grad():
+            encoded = setting.encode(texts)
+            keys = keys.to(encoded.context.device)
+            batch = {
+                "noise": setting.sampler.noise(keys),
+                "context": encoded.context.repeat_interleave(settings.group, 0),
+                "pooled": encoded.pooled.repeat_interleave(settings.group, 0),
+                "prompt": torch.arange(count, dtype=torch.int64, device=keys.device).repeat_interleave(settings.group),
+                "round": torch.full((settings.batch,), number, dtype=torch.int64, device=keys.device),
+            }
+        return Round(batch, {})
+
+    return Rounds(loss, draft_objective.METRICS, copies.linear(0.0, 0.0), rollout)
