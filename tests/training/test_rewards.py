@@ -174,14 +174,15 @@ def test_an_image_of_a_rollout_depends_on_its_own_key():
         seen.append((list(prompts), list(facts)))
         return {"mean": images.mean((1, 2, 3))}
 
-    def draw(params, conditioning, keys):
-        return {"latents": prng.normal(keys, (2,)) + conditioning.pooled}
+    def draw(params, conditioning, noise, keys):
+        return {"latents": noise + prng.normal(prng.fold_in(keys, 1), (2,)) + conditioning.pooled, "noise": noise}
 
     options = {
         "source": lambda key, count: ([str(i) for i in range(count)], list(range(count))),
         "encode": lambda texts: Conditioning(
             torch.zeros(len(texts), 1, 1), torch.tensor([[100.0 * int(t)] for t in texts])
         ),
+        "noise": lambda keys: prng.normal(keys, (2,)),
         "draw": draw,
         "decode": lambda params, latents: latents[:, :, None, None].expand(-1, -1, 2, 2).mean(1, True),
         "reward": reward,
@@ -193,6 +194,9 @@ def test_an_image_of_a_rollout_depends_on_its_own_key():
     assert seen[0] == (["0", "0", "1", "1", "2", "2"], [0, 0, 1, 1, 2, 2])
     torch.testing.assert_close(whole.rewards.flatten(), 2 * whole.rows["latents"].mean(1))
     assert whole.highest == 2.0 and len(set(whole.rows["latents"].flatten().tolist())) == 12
+    same = rollouts.draw_groups({}, prng.key(0), 3, 2, **options, same_noise=True)
+    assert torch.equal(same.rows["noise"], whole.rows["noise"][::2].repeat_interleave(2, 0))
+    assert len(set(same.rows["latents"].flatten().tolist())) == 12
 
 
 def test_the_slow_copy_follows_by_its_schedule():
