@@ -5,7 +5,7 @@ import argparse
 from functional_sd3.cli import options
 
 METHODS = ("nft", "awm", "grpo", "dpo", "draft")
-"""Names of `training.reward_task.NAMES`, known here without torch."""
+"""Names of `training.reward_settings.NAMES`, known here without torch."""
 FORMS = ("flow", "fast", "cps", "mix", "dance", "guard")
 """Names of `training.reward_methods.FORMS`, known here without torch."""
 NAMED = ("shapes", "colours", "clip", "psnr:FILE", "module:function")

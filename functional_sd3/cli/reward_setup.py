@@ -16,7 +16,7 @@ from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import require
 from functional_sd3.recipes.shapes import rewards as shapes_rewards
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import continuing, digests, reward_methods, reward_task, rewards
+from functional_sd3.training import continuing, digests, reward_methods, reward_settings, reward_task, rewards
 from functional_sd3.training.reward_methods import Sampler
 from functional_sd3.training.rewards import Reward
 from functional_sd3.training.rollouts import PromptSource
@@ -62,7 +62,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
     task = reward_task.reward_task(
         prng.fold_in(prng.key(arguments.seed), 2),
         model,
-        reward_task.Settings(
+        reward_settings.Settings(
             method=arguments.method,
             steps=arguments.steps,
             # What the shapes' reader says of parts of an image is logged, and counts only where it is given a weight.

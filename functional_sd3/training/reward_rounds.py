@@ -1,7 +1,7 @@
 """Rounds of training by rewards: images drawn and rewarded (`drawn`), or a reward to differentiate (`draft`)."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from functional_sd3.training.learner import Learner
 from functional_sd3.training.objectives import Loss, draft_loss, points, policy
 from functional_sd3.training.objectives import draft as draft_objective
 from functional_sd3.training.reward_methods import METHODS, Policies, Sampler
+from functional_sd3.training.reward_settings import Settings
 from functional_sd3.training.rewards import Reward
 from functional_sd3.training.schedules import Schedule
-
-if TYPE_CHECKING:
-    from functional_sd3.training.reward_task import Settings
 
 
 class Setting(NamedTuple):
@@ -29,7 +27,7 @@ class Setting(NamedTuple):
     """
 
     config: Any
-    settings: "Settings"
+    settings: Settings
     learns: Learner
     key: Key
     reward: Reward

@@ -1,8 +1,7 @@
 """Training by rewards as a task of `loop.run`: first state, rollouts, round step, samples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,49 +11,16 @@ from functional_sd3.core.types import Key, Params
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import copies, learner, optim, reward_rounds, rollouts, step
+from functional_sd3.training import copies, learner, optim, reward_rounds, reward_settings, rollouts, step
 from functional_sd3.training.copies import PairState, Round
-from functional_sd3.training.reward_methods import METHODS, Options, Sampler
+from functional_sd3.training.reward_methods import Sampler
+from functional_sd3.training.reward_settings import Settings
 from functional_sd3.training.rewards import Reward
 from functional_sd3.training.tasks import ENCODERS
 from functional_sd3.weights.model import Model
 
 SAMPLES = 16
 """Images of a sample."""
-NAMES = (*METHODS, "draft")
-"""Names of all methods; "draft" alone differentiates the reward."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyperparameters of a run.
-
-    batch: images an update learns from, of `batch / group` prompts. draws: at most so many times as many are drawn
-    until that many groups have spread. weights, default_weight: as of `rewards.total`. rate, warmup, ema, decay, clip:
-    as of `tasks.Settings`. updates: gradient steps a round. lora: rank of a LoRA that is trained instead of the
-    transformer. draw_dtype: of the policy that draws; None: the parameters'. at_once: images drawn at once. rows:
-    points differentiated at once. spread: what advantages are divided by (`rewards.group_advantages`).
-    """
-
-    method: str
-    steps: int
-    weights: dict[str, float] = field(default_factory=dict)
-    default_weight: float = 1.0
-    batch: int = 64
-    group: int = 8
-    draws: int = 4
-    rate: float = 1e-4
-    warmup: int = 0
-    ema: float = 0.9
-    decay: float = 1e-4
-    clip: float = 1.0
-    updates: int = 1
-    lora: int = 0
-    draw_dtype: torch.dtype | None = None
-    at_once: int | None = None
-    rows: int = 64
-    spread: Literal["batch", "group", "none"] = "batch"
-    options: Options = Options()
 
 
 class RewardTask(NamedTuple):
@@ -87,7 +53,7 @@ def reward_task(
     `rewards` and `rollouts`. Raises ValueError for a method that there is not, and groups that do not make up the
     batch.
     """
-    check(settings)
+    reward_settings.check(settings)
     config = model.config
     check_encoders([name for name in ENCODERS if name in model.params], model.tokenizers)
     init_key, run_key, round_key, sample_key = prng.split(key, 4).unbind(-2)
@@ -139,17 +105,3 @@ def reward_task(
         sample,
         learns.trained,
     )
-
-
-def check(settings: Settings) -> None:
-    """Raise ValueError for a method that there is not, and for groups that do not make up the batch."""
-    if settings.method not in NAMES:
-        raise ValueError(f"method {settings.method!r} must be one of {', '.join(NAMES)}")
-    if settings.group < 2:
-        raise ValueError(f"group {settings.group} must be at least 2: an image is compared with others of its prompt")
-    if settings.group > settings.batch:
-        raise ValueError(
-            f"group {settings.group} is larger than the batch of {settings.batch} images: an update takes whole groups"
-        )
-    if settings.batch % settings.group:
-        raise ValueError(f"batch {settings.batch} must be a multiple of the group, {settings.group} images a prompt")

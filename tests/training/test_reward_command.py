@@ -8,7 +8,7 @@ from functional_sd3 import weights
 from functional_sd3.cli import reward, reward_options, training_run
 from functional_sd3.core import tree
 from functional_sd3.formats import files
-from functional_sd3.training import checkpoint, log, reward_methods, reward_task
+from functional_sd3.training import checkpoint, log, reward_methods, reward_settings
 from functional_sd3.training.rewards import RewardError
 
 # The model here has no CLIP-G, which is noted whenever prompts are encoded.
@@ -273,4 +273,4 @@ def test_a_target_of_another_size_is_refused(command, tmp_path):
 
 
 def test_the_words_of_the_command_line_are_those_of_the_methods():
-    assert reward_options.METHODS == reward_task.NAMES and reward_options.FORMS == tuple(reward_methods.FORMS)
+    assert reward_options.METHODS == reward_settings.NAMES and reward_options.FORMS == tuple(reward_methods.FORMS)
