@@ -1,4 +1,4 @@
-"""Methods of training by rewards: who draws and how, the batch of the rollouts, the objective, the slow copy."""
+"""Methods of training by rewards: sampling policy, batch of the rollouts, objective, decay of the slow copy."""
 
 from collections.abc import Callable
 from typing import Any

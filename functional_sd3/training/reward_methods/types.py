@@ -53,7 +53,7 @@ class Options:
 
 
 class Policies(NamedTuple):
-    """Whole models' parameters that a batch is made with: at the start, the slow copy's and the trained ones'."""
+    """Parameters of three whole models: at the start, the slow copy's and the trained ones."""
 
     start: Params
     old: Params
@@ -61,7 +61,7 @@ class Policies(NamedTuple):
 
 
 class RewardMethod(NamedTuple):
-    """How images and their advantages train a policy.
+    """A method that trains a policy on images and their advantages.
 
     draws_from: the policy that draws. decay: of the slow copy (`copies.soft_update`), by rounds done. drawing: (number
     of the round, key) -> how its images are drawn. batch: (key, rows of a rollout, policies) -> batch of the loss.
