@@ -72,7 +72,7 @@ def _text(file: str) -> str:
 
     if file != STANDARD_INPUT:
         if not Path(file).exists():
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", f"--prompts {file}")
         return bounded.read_text(file, _MOST_BYTES)
     if sys.stdin is None:
         raise ValueError("--prompts -: standard input is closed; give a file, or pipe the prompts in")

@@ -37,6 +37,11 @@ _USUAL = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 _REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC", "FITS"})
 """Formats of Pillow's that are no raster images, run another program (EPS), open files of any format within themselves
 (IPTC) or unpack without a bound (FITS)."""
+NOT_READ = frozenset(
+    {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".exr", ".hdr",
+     ".xcf", ".kra"}
+)  # fmt: skip
+"""Suffixes of images that no reader here knows, as phones, cameras and editors write them; they are named."""
 _MOST_DECODED = 2**32
 """Pixels of a JPEG times its scans: each scan goes over the whole image, and a file has room for thousands."""
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])", re.DOTALL)

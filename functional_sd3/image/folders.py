@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.formats.notes import note
+from functional_sd3.formats.printable import shorten
 from functional_sd3.image import files
 
 if TYPE_CHECKING:
@@ -63,10 +65,17 @@ def source(path: str | os.PathLike) -> Source:
             names = archive.namelist()
     else:
         raise ValueError(f"{path} is neither a folder of images nor a zip archive of them")
-    suffixes = files.suffixes()
+    names, suffixes = list(names), files.suffixes()
     chosen = sorted({name for name in names if is_shown(name) and Path(name).suffix.lower() in suffixes})
+    unread = sorted(
+        {name for name in names if is_shown(name) and Path(name).suffix.lower() in files.NOT_READ - suffixes}
+    )
+    some = ", ".join(shorten(name) for name in unread[:3]) + (", ..." if len(unread) > 3 else "")
     if not chosen:
-        raise ValueError(f"{path} holds no images ({files.suffix_words()})")
+        also = f", but {len(unread)} that cannot be read here: {some}" if unread else ""
+        raise ValueError(f"{path} holds no images ({files.suffix_words()}){also}")
+    if unread:
+        note(f"{len(unread)} images of {shorten(path, 300)} cannot be read here and are left out: {some}")
     return Source(path, tuple(chosen))
 
 

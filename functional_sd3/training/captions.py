@@ -30,11 +30,6 @@ LIKE_CAPTIONS = frozenset(
     {*SIDECAR_SUFFIXES, ".captions", ".tags", ".prompt", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}
 )
 """Suffixes of files that a trainer may take captions from; those that were not read are named."""
-NOT_READ = frozenset(
-    {".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".exr", ".hdr",
-     ".xcf", ".kra"}
-)  # fmt: skip
-"""Suffixes of images that no reader here knows, as phones, cameras and editors write them; they are named."""
 _REPEATS = re.compile(r"^[0-9]+_(?=.)")
 _MOST_BYTES = 2**18
 _MOST_METADATA = 2**29

@@ -199,7 +199,7 @@ def _gather(listing: Listing, template: str) -> _Gathered:
     if masks:
         images = [name for name in images if name not in masks]
         notes.append(f"masks of OneTrainer's ({_MASK}) are no images of the set, so left out: {_named(sorted(masks))}")
-    unknown = [name for name in listing.names if Path(name).suffix.lower() in caption_files.NOT_READ - suffixes]
+    unknown = [name for name in listing.names if Path(name).suffix.lower() in files.NOT_READ - suffixes]
     if unknown:
         notes.append(f"are in formats that are not read, convert them to PNG or JPEG: {_named(unknown)}")
     sidecars = caption_files.Sidecars(listing.folder, listing.names)

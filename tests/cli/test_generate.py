@@ -116,7 +116,7 @@ def test_empty_and_endless_prompts_give_pictures(folder, tmp_path, capsys, promp
         ((PROMPT, "--count", -1), "--count -1 must be at least 1"),
         ((PROMPT, "--method", "magic"), "--method 'magic' must be one of euler"),
         ((PROMPT, "--device", "abacus"), "--device 'abacus' must be"),
-        ((PROMPT, "--prompts", "/nowhere.txt"), "No such file or directory"),
+        ((PROMPT, "--prompts", "/nowhere.txt"), "No such file or directory: --prompts /nowhere.txt"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, tmp_path, capsys, words, message):

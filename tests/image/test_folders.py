@@ -187,3 +187,14 @@ def test_stopping_early_waits_for_nothing_and_leaves_no_process_behind(folder):
     while set(active_children()) & started and time.monotonic() - begin < 50:
         time.sleep(0.05)
     assert not set(active_children()) - before and time.monotonic() - begin < 50
+
+
+def test_images_that_cannot_be_read_here_are_named(tmp_path):
+    """A folder of a phone: its .heic files are not passed over in silence."""
+    for name in ("a.heic", "b.cr2", ".hidden.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"holds no images .* but 2 that cannot be read here: a.heic, b.cr2"):
+        folders.source(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "c.png")
+    with pytest.warns(UserWarning, match="2 images of .* cannot be read here and are left out: a.heic, b.cr2"):
+        assert folders.source(tmp_path).names == ("c.png",)

@@ -173,3 +173,18 @@ def test_keys_are_one_a_sample(part):
         loss({}, batch, prng.key(0))
     with pytest.raises(ValueError, match="key is 7; a key is an int64 tensor"):
         loss({}, batch, 7)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"latents": torch.zeros(1, 16, 8, 8)}, "no context and no pooled"),
+        ({"latents": torch.zeros(1, 16, 8, 8), "context": torch.zeros(1, 2, 8)}, "the batch has no pooled"),
+        ({"ids": None}, "the batch has no latents"),
+        ({"latents": torch.zeros(0, 16, 8, 8), "ids": None}, "must be of one sample at least"),
+    ],
+)
+def test_a_batch_that_lacks_something_is_named(batch, message):
+    keys = prng.split(prng.key(0), 2)[: len(batch.get("latents", ""))]
+    with pytest.raises(ValueError, match=message):
+        objectives.flow_loss(None)({}, batch, keys)

@@ -48,7 +48,9 @@ def flow_loss(
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         params = params if dtype is None else layers.cast(params, dtype)
         batch = batch if dtype is None else tree.cast(batch, dtype)
-        check_keys(keys, batch["latents"])
+        if "latents" in batch:
+            check_keys(keys, batch["latents"])
+        _check(batch)
         latents, text = batch["latents"], {name: part for name, part in batch.items() if name != "latents"}
         time_key, noise_key, drop_key = prng.split(keys, 3).unbind(-2)
         t = schedule.shift(density(time_key, ()), shift)
@@ -71,6 +73,18 @@ def flow_loss(
         return losses.mean(), {"bin_loss": (share * losses[:, None]).mean(0), "bin_share": share.mean(0)}
 
     return loss
+
+
+def _check(batch: Tree) -> None:
+    """Raise ValueError for a batch that lacks an entry, or has no samples, whose mean would be NaN."""
+    absent = [name for name in ("latents", *(() if "ids" in batch else ("context", "pooled"))) if name not in batch]
+    if absent:
+        raise ValueError(
+            f"the batch has no {' and no '.join(absent)}; it holds latents, and ids or context and pooled, not only "
+            f"{', '.join(map(str, batch)) or 'nothing'}"
+        )
+    if not len(batch["latents"]):
+        raise ValueError(f"the batch's latents {list(batch['latents'].shape)} must be of one sample at least")
 
 
 def _dropped(text: Tree, empty: Tree, drop: Tensor) -> Tree:
