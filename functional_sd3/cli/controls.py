@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control-after-last",
         action="store_true",
-        help="heed it after the last block too, as Stability's reference does",
+        help="add its residuals after the last block too, as Stability's reference does",
     )
 
 
@@ -109,7 +109,7 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
 
 
 def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[ControlNet]":
-    """A ControlNet for each image: the one named for its kind, that whose file tells its kind, the next unnamed."""
+    """A ControlNet for each image: the one named for its kind, that whose file states its kind, the next unnamed."""
     from functional_sd3 import weights
 
     named: dict[str, ControlNet] = {}

@@ -1,4 +1,4 @@
-"""Draw an image as another prompt tells it, keeping the rest of it."""
+"""Change an image from what one prompt describes to what another describes, keeping the rest of it."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ from functional_sd3.cli.timing import Timer, progress
 if TYPE_CHECKING:
     from functional_sd3.pipeline import FlowEdit, InversionEdit
 
-HELP = "draw an image as another prompt tells it"
+HELP = "change an image from one prompt to another"
 DEFAULTS = {"steps": 28, "cfg": 5.0, "source_cfg": 1.0, "eta": 0.9, "window": "0-0.25"}
 """Of `pipeline.edit`, known here without torch."""
 DIRECT_DEFAULTS = {"steps": 50, "cfg": 13.5, "source_cfg": 3.5, "strength": 0.66}
@@ -20,8 +20,8 @@ _RECORDED = ("seed", "size", "eta", "window", "source_cfg", "exact", "direct", "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", metavar="IMAGE", help="the image")
-    parser.add_argument("--from", dest="source", metavar="PROMPT", required=True, help="what it shows")
-    parser.add_argument("--to", dest="target", metavar="PROMPT", required=True, help="what it is to show")
+    parser.add_argument("--from", dest="source", metavar="PROMPT", required=True, help="a prompt of what it shows")
+    parser.add_argument("--to", dest="target", metavar="PROMPT", required=True, help="a prompt of what it is to show")
     parser.add_argument(
         "--eta", type=float, help="in [0, 1], how much the way back is pulled to the image (default 0.9)"
     )

@@ -32,7 +32,7 @@ _RESPECTS = ("right", "count", "shape", "colour", "size", "background", "relatio
 
 
 class Likeness(NamedTuple):
-    """How well one picture was given back."""
+    """How well one image was reconstructed."""
 
     name: str
     psnr: float
@@ -167,22 +167,22 @@ def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, str]:
     return model, " and ".join(source)
 
 
-def _cut(picture: "Image", *, factor: int, size: int | None) -> Tensor:
+def _cut(image: "Image", *, factor: int, size: int | None) -> Tensor:
     """uint8 (3, height, width): a square of `size` or, at its own size, the middle whose sides the factor divides."""
     if size:
-        picture = datasets.square(picture, size)
-    width, height = (side - side % factor for side in picture.size)
+        image = datasets.square(image, size)
+    width, height = (side - side % factor for side in image.size)
     if min(width, height) < similarity.WINDOW:
-        own = "x".join(map(str, picture.size))
+        own = "x".join(map(str, image.size))
         raise ValueError(f"{own} pixels are too few for SSIM's window of {similarity.WINDOW}")
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    left, top = (image.width - width) // 2, (image.height - height) // 2
     # Not Image.crop, which warns of large images once more.
-    values = numpy.array(picture)[top : top + height, left : left + width]
+    values = numpy.array(image)[top : top + height, left : left + width]
     return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
 def _alike(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Successive items in batches of one size, those without a picture in batches of their own."""
+    """Successive items in batches of one size, those without an image in batches of their own."""
     batch: list[Item] = []
     for item in items:
         if batch and (len(batch) == batch_size or _shape(batch[0]) != _shape(item)):

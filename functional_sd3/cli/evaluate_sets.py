@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of the two sets: what is known of it, of how many pictures, and which were skipped."""
+    """One of the two sets: what is known of it, of how many images, and which were skipped."""
 
     path: str
     record: Any
@@ -46,7 +46,7 @@ class Side(NamedTuple):
 
 
 class Making(NamedTuple):
-    """How features are made of pictures; `embed` is None where no pictures are given."""
+    """How features are made of images; `embed` is None where no images are given."""
 
     preprocessing: str
     weights: str
@@ -107,11 +107,11 @@ METRICS = {"fid": run_fid, "kid": run_kid, "cmmd": run_cmmd}
 
 
 def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], dict[str, Any]]:
-    """What is known of each set, the first saved if asked for, and what all metrics say of their making."""
+    """What is known of each set, the first saved where an option says so, and what all metrics say of their making."""
     if arguments.fake is None and not arguments.save:
         raise ValueError(f"{arguments.metric} compares two sets: give FAKE too, or --save FILE.npz to keep REAL's part")
     paths = [path for path in (arguments.real, arguments.fake) if path is not None]
-    # The cheapest errors first: folders, then files, then the network, and pictures only after all else is right.
+    # The cheapest errors first: folders, then files, then the network, and images only after all else is right.
     sources = {path: folders.source(path) for path in paths if not _is_saved(path)}
     params = _network(arguments) if sources else None
     fingerprint = inception.fingerprint(params) if params else _UNSTATED
@@ -193,8 +193,8 @@ def _batches(
     return collect.walk(embed, watched, batch_size=arguments.batch_size)
 
 
-def _square(picture: "Image", *, config: clip_pixels.Config) -> Tensor:
-    return clip_pixels.apply(config, picture, square=True)[0]
+def _square(image: "Image", *, config: clip_pixels.Config) -> Tensor:
+    return clip_pixels.apply(config, image, square=True)[0]
 
 
 def _only_saved(arguments: argparse.Namespace, sides: list[Side], data: dict[str, Any]) -> Report:

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_picture(path: Path) -> bool:
-    """Whatever is neither a folder nor looks like weights, so that its error is the picture's."""
+    """Whatever is neither a folder nor looks like weights, so that its error is that of an image."""
     if not path.is_file() or path.suffix == ".safetensors":
         return False
     from functional_sd3.formats import files
@@ -130,7 +130,7 @@ def _values(nonfinite, looked: bool) -> Iterator[str]:
 
 def _metadata(title: str, said) -> Iterator[str]:
     for name, value in said.items():
-        # Notes and pictures in metadata run to megabytes.
+        # Notes and images in metadata run to megabytes.
         yield f"{title}: {name}: {value if len(value) <= 200 else value[:200] + '...'}"
 
 

@@ -106,19 +106,19 @@ def write_new(folder: Path, name: str, suffix: str, content: bytes) -> Path:
         temporary.unlink(missing_ok=True)
 
 
-def save(path: Path, picture: "Image", record: Record) -> None:
+def save(path: Path, image: "Image", record: Record) -> None:
     """Put an image with its settings at `path`, in the form of its suffix, whole or not at all."""
     from functional_sd3.formats import files
 
-    files.write_atomic(path, encoded(picture, path.suffix, record))
+    files.write_atomic(path, encoded(image, path.suffix, record))
 
 
-def save_new(folder: Path, name: str, picture: "Image", record: Record) -> Path:
+def save_new(folder: Path, name: str, image: "Image", record: Record) -> Path:
     """A PNG with its settings under a name that is free; its path."""
-    return write_new(folder, name, ".png", encoded(picture, ".png", record))
+    return write_new(folder, name, ".png", encoded(image, ".png", record))
 
 
-def encoded(picture: "Image", suffix: str, record: Record) -> bytes:
+def encoded(image: "Image", suffix: str, record: Record) -> bytes:
     """The bytes of a PNG, JPEG or lossless WebP, with the settings in its text, comment or EXIF description."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -126,29 +126,29 @@ def encoded(picture: "Image", suffix: str, record: Record) -> bytes:
     if suffix.lower() == ".png":
         info = PngInfo()
         info.add_text(METADATA, text)
-        picture.save(buffer, format="PNG", pnginfo=info)
+        image.save(buffer, format="PNG", pnginfo=info)
     elif suffix.lower() == ".webp":
-        picture.save(buffer, format="WEBP", lossless=True, exif=_description(picture, text))
+        image.save(buffer, format="WEBP", lossless=True, exif=_description(image, text))
     else:
         comment = f"{METADATA} {text}".encode()
         size = f"{len(comment):,} bytes"
         if len(comment) > _LONGEST_JPEG:
             report.note(f"the settings, {size}, do not fit into a JPEG and are left out; a .png holds them")
             comment = b""
-        picture.save(buffer, format="JPEG", quality=95, subsampling=0, comment=comment)
+        image.save(buffer, format="JPEG", quality=95, subsampling=0, comment=comment)
     return buffer.getvalue()
 
 
-def encoded_animation(pictures: "Sequence[Image]", suffix: str, record: Record, fps: float) -> bytes:
+def encoded_animation(images: "Sequence[Image]", suffix: str, record: Record, fps: float) -> bytes:
     """The bytes of a GIF or WebP, by its suffix, that goes on for ever, with the settings inside."""
     text, buffer = json.dumps(record), io.BytesIO()
-    options: dict[str, Any] = {"save_all": True, "append_images": pictures[1:], "loop": 0}
+    options: dict[str, Any] = {"save_all": True, "append_images": images[1:], "loop": 0}
     options["duration"] = round(1000 / fps)
     if suffix.lower() == ".gif":
-        pictures[0].save(buffer, format="GIF", comment=f"{METADATA} {text}".encode(), **options)
+        images[0].save(buffer, format="GIF", comment=f"{METADATA} {text}".encode(), **options)
     else:
-        exif = _description(pictures[0], text)
-        pictures[0].save(buffer, format="WEBP", exif=exif, lossless=True, **options)
+        exif = _description(images[0], text)
+        images[0].save(buffer, format="WEBP", exif=exif, lossless=True, **options)
     return buffer.getvalue()
 
 
@@ -157,8 +157,8 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
 
 
-def _description(picture: "Image", text: str):
-    exif = picture.getexif()
+def _description(image: "Image", text: str):
+    exif = image.getexif()
     exif[DESCRIPTION] = f"{METADATA} {text}"
     return exif
 

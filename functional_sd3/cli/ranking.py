@@ -28,7 +28,7 @@ def scores(
     velocity: Velocity, latents: Tensor, arguments: argparse.Namespace, on_step: Callable[[Any], Any] | None = None
 ) -> Tensor:
     """(draws, batch), higher is better: log-likelihoods in nats as each probe sees them, or losses with their sign
-    turned. Row by row the same draws for all samples, which are one picture (batch, ...) under several prompts."""
+    turned. Row by row the same draws for all samples, which are one image (batch, ...) under several prompts."""
     keys = prng.key(arguments.seed, device=latents.device).expand(len(latents), 2)
     if arguments.by == "loss":
         return -likelihood.losses(velocity, latents, keys, draws=arguments.draws, on_draw=on_step)

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="BOX[@WEIGHT]=PROMPT",
         help="a prompt for a part of the image: LEFT,TOP,WIDTHxHEIGHT=PROMPT in pixels, or MASK.png=PROMPT, where "
-        "the mask is white (or, with transparency, as in --mask). Its weight against PROMPT is 0.5, where PROMPT tells "
-        "the whole. May be repeated",
+        "the mask is white (or, with transparency, as in --mask). Its weight against PROMPT is 0.5, where PROMPT "
+        "describes the whole. May be repeated",
     )
     parser.add_argument(
         "--tile",

@@ -92,7 +92,7 @@ def as_json(data: Any) -> str:
 
 
 def note_skipped(where: str, count: int, skipped: "tuple[Skipped, ...]") -> None:
-    """Says on standard error which of the `count` pictures of a set were left out."""
+    """Says on standard error which of the `count` images of a set were left out."""
     if not skipped:
         return
     note(f"{len(skipped)} of {count} images of {where} were skipped:")
