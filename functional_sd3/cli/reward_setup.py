@@ -172,7 +172,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What a checkpoint keeps of a run: its options, and digests of what it reads."""
     options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
-    contents = {f"the {name} of the model": digests.params_digest(params) for name, params in stored.params.items()}
+    contents = digests.model_digests(stored.params)
     if prompts is not None:
         contents["the prompts"] = digests.fingerprint(prompts)
     return {

@@ -120,7 +120,7 @@ def _settings(
     options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
     used = [name for name in SPECS if name in stored.params and (name == "vae" or arguments.part == "transformer")]
     contents = {"the data": images.contents}
-    contents |= {f"the {name} of the model": digests.params_digest(stored.params[name]) for name in used}
+    contents |= digests.model_digests({name: stored.params[name] for name in used})
     if ids is not None:
         contents["the tokens"] = digests.params_digest(ids._asdict())
     return {

@@ -20,11 +20,15 @@ _MOST_ADVISED = 20
 
 
 class Transform(NamedTuple):
-    """`join`: their tensors -> ours; `split`: ours, and how many of theirs -> theirs. Each undoes the other exactly."""
+    """`join`: their tensors -> ours; `split`: ours, and how many of theirs -> theirs. Each undoes the other exactly.
+
+    by_rows: every row of theirs is a row of ours, so that `join` and `split` do to a scale a row what they do to rows.
+    """
 
     name: str
     join: Callable[[list[Tensor]], Tensor]
     split: Callable[[Tensor, int], list[Tensor]]
+    by_rows: bool = False
 
 
 class Source(NamedTuple):
@@ -52,8 +56,8 @@ def _fuse(parts: list[Tensor]) -> Tensor:
     return parts[0].new_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
 
 
-IDENTITY = Transform("identity", lambda parts: parts[0], lambda ours, count: [ours])
-FUSE = Transform("fuse", _fuse, lambda ours, count: list(ours.chunk(count)))
+IDENTITY = Transform("identity", lambda parts: parts[0], lambda ours, count: [ours], by_rows=True)
+FUSE = Transform("fuse", _fuse, lambda ours, count: list(ours.chunk(count)), by_rows=True)
 """Several of theirs one below the other (query, key and value of one attention)."""
 
 

@@ -20,7 +20,7 @@ from functional_sd3.formats.default_dtype import Dtype, Kind
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.header import Entry
-from functional_sd3.formats.sources import FUSE, IDENTITY, Source, Sources
+from functional_sd3.formats.sources import FUSE, Source, Sources
 
 
 class TreePlan(NamedTuple):
@@ -106,7 +106,7 @@ def read(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bo
         if finite:
             _check_finite(plan, names)
         if quantized and _stays(plan, source, names):
-            rows = torch.cat([_rows(plan, name) for name in names])
+            rows = source.transform.join([_rows(plan, name) for name in names])
             # By default a scale is widened with the rest, and never narrowed: it is a factor of whole rows.
             wide = scale_dtype or (torch.promote_types(rows.dtype, dtype) if dtype else None)
             scales[path.removesuffix("weight") + "scale"] = rows.to(device=device, dtype=wide)
@@ -167,8 +167,7 @@ def _stays(plan: TreePlan, source: Source, names: Sequence[str]) -> bool:
     dtypes = {entry(plan.places, name).dtype for name in names}
     *layer, leaf = source.path.split(".")
     inside = "blocks" in layer and leaf == "weight" and source.param is not None and len(source.param.shape) > 1
-    plain = source.transform in (IDENTITY, FUSE) and inside
-    return plain and len(dtypes) == 1 and all(name in plan.scales for name in names)
+    return source.transform.by_rows and inside and len(dtypes) == 1 and all(name in plan.scales for name in names)
 
 
 def _rows(plan: TreePlan, name: str) -> Tensor:

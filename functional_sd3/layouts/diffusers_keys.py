@@ -6,7 +6,7 @@ As `SD3Transformer2DModel`, `AutoencoderKL`, `CLIPTextModelWithProjection` and `
 import torch
 
 from functional_sd3.formats.sources import FUSE
-from functional_sd3.layouts.rules import Default, Layout, Rule, renamed
+from functional_sd3.layouts.rules import SWAP_HALVES, Default, Layout, Rule, renamed
 
 
 def _qkv(ours: str, theirs: str, names: tuple[str, str, str]) -> Rule:
@@ -18,6 +18,14 @@ _TO_QKV = ("to_q", "to_k", "to_v")
 
 TRANSFORMER = Layout(
     rules=(
+        # Scale stands before shift where there is no gate: in the final layer, and in the context of the last block.
+        Rule("final.modulation.{leaf}", ("norm_out.linear.{leaf}",), SWAP_HALVES),
+        Rule(
+            _CONTEXT + ".modulation.{leaf}",
+            (_BLOCK + ".norm1_context.linear.{leaf}",),
+            SWAP_HALVES,
+            unless=_CONTEXT + ".mlp.in.weight",
+        ),
         *renamed(
             ("position", "pos_embed.pos_embed"),
             ("patch.{leaf}", "pos_embed.proj.{leaf}"),
@@ -26,7 +34,6 @@ TRANSFORMER = Layout(
             ("pooled.in.{leaf}", "time_text_embed.text_embedder.linear_1.{leaf}"),
             ("pooled.out.{leaf}", "time_text_embed.text_embedder.linear_2.{leaf}"),
             ("context.{leaf}", "context_embedder.{leaf}"),
-            ("final.modulation.{leaf}", "norm_out.linear.{leaf}"),
             ("final.out.{leaf}", "proj_out.{leaf}"),
             (_IMAGE + ".modulation.{leaf}", _BLOCK + ".norm1.linear.{leaf}"),
             (_IMAGE + ".attention.query_norm.{leaf}", _BLOCK + ".attn.norm_q.{leaf}"),

@@ -67,15 +67,7 @@ DIFFUSERS["clip_g"] = DIFFUSERS["clip_l"]
 
 
 def _stability_transformer(prefix: str) -> Format:
-    return _format(
-        "Stability",
-        "transformer",
-        prefix,
-        _JOINT,
-        stability.TRANSFORMER,
-        infer.transformer,
-        lambda config: stability.transformer(config.depth),
-    )
+    return _format("Stability", "transformer", prefix, _JOINT, stability.TRANSFORMER, infer.transformer)
 
 
 def _stability_vae(prefix: str) -> Format:
@@ -103,6 +95,10 @@ NATIVE = {
     name: _format("functional_sd3", name, f"{name}.", native.SIGNS[name], native.LAYOUT, read)
     for name, read in _INFER.items()
 }
+NATIVE_1 = _format(
+    "functional_sd3", "transformer", "transformer.", native.SIGNS["transformer"], native.VERSION_1, infer.transformer
+)
+"""The transformer in files of version 1."""
 NATIVE["taesd"] = _format("functional_sd3", "taesd", "taesd.", native.SIGNS["taesd"], native.LAYOUT, native.taesd)
 BARE = {
     "t5": _format("Stability", "t5", "", _T5, stability.T5, infer.t5),

@@ -7,7 +7,7 @@ From the one table come the names and shapes a file must have, the parameters re
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,11 +23,12 @@ def _only(change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], 
     return Transform(name, lambda parts: change(parts[0]), lambda ours, count: [back(ours)])
 
 
-def _swap(value: Tensor) -> Tensor:
+def swap_halves(value: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
     return value if value.is_meta else torch.cat(value.chunk(2)[::-1])
 
 
-SWAP_HALVES = _only(_swap, _swap, "swap halves")
+SWAP_HALVES = _only(swap_halves, swap_halves, "swap halves")._replace(by_rows=True)
 """Shift and scale in the other order."""
 FROM_CONV = _only(lambda value: value[:, :, 0, 0], lambda value: value[:, :, None, None], "1x1 convolution to linear")
 TRANSPOSE = _only(lambda value: value.T, lambda value: value.T, "transpose")
@@ -43,11 +44,12 @@ def then(each: Transform, whole: Transform) -> Transform:
 
 
 class Rule(NamedTuple):
-    """`ours` comes from `theirs` by `transform`."""
+    """`ours` comes from `theirs` by `transform`. unless: a path of ours; the rule is only for trees without it."""
 
     ours: str
     theirs: tuple[str, ...]
     transform: Transform = IDENTITY
+    unless: str = ""
 
 
 class Default(NamedTuple):
@@ -94,10 +96,11 @@ def sources(layout: Layout, spec: Tree) -> Sources:
     }
 
 
-def sources_of(layout: Layout, paths: Iterable[str]) -> Sources:
+def sources_of(layout: Layout, paths: Collection[str]) -> Sources:
     """As `sources`, for some paths and without a spec."""
     compiled = [(re.compile(_regex(rule.ours)), rule) for rule in layout.rules]
-    return {path: _source(compiled, path) for path in paths}
+    known = set(paths)
+    return {path: _source(compiled, path, known) for path in paths}
 
 
 def keys(layout: Layout, spec: Tree) -> dict[str, tuple[int, ...]]:
@@ -132,7 +135,7 @@ def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dic
 def name_of(layout: Layout, path: str) -> str:
     """The (first) name in files of one of our paths."""
     compiled = [(re.compile(_regex(rule.ours)), rule) for rule in layout.rules]
-    return _source(compiled, path).names[0]
+    return _source(compiled, path, {path}).names[0]
 
 
 def _joined_shape(rule: Rule, parts: Mapping[int, tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -186,9 +189,9 @@ def to_theirs(layout: Layout, spec: Tree, leaves: Mapping[str, Tensor]) -> dict[
     return found
 
 
-def _source(compiled: list[tuple[re.Pattern, Rule]], path: str) -> Source:
+def _source(compiled: list[tuple[re.Pattern, Rule]], path: str, known: Collection[str]) -> Source:
     for pattern, rule in compiled:
-        if match := pattern.fullmatch(path):
+        if (match := pattern.fullmatch(path)) and _fill(rule.unless, match) not in known:
             return Source(tuple(_fill(name, match) for name in rule.theirs), rule.transform, path)
     raise ValueError(f"no rule of the layout says where {path} comes from")
 

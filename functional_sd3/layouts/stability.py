@@ -7,7 +7,7 @@ Facts: Stability-AI/sd3.5 `mmditx.py`, `sd3_impls.py`; diffusers' `single_file_u
 
 from functional_sd3.formats.sources import FUSE
 from functional_sd3.layouts import diffusers_keys
-from functional_sd3.layouts.rules import FROM_CONV, SWAP_HALVES, Layout, Rule, renamed, then
+from functional_sd3.layouts.rules import FROM_CONV, Layout, Rule, renamed, then
 
 TRANSFORMER_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 ENCODER_PREFIXES = {
@@ -55,21 +55,12 @@ TRANSFORMER = Layout(
             ("pooled.in.{leaf}", "y_embedder.mlp.0.{leaf}"),
             ("pooled.out.{leaf}", "y_embedder.mlp.2.{leaf}"),
             ("context.{leaf}", "context_embedder.{leaf}"),
+            ("final.modulation.{leaf}", "final_layer.adaLN_modulation.1.{leaf}"),
             ("final.out.{leaf}", "final_layer.linear.{leaf}"),
         ),
-        # Scale stands before shift in ours and in diffusers', after it in theirs.
-        Rule("final.modulation.{leaf}", ("final_layer.adaLN_modulation.1.{leaf}",), SWAP_HALVES),
         *_streams(),
     )
 )
-"""The names alone, whatever the depth; `transformer` has what is special about the last block."""
-
-
-def transformer(depth: int) -> Layout:
-    """The layout of an MMDiT of `depth` blocks: the last one's context has its two halves the other way round."""
-    ours, theirs = f"blocks.{depth - 1}.context", f"joint_blocks.{depth - 1}.context_block"
-    last = Rule(f"{ours}.modulation.{{leaf}}", (f"{theirs}.adaLN_modulation.1.{{leaf}}",), SWAP_HALVES)
-    return TRANSFORMER._replace(rules=(last, *TRANSFORMER.rules))
 
 
 _RESNET = (("shortcut", "nin_shortcut"), ("{part}", "{part}"))

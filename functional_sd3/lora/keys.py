@@ -7,7 +7,7 @@ spelling of any layer: all are compared with their dots written as underscores, 
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from functional_sd3.core import spec as specs
@@ -122,9 +122,31 @@ def adaptable(path: str, ndim: int) -> bool:
     return name == "weight" and ndim in (2, 4) and not owner.endswith("embedding") and owner != "relative_bias"
 
 
-def sources(paths: Iterable[str]) -> dict[str, Source]:
-    """Our paths of a whole model -> their names in diffusers, without the component, and the transform."""
-    found: dict[str, Source] = {}
+def sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
+    """Leaves of a whole model (path of ours -> shape) -> their names in diffusers, without the component, and the
+    transform."""
+    named = _named(shapes)
+    swapped = {path.rpartition(".")[0] for path, shape in shapes.items() if _is_shift_and_scale(path, shape)}
+    return {
+        path: source if path.rpartition(".")[0] in swapped or ".context." not in path else _not_swapped(source)
+        for path, source in named.items()
+    }
+
+
+def parts(paths: Collection[str]) -> dict[str, int]:
+    """Number of matrices in a file that make up each weight: 3 for query, key and value."""
+    return {path: len(source.names) for path, source in _named(paths).items()}
+
+
+def stability_sources(paths: Collection[str]) -> dict[str, Source]:
+    """As `sources` for leaves of the transformer, in Stability's names."""
+    named = rules.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in paths])
+    return {path: named[path.removeprefix("transformer.")] for path in paths}
+
+
+def _named(paths: Collection[str]) -> dict[str, Source]:
+    """As `sources`, where the paths may not be a whole model's: then every context counts as the last block's."""
+    named: dict[str, Source] = {}
     grouped: dict[str, list[str]] = {}
     for path in paths:
         component, _, rest = path.partition(".")
@@ -133,22 +155,12 @@ def sources(paths: Iterable[str]) -> dict[str, Source]:
         grouped.setdefault(component, []).append(rest)
     for component, rests in grouped.items():
         for rest, source in rules.sources_of(COMPONENTS[component].layout, rests).items():
-            found[f"{component}.{rest}"] = source
-    return found
+            named[f"{component}.{rest}"] = source
+    return named
 
 
-def parts(paths: Iterable[str]) -> dict[str, int]:
-    """Number of matrices in a file that make up each weight: 3 for query, key and value."""
-    return {path: len(source.names) for path, source in sources(paths).items()}
-
-
-def stability_sources(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
-    """As `sources` for leaves of the transformer (path -> shape), in Stability's names."""
-    found = rules.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in shapes])
-    named = {path: found[path.removeprefix("transformer.")] for path in shapes}
-    swapped = {path.rpartition(".")[0] for path, shape in shapes.items() if _is_shift_and_scale(path, shape)}
-    return {path: source._replace(transform=SWAP_HALVES) if path.rpartition(".")[0] in swapped else source
-            for path, source in named.items()}  # fmt: skip
+def _not_swapped(source: Source) -> Source:
+    return source._replace(transform=IDENTITY) if source.transform is SWAP_HALVES else source
 
 
 class Table(NamedTuple):
@@ -281,5 +293,6 @@ def _spellings(component: str, layer: str) -> Iterator[str]:
 
 
 def _is_shift_and_scale(path: str, shape: tuple[int, ...]) -> bool:
-    """True for the last block's modulation of the context: shift and scale alone, in the other order."""
+    """True for the last block's modulation of the context: shift and scale alone, which diffusers has the other way
+    round."""
     return path.endswith(".context.modulation.weight") and shape[0] == 2 * shape[1]

@@ -58,7 +58,7 @@ def save(
 def _peft(entries: Mapping[str, LoraEntry]) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Adapter]] = {}
-    for place, source in lora_keys.sources(entries).items():
+    for place, source in lora_keys.sources({place: _shape(entry) for place, entry in entries.items()}).items():
         component = place.partition(".")[0]
         for name, adapter in zip(source.names, _in_their_order(entries[place], source), strict=True):
             if not adapter:
@@ -78,9 +78,8 @@ def _in_their_order(entry: LoraEntry, source: Source) -> list[Adapter]:
 
 
 def _kohya(entries: Mapping[str, LoraEntry]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    inside = {place: _shape(entry) for place, entry in entries.items() if place.startswith("transformer.")}
-    named = lora_keys.stability_sources(inside)
-    named |= lora_keys.sources(place for place in entries if place not in inside)
+    named = lora_keys.stability_sources([place for place in entries if place.startswith("transformer.")])
+    named |= lora_keys.sources({place: _shape(entry) for place, entry in entries.items() if place not in named})
     tensors: dict[str, Tensor] = {}
     for place, source in named.items():
         entry = entries[place] if len(source.names) > 1 else _whole(entries[place])

@@ -18,6 +18,9 @@ from functional_sd3.core import tree
 from functional_sd3.core.types import Tree
 from functional_sd3.formats import files, finite, json_fields
 from functional_sd3.formats.errors import WeightsError
+from functional_sd3.layouts import native
+from functional_sd3.layouts.rules import swap_halves
+from functional_sd3.weights import metadata
 
 MIN_KEPT = 2
 """Least number of checkpoints to keep: the newest may be unreadable."""
@@ -27,7 +30,8 @@ _NAME = re.compile(r"step-([0-9]{1,18})\.safetensors")
 def save(folder: str | os.PathLike, step: int, state: Tree, settings: dict[str, Any]) -> Path:
     """Write `state` as the checkpoint of `step`. Raises WeightsError when the system refuses; nothing is left then."""
     path = Path(folder) / f"step-{step:08d}.safetensors"
-    files.write_atomic(path, tree.flatten_paths(state), metadata={"settings": json.dumps(settings, sort_keys=True)})
+    notes = {"settings": json.dumps(settings, sort_keys=True), metadata.VERSION_KEY: str(native.VERSION)}
+    files.write_atomic(path, tree.flatten_paths(state), metadata=notes)
     return path
 
 
@@ -46,7 +50,7 @@ def settings(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike, like: Tree) -> Tree:
-    """The state in a checkpoint, in the structure and on the device of `like`.
+    """The state in a checkpoint, in the structure and on the device of `like`; of an older version too.
 
     Raises WeightsError when the file cannot be read, naming each path that is missing, unexpected, of another shape or
     dtype than in `like`, or that holds NaN or an infinity.
@@ -62,9 +66,13 @@ def load(path: str | os.PathLike, like: Tree) -> Tree:
     if problems:
         raise WeightsError(sorted(problems))
 
+    version = metadata.version(mapped.header.metadata, str(path))
+    swapped = native.swapped_in_version_1(wanted) if version == 1 else ()
+
     def read(name: str, leaf: Tensor) -> Tensor:
+        value = files.tensor(mapped, name)
         # Copied: a donated step may write into it, and the file may be pruned.
-        return files.tensor(mapped, name).to(leaf.device, copy=True)
+        return (swap_halves(value) if name in swapped else value).to(leaf.device, copy=True)
 
     with torch.no_grad():
         state = tree.map_with_path(read, like)

@@ -16,6 +16,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.types import Params
 from functional_sd3.formats import bounded, files
 from functional_sd3.formats.errors import WeightsError, reason
+from functional_sd3.layouts import native
 
 LENGTH = 32
 """Hexadecimal digits of a digest: 128 bits, enough to exclude accidental collisions."""
@@ -29,6 +30,15 @@ def params_digest(params: Params) -> str:
     with _pool() as pool:
         digests = list(pool.map(_leaf, [leaves[name] for name in names]))
     return combined(f"{name} {digest}" for name, digest in zip(names, digests, strict=True))
+
+
+def model_digests(params: dict[str, Params]) -> dict[str, str]:
+    """Digest of every component of a model, by the words that checkpoints keep it under.
+
+    Of the values in the order of version 1 (`layouts.native`), as checkpoints of older versions have it.
+    """
+    ordered = native.in_version_1(params)
+    return {f"the {name} of the model": params_digest(component) for name, component in ordered.items()}
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:

@@ -129,8 +129,7 @@ def _add_joint_attention(
     image_params, context_params = params["image"]["attention"], params["context"]["attention"]
     shift, scale, gate = image_parts[:3]
     last = "out" not in context_params
-    # In the last block scale comes before shift, as in diffusers' files.
-    context_shift, context_scale = reversed(context_parts) if last else context_parts[:2]
+    context_shift, context_scale = context_parts[:2]
     image_stream = _project(image_params, heads, modulate(normed, shift, scale))
     prompt_attended = attend_prompt(image_stream) if attend_prompt else None
     image_stream = _norm_heads(image_params, image_stream)

@@ -1,6 +1,7 @@
-"""Metadata of our own files: the configs of their components, which shapes give only in part.
+"""Metadata of our own files: the configs of their components, which shapes give only in part, and the version.
 
-One entry, JSON: component (or "schedule") -> the fields of the config file that diffusers or transformers would write.
+The configs are JSON: component (or "schedule") -> the fields of the config file that diffusers or transformers would
+write. The version is that of the tensors under our own names (`layouts.native`).
 """
 
 import json
@@ -8,18 +9,32 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from functional_sd3.formats import json_fields
-from functional_sd3.layouts import config_fields
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.printable import shorten
+from functional_sd3.layouts import config_fields, native
 from functional_sd3.layouts import diffusers_configs as configs
 from functional_sd3.layouts.components import SPECS, Config
 
 KEY = "functional_sd3"
+VERSION_KEY = "functional_sd3_version"
 
 
 def write(config: Config, components: Collection[str]) -> dict[str, str]:
     """The metadata of a file that holds these components."""
     said = {name: getattr(config, name) for name in (*components, "schedule")}
     values = {name: config_fields.write(configs.TABLES[name], part) for name, part in said.items() if part is not None}
-    return {"format": "pt", KEY: json.dumps(values, sort_keys=True)}
+    return {"format": "pt", KEY: json.dumps(values, sort_keys=True), VERSION_KEY: str(native.VERSION)}
+
+
+def version(metadata: Mapping[str, str], where: str) -> int:
+    """The version of a file under our own names: 1 where it says none. Raises WeightsError for an unknown one."""
+    text = metadata.get(VERSION_KEY, "1")
+    if text not in map(str, range(1, native.VERSION + 1)):
+        raise WeightsError(
+            f"{where}: its metadata {VERSION_KEY} is {shorten(repr(text))}, and this program knows the versions up to "
+            f"{native.VERSION}: a newer one wrote it"
+        )
+    return int(text)
 
 
 def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:

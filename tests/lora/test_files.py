@@ -88,17 +88,33 @@ def test_a_fused_kohya_pair_is_split_exactly_and_put_together_again(tmp_path):
     assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
 
 
-def test_modulations_whose_halves_stability_stores_the_other_way_round_are_swapped(tmp_path):
-    down, up = pair(16, 32)
-    for layer in ("joint_blocks_2_context_block_adaLN_modulation_1", "final_layer_adaLN_modulation_1"):
+def test_modulations_whose_halves_diffusers_stores_the_other_way_round_are_swapped(tmp_path):
+    stability = ("joint_blocks_2_context_block_adaLN_modulation_1", "final_layer_adaLN_modulation_1")
+    diffusers = ("transformer_blocks_2_norm1_context_linear", "norm_out_linear")
+    others = ("joint_blocks_1_context_block_adaLN_modulation_1", "transformer_blocks_1_norm1_context_linear")
+    for layer in (*stability, *diffusers, *others):
+        down, up = pair(16, 96 if layer in others else 32)
         name = f"lora_unet_{layer}"
-        file = write(tmp_path / "k.safetensors", {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
+        tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        file = write(tmp_path / "k.safetensors", tensors)
         (change,) = added(lora.load(file, CONFIG)).values()
-        torch.testing.assert_close(change, torch.cat([up[16:], up[:16]]) @ down)
-    name = "lora_unet_joint_blocks_1_context_block_adaLN_modulation_1"
-    down, up = pair(16, 96)
-    file = write(tmp_path / "k.safetensors", {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
-    assert torch.equal(added(lora.load(file, CONFIG))["transformer.blocks.1.context.modulation.weight"], up @ down)
+        torch.testing.assert_close(change, (torch.cat([up[16:], up[:16]]) if layer in diffusers else up) @ down)
+    for layout in ("peft", "kohya"):
+        for layer in (*stability, *diffusers, *others):
+            down, up = pair(16, 96 if layer in others else 32)
+            name = f"lora_unet_{layer}"
+            file = write(tmp_path / "k.safetensors", {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up})
+            loaded = lora.load(file, CONFIG)
+            lora.save(tmp_path / "again.safetensors", loaded, layout=layout)
+            again = load_file(tmp_path / "again.safetensors")
+            (stored,) = (value for key, value in again.items() if key.endswith((".lora_B.weight", ".lora_up.weight")))
+            swapped = layer not in others and (layer in diffusers) != (layout == "peft")
+            assert torch.equal(stored, torch.cat([up[16:], up[:16]]) if swapped else up), (layout, layer)
+            (before,), (after,) = (
+                added(loaded).values(),
+                added(lora.load(tmp_path / "again.safetensors", CONFIG)).values(),
+            )
+            assert torch.equal(before, after)
 
 
 SPELLINGS = {

@@ -69,7 +69,7 @@ SWAPPED = {
     ),
     "final.modulation": ("norm_out.linear", "final_layer.adaLN_modulation.1"),
 }  # fmt: skip
-"""Ours: diffusers' name; Stability's, whose two halves are the other way round."""
+"""Ours: diffusers' name, whose two halves are the other way round; Stability's."""
 CLIP = {
     ("blocks.1.attention.qkv", 1, 3): (
         "text_model.encoder.layers.1.self_attn.k_proj", "encoder.layers.1.self_attn.k_proj",
@@ -145,7 +145,7 @@ def skeleton(path, like):
 
 @pytest.mark.parametrize("place", SWAPPED)
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff", "bias", "dora"])
-def test_halves_are_swapped_where_stabilitys_are_whatever_the_kind(tmp_path, place, kind):
+def test_halves_are_swapped_where_diffusers_are_whatever_the_kind(tmp_path, place, kind):
     generator = torch.Generator().manual_seed(6)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     path = f"transformer.{place}.{'bias' if kind == 'bias' else 'weight'}"
@@ -163,12 +163,12 @@ def test_halves_are_swapped_where_stabilitys_are_whatever_the_kind(tmp_path, pla
     results = []
     weight = draw(rows, inputs) if kind != "bias" else draw(rows)
     same = lambda value: value  # noqa: E731
-    for name, prefix, rearrange in zip(SWAPPED[place], ("transformer.", "lora_unet_"), (same, swap), strict=True):
+    for name, prefix, rearrange in zip(SWAPPED[place], ("transformer.", "lora_unet_"), (swap, same), strict=True):
         name = name if prefix.endswith(".") else name.replace(".", "_")
         file = tmp_path / "lora.safetensors"
         save_file({prefix + name + suffix: value for suffix, value in tensors.items()}, file)
         node = adapters.entries(lora.load(file, CONFIG))[path]
-        # Stability's file is for Stability's weight, so it changes that weight as ours changes ours.
+        # Diffusers' file is for diffusers' weight, so it changes that weight as ours changes ours.
         results.append(rearrange(adapters.change(node, rearrange(weight))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(results[0], swap(results[0]))

@@ -88,7 +88,8 @@ SMALL_VAE = replace(SD3_VAE, channels=(2, 4), groups=2, blocks_per_level=1)
 
 
 def without_note(path):
-    save_file(load_file(path), path)
+    """Leave out all metadata but the version, without which a native file is of version 1 (test_versions)."""
+    save_file(load_file(path), path, metadata={metadata.VERSION_KEY: "2"})
 
 
 @settings(max_examples=30)
@@ -132,6 +133,19 @@ def test_a_config_and_its_parameters_are_saved_as_the_model_of_both(make_model, 
             weights.save(tmp_path / "y", *wrong)
 
 
+def test_diffusers_has_scale_before_shift_in_the_last_context_and_the_final_layer(make_model, tmp_path):
+    model = make_model()
+    weights.save(tmp_path / "x", model)
+    (path,) = (tmp_path / "x" / "transformer").glob("*.safetensors")
+    theirs, ours = load_file(path), model.params["transformer"]
+    contexts = [block["context"]["modulation"] for block in ours["blocks"]]
+    for leaf in ("weight", "bias"):
+        last, final = contexts[2][leaf], ours["final"]["modulation"][leaf]
+        assert torch.equal(theirs[f"transformer_blocks.2.norm1_context.linear.{leaf}"], last.roll(16, 0))
+        assert torch.equal(theirs[f"norm_out.linear.{leaf}"], final.roll(16, 0))
+        assert torch.equal(theirs[f"transformer_blocks.1.norm1_context.linear.{leaf}"], contexts[1][leaf])
+
+
 def test_stability_keeps_shift_before_scale_in_the_last_context_and_the_final_layer(make_model, tmp_path):
     model = make_model()
     weights.save(tmp_path / "x.safetensors", model, layout="stability")
@@ -141,7 +155,7 @@ def test_stability_keeps_shift_before_scale_in_the_last_context_and_the_final_la
         "joint_blocks.2.context_block.adaLN_modulation.1.bias": ours["blocks"][2]["context"]["modulation"]["bias"],
         "final_layer.adaLN_modulation.1.bias": ours["final"]["modulation"]["bias"],
     }.items():
-        assert torch.equal(theirs[prefix + name], leaf.roll(16))
+        assert torch.equal(theirs[prefix + name], leaf)
     assert torch.equal(
         theirs[prefix + "joint_blocks.1.context_block.adaLN_modulation.1.bias"],
         ours["blocks"][1]["context"]["modulation"]["bias"],
