@@ -6,16 +6,23 @@ runs over the tokens of all of them.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from functional_sd3.core.dispatch import in_forward_mode
+from functional_sd3.core.dispatch import op
+from functional_sd3.core.recompute import Recompute
 
 Implementation = Literal["sdpa", "math"]
+
+BLOCK_SCORES = 1 << 18
+"""Scores (rows x keys, all heads) computed at once: 1 MiB of float32, which fits a core's cache. The tangent at 4,096
+tokens takes 1.22 s in blocks of 2^15 scores, 1.02 s in blocks of 2^18, 1.10 s in blocks of 2^20."""
+LEAST_ROWS = 64
+"""Least rows of a block: products of few rows are slow (3 times the time with 8)."""
 
 
 class Stream(NamedTuple):
@@ -50,18 +57,80 @@ def attention(
     scale: float | None = None,
     implementation: Implementation = "sdpa",
 ) -> Tensor:
-    """softmax(query key^T * scale + mask) value.
+    """softmax(query key^T * scale + mask) value, with derivatives of every kind and order (Vaswani et al. 2017).
 
     query (batch, heads, tokens, head_dim), key and value (batch, heads, others, head_dim); `mask` is boolean (True =
-    attend) or additive, broadcastable to (batch, heads, tokens, others); `scale` defaults to head_dim ** -0.5.
-    "sdpa" is PyTorch's fused kernel; "math" has forward-mode derivatives and batching rules for every transform.
-    Raises NotImplementedError for forward-mode derivatives of "sdpa".
+    attend) or additive, broadcastable to (batch, heads, tokens, others); `scale` defaults to head_dim ** -0.5. A token
+    that may attend to none has the output 0.
+    Memory is linear in the tokens, also under jvp, vmap, derivatives of gradients and any nesting of them
+    (docs/differentiation.md). implementation: "sdpa" runs PyTorch's fused kernels and `kernels.attention`; "math" is
+    the formula in one piece, with memory for tokens x others, for tests to compare with.
     """
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r} must be one of {sorted(_IMPLEMENTATIONS)}")
     if causal and mask is not None:
         raise ValueError("attention takes a mask or causal=True, not both; add the causal part to the mask")
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     return _IMPLEMENTATIONS[implementation](query, key, value, mask, causal, scale)
+
+
+@op
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """`attention_formula`, a block of queries at a time, each block rematerialised: memory linear in the tokens.
+
+    Differentiable in both modes, to every order, and mappable.
+    """
+    rows = block_rows(query, key)
+    if query.shape[-2] <= rows:
+        return attention_formula(query, key, value, mask, causal, scale)
+    blocks: list[Tensor] = []
+    for first in range(0, query.shape[-2], rows):
+        block = partial(_attention_block, causal=causal, scale=scale, first=first)
+        inputs = [query[..., first : first + rows, :], key, value]
+        if mask is not None:
+            per_row = mask.ndim > 1 and mask.shape[-2] > 1
+            inputs.append(mask[..., first : first + rows, :] if per_row else mask)
+        blocks += Recompute.apply(block, *inputs)
+    return torch.cat(blocks, dim=-2)
+
+
+def attention_formula(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, first: int = 0
+) -> Tensor:
+    """softmax(query key^T * scale + mask) value as written; `first` is the position of the first query if causal.
+
+    Softmax is at least float32. A row without a finite score is 0, with finite derivatives.
+    """
+    scores = (query * scale) @ key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if causal:
+        rows, keys = scores.shape[-2:]
+        visible = torch.ones(rows, keys, dtype=torch.bool, device=scores.device).tril(first)
+        mask = visible if mask is None else _with_causal(mask, visible)
+    if mask is None:
+        return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    hidden = ~mask if mask.dtype == torch.bool else mask == -math.inf
+    blind = hidden.all(dim=-1, keepdim=True)
+    scores = scores.masked_fill(hidden, -math.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    return weights.to(value.dtype) @ value
+
+
+def block_rows(query: Tensor, key: Tensor) -> int:
+    """Queries of one block of `softmax_attention`, and of a tile of `kernels.attention_tiles`."""
+    scores_of_a_row = math.prod(query.shape[:-2]) * key.shape[-2]
+    return max(LEAST_ROWS, BLOCK_SCORES // max(1, scores_of_a_row))
+
+
+def _attention_block(*inputs: Tensor, causal: bool, scale: float, first: int) -> tuple[Tensor]:
+    query, key, value, *mask = inputs
+    return (attention_formula(query, key, value, mask[0] if mask else None, causal, scale, first),)
+
+
+def _with_causal(mask: Tensor, visible: Tensor) -> Tensor:
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -math.inf)
 
 
 def joint_attention(
@@ -155,41 +224,4 @@ def merge_heads(x: Tensor) -> Tensor:
     return rearrange(x, "batch heads tokens width -> batch tokens (heads width)")
 
 
-def _sdpa(query, key, value, mask, causal, scale) -> Tensor:
-    if query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu":
-        # The CPU kernel's backward takes several times as long in bfloat16 as in float32 (0.24 s against 0.04 s a step
-        # of params/tiny, PyTorch 2.13), so attention that is differentiated runs in float32.
-        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-        return _sdpa(query.float(), key.float(), value.float(), mask, causal, scale).to(query.dtype)
-    if torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
-    try:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
-    except NotImplementedError as error:
-        if not in_forward_mode():
-            raise
-        raise NotImplementedError(_NO_FORWARD_MODE) from error
-
-
-_NO_FORWARD_MODE = (
-    "PyTorch's fused attention (implementation='sdpa', the default) has no forward-mode derivatives (torch.func.jvp, "
-    "jacfwd, hessian, transform.hvp, forward_ad): pass implementation='math', which mmdit.apply, controlnet.apply, "
-    "ip_adapter.apply, pipeline.velocity, losses.flow_loss, vae, clip and t5 take; it needs memory for tokens x tokens"
-)
-
-
-def _math(query, key, value, mask, causal, scale) -> Tensor:
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query * scale) @ key.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if causal:
-        tokens, others = scores.shape[-2:]
-        mask = torch.ones(tokens, others, dtype=torch.bool, device=scores.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask
-    return torch.softmax(scores, dim=-1).to(value.dtype) @ value
-
-
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "math": _math}
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"sdpa": softmax_attention, "math": attention_formula}

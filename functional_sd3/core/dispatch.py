@@ -46,6 +46,7 @@ class Kernel(NamedTuple):
 UNTRACKED: frozenset[Tracking] = frozenset({"none"})
 DIFFERENTIABLE: frozenset[Tracking] = frozenset({"none", "autograd"})
 COMPILED: frozenset[Tracking] = frozenset({"compiler"})
+TRANSFORMED: frozenset[Tracking] = frozenset({"autograd", "other"})
 # Module globals, which a compiler can read; `plain` in one thread costs the others speed, never a result.
 _plain_depth = 0
 _table: dict[str, tuple[Kernel, ...]] | None = None
@@ -108,6 +109,19 @@ def private(path: str, *trial: Any, missing: Any = None, **options: Any) -> Any:
     except Exception:  # A changed function may raise anything.
         return missing
     return function
+
+
+def private_operator(path: str, arguments: str) -> Any:
+    """The operator of PyTorch at `path` ("torch.ops.aten._name") if its schema has these arguments, named in order.
+
+    Else None. For operators of devices that may be absent, which `private` cannot call.
+    """
+    try:
+        operator: Any = functools.reduce(getattr, path.split(".")[1:], torch)
+        names = [argument.name for argument in operator.default._schema.arguments]
+    except Exception:  # A changed operator may raise anything.
+        return None
+    return operator if names == arguments.split() else None
 
 
 def tracking(*tensors: Tensor) -> Tracking:

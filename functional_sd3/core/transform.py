@@ -92,10 +92,7 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
 
 
 def hvp(fn: Callable[[Tree], Tensor], params: Tree, tangents: Tree) -> Tree:
-    """Hessian of the scalar `fn` at `params` times `tangents`, a tree like `params`: forward over reverse mode.
-
-    `fn` needs forward-mode derivatives: attention with implementation="math".
-    """
+    """Hessian of the scalar `fn` at `params` times `tangents`, a tree like `params`: forward over reverse mode."""
     return torch.func.jvp(torch.func.grad(fn), (params,), (tangents,))[1]
 
 

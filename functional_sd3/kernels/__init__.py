@@ -5,12 +5,17 @@ under which it may run; each equals its formula (`tests/kernels`). Kernels are i
 of PyTorch are called once before they are relied on; a missing one costs speed only.
 """
 
-from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, UNTRACKED, Kernel
-from functional_sd3.kernels import cuda, foreach, inductor, layouts, norms, onednn, winograd
+from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, TRANSFORMED, UNTRACKED, Kernel
+from functional_sd3.kernels import attention, cuda, foreach, inductor, layouts, norms, onednn, winograd
 
 _LISTS = DIFFERENTIABLE | COMPILED
 
 TABLE: dict[str, tuple[Kernel, ...]] = {
+    "attention.softmax_attention": (
+        Kernel(attention.attention_in_graph, attention.fits, COMPILED),
+        Kernel(attention.untracked, attention.fits_always, UNTRACKED | COMPILED),
+        Kernel(attention.attention, attention.fits, TRANSFORMED),
+    ),
     "layers.linear": (
         Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),
         Kernel(inductor.linear, inductor.fits_linear, COMPILED),

@@ -160,8 +160,8 @@ def velocities(
     read (on a device, under transforms and compile), and it has no derivative in t. None: any t, () or (batch,).
     control: ControlNets, active at every t; their start and end belong to `sample`. image_prompt: an IP-Adapter and
     features, in whose place the negative prompt has zeros. block_transform: as of `mmdit.apply`; `transform.compile`
-    compiles one block for all of them. implementation: of attention, of the transformer, its ControlNets and its image
-    prompt; "math" has the derivatives that the fused kernels lack (`attention.attention`).
+    compiles one block for all of them. implementation: as of `attention.attention`, of the transformer, its ControlNets
+    and its image prompt.
     """
     for one in control:
         controls.check(one, require(config, "transformer"))

@@ -120,7 +120,7 @@ def apply(
         too, as Stability's reference does.
     image_prompt: the keys and values of an image prompt for each block, from `ip_adapter.apply`.
     modulations: those of `modulations` for this t and pooled, which may then be None.
-    implementation: of attention; "math" has forward-mode derivatives and a batching rule for its backward.
+    implementation: as of `attention.attention`.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
         `torch.compile` to compile one block instead of `depth` copies of it.
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_sd3 import kernels
-from functional_sd3.core import dispatch, layers, leafwise, prng, tree
+from functional_sd3.core import attention, dispatch, layers, leafwise, prng, tree
 from functional_sd3.kernels import onednn
 
 
@@ -19,7 +19,10 @@ def small_layers_by_one_dnn(monkeypatch):
 
 
 OPERATIONS = {
-    name: getattr({"layers": layers, "prng": prng, "leafwise": leafwise}[name.split(".")[0]], name.split(".")[1])
+    name: getattr(
+        {"attention": attention, "layers": layers, "prng": prng, "leafwise": leafwise}[name.split(".")[0]],
+        name.split(".")[1],
+    )
     for name in kernels.TABLE
 }
 KERNELS = {kernel.name: (name, kernel) for name, found in kernels.TABLE.items() for kernel in found}
@@ -57,8 +60,18 @@ def residual_block(inputs, outputs):
 
 MOMENTS = [leaves(1), leaves(3), [leaf.square() for leaf in leaves(5)]]
 KEYS = prng.key(3).to(torch.int32)
+QKV = tuple(drawn(2, 3, tokens, 8, seed=tokens) for tokens in (13, 17, 17))
+ATTENTIONS = [
+    (*QKV, None, False, 0.3),
+    (*QKV, None, True, 0.3),
+    (*QKV, drawn(2, 1, 13, 17) > -0.5, False, 0.3),
+    (*QKV, drawn(3, 1, 17), False, 0.3),
+]
 # Kernel -> several argument lists that it fits.
 EXAMPLES = {
+    "attention.attention_in_graph": ATTENTIONS,
+    "attention.untracked": ATTENTIONS,
+    "attention.attention": ATTENTIONS,
     "onednn.linear": [(LAYER, drawn(2, 8, 16)), (LAYER, drawn(300, 16)), (LAYER, drawn(1, 600, 16))]
     + [({"weight": LAYER["weight"]}, drawn(rows, 16)) for rows in (20, 600)],
     "onednn.linear_activation": [

@@ -232,7 +232,7 @@ def test_vmap_over_a_stack_of_loras_is_a_loop(lazy):
         loras = [random_lora(seed, targets=("transformer.*", "clip_l.*")) for seed in range(3)]
         stack = tree.map(lambda *leaves: torch.stack(leaves), *loras)
         scales = torch.tensor([0.2, 1.0, -0.5])
-        run = lambda one, scale: velocity(lora.apply(PARAMS, one, scale, lazy=lazy), implementation="math")  # noqa: E731
+        run = lambda one, scale: velocity(lora.apply(PARAMS, one, scale, lazy=lazy))  # noqa: E731
         looped = torch.stack([run(one, scale) for one, scale in zip(loras, scales, strict=True)])
         torch.testing.assert_close(vmap(run)(stack, scales), looped, rtol=1e-3, atol=1e-4)
     finally:

@@ -146,7 +146,7 @@ def test_vmap_grad_and_remat_work(config):
 
     def one(*sample):
         parts = (part[None] for part in sample)
-        return [out[0] for out in residuals(config, NETS[config], *parts, implementation="math")]
+        return [out[0] for out in residuals(config, NETS[config], *parts)]
 
     assert close(vmap(one)(*inputs(), image), residuals(config, NETS[config], *inputs(), image))
 

@@ -73,7 +73,7 @@ def test_each_sample_is_its_own():
 def test_vmap_and_grad_work():
     def one(features, scale, *sample):
         parts = (part[None] for part in sample)
-        return velocity(ADAPTER, features[None], scale, *parts, implementation="math")[0]
+        return velocity(ADAPTER, features[None], scale, *parts)[0]
 
     scale = torch.full((3,), 0.5)
     assert close(vmap(one)(FEATURES, scale, *inputs()), velocity(ADAPTER, FEATURES, scale, *inputs()))

@@ -126,8 +126,8 @@ def test_perturbed_blocks_compile_to_one_graph_and_can_be_rematerialised_and_map
     torch.testing.assert_close(compiled(*inputs()), expected)
     torch.testing.assert_close(velocity(*inputs(), block_transform=transform.remat), expected)
     latents, t, context, pooled = inputs()
-    each = torch.func.vmap(lambda x, c, p: velocity(x[None], t, c[None], p[None], implementation="math")[0])
+    each = torch.func.vmap(lambda x, c, p: velocity(x[None], t, c[None], p[None])[0])
     torch.testing.assert_close(each(latents, context, pooled), expected)
-    loss = lambda x: velocity(x, t, context, pooled, implementation="math").square().mean()  # noqa: E731
+    loss = lambda x: velocity(x, t, context, pooled).square().mean()  # noqa: E731
     gradient = torch.func.grad(loss)(latents)
     assert torch.isfinite(gradient).all() and gradient.abs().max() > 0

@@ -119,7 +119,7 @@ def test_a_lora_goes_beside_stored_weights_and_learns_there(model, dtype):
 def test_transforms_see_through_stored_weights(model, dtype):
     stored, sizes = quantize.quantize(model.params["transformer"], dtype), model.config.transformer
     x, context, pooled = random_inputs(sizes)
-    one = lambda x, t, c, p: mmdit.apply(stored, sizes, x[None], t[None], c[None], p[None], implementation="math")[0]  # noqa: E731
+    one = lambda x, t, c, p: mmdit.apply(stored, sizes, x[None], t[None], c[None], p[None])[0]  # noqa: E731
     t = torch.tensor([0.1, 0.7])
     mapped = vmap(one)(x, t, context, pooled)
     torch.testing.assert_close(mapped, mmdit.apply(stored, sizes, x, t, context, pooled), rtol=1e-4, atol=1e-5)

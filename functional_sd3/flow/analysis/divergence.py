@@ -5,9 +5,8 @@ its own dv_i/dx_i. The exact divergence of D numbers a sample costs D products w
 Hutchinson's estimate (1990; for flows: Grathwohl et al. 2018, FFJORD, arXiv:1810.01367, section 3.1) one a probe: for
 E[e e^T] = 1, E[e^T (dv/dx) e] = tr dv/dx. A velocity that mixes samples has no such divergence.
 
-Products are taken in forward mode (`torch.func.jvp`, many at once, no activations kept), which attention has with
-implementation="math", or in reverse mode (one by one, with all activations kept), which fused attention has too and
-which is the faster of the two there. Both give the velocity itself as well.
+Products are taken in forward mode (`torch.func.jvp`, many at once, no activations kept) or in reverse mode (one by one,
+with all activations kept). Both give the velocity itself as well.
 """
 
 import math
@@ -59,9 +58,8 @@ def divergence(
     mode: "forward" or "reverse"; None tries forward mode and takes reverse where the velocity has no forward
     derivative (name one under compile). chunk_size: forward products taken at once, None for all of them.
 
-    Works under vmap, grad and compile where the velocity does: grad of reverse mode needs second derivatives, which
-    fused attention does not have. Raises ValueError for Hutchinson without a key, NotImplementedError for a mode that
-    the velocity does not have.
+    Works under vmap, grad and compile where the velocity does. Raises ValueError for Hutchinson without a key,
+    NotImplementedError for a mode that the velocity does not have.
     """
     x, t = _in_float32(x, t)
     if (estimator or ("exact" if key is None else "hutchinson")) == "exact":
@@ -145,7 +143,7 @@ def _forward(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> Q
 
 def _reverse(field: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor) -> QuadraticForms:
     value, pullback = transform.vjp(field, x)
-    # One by one: fused attention has no batching rule in reverse.
+    # One by one, as a velocity's backward pass may have no batching rule.
     return QuadraticForms(value, torch.stack([dot(pullback(vector)[0], vector) for vector in vectors.unbind()]))
 
 

@@ -1,8 +1,7 @@
 """Geometry of trajectories: straightness, curvature, and singular values of the Jacobian of a velocity field.
 
 Results are per sample, (batch,), in the units of x: lengths are Euclidean norms over a sample's elements, not means.
-Samples are assumed to be independent. Derivatives are taken in forward mode:
-attention needs implementation="math" (`mmdit.apply`, `pipeline.velocity`). Acceleration and curvature need a velocity
+Samples are assumed to be independent. Derivatives are taken in forward mode. Acceleration and curvature need a velocity
 that is a function of t, not a table of a run's times. Works under vmap, grad and torch.compile.
 """
 

@@ -4,8 +4,7 @@
     noise = noise_scale(transform.per_sample_grads(sample_loss)(params, latents, keys))
 
 Losses are functions of a tree of float tensors. Products of the Hessian with one vector are `transform.hvp`, gradients
-of each sample `transform.per_sample_grads`. Attention needs implementation="math" (`losses.flow_loss`). Works under
-vmap, grad and torch.compile.
+of each sample `transform.per_sample_grads`. Works under vmap, grad and torch.compile.
 """
 
 from collections.abc import Callable

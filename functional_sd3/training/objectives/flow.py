@@ -35,10 +35,10 @@ def flow_loss(
     encoders in `params` (which are trained too, where trainable), or "context" and "pooled" computed before}.
     t is drawn from `density` and moved by `shift`. With probability `dropout` a sample's ids, or context and pooled,
     become those of the empty prompt, `empty`: one row of the same entries of the batch. `dtype` is that of the
-    computation; gradients stay the parameters'. `implementation`: of attention; "math" has every derivative and every
-    batching rule, for jvp, Hessians and per-sample gradients by vmap. Metrics: bin_loss and bin_share (bins,), the part
-    of the loss, and of the samples, with t in each of `bins` equal intervals; their quotient is the loss of an
-    interval. keys (batch, 2), a key for each sample: `prng.split(key, batch)`; ValueError for others.
+    computation; gradients stay the parameters'. `implementation`: as of `attention.attention`. Metrics: bin_loss and
+    bin_share (bins,), the part of the loss, and of the samples, with t in each of `bins` equal intervals; their
+    quotient is the loss of an interval. keys (batch, 2), a key for each sample: `prng.split(key, batch)`; ValueError
+    for others.
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout {dropout} is a probability, between 0 and 1")

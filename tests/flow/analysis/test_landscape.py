@@ -67,7 +67,7 @@ def flow():
     def losses(chosen, batch):
         def velocity(x, t):
             whole = tree.combine(chosen, rest)
-            return mmdit.apply(whole, config, x, t, batch["context"], batch["pooled"], implementation="math")
+            return mmdit.apply(whole, config, x, t, batch["context"], batch["pooled"])
 
         return path.loss(velocity, batch["x0"], batch["noise"], batch["t"])
 

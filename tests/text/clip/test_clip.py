@@ -109,7 +109,7 @@ def test_images_are_encoded_alone_in_any_batch_and_under_every_transform():
     images = prng.normal(prng.key(1), (3, 3, 12, 12))
 
     def embed(image):
-        return clip.image_apply(params, IMAGE, image[None], implementation="math").projected[0]
+        return clip.image_apply(params, IMAGE, image[None]).projected[0]
 
     together = clip.image_apply(params, IMAGE, images).projected
     torch.testing.assert_close(torch.vmap(embed)(images), together, rtol=1e-5, atol=1e-6)
