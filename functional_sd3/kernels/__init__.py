@@ -12,9 +12,9 @@ _LISTS = DIFFERENTIABLE | COMPILED
 
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "attention.softmax_attention": (
-        Kernel(attention.attention_in_graph, attention.fits, COMPILED),
+        Kernel(attention.in_graph, attention.fits, COMPILED),
         Kernel(attention.untracked, attention.fits_always, UNTRACKED | COMPILED),
-        Kernel(attention.attention, attention.fits, TRANSFORMED),
+        Kernel(attention.differentiable, attention.fits, TRANSFORMED),
     ),
     "layers.linear": (
         Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),

@@ -1,6 +1,6 @@
 """The functions of `attention_tiles` as operators of PyTorch: one node of a compiled graph instead of an unrolled loop.
 
-They have no derivatives of their own, which would silently be zero: only the functions of `kernels.attention` call
+They have no derivatives of their own, which would silently be zero: only the functions of `attention_functions` call
 them, below autograd. Not by `torch.library.custom_op`, whose first call imports the compiler.
 """
 

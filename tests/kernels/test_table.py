@@ -69,9 +69,9 @@ ATTENTIONS = [
 ]
 # Kernel -> several argument lists that it fits.
 EXAMPLES = {
-    "attention.attention_in_graph": ATTENTIONS,
+    "attention.in_graph": ATTENTIONS,
     "attention.untracked": ATTENTIONS,
-    "attention.attention": ATTENTIONS,
+    "attention.differentiable": ATTENTIONS,
     "onednn.linear": [(LAYER, drawn(2, 8, 16)), (LAYER, drawn(300, 16)), (LAYER, drawn(1, 600, 16))]
     + [({"weight": LAYER["weight"]}, drawn(rows, 16)) for rows in (20, 600)],
     "onednn.linear_activation": [
