@@ -67,6 +67,9 @@ from functional_sd3.training import loop as loop
 from functional_sd3.training import muon as muon
 from functional_sd3.training import objectives as losses
 from functional_sd3.training import optim as optim
+from functional_sd3.training import reward_task as reward_task
+from functional_sd3.training import rewards as rewards
+from functional_sd3.training import rollouts as rollouts
 from functional_sd3.training import schedules as schedules
 from functional_sd3.training import step as step
 from functional_sd3.transformer import control as control

@@ -32,7 +32,16 @@ PLACEHOLDERS = {
 }
 """Option ("*": any place) -> what a word of the pages stands for after it."""
 
-CAPS = {"--steps": 2, "--count": 2, "--frames": 2, "--probes": 1, "--draws": 1, "--rank": 2, "--batch-size": 2}
+CAPS = {
+    "--steps": 2,
+    "--sampling-steps": 3,
+    "--count": 2,
+    "--frames": 2,
+    "--probes": 1,
+    "--draws": 1,
+    "--rank": 2,
+    "--batch-size": 2,
+}
 """Option -> the largest number it is run with."""
 
 ADDED = {
@@ -42,6 +51,20 @@ ADDED = {
     "likelihood": ["--steps", "1"],
     "quantize": ["--steps", "1"],
     "train": ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--sample-every", "0", "--pictures", "8"],
+    "reward": [
+        "--steps",
+        "1",
+        "--batch-size",
+        "4",
+        "--group",
+        "2",
+        "--sampling-steps",
+        "2",
+        "--draws",
+        "1",
+        "--sample-every",
+        "0",
+    ],
     "evaluate prompts": ["--steps", "2", "--count", "1", "--things", "1"],
     "evaluate fid": ["--features", "64"],
     "evaluate kid": ["--features", "64"],
