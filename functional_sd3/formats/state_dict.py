@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.formats import magic
 from functional_sd3.formats.printable import shorten
 
 _MOST_INSTRUCTIONS = 2**18
 _MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = b"\x80"
+"""First byte of every pickle that torch.save wrote: its instruction PROTO."""
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -58,8 +61,11 @@ class _Lazy(NamedTuple):
 
 def read(content: bytes) -> dict[str, Tensor]:
     """The tensors in the bytes of a file. Raises ValueError saying what else is in it, or what is broken."""
+    if not content.startswith((magic.ZIP, _PROTOCOL)):
+        # Else the bytes of a PNG would be read as instructions, and the first unknown one be named.
+        raise ValueError("is not a file of tensors")
     try:
-        return _read_zip(content) if content.startswith(b"PK\3\4") else _read_legacy(content)
+        return _read_zip(content) if content.startswith(magic.ZIP) else _read_legacy(content)
     except zipfile.BadZipFile as error:
         raise ValueError(f"is a broken archive: {error}") from error
     except (NotImplementedError, OSError, RecursionError, RuntimeError, IndexError, OverflowError) as error:

@@ -79,6 +79,7 @@ HOSTILE = {
     "instructions": b"\x80\x02" + b"}" * 10**6 + b".",
     "deep": b"\x80\x02" + b")\x85" * 10**5 + b".",
     "empty": b"\x80\x02.",
+    "png": b"\x89PNG\r\n\x1a\n" + bytes(40),
     "build": b"\x80\x02)}b.",
     "long": b"\x80\x02\x8b" + (2**31 - 1).to_bytes(4, "little") + b".",
 }
