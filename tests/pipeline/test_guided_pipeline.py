@@ -215,3 +215,19 @@ def test_a_time_that_the_modulations_were_not_made_for_is_an_error(model, condit
     close(velocity(noise, times[1]), pipeline.velocity(model.params, model.config, conditions)(noise, times[1]))
     with pytest.raises(ValueError, match=r"evaluated at t = 0\.25, which is not among the 2 times"):
         velocity(noise, torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("make", [ode.flow_sde, ode.cps, ode.dance])
+def test_samplers_of_the_sde_draw_eulers_images_without_noise_and_record_log_probabilities(
+    model, conditions, noise, make
+):
+    keys = pipeline.step_keys(prng.key(4), 2)
+    assert torch.equal(sample(model, conditions, noise, method=make(keys, 0.0)), sample(model, conditions, noise))
+    recorded = []
+    latents = sample(
+        model, conditions, noise, guidance.apg(3.0), method=ode.with_log_prob(make(keys)),
+        on_step=lambda info: recorded.append(info.state.carry["method"]["log_prob"]),
+    )  # fmt: skip
+    assert torch.equal(latents, sample(model, conditions, noise, guidance.apg(3.0), method=make(keys)))
+    assert len(recorded) == 4 and all(value.shape == (2,) and value.isfinite().all() for value in recorded)
+    assert (torch.stack(recorded)[:3] != 0).all()

@@ -7,7 +7,7 @@ import torch
 
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.flow import ode
-from functional_sd3.flow.ode import transition
+from functional_sd3.flow.ode import transitions
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import objectives, reward_methods
 from functional_sd3.training.objectives import points, policy, preference
@@ -52,7 +52,7 @@ def mean(values):
 def rollout(tiny, params, text):
     """Transitions of the policy `params`: images of 4 prompts in 4 steps, of which 3 are trained on."""
     draw = forms.stochastic_draw(
-        points.model_velocity(tiny.config), transition.flow_sde(0.7), TIMES, forms.Steps(range(4), range(3))
+        points.model_velocity(tiny.config), transitions.flow_sde(0.7), TIMES, forms.Steps(range(4), range(3))
     )
     with torch.no_grad():
         return {
@@ -68,7 +68,7 @@ def transitions_of(tiny, rollout, policies, rule):
 
 
 def test_a_trajectory_is_that_of_its_transitions(tiny, params, text, rollout):
-    rule = transition.flow_sde(0.7)
+    rule = transitions.flow_sde(0.7)
     assert rollout["x"].shape == (4, 3, 16, 4, 4) and rollout["step"].tolist() == [[0, 1, 2]] * 4
     assert torch.equal(rollout["x"][:, 0], noise(0)) and torch.equal(rollout["x"][:, 1], rollout["x_next"][:, 0])
     drawn = prng.normal(prng.fold_in(KEYS, 2), (16, 4, 4))
@@ -84,7 +84,7 @@ def test_a_trajectory_is_that_of_its_transitions(tiny, params, text, rollout):
 
 @pytest.mark.parametrize("form", ["flow", "guard", "residual"])
 def test_the_ratio_is_that_of_the_paper(tiny, params, moved, rollout, form):
-    rule = transition.flow_sde(0.7)
+    rule = transitions.flow_sde(0.7)
     rows = transitions_of(tiny, rollout, {"old_mean": params, "reference_mean": moved}, rule)
     eps = 1e-3 if form == "flow" else 2e-5
     options = {"guard": form == "guard", "is_residual": form == "residual", "eps": eps, "kl": 0.5}
@@ -109,7 +109,7 @@ def test_the_ratio_is_that_of_the_paper(tiny, params, moved, rollout, form):
 
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_the_advantages(tiny, params, moved, rollout):
-    rule = transition.flow_sde(0.7)
+    rule = transitions.flow_sde(0.7)
     rows = transitions_of(tiny, rollout, {"old_mean": params, "reference_mean": moved}, rule)
     keys = prng.split(prng.key(1), 12)
     loss = objectives.ratio_loss(tiny.config, rule, kl=0.0)
@@ -117,7 +117,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_the_advantages(tiny
 
     def advantages(params):
         step = policy.transition_of(points.model_velocity(tiny.config), rule, params, rows)
-        return -(rows["advantage"] * transition.mean_log_density(rows["x_next"], step)).mean()
+        return -(rows["advantage"] * transitions.mean_log_density(rows["x_next"], step)).mean()
 
     (ours, _), expected = transform.value_and_grad(loss, has_aux=True)(params, rows, keys), torch.func.grad(advantages)
     for one, other in zip(tree.leaves(ours), tree.leaves(expected(params)), strict=True):
@@ -131,12 +131,12 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_the_advantages(tiny
 
 
 def test_a_transition_that_draws_nothing_has_no_density(tiny, params, rollout):
-    rows = transitions_of(tiny, rollout, {"old_mean": params, "reference_mean": params}, transition.cps(0.8))
+    rows = transitions_of(tiny, rollout, {"old_mean": params, "reference_mean": params}, transitions.cps(0.8))
     rows["s"] = torch.zeros_like(rows["s"])
     with pytest.raises(ValueError, match="a transition that draws nothing has no density"):
-        objectives.ratio_loss(tiny.config, transition.cps(0.8))(params, rows, prng.split(prng.key(1), 12))
+        objectives.ratio_loss(tiny.config, transitions.cps(0.8))(params, rows, prng.split(prng.key(1), 12))
     with pytest.raises(ValueError, match="cfg 2.0 needs the conditioning of the negative prompt"):
-        objectives.ratio_loss(tiny.config, transition.cps(0.8), cfg=2.0)
+        objectives.ratio_loss(tiny.config, transitions.cps(0.8), cfg=2.0)
 
 
 def test_guidance_differentiates_both_velocities(tiny, params, text):

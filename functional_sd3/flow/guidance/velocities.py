@@ -62,7 +62,7 @@ def with_carry(method: Method | Adaptive, guidance: Guidance) -> Method:
     def init(x: Tensor, t: Tensor) -> Tree:
         return {"method": method.init(x, t), "velocity": guidance.init(x, t)}
 
-    # velocity is a StatefulVelocity, which the type of `Method.step` cannot say.
+    # velocity is a StatefulVelocity, which the type of `Method.step` cannot express.
     def step(velocity: Any, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         carried = carry["velocity"]
 
@@ -76,7 +76,8 @@ def with_carry(method: Method | Adaptive, guidance: Guidance) -> Method:
         return advance._replace(carry={"method": advance.carry, "velocity": carried})
 
     last = None if method.last is None else with_carry(method.last, guidance)
-    return method._replace(init=init, step=step, last=last)
+    # The transition would be that of a velocity without a state.
+    return method._replace(init=init, step=step, last=last, transition=None)
 
 
 def classifier_free(velocity: Velocity, uncond_velocity: Velocity, scale: Scale) -> Velocity:

@@ -25,12 +25,13 @@ from functional_sd3.flow.ode.integration import (
     step,
     to_tensors,
 )
-from functional_sd3.flow.ode.method import Advance, Method, State, StepInfo, no_carry
+from functional_sd3.flow.ode.method import Advance, Method, State, StepInfo, Transition, no_carry
 from functional_sd3.flow.ode.multistep import AB2, AB3, AB4, DPMPP_2M, adams_bashforth
 from functional_sd3.flow.ode.predictor_corrector import UNIPC, unipc
+from functional_sd3.flow.ode.probabilities import log_prob, log_probs, transition, with_log_prob
 from functional_sd3.flow.ode.registry import ADAPTIVE, METHODS, NAMES, STOCHASTIC, named
 from functional_sd3.flow.ode.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4, Tableau, explicit
-from functional_sd3.flow.ode.stochastic import ancestral, churn, renoised
+from functional_sd3.flow.ode.stochastic import ancestral, churn, cps, dance, flow_sde, renoised
 from functional_sd3.flow.stepwise import RunVelocity, Stepwise, at_step, map_steps
 from functional_sd3.flow.times import Times
 
@@ -44,7 +45,6 @@ __all__ = [
     "BOSH3",
     "DOPRI5",
     "DPMPP_2M",
-    "NonFiniteError",
     "EULER",
     "HEUN",
     "HEUN_EDM",
@@ -52,10 +52,11 @@ __all__ = [
     "MIDPOINT",
     "Method",
     "NAMES",
+    "NonFiniteError",
     "RALSTON",
     "RK4",
-    "STOCHASTIC",
     "RunVelocity",
+    "STOCHASTIC",
     "Save",
     "State",
     "StepInfo",
@@ -63,17 +64,23 @@ __all__ = [
     "TSIT5",
     "Tableau",
     "Times",
+    "Transition",
     "UNIPC",
     "adams_bashforth",
     "ancestral",
     "at_step",
     "churn",
+    "cps",
+    "dance",
     "evaluation_times",
     "evaluations",
     "explicit",
     "finish",
+    "flow_sde",
     "from_tensors",
     "integrate",
+    "log_prob",
+    "log_probs",
     "map_steps",
     "named",
     "no_carry",
@@ -82,5 +89,7 @@ __all__ = [
     "start",
     "step",
     "to_tensors",
+    "transition",
     "unipc",
+    "with_log_prob",
 ]

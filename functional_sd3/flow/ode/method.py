@@ -21,6 +21,15 @@ class Advance(NamedTuple):
     """The velocity at the start of the step, in the dtype of x; `path.denoised` of it is the predicted data."""
 
 
+class Transition(NamedTuple):
+    """Normal distribution of the state after a step, x_s = mean + std noise."""
+
+    mean: Tensor
+    """(batch, ...)"""
+    std: Tensor
+    """() or (batch,); 0 where the step draws no noise."""
+
+
 class Method(NamedTuple):
     """An integrator of dx/dt = velocity(x, t) over a given grid."""
 
@@ -36,6 +45,9 @@ class Method(NamedTuple):
     name: str
     last: "Method | None" = None
     """The method of the last step of a grid, where that differs."""
+    transition: Callable[[Tensor, Tensor, Tensor, Tensor], Transition] | None = None
+    """`transition(x, slope, t, t_next)` -> the distribution of a step, where that is a mean and noise; None for others.
+    See `ode.transition` and `ode.log_prob`."""
 
 
 class State(NamedTuple):

@@ -3,12 +3,13 @@
 from torch import Tensor
 
 from functional_sd3.core.types import Key
-from functional_sd3.flow.ode import adaptive, stochastic, tolerances
+from functional_sd3.flow.ode import adaptive, tolerances
 from functional_sd3.flow.ode.embedded import Adaptive
 from functional_sd3.flow.ode.method import Method
 from functional_sd3.flow.ode.multistep import AB2, AB3, AB4, DPMPP_2M
 from functional_sd3.flow.ode.predictor_corrector import UNIPC
 from functional_sd3.flow.ode.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4
+from functional_sd3.flow.ode.stochastic import ancestral, churn, cps, dance, flow_sde, renoised
 
 METHODS = {
     method.name: method for method in (EULER, MIDPOINT, HEUN, HEUN_EDM, RALSTON, RK4, DPMPP_2M, UNIPC, AB2, AB3, AB4)
@@ -18,7 +19,14 @@ METHODS = {
 ADAPTIVE = adaptive.METHODS
 """The methods that choose their steps."""
 
-STOCHASTIC = stochastic.METHODS
+STOCHASTIC = {
+    "euler_ancestral": ancestral,
+    "euler_renoised": renoised,
+    "heun_churn": churn,
+    "flow_sde": flow_sde,
+    "cps": cps,
+    "dance": dance,
+}
 """The methods that draw noise: functions of a key."""
 
 NAMES = (*METHODS, *ADAPTIVE, *STOCHASTIC)

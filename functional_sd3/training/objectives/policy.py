@@ -14,8 +14,8 @@ from functional_sd3.core import tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree, Velocity
 from functional_sd3.flow import guidance
-from functional_sd3.flow.ode import transition as transitions
-from functional_sd3.flow.ode.transition import Rule, Transition
+from functional_sd3.flow.ode import transitions
+from functional_sd3.flow.ode.transitions import Rule, Transition
 from functional_sd3.flow.times import is_readable
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training.objectives import points

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.flow.ode import transition as transitions
-from functional_sd3.flow.ode.transition import Rule
+from functional_sd3.flow.ode import transitions
+from functional_sd3.flow.ode.transitions import Rule
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import copies
 from functional_sd3.training.objectives import points, policy

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from functional_sd3.core import prng
-from functional_sd3.flow.ode import transition
+from functional_sd3.flow.ode import transitions
 
 X, V = prng.normal(prng.key(0), (3, 2, 4)), prng.normal(prng.key(1), (3, 2, 4))
 
@@ -18,7 +18,7 @@ def times(t, s):
 @pytest.mark.parametrize("at", [(0.8, 0.6), (1.0, 0.9), (0.1, 0.0)])
 def test_means_and_deviations_are_those_of_the_code(at):
     t, s = at
-    mean, std = transition.flow_sde(0.7)(X, V, *times(t, s))
+    mean, std = transitions.flow_sde(0.7)(X, V, *times(t, s))
     sigma = 0.7 * math.sqrt(t / (1 - (t if t < 1 else s)))
     length = s - t
     expected = X * (1 + sigma**2 / (2 * t) * length) + V * (1 + sigma**2 * (1 - t) / (2 * t)) * length
@@ -26,19 +26,19 @@ def test_means_and_deviations_are_those_of_the_code(at):
     assert float(std) == pytest.approx(sigma * math.sqrt(-length), rel=1e-5)
 
     data, noise = X - t * V, X + (1 - t) * V
-    mean, std = transition.cps(0.8)(X, V, *times(t, s))
+    mean, std = transitions.cps(0.8)(X, V, *times(t, s))
     sigma = s * math.sin(0.4 * math.pi)
     torch.testing.assert_close(mean, (1 - s) * data + math.sqrt(s**2 - sigma**2) * noise)
     assert float(std) == pytest.approx(sigma, rel=1e-5)
 
-    mean, std = transition.dance(0.3)(X, V, *times(t, s))
+    mean, std = transitions.dance(0.3)(X, V, *times(t, s))
     score = -(X - (1 - t) * data) / t**2
     torch.testing.assert_close(mean, X + length * V - 0.3**2 / 2 * score * length)
     assert float(std) == pytest.approx(0.3 * math.sqrt(-length), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "rule", [transition.flow_sde(0.0), transition.cps(0.0), transition.dance(0.0), transition.euler()]
+    "rule", [transitions.flow_sde(0.0), transitions.cps(0.0), transitions.dance(0.0), transitions.euler()]
 )
 def test_without_noise_they_are_eulers_step(rule):
     for t, s in [(1.0, 0.7), (0.7, 0.2), (0.2, 0.0)]:
@@ -49,7 +49,7 @@ def test_without_noise_they_are_eulers_step(rule):
 
 def test_times_of_each_sample_are_those_of_each_alone():
     t, s = torch.tensor([0.9, 0.5, 1.0]), torch.tensor([0.8, 0.1, 0.6])
-    for rule in (transition.flow_sde(), transition.cps(), transition.dance()):
+    for rule in (transitions.flow_sde(), transitions.cps(), transitions.dance()):
         whole = rule(X, V, t, s)
         for i in range(3):
             alone = rule(X[i : i + 1], V[i : i + 1], t[i], s[i])
@@ -67,12 +67,12 @@ def drawn(rule, deviation, steps):
     grid, moments = torch.linspace(1, 0, steps + 1), {}
     x = prng.normal(prng.key(2), (40_000,))
     for index, (t, s) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        x = transition.draw(rule(x, velocity(x, t), t, s), prng.normal(prng.fold_in(prng.key(3), index), x.shape))
+        x = transitions.draw(rule(x, velocity(x, t), t, s), prng.normal(prng.fold_in(prng.key(3), index), x.shape))
         moments[round(float(s), 3)] = float(x.mean()), float(x.std())
     return moments
 
 
-@pytest.mark.parametrize("rule", [transition.flow_sde(0.7), transition.dance(0.3)])
+@pytest.mark.parametrize("rule", [transitions.flow_sde(0.7), transitions.dance(0.3)])
 def test_stochastic_equations_keep_the_distributions_of_the_path(rule):
     moments = drawn(rule, 0.5, 200)
     for t in (0.5, 0.0):
@@ -82,14 +82,14 @@ def test_stochastic_equations_keep_the_distributions_of_the_path(rule):
 
 def test_cps_keeps_the_level_of_noise_in_every_step():
     # Exactly so where the predicted data is the data: of a single point.
-    for t, moments in drawn(transition.cps(0.8), 0.0, 5).items():
+    for t, moments in drawn(transitions.cps(0.8), 0.0, 5).items():
         assert moments == pytest.approx((1.5 * (1 - t), t), abs=0.02)
     # Flow-GRPO's noise is too much for few steps: what CPS was made against.
-    assert drawn(transition.flow_sde(0.8), 0.0, 5)[0.2][1] > 0.22
+    assert drawn(transitions.flow_sde(0.8), 0.0, 5)[0.2][1] > 0.22
 
 
 def test_the_log_density_is_that_of_a_normal_by_its_mean():
-    step = transition.Transition(X, torch.tensor([0.5, 1.0, 2.0]))
+    step = transitions.Transition(X, torch.tensor([0.5, 1.0, 2.0]))
     x = X + V
     densities = torch.distributions.Normal(X, step.std[:, None, None]).log_prob(x)
-    torch.testing.assert_close(transition.mean_log_density(x, step), densities.flatten(1).mean(1))
+    torch.testing.assert_close(transitions.mean_log_density(x, step), densities.flatten(1).mean(1))
