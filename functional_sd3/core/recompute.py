@@ -12,6 +12,24 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from functional_sd3.core import closures
+
+
+def call(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """fn(*args, **kwargs), a tree of tensors, by `Recompute` of all tensors that fn and its arguments hold."""
+    arguments = (fn, args, kwargs)
+    inputs = closures.tensors(arguments)
+    results: list[Any] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        function, positional, keywords = closures.replace_tensors(arguments, tensors)
+        results[:] = [function(*positional, **keywords)]
+        read = {id(tensor) for tensor in tensors}
+        return tuple(x.view_as(x) if id(x) in read else x for x in closures.tensors(results[0]))
+
+    outputs = Recompute.apply(flat, *inputs)
+    return closures.replace_tensors(results.pop(), outputs)
+
 
 class Recompute(Function):
     """Recompute.apply(fn, *tensors) is fn(*tensors), a tuple of tensors.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from functional_sd3.core import tree
-from functional_sd3.core.dispatch import can_replace_saved_tensors, in_transform
+from functional_sd3.core import recompute, tree
+from functional_sd3.core.dispatch import can_replace_saved_tensors, in_forward_mode, in_transform
 from functional_sd3.core.types import Tree
 
 # True while `value_and_grad` runs its function: gradients taken inside of it have to stay differentiable.
@@ -64,14 +64,17 @@ def value_and_grad(
 def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn` with its activations recomputed in the backward pass instead of saved: equal gradients, less memory.
 
-    `fn` must be pure, which makes the second run equal to the first. Saves memory under `value_and_grad` and plain
-    autograd; inside a torch.func transform, where saved tensors cannot be replaced, it is `fn` itself.
+    `fn` must be pure, which makes the second run equal to the first; its result is a tree of tensors. Saves memory
+    under plain autograd and under every transform of torch.func, in any order (`core.recompute`), also of tensors that
+    `fn` reads from closures. Under `torch.compile` it is `fn` itself.
     """
 
     @functools.wraps(fn)
     def rematerialised(*args, **kwargs):
-        if in_transform() or not can_replace_saved_tensors():
+        if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
+        if in_transform() or in_forward_mode() or not can_replace_saved_tensors():
+            return recompute.call(fn, *args, **kwargs)
         return checkpoint(functools.partial(fn, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
     return rematerialised

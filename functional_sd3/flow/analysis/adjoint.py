@@ -32,9 +32,9 @@ def checkpointed(method: Method) -> Method:
     """Gradient checkpointing: the method with its steps recomputed in the backward pass; equal gradients, less memory.
 
     The backward pass keeps x, t and the method's carry between the steps, and what one step keeps while it is
-    differentiated. A velocity may close over what is differentiated. Saves memory under `transform.value_and_grad` and
-    plain autograd; inside a torch.func transform it is the method itself (see `transform.remat`). Raises ValueError for
-    an adaptive method, whose recomputed steps could differ: `continuous` takes those.
+    differentiated. A velocity may close over what is differentiated. Saves memory under autograd and every transform of
+    torch.func (see `transform.remat`). Raises ValueError for an adaptive method, whose recomputed steps could differ:
+    `continuous` takes those.
     """
     if isinstance(method, Adaptive):
         raise ValueError(f"{method.name} chooses its steps, and recomputed ones could differ: use `continuous`")
