@@ -29,6 +29,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--kl {arguments.kl} must be at least 0")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or rewards")
+    _check_pairs(arguments)
     _check_rewards(arguments)
     weights(arguments)
     options.check_method(arguments.sampler)
@@ -71,6 +72,21 @@ def weights(arguments: argparse.Namespace) -> dict[str, float]:
     if given and not any(given.values()):
         raise ValueError("--weight: all weights are 0, so there is nothing to learn from")
     return given
+
+
+def _check_pairs(arguments: argparse.Namespace) -> None:
+    if arguments.pairs is None:
+        if not arguments.reward:
+            raise ValueError("--reward says what images are rewarded by, such as --reward shapes; of dpo, --pairs FILE")
+        return
+    if arguments.method != "dpo":
+        raise ValueError(f"--pairs is for --method dpo, not for {arguments.method}")
+    for name in ("reward", "weight", "prompts", "things"):
+        if getattr(arguments, name):
+            raise ValueError(f"--pairs says what is learned and of which prompts: leave out --{name}")
+    if arguments.batch_size % 2:
+        raise ValueError(f"--batch-size {arguments.batch_size} must be even: a pair is two images")
+    options.check_file(arguments.pairs, f"--pairs {shorten(arguments.pairs, 300)}")
 
 
 def _check_rewards(arguments: argparse.Namespace) -> None:

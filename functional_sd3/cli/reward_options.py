@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--reward",
-        required=True,
         action="append",
+        default=[],
         metavar="|".join(NAMED),
         help="what images are rewarded by; may be repeated",
     )
@@ -30,11 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="folder for the trained model, its log and checkpoints")
     options.add_params(parser)
     add("--method", choices=METHODS, default="nft", help="how a policy learns from rewards (default nft)")
+    pairs = "of dpo, instead of --reward: JSON lines with prompt, winner and loser, paths of images beside the file"
+    add("--pairs", metavar="FILE", help=pairs)
     add("--prompts", metavar="FILE", help="a prompt a line (default: captions of the shapes)")
     add("--things", type=int, help="objects in the captions of the shapes, 1 or 2 (default: both)")
     add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
     add("--steps", type=int, default=200, help="updates in all, those before --resume included (default 200)")
-    add("--batch-size", type=int, default=64, help="images an update learns from (default 64)")
+    add(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="images an update learns from; of --pairs, half as many pairs (default 64)",
+    )
     add("--group", type=int, default=8, help="images a prompt, which are compared with one another (default 8)")
     draws = "at most so many times as many images are drawn until all groups have some spread (default 4)"
     add("--draws", type=int, default=4, help=draws)

@@ -17,6 +17,7 @@ from functional_sd3.layouts.components import require
 from functional_sd3.recipes.shapes import rewards as shapes_rewards
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import continuing, digests, reward_methods, reward_settings, reward_task, rewards
+from functional_sd3.training import pairs as pair_files
 from functional_sd3.training.reward_methods import Sampler
 from functional_sd3.training.rewards import Reward
 from functional_sd3.training.rollouts import PromptSource
@@ -25,8 +26,8 @@ from functional_sd3.weights.model import Model
 
 _RECORDED = (
     "batch_size", "beta", "cfg", "clip", "draw_dtype", "draws", "ema", "eps", "form", "group", "kl", "last", "lora",
-    "lr", "method", "noise", "prompts", "reward", "sampler", "sampling_steps", "seed", "size", "steps", "things",
-    "times", "updates", "warmup", "weight", "window",
+    "lr", "method", "noise", "pairs", "prompts", "reward", "sampler", "sampling_steps", "seed", "size", "steps",
+    "things", "times", "updates", "warmup", "weight", "window",
 )  # fmt: skip
 """The options that a checkpoint keeps."""
 
@@ -39,8 +40,11 @@ def prepare(arguments: argparse.Namespace) -> Setup:
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     loading = argparse.Namespace(**vars(arguments), part="transformer", dtype=None)
     stored, model, dtype = train_model.load(loading, source)
-    prompts = _prompts(arguments)
+    entries = [] if arguments.pairs is None else pair_files.read(arguments.pairs)
+    prompts = [entry.prompt for entry in entries] or _prompts(arguments)
     settings = _settings(arguments, source, stored, prompts)
+    if entries:
+        settings[continuing.CONTENTS + "the pairs"] = pair_files.digest(entries)
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
         training_run.check_continuing(arguments, differences)
@@ -85,6 +89,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         source=_source(arguments, prompts),
         sampler=_sampler(arguments, model),
         decode=lambda params, latents: pipeline.decode(params, model.config, latents),
+        pairs=pair_files.encode(model.params, model.config, entries, _side(arguments, model)) if entries else None,
         t5_length=_t5_length(model),
     )
     return Setup(task, stored, settings, differences, bool(arguments.lora), _step_note(arguments))
@@ -149,17 +154,24 @@ def _reward(name: str, arguments: argparse.Namespace, model: Model) -> Reward:
     return rewards.from_name(name)
 
 
+def _side(arguments: argparse.Namespace, model: Model) -> int:
+    """The side in pixels of the images that are drawn."""
+    factor = vae.factor(require(model.config, "vae"))
+    return arguments.size or require(model.config, "transformer").sample_size * factor
+
+
 def _clip_reward(arguments: argparse.Namespace) -> Reward:
     from functional_sd3.metrics import clip_images
 
     clip = runtime.clip(arguments.clip, arguments.device)
     if clip.tokenizer is None:
         raise ValueError(f"--clip {arguments.clip} has no tokenizer, so it reads no prompts")
-    return lambda images, prompts, facts: {"clip": clip_images.scores(*clip, images, prompts)}
+    scores = clip_images.differentiable_scores if arguments.method == "draft" else clip_images.scores
+    return lambda images, prompts, facts: {"clip": scores(*clip, images, prompts)}
 
 
 def _psnr_reward(path: str, arguments: argparse.Namespace, model: Model) -> Reward:
-    side = arguments.size or require(model.config, "transformer").sample_size * vae.factor(require(model.config, "vae"))
+    side = _side(arguments, model)
     target = pixels.from_pil([inputs.read(path)])[0]
     if tuple(target.shape[1:]) != (side, side):
         height, width = target.shape[1:]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sd3.image import pixels
@@ -55,6 +56,19 @@ def apply(config: Config, images: "Image | Sequence[Image] | Tensor", *, square:
     if not images:
         return torch.empty(0, 3, config.crop, config.crop, dtype=torch.float32, device="cpu")
     return torch.stack([_preprocess(config, _centre_square(image) if square else image) for image in images])
+
+
+def resample(config: Config, images: Tensor) -> Tensor:
+    """`apply` of a tensor (batch, 3, height, width) in [0, 1] without rounding to bytes: differentiable, and equal to
+    it within a byte's unit on average."""
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    size = (int(config.resize * height / short), int(config.resize * width / short))
+    resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True, align_corners=False).clamp(0.0, 1.0)
+    top, left = (size[0] - config.crop) // 2, (size[1] - config.crop) // 2
+    cropped = resized[..., top : top + config.crop, left : left + config.crop]
+    mean, std = (cropped.new_tensor(values)[:, None, None] for values in (config.mean, config.std))
+    return (cropped - mean) / std
 
 
 def _centre_square(image: "Image") -> "Image":

@@ -42,6 +42,28 @@ def scores(
     return clip_score.pairs(embeddings, clip_dual.text_embeddings(params, config, ids))
 
 
+def differentiable_scores(
+    params: Params,
+    config: clip_dual.Config,
+    tokenizer: bpe.Tables,
+    pixels: clip_pixels.Config,
+    images: Tensor,
+    captions: Sequence[str],
+) -> Tensor:
+    """100 cos of the embeddings of each image with its caption, (n,), with a gradient with respect to the images.
+
+    Differs from `scores` where that is 0, since cosines below 0 stay, and by its rounding of pixels to bytes.
+    """
+    if len(images) != len(captions):
+        raise ValueError(f"{len(images)} images and {len(captions)} captions must be as many")
+    device = params["logit_scale"].device
+    ids = bpe.apply(tokenizer, captions, length=config.text.length).to(device)
+    with torch.no_grad():
+        texts = clip_dual.text_embeddings(params, config, ids)
+    seen = clip_dual.image_embeddings(params, config, clip_pixels.resample(pixels, images.to(device)))
+    return 100 * (seen * texts).sum(1)
+
+
 def cmmd_distance(
     params: Params,
     config: clip_dual.Config,

@@ -9,12 +9,14 @@ from torch import Tensor
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import copies, rewards, rollouts
+from functional_sd3.training import copies, loop, rewards, rollouts
 from functional_sd3.training.copies import PairState, Round
 from functional_sd3.training.learner import Learner
 from functional_sd3.training.objectives import Loss, draft_loss, points, policy
 from functional_sd3.training.objectives import draft as draft_objective
-from functional_sd3.training.reward_methods import METHODS, Policies, Sampler
+from functional_sd3.training.objectives.preference import add_references
+from functional_sd3.training.pairs import Pairs
+from functional_sd3.training.reward_methods import METHODS, Policies, Sampler, noised_pairs
 from functional_sd3.training.reward_settings import Settings
 from functional_sd3.training.rewards import Reward
 from functional_sd3.training.schedules import Schedule
@@ -31,6 +33,7 @@ class Setting(NamedTuple):
     learns: Learner
     key: Key
     reward: Reward
+    pairs: Pairs | None
     source: rollouts.PromptSource
     sampler: Sampler
     decode: rollouts.Decode
@@ -73,6 +76,27 @@ def drawn(setting: Setting) -> Rounds:
         return Round(method.batch(batch_key, drawn.rows, policies), drawn.metrics)
 
     return Rounds(method.loss, method.metrics, method.decay, rollout)
+
+
+def offline(setting: Setting) -> Rounds:
+    """Rounds of DPO on given pairs, with the start as the reference; nothing is drawn, and no reward is asked for."""
+    settings, options, learns, pairs = setting.settings, setting.settings.options, setting.learns, setting.pairs
+    assert pairs is not None
+    method = METHODS["dpo"](setting.config, options, setting.sampler)
+    order = loop.order(prng.fold_in(setting.key, 0), settings.batch // 2, len(pairs.prompts))
+
+    def rollout(state: PairState, number: int) -> Round:
+        rows = order(number)
+        with torch.no_grad():
+            encoded = setting.encode([pairs.prompts[row] for row in rows.tolist()])
+        own = {"winner": pairs.winner[rows.to(pairs.winner.device)], "loser": pairs.loser[rows.to(pairs.loser.device)]}
+        batch = noised_pairs(
+            prng.fold_in(prng.fold_in(setting.key, 1), number), {**own, **encoded._asdict()}, options.times
+        )
+        start = learns.start
+        return Round(add_references(setting.config, batch, start, rows=options.rows, dtype=options.dtype), {})
+
+    return Rounds(method.loss, method.metrics, copies.linear(0.0, 0.0), rollout)
 
 
 def draft(setting: Setting) -> Rounds:

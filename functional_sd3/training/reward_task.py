@@ -13,6 +13,7 @@ from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import copies, learner, optim, reward_rounds, reward_settings, rollouts, step
 from functional_sd3.training.copies import PairState, Round
+from functional_sd3.training.pairs import Pairs
 from functional_sd3.training.reward_methods import Sampler
 from functional_sd3.training.reward_settings import Settings
 from functional_sd3.training.rewards import Reward
@@ -45,13 +46,14 @@ def reward_task(
     source: rollouts.PromptSource,
     sampler: Sampler,
     decode: rollouts.Decode,
+    pairs: Pairs | None = None,
     t5_length: int = 256,
 ) -> RewardTask:
     """Training of the transformer, or of a LoRA over it, by the rewards of its own images.
 
     model: as of `tasks.flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
-    `rewards` and `rollouts`. Raises ValueError for a method that there is not, and groups that do not make up the
-    batch.
+    `rewards` and `rollouts`. pairs: what "dpo" learns from instead of images that it draws and rewards. Raises
+    ValueError for a method that there is not, and groups that do not make up the batch.
     """
     reward_settings.check(settings)
     config = model.config
@@ -73,9 +75,9 @@ def reward_task(
         return {**whole, "transformer": layers.cast(whole["transformer"], settings.draw_dtype)}
 
     setting = reward_rounds.Setting(
-        config, settings, learns, round_key, reward, source, sampler, decode, encode, drawing_params
+        config, settings, learns, round_key, reward, pairs, source, sampler, decode, encode, drawing_params
     )
-    rounds = (reward_rounds.draft if settings.method == "draft" else reward_rounds.drawn)(setting)
+    rounds = _rounds(setting)
     rate = optim.warmup_constant(settings.rate, settings.warmup)
     is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
     optimizer = optim.chain(
@@ -105,3 +107,9 @@ def reward_task(
         sample,
         learns.trained,
     )
+
+
+def _rounds(setting: reward_rounds.Setting) -> reward_rounds.Rounds:
+    if setting.pairs is not None:
+        return reward_rounds.offline(setting)
+    return (reward_rounds.draft if setting.settings.method == "draft" else reward_rounds.drawn)(setting)

@@ -37,6 +37,20 @@ def test_clip_score_is_a_hundred_times_the_cosine_or_0():
         clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, IMAGES, CAPTIONS[:2])
 
 
+def test_the_differentiable_score_is_the_score_but_for_rounding():
+    plain = clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, IMAGES, CAPTIONS).float()
+    images = IMAGES.clone().requires_grad_()
+    actual = clip_images.differentiable_scores(PARAMS, CONFIG, TOKENIZER, PIXELS, images, CAPTIONS)
+    torch.testing.assert_close(actual.detach().clamp(min=0), plain, rtol=0, atol=0.5)
+    (gradient,) = torch.autograd.grad(actual.sum(), images)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    distance = (clip_pixels.resample(PIXELS, IMAGES) - clip_pixels.apply(PIXELS, IMAGES)).abs()
+    # Pillow rounds and clamps between its two passes, which shows most in white noise.
+    assert distance.max() < 8 / 255 / 0.26 and distance.mean() < 1 / 255 / 0.26
+    with pytest.raises(ValueError, match="3 images and 2 captions"):
+        clip_images.differentiable_scores(PARAMS, CONFIG, TOKENIZER, PIXELS, IMAGES, CAPTIONS[:2])
+
+
 def test_cmmd_is_the_kernel_s_mean_over_all_pairs_and_0_for_equal_sets():
     others = prng.uniform(prng.key(2), (2, 3, 20, 30)) ** 3
     actual = clip_images.cmmd_distance(PARAMS, CONFIG, PIXELS, IMAGES, others)

@@ -1,15 +1,17 @@
 """`functional-sd3 reward`: what it leaves, that it goes on to the same bits, and what it says of what is wrong."""
 
 import argparse
+import json
 
 import pytest
 
 from functional_sd3 import weights
 from functional_sd3.cli import reward, reward_options, training_run
-from functional_sd3.core import tree
+from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.training import checkpoint, log, reward_methods, reward_settings
 from functional_sd3.training.rewards import RewardError
+from tests import models
 
 # The model here has no CLIP-G, which is noted whenever prompts are encoded.
 pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
@@ -243,6 +245,8 @@ def test_a_change_needs_force(command, tmp_path):
         (["--sampler", "eulr"], "--method 'eulr' must be one of"),
         (["--sampler", "dopri5"], "--sampler dopri5 chooses its own steps"),
         (["--force"], "--force is for --resume"),
+        (["--pairs", "p"], "--pairs is for --method dpo, not for nft"),
+        (["--pairs", "p", "--method", "dpo"], "--pairs says what is learned and of which prompts: leave out --reward"),
         (["--form", "cps"], "--form is for --method grpo, not for nft"),
         (["--last", 2], "--last is for --method draft, not for nft"),
         (["--method", "grpo", "--beta", 2], "--beta is for --method nft and dpo, not for grpo"),
@@ -274,3 +278,76 @@ def test_a_target_of_another_size_is_refused(command, tmp_path):
 
 def test_the_words_of_the_command_line_are_those_of_the_methods():
     assert reward_options.METHODS == reward_settings.NAMES and reward_options.FORMS == tuple(reward_methods.FORMS)
+
+
+@pytest.mark.parametrize("method", ["nft", "draft"])
+def test_the_clip_score_is_a_reward(command, tmp_path, method):
+    from functional_sd3.layouts import rules
+    from functional_sd3.layouts.clip_dual import LAYOUT
+    from functional_sd3.text import bpe, clip
+    from functional_sd3.text.clip import dual as clip_dual
+
+    tables = models.tokenizers().clip_l
+    config = clip_dual.Config(
+        clip.Config(len(tables.vocab), 24, 32, 2, 2, 48, projection_width=16, eos_id=tables.eos_id),
+        clip.ImageConfig(16, 8, 32, 2, 2, 48, projection_width=16),
+    )
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    leaves = tree.flatten_paths(clip_dual.init(prng.key(0), config))
+    files.write(folder / "model.safetensors", rules.to_theirs(LAYOUT, clip_dual.spec(config), leaves))
+    towers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 48}
+    text = {**towers, "vocab_size": len(tables.vocab), "max_position_embeddings": 24, "eos_token_id": tables.eos_id}
+    vision = {**towers, "image_size": 16, "patch_size": 8}
+    described = {"model_type": "clip", "projection_dim": 16, "text_config": text, "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(described))
+    words = ["--reward", "clip", "--clip", folder, "--method", method, "--steps", 1]
+    with pytest.raises(ValueError, match="no tokenizer, so it reads no prompts"):
+        command("--out", tmp_path / "out", *words)
+    bpe.save(folder, tables)
+    assert command("--out", tmp_path / "out", *words)[0] == 0
+    row = log.read(tmp_path / "out" / "log.csv")[0]
+    assert float(row["grad_norm"]) > 0 and abs(float(row["reward"])) < 100
+
+
+def test_pairs_are_learned_from_without_a_reward(model_folder, tmp_path, capsys):
+    from PIL import Image
+
+    parser = argparse.ArgumentParser()
+    reward.add_arguments(parser)
+
+    def run(*words):
+        base = ["--params", model_folder, *BASE, "--method", "dpo", "--out", tmp_path / "out", *words]
+        return reward.run(parser.parse_args([str(word) for word in base]))
+
+    listed = tmp_path / "pairs.jsonl"
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        Image.new("RGB", (24, 16), colour).save(tmp_path / f"{name}.png")
+    lines = [
+        {"prompt": f"a {kind} star", "winner": "red.png", "loser": "blue.png"} for kind in ("small", "large", "red")
+    ]
+    listed.write_text("\n\n".join(map(json.dumps, lines)))
+    assert run("--pairs", listed, "--steps", 6, "--save-every", 3) == 0
+    last = checkpoint.paths(tmp_path / "out" / "checkpoints")[-1]
+    whole = last.read_bytes()
+    last.unlink()
+    assert run("--pairs", listed, "--steps", 6, "--save-every", 3, "--resume") == 0 and last.read_bytes() == whole
+    rows = log.read(tmp_path / "out" / "log.csv")
+    assert float(rows[0]["margin"]) == pytest.approx(0.0, abs=1e-5) and float(rows[-1]["margin"]) > 0
+    Image.new("RGB", (24, 16), (0, 200, 0)).save(tmp_path / "blue.png")
+    with pytest.raises(ValueError, match="contents of the pairs changed"):
+        run("--pairs", listed, "--steps", 7, "--resume")
+    for text, said in [
+        ("", "lists no pairs"),
+        ('{"prompt": "x", "winner": "red.png"}', "line 1: has no loser"),
+        ("\n[1]", "line 2: is \\[1\\], not a JSON object"),
+        ('{"prompt": "x", "winner": "red.png", "loser": "green.png"}', "green.png"),
+    ]:
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            run("--pairs", listed, "--out", tmp_path / "other")
+    with pytest.raises(ValueError, match="--pairs nowhere is no file"):
+        run("--pairs", "nowhere")
+    with pytest.raises(ValueError, match="--reward says what images are rewarded by"):
+        run()
+    assert not (tmp_path / "other").exists()

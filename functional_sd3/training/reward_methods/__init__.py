@@ -5,7 +5,7 @@ from typing import Any
 
 from functional_sd3.training.reward_methods.matching import awm_method, draw_points, nft_method
 from functional_sd3.training.reward_methods.policy import FORMS, grpo_method
-from functional_sd3.training.reward_methods.preference import dpo_method
+from functional_sd3.training.reward_methods.preference import dpo_method, noised_pairs
 from functional_sd3.training.reward_methods.types import Options, Policies, RewardMethod, Sampler
 
 METHODS: dict[str, Callable[[Any, Options, Sampler], RewardMethod]] = {
@@ -28,4 +28,5 @@ __all__ = [
     "draw_points",
     "grpo_method",
     "nft_method",
+    "noised_pairs",
 ]

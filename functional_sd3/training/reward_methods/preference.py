@@ -22,14 +22,18 @@ def dpo_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
     loss = preference.dpo_loss(config, beta=given(options.beta, 100.0), kl=given(options.kl, 0.0), dtype=options.dtype)
 
     def batch(key: Key, rows: Tree, policies: Policies) -> Tree:
-        pairs = preference.best_and_worst(rows, options.group)
-        pairs = tree.map(lambda leaf: leaf.repeat_interleave(options.times, 0), pairs)
-        time_key, noise_key = prng.split(key.to(pairs["winner"].device)).unbind(-2)
-        t = path.logit_normal(prng.split(time_key, len(pairs["winner"])), ())
-        pairs |= {"t": t.to(pairs["winner"]), "noise": fresh_noise(noise_key, pairs["winner"])}
+        pairs = noised_pairs(key, preference.best_and_worst(rows, options.group), options.times)
         return preference.add_references(
             config, pairs, policies.old, policies.start, rows=options.rows, dtype=options.dtype
         )
 
     decay = copies.renewed(RENEWED)
     return RewardMethod(loss, preference.METRICS, "current", decay, lambda number, key: sampler.draw, batch)
+
+
+def noised_pairs(key: Key, pairs: Tree, count: int) -> Tree:
+    """`count` rows for each pair: fresh "noise", the same for winner and loser, and a logit-normal "t"."""
+    repeated = tree.map(lambda leaf: leaf.repeat_interleave(count, 0), pairs)
+    time_key, noise_key = prng.split(key.to(repeated["winner"].device)).unbind(-2)
+    t = path.logit_normal(prng.split(time_key, len(repeated["winner"])), ())
+    return {**repeated, "t": t.to(repeated["winner"]), "noise": fresh_noise(noise_key, repeated["winner"])}
