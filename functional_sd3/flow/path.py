@@ -49,7 +49,7 @@ def noise_of(x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
 
 
 def velocity_of(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
-    """The velocity that leads from a predicted `x0` through `x` at time `t` > 0: v = (x - x_0) / t."""
+    """The velocity of the line from a predicted `x0` through `x` at time `t` > 0: v = (x - x_0) / t."""
     return (x - x0) / broadcast(t, x)
 
 

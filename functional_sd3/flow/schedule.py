@@ -99,7 +99,7 @@ def from_levels(
     """The grid that diffusers' scheduler makes of a user's own `sigmas`: float32 (n + 1,) from n of them.
 
     levels: descending within (0, 1], without the 0 at the end. They are still shifted, stretched and spaced as the
-    config says: for a grid to be used as it is, pass it to `ode.integrate` yourself. Numbers are taken in float32 as
+    config says; a grid to be used unchanged is an argument of `ode.integrate`. Numbers are taken in float32 as
     diffusers does, a tensor in its own dtype; differentiable in a tensor and in mu. mu as of `from_config`.
     """
     check_config(config)
@@ -136,7 +136,7 @@ def _from_levels(config: Config, levels: Tensor, mu: Scalar | None, device: torc
 def resolution_mu(config: Config, tokens: int) -> float:
     """mu for an image of `tokens` patches, height * width / (8 * patch_size)^2.
 
-    The line through base_shift at base_image_seq_len and max_shift at max_image_seq_len; it goes on beyond both. What
+    The line through base_shift at base_image_seq_len and max_shift at max_image_seq_len; it continues beyond both. What
     diffusers' pipelines compute as `calculate_shift`.
     """
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)

@@ -57,7 +57,7 @@ def sample(
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
-    method: a method or the name of one; by default Euler's, or `ode.renoised` where the model's scheduler config says
+    method: a method or the name of one; by default Euler's, or `ode.renoised` where the model's scheduler config has
     `stochastic_sampling`. One that is named draws its noise from `key`: (2,), from which sample i takes
     `fold_in(key, i)`, or (batch, 2).
     guidance: instead of `guidance.cfg(cfg)`; may change from step to step, and carry a state.
@@ -122,7 +122,7 @@ def chosen_method(
     name = method or default_method(config)
     if method is None and name in ode.STOCHASTIC and key is None:
         raise ValueError(
-            f"the model's scheduler config says stochastic_sampling, so each step draws noise ({name}): give key=, "
+            f"the model's scheduler config has stochastic_sampling, so each step draws noise ({name}): give key=, "
             "or a method that draws none, such as method=ode.EULER"
         )
     return ode.named(name, key=None if key is None else step_keys(key, count))

@@ -173,7 +173,7 @@ def _grids(times: Times, backward_times: Times | None, x: Tensor) -> tuple[Tenso
         )
     if is_readable(grid) and is_readable(back) and not (back[0] == grid[-1] and back[-1] == grid[0]):
         raise ValueError(
-            f"backward_times go from {back[0]:.6g} to {back[-1]:.6g}; they must lead from the end of times, "
+            f"backward_times go from {back[0]:.6g} to {back[-1]:.6g}; they must go from the end of times, "
             f"{grid[-1]:.6g}, back to the start, {grid[0]:.6g}"
         )
     return grid, back

@@ -1,4 +1,4 @@
-"""Inversion of the flow: from data to the noise that leads to them, and the error of the round trip.
+"""Inversion of the flow: from data to the noise that it starts from, and the error of the round trip.
 
     noise = invert(velocity, x0, times)                      # ode.integrate(ode.EULER, velocity, noise, times) is x0
     trip = round_trip(velocity, x0, times, by=coupled(ode.MIDPOINT))
@@ -61,7 +61,7 @@ def corrected(
 ) -> Inversion:
     """Fixed-point inversion of each step of the method; options and errors as of `fixed_point.inverse`.
 
-    The result is ordinary noise, from which the method itself leads to x0.
+    The result is ordinary noise, from which a run of the method itself ends at x0.
     """
     inverse = fixed_point.inverse(method, iterations=iterations, tolerance=tolerance, depth=depth)
     return Inversion(inverse, method)
@@ -82,7 +82,7 @@ def invert(
     tolerance: float | None = TOLERANCE,
     **options: Any,
 ) -> Tensor:
-    """Noise from which `ode.integrate(method, velocity, noise, times)` leads to x0, (batch, ...) like x0.
+    """Noise from which `ode.integrate(method, velocity, noise, times)` ends at x0, (batch, ...) like x0.
 
     velocity: as for `ode.integrate`. times: the grid of that run, (n + 1,) or (n + 1, batch), in either direction; by
     default 50 even steps from 1 to 0.

@@ -80,7 +80,7 @@ def singular(forward: Operator, transpose: Operator, probes: Tensor, *, iteratio
 
     Randomised subspace iteration: Halko, Martinsson and Tropp 2011, "Finding structure with randomness", algorithms
     4.4 and 5.1. forward: (batch, n, k) -> A of each column, (batch, m, k); transpose: (batch, m, k) -> (batch, n, k) of
-    A^T; probes (batch, n, k), random. More probes than values wanted, and more iterations, make the values better: the
+    A^T; probes (batch, n, k), random. More probes than values, and more iterations, make the values more accurate: the
     error of the j-th falls as (sigma_(k+1) / sigma_j)^(2 iterations + 1). Exact where k is at least the rank.
     Raises ValueError for more probes than n.
     """

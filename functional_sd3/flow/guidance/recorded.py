@@ -11,7 +11,7 @@ P = ParamSpec("P")
 
 
 def recorded(function: Callable[P, Guidance]) -> Callable[P, Guidance]:
-    """The function, whose guidances say that it made them; one that it only passes on keeps what it says."""
+    """The function with a record in its guidances, `Guidance.made`; one that is recorded already is kept as it is."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)

@@ -50,7 +50,7 @@ class Run(NamedTuple):
     attempt_error: Tensor
     """Of the last attempt: above 1 where it was rejected, not finite where the velocity is not."""
     times: Tensor
-    """(n, batch): the start, where the solution is wanted, and the end."""
+    """(n, batch): the start, the times of the solution in between, and the end."""
     states: Tensor
     """(n, batch, ...): the solution at those of the times that have been reached."""
     evaluations: Tensor

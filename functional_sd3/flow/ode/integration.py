@@ -73,7 +73,7 @@ def integrate(
     """x at times[-1], from x at times[0], in len(times) - 1 steps, or in those that an adaptive method chooses.
 
     velocity: `(x (batch, ...) in the dtype of the state, t scalar or (batch,)) -> dx/dt`, or `Stepwise` ones, of which
-    step i evaluates `velocity.at(i)`. An adaptive method starts anew where neighbouring ones are not the same object.
+    step i evaluates `velocity.at(i)`. An adaptive method restarts where neighbouring ones are not the same object.
     times: (n + 1,), descending to generate, ascending to invert, in [0, 1]; or (n + 1, batch), a grid for each sample,
     where shorter grids are padded by repeating their last time (`schedule.stack`) and a `last` step is that of the
     longest. An adaptive method chooses its own steps between the ends; the times in between are only where the
@@ -82,7 +82,7 @@ def integrate(
     `times` those states only, stacked in the order given; a function the list of its results for each `StepInfo`.
     on_step: called with the `StepInfo` after each step; its result is ignored.
     check: raise `NonFiniteError` after the first step whose state is not finite (which waits for the device each step).
-    rtol, atol: of an adaptive method, which raises `adaptive.StepFailed` when it cannot go on; default 1e-5 and 1e-6.
+    rtol, atol: of an adaptive method, which raises `adaptive.StepFailed` where no step succeeds; default 1e-5 and 1e-6.
 
     Raises ValueError for grids of the wrong shape and, where their values can be read (in CPU memory, not traced), for
     grids that are not monotone or leave [0, 1].

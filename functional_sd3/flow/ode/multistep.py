@@ -47,7 +47,7 @@ def adams_bashforth(order: int, starter: Method) -> Method:
     """x + the integral over the step of the polynomial through the last `order` velocities, on any grid.
 
     Hairer, Norsett, Wanner I, section III.5, in Newton's form. The first order - 1 steps are the starter's, whose own
-    order must be at least order - 1 for the error of the whole to have the order it says.
+    order must be at least order - 1 for a global error of this order.
     """
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: History) -> Advance:

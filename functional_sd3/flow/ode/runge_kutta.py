@@ -29,7 +29,7 @@ def stages(
     h = t_next - t
     slopes: list[Tensor] = [] if first is None else [first]
     for node, row in list(zip(tableau.nodes, tableau.matrix, strict=True))[len(slopes) :]:
-        # t + 1 h is t_next only up to rounding, and a velocity may find its time in the grid.
+        # t_next itself: t + 1 h equals it only up to rounding.
         time = t if node == 0 else t_next if node == 1 else t + node * h
         at = x + broadcast(h, x) * combine(row, slopes) if any(row) else x
         slopes.append(velocity(at, time).to(x.dtype))

@@ -57,7 +57,7 @@ def renoised(key: Key) -> Method:
 
     What diffusers' `FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`, and the sampler of latent
     consistency models. For models distilled to predict the data in one step: with others the prediction is a mean,
-    too smooth, and more steps do not bring the flow's distribution, so its order is 0.
+    too smooth, and its error does not fall with more steps: its order is 0.
     """
     return gaussian("euler_renoised", key, transitions.renoised(), order=0)
 
@@ -83,8 +83,8 @@ def dance(key: Key, eta: float | Tensor = 0.3) -> Method:
 def cps(key: Key, a: float | Tensor = 0.8) -> Method:
     """Coefficients-preserving sampling: sin(a pi / 2) of the noise is new in each step, at the level of the path.
 
-    a in [0, 1], a number or (); 0 is Euler, to the bit, 1 is `renoised`. Noise is replaced in each step however short,
-    so that more steps do not bring the flow's distribution: its order is 0. The last step to t = 0 draws none.
+    a in [0, 1], a number or (); 0 is Euler, to the bit, 1 is `renoised`. Each step, however short, replaces this share
+    of the noise, so that the error does not fall with more steps: its order is 0. The last step to t = 0 draws none.
     """
     return gaussian("cps", key, transitions.cps(a), order=0)
 
@@ -139,6 +139,6 @@ def carry_keys(key: Key) -> Callable[[Tensor, Tensor], Key]:
 
 
 def draw_noise(keys: Key, x: Tensor) -> tuple[Key, Tensor]:
-    """The keys of the steps to come, and noise shaped like x."""
+    """The keys of the following steps, and noise shaped like x."""
     both = prng.split(keys)
     return both[..., 0, :], prng.normal(both[..., 1, :], x.shape[1:], x.dtype)

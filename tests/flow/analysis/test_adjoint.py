@@ -342,7 +342,7 @@ def test_the_gradient_of_the_program_is_the_difference_quotient(whole):
         ({"times": [1.0]}, r"times have shape \(1,\)"),
         (
             {"backward_times": [0.0, 0.9]},
-            "go from 0 to 0.9; they must lead from the end of times, 0, back to the start, 1",
+            "go from 0 to 0.9; they must go from the end of times, 0, back to the start, 1",
         ),
         ({"args": {"ids": torch.arange(3)}}, "ids is torch.int64; args are float tensors"),
         ({"args": {"scale": 2.0}}, "scale is float; args are float tensors"),
