@@ -78,7 +78,7 @@ def test_block(versus, block):
     def ours():
         said = F.silu(time)
         modulation = {name: layers.linear(params[name]["modulation"], said) for name in params}
-        return joint_block.apply(params, 8, image, context, modulation)
+        return tuple(joint_block.apply(params, 8, {"image": image, "context": context}, modulation).values())
 
     versus(
         "one MMDiT block, width 512, 1,024 + 333 tokens, batch 2",

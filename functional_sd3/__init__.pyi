@@ -4,6 +4,7 @@ from functional_sd3 import lora as lora
 from functional_sd3 import pipeline as pipeline
 from functional_sd3 import weights as weights
 from functional_sd3.core import attention as attention
+from functional_sd3.core import attention_variants as attention_variants
 from functional_sd3.core import dispatch as dispatch
 from functional_sd3.core import layers as layers
 from functional_sd3.core import prng as prng
@@ -75,6 +76,7 @@ from functional_sd3.training import step as step
 from functional_sd3.transformer import control as control
 from functional_sd3.transformer import controlnet as controlnet
 from functional_sd3.transformer import ip_adapter as ip_adapter
+from functional_sd3.transformer import joint_block as joint_block
 from functional_sd3.transformer import mmdit as mmdit
 from functional_sd3.weights import merge as merge
 from functional_sd3.weights import quantize as quantize

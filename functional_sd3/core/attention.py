@@ -5,9 +5,10 @@ runs over the tokens of all of them.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -154,6 +155,65 @@ def joint_attention(
     attended = attention(query, key, value, mask=mask, scale=scale, implementation=implementation)
     parts = iter(attended.split([query.shape[2] for query in with_queries], dim=2))
     return [next(parts) if stream.has_queries else None for stream in streams]
+
+
+class Map(NamedTuple):
+    """Softmax weights of one attention, by token."""
+
+    weights: Tensor
+    """(batch, heads, tokens with queries, all tokens); each row sums to 1."""
+    queries: tuple[slice | None, ...]
+    """Rows of each stream, None for one without queries."""
+    keys: tuple[slice, ...]
+    """Columns of each stream."""
+
+    def between(self, query_stream: int, key_stream: int) -> Tensor:
+        """Weights (batch, heads, tokens, others) of the tokens of one stream for those of another; 0 is the image."""
+        rows = self.queries[query_stream]
+        if rows is None:
+            raise ValueError(f"stream {query_stream} has no queries here")
+        return self.weights[:, :, rows, self.keys[key_stream]]
+
+
+def maps(
+    run: Callable[[Mapping[int, Callable[..., Any]]], Any],
+    blocks: Collection[int],
+    *,
+    keep: Callable[[Map], Any] = lambda weights: weights,
+) -> tuple[Any, dict[int, list[Any]]]:
+    """(run(attend), {block: [its `Map`s]}): attention weights of some blocks beside what is computed with them.
+
+        velocity, weights = attention.maps(lambda attend: mmdit.apply(..., attend=attend), blocks=[3])
+        weights[3][0].between(0, 1)  # of each image token for each token of the prompt
+
+    A block has one map, or two where it has a second attention, for each call of the network in `run`. keep: what is
+    kept of a map, which is as large as tokens x tokens of every head. Not with a block_transform that computes twice.
+    """
+    kept: dict[int, list[Any]] = {block: [] for block in blocks}
+
+    def recording(block: int) -> Callable[[Sequence[Stream]], list[Tensor | None]]:
+        def attend(streams: Sequence[Stream]) -> list[Tensor | None]:
+            kept[block].append(keep(_map(streams)))
+            return joint_attention(streams)
+
+        return attend
+
+    return run({block: recording(block) for block in kept}), kept
+
+
+def _map(streams: Sequence[Stream]) -> Map:
+    query = torch.cat([stream.query for stream in streams if stream.query is not None], dim=2)
+    key = torch.cat([stream.key for stream in streams], dim=2)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
+    rows = iter(_slices([stream.query.shape[2] for stream in streams if stream.query is not None]))
+    queries = tuple(next(rows) if stream.has_queries else None for stream in streams)
+    return Map(weights, queries, tuple(_slices([stream.key.shape[2] for stream in streams])))
+
+
+def _slices(lengths: Sequence[int]) -> list[slice]:
+    ends = list(accumulate(lengths))
+    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def identity_attention(

@@ -16,13 +16,17 @@ _LARGEST_NUMBER = 1e30
 
 
 class Field(NamedTuple):
-    """`read` turns theirs into ours, or raises ValueError saying what would be right; `default`: of an absent field."""
+    """`read` turns theirs into ours, or raises ValueError saying what would be right; `default`: of an absent field.
+
+    optional: left out of files where it has the default, as other programs do not know it.
+    """
 
     theirs: str
     ours: str
     read: Callable[[Any], Any]
     default: Any
     write: Callable[[Any], Any] = lambda value: list(value) if isinstance(value, tuple) else value
+    optional: bool = False
 
 
 class Fixed(NamedTuple):
@@ -80,6 +84,8 @@ def read(table: Table, values: dict[str, Any], path: Path | str) -> Any:
 def write(table: Table, config: Any) -> dict[str, Any]:
     """The values of a file from our config: `read(table, write(table, config), path) == config`."""
     fields = {field.theirs: field.write(getattr(config, field.ours)) for field in table.fields}
+    absent = {field.theirs for field in table.fields if field.optional and fields[field.theirs] == field.default}
+    fields = {name: value for name, value in fields.items() if name not in absent}
     return {**fields, **{fixed.theirs: fixed.value(config) for fixed in table.fixed if fixed.written}}
 
 

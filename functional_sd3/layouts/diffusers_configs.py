@@ -58,6 +58,7 @@ TRANSFORMER = Table(
             None,
             lambda value: "rms_norm" if value else None,
         ),
+        Field("interval_size", "interval_size", whole(0, LARGEST_SIZE), 0, optional=True),
     ),
     (Fixed("caption_projection_dim", lambda config: config.width, 1152),),
     unsound=unsound_transformer,

@@ -31,6 +31,8 @@ TRANSFORMER = Layout(
             ("patch.{leaf}", "pos_embed.proj.{leaf}"),
             ("time.in.{leaf}", "time_text_embed.timestep_embedder.linear_1.{leaf}"),
             ("time.out.{leaf}", "time_text_embed.timestep_embedder.linear_2.{leaf}"),
+            ("interval.in.{leaf}", "time_text_embed.interval_embedder.linear_1.{leaf}"),
+            ("interval.out.{leaf}", "time_text_embed.interval_embedder.linear_2.{leaf}"),
             ("pooled.in.{leaf}", "time_text_embed.text_embedder.linear_1.{leaf}"),
             ("pooled.out.{leaf}", "time_text_embed.text_embedder.linear_2.{leaf}"),
             ("context.{leaf}", "context_embedder.{leaf}"),

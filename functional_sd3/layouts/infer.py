@@ -47,6 +47,7 @@ def transformer(shapes: Shapes, drops_ones: bool = False) -> mmdit.Config:
         position_size=math.isqrt(shape_of(shapes, True, "position", 3)[1]) if shapes.get("position") else _POSITIONS,
         qk_norm=bool(norms),
         dual_attention_layers=tuple(numbers(r"blocks\.(\d+)\.image\.attention2\..+", shapes)),
+        interval_size=shape("interval.in.weight", 2)[1] if shapes.get("interval.in.weight") else 0,
     )
 
 

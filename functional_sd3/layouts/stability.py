@@ -52,6 +52,8 @@ TRANSFORMER = Layout(
             ("patch.{leaf}", "x_embedder.proj.{leaf}"),
             ("time.in.{leaf}", "t_embedder.mlp.0.{leaf}"),
             ("time.out.{leaf}", "t_embedder.mlp.2.{leaf}"),
+            ("interval.in.{leaf}", "interval_embedder.mlp.0.{leaf}"),
+            ("interval.out.{leaf}", "interval_embedder.mlp.2.{leaf}"),
             ("pooled.in.{leaf}", "y_embedder.mlp.0.{leaf}"),
             ("pooled.out.{leaf}", "y_embedder.mlp.2.{leaf}"),
             ("context.{leaf}", "context_embedder.{leaf}"),

@@ -132,12 +132,15 @@ def apply(
     check_floating("image_latents", image_latents)
     batch = latents.shape[0]
     image = embed(params, config, latents.to(dtype), image_latents.to(dtype))
-    context = _embed_context(params, config, context, batch, dtype)
-    modulation = resolve_modulations(modulations, partial(_compute_modulations, params, config), t, pooled, batch)
+    streams = {"image": image}
+    if config.context_width is not None:
+        streams["context"] = _embed_context(params, config.context_width, context, batch, dtype)
+    modulation = resolve_modulations(modulations, partial(_conditions, params, config), t, pooled, batch)
+    apply_block = block_transform(joint_block.apply) if block_transform else joint_block.apply
     residuals = []
     for block, out, parts in zip(params["blocks"], params["residuals"], modulation["blocks"], strict=True):
-        image, context = _apply_block(block, config.heads, image, context, parts, implementation, block_transform)
-        residuals.append(_scaled(layers.linear(out, image), scale))
+        streams = apply_block(block, config.heads, streams, parts, implementation)
+        residuals.append(_scaled(layers.linear(out, streams["image"]), scale))
     return residuals
 
 
@@ -202,31 +205,20 @@ def from_transformer(key: Key, config: Config, transformer: Params, transformer_
 
 def _block_spec(config: Config, index: int) -> Tree:
     if config.context_width is None:
-        return joint_block.image_spec(config.width, config.head_dim)
+        return {"image": joint_block.stream_spec(config.width, config.head_dim, qk_norm=False)}
     dual = index in config.dual_attention_layers
     return joint_block.spec(config.width, config.head_dim, qk_norm=config.qk_norm, dual=dual, last=False)
 
 
-def _apply_block(block, heads, image, context, parts, implementation, block_transform) -> tuple[Tensor, Tensor | None]:
-    if context is None:
-        apply_image = block_transform(joint_block.apply_image) if block_transform else joint_block.apply_image
-        return apply_image(block, heads, image, parts, implementation), None
-    apply_joint = block_transform(joint_block.apply) if block_transform else joint_block.apply
-    return apply_joint(block, heads, image, context, parts, implementation)
+def _conditions(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
+    """The conditioning vector of every block, which makes its own modulations of it."""
+    return {"blocks": [embed_condition(params, config.pooled_width, t, pooled)] * config.depth}
 
 
-def _compute_modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
-    return modulations(params, config, t, pooled)
-
-
-def _embed_context(
-    params: Params, config: Config, context: Tensor | None, batch: int, dtype: torch.dtype
-) -> Tensor | None:
-    if config.context_width is None:
-        return None
+def _embed_context(params: Params, width: int, context: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor:
     if context is None:
         raise ValueError("this ControlNet reads the prompt: it needs a context")
-    return embed_context(params, config.context_width, context, batch, dtype)
+    return embed_context(params, width, context, batch, dtype)
 
 
 def _scaled(residual: Tensor, scale: float | Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Embeddings of the transformer: sinusoids of t, a 2-D table of positions, projected patches."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,22 +82,66 @@ def embed_patches(params: Params, size: int, latents: Tensor) -> Tensor:
     return layers.linear(layers.patches_linear(params), patches)
 
 
-def embed_condition(params: Params, pooled_width: int, t: Tensor, pooled: Tensor) -> Tensor:
+def embed_condition(
+    params: Params,
+    pooled_width: int,
+    t: Tensor,
+    pooled: Tensor,
+    interval: Tensor | None = None,
+    time_difference: float | None = None,
+) -> Tensor:
     """Conditioning vector of the modulations: SiLU(MLP(sinusoid(t)) + MLP(pooled)), ([steps,] batch, width).
 
-    It is y of figure 2 of Esser et al. 2024, after its SiLU; every modulation is a linear map of it. t, pooled: as in
-    `mmdit.modulations`. The sinusoids are computed in float32, or in the parameters' dtype where
-    that is wider.
+    It is y of figure 2 of Esser et al. 2024, after its SiLU; every modulation is a linear map of it. Where params has
+    an embedder "interval", MLP(`interval_sinusoid`) is added, of 0 by default. t, pooled, interval, time_difference:
+    as in `mmdit.apply`. The sinusoids are computed in float32, or in the parameters' dtype where that is wider.
     """
     check_time(t)
     check_floating("pooled", pooled)
     check_shape("pooled", pooled, "(batch, pooled_width)", (None, pooled_width))
     batch = pooled.shape[0]
-    if t.ndim > 2 or (t.ndim and t.shape[-1] not in (1, batch)):
-        raise ValueError(f"t {list(t.shape)} must be one number, ({batch},) or (steps, {batch}) as pooled has it")
+    _check_times("t", t, batch)
     dtype = params["time"]["in"]["weight"].dtype
-    time = _embedder(params["time"], embed_time(t, TIME_FREQUENCIES, dtype))
-    return F.silu(time + _embedder(params["pooled"], pooled.to(dtype)))
+    embed = partial(_embed_time, params["time"])
+    embedded = embed(t) if time_difference is None else with_difference(embed, t, time_difference)
+    if "interval" in params:
+        interval = torch.zeros_like(t) if interval is None else interval
+        check_floating("interval", interval)
+        _check_times("interval", interval, batch)
+        wide = torch.promote_types(dtype, torch.float32)
+        sinusoid = interval_sinusoid(interval, params["interval"]["in"]["weight"].shape[1], wide).to(dtype)
+        embedded = embedded + _embedder(params["interval"], sinusoid)
+    elif interval is not None:
+        raise ValueError(
+            "interval is given, but this model's velocity is that of one time: its config has no interval_size"
+        )
+    return F.silu(embedded + _embedder(params["pooled"], pooled.to(dtype)))
+
+
+def with_difference(embed: Callable[[Tensor], Tensor], t: Tensor, h: float) -> Tensor:
+    """embed(t) (..., width), whose first derivative in t is (embed(t + h) - embed(t - h)) / 2h.
+
+    The sinusoids of 1000 t vary faster than any sampler follows; the difference is the derivative of their mean over
+    [t - h, t + h]. At the ends of [0, 1] it is that of what is left of the interval. Its own derivative in t is 0.
+    """
+    if not 0 < h <= 1:
+        raise ValueError(f"time_difference {h} must be above 0 and at most 1; 0.01 suits models trained on 1000 t")
+    fixed = t.detach()
+    low, high = (fixed - h).clamp_min(0.0), (fixed + h).clamp_max(1.0)
+    slope = (embed(high) - embed(low)) / (high - low)[..., None]
+    offset = (t - fixed)[..., None].to(slope.dtype)
+    return embed(fixed) + offset * slope
+
+
+def interval_sinusoid(interval: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cosines, then sines of pi k interval / 4, k from 0: (...) in [0, 1] -> (..., size) in `dtype`.
+
+    Slow, unlike `time_sinusoid`: a mean velocity is differentiated in its interval's length t - r (MeanFlow, Geng et
+    al. 2025, arXiv:2505.13447).
+    """
+    frequencies = math.pi / 4 * torch.arange(size // 2, dtype=dtype, device=interval.device)
+    angles = interval.to(dtype)[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def embed_time(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -103,10 +149,14 @@ def embed_time(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return time_sinusoid(t, size, torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
-def embedder_spec(inputs: int, width: int) -> Tree:
-    """Parameters of the MLP that embeds the sinusoids of t, or the pooled text: (batch, inputs) -> (batch, width)."""
+def embedder_spec(inputs: int, width: int, *, zero: bool = False) -> Tree:
+    """Parameters of the MLP that embeds the sinusoids of t, or the pooled text: (batch, inputs) -> (batch, width).
+
+    zero: its output starts at zero, so that a model which has it starts as the one without.
+    """
     normal = specs.normal(0.02)
-    return {"in": layers.linear_spec(inputs, width, init=normal), "out": layers.linear_spec(width, width, init=normal)}
+    last = specs.zeros if zero else normal
+    return {"in": layers.linear_spec(inputs, width, init=normal), "out": layers.linear_spec(width, width, init=last)}
 
 
 def position_spec(width: int, size: int, base_size: int) -> Param:
@@ -116,6 +166,15 @@ def position_spec(width: int, size: int, base_size: int) -> Param:
         return position_table(width, size, base_size).to(key.device)
 
     return Param((1, size**2, width), table, (None, None, "width"), trainable=False)
+
+
+def _embed_time(params: Params, t: Tensor) -> Tensor:
+    return _embedder(params, embed_time(t, TIME_FREQUENCIES, params["in"]["weight"].dtype))
+
+
+def _check_times(name: str, t: Tensor, batch: int) -> None:
+    if t.ndim > 2 or (t.ndim and t.shape[-1] not in (1, batch)):
+        raise ValueError(f"{name} {list(t.shape)} must be one number, ({batch},) or (steps, {batch}) as pooled has it")
 
 
 def _embedder(params: Params, x: Tensor) -> Tensor:

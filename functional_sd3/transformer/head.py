@@ -36,7 +36,7 @@ def resolve_modulations(
     pooled: Tensor | None,
     batch: int,
 ) -> Tree:
-    """The given modulations, or `compute(t, pooled)` where they are None.
+    """The given modulations, or `compute(t, pooled)`, which may have conditioning vectors in their place.
 
     Raises ValueError without modulations and one of t and pooled, and for modulations of another batch or of several
     steps at once.
@@ -46,7 +46,8 @@ def resolve_modulations(
             raise ValueError("apply needs t and pooled, or the modulations computed from them")
         check_times(t, batch)
         modulations = compute(t, pooled)
-    leaf = modulations["blocks"][0]["image"]
+    block = modulations["blocks"][0]
+    leaf = block if isinstance(block, Tensor) else block["image"]
     if leaf.ndim == 3:
         raise ValueError(f"modulations of {leaf.shape[0]} steps at once: take one step out with `mmdit.at`")
     if leaf.shape[0] not in (1, batch):

@@ -1,10 +1,15 @@
-"""Block of the MMDiT: two streams, image and context, with separate weights and one joint attention.
+"""Block of the MMDiT: streams of tokens with separate weights and one joint attention.
 
-Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", figure 2b; MMDiT-X, which
-gives some blocks a second attention over the image alone: the SD3.5-medium model card.
+Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", figure 2b, has two
+streams, image and context; MMDiT-X gives some blocks a second attention over the image alone: the SD3.5-medium model
+card. With one stream it is the block of a DiT (Peebles and Xie 2023), and it takes any number:
+
+    registers = spec.init(key, joint_block.stream_spec(width, head_dim, qk_norm=True))
+    params = {**params["blocks"][0], "registers": registers}
+    streams = joint_block.apply(params, heads, {"image": x, "context": c, "registers": r}, condition)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,83 +37,67 @@ EPS = 1e-6
 
 def spec(width: int, head_dim: int, *, qk_norm: bool, dual: bool, last: bool) -> Tree:
     """Parameters of one block. dual: a second attention, over the image; last: the context has keys and values only."""
-    image: dict[str, Any] = {
-        "modulation": zero_linear_spec(width, (9 if dual else 6) * width),
-        "attention": _attention_spec(width, head_dim, qk_norm),
+    return {
+        "image": stream_spec(width, head_dim, qk_norm=qk_norm, dual=dual),
+        "context": stream_spec(width, head_dim, qk_norm=qk_norm, queries=not last),
+    }
+
+
+def stream_spec(width: int, head_dim: int, *, qk_norm: bool, dual: bool = False, queries: bool = True) -> Tree:
+    """Parameters of one stream of a block. dual: a second attention, over this stream alone; queries: False for a
+    stream that is attended to and stays as it is."""
+    count = (9 if dual else 6) if queries else 2
+    tree: dict[str, Any] = {
+        "modulation": zero_linear_spec(width, count * width),
+        "attention": _attention_spec(width, head_dim, qk_norm, out=queries),
     }
     if dual:
-        image["attention2"] = _attention_spec(width, head_dim, qk_norm)
-    image["mlp"] = _mlp_spec(width)
-    context = {
-        "modulation": zero_linear_spec(width, (2 if last else 6) * width),
-        "attention": _attention_spec(width, head_dim, qk_norm, out=not last),
-    }
-    if not last:
-        context["mlp"] = _mlp_spec(width)
-    return {"image": image, "context": context}
-
-
-def image_spec(width: int, head_dim: int) -> Tree:
-    """Parameters of a block without context: the plain DiT block of SD3.5's ControlNets, without norms of heads."""
-    return {
-        "image": {
-            "modulation": zero_linear_spec(width, 6 * width),
-            "attention": _attention_spec(width, head_dim, qk_norm=False),
-            "mlp": _mlp_spec(width),
-        }
-    }
+        tree["attention2"] = _attention_spec(width, head_dim, qk_norm)
+    if queries:
+        tree["mlp"] = _mlp_spec(width)
+    return tree
 
 
 def apply(
     params: Params,
     heads: int,
-    image: Tensor,
-    context: Tensor,
-    modulation: dict[str, Tensor],
+    streams: Mapping[str, Tensor],
+    modulation: Mapping[str, Tensor] | Tensor,
     implementation: Implementation = "sdpa",
     image_prompt: Tree | None = None,
-    attend: Callable[..., list[Tensor | None]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One joint block: image and context (batch, tokens, width) -> tensors of the same shapes.
+    attend: Attend | None = None,
+) -> dict[str, Tensor]:
+    """One joint block: streams {name: (batch, tokens, width)} -> tensors of the same names and shapes.
 
-    modulation: {stream: (batch, n * width)}: shift, scale and gate of the attention, then of the MLP, then of the
-    second attention where there is one. In the last block the context has scale and shift only: it has no queries and
-    is returned unchanged. image_prompt: keys and values of an image prompt, one of `ip_adapter.apply`'s. attend:
-    replaces `joint_attention`; the image is the first stream.
+    params: {name: `stream_spec`}; all queries attend to the keys of all streams, in the order of `streams`. modulation:
+    the conditioning vector (batch, width), of which each stream's layer "modulation" makes its own, or what it makes,
+    {name: (batch, n * width)}: shift, scale and gate of the attention, then of the MLP, then of the second attention
+    where there is one. A stream without queries has shift and scale only and is returned unchanged: the context of the
+    last block. image_prompt: keys and values of an image prompt, one of `ip_adapter.apply`'s, for the first stream.
+    attend: replaces `joint_attention`: a list of `attention.Stream` -> a list of (batch, heads, tokens, head_dim), None
+    for a stream without queries; for a second attention it is called with one stream.
     """
-    width = image.shape[-1]
-    image_parts = split_modulation(modulation["image"], width)
-    context_parts = split_modulation(modulation["context"], width)
-    attend = partial(attend or joint_attention, implementation=implementation)
+    if isinstance(modulation, Tensor):
+        modulation = {name: layers.linear(params[name]["modulation"], modulation) for name in streams}
+    parts = {name: split_modulation(modulation[name], x.shape[-1]) for name, x in streams.items()}
+    attend = attend or partial(joint_attention, implementation=implementation)
     prompts = {
         name: partial(_attend_prompt, prompt, implementation=implementation)
         for name, prompt in (image_prompt or {}).items()
     }
-    normed = norm(image)
-    image, context = _add_joint_attention(
-        params, heads, image, normed, context, image_parts, context_parts, attend, prompts.get("attention")
-    )
-    if "attention2" in params["image"]:
-        shift, scale, gate = image_parts[6:]
-        modulated = modulate(normed, shift, scale)
-        attended = _attend_image(params["image"]["attention2"], heads, modulated, attend, prompts.get("attention2"))
-        image = torch.addcmul(image, gate, attended)
-    image = _add_mlp(params["image"]["mlp"], image, *image_parts[3:6])
-    if "mlp" not in params["context"]:
-        return image, context
-    return image, _add_mlp(params["context"]["mlp"], context, *context_parts[3:])
-
-
-def apply_image(
-    params: Params, heads: int, image: Tensor, modulation: dict[str, Tensor], implementation: Implementation = "sdpa"
-) -> Tensor:
-    """One DiT block, without context (Peebles and Xie 2023): image (batch, tokens, width) -> the same shape."""
-    parts = split_modulation(modulation["image"], image.shape[-1])
-    attend = partial(joint_attention, implementation=implementation)
-    shift, scale, gate = parts[:3]
-    modulated = modulate(norm(image), shift, scale)
-    image = torch.addcmul(image, gate, _attend_image(params["image"]["attention"], heads, modulated, attend))
-    return _add_mlp(params["image"]["mlp"], image, *parts[3:])
+    normed = {name: norm(x) for name, x in streams.items() if "attention2" in params[name]}
+    streams = _add_joint_attention(params, heads, streams, normed, parts, attend, prompts.get("attention"))
+    for index, name in enumerate(streams):
+        if name in normed:
+            shift, scale, gate = parts[name][6:]
+            prompt = prompts.get("attention2") if index == 0 else None
+            modulated = modulate(normed.pop(name), shift, scale)
+            attended = _attend_alone(params[name]["attention2"], heads, modulated, attend, prompt)
+            streams[name] = torch.addcmul(streams[name], gate, attended)
+            del modulated, attended
+        if "mlp" in params[name]:
+            streams[name] = _add_mlp(params[name]["mlp"], streams[name], *parts[name][3:6])
+    return streams
 
 
 # Intermediate results are freed when these functions return, which bounds the memory of a block.
@@ -117,35 +106,39 @@ def apply_image(
 def _add_joint_attention(
     params: Params,
     heads: int,
-    image: Tensor,
-    normed: Tensor,
-    context: Tensor,
-    image_parts: Sequence[Tensor],
-    context_parts: Sequence[Tensor],
+    streams: Mapping[str, Tensor],
+    normed: Mapping[str, Tensor],
+    parts: Mapping[str, Sequence[Tensor]],
     attend: Attend,
     attend_prompt: AttendPrompt | None,
-) -> tuple[Tensor, Tensor]:
-    """Both streams plus their gated joint attention; `normed`: the layer norm of the image."""
-    image_params, context_params = params["image"]["attention"], params["context"]["attention"]
-    shift, scale, gate = image_parts[:3]
-    last = "out" not in context_params
-    context_shift, context_scale = context_parts[:2]
-    image_stream = _project(image_params, heads, modulate(normed, shift, scale))
-    prompt_attended = attend_prompt(image_stream) if attend_prompt else None
-    image_stream = _norm_heads(image_params, image_stream)
-    context_stream = _project(context_params, heads, modulate(norm(context), context_shift, context_scale))
-    image_attended, context_attended = attend([image_stream, _norm_heads(context_params, context_stream)])
-    del image_stream, context_stream  # not needed for the products below
-    image = torch.addcmul(image, gate, _project_out(image_params, image_attended, prompt_attended))
-    if last:
-        return image, context
-    return image, torch.addcmul(context, context_parts[2], _project_out(context_params, context_attended))
+) -> dict[str, Tensor]:
+    """All streams plus their gated joint attention; `normed`: layer norms of streams that are there already."""
+    projected: list[Stream] = []
+    prompt_attended = None
+    for name, x in streams.items():
+        shift, scale = parts[name][:2]
+        modulated = modulate(normed[name] if name in normed else norm(x), shift, scale)
+        stream = _project(params[name]["attention"], heads, modulated)
+        if attend_prompt and not projected:
+            prompt_attended = attend_prompt(stream)
+        projected.append(_norm_heads(params[name]["attention"], stream))
+        del modulated, stream
+    attended = attend(projected)
+    del projected  # not needed for the products below
+    added: dict[str, Tensor] = {}
+    for (name, x), own in zip(streams.items(), attended, strict=True):
+        if "out" not in params[name]["attention"]:
+            added[name] = x
+            continue
+        output = _project_out(params[name]["attention"], own, None if added else prompt_attended)
+        added[name] = torch.addcmul(x, parts[name][2], output)
+    return added
 
 
-def _attend_image(
+def _attend_alone(
     params: Params, heads: int, x: Tensor, attend: Attend, attend_prompt: AttendPrompt | None = None
 ) -> Tensor:
-    """Self-attention of the image: x (batch, tokens, width), modulated -> the same shape."""
+    """Self-attention of one stream: x (batch, tokens, width), modulated -> the same shape."""
     stream = _project(params, heads, x)
     prompt_attended = attend_prompt(stream) if attend_prompt else None
     (attended,) = attend([_norm_heads(params, stream)])

@@ -4,7 +4,7 @@ Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Imag
 gives some blocks a second attention over the image alone: the SD3.5-medium model card.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from functional_sd3.transformer import embeddings, joint_block
 from functional_sd3.transformer.checks import check_latents, check_shape
 from functional_sd3.transformer.embeddings import TIME_FREQUENCIES, embed_condition, embedder_spec, position_spec
 from functional_sd3.transformer.head import embed_context, modulate_blocks, resolve_modulations
+from functional_sd3.transformer.joint_block import Attend
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Config:
 
     position_size: side of the table of positions, in patches; sample_size: side of the latents at which neighbouring
     patches are one unit apart. The blocks in dual_attention_layers have a second attention, over the image alone.
+    interval_size: inputs of the embedder of t - r (`embeddings.interval_sinusoid`), 0 for none: with it the network is
+    a mean velocity over [r, t] (MeanFlow), and for r = t the velocity at t. The embedder starts at zero.
     """
 
     depth: int
@@ -43,6 +46,7 @@ class Config:
     sample_size: int = 128
     qk_norm: bool = False
     dual_attention_layers: tuple[int, ...] = ()
+    interval_size: int = 0
 
     @property
     def width(self) -> int:
@@ -58,12 +62,14 @@ def spec(config: Config) -> Tree:
     """Parameter tree, initialised as DiT's (Peebles and Xie 2023): each block starts as the identity."""
     width = config.width
     patch_inputs = config.in_channels * config.patch_size**2
+    interval = {"interval": embedder_spec(config.interval_size, width, zero=True)} if config.interval_size else {}
     return {
         "position": position_spec(width, config.position_size, config.sample_size // config.patch_size),
         "patch": layers.conv2d_spec(
             config.in_channels, width, config.patch_size, init=specs.xavier_uniform(patch_inputs, width)
         ),
         "time": embedder_spec(TIME_FREQUENCIES, width),
+        **interval,
         "pooled": embedder_spec(config.pooled_width, width),
         "context": joint_block.linear_spec(config.context_width, width),
         "blocks": [
@@ -103,6 +109,10 @@ def apply(
     residual_after_last: bool = False,
     image_prompt: Sequence[Tree] = (),
     modulations: Tree | None = None,
+    interval: Tensor | None = None,
+    time_difference: float | None = None,
+    attend: Attend | Mapping[int, Attend] | None = None,
+    materialize: Callable[[Params], Params] | None = None,
     implementation: Implementation = "sdpa",
     block_transform: Callable[[Callable], Callable] | None = None,
 ) -> Tensor:
@@ -120,6 +130,13 @@ def apply(
         too, as Stability's reference does.
     image_prompt: the keys and values of an image prompt for each block, from `ip_adapter.apply`.
     modulations: those of `modulations` for this t and pooled, which may then be None.
+    interval: t - r () or (batch,) of a model with `interval_size`: the mean velocity over [r, t]; 0 by default.
+    time_difference: h, such as 0.01: the embedding E of t then has the derivative (E(t + h) - E(t - h)) / 2h, for
+        tangents in t (`embeddings.with_difference`); values are the same.
+    attend: replaces `attention.joint_attention` in every block, or in those whose index it maps to a function; as of
+        `joint_block.apply`. For instance `attention_variants.windowed`. A perturbed block has its perturbation.
+    materialize: applied to the parameters of one block inside the function that `block_transform` gets, and to the
+        rest: sharded -> gathered, stored -> computed.
     implementation: as of `attention.attention`.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
         `torch.compile` to compile one block instead of `depth` copies of it.
@@ -127,14 +144,20 @@ def apply(
     Raises ValueError when a shape does not fit the config or the batch, an input is not floating, height or width is
     not a multiple of the patch size, or the grid of patches is larger than the table of positions.
     """
+    attending = attend if isinstance(attend, Mapping) else dict.fromkeys(range(config.depth), attend) if attend else {}
     check_latents("latents", latents, config.in_channels, config.patch_size)
-    _check_layers(config, skip_layers=skip_layers, perturbed_layers=perturbed_layers)
+    _check_layers(config, skip_layers=skip_layers, perturbed_layers=perturbed_layers, attend=attending)
+    if materialize is not None:
+        rest = {name: part for name, part in params.items() if name != "blocks"}
+        params = {**materialize(rest), "blocks": params["blocks"]}
     batch, dtype = latents.shape[0], params["patch"]["weight"].dtype
     context = embed_context(params, config.context_width, context, batch, dtype)
-    modulation = resolve_modulations(modulations, partial(_compute_modulations, params, config), t, pooled, batch)
+    conditions = partial(_conditions, params, config, interval=interval, time_difference=time_difference)
+    modulation = resolve_modulations(modulations, conditions, t, pooled, batch)
     if image_prompt and len(image_prompt) != config.depth:
         raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
-    apply_block = block_transform(joint_block.apply) if block_transform else joint_block.apply
+    apply_block = joint_block.apply if materialize is None else partial(_apply_stored, materialize)
+    apply_block = block_transform(apply_block) if block_transform else apply_block
     height, width = (side // config.patch_size for side in latents.shape[-2:])
     for residual in residuals:
         check_shape("residuals", residual, "(batch, tokens, width)", (batch, height * width, config.width))
@@ -144,9 +167,12 @@ def apply(
         if index not in skip_layers:
             options: dict[str, Any] = {"image_prompt": image_prompt[index]} if image_prompt else {}
             if index in perturbed_layers:
-                options["attend"] = partial(perturbation, size=(height, width))
-            inputs = config.heads, image, context, block_modulation, implementation
-            image, context = apply_block(block, *inputs, **options)
+                options["attend"] = partial(perturbation, size=(height, width), implementation=implementation)
+            elif index in attending:
+                options["attend"] = attending[index]
+            streams = {"image": image, "context": context}
+            streams = apply_block(block, config.heads, streams, block_modulation, implementation, **options)
+            image, context = streams["image"], streams["context"]
         if residuals and (residual_after_last or index < config.depth - 1):
             image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
     shift, scale = joint_block.split_modulation(modulation["final"], config.width)
@@ -171,14 +197,15 @@ def unpatchify(patches: Tensor, config: Config, height: int, width: int) -> Tens
     return rearrange(patches, "batch (h w) (p q c) -> batch c (h p) (w q)", h=height, w=width, p=size, q=size)
 
 
-def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
+def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor, interval: Tensor | None = None) -> Tree:
     """Shifts, scales and gates of every block and of the final layer, from t and pooled, for one step or for many.
 
-    t () or (batch,), or (steps, batch) or (steps, 1) for all the steps of a run; pooled (batch, pooled_width). Returns
+    t () or (batch,), or (steps, batch) or (steps, 1) for all the steps of a run; pooled (batch, pooled_width); interval
+    like t, as of `apply`. Returns
     {"blocks": [{"image", "context"}, ...], "final"} of tensors ([steps,] batch, n * width); `at` takes one step out.
     A third of the parameters is used only here, so during a run they need not stay on the device.
     """
-    condition = embed_condition(params, config.pooled_width, t, pooled)
+    condition = embed_condition(params, config.pooled_width, t, pooled, interval)
     return {
         "blocks": modulate_blocks(params["blocks"], condition),
         "final": layers.linear(params["final"]["modulation"], condition),
@@ -190,8 +217,15 @@ def at(modulations: Tree, step: int) -> Tree:
     return tree.map(lambda leaf: leaf[step], modulations)
 
 
-def _compute_modulations(params: Params, config: Config, t: Tensor, pooled: Tensor) -> Tree:
-    return modulations(params, config, t, pooled)
+def _conditions(params: Params, config: Config, t: Tensor, pooled: Tensor, **options: Any) -> Tree:
+    """The conditioning vector of every block, which makes its own modulations of it, and the final modulation."""
+    condition = embed_condition(params, config.pooled_width, t, pooled, **options)
+    final = layers.linear(params["final"]["modulation"], condition)
+    return {"blocks": [condition] * config.depth, "final": final}
+
+
+def _apply_stored(materialize: Callable[[Params], Params], block: Params, *inputs: Any, **options: Any) -> Any:
+    return joint_block.apply(materialize(block), *inputs, **options)
 
 
 def _check_layers(config: Config, **layers: Collection[int]) -> None:

@@ -29,7 +29,8 @@ USED = {
 def block(params, x):
     """A joint block of x and its first tokens, modulated by itself."""
     modulation = {"image": x[:, 0].repeat(1, 6), "context": x[:, 1].repeat(1, 6)}
-    return torch.cat(joint_block.apply(params, 2, x, x[:, :2], modulation, "math"), dim=1)
+    streams = joint_block.apply(params, 2, {"image": x, "context": x[:, :2]}, modulation, "math")
+    return torch.cat(list(streams.values()), dim=1)
 
 
 SPEC = joint_block.spec(6, 3, qk_norm=True, dual=False, last=False)
@@ -153,4 +154,4 @@ def test_projections_alone_may_be_mapped_and_have_tangents(how):
 def test_streams_of_different_batches_are_an_error():
     with pytest.raises(RuntimeError, match="[Ss]ize"):
         modulation = {"image": X[:, 0].repeat(1, 6), "context": X[:1, 0].repeat(1, 6)}
-        joint_block.apply(BLOCK, 2, X, X[:1], modulation, "math")
+        joint_block.apply(BLOCK, 2, {"image": X, "context": X[:1]}, modulation, "math")

@@ -78,8 +78,9 @@ def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero(inputs):
     assert not mmdit.apply(fresh, CONFIG, latents, t, context, pooled).any()
     modulation = mmdit.modulations(fresh, CONFIG, t, pooled)["blocks"][0]
     image, text = torch.randn(2, TOKENS, CONFIG.width), torch.randn(2, 5, CONFIG.width)
-    same_image, same_text = joint_block.apply(fresh["blocks"][0], CONFIG.heads, image, text, modulation)
-    assert torch.equal(same_image, image) and torch.equal(same_text, text)
+    streams = {"image": image, "context": text}
+    same = joint_block.apply(fresh["blocks"][0], CONFIG.heads, streams, modulation)
+    assert torch.equal(same["image"], image) and torch.equal(same["context"], text)
 
 
 def test_equal_keys_give_equal_parameters_and_others_do_not():
@@ -137,7 +138,7 @@ def test_only_the_last_blocks_context_has_no_queries(params, inputs):
         inactive.append([stream.query is None for stream in streams])
         return attention.joint_attention(streams, **options)
 
-    recording = mmdit.apply(params, CONFIG, *inputs, block_transform=lambda block: partial(block, attend=recorded))
+    recording = mmdit.apply(params, CONFIG, *inputs, attend=recorded)
     assert close(recording, mmdit.apply(params, CONFIG, *inputs))
     dual, joint, last = [[False, False], [False]], [[False, False]], [[False, True]]
     assert inactive == dual * 2 + joint + last
@@ -161,11 +162,12 @@ def test_the_second_attention_is_over_the_image_alone(params):
     image, context = torch.randn(1, 6, CONFIG.width), torch.randn(1, 3, CONFIG.width)
     modulation = {"image": torch.randn(1, 9 * CONFIG.width), "context": torch.randn(1, 6 * CONFIG.width)}
     without = torch.cat([torch.ones(1, 8 * CONFIG.width), torch.zeros(1, CONFIG.width)], dim=-1)
-    both, _ = joint_block.apply(block, CONFIG.heads, image, context, modulation)
+    streams = {"image": image, "context": context}
+    both = joint_block.apply(block, CONFIG.heads, streams, modulation)["image"]
     gated = {**modulation, "image": modulation["image"] * without}
-    gated_off, _ = joint_block.apply(block, CONFIG.heads, image, context, gated)
+    gated_off = joint_block.apply(block, CONFIG.heads, streams, gated)["image"]
     single = {**modulation, "image": modulation["image"][:, : 6 * CONFIG.width]}
-    once, _ = joint_block.apply(dual, CONFIG.heads, image, context, single)
+    once = joint_block.apply(dual, CONFIG.heads, streams, single)["image"]
     assert close(gated_off, once) and not close(both, once)
 
 
