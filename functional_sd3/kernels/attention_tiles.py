@@ -91,18 +91,17 @@ class ScoreTangent:
         self.mask = None if mask_tangent is None else tiles.flat_mask(mask_tangent)
         self.q_tangent = None if q_tangent is None else tiles.flat(q_tangent)
         self.k_tangent = None if k_tangent is None else tiles.flat(k_tangent)
-        # Both products as one: [q', q] [k, k']^T.
         pairs = [(self.q_tangent, tiles.k), (tiles.q, self.k_tangent)]
-        varying = [(left, right) for left, right in pairs if left is not None and right is not None]
-        self.left = torch.cat([left for left, _ in varying], -1) if varying else None
-        self.right = torch.cat([right for _, right in varying], -1) if varying else None
+        self.pairs = [(left, right) for left, right in pairs if left is not None and right is not None]
 
     def __call__(self, part: Part, scores: Tensor) -> Tensor | None:
         """S' of a tile, like `scores`; None where no score varies."""
         tangent = None
-        if self.left is not None and self.right is not None:
-            product = self.left[part.heads, part.rows], self.right[part.heads, part.keys].mT
-            tangent = _scaled_product(*product, self.scale)
+        if self.pairs:
+            # Both products as one, [q', q] [k, k']^T; joined here, as all of them would be four times the inputs.
+            left = torch.cat([left[part.heads, part.rows] for left, _ in self.pairs], -1)
+            right = torch.cat([right[part.heads, part.keys] for _, right in self.pairs], -1)
+            tangent = _scaled_product(left, right.mT, self.scale)
         if self.mask is not None:
             mask = of_part(self.mask, part)
             tangent = mask.expand(scores.shape).clone() if tangent is None else tangent.add_(mask)

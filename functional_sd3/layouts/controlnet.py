@@ -47,7 +47,7 @@ _QUERY_NORM = "transformer_blocks.0.attn.norm_q.weight"
 _OPTIONAL = {"pos_embed.proj.weight": 4, "pos_embed.pos_embed": 3, "context_embedder.weight": 2, _QUERY_NORM: 1}
 
 _SHARED = {field.theirs: field for field in configs.TRANSFORMER.fields}
-_DIFFERENT = ("joint_attention_dim", "pos_embed_max_size", "out_channels")
+_DIFFERENT = ("joint_attention_dim", "pos_embed_max_size", "out_channels", "interval_size")
 TABLE = Table(
     controlnet.Config,
     (

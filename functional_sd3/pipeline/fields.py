@@ -19,6 +19,7 @@ from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import ip_adapter, mmdit
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 JointVelocities = Callable[[Tensor, Tensor], Velocities]
 """Several velocity fields at one point: (x (batch, ...), t) -> {name: dx/dt}."""
@@ -52,6 +53,7 @@ def velocity(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> Velocity: ...
 @overload
@@ -67,6 +69,7 @@ def velocity(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> Stepwise[Velocity]: ...
 
@@ -83,6 +86,7 @@ def velocity(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> RunVelocity:
     """The guided velocity field of the prompts: (x (batch, ...), t ()) -> dx/dt, `Stepwise` where times are.
@@ -101,6 +105,7 @@ def velocity(
         control=control,
         image_prompt=image_prompt,
         block_transform=block_transform,
+        attend=attend,
         implementation=implementation,
     )
     return map_steps(partial(guidances.guided, guidance), fields)
@@ -118,6 +123,7 @@ def velocities(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> JointVelocities: ...
 @overload
@@ -132,6 +138,7 @@ def velocities(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> Stepwise[JointVelocities]: ...
 
@@ -147,6 +154,7 @@ def velocities(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> JointVelocities | Stepwise[JointVelocities]:
     """Several velocity fields at one point: (x (batch, ...), t ()) -> {name: dx/dt}, for `guidance.guided`.
@@ -160,8 +168,8 @@ def velocities(
     read (on a device, under transforms and compile), and it has no derivative in t. None: any t, () or (batch,).
     control: ControlNets, active at every t; their start and end belong to `sample`. image_prompt: an IP-Adapter and
     features, in whose place the negative prompt has zeros. block_transform: as of `mmdit.apply`; `transform.compile`
-    compiles one block for all of them. implementation: as of `attention.attention`, of the transformer, its ControlNets
-    and its image prompt.
+    compiles one block for all of them. attend: as of `mmdit.apply`. implementation: as of `attention.attention`, of the
+    transformer, its ControlNets and its image prompt.
     """
     for one in control:
         controls.check(one, require(config, "transformer"))
@@ -175,7 +183,12 @@ def velocities(
     fields: list[tuple[Callable[..., Velocities], Sequence[Table | None]]] = []
     for group in groups:
         branch = needs[group[0]]
-        options = {"skip_layers": skip_layers, "block_transform": block_transform, **dict(branch.options)}
+        options = {
+            "skip_layers": skip_layers,
+            "block_transform": block_transform,
+            "attend": attend,
+            **dict(branch.options),
+        }
         evaluate = _network(*_model(branch, params, config), options, control, image_prompt, implementation)
         arguments = {}
         for name in group:

@@ -19,6 +19,7 @@ from functional_sd3.pipeline.latents import step_keys
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 
 class NoisedStart(NamedTuple):
@@ -50,6 +51,7 @@ def sample(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    attend: AttendBlocks | None = None,
     times: Tensor | None = None,
     field: Field | None = None,
     transform: Callable[[Velocity], Velocity] | None = None,
@@ -89,6 +91,7 @@ def sample(
         options: dict[str, Any] = {"skip_layers": skip_layers, "control": active, "image_prompt": image_prompt}
         options |= {} if block_transform is None else {"block_transform": block_transform}
         options |= {} if implementation == "sdpa" else {"implementation": implementation}
+        options |= {} if attend is None else {"attend": attend}
         if guidance is not None and has_carry:
             fields: Any = velocities(params, config, conditions, guidance.needs, times, **options)
             stateful = ode.map_steps(partial(guidances.guided_with_carry, guidance), fields)

@@ -23,6 +23,9 @@ from functional_sd3.transformer.embeddings import TIME_FREQUENCIES, embed_condit
 from functional_sd3.transformer.head import embed_context, modulate_blocks, resolve_modulations
 from functional_sd3.transformer.joint_block import Attend
 
+AttendBlocks = Attend | Mapping[int, Attend]
+"""The attention of every block, or of those whose index is mapped to one."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -111,7 +114,7 @@ def apply(
     modulations: Tree | None = None,
     interval: Tensor | None = None,
     time_difference: float | None = None,
-    attend: Attend | Mapping[int, Attend] | None = None,
+    attend: AttendBlocks | None = None,
     materialize: Callable[[Params], Params] | None = None,
     implementation: Implementation = "sdpa",
     block_transform: Callable[[Callable], Callable] | None = None,

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch.func import jvp, vmap
 
-from functional_sd3 import weights
+from functional_sd3 import pipeline, weights
 from functional_sd3.core import attention, attention_variants, prng, transform, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Stream
 from functional_sd3.layouts.components import Config
+from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.training import objectives
 from functional_sd3.transformer import embeddings, joint_block, mmdit
 
 CONFIG = mmdit.Config(
@@ -252,3 +254,24 @@ def test_tangents_of_the_velocity_are_mapped_and_differentiated_by_default():
     mapped = vmap(lambda dx: tangent(latents, dx))(two)
     torch.testing.assert_close(mapped, torch.stack([tangent(latents, dx) for dx in two]), rtol=1e-4, atol=1e-5)
     assert torch.func.grad(lambda x: tangent(x, two[0]).square().sum())(latents).isfinite().all()
+
+
+def test_attend_is_passed_on_by_the_pipeline_and_the_objective():
+    config = Config(transformer=CONFIG)
+    conditions = pipeline.Conditions(*(Conditioning(INPUTS[2], INPUTS[3]) for _ in range(2)))
+    called = []
+
+    def counted(streams):
+        called.append(len(streams))
+        return attention.joint_attention(streams)
+
+    run = partial(pipeline.velocity, {"transformer": PARAMS}, config, conditions, 2.0)
+    torch.testing.assert_close(
+        run(attend={0: counted})(INPUTS[0], torch.tensor(0.5)), run()(INPUTS[0], torch.tensor(0.5))
+    )
+    assert called == [2]
+    batch = {"latents": INPUTS[0], "context": INPUTS[2], "pooled": INPUTS[3]}
+    objectives.flow_loss(config, attend={2: counted})({"transformer": PARAMS}, batch, prng.split(prng.key(0), 2))
+    sample = partial(pipeline.sample, {"transformer": PARAMS}, config, conditions, INPUTS[0], steps=1, method="euler")
+    torch.testing.assert_close(sample(attend={2: counted}), sample())
+    assert called == [2] * 3

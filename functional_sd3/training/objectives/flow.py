@@ -28,6 +28,7 @@ def flow_loss(
     bins: int = 10,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: mmdit.AttendBlocks | None = None,
 ) -> Loss:
     """Rectified-flow loss of a whole model: params {"transformer", and any of "clip_l", "clip_g", "t5"}.
 
@@ -35,10 +36,10 @@ def flow_loss(
     encoders in `params` (which are trained too, where trainable), or "context" and "pooled" computed before}.
     t is drawn from `density` and moved by `shift`. With probability `dropout` a sample's ids, or context and pooled,
     become those of the empty prompt, `empty`: one row of the same entries of the batch. `dtype` is that of the
-    computation; gradients stay the parameters'. `implementation`: as of `attention.attention`. Metrics: bin_loss and
-    bin_share (bins,), the part of the loss, and of the samples, with t in each of `bins` equal intervals; their
-    quotient is the loss of an interval. keys (batch, 2), a key for each sample: `prng.split(key, batch)`; ValueError
-    for others.
+    computation; gradients stay the parameters'. `implementation`: as of `attention.attention`; `attend`: as of
+    `mmdit.apply`. Metrics: bin_loss and bin_share (bins,), the part of the loss, and of the samples, with t in each of
+    `bins` equal intervals; their quotient is the loss of an interval. keys (batch, 2), a key for each sample:
+    `prng.split(key, batch)`; ValueError for others.
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout {dropout} is a probability, between 0 and 1")
@@ -64,7 +65,9 @@ def flow_loss(
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             inputs = x.to(latents.dtype), t, context, pooled
-            return mmdit.apply(params["transformer"], config.transformer, *inputs, implementation=implementation)
+            return mmdit.apply(
+                params["transformer"], config.transformer, *inputs, implementation=implementation, attend=attend
+            )
 
         losses = path.loss(velocity, latents, noise, t)
         # Not by one_hot, which reads its largest index and so cannot be mapped.
