@@ -1,5 +1,7 @@
 """Rewards, group advantages, rollouts and the slow copy: against closed forms, and what is refused."""
 
+import sys
+
 import pytest
 import torch
 
@@ -78,6 +80,8 @@ def test_several_rewards_are_one_and_an_error_names_its_reward():
         rewards.total(scores, {"y": 0.0})
     with pytest.raises(RewardError, match="reward bad raised KeyError: 'oops'"):
         rewards.combined({"bad": broken})(images, PROMPTS, [None] * 3)
+    with pytest.raises(RewardError, match="reward bad raised SystemExit: 3"):
+        rewards.combined({"bad": lambda *_: sys.exit(3)})(images, PROMPTS, [None] * 3)
     with pytest.raises(RewardError, match="two rewards give the score a;"):
         rewards.combined({"a": one, "b": lambda *_: {"one": torch.ones(3), "a": torch.ones(3)}, "one": one})(
             images, PROMPTS, [None] * 3
@@ -85,12 +89,11 @@ def test_several_rewards_are_one_and_an_error_names_its_reward():
 
 
 def test_a_reward_is_named_by_module_and_function(tmp_path, monkeypatch):
-    import sys
-
     (tmp_path / "my_rewards_here.py").write_text(
         "import torch\ndef one(i, p, f): return torch.ones(len(p))\nthing = 3\n"
     )
     (tmp_path / "my_broken_rewards.py").write_text("1 / 0\n")
+    (tmp_path / "my_exiting_rewards.py").write_text("raise SystemExit(4)\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     try:
@@ -99,6 +102,7 @@ def test_a_reward_is_named_by_module_and_function(tmp_path, monkeypatch):
             ("my_rewards_here", "must be module:function"),
             ("my_rewards_here:two", "the module my_rewards_here has no two"),
             ("my_rewards_here:thing", "is int, not a function"),
+            ("my_exiting_rewards:x", "cannot be imported: 4"),
             ("my_broken_rewards:x", "cannot be imported: division by zero"),
             ("nowhere_at_all:x", "cannot be imported: No module named"),
         ]:

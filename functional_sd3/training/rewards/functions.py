@@ -28,7 +28,7 @@ def from_name(name: str) -> Reward:
         if added:
             sys.path.insert(0, folder)
         loaded: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"reward {name}: the module {module} cannot be imported: {error}") from error
     finally:
         if added and folder in sys.path:

@@ -66,7 +66,7 @@ def combined(rewards: Mapping[str, Reward]) -> Reward:
                 returned = one(images, prompts, facts)
             except RewardError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # An exit would lose the run's steps.
                 raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
             checked = check_scores(name, returned, prompts)
             if twice := scores.keys() & checked.keys():
