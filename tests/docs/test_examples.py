@@ -27,3 +27,9 @@ def test_an_embedding_rises_to_redder_images(tmp_path):
     assert actual["after"] > actual["before"] + 0.1
     with Image.open(out) as sheet:
         assert sheet.size[0] > 2 * 64 and sheet.size[1] > 2 * 64
+
+
+def test_register_tokens_are_a_third_stream_of_the_attention():
+    shares = program("registers").main(count=3)
+    assert list(shares) == ["image", "context", "registers"]
+    assert all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) < 1e-5
