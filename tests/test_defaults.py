@@ -13,7 +13,7 @@ from functional_sd3 import lora, pipeline, weights
 from functional_sd3.core import layers, prng, transform, tree
 from functional_sd3.flow import guidance, ode, path, schedule
 from functional_sd3.flow.analysis import divergence, geometry, inversion, likelihood, spectral
-from functional_sd3.flow.ode import adaptive, fixed_point, stochastic
+from functional_sd3.flow.ode import adaptive, fixed_point
 from functional_sd3.image import clip_pixels, pixels, taesd, vae
 from functional_sd3.metrics import (
     cmmd,
@@ -77,7 +77,7 @@ def check_runs() -> list:
     def velocity(x, t):
         return torch.sin(x) - 0.3 * x
 
-    methods = [*ode.METHODS.values(), *(make(key(4)) for make in stochastic.METHODS.values())]
+    methods = [*ode.METHODS.values(), *(make(key(4)) for make in ode.STOCHASTIC.values())]
     runs = [ode.integrate(method, velocity, x, grid) for method in methods]
     counts = [ode.evaluations(method, 4) for method in methods]
     solution = adaptive.solve(ode.DOPRI5, velocity, x, [1.0, 0.0], rtol=1e-4, atol=1e-4)

@@ -83,7 +83,7 @@ def _rows_at(modulations: Tree, distance: Tensor) -> Tree:
     nearest = distance.argmin(0)
     if len(nearest) == 1:
         return tree.map(lambda leaf: leaf.index_select(0, nearest).squeeze(0), modulations)
-    samples = torch.arange(len(nearest), device=nearest.device)
+    samples = torch.arange(len(nearest), dtype=torch.int64, device=nearest.device)
     return tree.map(lambda leaf: leaf[nearest, samples], modulations)
 
 

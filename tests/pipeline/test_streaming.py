@@ -14,7 +14,7 @@ from functional_sd3 import cli, pipeline, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.image import vae
-from functional_sd3.text import clip, conditioning, t5
+from functional_sd3.text import clip, conditioning, t5, textual_inversion
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import Config, Model
 from tests import models
@@ -137,9 +137,19 @@ def test_the_command_line_draws_the_same_pictures(folder, tmp_path):
         assert whole.info == streamed.info
 
 
-def test_changing_the_encoders_while_streaming_is_refused(folder, capsys):
-    assert cli.main(["generate", "x", "--params", str(folder), "--offload", "--embedding", "x.safetensors"]) == 1
-    assert "--embedding changes the text encoders, which --offload reads as they are" in capsys.readouterr().err
+def test_embeddings_are_added_to_encoders_read_one_at_a_time(folder, tmp_path):
+    width = weights.outline(folder).config.clip_l.width
+    learned = tmp_path / "thing.safetensors"
+    weights.save_inversion(learned, textual_inversion.Word("any", {"clip_l": 3 * torch.ones(2, width)}))
+    words = ["generate", "a <thing>", "--params", folder, "--steps", 2, "--embedding", learned, "--out"]
+    for name, more in (("whole.png", []), ("streamed.png", ["--offload"])):
+        assert cli.main([str(word) for word in (*words, tmp_path / name, *more)]) == 0
+    plain = ["generate", "a <thing>", "--params", folder, "--steps", 2, "--out", tmp_path / "no.png"]
+    assert cli.main(list(map(str, plain))) == 0
+    with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "streamed.png") as streamed:
+        assert max(high for _, high in ImageChops.difference(whole, streamed).getextrema()) <= 1
+        with Image.open(tmp_path / "no.png") as without:
+            assert ImageChops.difference(whole, without).getbbox() is not None
 
 
 MEASURE = """

@@ -61,7 +61,7 @@ def measure(images: Tensor, scenes: Sequence[world.Scene], key: Key, *, reader: 
         images=len(right),
         place=_deviation(places),
         data_place=_deviation(data),
-        side=_deviation(_sides(seen, images[torch.tensor(right)])),
+        side=_deviation(_sides(seen, images[torch.tensor(right, dtype=torch.int64, device=images.device)])),
         data_side=_deviation(_sides(first, drawn)),
         distance=_distance(places, data),
         data_distance=_distance(again, data),
