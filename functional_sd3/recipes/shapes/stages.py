@@ -5,7 +5,7 @@ Hidden matrices are trained by Muon, which at this size needs several times fewe
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ POOL = 131072
 """Number of images in the pool."""
 VAE_BATCH = 32
 FLOW_BATCH = 64
-DECODER_EDGES = 1.0
-DECODER_NOISE = 0.2
+DECODER_EDGES = 0.3
+DECODER_NOISE = 0.15
 DROPOUT = 0.1
 ADAMW_ONLY = (
     "embedding",
@@ -44,11 +44,12 @@ ADAMW_ONLY = (
 
 
 class Stage(NamedTuple):
-    """Arguments of `loop.run`: `train_step(state, batch)` on `batch(step)` from `state`."""
+    """Arguments of `loop.run`: `train_step(state, batch)` on `batch(step)` from `state`, or on `rollout` of both."""
 
-    state: step.TrainState
+    state: Any
     train_step: Callable
-    batch: Callable[[int], dict]
+    batch: Callable[[int], Any]
+    rollout: Callable[[Any, Any], Any] | None = None
 
 
 def vae_stage(key: Key, config: Config, steps: int) -> Stage:
@@ -60,41 +61,50 @@ def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     train_step = step.make_train_step(
         objectives.vae_loss(require(config, "vae"), divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
     )
-    return Stage(step.init(run_key, params, optimizer), train_step, _new_images(data_key))
+
+    def batch(index: int) -> dict[str, Tensor]:
+        images, _ = world.images(prng.fold_in(data_key, index), VAE_BATCH)
+        return {"images": pixels.to_signed(pixels.from_bytes(images))}
+
+    return Stage(step.init(run_key, params, optimizer), train_step, batch)
 
 
 def decoder_stage(
-    key: Key, config: Config, params: Params, steps: int, *, peak: float = 1e-3, dtype: torch.dtype | None = None
+    key: Key, config: Config, params: Params, steps: int, *, peak: float = 3e-3, dtype: torch.dtype | None = None
 ) -> Stage:
     """The decoder alone, from the autoencoder `params`: the encoder is frozen, so all latents stay as they are.
 
     The posterior's mean is decoded, with little noise: a draw of the posterior no longer says where corners are, and
-    the transformer's latents are nearer to the mean than a draw is. `dtype`: as of `flow_stage`.
+    the transformer's latents are nearer to the mean than a draw is. Errors are squared, as the few pixels of rounded
+    corners are large ones that an absolute error counts like the many small ones of plain ground, and half of the
+    images have small things only. `dtype`: as of `flow_stage`.
     """
     sizes = require(config, "vae")
     run_key, data_key = prng.split(key)
     rate = optim.trapezoid(peak, min(100, steps // 4), steps, int(0.6 * steps))
     optimizer = _optimizer(rate, rate, dtype=dtype)
     learned = step.trainable(SPECS["vae"](sizes), "decoder.*")
-    train_step = step.make_train_step(
-        objectives.vae_loss(sizes, divergence=0.0, edges=DECODER_EDGES, noise=DECODER_NOISE, dtype=dtype),
-        optimizer,
-        trainable=learned,
-        ema_decay=0.998,
-        donate=True,
-        rate=rate,
+    loss = objectives.vae_loss(
+        sizes,
+        distance=lambda decoded, images: 4.0 * (decoded - images).square(),
+        divergence=0.0,
+        edges=DECODER_EDGES,
+        noise=DECODER_NOISE,
+        dtype=dtype,
     )
-    return Stage(step.init(run_key, params, optimizer, trainable=learned), train_step, _new_images(data_key))
-
-
-def _new_images(key: Key) -> Callable[[int], dict[str, Tensor]]:
-    """Batches of images that are drawn anew in every step."""
+    train_step = step.make_train_step(loss, optimizer, trainable=learned, ema_decay=0.998, donate=True, rate=rate)
 
     def batch(index: int) -> dict[str, Tensor]:
-        images, _ = world.images(prng.fold_in(key, index), VAE_BATCH)
-        return {"images": pixels.to_signed(pixels.from_bytes(images))}
+        scenes = world.scenes(prng.fold_in(data_key, index), VAE_BATCH, two=0.85)
+        scenes = [_shrunk(scene) if row % 2 else scene for row, scene in enumerate(scenes)]
+        return {"images": pixels.to_signed(pixels.from_pil([world.draw(scene) for scene in scenes]))}
 
-    return batch
+    return Stage(step.init(run_key, params, optimizer, trainable=learned), train_step, batch)
+
+
+def _shrunk(scene: world.Scene) -> world.Scene:
+    """The scene with small things in the same places."""
+    return replace(scene, things=tuple(replace(thing, size="small") for thing in scene.things))
 
 
 def pool(key: Key, params: Params, config: Config, tables: Tokenizers, count: int) -> dict:

@@ -2,21 +2,21 @@
 
     python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 
-or further training of a finished model, of its transformer alone or of its decoder alone:
+or further training of a finished model, such as of its decoder and by rewards:
 
-    python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --compile --decoder-steps 0
     python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --refine-steps 0
 
 Stages, each a pure function of the seed: tokenizers from the world's captions; the autoencoder on new images; a
 pool of images encoded once; the transformer and the three text encoders together; then the transformer alone, which
-is what takes time; the decoder alone, which leaves the latents as they are (`architecture`, `stages`). After an
-interruption the same command continues.
+is what takes time; the decoder alone, which leaves the latents as they are; the transformer once more, on its own
+images, by rewards (`architecture`, `stages`, `rewarded`). After an interruption the same command continues.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,10 +27,10 @@ from functional_sd3.formats import files
 from functional_sd3.image import pixels
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.recipes import model_card
-from functional_sd3.recipes.shapes import architecture, report, stages, world
+from functional_sd3.recipes.shapes import architecture, report, rewarded, stages, world
 from functional_sd3.recipes.shapes.stages import Stage
 from functional_sd3.text import conditioning
-from functional_sd3.training import checkpoint, log, loop, step
+from functional_sd3.training import checkpoint, log, loop
 from functional_sd3.weights.model import Model, Tokenizers
 
 VAE_STEPS = 1200
@@ -40,10 +40,13 @@ REFINE_STEPS = 12000
 """Of the transformer alone."""
 DECODER_STEPS = 6000
 """Of the decoder alone."""
+REWARD_STEPS = 300
+"""Rounds of rewards."""
 CURVES = (
     ("flow", "loss", "flow_loss", "Loss of transformer and text encoders", True),
     ("refine", "loss", "loss", "Loss of the transformer alone", True),
     ("decoder", "psnr", "psnr", "Decoded images against their originals, PSNR in dB", False),
+    ("rewards", "reward", "reward", "Share of the images right that the transformer learned from", False),
 )
 """Stage, column of its log, name, title, and whether it is drawn logarithmically."""
 
@@ -57,6 +60,7 @@ def train(
     flow_steps: int,
     refine_steps: int = 0,
     decoder_steps: int = 0,
+    reward_steps: int = 0,
     start: Model | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -65,11 +69,13 @@ def train(
     """The whole recipe: the model, saved in `out`; None when it was stopped. `work` holds logs and checkpoints.
 
     `flow_steps` of transformer and text encoders, then `refine_steps` of the transformer and `decoder_steps` of the
-    decoder, each with its own rise and fall of the learning rate. `start`: a finished model whose transformer and
-    decoder are trained further; its tokenizers, encoders and the autoencoder's encoder stay as they are.
+    decoder, each with its own rise and fall of the learning rate, then `reward_steps` of the transformer on its own
+    images. `start`: a finished model whose transformer and decoder are trained further; its tokenizers, encoders and
+    the autoencoder's encoder stay as they are.
     """
     root = prng.key(seed)
     tokens_key, decoder_key, pool_key, flow_key = prng.split(root, 4)
+    reward_key = prng.fold_in(decoder_key, 1)
     if start is None:
         tables = architecture.tokenizers(tokens_key)
         sizes = architecture.config(tables)
@@ -85,12 +91,12 @@ def train(
     if start is None:
         sizes = stages.with_measured_scaling(sizes, data["latents"])
 
-    def draw(state: step.TrainState, done: int) -> None:
-        params = {**state.ema, "vae": autoencoder}
+    def draw(state: Any, done: int) -> None:
+        whole = {**(params or {}), **state.ema, "vae": autoencoder}
         listed = [world.held_out_captions(things) for things in (1, 2)]
         captions = [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
         with torch.no_grad():
-            images = pipeline.generate(params, sizes, tables, captions, prng.key(seed))
+            images = pipeline.generate(whole, sizes, tables, captions, prng.key(seed))
         (work / "samples").mkdir(exist_ok=True)
         pixels.to_pil(pixels.grid(images, 4))[0].save(work / "samples" / f"{done:06d}.png")
 
@@ -112,6 +118,14 @@ def train(
         autoencoder = state.ema
     params = {**(params or {}), "vae": autoencoder}
     model = Model({name: params[name] for name in SPECS if name in params}, sizes, tables)
+    if reward_steps:
+        task = rewarded.reward_stage(reward_key, model, reward_steps, dtype=dtype)
+        rounds = Stage(task.state, task.train_step, task.batch, task.rollout)
+        # A round is some twenty steps of the flow.
+        state = _run(work / "rewards", rounds, reward_steps, progress, draw, every=25)
+        if state is None:
+            return None
+        model = task.model(state)
     weights.save(out, model, dtype=torch.float16)
     return weights.load(out, dtype=torch.float32)
 
@@ -128,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--flow-steps", type=int, default=FLOW_STEPS, help="of transformer and text encoders")
     parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS, help="of the transformer alone, after those")
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS, help="of the decoder alone, after those")
+    parser.add_argument("--reward-steps", type=int, default=REWARD_STEPS, help="of the transformer on its own images")
     parser.add_argument("--start", type=Path, help="folder of a finished model, which learns on")
     parser.add_argument("--bfloat16", action="store_true", help="compute flow and decoder in bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile the flow's gradient")
@@ -141,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flow_steps=parsed.flow_steps,
         refine_steps=parsed.refine_steps,
         decoder_steps=parsed.decoder_steps,
+        reward_steps=parsed.reward_steps,
         start=weights.load(parsed.start, dtype=torch.float32) if parsed.start else None,
         dtype=torch.bfloat16 if parsed.bfloat16 else None,
         compile=parsed.compile,
@@ -154,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "transformer and text encoders": 0 if parsed.start else parsed.flow_steps,
         "transformer alone": parsed.refine_steps,
         "decoder alone": parsed.decoder_steps,
+        "transformer on its own images, rewarded where they are right": parsed.reward_steps,
     }
     history = ", ".join(f"{steps} of the {name}" for name, steps in done.items() if steps)
     report.describe(
@@ -172,9 +189,14 @@ def _run(
     stage: Stage,
     steps: int,
     progress: bool,
-    on_sample: Callable[[step.TrainState, int], None] | None = None,
-) -> step.TrainState | None:
-    """The stage's last state, resumed from its newest checkpoint; None when it was interrupted."""
+    on_sample: Callable[[Any, int], None] | None = None,
+    *,
+    every: int = 250,
+) -> Any:
+    """The stage's last state, resumed from its newest checkpoint; None when it was interrupted.
+
+    It is saved `every` so many steps, logged five times as often and sampled half as often.
+    """
     saved = checkpoint.paths(out / "checkpoints")
     state = checkpoint.load(saved[-1], like=stage.state) if saved else stage.state
     if int(state.step) >= steps:
@@ -185,10 +207,11 @@ def _run(
         stage.batch,
         steps=steps,
         out=out,
-        save_every=250,
-        log_every=50,
-        sample_every=500,
+        save_every=every,
+        log_every=every // 5,
+        sample_every=2 * every,
         on_sample=on_sample,
+        rollout=stage.rollout,
         progress=progress,
     )
     return outcome.state if outcome.reason == "done" else None

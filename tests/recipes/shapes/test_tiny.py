@@ -5,8 +5,8 @@ import torch
 
 from functional_sd3 import weights
 from functional_sd3.core import prng, tree
-from functional_sd3.recipes.shapes import stages, tiny
-from functional_sd3.training import checkpoint
+from functional_sd3.recipes.shapes import rewarded, stages, tiny
+from functional_sd3.training import checkpoint, log
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -15,6 +15,9 @@ def small():
         patch.setattr(stages, "POOL", 64)
         patch.setattr(stages, "FLOW_BATCH", 4)
         patch.setattr(stages, "VAE_BATCH", 2)
+        patch.setattr(rewarded, "STEPS", 2)
+        patch.setattr(rewarded, "BATCH", 4)
+        patch.setattr(rewarded, "GROUP", 2)
         yield
 
 
@@ -27,7 +30,8 @@ def first(tmp_path_factory):
     model = weights.load(folder / "model", dtype=torch.float32)
     more = steps | {"start": model, "dtype": torch.bfloat16}
     refined = tiny.train(folder / "refined", folder / "more", seed=1, **more)
-    decoded = tiny.train(folder / "decoded", folder / "sharp", seed=1, decoder_steps=4, **(more | {"refine_steps": 0}))
+    last = more | {"refine_steps": 0, "decoder_steps": 4, "reward_steps": 2}
+    decoded = tiny.train(folder / "decoded", folder / "sharp", seed=1, **last)
     return folder, model, refined, decoded
 
 
@@ -46,11 +50,13 @@ def test_refining_changes_the_transformer_alone(first):
     assert refined.config == model.config
 
 
-def test_the_decoder_stage_changes_the_decoder_alone(first):
+def test_the_last_stages_change_the_decoder_and_the_transformer_alone(first):
     folder, model, _, decoded = first
-    changed = tree.diff(model.params, decoded.params)
-    assert changed and all("vae.decoder." in str(each) for each in changed)
-    assert decoded.config == model.config
+    changed = {".".join(each.path.split(".")[:2]) for each in tree.diff(model.params, decoded.params)}
+    # Images of a model that has learned nothing are all wrong, which no policy learns from.
+    assert changed == {"vae.decoder"} and decoded.config == model.config
+    rounds = log.read(folder / "sharp" / "rewards" / "log.csv")
+    assert [float(row["all_wrong"]) for row in rounds] == [1.0] and rounds[0]["step"] == "2"
     # Nothing is encoded for a stage that is left out.
     assert not (folder / "sharp" / "pool.safetensors").exists()
 
@@ -71,3 +77,15 @@ def test_a_decoder_stage_that_was_killed_goes_on_to_the_same_bits(first, tmp_pat
     checkpoint.save(tmp_path, 2, advance(stage().state, 0, 2), {})
     resumed = advance(checkpoint.load(checkpoint.paths(tmp_path)[0], like=stage().state), 2, 4)
     assert not tree.diff(whole, resumed)
+
+
+def test_rewards_move_the_transformer_where_some_images_are_right(first, monkeypatch):
+    _, model, *_ = first
+    # A reward with spread: the brighter half of the images.
+    bright = lambda images, captions, scenes: {"right": images.mean((1, 2, 3)) > images.mean()}  # noqa: E731
+    monkeypatch.setattr(rewarded.rewards, "shapes", lambda *given: {"right": bright(*given)["right"].float()})
+    task = rewarded.reward_stage(prng.key(4), model, 1)
+    state, metrics = task.train_step(task.state, task.rollout(task.state, task.batch(0)))
+    assert float(metrics["spread"]) > 0 and float(metrics["grad_norm"]) > 0
+    changed = task.model(state).params
+    assert {name for name in changed if tree.diff(changed[name], model.params[name])} == {"transformer"}
