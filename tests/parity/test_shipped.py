@@ -7,6 +7,7 @@ import torch
 
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng
+from functional_sd3.recipes.shapes import prompts, report
 from functional_sd3.weights import shipped
 
 PROMPTS = [
@@ -45,8 +46,19 @@ def test_diffusers_draws_the_same_image(model):
 
 
 def test_backgrounds_are_drawn_as_prompted(model):
-    from functional_sd3.recipes.shapes import prompts
-
     with torch.no_grad():
         images = pipeline.generate(model.params, model.config, model.tokenizers, PROMPTS, prng.key(0))
     assert [prompts.read(image).background for image in images] == ["white", "black"]
+
+
+@pytest.mark.parametrize("reader", ["prompts", "outlines"])
+def test_decoded_originals_are_read_as_drawn(decoded, reader):
+    images, scenes = decoded
+    shares = prompts.table(images, scenes, reader=report.READERS[reader])
+    assert shares["right"] >= 0.98, shares
+
+
+@pytest.fixture(scope="module")
+def decoded(model):
+    """A hundred scenes, encoded and decoded by the shipped autoencoder."""
+    return report.decoded_originals(model, 100, prng.key(7))

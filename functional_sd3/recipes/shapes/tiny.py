@@ -38,7 +38,7 @@ FLOW_STEPS = 2200
 """Of the transformer and the text encoders together."""
 REFINE_STEPS = 12000
 """Of the transformer alone."""
-DECODER_STEPS = 6000
+DECODER_STEPS = 1900
 """Of the decoder alone."""
 REWARD_STEPS = 300
 """Rounds of rewards."""
