@@ -23,12 +23,15 @@ class Transform(NamedTuple):
     """`join`: their tensors -> ours; `split`: ours, and how many of theirs -> theirs. Each undoes the other exactly.
 
     by_rows: every row of theirs is a row of ours, so that `join` and `split` do to a scale a row what they do to rows.
+    pieces: views of theirs of which `join` is the concatenation, where it is one: they can be copied straight into a
+    leaf of another dtype.
     """
 
     name: str
     join: Callable[[list[Tensor]], Tensor]
     split: Callable[[Tensor, int], list[Tensor]]
     by_rows: bool = False
+    pieces: Callable[[list[Tensor]], list[Tensor]] | None = None
 
 
 class Source(NamedTuple):
@@ -57,7 +60,7 @@ def _fuse(parts: list[Tensor]) -> Tensor:
 
 
 IDENTITY = Transform("identity", lambda parts: parts[0], lambda ours, count: [ours], by_rows=True)
-FUSE = Transform("fuse", _fuse, lambda ours, count: list(ours.chunk(count)), by_rows=True)
+FUSE = Transform("fuse", _fuse, lambda ours, count: list(ours.chunk(count)), by_rows=True, pieces=lambda parts: parts)
 """Several of theirs one below the other (query, key and value of one attention)."""
 
 

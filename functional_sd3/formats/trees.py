@@ -20,7 +20,7 @@ from functional_sd3.formats.default_dtype import Dtype, Kind
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.header import Entry
-from functional_sd3.formats.sources import FUSE, Source, Sources
+from functional_sd3.formats.sources import FUSE, Source, Sources, Transform
 
 
 class TreePlan(NamedTuple):
@@ -115,7 +115,7 @@ def read(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bo
             return source.transform.join([part.view(torch.int8) for part in parts]).view(parts[0].dtype).to(device)
         together = _stacked(plan, names) if source.transform is FUSE else None
         if together is None:
-            together = source.transform.join([_decoded(plan, name, dtype, finite) for name in names])
+            together = _joined(source.transform, [_decoded(plan, name, dtype, finite) for name in names], dtype)
         value = together.to(device=device, dtype=dtype).contiguous()
         if not files.shares(plan.places[names[0]], names[0], value):
             for name in names:
@@ -196,6 +196,17 @@ def _decoded(plan: TreePlan, name: str, dtype: torch.dtype | None, check_finite:
     # One factor for the tensor, or one for each row.
     factor = factor.reshape(-1, *[1] * (value.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
     return value.to(torch.float32, copy=True).mul_(factor).to(dtype or torch.float32)
+
+
+def _joined(transform: Transform, parts: list[Tensor], dtype: torch.dtype | None) -> Tensor:
+    """The leaf of these tensors; in another dtype without a copy in theirs, which a peak of memory would show."""
+    if transform.pieces is None or dtype in (None, parts[0].dtype):
+        return transform.join(parts)
+    pieces = transform.pieces(parts)
+    joined = parts[0].new_empty((sum(len(piece) for piece in pieces), *pieces[0].shape[1:]), dtype=dtype)
+    for rows, piece in zip(joined.split([len(piece) for piece in pieces]), pieces, strict=True):
+        rows.copy_(piece)
+    return joined
 
 
 def _stacked(plan: TreePlan, names: Sequence[str]) -> Tensor | None:

@@ -28,7 +28,9 @@ def swap_halves(value: Tensor) -> Tensor:
     return value if value.is_meta else torch.cat(value.chunk(2)[::-1])
 
 
-SWAP_HALVES = _only(swap_halves, swap_halves, "swap halves")._replace(by_rows=True)
+SWAP_HALVES = _only(swap_halves, swap_halves, "swap halves")._replace(
+    by_rows=True, pieces=lambda parts: list(parts[0].chunk(2))[::-1]
+)
 """Shift and scale in the other order."""
 FROM_CONV = _only(lambda value: value[:, :, 0, 0], lambda value: value[:, :, None, None], "1x1 convolution to linear")
 TRANSPOSE = _only(lambda value: value.T, lambda value: value.T, "transpose")
