@@ -55,8 +55,8 @@ def write(
                 timer.stage = "sampling"
         except BaseException:
             if single and kept:
-                _write_grid(out, kept, record(jobs))
-                count = drawn
+                count = sum(map(len, kept))
+                _write_grid(out, kept, record(jobs[:count]))
             raise
         timer.stage = "writing"
         if single:
@@ -96,7 +96,7 @@ def _write_one(folder: Path, image: Tensor, job: Job, record: Record) -> Path:
 
 
 def _write_grid(path: Path, kept: Sequence[Tensor], record: Record) -> None:
-    """One file of the images that there are; its record is that of all."""
+    """One file of the images that there are; record: of them."""
     images = pixels.from_bytes(torch.cat(list(kept)))
     image = pixels.to_pil(images if len(images) == 1 else pixels.grid(images))[0]
     output.save(path, image, record)

@@ -1,6 +1,7 @@
 """The settings inside an image, and the command line that makes it again."""
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,10 +59,13 @@ def given(arguments: Any, names: Sequence[str]) -> Settings:
 
 
 def together(jobs: Sequence[Job], settings: Settings) -> Settings:
-    """The settings of one image that shows all the jobs."""
-    prompts = list(dict.fromkeys(job.prompt for job in jobs))
-    count = {} if len(jobs) == 1 else {"count": len(jobs) // len(prompts)}
-    return {"prompts": prompts, **jobs[0].settings(), **count, **settings}
+    """The settings of one image that shows all the jobs.
+
+    Of a run that was cut short within a prompt's images they draw those of the last prompt that are missing too.
+    """
+    counts = Counter(job.prompt for job in jobs)
+    count = {} if len(jobs) == 1 else {"count": max(counts.values())}
+    return {"prompts": list(counts), **jobs[0].settings(), **count, **settings}
 
 
 def command(settings: Settings) -> str:

@@ -185,9 +185,18 @@ def test_a_run_cut_short_says_what_was_written(folder, tmp_path, capsys, monkeyp
     if single:
         with Image.open(out) as image:
             assert image.size == (2 * 66 - 2, 2 * 66 - 2)
-        assert shlex.split(written.command(written.read_settings(out)))[2] == PROMPT
+        record = written.read_record(out)
+        assert shlex.split(written.command(record["command"]))[2] == PROMPT
+        # Of the four images that the file shows, not of the six that were wanted.
+        assert record["request"]["prompts"] == [PROMPT] * 4 and record["command"]["count"] == 4
     else:
         assert len(printed.split()) == 4 and all(os.path.exists(path) for path in printed.split())
+
+
+def test_settings_of_a_run_cut_short_within_a_prompt_draw_all_that_its_file_shows():
+    jobs = [written.Job(prompt, seed) for prompt in ("a", "b") for seed in range(3)]
+    assert written.together(jobs[:4], {}) == {"prompts": ["a", "b"], "seed": 0, "count": 3}
+    assert written.together(jobs[:2], {}) == {"prompts": ["a"], "seed": 0, "count": 2}
 
 
 def test_a_disk_that_fills_up_leaves_what_was_written(folder, tmp_path, capsys, monkeypatch):
