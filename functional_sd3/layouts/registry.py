@@ -121,7 +121,16 @@ FORMATS = (
 
 # Beside the components of a checkpoint, and nothing to load.
 _IGNORED = re.compile(r"(.*\.)?(logit_scale|scaled_fp8)|model_ema\.(decay|num_updates)")
+_TRAINING_STATE = (
+    (
+        r"(train\.)?optimizer\.",
+        "a checkpoint of `train` or `reward`, which --resume goes on from; what a run has trained is in its --out "
+        "folder when it has ended: a model (--params OUT) or pytorch_lora_weights.safetensors (--lora OUT)",
+    ),
+    (r"latents$", "the encoded images of a training run, which --resume reads"),
+)
 _FOREIGN = (
+    *_TRAINING_STATE,
     (
         r".*\.(weight\.)?(quant_state\.bitsandbytes__\w+|absmax|quant_map|nested_absmax|SCB)$",
         "quantized by bitsandbytes (nf4 or int8), which is not read: give the model it was made from; "
@@ -149,6 +158,10 @@ class ForeignWeights(WeightsError):
     """Weights that are whole, but of another model than SD3 or of what goes with one."""
 
 
+class TrainingState(ForeignWeights):
+    """A file of the checkpoints/ folder of a training run."""
+
+
 def foreign_kind(names: Collection[str]) -> str | None:
     """Type of a file with these names if it holds something else than components of a model, else None."""
     return next((what for pattern, what in _FOREIGN if any(re.match(pattern, name) for name in names)), None)
@@ -158,7 +171,8 @@ def recognise(names: Collection[str]) -> dict[Format, list[str]]:
     """The forms in a file -> their names. Raises WeightsError for a file of none, of what is something else, or with
     names that belong to nothing."""
     if what := foreign_kind(names):
-        raise ForeignWeights(f"is {what}; a model of SD3 is needed here")
+        kind = TrainingState if what in dict(_TRAINING_STATE).values() else ForeignWeights
+        raise kind(f"is {what}; a model of SD3 is needed here")
     present = [format for format in FORMATS if any(format.has(name) for name in names)]
     for prefix in {format.prefix for format in present}:
         signs = [next(name for name in names if format.has(name)) for format in present if format.prefix == prefix]

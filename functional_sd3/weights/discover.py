@@ -149,14 +149,19 @@ def _loose(
                 shard_names |= {mapped.path.name for mapped in tensors.values()}
                 indexed = attempt(problems, _contents, str(folder / name), tensors)
                 contents += [] if indexed is None else [indexed]
+    states: list[str] = []
     for name in sorted(own - shard_names if not native else ()):
         if name.lower().endswith(nested.WEIGHTS):
             try:
                 contents.append(_file(folder / name))
+            except registry.TrainingState as error:
+                states.extend(error.problems)
             except registry.ForeignWeights as error:
                 (passed if rooms is None else problems).extend(error.problems)
             except WeightsError as error:
                 problems.extend(error.problems)
+    # One sentence for all checkpoints of a run: that of the newest, whose name is the last.
+    (passed if rooms is None else problems).extend(states[-1:])
     if rooms and not native:
         contents += _rooms(rooms, only, variant, problems, passed)
     if native:

@@ -1,10 +1,11 @@
 import re
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 
-from functional_sd3 import weights
+from functional_sd3 import lora, weights
 from functional_sd3.cli import train_checks, train_model, train_setup, training_run
 from functional_sd3.core import tree
 from functional_sd3.training import checkpoint, log
@@ -305,3 +306,22 @@ def test_a_model_without_text_encoders_is_refused_before_images_are_drawn(comman
     with pytest.raises(ValueError, match="no text encoder, so it cannot read prompts"):
         command("--params", tmp_path / "bare", "--out", tmp_path / "out")
     assert not drawn
+
+
+@pytest.mark.parametrize("trained", [[], ["--lora", "2"]])
+def test_a_checkpoint_given_as_a_model_or_a_lora_is_said_to_be_one(command, model_folder, tmp_path, trained):
+    out = tmp_path / "out"
+    assert command("--out", out, *trained)[0] == 0
+    newest = checkpoint.paths(out / "checkpoints")[-1]
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(out / "checkpoints", unfinished / "checkpoints")
+    sentence = re.escape("is a checkpoint of `train` or `reward`, which --resume goes on from; ") + ".*--params OUT"
+    for path in (newest, out / "checkpoints", unfinished):
+        with pytest.raises(weights.WeightsError, match=f"{newest.name}: {sentence}") as caught:
+            weights.load(path)
+        # One sentence for all checkpoints of a run.
+        assert len(caught.value.problems) == 1 and str(caught.value).count("is a checkpoint") == 1
+    with pytest.raises(weights.WeightsError, match="is the encoded images of a training run"):
+        weights.load(out / "checkpoints" / train_setup.ENCODED)
+    with pytest.raises(weights.WeightsError, match="is a checkpoint of `train` or `reward`.*--lora OUT"):
+        lora.load(newest, weights.outline(model_folder).config)
