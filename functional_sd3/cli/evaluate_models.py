@@ -162,7 +162,7 @@ def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, str]:
     """The model, and what to call it."""
     source = arguments.params or [str(shipped.folder())]
     device = runtime.device(arguments.device)
-    options |= {"dtype": runtime.dtype(arguments.dtype, device), "device": device, "variant": arguments.variant}
+    options |= {"dtype": runtime.dtype(arguments.dtype), "device": device, "variant": arguments.variant}
     model = weights.load(source, **options)
     return model, " and ".join(source)
 

@@ -12,6 +12,7 @@ from functional_sd3 import pipeline
 from functional_sd3.cli import controls, guidance, lora_options, options, regions, runtime
 from functional_sd3.cli.opened_model import Session
 from functional_sd3.cli.written import Record, Settings
+from functional_sd3.formats import default_dtype
 from functional_sd3.pipeline import Request
 
 _MOST_BYTES = 2**28
@@ -20,11 +21,12 @@ _MOST_BYTES = 2**28
 
 def recorder(opened: Session, arguments: argparse.Namespace) -> Callable[[Request, Settings], Record]:
     """(request, settings) -> the record of the images of that request; the files of the options are digested now."""
+    dtype = default_dtype.choose(opened.dtype, (), opened.device)
     common = {
         "program": f"functional_sd3 {functional_sd3.__version__}",
         "model": {
             "params": arguments.params or [options.SHIPPED],
-            "dtype": "as stored" if opened.dtype is None else str(opened.dtype).removeprefix("torch."),
+            "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
             "device": str(opened.device),
         },
         "files": {str(path): _digest(path) for path in _paths(arguments)},

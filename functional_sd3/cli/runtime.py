@@ -1,6 +1,6 @@
 """What words on the command line mean: devices, dtypes, methods, weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from functional_sd3 import weights
 from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
 from functional_sd3.flow.ode.method import Method
+from functional_sd3.formats.default_dtype import Default, Kind
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.weights.clip import Clip
 from functional_sd3.weights.model import Model
@@ -31,11 +32,17 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """ "auto" computes in float32 on the CPU, and elsewhere in what the weights are stored in (None)."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else None
-    return getattr(torch, name)
+def dtype(name: str) -> torch.dtype | Default:
+    """The dtype of --dtype: "auto" is float32 on a CPU, elsewhere `default_dtype`'s; a load notes what is not kept."""
+    return Default(torch.float32, _dtype_advice) if name == "auto" else getattr(torch, name)
+
+
+def _dtype_advice(kinds: Collection[Kind]) -> str:
+    """How another dtype than that of --dtype auto is chosen."""
+    names = {str(kind).removeprefix("torch.") for kind in kinds}
+    if names in ({"bfloat16"}, {"float16"}):
+        return f"--dtype {names.pop()} keeps them so"
+    return "no --dtype keeps them so: --dtype bfloat16 takes half of the memory of float32"
 
 
 def method(

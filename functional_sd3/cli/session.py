@@ -37,7 +37,7 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
     if arguments.compile:
         transform.check_compiler()
     source = arguments.params or shipped.folder()
-    dtype = runtime.dtype(arguments.dtype, device)
+    dtype = runtime.dtype(arguments.dtype)
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
     components: Components
     if arguments.offload:

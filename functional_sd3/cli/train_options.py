@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-every", type=int, default=250, help="steps between checkpoints (default 250)")
     add("--log-every", type=int, default=10, help="steps between rows of log.csv (default 10)")
     add("--sample-every", type=int, default=250, help="steps between sample images, 0 for none (default 250)")
-    computed = "of the computation (default float32, of a LoRA what the model is stored in)"
+    computed = "of the computation (default float32; with --lora as stored, if the device computes well so)"
     add("--dtype", choices=("float32", "bfloat16"), help=computed)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--compile", action="store_true", help="compile the step: minutes once, then faster")

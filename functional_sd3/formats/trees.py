@@ -78,9 +78,8 @@ def kinds(plan: TreePlan, quantized: bool = False) -> set[Kind]:
 def load(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bool = True) -> Params:
     """As `read`, with a Note where the default dtype is another than the stored one."""
     default_dtype.check(dtype)
-    stored = kinds(plan) if dtype is None else set()
-    if chosen := default_dtype.choose(None, stored, device):
-        default_dtype.say(stored - {chosen}, {chosen}, device)
+    if default_dtype.is_default(dtype):
+        default_dtype.say(dtype, [kinds(plan)], device)
     return read(plan, dtype=dtype, device=device, finite=finite)
 
 
@@ -91,8 +90,9 @@ def read(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bo
     with a scale for each row stay so, their scales beside them.
     """
     scales: dict[str, Tensor] = {}
-    scale_dtype = None if dtype == "stored" else dtype
-    dtype = default_dtype.choose(dtype, kinds(plan, quantized) if dtype is None else (), device)
+    scale_dtype = dtype if isinstance(dtype, torch.dtype) else None
+    by_default = default_dtype.is_default(dtype)
+    dtype = default_dtype.choose(dtype, kinds(plan, quantized) if by_default else (), device)
     stored = next((entry(plan.places, name).dtype for name in plan.names.values()), torch.float32)
     stored = torch.float32 if stored.itemsize == 1 else stored
 

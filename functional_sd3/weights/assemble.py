@@ -33,21 +33,14 @@ def load(
 ) -> Model:
     """`weights.load` says what the arguments mean."""
     contents, plans = plan(paths, only, variant)
-    if dtype is None:
-        _say_defaults(plans, device, quantized)
+    if default_dtype.is_default(dtype):
+        default_dtype.say(dtype, [trees.kinds(one.tree, quantized) for one in plans.values()], device)
     params = {
         name: trees.read(plans[name].tree, dtype=dtype, device=device, finite=finite, quantized=quantized)
         for name in SPECS
         if name in plans
     }
     return _outlined(contents, plans, only)._replace(params=params)
-
-
-def _say_defaults(plans: Mapping[str, LoadPlan], device: torch.device | str, quantized: bool) -> None:
-    stored = {name: trees.kinds(one.tree, quantized) for name, one in plans.items()}
-    chosen = {name: default_dtype.choose(None, kinds, device) for name, kinds in stored.items()}
-    changed = {kind for name, kinds in stored.items() for kind in kinds if chosen[name] not in (None, kind)}
-    default_dtype.say(changed, {dtype for dtype in chosen.values() if dtype}, device)
 
 
 def outline(paths: Sequence[Path], *, only: Collection[str], variant: str | None) -> Model:

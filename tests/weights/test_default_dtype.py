@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from functional_sd3 import cli, pipeline, weights
@@ -167,3 +168,38 @@ def test_companions_follow_the_same_default(tmp_path):
     with pytest.warns(Note, match="weights stored in float16 are loaded in float32"):
         assert dtypes(weights.load_controlnet(tmp_path / "net").params) == {F32}
     assert F16 in dtypes(weights.load_controlnet(tmp_path / "net", dtype="stored").params)
+
+
+def test_commands_note_once_that_dtype_auto_does_not_keep_the_dtype_and_name_the_option(model, tmp_path, capsys):
+    Image.new("RGB", (64, 64), (200, 40, 40)).save(tmp_path / "in.png")
+    drawing = ("--steps", "1", "--out", str(tmp_path / "x.png"))
+    commands = (
+        ("generate", "a", *drawing),
+        ("generate", "a", "--offload", *drawing),
+        ("edit", str(tmp_path / "in.png"), "--from", "a", "--to", "b", *drawing),
+        ("likelihood", str(tmp_path / "in.png"), "--prompt", "a", "--steps", "1"),
+        ("evaluate", "vae", str(tmp_path)),
+    )
+    for dtype, name in ((BF16, "bfloat16"), (F16, "float16")):
+        folder = str(tmp_path / name)
+        weights.save(folder, model, dtype=dtype)
+        sentence = f"note: weights stored in {name} are loaded in float32, in which a CPU computes well; "
+        for words in commands:
+            assert cli.main([*words, "--params", folder, "--device", "cpu"]) == 0
+            assert capsys.readouterr().err.count(f"{sentence}--dtype {name} keeps them so\n") == 1
+        for chosen in ("float32", name):
+            assert cli.main([*commands[0], "--params", folder, "--device", "cpu", "--dtype", chosen]) == 0
+            assert "weights stored" not in capsys.readouterr().err
+    weights.save(tmp_path / "kept", model, dtype=F32)
+    assert cli.main([*commands[0], "--params", str(tmp_path / "kept"), "--device", "cpu"]) == 0
+    assert "weights stored" not in capsys.readouterr().err
+    fp8 = stored(model, tmp_path / "fp8.safetensors", KINDS["fp8"])
+    assert cli.main(["evaluate", "vae", str(tmp_path), "--params", str(fp8), "--device", "cpu"]) == 0
+    assert "--dtype bfloat16 takes half of the memory of float32" in capsys.readouterr().err
+
+
+def test_a_programs_default_is_its_own_on_a_cpu_alone():
+    auto = default_dtype.Default(F32, lambda kinds: "")
+    for kinds in ({BF16}, {F16}, {FP8, F32}, {torch.float64}, set()):
+        assert default_dtype.choose(auto, kinds, "cpu") == F32
+        assert default_dtype.choose(auto, kinds, "cuda") == default_dtype.choose(None, kinds, "cuda")
