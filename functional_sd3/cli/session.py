@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import guidance, lora_options, report, runtime
+from functional_sd3.cli import controls, guidance, lora_options, report, runtime
 from functional_sd3.cli.opened_model import Session
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
@@ -33,6 +33,9 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
     runtime.method(arguments.method or "euler", prng.key(0), rtol=arguments.rtol, atol=arguments.atol)
     for text in arguments.guidance:
         guidance.parse(text)
+    # `likelihood` has no ControlNets.
+    for text in getattr(arguments, "control", ()):
+        controls.parse(text)
     lora_options.check(arguments.lora)
     if arguments.compile:
         transform.check_compiler()
