@@ -64,6 +64,7 @@ from functional_sd3.text.clip import dual as clip_dual
 from functional_sd3.text.clip import image as clip_image
 from functional_sd3.training import checkpoint as checkpoint
 from functional_sd3.training import datasets as datasets
+from functional_sd3.training import distill_task as distill_task
 from functional_sd3.training import loop as loop
 from functional_sd3.training import muon as muon
 from functional_sd3.training import objectives as losses

@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import guidance, lora_options, options, output, report
+from functional_sd3.cli import distilled, guidance, lora_options, options, output, report
 
 MODES = ("clean", "pytorch_fid", "tf1")
 TAPS = (64, 192, 768, 2048)
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--count", type=int, default=200, help="held-out captions of each kind (default 200)")
     prompts.add_argument("--things", type=int, choices=(1, 2), help="only captions of one thing, or of two")
     prompts.add_argument("--seed", type=int, default=0)
-    prompts.add_argument("--steps", type=int, default=28, help="steps of the sampler (default 28)")
-    prompts.add_argument("--cfg", type=float, default=5.0, help="guidance scale (default 5)")
+    prompts.add_argument("--steps", type=int, default=28, action=distilled.Given, help="of the sampler (default 28)")
+    prompts.add_argument("--cfg", type=float, default=5.0, action=distilled.Given, help="guidance scale (default 5)")
     prompts.add_argument("--method", help="integrator: euler, heun, dpmpp_2m, ... (default: the model's)")
     _batches(prompts, 25)
 

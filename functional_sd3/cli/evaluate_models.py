@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import lora, pipeline, weights
-from functional_sd3.cli import guidance, lora_options, report, runtime
+from functional_sd3.cli import distilled, guidance, lora_options, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.image import files as image_files
@@ -82,6 +82,8 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
     lora_options.check(arguments.lora)
     model, source = _model(arguments)
     runtime.require(model, ("transformer", "vae"), source)
+    model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
+    distilled.apply_defaults(arguments, model.config)
     loras = lora_options.load(arguments.lora, model.config, runtime.device(arguments.device))
     if loras:
         trees, scales = zip(*loras, strict=True)

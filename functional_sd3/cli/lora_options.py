@@ -79,6 +79,28 @@ def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "lis
     return found
 
 
+def student_config(texts: Sequence[str], config: "Config") -> "Config":
+    """The config with the scheduler of a LoRA that makes the model a student of few steps, as `distill` writes it.
+
+    Raises ValueError for two that differ.
+    """
+    from dataclasses import replace
+
+    from functional_sd3.formats import files
+    from functional_sd3.lora import read as lora_read
+    from functional_sd3.weights import metadata
+
+    students = {}
+    for spec in map(parse, texts):
+        path = lora_read.find(spec.path)
+        said = metadata.read(files.read_header(path).metadata, str(path)) or {}
+        if "schedule" in said and spec.scale != 0:
+            students[said["schedule"]] = path
+    if len(students) > 1:
+        raise ValueError(f"--lora: {' and '.join(map(str, students.values()))} are students of different steps")
+    return replace(config, schedule=next(iter(students))) if students else config
+
+
 def note_left_out(path: str | Path, keys: Sequence[str]) -> None:
     """Say on standard error which tensors of a LoRA adapt nothing of the model."""
     if keys:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from functional_sd3.cli import controls, guidance, lora_options, preview, written
+from functional_sd3.cli import controls, distilled, guidance, lora_options, preview, written
 from functional_sd3.cli.parser import suggestion as nearest
 from functional_sd3.formats.printable import shorten
 
@@ -80,9 +80,19 @@ def add_words(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser, *, steps: int | None = 28, cfg: float | None = 5.0) -> None:
     """Options of a run; steps, cfg: None where the command chooses (`edit`)."""
     for_steps, for_cfg = steps or "28; 50 with --direct", cfg or "5; 13.5 with --direct"
-    parser.add_argument("--steps", type=int, default=steps, help=f"steps of the sampler (default {for_steps})")
     parser.add_argument(
-        "--cfg", type=float, default=cfg, help=f"guidance scale; 1 or less for none (default {for_cfg})"
+        "--steps",
+        type=int,
+        default=steps,
+        action=distilled.Given,
+        help=f"steps of the sampler (default {for_steps}, or what a distilled model was made for)",
+    )
+    parser.add_argument(
+        "--cfg",
+        type=float,
+        default=cfg,
+        action=distilled.Given,
+        help=f"guidance scale; 1 or less for none (default {for_cfg}, or 1 where guidance is folded into the model)",
     )
     parser.add_argument(
         "--method",

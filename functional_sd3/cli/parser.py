@@ -17,6 +17,7 @@ SUBCOMMANDS = (
     "interpolate",
     "train",
     "reward",
+    "distill",
     "inspect",
     "convert",
     "merge",

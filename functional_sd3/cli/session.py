@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import controls, guidance, lora_options, report, runtime
+from functional_sd3.cli import controls, distilled, guidance, lora_options, report, runtime
 from functional_sd3.cli.opened_model import Session
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform
@@ -49,6 +49,8 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
         model = weights.load(source, **options)
         components = model.params
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
+    distilled.apply_defaults(arguments, model.config)
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     loras, words = lora_options.load(arguments.lora, model.config, device), runtime.words(arguments.embedding)

@@ -55,7 +55,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
     options.check_params(arguments.params)
     if arguments.data != "shapes":
-        _check_data(arguments.data)
+        check_data(arguments.data)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
 
@@ -102,7 +102,8 @@ def check_disk(out: Path, state, model, keep: int) -> None:
         )
 
 
-def _check_data(data: str) -> None:
+def check_data(data: str) -> None:
+    """Raises ValueError where --data names no folder."""
     path = Path(data)
     if path.is_dir():
         return

@@ -1,4 +1,4 @@
-"""A training run of `train` or `reward`: its folder, checkpoints, samples and messages, and how it ends."""
+"""A training run of `train`, `reward` or `distill`: its folder, checkpoints, samples and messages, and how it ends."""
 
 import argparse
 import contextlib
@@ -30,8 +30,9 @@ State = Any
 class Setup(NamedTuple):
     """What a run needs.
 
-    task: `tasks.TrainingTask` or `reward_task.RewardTask`. stored: the model as its files have it. settings: what its
-    checkpoints keep. differences: of the settings of a checkpoint from these. lora: whether a LoRA is trained.
+    task: `tasks.TrainingTask`, `reward_task.RewardTask` or `distill_task.DistillTask`. stored: the model as its files
+    have it. settings: what its checkpoints keep. differences: of the settings of a checkpoint from these. lora: whether
+    a LoRA is trained. lora_metadata: of its file.
     step_note: a sentence on another number of steps than the checkpoint's settings planned, None for none.
     """
 
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
     differences: Callable[[dict[str, Any]], list[continuing.Difference]]
     lora: bool
     step_note: Callable[[dict[str, Any], State], str | None]
+    lora_metadata: dict[str, str] = {}
 
 
 @contextlib.contextmanager
@@ -197,7 +199,7 @@ def save_result(out: Path, state: State, setup: Setup) -> Path:
     Returns what was written.
     """
     if setup.lora:
-        lora.save(out / LORA, state.ema)
+        lora.save(out / LORA, state.ema, metadata=setup.lora_metadata)
         return out / LORA
     trained, stored = setup.task.model(state), setup.stored
     params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.task.trained}

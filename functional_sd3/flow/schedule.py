@@ -13,6 +13,7 @@ from typing import SupportsInt
 import torch
 from torch import Tensor
 
+from functional_sd3.flow import distilled
 from functional_sd3.flow.spacing import Scalar, beta, exponential, karras, linear
 from functional_sd3.flow.times import is_readable
 
@@ -21,8 +22,10 @@ from functional_sd3.flow.times import is_readable
 class Config:
     """The fields of `scheduler_config.json`, in diffusers' names (`num_train_timesteps`: `train_timesteps`).
 
-    All but one are of the grid; `stochastic_sampling` is of the method: a run of the pipeline that names none takes
-    `ode.renoised` instead of Euler's.
+    `stochastic_sampling` is of the method: a run of the pipeline that names none takes `ode.renoised` instead of
+    Euler's. The last three, which diffusers does not know, are of distilled models: the number of steps that one was
+    distilled for, on `even(steps, shift)`; what it learned (`distilled.KINDS`); whether guidance is folded into it. The
+    rest are of the grid.
     """
 
     shift: float = 3.0
@@ -39,6 +42,9 @@ class Config:
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
     stochastic_sampling: bool = False
+    distilled_steps: int | None = None
+    distillation: str | None = None
+    guidance_distilled: bool = False
 
 
 def shift(sigma: Tensor, s: Scalar) -> Tensor:
@@ -74,6 +80,17 @@ def sigmas(
     return _finish(levels, device)
 
 
+def even(steps: int, shift: Scalar = 3.0, *, device: torch.device | str | None = None) -> Tensor:
+    """`shift` of 1, 1 - 1 / steps, ..., 0: float32 (steps + 1,), the grid of distilled models.
+
+    Grids of different steps nest: `even(n * k)[::k]` is `even(n)` to the bit. Raises ValueError for steps < 1 and
+    shift <= 0.
+    """
+    check_steps(steps)
+    levels = 1 - torch.arange(steps, dtype=torch.float64, device="cpu") / steps
+    return _finish(shifted(levels, shift), device)
+
+
 def from_config(
     config: Config, steps: int, *, mu: Scalar | None = None, device: torch.device | str | None = None
 ) -> Tensor:
@@ -81,9 +98,15 @@ def from_config(
 
     mu: the log-shift (exponential) or shift (linear) of a config with `use_dynamic_shifting`, see `resolution_mu`; it
     is needed there and refused elsewhere. With `invert_sigmas` the grid ascends from 0 to 1.
+
+    That of a distilled model is `even(steps, shift)`. Raises ValueError for steps that such a model of segments cannot
+    be drawn in: its velocity is known at the times of `distilled_steps` alone, so they must divide that number.
     """
     check_steps(steps)
     check_config(config)
+    if config.distilled_steps is not None:
+        distilled.check_steps(config.distillation, config.distilled_steps, steps)
+        return even(steps, config.shift, device=device)
     s = 1.0 if config.use_dynamic_shifting else config.shift
     levels = linear(steps, _lowest(config.train_timesteps, s), _level(1.0, s))
     return _from_levels(config, levels, mu, device)
@@ -220,6 +243,11 @@ def check_config(config: Config) -> None:
         raise ValueError("stochastic_sampling goes from noise to data; with invert_sigmas the grid ascends")
     if config.train_timesteps < 1:
         raise ValueError(f"train_timesteps {config.train_timesteps} must be at least 1")
+    if config.distilled_steps is not None:
+        check_steps(config.distilled_steps)
+    spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
+    used = [name for name in (*spacings, "invert_sigmas", "shift_terminal") if getattr(config, name)]
+    distilled.check(config.distilled_steps, config.distillation, used)
     if config.shift_terminal and not 0 < config.shift_terminal < 1:
         raise ValueError(f"shift_terminal {config.shift_terminal} must be between 0 and 1, the last level before 0")
 

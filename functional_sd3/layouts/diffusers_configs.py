@@ -5,7 +5,7 @@ What a file does not say is what the class that owns the file assumes (diffusers
 
 from collections.abc import Callable, Iterable
 
-from functional_sd3.flow import schedule
+from functional_sd3.flow import distilled, schedule
 from functional_sd3.image import taesd, vae
 from functional_sd3.layouts.config_fields import (
     LARGEST_SIZE,
@@ -207,6 +207,9 @@ T5 = Table(
 )
 
 
+MOST_STEPS = 10_000
+
+
 def _unsound_schedule(config: schedule.Config) -> Iterable[str]:
     try:
         schedule.check_config(config)
@@ -231,6 +234,9 @@ SCHEDULE = Table(
         Field("use_exponential_sigmas", "use_exponential_sigmas", lambda value: flag(value or False), False),
         Field("use_beta_sigmas", "use_beta_sigmas", lambda value: flag(value or False), False),
         Field("stochastic_sampling", "stochastic_sampling", flag, False),
+        Field("distilled_steps", "distilled_steps", optional(whole(1, MOST_STEPS)), None, optional=True),
+        Field("distillation", "distillation", optional(choice(*distilled.KINDS)), None, optional=True),
+        Field("guidance_distilled", "guidance_distilled", flag, False, optional=True),
     ),
     unsound=_unsound_schedule,
 )

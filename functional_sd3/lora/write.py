@@ -22,12 +22,14 @@ def save(
     *,
     layout: Literal["peft", "kohya"] = "peft",
     dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a LoRA as one safetensors file, whole or not at all; `load` gives it back.
 
     "peft": the keys of diffusers' `save_lora_weights`, alpha and ranks in its metadata (what reads no metadata takes
     alpha for the rank). "kohya": `lora_unet_joint_blocks_...` and `lora_te*_...` with a tensor for each alpha; separate
     query, key and value become one block diagonal LoRA, equal but of three times the rank. dtype: of `down` and `up`.
+    metadata: more of the file's.
 
     Raises WeightsError when the system refuses, ValueError for an unknown layout, an empty LoRA, a component that no
     file has a name for.
@@ -48,11 +50,11 @@ def save(
             )
         if any(value.ndim != 0 for value in (part["alpha"] for part in adapters.members(entry))):
             raise ValueError(f"{place} is a stack of LoRAs; save one of them at a time")
-    tensors, metadata = _WRITERS[layout](entries)
+    tensors, own = _WRITERS[layout](entries)
     for name, value in tensors.items():
         if dtype and not name.endswith(".alpha"):
             tensors[name] = value.to(dtype)
-    files.write_atomic(path, tensors, metadata={"format": "pt", **metadata})
+    files.write_atomic(path, tensors, metadata={"format": "pt", **(metadata or {}), **own})
 
 
 def _peft(entries: Mapping[str, LoraEntry]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -50,6 +50,7 @@ ADDED = {
     "interpolate": ["--steps", "2"],
     "likelihood": ["--steps", "1"],
     "quantize": ["--steps", "1"],
+    "distill": ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--sample-every", "0", "--pictures", "8"],
     "train": ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--sample-every", "0", "--pictures", "8"],
     "reward": [
         "--steps",

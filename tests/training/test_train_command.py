@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import lora, weights
-from functional_sd3.cli import train_checks, train_model, train_setup, training_run
+from functional_sd3.cli import train_checks, train_data, train_model, train_setup, training_run
 from functional_sd3.core import tree
 from functional_sd3.training import checkpoint, log
 
@@ -302,7 +302,7 @@ def test_numbers_that_outgrew_their_dtype_are_stored_in_a_wider_one():
 def test_a_model_without_text_encoders_is_refused_before_images_are_drawn(command, model_folder, tmp_path, monkeypatch):
     weights.save(tmp_path / "bare", weights.load(model_folder, only=["transformer", "vae"]))
     drawn = []
-    monkeypatch.setattr(train_setup, "_images", lambda *_: drawn.append(1))
+    monkeypatch.setattr(train_data, "images", lambda *_: drawn.append(1))
     with pytest.raises(ValueError, match="no text encoder, so it cannot read prompts"):
         command("--params", tmp_path / "bare", "--out", tmp_path / "out")
     assert not drawn

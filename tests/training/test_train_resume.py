@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import weights
-from functional_sd3.cli import train, train_setup, training_run
+from functional_sd3.cli import train, train_data, train_setup, training_run
 from functional_sd3.core import tree
 from functional_sd3.formats import files
 from functional_sd3.training import checkpoint, digests, lock
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(command, fin
 
 
 def test_latents_that_are_damaged_are_computed_again(command, run):
-    path = run / "checkpoints" / train_setup.ENCODED
+    path = run / "checkpoints" / train_data.ENCODED
     before = path.read_bytes()
     path.write_bytes(before[:-100])
     assert "the images are encoded again" in command("--out", run, "--resume")[1]

@@ -1,7 +1,7 @@
 """Objectives of training, each `(params, batch, keys) -> (scalar, metrics)`.
 
-`flow` and `vae` learn from data; `nft`, `awm`, `policy` and `draft` from rewards of a model's own samples, `preference`
-from pairs.
+`flow` and `vae` learn from data; `segments` from a teacher, to draw in few steps; `nft`, `awm`, `policy` and `draft`
+from rewards of a model's own samples, `preference` from pairs.
 """
 
 from functional_sd3.training.objectives.awm import awm_loss
@@ -10,6 +10,7 @@ from functional_sd3.training.objectives.flow import flow_loss
 from functional_sd3.training.objectives.nft import nft_loss
 from functional_sd3.training.objectives.policy import ratio_loss
 from functional_sd3.training.objectives.preference import dpo_loss
+from functional_sd3.training.objectives.segments import segments_loss
 from functional_sd3.training.objectives.types import Loss, Metrics
 from functional_sd3.training.objectives.vae import vae_loss
 
@@ -22,5 +23,6 @@ __all__ = [
     "flow_loss",
     "nft_loss",
     "ratio_loss",
+    "segments_loss",
     "vae_loss",
 ]

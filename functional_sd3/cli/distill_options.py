@@ -1,0 +1,73 @@
+"""Options of `functional-sd3 distill`, and what is wrong with them before anything is loaded."""
+
+import argparse
+import math
+from pathlib import Path
+
+from functional_sd3.cli import options
+
+METHODS = ("segments",)
+"""Names of `training.distill_task.METHODS`, known here without torch."""
+_LEAST = {
+    "to": 1, "inner": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "pictures": 1, "save_every": 1,
+    "log_every": 1, "sample_every": 0, "lora": 1, "size": 1,
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--to", type=int, required=True, metavar="STEPS", help="steps that the student draws in")
+    add("--out", required=True, metavar="DIR", help="folder for the student, its log and checkpoints")
+    options.add_params(parser)
+    add("--method", choices=METHODS, default="segments", help="what the student learns (default segments)")
+    add("--data", default="shapes", metavar="DIR|shapes", help="folder of images, or the built-in shapes (the default)")
+    add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
+    add("--steps", type=int, default=400, help="updates in all, those before --resume included (default 400)")
+    add("--batch-size", type=int, default=48, help="images an update (default 48)")
+    add("--cfg", type=float, help="guidance scale that is folded in, 1 for none (default 5; 1 where it is already)")
+    add("--inner", type=int, help="steps of the teacher in each of the student's (default 3)")
+    add("--shift", type=float, help="of the student's even grid towards noise (default 3)")
+    add("--lr", type=float, default=2e-4, help="learning rate (default 2e-4)")
+    add("--warmup", type=int, default=20, help="updates up to the learning rate (default 20)")
+    add("--ema", type=float, default=0.98, help="decay of the averaged parameters, which are the result (default 0.98)")
+    add("--seed", type=int, default=0, help="of the data, the order and the noise (default 0)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, to the same bits")
+    add("--force", action="store_true", help="with --resume: go on although options, weights or images are others now")
+    add("--accumulate", type=int, default=1, help="parts that a batch is taken in, to save memory (default 1)")
+    add("--size", type=int, help="side of the images in pixels (default: the model's own)")
+    add("--template", default="a photo of a {}", help="caption of a class folder (default 'a photo of a {}')")
+    add("--caption", metavar="TEXT", help="the caption of every image of --data, in place of any that it has")
+    add("--follow", action="store_true", help="read what links and metadata name outside of --data too")
+    add("--pictures", type=int, default=4096, help="how many of the shapes (default 4096)")
+    add("--save-every", type=int, default=50, help="updates between checkpoints (default 50)")
+    add("--log-every", type=int, default=10, help="updates between rows of log.csv (default 10)")
+    add("--sample-every", type=int, default=50, help="updates between sample images, 0 for none (default 50)")
+    computed = "of the teacher's computation (default: what the model is stored in where the device computes that well)"
+    add("--teacher-dtype", choices=("float32", "bfloat16"), help=computed)
+    add("--dtype", choices=("float32", "bfloat16"), help="of the student's computation (default float32)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an option, or options together, that make no sense, and for data that is not there."""
+    for name, least in _LEAST.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    for name, example in (("lr", "2e-4"), ("shift", "3")):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} {value} must be a positive number, such as {example}")
+    if arguments.cfg is not None and not 1 <= arguments.cfg < math.inf:
+        raise ValueError(f"--cfg {arguments.cfg} must be at least 1, which is no guidance")
+    if not 0 <= arguments.ema < 1:
+        raise ValueError(f"--ema {arguments.ema} must be at least 0 and below 1")
+    if arguments.batch_size % arguments.accumulate:
+        raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
+    if arguments.caption is not None and arguments.data == "shapes":
+        raise ValueError("--caption is for a folder of images: the shapes have captions of their own")
+    if arguments.force and not arguments.resume:
+        raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
+    options.check_params(arguments.params)
+    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")

@@ -1,0 +1,124 @@
+"""A run of `distill` put together from its command line: teacher, images and settings."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_sd3 import pipeline
+from functional_sd3.cli import distill_options, train_checks, train_data, train_model
+from functional_sd3.cli.training_run import Setup, check_continuing
+from functional_sd3.core import prng
+from functional_sd3.flow import schedule
+from functional_sd3.text.completeness import check_encoders
+from functional_sd3.training import continuing, digests, distill_task, tasks
+from functional_sd3.weights import metadata, shipped
+from functional_sd3.weights.model import Model
+
+Say = Callable[[str], None]
+_RECORDED = (
+    "accumulate", "batch_size", "cfg", "data", "dtype", "ema", "inner", "lora", "lr", "method", "pictures", "seed",
+    "shift", "size", "steps", "teacher_dtype", "template", "to", "warmup",
+)  # fmt: skip
+"""The options that a checkpoint keeps."""
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for an option, or options together, that make no sense, and for data that is not there."""
+    distill_options.check(arguments)
+    if arguments.data != "shapes":
+        train_checks.check_data(arguments.data)
+
+
+def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
+    """Teacher and images read, compared with those of the run that is resumed, and encoded.
+
+    Raises ValueError where they, or the options, may not be used together or with that run.
+    """
+    source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
+    arguments = argparse.Namespace(**{**vars(arguments), "part": "transformer"})
+    stored, model, dtype = train_model.load(arguments, source)
+    options = _options(arguments, stored, dtype)
+    check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
+    images = train_data.images(arguments, model, say)
+    ids = train_data.tokens(model, images)
+    settings = _settings(arguments, source, stored, images, options)
+    differences = lambda saved: _differences(saved, settings)  # noqa: E731
+    if arguments.resume:
+        check_continuing(arguments, differences)
+    data = {"latents": train_data.latents(arguments, model, images, settings, say), "ids": ids}
+    task = distill_task.distill_task(
+        prng.fold_in(prng.key(arguments.seed), 3), model, images.captions, data, options, generate=pipeline.generate
+    )
+    student = metadata.write(distill_task.student_config(stored.config, options), ())
+    return Setup(task, stored, settings, differences, bool(options.lora), _step_note(arguments), student)
+
+
+def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | None) -> distill_task.Settings:
+    """The settings; ValueError where the model of --params cannot be distilled so, naming the option."""
+    levels = stored.config.schedule or schedule.Config()
+    if levels.distilled_steps is not None and (arguments.inner is not None or arguments.shift is not None):
+        raise ValueError(
+            "--inner and --shift are for a teacher that draws in any steps: a student of segments has its grid, and is "
+            "followed step by step"
+        )
+    default_cfg = 1.0 if levels.guidance_distilled else 5.0
+    teacher_dtype = None if arguments.teacher_dtype is None else getattr(torch, arguments.teacher_dtype)
+    settings = distill_task.Settings(
+        to=arguments.to,
+        method=arguments.method,
+        batch=arguments.batch_size,
+        cfg=default_cfg if arguments.cfg is None else arguments.cfg,
+        shift=3.0 if arguments.shift is None else arguments.shift,
+        inner=3 if arguments.inner is None else arguments.inner,
+        rate=arguments.lr,
+        warmup=arguments.warmup,
+        ema=arguments.ema,
+        accumulate=arguments.accumulate,
+        lora=arguments.lora or 0,
+        dtype=dtype,
+        teacher_dtype=teacher_dtype or dtype,
+    )
+    try:
+        return distill_task.student_settings(stored.config, settings)
+    except ValueError as error:
+        raise ValueError(f"--{error}" if str(error).startswith(("to ", "cfg ")) else str(error)) from error
+
+
+def _settings(
+    arguments: argparse.Namespace,
+    source: list[Path],
+    stored: Model,
+    images: tasks.TrainingImages,
+    options: distill_task.Settings,
+) -> dict[str, Any]:
+    """What a checkpoint keeps of a run: its options, and digests of what it reads."""
+    given = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
+    given |= {"cfg": options.cfg, "inner": options.inner, "shift": options.shift}
+    contents = {"the data": images.contents, **digests.model_digests(stored.params)}
+    return {
+        **given,
+        "params": os.pathsep.join(str(path.resolve()) for path in source),
+        "fingerprint of the data": images.fingerprint,
+        **{continuing.CONTENTS + name: digest for name, digest in contents.items()},
+    }
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
+    parser = argparse.ArgumentParser()
+    distill_options.add_arguments(parser)
+    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
+    return continuing.differences(saved, now, defaults)
+
+
+def _step_note(arguments: argparse.Namespace) -> Callable[[dict[str, Any], Any], str | None]:
+    def note(saved: dict[str, Any], state: Any) -> str | None:
+        before = saved.get("steps")
+        if not isinstance(before, int) or before == arguments.steps or int(state.step) >= arguments.steps:
+            return None
+        return f"note: {before} steps were planned, now {arguments.steps}"
+
+    return note

@@ -1,0 +1,96 @@
+"""Images that `train` and `distill` learn from: read, tokenized, encoded once for a run."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_sd3 import pipeline
+from functional_sd3.cli import report
+from functional_sd3.core import prng, tree
+from functional_sd3.formats import files, finite
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.printable import escape
+from functional_sd3.image import vae
+from functional_sd3.layouts.components import require
+from functional_sd3.recipes.shapes.dataset import dataset
+from functional_sd3.text import conditioning
+from functional_sd3.training import continuing, datasets, digests, tasks
+from functional_sd3.weights.model import Model
+
+ENCODED = "data.safetensors"
+"""The file beside the checkpoints that keeps the latents of all images."""
+Say = Callable[[str], None]
+
+
+def images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages:
+    """The images of --data; what was skipped, and what else is worth knowing, is said."""
+    if arguments.part == "vae":
+        side = arguments.size or require(model.config, "vae").sample_size
+    else:
+        factor = vae.factor(require(model.config, "vae"))
+        side = pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * factor
+    if arguments.data == "shapes":
+        return dataset(prng.key(arguments.seed), arguments.pictures, side)
+    index = datasets.image_folder(
+        arguments.data, template=arguments.template, caption=arguments.caption, follow=arguments.follow
+    )
+    say(datasets.summary(index, captioned=arguments.part == "transformer"))
+    for note in index.notes:
+        say(f"note: {note}")
+    for path, reason in index.skipped[:10]:
+        say(f"skipped {escape(path)}: {escape(reason)}")
+    if len(index.skipped) > 10:
+        say(f"skipped {len(index.skipped) - 10} more, {len(index.skipped)} in all")
+    return tasks.folder_images(index, side)
+
+
+def tokens(model: Model, images: tasks.TrainingImages) -> conditioning.Ids:
+    """Tokens of the captions, (images, length) each."""
+    return conditioning.tokenize(model.config, model.tokenizers, images.captions, t5_length=t5_length(model))
+
+
+def t5_length(model: Model) -> int:
+    """Tokens that T5 reads: as many as its tokenizer says, at most 256."""
+    t5 = model.tokenizers.t5
+    return 256 if t5 is None else min(256, t5.model_max_length)
+
+
+def latents(
+    arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, settings: dict[str, Any], say: Say
+) -> torch.Tensor:
+    """The latents of all images: computed once for a run, and read again while images and autoencoder are the same."""
+    from tqdm import tqdm
+
+    path = Path(arguments.out) / "checkpoints" / ENCODED
+    names = [continuing.CONTENTS + name for name in ("the data", "the vae of the model")]
+    of = digests.combined(settings[name] for name in names)
+    if arguments.resume and path.exists():
+        try:
+            return _kept_latents(path, of, len(images.captions))
+        except WeightsError as error:
+            say(f"note: the images are encoded again: {error}")
+    track = lambda rows: tqdm(rows, desc="encoding", leave=False, disable=not report.has_bars())  # noqa: E731
+    # Latents are what all else is learned from: float32, whatever the autoencoder is stored in.
+    params = {**model.params, "vae": tree.cast(model.params["vae"], torch.float32)}
+    latents = datasets.encode_all(
+        params, model.config, model.tokenizers, images.captions, images.load,
+        t5_length=t5_length(model), track=track,
+    )["latents"]  # fmt: skip
+    files.write_atomic(path, {"latents": latents}, metadata={"contents": of})
+    return latents
+
+
+def _kept_latents(path: Path, of: str, count: int) -> torch.Tensor:
+    mapped = files.open_mapped(path)
+    if mapped.header.metadata.get("contents") != of:
+        raise WeightsError(f"{path}: holds the latents of other images or of another autoencoder")
+    entry = mapped.header.tensors.get("latents")
+    if entry is None or entry.shape[:1] != (count,) or entry.dtype != torch.float32:
+        raise WeightsError(f"{path}: holds no latents of {count} images")
+    latents = files.tensor(mapped, "latents")
+    if what := finite.nonfinite_kind(latents):
+        raise WeightsError(f"{path}: holds {what}")
+    return latents

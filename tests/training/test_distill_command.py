@@ -1,0 +1,172 @@
+"""`functional-sd3 distill`: what it leaves, how that is drawn, that it goes on to the same bits, and its errors."""
+
+import argparse
+
+import pytest
+import torch
+
+from functional_sd3 import weights
+from functional_sd3.cli import distill, generate, training_run
+from functional_sd3.cli.report import printing
+from functional_sd3.core import tree
+from functional_sd3.formats import files
+from functional_sd3.training import checkpoint, log
+from functional_sd3.transformer import mmdit
+from tests.models import random_leaves
+
+# The model here has no CLIP-G, which is noted whenever prompts are encoded.
+pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
+BASE = ["--pictures", 12, "--steps", 4, "--batch-size", 4, "--lr", "1e-2", "--warmup", 0, "--save-every", 2]
+BASE += ["--log-every", 1, "--sample-every", 0]
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(model_folder, tmp_path_factory):
+    """`model_folder` with a transformer whose velocity is not zero."""
+    model, folder = weights.load(model_folder, dtype="stored"), tmp_path_factory.mktemp("teacher")
+    leaves = random_leaves(mmdit.spec(model.config.transformer))
+    half = tree.cast(leaves, torch.float16)
+    weights.save(folder, model._replace(params={**model.params, "transformer": half}))
+    return folder
+
+
+@pytest.fixture
+def command(teacher_folder, capsys):
+    """`functional-sd3 distill` with a few small settings; answers (exit status, standard error)."""
+
+    def run(*words):
+        parser = argparse.ArgumentParser()
+        distill.add_arguments(parser)
+        params = [] if "--params" in words else ["--params", teacher_folder]
+        status = distill.run(parser.parse_args([str(word) for word in (*params, *BASE, *words)]))
+        return status, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def draw(capsys):
+    """`functional-sd3 generate` of one prompt; answers standard error."""
+
+    def run(*words):
+        parser = argparse.ArgumentParser()
+        generate.add_arguments(parser)
+        with printing(quiet=False):
+            generate.run(parser.parse_args(["a red circle", *(str(word) for word in words)]))
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def student(teacher_folder, tmp_path_factory):
+    """The folder of a run of 4 segments."""
+    out = tmp_path_factory.mktemp("student") / "out"
+    parser = argparse.ArgumentParser()
+    distill.add_arguments(parser)
+    words = ["--params", teacher_folder, *BASE, "--to", 4, "--out", out, "--sample-every", 4]
+    assert distill.run(parser.parse_args([str(word) for word in words])) == 0
+    return out
+
+
+def test_a_run_leaves_a_student_that_says_how_it_is_drawn(student, teacher_folder):
+    rows = log.read(student / "log.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"] and {"loss", "error", "rate"} <= rows[0].keys()
+    assert [path.name for path in (student / "samples").iterdir()] == ["00000004.png"]
+    before, after = (weights.load(path, dtype="stored") for path in (teacher_folder, student))
+    assert {name for name in before.params if tree.diff(before.params[name], after.params[name])} == {"transformer"}
+    levels = after.config.schedule
+    assert (levels.distilled_steps, levels.distillation, levels.guidance_distilled) == (4, "segments", True)
+    assert levels.shift == 3.0
+
+
+def test_generate_draws_a_student_with_its_own_steps_without_guidance(student, draw, tmp_path):
+    folded = "has guidance folded in: drawn in 4 steps, --cfg 1"
+    said = draw("--params", student, "--out", tmp_path / "a.png")
+    assert said.count(folded) == 1
+    explicit = draw("--params", student, "--out", tmp_path / "b.png", "--steps", 4, "--cfg", 1)
+    assert "distilled" not in explicit
+    assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
+    said = draw("--params", student, "--out", tmp_path / "c.png", "--steps", 2)
+    assert "each spans 2 of the steps that it learned" in said
+    assert "guides a model that has guidance folded in" in draw(
+        "--params", student, "--out", tmp_path / "d.png", "--cfg", 3
+    )
+    with pytest.raises(ValueError, match="steps 3: this model was distilled into 4 segments"):
+        draw("--params", student, "--out", tmp_path / "e.png", "--steps", 3)
+    with pytest.raises(ValueError, match="--method heun: this model is a student by segments"):
+        draw("--params", student, "--out", tmp_path / "e.png", "--method", "heun")
+    assert not (tmp_path / "e.png").exists()
+
+
+def pixels(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(command, student, tmp_path):
+    out = tmp_path / "cut"
+    assert command("--to", 4, "--out", out)[0] == 0
+    checkpoint.paths(out / "checkpoints")[-1].unlink()
+    assert "resuming at step 2 of 4" in command("--to", 4, "--out", out, "--resume")[1]
+    one, other = (checkpoint.paths(folder / "checkpoints")[-1].read_bytes() for folder in (student, out))
+    assert one == other
+    strip = lambda rows: [{name: value for name, value in row.items() if name != "seconds"} for row in rows]  # noqa: E731
+    assert strip(log.read(student / "log.csv")) == strip(log.read(out / "log.csv"))
+    with pytest.raises(ValueError, match=r"started with other settings: cfg 5.0 -> 2.0"):
+        command("--to", 4, "--out", out, "--resume", "--cfg", 2)
+    with pytest.raises(ValueError, match=r"started with other settings: .*to 4 -> 2"):
+        command("--to", 2, "--out", out, "--resume")
+
+
+def test_a_lora_of_a_student_makes_the_model_one(command, draw, teacher_folder, tmp_path):
+    for name in ("whole", "cut"):
+        assert command("--to", 2, "--out", tmp_path / name, "--lora", 2)[0] == 0
+    checkpoint.paths(tmp_path / "cut" / "checkpoints")[-1].unlink()
+    assert command("--to", 2, "--out", tmp_path / "cut", "--lora", 2, "--resume")[0] == 0
+    one, other = (tmp_path / name / training_run.LORA for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+    learned = files.read_header(checkpoint.paths(tmp_path / "whole" / "checkpoints")[-1]).tensors
+    assert all(name.endswith((".down", ".up", ".alpha")) for name in learned if name.startswith("params."))
+    said = draw("--params", teacher_folder, "--lora", one, "--out", tmp_path / "a.png")
+    assert "distilled for 2 steps and has guidance folded in: drawn in 2 steps, --cfg 1" in said
+    assert "distilled" not in draw("--params", teacher_folder, "--lora", f"{one}=0", "--out", tmp_path / "b.png")
+
+
+def test_a_student_is_halved_and_nothing_else(command, student, tmp_path):
+    for to in (3, 4, 8):
+        with pytest.raises(ValueError, match=f"--to {to}: this model is a student of 4 segments.*1 or 2"):
+            command("--params", student, "--to", to, "--out", tmp_path / "no")
+    with pytest.raises(ValueError, match="--cfg 5.0: guidance is folded into this model already"):
+        command("--params", student, "--to", 2, "--out", tmp_path / "no", "--cfg", 5)
+    with pytest.raises(ValueError, match="--inner and --shift are for a teacher"):
+        command("--params", student, "--to", 2, "--out", tmp_path / "no", "--inner", 3)
+    assert command("--params", student, "--to", 2, "--out", tmp_path / "two")[0] == 0
+    levels = weights.load(tmp_path / "two").config.schedule
+    assert (levels.distilled_steps, levels.shift, levels.guidance_distilled) == (2, 3.0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", 0], "--to 0 must be at least 1"),
+        (["--to", 4, "--cfg", 0.5], "--cfg 0.5 must be at least 1"),
+        (["--to", 4, "--cfg", "nan"], "--cfg nan must be at least 1"),
+        (["--to", 4, "--inner", 0], "--inner 0 must be at least 1"),
+        (["--to", 4, "--shift", -1], "--shift -1.0 must be a positive number"),
+        (["--to", 4, "--lr", "inf"], "--lr inf must be a positive number"),
+        (["--to", 4, "--lora", 0], "--lora 0 must be at least 1"),
+        (["--to", 4, "--accumulate", 3], "cannot be taken in 3 equal parts"),
+        (["--to", 4, "--force"], "--force is for --resume"),
+        (["--to", 4, "--caption", "x"], "--caption is for a folder of images"),
+        (["--to", 4, "--data", "/nowhere"], "--data /nowhere is not a folder that exists"),
+        (["--to", 4, "--params", "/nowhere"], "--params /nowhere: there is no such file"),
+        (["--to", 4, "--ema", 1], "--ema 1.0 must be at least 0 and below 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(command, tmp_path, words, said):
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        command(*words, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
