@@ -322,6 +322,6 @@ def test_a_checkpoint_given_as_a_model_or_a_lora_is_said_to_be_one(command, mode
         # One sentence for all checkpoints of a run.
         assert len(caught.value.problems) == 1 and str(caught.value).count("is a checkpoint") == 1
     with pytest.raises(weights.WeightsError, match="is the encoded images of a training run"):
-        weights.load(out / "checkpoints" / train_setup.ENCODED)
+        weights.load(out / "checkpoints" / train_data.ENCODED)
     with pytest.raises(weights.WeightsError, match="is a checkpoint of `train` or `reward`.*--lora OUT"):
         lora.load(newest, weights.outline(model_folder).config)
