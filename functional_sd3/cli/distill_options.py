@@ -8,10 +8,6 @@ from functional_sd3.cli import options
 
 METHODS = ("segments",)
 """Names of `training.distill_task.METHODS`, known here without torch."""
-_LEAST = {
-    "to": 1, "inner": 1, "steps": 1, "batch_size": 1, "accumulate": 1, "warmup": 0, "pictures": 1, "save_every": 1,
-    "log_every": 1, "sample_every": 0, "lora": 1, "size": 1,
-}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,18 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError for an option, or options together, that make no sense, and for data that is not there."""
-    for name, least in _LEAST.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    for name, example in (("lr", "2e-4"), ("shift", "3")):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name} {value} must be a positive number, such as {example}")
     if arguments.cfg is not None and not 1 <= arguments.cfg < math.inf:
         raise ValueError(f"--cfg {arguments.cfg} must be at least 1, which is no guidance")
-    if not 0 <= arguments.ema < 1:
-        raise ValueError(f"--ema {arguments.ema} must be at least 0 and below 1")
     if arguments.batch_size % arguments.accumulate:
         raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
     if arguments.caption is not None and arguments.data == "shapes":

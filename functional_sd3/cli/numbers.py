@@ -48,6 +48,7 @@ RANGES = {
     "--fps": Range(0, 100, above=True),
     "--frames": Range(2, _LARGEST),
     "--group": Range(2, _LARGEST),
+    "--inner": _COUNT,
     "--kl": Range(0),
     "--last": _COUNT,
     "--log-every": _COUNT,
@@ -77,13 +78,16 @@ RANGES = {
     "--warmup": Range(0, _LARGEST),
     "--window": Range(0, _LARGEST),
     "--workers": Range(0, 1024, words="must be 0 (none besides this process) to 1,024"),
+    "distill --shift": _POSITIVE,
+    "distill --steps": Range(1, 10**12),
+    "distill --to": _COUNT,
     "merge --strength": Range(),
     "reward --steps": Range(1, 10**12),
     "quantize --steps": Range(0, 1_000_000),
     "train --steps": Range(1, 10**12),
 }
 """Option -> its range; "COMMAND --option" for that command alone. A numeric option that is not named here is
-limited to finite numbers."""
+limited to finite numbers, a whole one to 32 bits."""
 
 
 def check_options(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +99,12 @@ def check_options(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.type in (int, float) and action.option_strings:
             flag = action.option_strings[0]
-            bounds = RANGES.get(f"{command} {flag}") or RANGES.get(flag) or Range()
+            bounds = RANGES.get(f"{command} {flag}") or RANGES.get(flag) or _default_range(action.type)
             action.type = reader(action.type, flag, bounds)
+
+
+def _default_range(kind: type) -> Range:
+    return Range(-_LARGEST, _LARGEST) if kind is int else Range()
 
 
 def reader(kind: type, flag: str, bounds: Range) -> Callable[[str], float]:

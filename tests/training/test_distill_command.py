@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.cli import distill, generate, training_run
+from functional_sd3.cli import distill, generate, numbers, training_run
 from functional_sd3.cli.report import printing
 from functional_sd3.core import tree
 from functional_sd3.formats import files
@@ -35,8 +35,9 @@ def command(teacher_folder, capsys):
     """`functional-sd3 distill` with a few small settings; answers (exit status, standard error)."""
 
     def run(*words):
-        parser = argparse.ArgumentParser()
+        parser = argparse.ArgumentParser(prog="functional-sd3 distill")
         distill.add_arguments(parser)
+        numbers.check_options(parser)
         params = [] if "--params" in words else ["--params", teacher_folder]
         status = distill.run(parser.parse_args([str(word) for word in (*params, *BASE, *words)]))
         return status, capsys.readouterr().err
@@ -153,11 +154,11 @@ def test_a_student_is_halved_and_nothing_else(command, student, tmp_path):
     [
         (["--to", 0], "--to 0 must be at least 1"),
         (["--to", 4, "--cfg", 0.5], "--cfg 0.5 must be at least 1"),
-        (["--to", 4, "--cfg", "nan"], "--cfg nan must be at least 1"),
+        (["--to", 4, "--cfg", "nan"], "--cfg nan must be a finite number"),
         (["--to", 4, "--inner", 0], "--inner 0 must be at least 1"),
-        (["--to", 4, "--shift", -1], "--shift -1.0 must be a positive number"),
+        (["--to", 4, "--shift", -1], "--shift -1.0 must be above 0"),
         (["--to", 4, "--lr", "inf"], "--lr inf must be a positive number"),
-        (["--to", 4, "--lora", 0], "--lora 0 must be at least 1"),
+        (["--to", 4, "--lora", 0], "--lora 0 must be a rank of at least 1"),
         (["--to", 4, "--accumulate", 3], "cannot be taken in 3 equal parts"),
         (["--to", 4, "--force"], "--force is for --resume"),
         (["--to", 4, "--caption", "x"], "--caption is for a folder of images"),
@@ -167,6 +168,6 @@ def test_a_student_is_halved_and_nothing_else(command, student, tmp_path):
     ],
 )
 def test_options_that_make_no_sense_are_errors(command, tmp_path, words, said):
-    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+    with pytest.raises((ValueError, numbers.OutOfRange), match=said.replace("(", r"\(")):
         command(*words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
