@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from functional_sd3.cli.session import Session
     from functional_sd3.pipeline import Request
     from functional_sd3.pipeline.mixing import Mix
+    from functional_sd3.pipeline.request import Show
 
 HELP = "draw the images between prompts or seeds, or the steps of one"
 _SUFFIXES = (".png", ".jpg", ".jpeg", *output.ANIMATIONS)
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             frames=None if arguments.trajectory else pipeline.Frames(frames, _mix(arguments)),
             loras=opened.loras,
             words=opened.words,
+            show=_show(arguments),
         )
         record = records.recorder(opened, arguments)(request, _settings(arguments, size))
         images = torch.cat(list(_draw(opened, request, arguments)))
@@ -100,6 +102,14 @@ def _mix(arguments: argparse.Namespace) -> "Mix":
     return pipeline.slerp if arguments.slerp else pipeline.lerp
 
 
+def _show(arguments: argparse.Namespace) -> "Show | None":
+    from functional_sd3 import pipeline
+
+    if not arguments.trajectory:
+        return None
+    return pipeline.denoised if arguments.denoised else pipeline.states
+
+
 def _draw(opened: "Session", request: "Request", arguments: argparse.Namespace) -> "Iterator[Tensor]":
     """The images of each batch of frames, or of each step."""
     import torch
@@ -112,9 +122,8 @@ def _draw(opened: "Session", request: "Request", arguments: argparse.Namespace) 
         return
     prepared = session.prepare(opened, request)
     opened.timer.stage = "drawing"
-    show = pipeline.denoised if arguments.denoised else pipeline.states
     with torch.no_grad():
-        images = pipeline.draw_steps(opened.fetch, opened.config, prepared, show).flatten(0, 1).cpu()
+        images = pipeline.draw(opened.fetch, opened.config, prepared).flatten(0, 1).cpu()
     opened.timer.done("sampling", opened.device)
     yield images
 

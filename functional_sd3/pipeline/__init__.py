@@ -44,6 +44,8 @@ from functional_sd3.pipeline.request import (
     TextOptions,
     Tiling,
     Variation,
+    denoised,
+    states,
 )
 from functional_sd3.pipeline.sampling import (
     NoisedStart,
@@ -54,7 +56,7 @@ from functional_sd3.pipeline.sampling import (
     sigmas,
 )
 from functional_sd3.pipeline.text_to_image import generate, generate_from, regional, tiled
-from functional_sd3.pipeline.trajectories import denoised, draw_steps, states, trajectory
+from functional_sd3.pipeline.trajectories import trajectory
 
 __all__ = [
     "Adapted",
@@ -85,7 +87,6 @@ __all__ = [
     "denoised",
     "describe",
     "draw",
-    "draw_steps",
     "edit",
     "edit_field",
     "edit_latents",

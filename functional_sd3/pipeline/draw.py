@@ -1,6 +1,7 @@
 """The second stage of a request: the flow is integrated by the transformer, and its latents are decoded by the VAE."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.blend import slerp
 from functional_sd3.core.types import Key, Params, Velocity
+from functional_sd3.flow.ode.method import StepInfo
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.pipeline.adapters import with_loras
@@ -29,13 +31,17 @@ def draw(components: Components, config: Config, prepared: Prepared, *, batch: i
     """Images (samples, 3, height, width) of an encoded request, in [0, 1], float32.
 
     components: name -> parameters (`Components`); the transformer is read once, then the VAE. batch: images integrated
-    and decoded at once, by default all.
+    and decoded at once, by default all. Of a request with `show` all steps: (steps, samples, 3, height, width).
     """
     components, parts = with_loras(components, prepared.request.loras), split_batches(prepared, batch)
     latents = _sample_all({"transformer": fetch(components, "transformer")}, config, parts)
     params = {"vae": fetch(components, "vae")}
-    images = [decode_latents(params, config, *each) for each in zip(parts, latents, strict=True)]
-    return images[0] if len(images) == 1 else torch.cat(images)
+    images = [
+        torch.stack([decode_latents(params, config, part, step) for step in steps])
+        for part, steps in zip(parts, latents, strict=True)
+    ]
+    joined = images[0] if len(images) == 1 else torch.cat(images, 1)
+    return joined[0] if prepared.request.show is None else joined
 
 
 def sample_latents(params: Params, config: Config, prepared: Prepared) -> Tensor:
@@ -75,8 +81,25 @@ class _Start(NamedTuple):
     transform: Callable[[Velocity], Velocity] | None = None
 
 
-def _sample_all(params: Params, config: Config, parts: list[Prepared]) -> list[Tensor]:
-    return [sample_latents(params, config, part) for part in parts]
+def _sample_all(params: Params, config: Config, parts: list[Prepared]) -> list[list[Tensor]]:
+    """For each part the latents that are decoded: the last, or those shown of every step."""
+    return [_sample_steps(params, config, part) for part in parts]
+
+
+def _sample_steps(params: Params, config: Config, prepared: Prepared) -> list[Tensor]:
+    show, sampling = prepared.request.show, prepared.request.sampling
+    if show is None:
+        return [sample_latents(params, config, prepared)]
+    shown: list[Tensor] = []
+
+    def keep(info: StepInfo) -> None:
+        shown.append(show(info))
+        if sampling.on_step is not None:
+            sampling.on_step(info)
+
+    request = replace(prepared.request, sampling=replace(sampling, on_step=keep))
+    sample_latents(params, config, prepared._replace(request=request))
+    return shown
 
 
 def _conditions(prompts: EncodedPrompts, device: torch.device) -> Conditions:

@@ -38,7 +38,15 @@ _PARTS: dict[str, type] = {
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable] = {
     f"{function.__module__.removeprefix('functional_sd3.')}.{function.__qualname__}": function
-    for function in (mixing.lerp, blend.slerp, velocity, fixed_point.inverse, transform.compile)
+    for function in (
+        mixing.lerp,
+        blend.slerp,
+        velocity,
+        fixed_point.inverse,
+        transform.compile,
+        request.states,
+        request.denoised,
+    )
 }
 """Functions that a description may name. No others are looked up: descriptions are found in files of other people."""
 _MOST_NUMBERS = 1024

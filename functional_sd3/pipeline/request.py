@@ -28,6 +28,7 @@ Prompts = str | Sequence[str]
 AnyMethod = Method | ode.Adaptive | str
 """A method, or the name of one (`ode.NAMES`)."""
 OnStep = Callable[[StepInfo], Any]
+Show = Callable[[StepInfo], Tensor]
 BlockTransform = Callable[[Callable], Callable]
 Loras = Sequence[tuple[Lora, Scale]]
 """LoRAs with their scales, which add up."""
@@ -44,6 +45,16 @@ class AppliedLora(NamedTuple):
 
     lora: Lora
     scale: Scale = 1.0
+
+
+def states(info: StepInfo) -> Tensor:
+    """The state after a step."""
+    return info.x
+
+
+def denoised(info: StepInfo) -> Tensor:
+    """The prediction of the data that a step started from."""
+    return info.denoised
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,7 @@ class Request:
     start images, else the model's own size. noise: the starting latents (batch, channels, height / 8, width / 8)
     instead of the key's. field: makes the velocity of one prompt, as `velocity` does, which it is by default.
     loras: (LoRA, scale) of those added to the model; words: textual inversions, which the prompts may use.
+    show: the latents to decode of every step (`states`, `denoised`), in place of the last state alone.
     Raises ValueError for parts that do not fit together.
     """
 
@@ -183,12 +195,15 @@ class Request:
     field: Field | None = None
     loras: Loras = ()
     words: Sequence[Word] = ()
+    show: Show | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", prompt_list(self.prompts))
         object.__setattr__(self, "loras", tuple(AppliedLora(*pair) for pair in self.loras))
         if not self.prompts:
             raise ValueError("there are no prompts; give a string or several, and an empty one for no prompt")
+        if self.show is not None and (self.frames is not None or self.edit is not None):
+            raise ValueError("the steps of frames and edits are not shown: leave out show")
         if self.frames is not None:
             self._check_frames(self.frames)
             return

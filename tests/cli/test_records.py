@@ -63,6 +63,18 @@ def test_an_image_is_drawn_again_from_its_record(tiny, tmp_path):
     assert record["request"]["sampling"]["guidance"] == {"kind": "guidance.zero_star", "scale": 3.0}
 
 
+def test_the_steps_of_a_trajectory_are_drawn_again_from_its_record(tiny, tmp_path):
+    for name, option in (("states", ()), ("denoised", ("--denoised",))):
+        path = tmp_path / f"{name}.png"
+        assert run("interpolate", RED, "--trajectory", *option, "--steps", 3, "--out", path) == 0
+        request = pipeline.read_description(written.read_record(path)["request"])
+        with torch.no_grad():
+            images = pipeline.draw(tiny.params, tiny.config, pipeline.prepare(*tiny, request))
+        assert images.shape[:2] == (3, 1)
+        assert torch.equal(pixels.to_bytes(pixels.grid(images.flatten(0, 1), columns=3))[0].int(), bytes_of(path))
+    assert not torch.equal(bytes_of(tmp_path / "states.png"), bytes_of(tmp_path / "denoised.png"))
+
+
 def test_each_image_of_a_batch_has_its_own_prompt_and_key(tiny, tmp_path):
     words = ("generate", RED, BLUE, "--count", 2, "--seed", 5, "--steps", 2, "--variation", "3:0.2")
     assert run(*words, "--out", f"{tmp_path}/") == 0

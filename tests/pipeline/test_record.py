@@ -81,6 +81,7 @@ def changes(model) -> dict[type, dict[str, object]]:
             "tiling": Tiling(), "frames": Frames(), "field": pipeline.velocity, "words": [
                 textual_inversion.Word("<a>", {"clip_l": torch.ones(1, width)})],
             "loras": [(small_lora(model.config), 0.5)], "edit": FlowEdit(["a"]),
+            "show": pipeline.states,
         },
         TextOptions: {"negative": "ring", "t5_length": 8, "weighted": True, "long_prompts": True},
         SamplingOptions: {
