@@ -21,6 +21,7 @@ from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode import fixed_point
 from functional_sd3.flow.ode.method import Method
+from functional_sd3.formats.printable import shorten
 from functional_sd3.pipeline import mixing, request
 from functional_sd3.pipeline.blending import Region
 from functional_sd3.pipeline.fields import velocity
@@ -143,19 +144,28 @@ def _read(data: Any, path: str, given: Mapping[str, Any]) -> Any:
     parts = {name: _read(part, inner + str(name), given) for name, part in data.items() if name != "kind"}
     try:
         return _make(str(data["kind"]), parts)
+    except _NotHeld as error:
+        raise ValueError(f"{place}: a description does not hold {error}; give it by this path") from None
     except LookupError as error:
-        raise ValueError(f"{place}: a description does not hold it; give it by this path ({error})") from None
+        raise ValueError(f"{place} is no description of a part of a request: there is no {error}") from None
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{place} is no description of a part of a request: {error}") from None
 
 
+class _NotHeld(Exception):
+    """A part that a description names and does not hold."""
+
+
 def _make(kind: str, parts: dict[str, Any]) -> Any:
-    """The part of that kind. Raises LookupError for what a description does not hold."""
+    """The part of that kind. Raises _NotHeld for what a description does not hold, LookupError for what is missing."""
     room, _, name = kind.partition(".")
     if kind in _PARTS:
         return _PARTS[kind](**parts)
     if kind == "float":
         return float(parts["value"])
+    if kind == "tensor" and "values" not in parts and "sha256" in parts:
+        shape = " x ".join(map(str, parts.get("shape", ())))
+        raise _NotHeld(f"this tensor of {shape} numbers (their SHA-256 is {shorten(str(parts['sha256']))})")
     if kind == "tensor":
         return torch.tensor(parts["values"], dtype=_dtype(parts["dtype"]), device="cpu")
     if kind == "function":
@@ -166,13 +176,13 @@ def _make(kind: str, parts: dict[str, Any]) -> Any:
         return ode.METHODS[name]
     if room == "guidance":
         return _make_guidance(name, parts)
-    raise LookupError(f"{kind} {parts.get('name', '')}".strip())
+    raise _NotHeld(shorten(f"{kind} {parts.get('name', '')}".strip()))
 
 
 def _make_guidance(name: str, parts: dict[str, Any]) -> Guidance:
     function = vars(guidances)[name]
     if name not in guidances.__all__ or not hasattr(function, "__wrapped__"):
-        raise LookupError(name)
+        raise _NotHeld(f"guidance {shorten(name)}")
     positional: list[Any] = []
     keywords = {}
     parameters = inspect.signature(function).parameters
