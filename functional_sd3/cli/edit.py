@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from functional_sd3.cli import records, runtime, session
     from functional_sd3.core import prng
+    from functional_sd3.flow.ode import fixed_point
     from functional_sd3.image import pixels
     from functional_sd3.pipeline import Request, StartImages
 
@@ -91,7 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
             words=opened.words,
         )
         record = records.recorder(opened, arguments)(request, _settings(arguments))
-        (images,) = session.draw(opened, [request], 1, offload=arguments.offload)
+        try:
+            (images,) = session.draw(opened, [request], 1, offload=arguments.offload)
+        except fixed_point.InversionFailed as error:
+            advice = "use more --steps or a lower --source-cfg, or leave out --exact"
+            raise ValueError(f"--exact: {error.finding}; {advice}") from None
     runtime.check_finite(images)
     drawn = pixels.to_pil(images)[0]
     if single:

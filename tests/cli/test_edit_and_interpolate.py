@@ -176,6 +176,7 @@ def test_other_pictures_have_no_settings(tmp_path):
         (("edit", "{}/none.png"), "{}/none.png is no file"),
         (("edit", "{}/text.png"), "{}/text.png: not a readable image"),
         (("edit", "{}/in.png", "--eta", 2), "--eta 2.0 must be between 0 and 1"),
+        (("edit", "{}/in.png", "--exact", "--source-cfg", 1e4), "--exact: sample 0 at t = "),
         (("edit", "{}/in.png", "--window", "half"), "--window 'half' must be START-END"),
         (("edit", "{}/in.png", "--window", "0.5-0.25"), "--window 0.5-0.25 must be START <= END <= 1"),
         (("edit", "{}/in.png", "--exact", "--method", "bosh3"), "bosh3 chooses its own steps, which cannot be undone"),
@@ -197,4 +198,5 @@ def test_what_makes_no_sense_is_said_in_one_line(files, tmp_path, capsys, words,
     assert run(*words, "--params", files / "model", "--steps", 2, "--out", tmp_path / "x.png") == 1
     error = capsys.readouterr().err
     assert message.format(files) in error and error.count("\n") == 1
+    assert "tolerance=" not in error
     assert list(tmp_path.iterdir()) == []

@@ -22,12 +22,15 @@ DEPTH = 4
 
 class InversionFailed(ArithmeticError):
     """Fixed-point inversion did not reach its tolerance: `sample` is the worst, its `residual` is relative to |x|, `t`
-    is y's."""
+    is y's, `finding` the message without advice."""
 
     def __init__(self, sample: int, residual: float, tolerance: float, iterations: int, t: float):
-        super().__init__(
+        self.finding = (
             f"sample {sample} at t = {t:.6g}: {iterations} iterations left {residual:.2g} of |x|, above the tolerance "
-            f"{tolerance:.2g}; use more steps or less guidance, or tolerance=None, which accepts any residual"
+            f"{tolerance:.2g}"
+        )
+        super().__init__(
+            f"{self.finding}; use more steps or less guidance, or tolerance=None, which accepts any residual"
         )
         self.sample, self.residual, self.t = sample, residual, t
 
