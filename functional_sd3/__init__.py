@@ -66,13 +66,13 @@ def _public_names(module: ModuleType) -> list[str]:
 
 def _statements(module: str) -> list[ast.stmt]:
     """The top level of a module's source; nothing is imported but the packages it is in."""
-    found = find_spec(module)
-    source = Path(found.origin).read_text(encoding="utf-8") if found and found.origin else ""
+    spec = find_spec(module)
+    source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
     return ast.parse(source).body
 
 
 class _Package(ModuleType):
-    """This package; its docstring ends with a line for each module, read from theirs when it is asked for."""
+    """This package; its docstring ends with a line for each module, read from theirs on access."""
 
     @property
     def __doc__(self) -> str:  # type: ignore[override]

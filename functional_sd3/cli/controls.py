@@ -88,7 +88,7 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
     specs = [parse(text) for text in arguments.control]
     if not specs and not arguments.controlnet:
         return []
-    found = []
+    controls = []
     for one, net in zip(specs, _nets(specs, arguments.controlnet, dtype, device), strict=True):
         nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
         made = control.Control(
@@ -104,8 +104,8 @@ def prepare(arguments: argparse.Namespace, config, fetch, size: tuple[int, int],
                 net.config,
                 mask=None if mask is None else mask.to(device),
             )
-        found.append(made._replace(image_latents=latents))
-    return found
+        controls.append(made._replace(image_latents=latents))
+    return controls
 
 
 def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[ControlNet]":
@@ -125,13 +125,13 @@ def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[Co
             unnamed.append(net)
     if len(paths) > len(specs):
         raise ValueError(f"{len(paths)} --controlnet for {len(specs)} images; give a --control KIND=IMAGE for each")
-    found = []
+    nets = []
     for one in specs:
         if one.kind not in named and not unnamed:
             raise ValueError(f"--control {one.kind}={one.image} needs --controlnet {one.kind}=PATH: what reads it")
         net = named[one.kind] if one.kind in named else unnamed.pop(0)
-        found.append(net._replace(config=dataclasses.replace(net.config, kind=one.kind)))
-    return found
+        nets.append(net._replace(config=dataclasses.replace(net.config, kind=one.kind)))
+    return nets
 
 
 def net_source(text: str) -> tuple[str | None, str]:

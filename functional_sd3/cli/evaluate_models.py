@@ -52,16 +52,16 @@ def run_clip(arguments: argparse.Namespace) -> Report:
     model = runtime.clip(arguments.clip, arguments.device)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.clip} has no tokenizer, which captions need: vocab.json and merges.txt")
-    found: list[Tensor] = []
+    batches: list[Tensor] = []
     starts = range(0, len(index.samples), arguments.batch_size)
     for start in report.progress(starts, len(starts), Path(arguments.folder).name, unit="batch"):
         samples = index.samples[start : start + arguments.batch_size]
         seen = [image_files.read(index.folder / sample.path) for sample in samples]
         captions = [sample.caption for sample in samples]
-        found.append(
+        batches.append(
             clip_images.scores(model.params, model.config, model.tokenizer, model.pixels, seen, captions).cpu()
         )
-    scores = torch.cat(found)
+    scores = torch.cat(batches)
     each = [
         {"path": sample.path, "caption": sample.caption, "score": float(score)}
         for sample, score in zip(index.samples, scores, strict=True)
@@ -121,23 +121,23 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
 
 
 def run_vae(arguments: argparse.Namespace) -> Report:
-    found = folders.source(arguments.folder)
+    source = folders.source(arguments.folder)
     model, params = _model(arguments, only="vae")
     runtime.require(model, ("vae",), params)
     factor = vae.factor(require(model.config, "vae"))
     if arguments.size and arguments.size % factor:
         raise ValueError(f"--size {arguments.size} must be a multiple of {factor}, the pixels a side of one latent")
     cut = partial(_cut, factor=factor, size=arguments.size)
-    items = folders.stream(found, cut, workers=arguments.workers)
+    items = folders.stream(source, cut, workers=arguments.workers)
     likenesses: list[Likeness] = []
     unread: list[folders.Skipped] = []
-    for batch in _alike(report.progress(items, len(found.names), Path(arguments.folder).name), arguments.batch_size):
+    for batch in _alike(report.progress(items, len(source.names), Path(arguments.folder).name), arguments.batch_size):
         if batch[0].value is None:
             unread += [folders.Skipped(item.name, item.reason or "") for item in batch]
         else:
             likenesses += _reconstructed(model, batch)
     skipped = tuple(unread)
-    report.note_skipped(arguments.folder, len(found.names), skipped)
+    report.note_skipped(arguments.folder, len(source.names), skipped)
     if not likenesses:
         raise ValueError(f"none of the {len(skipped)} images of {arguments.folder} can be measured")
     finite = [one.psnr for one in likenesses if math.isfinite(one.psnr)]

@@ -94,9 +94,9 @@ def run_cmmd(arguments: argparse.Namespace) -> Report:
     transform = partial(_square, config=model.pixels)
     sides = []
     for path in (arguments.real, arguments.fake):
-        found = collect.features(_batches(path, sources[path], transform, embed, arguments))
-        sides.append(Side(path, found.values, len(found.values), found.skipped))
-        report.note_skipped(path, len(sources[path].names), found.skipped)
+        collected = collect.features(_batches(path, sources[path], transform, embed, arguments))
+        sides.append(Side(path, collected.values, len(collected.values), collected.skipped))
+        report.note_skipped(path, len(sources[path].names), collected.skipped)
     value = cmmd.distance(*(side.record for side in sides))
     counts = " and ".join(str(side.size) for side in sides)
     data = {"metric": "cmmd", "value": value, **runtime.clip_described(arguments.clip, model), **_sets(sides)}
@@ -123,10 +123,10 @@ def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], di
             sides.append(Side(path, saved[path], kind.count(saved[path])))
             continue
         transform = partial(preprocess.image, mode=making.preprocessing)
-        found = kind.collect(_batches(path, sources[path], transform, making.embed, arguments))
-        record = kind.record(found.values, making.preprocessing, making.weights, making.tap)
-        sides.append(Side(path, record, kind.count(record), found.skipped))
-        report.note_skipped(path, len(sources[path].names), found.skipped)
+        collected = kind.collect(_batches(path, sources[path], transform, making.embed, arguments))
+        record = kind.record(collected.values, making.preprocessing, making.weights, making.tap)
+        sides.append(Side(path, record, kind.count(record), collected.skipped))
+        report.note_skipped(path, len(sources[path].names), collected.skipped)
     if arguments.save:
         kind.save(arguments.save, sides[0].record)
         report.note(f"{arguments.save} holds what is known of {sides[0].path}, to be given in its place")
@@ -136,7 +136,7 @@ def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], di
 
 
 def _making(arguments: argparse.Namespace, params: Any, fingerprint: str, saved: dict[str, Any]) -> Making:
-    """What the command line asks for or, where it says nothing, what was saved says. Raises where they differ."""
+    """The settings of the command line or, where it has none, those saved. Raises ValueError where they differ."""
     record = next(iter(saved.values()), None)
     preprocessing = arguments.mode or (record.preprocessing if record else "clean")
     tap = arguments.features or (record.tap if record else inception.TAPS[-1])
@@ -172,8 +172,8 @@ def _load_statistics(path: str, arguments: argparse.Namespace, fingerprint: str)
         tap = arguments.features or inception.TAPS[-1]
         return fid.load(path, n=arguments.count, preprocessing=arguments.mode, weights=fingerprint, tap=tap)
     with suppress(WeightsError):
-        found = features.load(path)
-        return fid.Record(frechet.statistics(found.values), found.preprocessing, found.weights, found.tap)
+        stored = features.load(path)
+        return fid.Record(frechet.statistics(stored.values), stored.preprocessing, stored.weights, stored.tap)
     try:
         return fid.load(path)
     except WeightsError as error:
@@ -187,10 +187,10 @@ def _batches(
     path: str, source: Source, transform: Callable, embed: Callable[..., Any] | None, arguments: argparse.Namespace
 ) -> Iterator[Batch]:
     items = folders.stream(source, transform, workers=arguments.workers)
-    watched = report.progress(items, len(source.names), Path(path).name)
+    reported = report.progress(items, len(source.names), Path(path).name)
     if embed is None:
         raise ValueError(f"{path} holds images, for which --inception is needed")
-    return collect.walk(embed, watched, batch_size=arguments.batch_size)
+    return collect.walk(embed, reported, batch_size=arguments.batch_size)
 
 
 def _square(image: "Image", *, config: clip_pixels.Config) -> Tensor:

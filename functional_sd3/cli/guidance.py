@@ -190,14 +190,14 @@ def _loaded(options: dict[str, Any], session: "Session", arguments: argparse.Nam
 
 def _pairs(text: str, kind: Kind) -> dict[str, str]:
     """{"layers": "7,8,9", "scale": "2.5"} of "layers=7,8,9,scale=2.5": what names no option goes on with its value."""
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     last = None
     for part in text.split(",") if text else []:
         option, equals, value = part.partition("=")
         if equals and (option in kind.options or last is None):
-            found[option], last = value, option
+            pairs[option], last = value, option
         elif last is None:
-            found[part], last = "", part
+            pairs[part], last = "", part
         else:
-            found[last] += "," + part
-    return found
+            pairs[last] += "," + part
+    return pairs

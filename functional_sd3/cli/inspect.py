@@ -72,32 +72,32 @@ def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
 
     depth, values = arguments.depth, not arguments.quick
     try:
-        found = weights.describe(path, values=values, variant=arguments.variant)
+        description = weights.describe(path, values=values, variant=arguments.variant)
     except weights.WeightsError:
         # Of what does not load, at least what its header says, before the reason.
         if path.is_file() and weights.files.start(path)[8:9] == b"{":
             yield from _header(path, depth)
         raise
     yield f"{path}"
-    for part in found.parts:
+    for part in description.parts:
         yield ""
         yield f"{part.component}: {_amount(tree.leaves(part.tree))}"
         yield f"  {part.format}, in {part.where}" + "".join(f", {words}" for words in _stored(part))
         yield from (f"  {line}" for line in str(part.config).splitlines())
         yield from _values(part.nonfinite, values)
         yield from _branch(part.tree, "  ", depth or 1000)
-    for name, tables in found.tokenizers._asdict().items():
+    for name, tables in description.tokenizers._asdict().items():
         if tables is not None:
             yield ""
             yield f"tokenizer of {name}: {f'{len(tables.vocab)} tokens' if hasattr(tables, 'vocab') else tables}"
-    if found.schedule is not None:
+    if description.schedule is not None:
         yield ""
-        yield f"schedule: {found.schedule}"
+        yield f"schedule: {description.schedule}"
     yield ""
-    yield f"in all: {_amount([leaf for part in found.parts for leaf in tree.leaves(part.tree)])}"
-    for file, said in found.metadata.items():
+    yield f"in all: {_amount([leaf for part in description.parts for leaf in tree.leaves(part.tree)])}"
+    for file, said in description.metadata.items():
         yield from _metadata(f"metadata of {file}", said)
-    yield from found.missing
+    yield from description.missing
 
 
 def _stored(part) -> Iterator[str]:

@@ -90,9 +90,9 @@ def _extract(arguments: argparse.Namespace) -> int:
         if getattr(tuned.config, name) != getattr(base.config, name):
             raise ValueError(f"the {name} of {arguments.base} is of other sizes than that of {arguments.tuned}")
     after, before = ({name: model.params[name] for name in names} for model in (tuned, base))
-    found = lora.extract(tree.to(after, device), before, arguments.rank, targets=tuple(arguments.targets))
-    lora.save(arguments.out, tree.to(found, "cpu"), layout=arguments.layout, dtype=getattr(torch, arguments.dtype))
-    left = merge.diff(lora.apply(before, tree.to(found, "cpu")), after, group=merge.component)
+    extracted = lora.extract(tree.to(after, device), before, arguments.rank, targets=tuple(arguments.targets))
+    lora.save(arguments.out, tree.to(extracted, "cpu"), layout=arguments.layout, dtype=getattr(torch, arguments.dtype))
+    left = merge.diff(lora.apply(before, tree.to(extracted, "cpu")), after, group=merge.component)
     for whole, rest in zip(merge.diff(before, after, group=merge.component), left, strict=True):
         share = 1 - rest.relative / whole.relative if whole.relative else 1
         report.message(f"{whole.path}: changed by {whole.relative:.3g}, of which the LoRA holds {share:.1%}")

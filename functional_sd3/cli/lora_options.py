@@ -71,12 +71,12 @@ def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "lis
     """
     from functional_sd3 import lora
 
-    found = []
+    loras = []
     for spec in map(parse, texts):
         loaded = lora.load_with_report(spec.path, config, device=device, allow_absent=True)
         note_left_out(spec.path, loaded.left_out)
-        found += [(loaded.lora, spec.scale)] if spec.scale != 0 else []
-    return found
+        loras += [(loaded.lora, spec.scale)] if spec.scale != 0 else []
+    return loras
 
 
 def student_config(texts: Sequence[str], config: "Config") -> "Config":

@@ -32,7 +32,7 @@ def scores(
     keys = prng.key(arguments.seed, device=latents.device).expand(len(latents), 2)
     if arguments.by == "loss":
         return -likelihood.losses(velocity, latents, keys, draws=arguments.draws, on_draw=on_step)
-    found = likelihood.estimate(
+    estimate = likelihood.estimate(
         velocity,
         latents,
         method=runtime.method(arguments.method, rtol=arguments.rtol, atol=arguments.atol),
@@ -40,11 +40,11 @@ def scores(
         divergence="exact" if arguments.exact else "hutchinson",
         key=keys,
         probes=arguments.probes,
-        # Fused attention has this derivative alone.
+        # Cheaper than forward mode.
         mode="reverse",
         on_step=on_step,
     )
-    return found.log_prior + found.volumes
+    return estimate.log_prior + estimate.volumes
 
 
 def times(steps: int) -> Tensor:

@@ -62,22 +62,22 @@ def check(arguments: argparse.Namespace) -> None:
 
 def check_folder(arguments: argparse.Namespace) -> None:
     """Raises ValueError where --out holds no run to resume, one that is not to be, or what no run left there."""
-    found = _checkpoints(arguments)
-    if arguments.resume and not found:
+    checkpoints = _checkpoints(arguments)
+    if arguments.resume and not checkpoints:
         raise ValueError(
             f"--resume found no checkpoint in {Path(arguments.out) / 'checkpoints'}; leave --resume out to begin there"
         )
     if arguments.resume:
-        done = max(found)
+        done = max(checkpoints)
         if arguments.steps < done:
             raise ValueError(
                 f"--steps {arguments.steps} counts all steps, of which {done} are done in {arguments.out}: give more "
                 f"to go on, or --steps {done} to write the result again"
             )
         return
-    if found:
+    if checkpoints:
         raise ValueError(
-            f"--out {arguments.out} holds a run already: --resume goes on with it, from step {max(found)}; or "
+            f"--out {arguments.out} holds a run already: --resume goes on with it, from step {max(checkpoints)}; or "
             "name another folder"
         )
     others = sorted(entry.name for entry in Path(arguments.out).iterdir() if not entry.name.startswith("."))

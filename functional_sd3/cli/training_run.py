@@ -178,8 +178,8 @@ def resume(arguments: argparse.Namespace, setup: Setup) -> State:
 
 def newest(folder: Path) -> str:
     """A sentence that names the newest checkpoint."""
-    found = checkpoint.paths(folder)
-    return f"--resume goes on from the newest checkpoint, {found[-1]}" if found else "there is no checkpoint yet"
+    paths = checkpoint.paths(folder)
+    return f"--resume goes on from the newest checkpoint, {paths[-1]}" if paths else "there is no checkpoint yet"
 
 
 def has_checkpoint(folder: Path) -> bool:

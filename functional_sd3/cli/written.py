@@ -54,8 +54,8 @@ class Job(NamedTuple):
 
 def given(arguments: Any, names: Sequence[str]) -> Settings:
     """Those options that were given: neither absent nor empty, but 0 where that was said."""
-    found = {name: getattr(arguments, name) for name in names}
-    return {name: value for name, value in found.items() if value is not False and value not in (None, "", [])}
+    values = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in values.items() if value is not False and value not in (None, "", [])}
 
 
 def together(jobs: Sequence[Job], settings: Settings) -> Settings:
@@ -225,5 +225,5 @@ def _text(texts: dict[str, str]) -> str | None:
     if METADATA in texts:
         return texts[METADATA]
     others = (texts.get("comment", ""), texts.get("ImageDescription", ""))
-    found = next((text for text in others if text.startswith(METADATA)), None)
-    return None if found is None else found.removeprefix(METADATA).strip()
+    labelled = next((text for text in others if text.startswith(METADATA)), None)
+    return None if labelled is None else labelled.removeprefix(METADATA).strip()

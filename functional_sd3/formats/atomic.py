@@ -8,8 +8,8 @@ call swaps two folders and because what else lies in it (logs, checkpoints, a RE
 2. the staging folder is renamed to `.saved`: from this instant the new content counts, and `current(folder)` says so;
 3. each entry is put in its place (by hard links, so it costs nothing), then `.saved` is removed.
 
-A process killed before 2 leaves the old content, after 2 the new one, for whoever asks `current` where to read, as
-`weights.load` does; the next save finishes what was begun. Other programs, which do not ask, may meet entries of both
+A process killed before 2 leaves the old content, after 2 the new one, for readers that call `current`, as
+`weights.load` does; the next save completes it. Other programs, which do not call it, may meet entries of both
 only if the process died in the milliseconds of step 3. Two processes must not replace one folder at the same time.
 
 A `.saved` counts only where a save of this program put it: it holds its own number in the file system and that of the
@@ -66,13 +66,13 @@ def _target(path: Path) -> tuple[Path, int | None]:
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return path, None
-    kind = "link in a circle" if stat.S_ISLNK(found.st_mode) else bounded.file_kind(found.st_mode)
+    kind = "link in a circle" if stat.S_ISLNK(status.st_mode) else bounded.file_kind(status.st_mode)
     if kind != "file":
         raise WeightsError(f"{path}: cannot be written: is a {kind}; what was there is untouched")
-    return path, stat.S_IMODE(found.st_mode)
+    return path, stat.S_IMODE(status.st_mode)
 
 
 def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned: Collection[str]) -> None:
@@ -147,10 +147,10 @@ def _stamp(path: Path, owned: Collection[str]) -> list[tuple[int, int] | None]:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return status.st_ino, status.st_mtime_ns
 
 
 def _stage(staging: Path, write: Callable[[Path], None], proof: Path | None = None) -> Path:
@@ -223,7 +223,7 @@ def _link_file(source: str | Path, target: str | Path) -> None:
 
 
 def _temporary(folder: Path, name: str) -> Path:
-    """A name in the folder that nobody else uses, and that tells who made it and for what."""
+    """A name in the folder that nobody else uses, and that names its process and purpose."""
     return folder / f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
 
 

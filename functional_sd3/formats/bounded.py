@@ -56,7 +56,7 @@ def decode_text(content: bytes, where: object) -> str:
     encoding = next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in content:
         # Latin letters in UTF-16 are valid UTF-8 too, with zeros between them, which no text has.
-        raise WeightsError(f"{where}: is no text in UTF-8, it holds zeros (UTF-16 needs a byte order mark to be told)")
+        raise WeightsError(f"{where}: is no text in UTF-8, it holds zeros (UTF-16 is recognised by a byte order mark)")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ _MOST_SHOWN = 50
 
 
 class WeightsError(ValueError):
-    """Files that cannot be read or written as asked; `problems` has one sentence each, naming file and key."""
+    """Files that cannot be read or written; `problems` has one sentence each, naming file and key."""
 
     def __init__(self, problems: str | Iterable[str]) -> None:
         problems = (problems,) if isinstance(problems, str) else problems

@@ -56,7 +56,7 @@ def read_header(path: str | os.PathLike) -> Header:
 
 
 def start(path: str | os.PathLike, count: int = 16) -> bytes:
-    """The first bytes of a file, by which its kind is told."""
+    """The first bytes of a file, from which its kind is recognised."""
     with bounded.open_file(path) as file:
         try:
             return file.read(count)

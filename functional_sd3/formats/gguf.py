@@ -156,23 +156,23 @@ def _read(reader: _Reader) -> _Described:
         raise ValueError(too_many(tensors))
     if values > _MOST_VALUES:
         raise ValueError(f"has {values:,} values by name, more than {_MOST_VALUES:,}")
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for _ in range(values):
         name = reader.text()
-        if name in found:
+        if name in metadata:
             raise ValueError(f"{name!r} is named twice")
-        found[name] = reader.value()
+        metadata[name] = reader.value()
     described: dict[str, _Tensor] = {}
     for _ in range(tensors):
         name = reader.text()
         if name in described:
             raise ValueError(f"{name!r} is named twice")
-        described[name] = _described(reader, found.get(_SHAPE + name))
-    alignment = found.get(_ALIGNMENT, 32)
+        described[name] = _described(reader, metadata.get(_SHAPE + name))
+    alignment = metadata.get(_ALIGNMENT, 32)
     if type(alignment) is not int or not 1 <= alignment <= 2**16:
         raise ValueError(f"{_ALIGNMENT} is {alignment!r}, not a size")
     start = -(-reader.place // alignment) * alignment
-    return _Described(found, {name: one._replace(start=start + one.start) for name, one in described.items()})
+    return _Described(metadata, {name: one._replace(start=start + one.start) for name, one in described.items()})
 
 
 def _described(reader: _Reader, shape: Any) -> _Tensor:

@@ -68,8 +68,8 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
         size = os.fstat(file.fileno()).st_size
         start = file.read(_START)
         length = int.from_bytes(start[:8], "little")
-        if start[8:9] != b"{" and (found := magic.foreign_kind(start)):
-            raise ValueError(found)
+        if start[8:9] != b"{" and (kind := magic.foreign_kind(start)):
+            raise ValueError(kind)
         if start[8:9] != b"{" and file.seek(257) and file.read(5) == b"ustar":
             raise ValueError("is an archive, not weights: unpack it, and give what is in it")
         if size < 8:

@@ -50,11 +50,11 @@ class Header(NamedTuple):
 def headers(path: str | os.PathLike, what: str) -> dict[str, Header]:
     """The dtype and shape of every array of a file, of which none is read. Errors as in `read`."""
     with _opened(path, what) as archive:
-        found = {}
+        arrays = {}
         for name, member in _members(path, what, archive).items():
             with archive.open(member) as file:
-                found[name] = Header(*_header(path, name, file)[:2])
-        return found
+                arrays[name] = Header(*_header(path, name, file)[:2])
+        return arrays
 
 
 def read(path: str | os.PathLike, what: str, names: Collection[str]) -> dict[str, Any]:
@@ -102,16 +102,16 @@ def _members(path: str | os.PathLike, what: str, archive: zipfile.ZipFile) -> di
     twice = [name for name, count in Counter(info.filename for info in infos).items() if count > 1]
     if twice:
         raise WeightsError(f"{path}: holds {shorten(twice[0])} {twice.count(twice[0]) + 1} times")
-    found = {info.filename.removesuffix(".npy"): info for info in infos if info.filename.endswith(".npy")}
-    if not found:
+    members = {info.filename.removesuffix(".npy"): info for info in infos if info.filename.endswith(".npy")}
+    if not members:
         names = ", ".join(shorten(info.filename, 40) for info in infos[:3]) or "nothing"
         raise WeightsError(f"{path}: is not an .npz file of {what}: it is a zip archive of {names}")
-    for name, info in found.items():
+    for name, info in members.items():
         if info.flag_bits & 1:
             raise WeightsError(f"{path}: {shorten(name)} is encrypted; give the file without a password")
         if info.compress_type not in _METHODS:
             raise WeightsError(f"{path}: {shorten(name)} is packed by method {info.compress_type}, not by deflate")
-    return found
+    return members
 
 
 def _header(path: str | os.PathLike, name: str, file: IO[bytes]) -> tuple[Any, tuple[int, ...], bool, int]:

@@ -232,9 +232,9 @@ class _Parser:
         self.edges[start].append((test, end))
 
     def _take(self, letter: str) -> bool:
-        found = self.text[self.place : self.place + 1] == letter
-        self.place += found
-        return found
+        matches = self.text[self.place : self.place + 1] == letter
+        self.place += matches
+        return matches
 
     def _next(self) -> str:
         if self.place >= len(self.text):

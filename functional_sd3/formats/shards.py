@@ -134,8 +134,8 @@ def _instead(folder: Path, stem: str) -> str:
     middles = {name.split(".")[1].split("-")[0] for name in names if name.endswith(".safetensors")}
     variants = sorted(middles - {"safetensors"})
     if variants:
-        asked = " or ".join(map(repr, variants))
-        return f"; there are variants, ask for variant={asked} (--variant {variants[0]})"
+        options = " or ".join(map(repr, variants))
+        return f"; there are variants, ask for variant={options} (--variant {variants[0]})"
     if pickles:
         return f"; {pickles[0]} is a pickle, which is never opened: save it as safetensors where you trust it"
     return ""

@@ -24,7 +24,7 @@ ROWS_AT_ONCE, TILES_AT_ONCE, SMALL_KERNEL = 4, 64, 1 << 20
 """Rows of tiles that go through a product together, or more until there are so many tiles; and the numbers of a kernel
 that is read as fast for each row."""
 KEPT = 1 << 22
-"""Numbers of a mapped kernel in one tensor, well below the 32 MB from which on the C library asks for fresh pages each
+"""Numbers of a mapped kernel in one tensor, well below the 32 MB from which on the C library maps new pages each
 time, on which mapping takes nearly four times as long."""
 
 Matrix = list[list[float]]

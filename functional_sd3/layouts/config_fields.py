@@ -56,11 +56,11 @@ class Table(NamedTuple):
 def read(table: Table, values: dict[str, Any], path: Path | str) -> Any:
     """Our config from the values of a file. Raises one WeightsError naming every field that is unsupported."""
     problems: list[str] = []
-    found = {}
+    fields = {}
     for field in table.fields:
         value = values.get(field.theirs, field.default)
         try:
-            found[field.ours] = field.read(value)
+            fields[field.ours] = field.read(value)
         except ValueError as error:
             problems.append(f"{field.theirs} is {_shown(value)}, {error}")
     if table.closed:
@@ -72,7 +72,7 @@ def read(table: Table, values: dict[str, Any], path: Path | str) -> Any:
         ]
     if not problems:
         try:
-            config = table.config(**found)
+            config = table.config(**fields)
             problems += [*_wrong_fixed(table, config, values), *table.unsound(config)]
         except ValueError as error:
             problems.append(str(error))
@@ -91,9 +91,9 @@ def write(table: Table, config: Any) -> dict[str, Any]:
 
 def _wrong_fixed(table: Table, config: Any, values: dict[str, Any]) -> Iterable[str]:
     for fixed in table.fixed:
-        found, right = values.get(fixed.theirs, fixed.default), fixed.value(config)
-        if fixed.checked and found != right:
-            yield f"{fixed.theirs} is {_shown(found)}, only {right!r} is supported here"
+        stored, right = values.get(fixed.theirs, fixed.default), fixed.value(config)
+        if fixed.checked and stored != right:
+            yield f"{fixed.theirs} is {_shown(stored)}, only {right!r} is supported here"
 
 
 def _shown(value: Any) -> str:

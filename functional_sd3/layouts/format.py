@@ -18,7 +18,7 @@ from functional_sd3.layouts.rules import Layout
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """A layout below a prefix. Formats are told apart by content: `sign` is a pattern at the start of some of its
+    """A layout below a prefix. Formats are distinguished by content: `sign` is a pattern at the start of some of its
     names (without the prefix) and of none of another format's.
 
     owner: whose names these are. component: name of the tree; "clip" where the names do not tell L from G. spec: config

@@ -2,7 +2,7 @@
 
 What shapes cannot say is as in the released models: heads of 64 channels where there is no qk-norm, 32 groups, SD3's
 scaling and shift; in models too small for 64 or 32, the largest power of two below that fits. As `sd3_impls.py` of
-Stability-AI/sd3.5 reads a checkpoint, but dual attention and qk-norm are each told by tensors of their own.
+Stability-AI/sd3.5 reads a checkpoint, but dual attention and qk-norm each show in tensors of their own.
 """
 
 import math
@@ -67,7 +67,7 @@ def vae(shapes: Shapes, drops_ones: bool = False) -> vae_module.Config:
 
 
 def clip(shapes: Shapes, drops_ones: bool = False) -> clip_module.Config:
-    """The config of a CLIP text encoder, but for the activation, which only tells L from G."""
+    """The config of a CLIP text encoder, but for the activation, in which L and G differ."""
     shape = partial(shape_of, shapes, drops_ones)
     vocab, width = shape("token_embedding.weight", 2)
     return clip_module.Config(
@@ -103,7 +103,7 @@ def clip_dual(shapes: Shapes, drops_ones: bool = False) -> clip_dual_module.Conf
 
 
 def t5(shapes: Shapes, drops_ones: bool = False) -> t5_module.Config:
-    """The config of a T5 encoder; its table of relative positions tells the heads."""
+    """The config of a T5 encoder; the heads are counted in its table of relative positions."""
     shape = partial(shape_of, shapes, drops_ones)
     vocab, width = shape("embedding.weight", 2)
     buckets, heads = shape("relative_bias.weight", 2)

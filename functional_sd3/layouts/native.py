@@ -81,10 +81,10 @@ def _blocks(half: str, shapes: Shapes) -> tuple[int, ...]:
     counts = [0] * (
         1 + sum(re.fullmatch(rf"{half}\.levels\.\d+\.resample\.weight", name) is not None for name in shapes)
     )
-    found = {
+    blocks = {
         match[1] for name in shapes if (match := re.fullmatch(rf"{half}\.levels\.(\d{{1,4}}\.blocks\.\d+)\..+", name))
     }
-    for place in found:
+    for place in blocks:
         level = int(place.split(".")[0])
         counts[min(level, len(counts) - 1)] += 1
     return tuple(counts)

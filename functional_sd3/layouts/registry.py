@@ -178,21 +178,21 @@ def recognise(names: Collection[str]) -> dict[Format, list[str]]:
         signs = [next(name for name in names if format.has(name)) for format in present if format.prefix == prefix]
         if len(signs) > 1:
             raise WeightsError(f"mixes tensors of several layouts, {' and '.join(signs)}")
-    found: dict[Format, list[str]] = {format: [] for format in present}
+    names_by_format: dict[Format, list[str]] = {format: [] for format in present}
     lost = []
     for name in names:
         owner = max(
             (format for format in present if name.startswith(format.prefix)), key=lambda f: len(f.prefix), default=None
         )
         if owner:
-            found[owner].append(name)
+            names_by_format[owner].append(name)
         elif not _IGNORED.fullmatch(name):
             lost.append(name)
     if not present:
         raise ForeignWeights(f"is nothing known of SD3: {len(names)} tensors such as {', '.join(list(names)[:3])}")
     if lost:
         raise WeightsError([f"{name} is unexpected" for name in lost])
-    return found
+    return names_by_format
 
 
 def infer_config(shapes: Shapes) -> Config:
@@ -203,12 +203,12 @@ def infer_config(shapes: Shapes) -> Config:
     CLIP is G where it is as large as G, else L. Raises WeightsError for tensors of no known layout, and naming the one
     without which the sizes cannot be read.
     """
-    found: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for format, names in recognise(shapes).items():
         config = format.config({name: shapes[name] for name in names})
         name = clip_named(config) if format.component == "clip" else format.component
-        found[name] = activated(name, config)
-    return Config(**found)
+        configs[name] = activated(name, config)
+    return Config(**configs)
 
 
 def clip_named(config: Any) -> str:

@@ -82,7 +82,7 @@ def prefixed(layout: Layout, prefix: str) -> Layout:
     """The same layout with `prefix` before every name of theirs."""
     return Layout(
         tuple(rule._replace(theirs=tuple(prefix + name for name in rule.theirs)) for rule in layout.rules),
-        tuple((prefix + found, prefix + meant) for found, meant in layout.aliases),
+        tuple((prefix + alias, prefix + meant) for alias, meant in layout.aliases),
         tuple(prefix + name for name in layout.ignored),
         layout.defaults,
         tuple((prefix + proper, prefix + second) for proper, second in layout.copies),
@@ -116,7 +116,7 @@ def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dic
     Names no rule knows, fused leaves that lack a part and shapes a transform cannot take are left out.
     """
     compiled = [(rule, [re.compile(_regex(name)) for name in rule.theirs]) for rule in layout.rules]
-    found: dict[str, tuple[Rule, dict[int, tuple[int, ...]]]] = {}
+    parts_by_path: dict[str, tuple[Rule, dict[int, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         place = next(
             (
@@ -129,8 +129,8 @@ def read_backwards(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dic
         )
         if place:
             rule, index, match = place
-            found.setdefault(_fill(rule.ours, match), (rule, {}))[1][index] = shape
-    joined = {path: _joined_shape(rule, parts) for path, (rule, parts) in found.items()}
+            parts_by_path.setdefault(_fill(rule.ours, match), (rule, {}))[1][index] = shape
+    joined = {path: _joined_shape(rule, parts) for path, (rule, parts) in parts_by_path.items()}
     return {path: shape for path, shape in joined.items() if shape is not None}
 
 
@@ -155,16 +155,16 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
 
     Where a file has a tensor under its proper name and under another, the proper one counts.
     """
-    aliases = [(re.compile(_regex(found)), meant) for found, meant in layout.aliases]
+    aliases = [(re.compile(_regex(alias)), meant) for alias, meant in layout.aliases]
     ignored = [re.compile(_regex(pattern)) for pattern in layout.ignored]
-    found: dict[str, str] = {}
+    names_by_rule: dict[str, str] = {}
     for name in names:
         if any(pattern.fullmatch(name) for pattern in ignored):
             continue
         proper = next((_fill(meant, m) for pattern, meant in aliases if (m := pattern.fullmatch(name))), name)
-        if proper == name or proper not in found:
-            found[proper] = name
-    return found
+        if proper == name or proper not in names_by_rule:
+            names_by_rule[proper] = name
+    return names_by_rule
 
 
 def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -183,12 +183,12 @@ def to_ours(layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], T
 
 def to_theirs(layout: Layout, spec: Tree, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors, mostly views, from ours (path -> tensor)."""
-    found: dict[str, Tensor] = {}
+    theirs: dict[str, Tensor] = {}
     for path, source in sources(layout, spec).items():
-        found.update(zip(source.names, source.transform.split(leaves[path], len(source.names)), strict=True))
+        theirs.update(zip(source.names, source.transform.split(leaves[path], len(source.names)), strict=True))
     for proper, second in layout.copies:
-        found[second] = found[proper]
-    return found
+        theirs[second] = theirs[proper]
+    return theirs
 
 
 def _source(compiled: list[tuple[re.Pattern, Rule]], path: str, known: Collection[str]) -> Source:

@@ -32,17 +32,17 @@ def _stream(ours: str, theirs: str, attention: str, of_theirs: str) -> tuple[Rul
 
 
 def _streams() -> tuple[Rule, ...]:
-    found: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] = ()
     for ours, theirs in (("image", "x_block"), ("context", "context_block")):
         ours, theirs = f"blocks.{{i}}.{ours}", f"joint_blocks.{{i}}.{theirs}"
-        found += _stream(ours, theirs, "attention", "attn")
-        found += _stream(ours, theirs, "attention2", "attn2")
-        found += renamed(
+        rules += _stream(ours, theirs, "attention", "attn")
+        rules += _stream(ours, theirs, "attention2", "attn2")
+        rules += renamed(
             (f"{ours}.modulation.{{leaf}}", f"{theirs}.adaLN_modulation.1.{{leaf}}"),
             (f"{ours}.mlp.in.{{leaf}}", f"{theirs}.mlp.fc1.{{leaf}}"),
             (f"{ours}.mlp.out.{{leaf}}", f"{theirs}.mlp.fc2.{{leaf}}"),
         )
-    return found
+    return rules
 
 
 TRANSFORMER = Layout(

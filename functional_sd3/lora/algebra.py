@@ -24,11 +24,11 @@ def combine(loras: Sequence[Lora], weights: Sequence[Weight] | None = None) -> L
     weights = [1.0] * len(loras) if weights is None else list(weights)
     if len(weights) != len(loras):
         raise ValueError(f"{len(weights)} weights do not fit {len(loras)} LoRAs")
-    found: dict[str, list[tuple[LoraEntry, Weight]]] = {}
+    entries_by_path: dict[str, list[tuple[LoraEntry, Weight]]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for path, entry in adapters.entries(lora).items():
-            found.setdefault(path, []).append((entry, weight))
-    return adapters.build({path: _sum(pairs) for path, pairs in found.items()})
+            entries_by_path.setdefault(path, []).append((entry, weight))
+    return adapters.build({path: _sum(pairs) for path, pairs in entries_by_path.items()})
 
 
 def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "*") -> Lora:
@@ -44,7 +44,7 @@ def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "
     before = tree.flatten_paths(base)
     tree.map(lambda one, other: None, tuned, base)
     chosen = {path: leaf for path, leaf in tree.select(tuned, targets).items() if lora_keys.adaptable(path, leaf.ndim)}
-    found: dict[str, LoraEntry] = {}
+    entries: dict[str, LoraEntry] = {}
     for path, count in lora_keys.parts(chosen).items():
         wide = torch.promote_types(chosen[path].dtype, torch.float32)
         change = chosen[path].detach().to(wide) - before[path].detach().to(chosen[path].device, wide)
@@ -52,10 +52,10 @@ def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "
             raise ValueError(f"{path} has values that are not finite")
         if change.any():
             split = [_truncated(part, rank) if part.any() else {} for part in change.chunk(count)]
-            found[path] = split if count > 1 else split[0]
-    if not found:
+            entries[path] = split if count > 1 else split[0]
+    if not entries:
         raise ValueError(f"no weight that a LoRA can adapt differs between the two, among {len(chosen)} chosen")
-    return adapters.build(found)
+    return adapters.build(entries)
 
 
 def resize(lora: Lora, rank: int) -> Lora:
@@ -77,23 +77,23 @@ def resize(lora: Lora, rank: int) -> Lora:
     return adapters.build({path: resized(entry) for path, entry in adapters.entries(lora).items()})
 
 
-def _sum(found: Sequence[tuple[LoraEntry, Weight]]) -> LoraEntry:
-    if not all(adapters.is_low_rank(entry) for entry, _ in found):
-        return {"diff": sum(adapters.product(entry) * weight for entry, weight in found)}
-    lists = [entry for entry, _ in found if not isinstance(entry, dict)]
+def _sum(weighted: Sequence[tuple[LoraEntry, Weight]]) -> LoraEntry:
+    if not all(adapters.is_low_rank(entry) for entry, _ in weighted):
+        return {"diff": sum(adapters.product(entry) * weight for entry, weight in weighted)}
+    lists = [entry for entry, _ in weighted if not isinstance(entry, dict)]
     if not lists:
-        return _sum_of_adapters(found)
-    columns = zip(*[adapters.separate(entry, len(lists[0])) for entry, _ in found], strict=True)
-    scales = [scale for _, scale in found]
+        return _sum_of_adapters(weighted)
+    columns = zip(*[adapters.separate(entry, len(lists[0])) for entry, _ in weighted], strict=True)
+    scales = [scale for _, scale in weighted]
     return [_sum_of_adapters([pair for pair in zip(column, scales, strict=True) if pair[0]]) for column in columns]
 
 
-def _sum_of_adapters(found: Sequence[tuple[Adapter, Weight]]) -> Adapter:
-    if not found:
+def _sum_of_adapters(weighted: Sequence[tuple[Adapter, Weight]]) -> Adapter:
+    if not weighted:
         return {}
-    down = torch.cat([adapter["down"] for adapter, _ in found])
-    up = torch.cat([adapter["up"] * (adapters.scaling(adapter) * scale) for adapter, scale in found], dim=1)
-    return {"down": down, "up": up, "alpha": found[0][0]["alpha"].new_tensor(float(len(down)))}
+    down = torch.cat([adapter["down"] for adapter, _ in weighted])
+    up = torch.cat([adapter["up"] * (adapters.scaling(adapter) * scale) for adapter, scale in weighted], dim=1)
+    return {"down": down, "up": up, "alpha": weighted[0][0]["alpha"].new_tensor(float(len(down)))}
 
 
 def _truncated(change: Tensor, rank: int) -> Adapter:
@@ -115,10 +115,10 @@ def _resized(adapter: Adapter, rank: int) -> Adapter:
     right, other = torch.linalg.qr(adapter["down"].to(wide).flatten(1).T)
     inner, values, outer = torch.linalg.svd(core @ other.T, full_matrices=False)
     kept = min(rank, len(values))
-    found = _from_svd(left @ inner, values, outer @ right.T, kept, adapter["down"].shape[1:])
-    zeros = {"down": (rank - kept, *found["down"].shape[1:]), "up": (len(found["up"]), rank - kept)}
+    smaller = _from_svd(left @ inner, values, outer @ right.T, kept, adapter["down"].shape[1:])
+    zeros = {"down": (rank - kept, *smaller["down"].shape[1:]), "up": (len(smaller["up"]), rank - kept)}
     padded = {
-        name: torch.cat([found[name], found[name].new_zeros(shape)], dim=0 if name == "down" else 1).to(dtype)
+        name: torch.cat([smaller[name], smaller[name].new_zeros(shape)], dim=0 if name == "down" else 1).to(dtype)
         for name, shape in zeros.items()
     }
     return {**padded, "alpha": adapter["alpha"].new_tensor(float(rank))}

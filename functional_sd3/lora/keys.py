@@ -219,11 +219,11 @@ def prefixes(component: str) -> list[str]:
 
 
 def _prefix_table() -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
+    table: dict[str, tuple[str, ...]] = {}
     for component in COMPONENT_NAMES:
         for prefix in map(flatten, prefixes(component)):
-            found[prefix] = tuple(dict.fromkeys((*found.get(prefix, ()), component)))
-    return found
+            table[prefix] = tuple(dict.fromkeys((*table.get(prefix, ()), component)))
+    return table
 
 
 _PREFIXES = _prefix_table()
@@ -257,13 +257,13 @@ def _leaves(config: Config) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _modules(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Module]:
-    found: dict[str, Module] = {}
+    modules: dict[str, Module] = {}
 
     def add(name: str, target: Target) -> None:
         layer, _, leaf = name.rpartition(".")
         for spelling in _spellings(component, layer):
             flat = flatten(spelling)
-            found[flat] = found.get(flat, Module())._replace(**{leaf: target})
+            modules[flat] = modules.get(flat, Module())._replace(**{leaf: target})
 
     for path, source in sources(shapes).items():
         for part, name in enumerate(source.names):
@@ -276,7 +276,7 @@ def _modules(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
             add(source.names[0], Target(path, 0, 1, source.transform))
             for part in range(split[path] if split[path] > 1 else 0):
                 add(f"{layer}.{part}.{leaf}", Target(path, part, split[path], IDENTITY))
-    return found
+    return modules
 
 
 def _spellings(component: str, layer: str) -> Iterator[str]:

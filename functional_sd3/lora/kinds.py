@@ -19,7 +19,7 @@ from functional_sd3.lora.keys import FACTORS, Module, Target
 from functional_sd3.lora.tree import Adapter
 
 Alpha = Callable[[int | None], float | None]
-"""Rank -> alpha by the file's metadata; for None (no factor tells it) alpha / rank; None where it says nothing."""
+"""Rank -> alpha by the file's metadata; for None (no factor has it) alpha / rank; None where it says nothing."""
 _OTHER = "; is the LoRA for another model?"
 _LOHA, _LOKR = FACTORS[:6], FACTORS[6:]
 
@@ -75,15 +75,15 @@ def read(layer: Layer, module: Module, shapes: Mapping[str, tuple[int, ...]], al
     if len(kinds) > 1:
         first, second = (next(role for role in kind.roles if role in layer.keys) for kind in kinds[:2])
         raise layer.error(first, f"and {layer.keys[second]} are of two kinds: {kinds[0].name} and {kinds[1].name}")
-    found: dict[Target, Adapter] = {}
+    adapters: dict[Target, Adapter] = {}
     if kinds:
-        found |= _weight(layer, kinds[0], module.weight, shapes, alpha)
+        adapters |= _weight(layer, kinds[0], module.weight, shapes, alpha)
     elif "diff_b" not in layer.keys:
         raise layer.error(next(iter(layer.keys)), "has no down, no up and no other factor beside it")
     elif "magnitude" in layer.keys:
         raise layer.error("magnitude", "has nothing beside it that changes the weight")
-    weight = None if module.weight is None else found.get(module.weight)
-    return found | _bias(layer, module.bias, shapes, weight)
+    weight = None if module.weight is None else adapters.get(module.weight)
+    return adapters | _bias(layer, module.bias, shapes, weight)
 
 
 def _weight(layer: Layer, kind: "_Kind", target: Target | None, shapes, alpha: Alpha) -> dict[Target, Adapter]:

@@ -90,20 +90,20 @@ def alpha(values: Values, layer: str, rank: int | None, where: str) -> float | N
     if None not in (stated_rank, rank) and stated_rank != rank:
         raise WeightsError(f"{where}: {layer} has rank {rank}, its metadata says {stated_rank}")
     usual = values.get(prefix + "lora_alpha", values.get(prefix + "alpha"))
-    found = _match(values.get(prefix + "alpha_pattern"), name, usual)
+    value = _match(values.get(prefix + "alpha_pattern"), name, usual)
     divisor = stated_rank if rank is None else rank
-    if found is None or divisor is None:
+    if value is None or divisor is None:
         return None
-    found = float(found) * (math.sqrt(divisor) if values.get(prefix + "use_rslora") else 1.0)
-    return found / divisor if rank is None else found
+    value = float(value) * (math.sqrt(divisor) if values.get(prefix + "use_rslora") else 1.0)
+    return value / divisor if rank is None else value
 
 
 def write(modules: Mapping[str, Mapping[str, Adapter]]) -> dict[str, str]:
     """The metadata for adapters by component folder and module, as diffusers writes it."""
     values: dict[str, Any] = {}
-    for folder, found in modules.items():
-        ranks = {module: adapters.rank(adapter) for module, adapter in found.items()}
-        alphas = {module: _plain(float(adapter["alpha"])) for module, adapter in found.items()}
+    for folder, adapted in modules.items():
+        ranks = {module: adapters.rank(adapter) for module, adapter in adapted.items()}
+        alphas = {module: _plain(float(adapter["alpha"])) for module, adapter in adapted.items()}
         for name, pattern, each in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
             usual = Counter(each.values()).most_common(1)[0][0]
             values[f"{folder}.{name}"] = usual
@@ -111,7 +111,7 @@ def write(modules: Mapping[str, Mapping[str, Adapter]]) -> dict[str, str]:
             values[f"{folder}.{pattern}"] = {
                 f"^{re.escape(module)}": value for module, value in each.items() if value != usual
             }
-        values[f"{folder}.target_modules"] = sorted(found)
+        values[f"{folder}.target_modules"] = sorted(adapted)
     return {_KEY: json.dumps(values, indent=2, sort_keys=True)}
 
 
@@ -125,21 +125,23 @@ def _component(layer: str) -> tuple[str, str]:
 
 def _patterns(where: str, given: Mapping[str, Any]) -> Patterns:
     """As PEFT means them: regular expressions of the end of a name, from a dot on, or of all of it after a ^."""
-    found = Patterns({}, {}, [])
+    sorted_patterns = Patterns({}, {}, [])
     for index, (pattern, value) in enumerate(given.items()):
         plain = pattern.removeprefix("^").replace(r"\.", ".")
         if re.fullmatch(r"[\w.-]*", plain):
-            (found.ends if plain == pattern.replace(r"\.", ".") else found.wholes).setdefault(plain, (index, value))
+            (sorted_patterns.ends if plain == pattern.replace(r"\.", ".") else sorted_patterns.wholes).setdefault(
+                plain, (index, value)
+            )
             continue
-        if len(found.expressions) == _MOST_EXPRESSIONS:
+        if len(sorted_patterns.expressions) == _MOST_EXPRESSIONS:
             raise WeightsError(f"{where} has more than {_MOST_EXPRESSIONS} regular expressions")
         try:
             patterns.compile(pattern)
             compiled = patterns.compile(rf"(.*\.)?({pattern})$")
         except patterns.PatternError as error:
             raise WeightsError(f"{where} has {shorten(repr(pattern))}, an expression that {error}") from None
-        found.expressions.append((index, compiled, value))
-    return found
+        sorted_patterns.expressions.append((index, compiled, value))
+    return sorted_patterns
 
 
 def _match(given: Patterns | None, name: str, default: Any) -> Any:

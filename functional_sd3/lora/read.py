@@ -88,8 +88,8 @@ def load_with_report(
     pieces: dict[str, dict[Target, Adapter]] = {}
     for (layer, module), keys in grouped.items():
         alpha = lambda rank, layer=layer: lora_metadata.alpha(metadata, layer, rank, str(path))  # noqa: E731
-        found = attempt(problems, adapter_kinds.read, adapter_kinds.Layer(path, mapped, keys), module, shapes, alpha)
-        for target, adapter in (found or {}).items():
+        adapted = attempt(problems, adapter_kinds.read, adapter_kinds.Layer(path, mapped, keys), module, shapes, alpha)
+        for target, adapter in (adapted or {}).items():
             moved = {name: _moved(name, value, dtype, device) for name, value in adapter.items()}
             if target in pieces.setdefault(target.path, {}):
                 problems.append(f"{path}: {layer} adapts {target.path} a second time, under another name")
@@ -122,16 +122,16 @@ def layers(path: str | os.PathLike) -> list[Layer]:
         if role:
             grouped.setdefault(layer, {})[role] = key
     metadata = lora_metadata.read(path, mapped.header.metadata, grouped)
-    found: list[Layer] = []
+    described: list[Layer] = []
     problems: list[str] = []
     for layer, keys in grouped.items():
-        found += attempt(problems, _described, path, mapped, layer, keys, metadata) or []
-    if not found:
+        described += attempt(problems, _described, path, mapped, layer, keys, metadata) or []
+    if not described:
         names = list(mapped.header.tensors)
         what = foreign.described({name: entry.shape for name, entry in mapped.header.tensors.items()})
         some = ", ".join(shorten(name) for name in names[:3]) or "it is empty"
         raise WeightsError(f"{path}: holds no LoRA: {what or some}")
-    return found
+    return described
 
 
 def summary(layers: Iterable[Layer]) -> list[str]:
@@ -152,10 +152,10 @@ def find(path: Path) -> Path:
     """The file of a LoRA: the path, or in a folder what diffusers or PEFT wrote there."""
     if not path.is_dir():
         return path
-    found = [path / name for name in NAMES if (path / name).is_file()]
-    if not found:
+    files_there = [path / name for name in NAMES if (path / name).is_file()]
+    if not files_there:
         raise WeightsError(f"{path}: is a folder without {' or '.join(NAMES)}; name the file of the LoRA")
-    return found[0]
+    return files_there[0]
 
 
 def _sorted_keys(
@@ -164,7 +164,7 @@ def _sorted_keys(
     """(layer in the file's spelling, its leaves) -> role -> key; and the keys that are left out."""
     keys = list(header.tensors)
     problems = [f"{path}: {key} is {what}, which is not supported" for key in keys if (what := lora_keys.refused(key))]
-    found: dict[tuple[str, Module], dict[str, str]] = {}
+    grouped: dict[tuple[str, Module], dict[str, str]] = {}
     unknown: list[tuple[str, str | None]] = []
     absent: list[tuple[str, str | None]] = []
     for key in keys:
@@ -173,13 +173,13 @@ def _sorted_keys(
         if module is None or role is None:
             is_beside = foreign.extra(key) or (component and component not in table.components)
             (absent if is_beside else unknown).append((key, component))
-        elif role in (roles := found.setdefault((layer, module), {})):
+        elif role in (roles := grouped.setdefault((layer, module), {})):
             problems.append(f"{path}: {key} and {roles[role]} are the same tensor under two names")
         else:
             roles[role] = key
     if problems:
         raise WeightsError(problems)
-    if not found:
+    if not grouped:
         what = foreign.described({name: entry.shape for name, entry in header.tensors.items()})
         some = f"it holds {', '.join(shorten(key) for key in keys[:3])}" if keys else "it is empty"
         raise WeightsError(f"{path}: nothing in it adapts a layer of this model: {what or some}")
@@ -190,7 +190,7 @@ def _sorted_keys(
     if refused:
         compared = len(unknown) <= _MOST_COMPARED
         raise WeightsError([f"{path}: {key} {_reason(key, one, table, compared)}" for key, one in refused])
-    return found, tuple(key for key, _ in unknown + absent)
+    return grouped, tuple(key for key, _ in unknown + absent)
 
 
 def _reason(key: str, component: str | None, table: Table, compared: bool) -> str:

@@ -43,10 +43,10 @@ def entries(lora: Lora) -> dict[str, LoraEntry]:
     return dict(_walk("", lora))
 
 
-def build(found: Mapping[str, LoraEntry]) -> Lora:
+def build(by_path: Mapping[str, LoraEntry]) -> Lora:
     """The tree of entries by path; the inverse of `entries`."""
     root: dict[str, Any] = {}
-    for path, entry in found.items():
+    for path, entry in by_path.items():
         *branches, name = path.split(".")
         place = root
         for branch in branches:

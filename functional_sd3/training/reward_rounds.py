@@ -79,7 +79,7 @@ def drawn(setting: Setting) -> Rounds:
 
 
 def offline(setting: Setting) -> Rounds:
-    """Rounds of DPO on given pairs, with the start as the reference; nothing is drawn, and no reward is asked for."""
+    """Rounds of DPO on given pairs, with the start as the reference; nothing is drawn, and no reward is computed."""
     settings, options, learns, pairs = setting.settings, setting.settings.options, setting.learns, setting.pairs
     assert pairs is not None
     method = METHODS["dpo"](setting.config, options, setting.sampler)

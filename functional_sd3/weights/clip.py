@@ -129,20 +129,20 @@ def _side(values: Object, name: str, edge: str, default: int) -> int:
     """A side in pixels, written as a number or as an object whose values are one number."""
     if isinstance(values.values.get(name), dict):
         sides = values.mapping(name)
-        found = {side: sides.integer(side, low=1, high=_LARGEST_SIDE) for side in sides.values}
-        if edge not in found or len(set(found.values())) > 1:
+        lengths = {side: sides.integer(side, low=1, high=_LARGEST_SIDE) for side in sides.values}
+        if edge not in lengths or len(set(lengths.values())) > 1:
             raise values.error(name, f"must be a whole number or {{{edge!r}: one}}")
-        return found[edge]
+        return lengths[edge]
     return values.integer(name, default, low=1, high=_LARGEST_SIDE)
 
 
 def _three(values: Object, name: str) -> tuple[float, float, float]:
     default = getattr(clip_pixels.Config(), name.removeprefix("image_"))
-    found = values.items(name, default, float)
+    numbers = values.items(name, default, float)
     # Whole numbers of hundreds of digits are no floats.
-    if len(found) != 3 or not all(-_LARGEST_PIXEL <= each <= _LARGEST_PIXEL for each in found):
+    if len(numbers) != 3 or not all(-_LARGEST_PIXEL <= each <= _LARGEST_PIXEL for each in numbers):
         raise values.error(name, "must be three numbers between -1000 and 1000")
-    first, second, third = map(float, found)
+    first, second, third = map(float, numbers)
     return first, second, third
 
 

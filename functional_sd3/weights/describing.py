@@ -60,9 +60,9 @@ def describe(
     NaN and infinities.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    if len(paths) == 1 and (found := extras.find(Path(paths[0]), variant)):
-        headers = {str(one.path): one.header.metadata for one in found.places.values() if one.header.metadata}
-        return Description([_extra(found, values)], Tokenizers(), None, headers, [])
+    if len(paths) == 1 and (extra := extras.find(Path(paths[0]), variant)):
+        headers = {str(one.path): one.header.metadata for one in extra.places.values() if one.header.metadata}
+        return Description([_extra(extra, values)], Tokenizers(), None, headers, [])
     contents, plans = assemble.plan([Path(one) for one in paths], tuple(SPECS), variant)
     parts = [_part(plans[name], values) for name in SPECS if name in plans]
     tokenizers = Tokenizers(**contents.tokenizers)
@@ -87,17 +87,17 @@ def _part(planned: LoadPlan, values: bool) -> Part:
     return Part(planned.component, words, plan.where, planned.config, tree, len(plan.scales), stored, nonfinite)
 
 
-def _extra(found: Extra, values: bool) -> Part:
+def _extra(extra: Extra, values: bool) -> Part:
     looked = (
-        [(name, trees.mapped_nonfinite_kind(mapped, name)) for name, mapped in found.places.items()] if values else []
+        [(name, trees.mapped_nonfinite_kind(mapped, name)) for name, mapped in extra.places.items()] if values else []
     )
     nonfinite = [(name, what) for name, what in looked if what]
     leaves = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-        for name, mapped in found.places.items()
+        for name, mapped in extra.places.items()
         for entry in [mapped.header.tensors[name]]
     }
-    return Part(found.kind, found.format, found.where, found.config, _nested(leaves), 0, {}, nonfinite)
+    return Part(extra.kind, extra.format, extra.where, extra.config, _nested(leaves), 0, {}, nonfinite)
 
 
 def _nested(leaves: Mapping[str, torch.Tensor]) -> Tree:

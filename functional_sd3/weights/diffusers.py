@@ -56,8 +56,8 @@ def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Dis
     }
     if variant and pieces and not any(variants):
         problems.append(f"{folder}: no component has weights of the variant {variant!r}")
-    found = {name: tables for name, tables in tokenizers.items() if tables is not None}
-    return Discovered(pieces, found, schedule, True, tuple(problems))
+    present = {name: tables for name, tables in tokenizers.items() if tables is not None}
+    return Discovered(pieces, present, schedule, True, tuple(problems))
 
 
 def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
@@ -85,13 +85,13 @@ def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes:
 
 def _components(folder: Path, index: Mapping[str, Any]) -> dict[str, Component]:
     """Name -> place of each component, with TAESD in either of its places."""
-    found = dict(COMPONENTS)
+    components = dict(COMPONENTS)
     if index.get("vae") == [TAESD.library, TAESD.owner]:
-        found.pop("vae")
-        found["taesd"] = TAESD._replace(folder="vae")
+        components.pop("vae")
+        components["taesd"] = TAESD._replace(folder="vae")
     elif os.path.lexists(folder / TAESD.folder / "config.json"):
-        found["taesd"] = TAESD
-    return found
+        components["taesd"] = TAESD
+    return components
 
 
 def open_component(

@@ -55,9 +55,9 @@ def _of_tree(piece: ComponentFiles) -> Extra:
 
 
 def _lora(path: Path, variant: str | None) -> Extra:
-    found = lora_read.layers(path)
-    kinds = "\n".join(lora_read.summary(found))
-    return Extra("LoRA", f"of layers named as {found[0].name}", str(path), kinds, open_tensors(path))
+    layers = lora_read.layers(path)
+    kinds = "\n".join(lora_read.summary(layers))
+    return Extra("LoRA", f"of layers named as {layers[0].name}", str(path), kinds, open_tensors(path))
 
 
 def _inversion(path: Path, variant: str | None) -> Extra:

@@ -21,7 +21,7 @@ from functional_sd3.text.textual_inversion import Word
 _NAMES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}
 _THEIRS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
 _WIDTHS = {768: "clip_l", 1280: "clip_g", 4096: "t5"}
-"""Of the released encoders: what tells for which one a vector is that has no encoder's name."""
+"""Width -> encoder, of the released ones: decides for vectors without an encoder's name."""
 _MOST_VECTORS = 512
 """Tokens of the longest text that T5 reads here; CLIP has room for 75."""
 _PLACEHOLDERS = frozenset({"emb_params", "string_to_param.*", "*"})
@@ -32,7 +32,7 @@ def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtyp
     """The word in a file. token: what to type for it; by default the file's name in angle brackets.
 
     Files name the encoders (`clip_l`, `clip_g`, `t5xxl`: OneTrainer, kohya-ss, ComfyUI), or have the vectors of one
-    encoder that is told by their width, under `emb_params` or `string_to_param.*` (AUTOMATIC1111) or under the word
+    encoder of their width, under `emb_params` or `string_to_param.*` (AUTOMATIC1111) or under the word
     itself (diffusers), which is then what to type by default. Raises WeightsError when the file cannot be read, holds
     other names, output embeddings, or no floats of shape (vectors, width).
     """
@@ -56,7 +56,7 @@ def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtyp
 
 
 def _encoders(entries: Mapping[str, Any]) -> dict[str, str]:
-    """Name in the file -> our name of the encoder, for those that are told."""
+    """Name in the file -> our name of the encoder, for the known ones."""
     if len(entries) == 1:
         ((name, entry),) = entries.items()
         if name not in _NAMES and not name.endswith(_OUTPUT) and 1 <= len(entry.shape) <= 2:

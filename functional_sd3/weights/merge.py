@@ -1,4 +1,4 @@
-"""Arithmetic of checkpoints: several fine-tunings of one model become one, and what distinguishes two is told.
+"""Arithmetic of checkpoints: several fine-tunings of one model are merged, and two are compared.
 
 All functions are pure and take trees of one structure; the result has the dtypes of the first. Sums are taken in the
 next wider dtype and rounded once, so what is equal everywhere stays equal to the bit. The weights may be tensors: a

@@ -42,8 +42,8 @@ def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     if KEY not in metadata:
         return None
     said = json_fields.parse_object(metadata[KEY], f"{where}: its metadata {KEY}")
-    found = {name: said.mapping(name) for name in (*SPECS, "schedule") if name in said.values}
+    fields = {name: said.mapping(name) for name in (*SPECS, "schedule") if name in said.values}
     return {
         name: config_fields.read(configs.TABLES[name], dict(part.values), f"{where}: metadata {name}")
-        for name, part in found.items()
+        for name, part in fields.items()
     }

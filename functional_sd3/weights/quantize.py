@@ -49,13 +49,13 @@ def is_quantized(params: Params) -> bool:
 def errors(params: Params, quantized: Params) -> list[Change]:
     """Quantization error, one row for each weight that is stored with a scale: `relative` to the weight's norm."""
     before, after = tree.flatten_paths(params), tree.flatten_paths(quantized)
-    found = []
+    rows = []
     for path in after:
         if path.endswith(".scale"):
             place = path.removesuffix("scale") + "weight"
             meant = layers.dequantized_weight({"weight": after[place], "scale": after[path]}, torch.float32)
-            found.append(merge.diff({"weight": before[place]}, {"weight": meant})[0]._replace(path=place))
-    return found
+            rows.append(merge.diff({"weight": before[place]}, {"weight": meant})[0]._replace(path=place))
+    return rows
 
 
 def inside_blocks(path: str, ndim: int) -> bool:

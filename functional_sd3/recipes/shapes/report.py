@@ -108,9 +108,9 @@ def _following(model: Model, captions: int, noises: int) -> str:
             shares = prompts.table(images, scenes, reader=read)
             row = " | ".join(f"{100 * shares[each]:.1f} %" for each in RESPECTS)
             table.append(f"| {name} | {len(scenes)} | {reader} | {row} |")
-        found = spread.measure(images, scenes, prng.key(2), reader=prompts.read)
-        values = " | ".join(f"{value:.2f}" for value in found[1:])
-        spreads.append(f"| {name} | {found.images} | {values} |")
+        measured = spread.measure(images, scenes, prng.key(2), reader=prompts.read)
+        values = " | ".join(f"{value:.2f}" for value in measured[1:])
+        spreads.append(f"| {name} | {measured.images} | {values} |")
     lines = "\n".join
     return f"""## Prompt following
 
