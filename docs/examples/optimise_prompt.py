@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--cfg", type=float, default=3.0)
     parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--rate", type=float, default=6.0, help="length of the first step")
+    parser.add_argument("--rate", type=float, default=12.0, help="length of the first step")
     parser.add_argument("--others", type=int, default=4, help="noises to try it on afterwards")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="where the images go")

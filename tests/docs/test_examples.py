@@ -22,7 +22,7 @@ def test_a_learned_grid_ends_nearer_to_the_converged_run_than_the_shifted_one():
 
 def test_an_embedding_rises_to_redder_images(tmp_path):
     out = tmp_path / "images.png"
-    options = ["--steps", "4", "--iterations", "10", "--cfg", "1", "--others", "1", "--rate", "12", "--out", str(out)]
+    options = ["--steps", "4", "--iterations", "10", "--cfg", "1", "--others", "1", "--rate", "25", "--out", str(out)]
     actual = program("optimise_prompt").main(options)
     assert actual["after"] > actual["before"] + 0.1
     with Image.open(out) as sheet:
