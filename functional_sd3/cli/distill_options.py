@@ -7,7 +7,9 @@ from pathlib import Path
 from functional_sd3.cli import options
 
 METHODS = ("segments",)
-"""Names of `training.distill_task.METHODS`, known here without torch."""
+"""Names of `training.distill_methods.METHODS`, known here without torch."""
+OWN = {"inner": ("segments",)}
+"""Options of some methods alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=400, help="updates in all, those before --resume included (default 400)")
     add("--batch-size", type=int, default=48, help="images an update (default 48)")
     add("--cfg", type=float, help="guidance scale that is folded in, 1 for none (default 5; 1 where it is already)")
-    add("--inner", type=int, help="steps of the teacher in each of the student's (default 3)")
+    add("--inner", type=int, help="of segments: steps of the teacher in each of the student's (default 3)")
     add("--shift", type=float, help="of the student's even grid towards noise (default 3)")
     add("--lr", type=float, default=2e-4, help="learning rate (default 2e-4)")
     add("--warmup", type=int, default=20, help="updates up to the learning rate (default 20)")
@@ -54,6 +56,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--caption is for a folder of images: the shapes have captions of their own")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
+    for name, methods in OWN.items():
+        if getattr(arguments, name) is not None and arguments.method not in methods:
+            raise ValueError(f"--{name} is for --method {' and '.join(methods)}, not for {arguments.method}")
     options.check_params(arguments.params)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")

@@ -20,8 +20,8 @@ from functional_sd3.weights.model import Model
 
 Say = Callable[[str], None]
 _RECORDED = (
-    "accumulate", "batch_size", "cfg", "data", "dtype", "ema", "inner", "lora", "lr", "method", "pictures", "seed",
-    "shift", "size", "steps", "teacher_dtype", "template", "to", "warmup",
+    "accumulate", "batch_size", "cfg", "data", "dtype", "ema", "lora", "lr", "method", "pictures", "seed", "shift",
+    "size", "steps", "teacher_dtype", "template", "to", "warmup", *distill_options.OWN,
 )  # fmt: skip
 """The options that a checkpoint keeps."""
 
@@ -60,7 +60,7 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
 def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | None) -> distill_task.Settings:
     """The settings; ValueError where the model of --params cannot be distilled so, naming the option."""
     levels = stored.config.schedule or schedule.Config()
-    if levels.distilled_steps is not None and (arguments.inner is not None or arguments.shift is not None):
+    if levels.distillation == "segments" and (arguments.inner is not None or arguments.shift is not None):
         raise ValueError(
             "--inner and --shift are for a teacher that draws in any steps: a student of segments has its grid, and is "
             "followed step by step"
@@ -73,7 +73,6 @@ def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | 
         batch=arguments.batch_size,
         cfg=default_cfg if arguments.cfg is None else arguments.cfg,
         shift=3.0 if arguments.shift is None else arguments.shift,
-        inner=3 if arguments.inner is None else arguments.inner,
         rate=arguments.lr,
         warmup=arguments.warmup,
         ema=arguments.ema,
@@ -81,6 +80,7 @@ def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | 
         lora=arguments.lora or 0,
         dtype=dtype,
         teacher_dtype=teacher_dtype or dtype,
+        **{name: getattr(arguments, name) for name in distill_options.OWN},
     )
     try:
         return distill_task.student_settings(stored.config, settings)
@@ -97,7 +97,8 @@ def _settings(
 ) -> dict[str, Any]:
     """What a checkpoint keeps of a run: its options, and digests of what it reads."""
     given = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
-    given |= {"cfg": options.cfg, "inner": options.inner, "shift": options.shift}
+    resolved = ("cfg", "shift", *distill_options.OWN)
+    given |= {name.replace("_", "-"): getattr(options, name) for name in resolved}
     contents = {"the data": images.contents, **digests.model_digests(stored.params)}
     return {
         **given,

@@ -1,6 +1,7 @@
 """The model of a training run: what learns in float32, the rest as it is stored, and back to the stored dtypes."""
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,20 @@ def _adapted_dtype(params: Tree, device: torch.device) -> torch.dtype:
 
 
 def as_stored(params: Tree, stored: Tree) -> Tree:
-    """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now."""
+    """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now.
 
-    def cast(leaf: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    What was not stored, as a student can have it, is in the commonest dtype.
+    """
+    dtypes = {path: leaf.dtype for path, leaf in tree.flatten_paths(stored).items()}
+    commonest = Counter(dtypes.values()).most_common(1)[0][0]
+
+    def cast(path: str, leaf: torch.Tensor) -> torch.Tensor:
+        old = dtypes.get(path, commonest)
         # Float8 without scales would round what was learned away.
-        narrow = leaf.to("cpu", torch.bfloat16 if old.dtype.itemsize < 2 else old.dtype)
+        narrow = leaf.to("cpu", torch.bfloat16 if old.itemsize < 2 else old)
         return leaf.cpu() if finite.nonfinite_kind(narrow) else narrow
 
-    return tree.map(cast, params, stored)
+    return tree.map_with_path(cast, params)
 
 
 def text_encoders(options: Mapping[str, Any]) -> str:

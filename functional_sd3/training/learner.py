@@ -7,7 +7,7 @@ from functional_sd3 import lora
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.layouts.components import SPECS
+from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.training import step
 from functional_sd3.weights.model import Model
 
@@ -32,6 +32,16 @@ class Learner(NamedTuple):
     def trainable(self) -> tree.Chooser:
         """Chooser of the trained leaves of `params`."""
         return step.trainable(self.spec)
+
+
+def extended(key: Key, model: Model, config: Config) -> Model:
+    """The model with the config's transformer: parameters that it lacks are fresh, in the dtype of its others."""
+    present, wanted = model.params["transformer"], SPECS["transformer"](config.transformer)
+    absent = {name: part for name, part in wanted.items() if name not in present}
+    some = tree.leaves(present["time"])[0]
+    fresh = specs.init(prng.fold_in(key, 1), absent, dtype=some.dtype, device=some.device)
+    transformer = {name: present.get(name, fresh.get(name)) for name in wanted}
+    return model._replace(params={**model.params, "transformer": transformer}, config=config)
 
 
 def learner(key: Key, model: Model, *, rank: int = 0) -> Learner:

@@ -167,7 +167,7 @@ def test_what_a_student_can_become(tiny):
 
     halved = settings(dataclasses.replace(STUDENT, shift=2.0), 2, cfg=1.0)
     assert (halved.inner, halved.shift) == (2, 2.0)
-    assert settings(None, 3) == distill_task.Settings(to=3)
+    assert settings(None, 3) == distill_task.Settings(to=3, inner=3)
     for to in (3, 4, 8):
         with pytest.raises(ValueError, match=f"to {to}: this model is a student of 4 segments.*1 or 2"):
             settings(STUDENT, to, cfg=1.0)

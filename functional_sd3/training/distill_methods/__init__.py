@@ -1,0 +1,11 @@
+"""Methods of distillation: objective, network and kind of the student, settings of its own."""
+
+from functional_sd3.training.distill_methods.segments import SEGMENTS
+from functional_sd3.training.distill_methods.types import DistillMethod, Settings, with_defaults
+
+METHODS: dict[str, DistillMethod] = {
+    "segments": SEGMENTS,
+}
+"""Methods by name; `cli.distill_options.METHODS` has the same names."""
+
+__all__ = ["METHODS", "DistillMethod", "Settings", "with_defaults"]

@@ -1,0 +1,81 @@
+"""Types of the methods of distillation, and their hyperparameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from functional_sd3.flow import schedule
+from functional_sd3.layouts.components import Config
+from functional_sd3.training.objectives import Loss
+from functional_sd3.training.objectives.segments import Teacher
+from functional_sd3.transformer import mmdit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of a run.
+
+    to: steps that the student draws in. method: a name of `distill_methods.METHODS`. cfg: guidance scale of the
+    teacher, which is folded in; 1 for none. shift: of the student's grid, `schedule.even(to, shift)`. rate, warmup,
+    ema, decay, clip, accumulate, dtype: as of `tasks.Settings`. lora: rank of a LoRA that is trained instead of the
+    transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters.
+
+    Of some methods alone, None for the method's default: inner (segments): steps of the teacher in each of the
+    student's.
+    """
+
+    to: int
+    method: str = "segments"
+    batch: int = 48
+    cfg: float = 5.0
+    shift: float = 3.0
+    rate: float = 2e-4
+    warmup: int = 20
+    ema: float = 0.98
+    decay: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1
+    lora: int = 0
+    dtype: torch.dtype | None = None
+    teacher_dtype: torch.dtype | None = None
+    inner: int | None = None
+
+
+def unchanged(network: mmdit.Config, settings: Settings) -> mmdit.Config:
+    """The student is the network of its teacher."""
+    return network
+
+
+def from_teacher(levels: schedule.Config, settings: Settings) -> Settings:
+    """The settings as they are: the teacher is no student yet, or one of the same kind."""
+    return settings
+
+
+class DistillMethod(NamedTuple):
+    """What a student learns from its teacher, and how it differs from it.
+
+    kind: `distillation` of its scheduler config (`flow.distilled.KINDS`), which says how it is drawn. loss: (the
+    student's config, teacher, settings) -> objective of batches {"latents", "context", "pooled"}. options: the settings
+    that are this method's own, with their defaults. network: the student's transformer, from the teacher's; parameters
+    that it has beyond those of the teacher are initialised as its `spec` says. settings: (the teacher's scheduler
+    config, settings) -> those for this teacher; ValueError, beginning with the setting, where it cannot be distilled
+    so.
+    """
+
+    kind: str
+    loss: Callable[[Config, Teacher, Settings], Loss]
+    options: dict[str, Any] = {}
+    network: Callable[[mmdit.Config, Settings], mmdit.Config] = unchanged
+    settings: Callable[[schedule.Config, Settings], Settings] = from_teacher
+
+
+def with_defaults(methods: dict[str, DistillMethod], settings: Settings) -> Settings:
+    """The settings with the defaults of their method; ValueError for settings that are of other methods alone."""
+    own = methods[settings.method].options
+    for field in fields(settings):
+        owners = [name for name, method in methods.items() if field.name in method.options]
+        if owners and field.name not in own and getattr(settings, field.name) is not None:
+            raise ValueError(f"{field.name} is for method {' and '.join(owners)}, not for {settings.method}")
+    return replace(settings, **{name: value for name, value in own.items() if getattr(settings, name) is None})
