@@ -95,12 +95,18 @@ def distill_task(
 
     empty = Conditioning(**encode(conditioning.tokenize(config, tokenizers, [""], t5_length=length)))
     teacher = guided_teacher(model, empty, settings.cfg, settings.teacher_dtype)
-    loss = METHODS[settings.method].loss(drawn, teacher, settings)
+    method = METHODS[settings.method]
+    loss = method.loss(drawn, teacher, settings)
     order = loop.order(order_key, settings.batch, len(data["latents"]))
 
     def batch(number: int) -> Tree:
         rows = order(number)
-        return {"latents": data["latents"][rows].to(device)} | encode(tree.map(lambda ids: ids[rows], data["ids"]))
+        latents = data["latents"][rows].to(device)
+        scales = {
+            name: torch.full((len(latents),), value, dtype=torch.float32, device=device)
+            for name, value in method.scales(settings, number).items()
+        }
+        return {"latents": latents, **encode(tree.map(lambda ids: ids[rows], data["ids"])), **scales}
 
     rate = optim.warmup_constant(settings.rate, settings.warmup)
     is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731

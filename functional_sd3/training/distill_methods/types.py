@@ -48,6 +48,11 @@ def unchanged(network: mmdit.Config, settings: Settings) -> mmdit.Config:
     return network
 
 
+def no_scales(settings: Settings, update: int) -> dict[str, float]:
+    """Nothing changes from update to update."""
+    return {}
+
+
 def from_teacher(levels: schedule.Config, settings: Settings) -> Settings:
     """The settings as they are: the teacher is no student yet, or one of the same kind."""
     return settings
@@ -61,7 +66,7 @@ class DistillMethod(NamedTuple):
     that are this method's own, with their defaults. network: the student's transformer, from the teacher's; parameters
     that it has beyond those of the teacher are initialised as its `spec` says. settings: (the teacher's scheduler
     config, settings) -> those for this teacher; ValueError, beginning with the setting, where it cannot be distilled
-    so.
+    so. scales: (settings, update, 0 the first) -> numbers that its batch has by name, (batch,), such as a warmup's.
     """
 
     kind: str
@@ -69,6 +74,7 @@ class DistillMethod(NamedTuple):
     options: dict[str, Any] = {}
     network: Callable[[mmdit.Config, Settings], mmdit.Config] = unchanged
     settings: Callable[[schedule.Config, Settings], Settings] = from_teacher
+    scales: Callable[[Settings, int], dict[str, float]] = no_scales
 
 
 def with_defaults(methods: dict[str, DistillMethod], settings: Settings) -> Settings:
