@@ -15,6 +15,7 @@ from functional_sd3.flow import guidance as guidance
 from functional_sd3.flow import ode as ode
 from functional_sd3.flow import path as path
 from functional_sd3.flow import schedule as schedule
+from functional_sd3.flow import trigflow as trigflow
 from functional_sd3.flow.analysis import adjoint as adjoint
 from functional_sd3.flow.analysis import divergence as divergence
 from functional_sd3.flow.analysis import geometry as geometry

@@ -1,7 +1,7 @@
 """Objectives of training, each `(params, batch, keys) -> (scalar, metrics)`.
 
-`flow` and `vae` learn from data; `segments` from a teacher, to draw in few steps; `nft`, `awm`, `policy` and `draft`
-from rewards of a model's own samples, `preference` from pairs.
+`flow` and `vae` learn from data; `segments`, `scm` and `rcm` from a teacher, to draw in few steps; `nft`, `awm`,
+`policy` and `draft` from rewards of a model's own samples, `preference` from pairs.
 """
 
 from functional_sd3.training.objectives.awm import awm_loss
@@ -10,6 +10,8 @@ from functional_sd3.training.objectives.flow import flow_loss
 from functional_sd3.training.objectives.nft import nft_loss
 from functional_sd3.training.objectives.policy import ratio_loss
 from functional_sd3.training.objectives.preference import dpo_loss
+from functional_sd3.training.objectives.rcm import fake_score_loss, rcm_loss
+from functional_sd3.training.objectives.scm import scm_loss
 from functional_sd3.training.objectives.segments import segments_loss
 from functional_sd3.training.objectives.types import Loss, Metrics
 from functional_sd3.training.objectives.vae import vae_loss
@@ -20,9 +22,12 @@ __all__ = [
     "awm_loss",
     "dpo_loss",
     "draft_loss",
+    "fake_score_loss",
     "flow_loss",
     "nft_loss",
     "ratio_loss",
+    "rcm_loss",
+    "scm_loss",
     "segments_loss",
     "vae_loss",
 ]

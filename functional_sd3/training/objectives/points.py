@@ -29,11 +29,15 @@ VelocityOf = Callable[[Params, Tree], Velocity]
 
 
 def model_velocity(
-    config: Any, *, dtype: torch.dtype | None = None, implementation: Implementation = "sdpa"
+    config: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    implementation: Implementation = "sdpa",
+    time_difference: float | None = None,
 ) -> VelocityOf:
     """The velocity of the prompts of a batch, unguided, in float32. dtype: of the computation; None: the parameters'.
 
-    config: of a whole model (`.transformer`).
+    config: of a whole model (`.transformer`). time_difference: as of `mmdit.apply`, for tangents in t.
     """
 
     def velocity_of(params: Params, batch: Tree) -> Velocity:
@@ -43,7 +47,16 @@ def model_velocity(
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             inputs = x if dtype is None else x.to(dtype)
-            v = mmdit.apply(weights, config.transformer, inputs, t, context, pooled, implementation=implementation)
+            v = mmdit.apply(
+                weights,
+                config.transformer,
+                inputs,
+                t,
+                context,
+                pooled,
+                implementation=implementation,
+                time_difference=time_difference,
+            )
             return v.to(torch.promote_types(x.dtype, torch.float32))
 
         return velocity
