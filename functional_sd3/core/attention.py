@@ -186,14 +186,29 @@ def maps(
         velocity, weights = attention.maps(lambda attend: mmdit.apply(..., attend=attend), blocks=[3])
         weights[3][0].between(0, 1)  # of each image token for each token of the prompt
 
-    A block has one map, or two where it has a second attention, for each call of the network in `run`. keep: what is
-    kept of a map, which is as large as tokens x tokens of every head. Not with a block_transform that computes twice.
+    keep: what is kept of a map, which is as large as tokens x tokens of every head. The rest as of `record`.
+    """
+    return record(run, blocks, keep=lambda streams: keep(_map(streams)))
+
+
+def record(
+    run: Callable[[Mapping[int, Callable[..., Any]]], Any],
+    blocks: Collection[int],
+    *,
+    keep: Callable[[Sequence[Stream]], Any] = lambda streams: streams[0]._replace(query=None),
+) -> tuple[Any, dict[int, list[Any]]]:
+    """(run(attend), {block: [keep(streams) of each of its attentions]}): what some blocks attend with, such as the keys
+    and values of their first stream, the image, for `attention_variants.replay`.
+
+    A block has one attention, or two where it has a second one over the image alone, for each call of the network in
+    `run`, in order. Guidance evaluates the rows of several conditionings in one call, those of the prompts first. Not
+    with a block_transform that computes twice.
     """
     kept: dict[int, list[Any]] = {block: [] for block in blocks}
 
     def recording(block: int) -> Callable[[Sequence[Stream]], list[Tensor | None]]:
         def attend(streams: Sequence[Stream]) -> list[Tensor | None]:
-            kept[block].append(keep(_map(streams)))
+            kept[block].append(keep(streams))
             return joint_attention(streams)
 
         return attend

@@ -1,5 +1,7 @@
 """Checks of arguments at the boundary: ValueErrors that name the argument, before a kernel raises its own."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,10 @@ def check_floating(name: str, x: object, meaning: str = "") -> None:
         raise ValueError(f"{name} of dtype {x.dtype} must be floating{meaning}")
 
 
-def check_channels(name: str, x: Tensor, channels: int) -> None:
-    """Raises ValueError unless x is (batch, channels, height, width)."""
+def check_channels(name: str, x: object, channels: int) -> None:
+    """Raises ValueError unless x is a tensor (batch, channels, height, width)."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is {_short_repr(x)}, not a tensor; it must be (batch, {channels}, height, width)")
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"{name} of shape {list(x.shape)} must be (batch, {channels}, height, width)")
 
@@ -44,6 +48,14 @@ def check_time(t: object) -> None:
         raise ValueError(f"t is {text}, not a tensor: give torch.tensor({text}), in [0, 1], 1 = noise")
     if not t.is_floating_point():
         raise ValueError(f"t of dtype {t.dtype} must be floating, in [0, 1], 1 = noise: a timestep divided by 1000")
+
+
+def function_name(function: object) -> str:
+    """module.name of a function, of the function of a partial, or of the class of any other callable."""
+    while isinstance(function, partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _short_repr(x: object) -> str:

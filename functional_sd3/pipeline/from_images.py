@@ -41,6 +41,7 @@ from functional_sd3.pipeline.request import (
 )
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.transformer.mmdit import AttendBlocks
 from functional_sd3.weights.model import Tokenizers
 
 
@@ -67,6 +68,7 @@ def image_to_image(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
     posterior_key: Key | None = None,
@@ -84,8 +86,9 @@ def image_to_image(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     prompts, images = broadcast_prompts(prompts, images)
     start = StartImages(images, strength, posterior_key=posterior_key)
     request = Request(prompts, key, text, run, noise=noise, start=start, loras=loras)
@@ -118,6 +121,7 @@ def inpaint(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
     posterior_key: Key | None = None,
@@ -136,8 +140,9 @@ def inpaint(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     prompts, images = broadcast_prompts(prompts, images)
     start = StartImages(images, strength, mask.to(images), soften, restore, posterior_key)
     request = Request(prompts, key, text, run, noise=noise, start=start, loras=loras)
@@ -174,6 +179,7 @@ def outpaint(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
     posterior_key: Key | None = None,
@@ -185,8 +191,9 @@ def outpaint(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     images, mask = extend_canvas(images, left=left, right=right, top=top, bottom=bottom, overlap=overlap)
     prompts, images = broadcast_prompts(prompts, images)
     start = StartImages(images, strength, mask, soften, restore, posterior_key)
@@ -219,6 +226,7 @@ def edit(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
     posterior_key: Key | None = None,
@@ -236,8 +244,9 @@ def edit(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     source, target, images = _broadcast(source, target, images)
     request = Request(
         target,
@@ -275,6 +284,7 @@ def flow_edit(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
     posterior_key: Key | None = None,
@@ -289,8 +299,9 @@ def flow_edit(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     source, target, images = _broadcast(source, target, images)
     start, flow = StartImages(images, strength, posterior_key=posterior_key), FlowEdit(source, source_cfg, averages)
     request = Request(target, key, text, run, start=start, edit=flow, loras=loras)

@@ -27,6 +27,7 @@ from functional_sd3.pipeline.request import (
 )
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.transformer.mmdit import AttendBlocks
 from functional_sd3.weights.model import Tokenizers
 
 
@@ -54,6 +55,7 @@ def variations(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
 ) -> Tensor:
@@ -64,8 +66,9 @@ def variations(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     prompts = prompt_list(prompts)
     count = max(len(prompts), *(len(each) for each in (key, towards) if each.ndim > 1), 1)
     prompts = prompts * count if len(prompts) == 1 else prompts
@@ -99,6 +102,7 @@ def interpolate(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
 ) -> Tensor:
@@ -111,7 +115,8 @@ def interpolate(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     request = Request(prompts, keys, text, run, height=height, width=width, frames=Frames(frames, mix), loras=loras)
     return draw(params, config, prepare(params, config, tokenizers, request), batch=batch)

@@ -1,13 +1,14 @@
 """The first stage of a request: prompts and images are encoded, each component read once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
+from functional_sd3.core import attention_variants, tree
+from functional_sd3.core.attention import Stream
 from functional_sd3.core.types import Key
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
@@ -17,6 +18,7 @@ from functional_sd3.pipeline.components import Components, fetch
 from functional_sd3.pipeline.encoding import EncodedPrompts, encode_groups
 from functional_sd3.pipeline.latents import encode_images, latent_size, sample_keys
 from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, SamplingOptions, Variation, needed
+from functional_sd3.transformer.joint_block import Attend
 from functional_sd3.weights.model import Tokenizers
 
 
@@ -70,8 +72,9 @@ def prepare(components: Components, config: Config, tokenizers: Tokenizers, requ
 def slice_samples(prepared: Prepared, index: slice) -> Prepared:
     """Some of the images of a request; each is drawn as it is in the whole.
 
-    What has one row for each sample is sliced: scales, ControlNets' images and image prompts too. Not what a guidance
-    closes over, nor any of these for frames: there a number or one row must do for all.
+    What has one row for each sample is sliced: scales, ControlNets' images, image prompts and cached keys and values
+    too. Not what a guidance or an attention of one's own closes over, nor any of these for frames: there a number or
+    one row must do for all.
     """
     if prepared.places is not None:
         return prepared._replace(places=prepared.places[index])
@@ -92,7 +95,7 @@ def slice_samples(prepared: Prepared, index: slice) -> Prepared:
         prompts=request.prompts[index],
         key=None if prepared.keys is None else prepared.keys[index],
         text=replace(request.text, negative=part(request.text.negative)),
-        sampling=_slice_options(request.sampling, part),
+        sampling=_slice_options(request.sampling, prepared.samples, part),
         noise=part(request.noise),
         start=start and replace(start, images=part(start.images), mask=part(start.mask)),
         variation=variation and Variation(sample_keys(variation.key, prepared.samples)[index], part(variation.amount)),
@@ -103,11 +106,22 @@ def slice_samples(prepared: Prepared, index: slice) -> Prepared:
     return Prepared(request, rows(prepared.prompts), regions, source, part(prepared.latents), request.key)
 
 
-def _slice_options(sampling: SamplingOptions, part: Callable[[Any], Any]) -> SamplingOptions:
+def _slice_options(sampling: SamplingOptions, samples: int, part: Callable[[Any], Any]) -> SamplingOptions:
     control = [one._replace(image_latents=part(one.image_latents), scale=part(one.scale)) for one in sampling.control]
     shown = sampling.image_prompt
     shown = shown and shown._replace(features=part(shown.features), scale=part(shown.scale))
-    return replace(sampling, cfg=part(sampling.cfg), control=control, image_prompt=shown)
+    attend = sampling.attend
+    if isinstance(attend, Mapping):
+        attend = {block: _slice_attend(own, samples, part) for block, own in attend.items()}
+    elif attend is not None:
+        attend = _slice_attend(attend, samples, part)
+    return replace(sampling, cfg=part(sampling.cfg), control=control, image_prompt=shown, attend=attend)
+
+
+def _slice_attend(attend: Attend, samples: int, part: Callable[[Any], Any]) -> Attend:
+    if not isinstance(attend, attention_variants.Cached) or len(attend.memory.key) != samples:
+        return attend
+    return attention_variants.cached(Stream(None, part(attend.memory.key), part(attend.memory.value)))
 
 
 def _slice_edit(edit: InversionEdit | FlowEdit, index: slice, part: Callable[[Any], Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Every field of a request and of its parts is written, but for `UNRECORDED`: a table with the name of its "kind" for each
 dataclass, tensor, guidance, method and function. What plain data cannot hold is described: a large tensor by shape,
-dtype and SHA-256, a tree of parameters by its counts. Reading needs those parts given anew, and says which.
+dtype and SHA-256, a tree of parameters by its counts, a function of one's own (of attention, say) by its name. Such a
+request cannot be drawn from its description alone: reading needs those parts given anew, and says which.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core import blend, transform, tree
+from functional_sd3.core import attention, attention_variants, blend, transform, tree
+from functional_sd3.core.checks import function_name
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
@@ -34,7 +36,7 @@ _PARTS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Request, Region, request.AppliedLora, request.TextOptions, request.SamplingOptions, request.StartImages,
-        request.Variation, request.Tiling, request.InversionEdit, request.FlowEdit, request.Frames,
+        request.Variation, request.Tiling, request.InversionEdit, request.FlowEdit, request.Frames, attention.Stream,
     )
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable] = {
@@ -45,11 +47,16 @@ _FUNCTIONS: dict[str, Callable] = {
         velocity,
         fixed_point.inverse,
         transform.compile,
+        attention.joint_attention,
+        attention.identity_attention,
+        attention_variants.linear,
         request.states,
         request.denoised,
     )
 }
 """Functions that a description may name. No others are looked up: descriptions are found in files of other people."""
+_ATTENTIONS: dict[str, Callable] = {"windowed": attention_variants.windowed, "cached": attention_variants.cached}
+"""Makers of forms of attention by name, which take the fields of what they make."""
 _MOST_NUMBERS = 1024
 
 
@@ -65,18 +72,22 @@ def describe(value: Any) -> Any:
         return _guidance(value)
     if isinstance(value, Method | ode.Adaptive):
         return _method(value)
+    if isinstance(value, attention_variants.Windowed | attention_variants.Cached):
+        arguments = {name: describe(getattr(value, name)) for name in field_names(value)}
+        return {"kind": f"attention.{type(value).__name__.lower()}", **arguments}
     if fields := field_names(value):
         return {"kind": type(value).__name__, **{name: describe(getattr(value, name)) for name in fields}}
     if _is_tree(value):
         leaves = tree.leaves(value)
         return {"kind": "parameters", "tensors": len(leaves), "numbers": sum(leaf.numel() for leaf in leaves)}
+    if isinstance(value, Mapping) and value and all(isinstance(name, int) for name in value):
+        return {"kind": "blocks", **{str(block): describe(part) for block, part in value.items()}}
     if isinstance(value, Mapping):
         return {str(name): describe(part) for name, part in value.items()}
     if isinstance(value, tuple | list | range | set | frozenset):
         return [describe(part) for part in value]
     if callable(value):
-        name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-        name = name.removeprefix("functional_sd3.")
+        name = function_name(value).removeprefix("functional_sd3.")
         return {"kind": "function" if _FUNCTIONS.get(name) is value else "unwritten", "name": name}
     return {"kind": "unwritten", "name": type(value).__qualname__}
 
@@ -170,12 +181,18 @@ def _make(kind: str, parts: dict[str, Any]) -> Any:
         return torch.tensor(parts["values"], dtype=_dtype(parts["dtype"]), device="cpu")
     if kind == "function":
         return _FUNCTIONS[parts["name"]]
+    if kind == "blocks":
+        return {int(block): part for block, part in parts.items()}
+    if room == "attention":
+        return _ATTENTIONS[name](**parts)
     if room == "ode" and name in ode.ADAPTIVE:
         return ode.ADAPTIVE[name]._replace(**parts)
     if room == "ode":
         return ode.METHODS[name]
     if room == "guidance":
         return _make_guidance(name, parts)
+    if kind == "unwritten":
+        raise _NotHeld(f"{shorten(str(parts.get('name')), 200)}, which the request was given in Python")
     raise _NotHeld(shorten(f"{kind} {parts.get('name', '')}".strip()))
 
 

@@ -21,6 +21,7 @@ from functional_sd3.pipeline.mixing import Mix, lerp
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 T = TypeVar("T")
 
@@ -82,6 +83,7 @@ class SamplingOptions:
     control: Sequence[Control] = ()
     image_prompt: ImagePrompt | None = None
     block_transform: BlockTransform | None = None
+    attend: AttendBlocks | None = None
     implementation: Implementation = "sdpa"
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ from functional_sd3.pipeline.request import (
 )
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.transformer.mmdit import AttendBlocks
 from functional_sd3.weights.model import Tokenizers
 
 
@@ -61,6 +62,7 @@ def generate(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
     offload: bool = False,
@@ -76,6 +78,9 @@ def generate(
     weighs words, and CLIP reads on beyond its length (`conditioning`). control: ControlNets with their images, which
     `control_latents` encodes. image_prompt: an IP-Adapter with the features of an image.
     block_transform: applied to the function that applies a block of the transformer, such as `transform.compile`.
+    attend: replaces the transformer's joint attention in every block or in some (`mmdit.apply`), in every evaluation,
+    not that of ControlNets; its streams have the rows of all that guidance evaluates at once, those of the prompts
+    first (docs/differentiation.md, "Attention of one's own").
     implementation: of the transformer's attention, as of `mmdit.apply`. loras: (LoRA, scale) of those added to the
     model, lazily and component by component (`lora.apply`).
 
@@ -96,8 +101,9 @@ def generate(
         params = tree.to(params, device)
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, loras=loras)
     return draw(params, config, prepare(params, config, tokenizers, request))
 
@@ -127,6 +133,7 @@ def generate_from(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
 ) -> Tensor:
@@ -137,8 +144,9 @@ def generate_from(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, loras=loras)
     outline = weights.outline(path, variant=variant)
     fetch = weights.fetcher(path, dtype=dtype, device=device, variant=variant, quantized=quantized)
@@ -171,6 +179,7 @@ def regional(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
 ) -> Tensor:
@@ -184,8 +193,9 @@ def regional(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     request = Request(
         prompts,
         key,
@@ -226,6 +236,7 @@ def tiled(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
 ) -> Tensor:
@@ -236,8 +247,9 @@ def tiled(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     tiling = Tiling(tile, overlap)
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, tiling=tiling, loras=loras)
     return draw(params, config, prepare(params, config, tokenizers, request))

@@ -25,6 +25,7 @@ from functional_sd3.pipeline.request import (
 )
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
+from functional_sd3.transformer.mmdit import AttendBlocks
 from functional_sd3.weights.model import Tokenizers
 
 
@@ -52,6 +53,7 @@ def trajectory(
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
     block_transform: BlockTransform | None = None,
+    attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
     loras: Loras = (),
 ) -> Tensor:
@@ -62,7 +64,8 @@ def trajectory(
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
-        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, implementation
-    )
+        steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
+        implementation,
+    )  # fmt: skip
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, loras=loras, show=show)
     return draw(params, config, prepare(params, config, tokenizers, request))

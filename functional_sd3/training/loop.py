@@ -123,11 +123,10 @@ def run(
                 if rollout is not None:
                     with stop.abortable():
                         batch = None if stop.is_requested() else rollout(state, batch)
-            except KeyboardInterrupt:
-                if not stop.is_requested():
-                    raise
-                break
-            except Exception:
+            except BaseException:
+                # What a rollout runs may end by the signal that stops this run, in an error of its own.
+                if stop.is_requested():
+                    break
                 save_whole()
                 raise
             if rollout is not None and stop.is_requested():

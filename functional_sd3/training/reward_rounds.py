@@ -21,6 +21,9 @@ from functional_sd3.training.reward_settings import Settings
 from functional_sd3.training.rewards import Reward
 from functional_sd3.training.schedules import Schedule
 
+OF_THE_LOG = ("step", "seconds", "loss", "grad_norm", "rate", "bin_loss", "bin_share")
+"""Columns of the log of every run, beside those of its objective and its rollouts."""
+
 
 class Setting(NamedTuple):
     """What rounds are made of: arguments of `reward_task`, what learns, and functions of the model.
@@ -70,6 +73,9 @@ def drawn(setting: Setting) -> Rounds:
             )  # fmt: skip
 
         drawn = rollouts.gather(groups, prompts, settings.draws, scale=settings.spread)
+        if taken := [name for name in drawn.metrics if name in (*OF_THE_LOG, *method.metrics)]:
+            names = ", ".join(taken)
+            raise rewards.RewardError(f"a reward gives the score {names}, which the log has of its own: rename it")
         if drawn.rows is None:
             return Round(None, drawn.metrics)
         policies = Policies(learns.start, learns.whole(state.old), learns.whole(state.params))
@@ -94,7 +100,10 @@ def offline(setting: Setting) -> Rounds:
             prng.fold_in(prng.fold_in(setting.key, 1), number), {**own, **encoded._asdict()}, options.times
         )
         start = learns.start
-        return Round(add_references(setting.config, batch, start, rows=options.rows, dtype=options.dtype), {})
+        return Round(
+            add_references(setting.config, batch, start, rows=options.rows, dtype=options.dtype, attend=options.attend),
+            {},
+        )
 
     return Rounds(method.loss, method.metrics, copies.linear(0.0, 0.0), rollout)
 
@@ -114,7 +123,7 @@ def draft(setting: Setting) -> Rounds:
         scores = setting.reward(images, [texts[row] for row in rows], [facts[row] for row in rows])
         return rewards.total(scores, settings.weights, settings.default_weight).to(images.device)
 
-    velocity_of = points.model_velocity(setting.config, dtype=options.dtype)
+    velocity_of = points.model_velocity(setting.config, dtype=options.dtype, attend=options.attend)
     loss = draft_loss(
         policy.guided_velocity(velocity_of, sampler.negative, sampler.cfg), setting.decode, total, sampler.times,
         start=setting.learns.start, last=options.last, kl=options.kl or 0.0,

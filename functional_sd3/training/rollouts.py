@@ -24,6 +24,10 @@ Decode = Callable[[Params, Tensor], Tensor]
 """`(params of a whole model, latents) -> images (batch, 3, height, width) in [0, 1]`."""
 
 
+METRICS = ("reward", "reward_std", "spread", "all_right", "all_wrong", "draws", "diversity")
+"""Names of the metrics of a rollout, beside those of its scores."""
+
+
 class Groups(NamedTuple):
     """Images of `groups` prompts, `size` images each, the images of one prompt after the other.
 
@@ -105,7 +109,8 @@ def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: An
     Groups whose rewards are all equal give no advantage and are dropped. options: of `rewards.group_advantages`, whose
     standard deviation is that of all that was drawn.
 
-    Metrics: reward and its std; every score; spread, the share of groups that have some; all_right and all_wrong, the
+    Raises RewardError where the calls give scores of other names, or of the name of a metric. Metrics: reward and its
+    std; every score; spread, the share of groups that have some; all_right and all_wrong, the
     shares of groups without, whose rewards are at least, or below, half of that of an image whose scores are all 1;
     draws, calls of `draw`; diversity, the root of the mean variance of latents within a group.
     """
@@ -113,6 +118,7 @@ def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: An
     count = 0
     while count < wanted and len(drawn) < draws:
         drawn.append(draw(len(drawn)))
+        _check_names(drawn[0].scores, drawn[-1].scores)
         count += int(rewards.has_spread(drawn[-1].rewards).sum())
     together = torch.cat([each.rewards for each in drawn])
     has_spread = rewards.has_spread(together)
@@ -137,3 +143,13 @@ def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: An
     rows = {name: torch.cat([each.rows[name] for each in drawn])[images] for name in drawn[0].rows}
     chosen_rows = {"advantage": advantages[chosen].flatten(), "reward": together[chosen].flatten()}
     return Rollout({**rows, **chosen_rows}, metrics)
+
+
+def _check_names(first: Scores, scores: Scores) -> None:
+    if taken := [name for name in scores if name in METRICS]:
+        raise rewards.RewardError(
+            f"a reward gives the score {', '.join(taken)}, which the log has of its own: rename it"
+        )
+    if first.keys() != scores.keys():
+        before, now = (", ".join(each) for each in (first, scores))
+        raise rewards.RewardError(f"the rewards gave the scores {before}, and then {now}: give the same each time")

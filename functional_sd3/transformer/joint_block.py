@@ -27,6 +27,7 @@ from functional_sd3.core.attention import (
     queries,
     split_heads,
 )
+from functional_sd3.core.checks import function_name
 from functional_sd3.core.types import Params, Tree
 
 Attend = Callable[[list[Stream]], list[Tensor | None]]
@@ -75,24 +76,25 @@ def apply(
     where there is one. A stream without queries has shift and scale only and is returned unchanged: the context of the
     last block. image_prompt: keys and values of an image prompt, one of `ip_adapter.apply`'s, for the first stream.
     attend: replaces `joint_attention`: a list of `attention.Stream` -> a list of (batch, heads, tokens, head_dim), None
-    for a stream without queries; for a second attention it is called with one stream.
+    for a stream without queries; for a second attention it is called with one stream. Raises ValueError where it
+    returns another number of tensors, or one of another shape, dtype or device.
     """
     if isinstance(modulation, Tensor):
         modulation = {name: layers.linear(params[name]["modulation"], modulation) for name in streams}
     parts = {name: split_modulation(modulation[name], x.shape[-1]) for name, x in streams.items()}
-    attend = attend or partial(joint_attention, implementation=implementation)
+    attending = partial(_checked, attend) if attend else partial(joint_attention, implementation=implementation)
     prompts = {
         name: partial(_attend_prompt, prompt, implementation=implementation)
         for name, prompt in (image_prompt or {}).items()
     }
     normed = {name: norm(x) for name, x in streams.items() if "attention2" in params[name]}
-    streams = _add_joint_attention(params, heads, streams, normed, parts, attend, prompts.get("attention"))
+    streams = _add_joint_attention(params, heads, streams, normed, parts, attending, prompts.get("attention"))
     for index, name in enumerate(streams):
         if name in normed:
             shift, scale, gate = parts[name][6:]
             prompt = prompts.get("attention2") if index == 0 else None
             modulated = modulate(normed.pop(name), shift, scale)
-            attended = _attend_alone(params[name]["attention2"], heads, modulated, attend, prompt)
+            attended = _attend_alone(params[name]["attention2"], heads, modulated, attending, prompt)
             streams[name] = torch.addcmul(streams[name], gate, attended)
             del modulated, attended
         if "mlp" in params[name]:
@@ -133,6 +135,31 @@ def _add_joint_attention(
         output = _project_out(params[name]["attention"], own, None if added else prompt_attended)
         added[name] = torch.addcmul(x, parts[name][2], output)
     return added
+
+
+def _checked(attend: Attend, streams: list[Stream]) -> Sequence[Tensor | None]:
+    """attend(streams), of which each stream with queries must have a tensor like its values."""
+    attended: Any = attend(streams)
+    count, name = len(streams), function_name(attend)
+    if not isinstance(attended, list | tuple) or len(attended) != count:
+        what = f"{len(attended)} results" if isinstance(attended, list | tuple) else type(attended).__name__
+        raise ValueError(
+            f"attend {name} returned {what}; it must return a list of {count}: for each stream a tensor, or None "
+            "for one without queries"
+        )
+    for index, (stream, own) in enumerate(zip(streams, attended, strict=True)):
+        if stream.query is None:
+            continue
+        shape, value = stream.query.shape[:-1] + stream.value.shape[-1:], stream.value
+        # Autocast chooses dtypes itself.
+        dtypes = (value.dtype, own.dtype) if torch.is_autocast_enabled(value.device.type) else (value.dtype,)
+        if not isinstance(own, Tensor) or own.shape != shape or own.dtype not in dtypes or own.device != value.device:
+            what = f"{own.dtype} {list(own.shape)} on {own.device}" if isinstance(own, Tensor) else type(own).__name__
+            raise ValueError(
+                f"attend {name} returned {what} for stream {index}, which has queries; it must return {value.dtype} "
+                f"{list(shape)} (batch, heads, tokens, head_dim) on {value.device}"
+            )
+    return attended
 
 
 def _attend_alone(
@@ -202,8 +229,7 @@ def _norm_heads(params: Params, stream: Stream) -> Stream:
 
 def _project_out(params: Params, attended: Tensor | None, prompt_attended: Tensor | None = None) -> Tensor:
     """Output layer of an attention on its merged heads, with those of an image prompt added: (batch, tokens, width)."""
-    if attended is None:
-        raise ValueError("attend returned None for a stream with queries")
+    assert attended is not None
     return layers.linear(
         params["out"], merge_heads(attended if prompt_attended is None else attended + prompt_attended)
     )

@@ -116,11 +116,15 @@ def test_memory_is_linear_in_the_tokens(name, monkeypatch):
     assert long <= 4.6 * short
 
 
-@pytest.mark.parametrize("name", ["jvp", "jvp(grad)", "grad(grad)"])
+IN_BFLOAT16 = ("grad", "jvp", "jvp(grad)", "grad(grad)")
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
 def test_derivatives_in_bfloat16_are_nearer_than_the_formulas(name):
     def derivative(x, implementation):
         f = lambda x: attend(x, x.sin(), x, implementation=implementation)  # noqa: E731
         return {
+            "grad": lambda: grad(lambda x: f(x).square().sum())(x),
             "jvp": lambda: jvp(f, (x,), (x,))[1],
             "jvp(grad)": lambda: jvp(grad(lambda x: f(x).square().sum()), (x,), (x,))[1],
             "grad(grad)": lambda: grad(lambda x: grad(lambda x: f(x).square().sum())(x).square().sum())(x),

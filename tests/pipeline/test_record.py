@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from functional_sd3 import lora, pipeline
-from functional_sd3.core import prng, transform, tree
+from functional_sd3.core import attention_variants, prng, transform, tree
 from functional_sd3.flow import guidance, ode
 from functional_sd3.flow.ode import fixed_point
 from functional_sd3.pipeline import (
@@ -88,6 +88,7 @@ def changes(model) -> dict[type, dict[str, object]]:
             "steps": 2, "cfg": torch.tensor([2.0]), "guidance": guidance.cfg(2.0), "method": "heun",
             "skip_layers": [1], "control": [control], "image_prompt": image_prompt,
             "block_transform": transform.compile, "implementation": "math", "on_step": print,
+            "attend": attention_variants.windowed((4, 4), 1),
         },
         StartImages: {"images": IMAGES * 0.5, "strength": 0.5, "mask": MASK, "soften": 1.0, "restore": True,
                       "posterior_key": KEY},

@@ -275,3 +275,33 @@ def test_attend_is_passed_on_by_the_pipeline_and_the_objective():
     sample = partial(pipeline.sample, {"transformer": PARAMS}, config, conditions, INPUTS[0], steps=1, method="euler")
     torch.testing.assert_close(sample(attend={2: counted}), sample())
     assert called == [2] * 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda streams: attention.joint_attention(streams)[:1], "returned 1 results; it must return a list of 2"),
+        (lambda streams: torch.zeros(2), "returned Tensor; it must return a list of 2"),
+        (lambda streams: None, "returned NoneType; it must return a list of 2"),
+        (lambda streams: [None, None], "returned NoneType for stream 0, which has queries"),
+        (
+            lambda streams: [stream.query[:, :, 1:] for stream in streams],
+            r"float32 \[2, 2, 15, 8\] on cpu for stream 0",
+        ),
+        (lambda streams: [stream.query.double() for stream in streams], "float64 .* must return torch.float32"),
+        (
+            lambda streams: [streams[0].query, streams[1].query[:1]],
+            r"\[1, 2, 3, 8\] on cpu for stream 1, .* must return torch.float32 \[2, 2, 3, 8\] \(batch, heads",
+        ),
+    ],
+)
+def test_what_is_no_attention_of_the_streams_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message) as error:
+        velocity(attend={0: partial(wrong)})
+    assert "attend tests.transformer.test_attend.<lambda>" in str(error.value)
+
+
+def test_autocast_chooses_the_dtype_of_attention():
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(velocity(attend=attention.joint_attention), velocity(), rtol=2e-2, atol=2e-2)
+        assert velocity(attend=attention_variants.linear).isfinite().all()

@@ -15,6 +15,7 @@ from functional_sd3.flow import path
 from functional_sd3.training.objectives import points
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
 from functional_sd3.training.rewards.advantages import CLIP
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 METRICS = ("kl", "old_distance", "ratio_distance")
 
@@ -29,15 +30,17 @@ def awm_loss(
     clip: float = CLIP,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + kl mean (v - v_ref)^2 + old mean (v - v_old)^2, at `points`.
 
     A = advantage / clip; rho = exp(l - sg l_0), l_0 the same under the policy that drew, whose velocities are
     "behaviour" in the batch; without them the policy itself (one update a batch: the gradient is -A grad l).
     l = -mean (v - (noise - x_0))^2 =: -m, or with a `power` p the robust -((m + 1e-10)^p - 1e-10^p) t / p, "ghuber".
-    v_old: a slow average of the policy. Metrics: kl and old_distance as of `nft_loss`, ratio_distance mean |rho - 1|.
+    v_old: a slow average of the policy. dtype, implementation, attend: as of `flow_loss`. Metrics: kl and old_distance
+    as of `nft_loss`, ratio_distance mean |rho - 1|.
     """
-    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation)
+    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
 
     def score(v: Tensor, batch: Tree) -> Tensor:
         error = points.sample_means((v - path.target(batch["latents"], batch["noise"])).square())

@@ -38,12 +38,12 @@ def draft_loss(
     """-mean reward(decode(x_0)) + kl mean (v - v_start)^2, with the derivative through the `last` steps alone.
 
     batch: noise (batch, channels, height, width), the start of the run; context, pooled; and what `reward` reads.
-    velocity_of: `points.model_velocity(config)`, or that guided. decode: (params, latents) -> images in [0, 1].
-    times (steps + 1,): the grid. The steps are recomputed in the backward pass (`adjoint.checkpointed`), so that as
-    many cost no more memory than one. last: 1 is best in the paper; through all of them gradients explode. start: the
-    parameters at the start, whose velocity is compared at the first state with a gradient. Raises ValueError for more
-    steps than there are, RewardError for a reward without a gradient. Metrics: reward; kl, mean (v - v_start)^2, 0
-    without a start.
+    velocity_of: `points.model_velocity(config)`, or that guided; it takes `attend`. decode: (params, latents) -> images
+    in [0, 1]. times (steps + 1,): the grid. The steps are recomputed in the backward pass (`adjoint.checkpointed`), so
+    that as many cost no more memory than one. last: 1 is best in the paper; through all of them gradients explode.
+    start: the parameters at the start, whose velocity is compared at the first state with a gradient. Raises ValueError
+    for more steps than there are, RewardError for a reward without a gradient. Metrics: reward; kl, mean
+    (v - v_start)^2, 0 without a start.
     """
     steps = len(times) - 1
     if not 1 <= last <= steps:

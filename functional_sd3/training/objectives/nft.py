@@ -15,6 +15,7 @@ from functional_sd3.flow import path
 from functional_sd3.training.objectives import points
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
 from functional_sd3.training.rewards.advantages import CLIP
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 METRICS = ("kl", "old_distance")
 
@@ -27,18 +28,19 @@ def nft_loss(
     clip: float = CLIP,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """clip (r l(v+) + (1 - r) l(v-)) / beta + kl mean (v - v_ref)^2 at the points of a batch (`points`).
 
     r = clamp(advantage / clip, -1, 1) / 2 + 1/2; v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v;
     l(v') = mean (x_0' - x_0)^2 / sg(mean |x_0' - x_0|), x_0' = x_t - t v'. Advantage 0 gives no gradient to first
     order: samples of groups without spread can be left out. beta: 1 for exact rewards, 0.1 where several are summed.
-    dtype, implementation: as of `flow_loss`. Draws nothing from the keys: the points are drawn with the batch.
+    dtype, implementation, attend: as of `flow_loss`. Draws nothing from the keys: the points are drawn with the batch.
     Metrics: kl, mean (v - v_ref)^2, the integrand of the divergence of the two flows; old_distance, mean (v - v_old)^2.
     """
     if not 0 < beta:
         raise ValueError(f"beta {beta} must be positive")
-    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation)
+    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         points.check_batch(batch, ("latents", "noise", "t", "advantage", "old", "reference"), "nft_loss")

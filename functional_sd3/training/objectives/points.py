@@ -34,10 +34,12 @@ def model_velocity(
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
     time_difference: float | None = None,
+    attend: mmdit.AttendBlocks | None = None,
 ) -> VelocityOf:
     """The velocity of the prompts of a batch, unguided, in float32. dtype: of the computation; None: the parameters'.
 
-    config: of a whole model (`.transformer`). time_difference: as of `mmdit.apply`, for tangents in t.
+    config: of a whole model (`.transformer`). implementation, attend: as of `mmdit.apply`; time_difference too, for
+    tangents in t.
     """
 
     def velocity_of(params: Params, batch: Tree) -> Velocity:
@@ -56,6 +58,7 @@ def model_velocity(
                 pooled,
                 implementation=implementation,
                 time_difference=time_difference,
+                attend=attend,
             )
             return v.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -21,6 +21,7 @@ from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training.objectives import points
 from functional_sd3.training.objectives.points import VelocityOf
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 METRICS = ("kl", "ratio", "ratio_distance", "clipped")
 
@@ -68,6 +69,7 @@ def ratio_loss(
     cfg: float = 1.0,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + kl mean (mean - mean_ref)^2 / (2 sigma^2) of sampled transitions.
 
@@ -76,15 +78,15 @@ def ratio_loss(
     sigma sqrt(t - s). rho = exp(log p - log p_old), log p the mean over a sample's numbers, as in the authors' code:
     hence the small `eps`. is_residual: log p = -mean (x_next - mean)^2, as coefficients-preserving sampling has it.
     guard: rho = exp(<noise, mean - mean_old>), centred at 1, and the loss over t - s (GRPO-Guard). negative, cfg:
-    guidance of the sampler, whose two velocities are both differentiated. Raises ValueError for a transition that draws
-    nothing and so has no density (where its values are in CPU memory). Metrics: kl, the unweighted term; ratio and
-    ratio_distance, mean rho and |rho - 1|; clipped, the share of rows where the clip holds.
+    guidance of the sampler, whose two velocities are both differentiated. attend: as of `flow_loss`. Raises ValueError
+    for a transition that draws nothing and so has no density (where its values are in CPU memory). Metrics: kl, the
+    unweighted term; ratio and ratio_distance, mean rho and |rho - 1|; clipped, the share of rows where the clip holds.
     """
     if guard and is_residual:
         raise ValueError("guard centres the ratio of Gaussian densities: it does not go with is_residual")
     if cfg != 1 and negative is None:
         raise ValueError(f"cfg {cfg} needs the conditioning of the negative prompt")
-    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation)
+    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
     if negative is not None:
         velocity_of = guided_velocity(velocity_of, negative, cfg)
 

@@ -15,6 +15,7 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path
 from functional_sd3.training.objectives import points
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 METRICS = ("kl", "winner_error", "loser_error", "margin", "accuracy")
 SIDES = ("winner", "loser")
@@ -28,6 +29,7 @@ def dpo_loss(
     kl: float = 0.0,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """-log sigmoid(-beta / 2 (d(winner) - d(loser))) + anchor m(winner) + kl mean (v - v_start)^2 at the winner.
 
@@ -35,12 +37,12 @@ def dpo_loss(
     same noise and t for both. batch: winner, loser (pairs, channels, height, width): their latents; noise, t; context,
     pooled of the prompt; winner_old, loser_old: velocities of the reference at the two x_t; and "reference", that of
     the start at the winner's, which without one is the reference. anchor: the flow loss of the winners, against both
-    errors growing while their difference shrinks. Metrics: kl; winner_error and loser_error, m; margin, mean d(loser) -
-    d(winner); accuracy, the share of pairs where that is positive.
+    errors growing while their difference shrinks. attend: as of `flow_loss`. Metrics: kl; winner_error and loser_error,
+    m; margin, mean d(loser) - d(winner); accuracy, the share of pairs where that is positive.
     """
     if not beta > 0:
         raise ValueError(f"beta {beta} must be positive")
-    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation)
+    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         points.check_batch(batch, ("winner", "loser", "noise", "t", "winner_old", "loser_old"), "dpo_loss")
@@ -77,10 +79,11 @@ def add_references(
     *,
     rows: int = 64,
     dtype: torch.dtype | None = None,
+    attend: AttendBlocks | None = None,
 ) -> Tree:
     """The batch of pairs with winner_old and loser_old, the velocities of `reference`, and "reference", those of
-    `start`; `rows` points are computed at once, without gradients."""
-    velocity_of = points.model_velocity(config, dtype=dtype)
+    `start`; `rows` points are computed at once, without gradients. attend: as of `dpo_loss`."""
+    velocity_of = points.model_velocity(config, dtype=dtype, attend=attend)
     for side in SIDES:
         own = {**batch, "latents": batch[side]}
         policies = {"old": reference} | ({"start": start} if side == "winner" and start is not None else {})

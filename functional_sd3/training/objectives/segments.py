@@ -17,6 +17,7 @@ from functional_sd3.flow import ode, path
 from functional_sd3.flow.ode.method import Method
 from functional_sd3.training.objectives import points
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 Teacher = Callable[[Tree], Velocity]
 """rows with "context" and "pooled" -> the velocity that a student learns from, guidance included."""
@@ -33,6 +34,7 @@ def segments_loss(
     method: Method = ode.EULER,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """mean l / sg(l + offset), l = mean (v(x, t_i) - (z - x) / (t_{i+1} - t_i))^2 at a random segment i of each sample.
 
@@ -40,13 +42,13 @@ def segments_loss(
     without gradients. times (segments * inner + 1,): the teacher's grid, of which every `inner`-th time is the
     student's; a student of n segments, as the teacher with its own grid and inner = 2, gives one of n / 2. Euler's
     method draws the student on `times[::inner]`. batch: {"latents": normalised (batch, channels, height, width),
-    "context", "pooled"}. dtype, implementation: as of `flow_loss`. Raises ValueError for a grid that is not of whole
-    segments. Metrics: error, mean l.
+    "context", "pooled"}. dtype, implementation, attend: as of `flow_loss`, the student's. Raises ValueError for a grid
+    that is not of whole segments. Metrics: error, mean l.
     """
     count, rest = divmod(len(times) - 1, inner)
     if inner < 1 or rest or count < 1:
         raise ValueError(f"a grid of {len(times) - 1} steps is not made of segments of inner = {inner} steps each")
-    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation)
+    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         points.check_batch(batch, ("latents", "context", "pooled"), "segments_loss")

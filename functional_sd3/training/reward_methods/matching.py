@@ -14,8 +14,10 @@ from functional_sd3.training.reward_methods.types import Options, Policies, Rewa
 
 def nft_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
     """DiffusionNFT; the slow copy draws, with the decay of its GenEval and PickScore runs, min(0.001 round, 0.5)."""
-    velocity_of = points.model_velocity(config, dtype=options.dtype)
-    loss = nft.nft_loss(config, beta=given(options.beta, 1.0), kl=given(options.kl, 1e-4), dtype=options.dtype)
+    velocity_of = points.model_velocity(config, dtype=options.dtype, attend=options.attend)
+    loss = nft.nft_loss(
+        config, beta=given(options.beta, 1.0), kl=given(options.kl, 1e-4), dtype=options.dtype, attend=options.attend
+    )
 
     def batch(key: Key, rows: Tree, policies: Policies) -> Tree:
         drawn = draw_points(key, rows, sampler.times, options.times)
@@ -28,8 +30,10 @@ def nft_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
 def awm_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
     """Advantage-weighted matching; the trained policy draws, its slow average, of decay min(0.001 round, 0.3), holds it
     back."""
-    velocity_of = points.model_velocity(config, dtype=options.dtype)
-    loss = awm.awm_loss(config, kl=given(options.kl, 1e-3), eps=given(options.eps, 1.0), dtype=options.dtype)
+    velocity_of = points.model_velocity(config, dtype=options.dtype, attend=options.attend)
+    loss = awm.awm_loss(
+        config, kl=given(options.kl, 1e-3), eps=given(options.eps, 1.0), dtype=options.dtype, attend=options.attend
+    )
 
     def batch(key: Key, rows: Tree, policies: Policies) -> Tree:
         drawn = draw_points(key, rows, sampler.times, options.times)

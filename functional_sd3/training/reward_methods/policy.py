@@ -109,17 +109,20 @@ def grpo_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod
     if not noise > 0:
         raise ValueError(f"noise {noise} must be positive: steps that draw nothing have no density")
     rule = form.rule(noise)
-    velocity_of = points.model_velocity(config, dtype=options.dtype)
+    velocity_of = points.model_velocity(config, dtype=options.dtype, attend=options.attend)
     guided = policy.guided_velocity(velocity_of, sampler.negative, sampler.cfg)
     loss = policy.ratio_loss(
         config, rule, eps=given(options.eps, form.eps), kl=given(options.kl, form.kl), guard=form.guard,
         is_residual=form.is_residual, negative=sampler.negative, cfg=sampler.cfg, dtype=options.dtype,
+        attend=options.attend,
     )  # fmt: skip
     choose = form.steps
     if options.window is not None:
         choose = form.window(options.window) if options.window else every_step
     # The policy that draws may be of another dtype, which its parameters say.
-    drawn_by = policy.guided_velocity(points.model_velocity(config), sampler.negative, sampler.cfg)
+    drawn_by = policy.guided_velocity(
+        points.model_velocity(config, attend=options.attend), sampler.negative, sampler.cfg
+    )
 
     def drawing(number: int, key: Key) -> Draw:
         return stochastic_draw(drawn_by, rule, sampler.times, choose(steps, number, key))

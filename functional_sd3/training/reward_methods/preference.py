@@ -19,12 +19,14 @@ def dpo_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
 
     It becomes the trained policy every 40 rounds. t is logit-normal, as the released models were trained.
     """
-    loss = preference.dpo_loss(config, beta=given(options.beta, 100.0), kl=given(options.kl, 0.0), dtype=options.dtype)
+    loss = preference.dpo_loss(
+        config, beta=given(options.beta, 100.0), kl=given(options.kl, 0.0), dtype=options.dtype, attend=options.attend
+    )
 
     def batch(key: Key, rows: Tree, policies: Policies) -> Tree:
         pairs = noised_pairs(key, preference.best_and_worst(rows, options.group), options.times)
         return preference.add_references(
-            config, pairs, policies.old, policies.start, rows=options.rows, dtype=options.dtype
+            config, pairs, policies.old, policies.start, rows=options.rows, dtype=options.dtype, attend=options.attend
         )
 
     decay = copies.renewed(RENEWED)

@@ -12,6 +12,7 @@ from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training.objectives import Loss
 from functional_sd3.training.rollouts import Draw
 from functional_sd3.training.schedules import Schedule
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 
 class Sampler(NamedTuple):
@@ -36,6 +37,7 @@ class Options:
     distance to the start. beta: of `nft_loss` or `dpo_loss`. form, noise, window, eps: of the ratio objective
     (`policy.FORMS`), window 0 for all steps. last: steps that `draft_loss` differentiates. updates: gradient steps a
     round. rows: points whose velocities are computed at once. dtype: of the computation, None for the parameters'.
+    attend: as of `mmdit.apply`, of all velocities that are compared; the images are drawn by the `Sampler`'s own.
     """
 
     group: int = 8
@@ -50,6 +52,7 @@ class Options:
     updates: int = 1
     rows: int = 64
     dtype: torch.dtype | None = None
+    attend: AttendBlocks | None = None
 
 
 class Policies(NamedTuple):

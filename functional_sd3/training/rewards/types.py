@@ -55,15 +55,15 @@ def check_scores(name: str, scores: Any, prompts: Sequence[str]) -> Scores:
 def combined(rewards: Mapping[str, Reward]) -> Reward:
     """All scores of several rewards by name, each checked (`check_scores`).
 
-    An exception of a reward becomes a RewardError that names it. Raises RewardError where two rewards give a score of
-    the same name.
+    Each reward gets images and lists of its own, which it may change. An exception of a reward becomes a RewardError
+    that names it. Raises RewardError where two rewards give a score of the same name.
     """
 
     def reward(images: Tensor, prompts: Sequence[str], facts: Sequence[Any]) -> Scores:
         scores: Scores = {}
         for name, one in rewards.items():
             try:
-                returned = one(images, prompts, facts)
+                returned = one(images.clone(), list(prompts), list(facts))
             except RewardError:
                 raise
             except (Exception, SystemExit) as error:  # An exit would lose the run's steps.
@@ -80,7 +80,8 @@ def combined(rewards: Mapping[str, Reward]) -> Reward:
 def total(scores: Mapping[str, Tensor], weights: Mapping[str, float], default: float = 0.0) -> Tensor:
     """Weighted sum of scores, (batch,); one that `weights` does not name weighs `default`.
 
-    Raises RewardError for a weight whose score is missing, and where no score has a weight.
+    Raises RewardError for a weight whose score is missing, where no score has a weight, and for a sum that is too large
+    for float32.
     """
     if absent := [name for name in weights if name not in scores]:
         known = ", ".join(scores)
@@ -88,4 +89,9 @@ def total(scores: Mapping[str, Tensor], weights: Mapping[str, float], default: f
     each = {name: weights.get(name, default) for name in scores}
     if not any(each.values()) or not all(map(math.isfinite, each.values())):
         raise RewardError(f"the weights {each} must be finite numbers, one of them not 0")
-    return torch.stack([weight * scores[name] for name, weight in each.items() if weight]).sum(0)
+    summed = torch.stack([weight * scores[name] for name, weight in each.items() if weight]).sum(0)
+    if not torch.isfinite(summed).all():
+        raise RewardError(
+            f"the sum of the scores with the weights {each} is too large for float32: give smaller weights"
+        )
+    return summed
