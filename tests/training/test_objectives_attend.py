@@ -15,6 +15,7 @@ from tests.transformer.test_attend import CONFIG, PARAMS, random
 
 MODEL = Config(transformer=CONFIG)
 KEYS = prng.split(prng.key(0), 2)
+TIMES = torch.tensor([1.0, 0.6, 0.0])
 LATENTS = (
     "latents", "noise", "x", "x_next", "old", "reference", "old_mean", "reference_mean", "winner", "loser",
     "winner_old", "loser_old",
@@ -45,7 +46,10 @@ MAKERS = {
     "ratio_loss": partial(objectives.ratio_loss, MODEL, transitions.flow_sde(0.7)),
     "dpo_loss": partial(objectives.dpo_loss, MODEL),
     "draft_loss": draft,
-    "segments_loss": partial(objectives.segments_loss, MODEL, zero_teacher, torch.tensor([1.0, 0.6, 0.0]), inner=1),
+    "scm_loss": partial(objectives.scm_loss, MODEL, zero_teacher),
+    "rcm_loss": partial(objectives.rcm_loss, MODEL, zero_teacher, TIMES),
+    "fake_score_loss": partial(objectives.fake_score_loss, MODEL, TIMES),
+    "segments_loss": partial(objectives.segments_loss, MODEL, zero_teacher, TIMES, inner=1),
 }
 
 
@@ -59,7 +63,7 @@ def test_an_objective_takes_attention_of_ones_own(name):
 
     def value(**options):
         batch = {key: BATCH[key] for key in ("latents", "context", "pooled")} if name == "flow_loss" else BATCH
-        return MAKERS[name](**options)({"transformer": PARAMS}, batch, KEYS)[0]
+        return MAKERS[name](**options)({"transformer": PARAMS, "fake": PARAMS}, batch, KEYS)[0]
 
     plain = value()
     torch.testing.assert_close(value(attend={2: counted}), plain)
@@ -79,4 +83,4 @@ def test_every_objective_of_the_transformer_takes_attend():
     """So that an objective that is added later cannot lack it: `draft_loss` takes a velocity, `vae_loss` has none."""
     losses = {name: getattr(objectives, name) for name in objectives.__all__ if name.endswith("_loss")}
     without = {name for name, make in losses.items() if "attend" not in inspect.signature(make).parameters}
-    assert without == {"draft_loss", "vae_loss"}
+    assert without == {"draft_loss", "vae_loss"} and set(MAKERS) == {*losses} - {"vae_loss"}

@@ -22,6 +22,7 @@ from functional_sd3.flow import ode, path, schedule, trigflow
 from functional_sd3.training.objectives import points, scm
 from functional_sd3.training.objectives.segments import Teacher
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 FAKE = "fake"
 """The name of the fake score's transformer among the parameters."""
@@ -45,6 +46,7 @@ def rcm_loss(
     time_difference: float | None = 0.01,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """mean (F - sg(F + g))^2 + matching mean (x - sg(x - d))^2: the student's objective.
 
@@ -61,7 +63,7 @@ def rcm_loss(
         raise ValueError(
             f"matching {matching} must be a finite number of at least 0, the weight of distribution matching"
         )
-    options: dict[str, Any] = {"implementation": implementation}
+    options: dict[str, Any] = {"implementation": implementation, "attend": attend}
     velocity_of = points.model_velocity(config, dtype=dtype, **options)
     tangent_velocity_of = points.model_velocity(config, time_difference=time_difference, **options)
 
@@ -90,13 +92,14 @@ def fake_score_loss(
     noise_density: scm.Density = shifted_uniform,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """Rectified-flow loss of the fake score on the student's own images, of which it learns the score.
 
-    times, noise_density, dtype, implementation, params and batch: as of `rcm_loss`. No metrics.
+    times, noise_density, dtype, implementation, attend, params and batch: as of `rcm_loss`. No metrics.
     """
     check_times(times)
-    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation)
+    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         _check(params, batch, "fake_score_loss")

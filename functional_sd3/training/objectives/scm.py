@@ -24,6 +24,7 @@ from functional_sd3.flow.path import broadcast
 from functional_sd3.training.objectives import points
 from functional_sd3.training.objectives.segments import Teacher
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
+from functional_sd3.transformer.mmdit import AttendBlocks
 
 METRICS = ("error", "tangent", "teacher_distance", "dropped")
 LOG_VARIANCE = "log_variance"
@@ -53,6 +54,7 @@ def scm_loss(
     time_difference: float | None = 0.01,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
+    attend: AttendBlocks | None = None,
 ) -> Loss:
     """w(a) e^(-l(a)) mean (F - sg(F + g))^2 + l(a), g the normalised tangent of the consistency function.
 
@@ -64,14 +66,16 @@ def scm_loss(
     min(1, step / H) of the part that needs the derivative. l: where params have `log_variance_spec`'s entry, else 0.
     density: of t, by default the draws of rCM. weight: w, by default 1 / tan a with a learned l
     (sCM) and 1 without (rCM). time_difference: smooths the derivative of the embedding of t (`mmdit.apply`);
-    None for its own, whose ripples no sampler follows. dtype, implementation: as of `flow_loss`.
+    None for its own, whose ripples no sampler follows. dtype, implementation, attend: as of `flow_loss`.
 
     Metrics: error, mean (F - F - g)^2, at most 1; tangent, mean rms g' over all samples that have one;
     teacher_distance, mean (F - F_teacher)^2; dropped, the share of samples whose tangent is not finite.
     """
     check_offset(offset)
-    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation)
-    tangent_velocity_of = points.model_velocity(config, implementation=implementation, time_difference=time_difference)
+    velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
+    tangent_velocity_of = points.model_velocity(
+        config, implementation=implementation, time_difference=time_difference, attend=attend
+    )
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         points.check_batch(batch, ("latents", "context", "pooled"), "scm_loss")
