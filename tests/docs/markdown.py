@@ -79,3 +79,13 @@ def _lines(block: Block) -> list[Command]:
             lines += [Command(number, shlex.join(words))] if words else []
             pending = ""
     return lines
+
+
+def named_rows(page: str, heading: str) -> dict[str, list[list[str]]]:
+    """The table whose head begins with `heading`: first cell -> the code of each other cell."""
+    table = page.split(f"| {heading} |")[1].split("\n\n")[0]
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()[2:]]
+    return {
+        first.strip(): [[span.replace(r"\|", "|") for span in _SPAN.findall(cell)] for cell in others]
+        for first, *others in cells
+    }

@@ -1,5 +1,6 @@
 """Attention under every composition of transforms equals the formula under the same."""
 
+import re
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from functional_sd3.core import attention, prng
 from functional_sd3.core.attention import attention as attend
+from tests.docs import markdown
 
 BATCH, HEADS, TOKENS, OTHERS, WIDTH = 2, 3, 13, 17, 8
 
@@ -270,3 +272,25 @@ def test_derivatives_equal_finite_differences(variant):
     both = {"check_batched_grad": True, "fast_mode": True}
     assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True, check_batched_forward_grad=True, **both)
     assert torch.autograd.gradgradcheck(f, inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+PAGE = (markdown.ROOT / "docs" / "differentiation.md").read_text(encoding="utf-8")
+ORDERS = {
+    **dict.fromkeys(("grad", "vjp", "jvp", "jacrev", "jacfwd", "forward_ad", "linearize"), 1),
+    **dict.fromkeys(("checkpoint", "is_grads_batched", "twice"), 1),
+    **dict.fromkeys(("hvp", "hessian"), 2),
+}
+
+
+def test_the_table_of_the_docs_names_what_is_tested_and_nothing_else():
+    rows = {first: names for first, (names, _) in markdown.named_rows(PAGE, "order").items()}
+    by_order = {first: names for first, names in rows.items() if first[0].isdigit()}
+    assert sorted(name for names in by_order.values() for name in names) == sorted(COMPOSITIONS)
+    assert rows["of an additive mask"] == list(OF_A_MASK)
+    # The order of a composition is counted from its name: a transform each time that it occurs.
+    for first, names in by_order.items():
+        for name in names:
+            words = re.findall(r"[a-z_]+", name.replace("autograd.", ""))
+            assert sum(ORDERS.get(word, 0) for word in words) == int(first[0]), name
+    variants = PAGE.split("each in these variants: ")[1].split(".")[0]
+    assert [name.strip() for name in variants.split(",")] == list(VARIANTS)

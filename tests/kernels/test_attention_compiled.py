@@ -7,6 +7,7 @@ from torch.func import grad, jvp, vmap
 from bench.timing import allocated_peak
 from functional_sd3.core import attention, prng, transform
 from functional_sd3.core.attention import attention as attend
+from tests.docs import markdown
 
 
 def random(seed, *shape, dtype=torch.float32):
@@ -141,3 +142,10 @@ def test_autocast_computes_as_in_its_dtype():
         ours = jvp(attend, INPUTS, ALONG)
     expected = jvp(attend, tuple(x.bfloat16() for x in INPUTS), tuple(x.bfloat16() for x in ALONG))
     assert ours[0].dtype == torch.bfloat16 and torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
+def test_the_table_of_the_docs_names_what_compiles_and_what_is_tested_in_bfloat16():
+    page = (markdown.ROOT / "docs" / "differentiation.md").read_text(encoding="utf-8")
+    rows = markdown.named_rows(page, "order")
+    assert sorted(name for _, compiled in rows.values() for name in compiled) == sorted(COMPOSITIONS)
+    assert rows["in bfloat16, nearer to float64 than the formula's"][0] == list(IN_BFLOAT16)

@@ -11,10 +11,22 @@ from functional_sd3.flow.ode import transitions
 from functional_sd3.layouts.components import Config
 from functional_sd3.training import objectives
 from functional_sd3.training.objectives import points, preference
-from tests.transformer.test_attend import CONFIG, PARAMS, random
+from functional_sd3.transformer import mmdit
+from tests import models
 
+CONFIG = mmdit.Config(
+    depth=3, heads=2, head_dim=8, in_channels=2, out_channels=2, context_width=6, pooled_width=5, position_size=8,
+    sample_size=8, qk_norm=True,
+)  # fmt: skip
 MODEL = Config(transformer=CONFIG)
+PARAMS = models.random_leaves(mmdit.spec(CONFIG))
 KEYS = prng.split(prng.key(0), 2)
+
+
+def random(seed, *shape):
+    return prng.normal(prng.key(seed), shape)
+
+
 TIMES = torch.tensor([1.0, 0.6, 0.0])
 LATENTS = (
     "latents", "noise", "x", "x_next", "old", "reference", "old_mean", "reference_mean", "winner", "loser",
