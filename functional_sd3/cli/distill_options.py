@@ -6,9 +6,13 @@ from pathlib import Path
 
 from functional_sd3.cli import options
 
-METHODS = ("segments",)
+METHODS = ("segments", "meanflow", "imeanflow", "shortcut")
 """Names of `training.distill_methods.METHODS`, known here without torch."""
-OWN = {"inner": ("segments",)}
+OWN = {
+    "inner": ("segments",),
+    "equal": ("meanflow", "imeanflow", "shortcut"),
+    "tangent_warmup": ("meanflow", "imeanflow"),
+}
 """Options of some methods alone."""
 
 
@@ -24,6 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=48, help="images an update (default 48)")
     add("--cfg", type=float, help="guidance scale that is folded in, 1 for none (default 5; 1 where it is already)")
     add("--inner", type=int, help="of segments: steps of the teacher in each of the student's (default 3)")
+    add(
+        "--equal",
+        type=float,
+        metavar="SHARE",
+        help="of mean velocities: part of a batch that learns the velocity at one "
+        "time, r = t (default 0.5; shortcut 0.875)",
+    )
+    add(
+        "--tangent-warmup",
+        type=int,
+        metavar="N",
+        help="of meanflow: updates over which du/dt grows to its size (default 0)",
+    )
     add("--shift", type=float, help="of the student's even grid towards noise (default 3)")
     add("--lr", type=float, default=2e-4, help="learning rate (default 2e-4)")
     add("--warmup", type=int, default=20, help="updates up to the learning rate (default 20)")
@@ -58,7 +75,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
     for name, methods in OWN.items():
         if getattr(arguments, name) is not None and arguments.method not in methods:
-            raise ValueError(f"--{name} is for --method {' and '.join(methods)}, not for {arguments.method}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for --method {' and '.join(methods)}, not for {arguments.method}"
+            )
     options.check_params(arguments.params)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")

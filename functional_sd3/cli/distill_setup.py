@@ -53,7 +53,9 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     task = distill_task.distill_task(
         prng.fold_in(prng.key(arguments.seed), 3), model, images.captions, data, options, generate=pipeline.generate
     )
-    student = metadata.write(distill_task.student_config(stored.config, options), ())
+    student_config = distill_task.student_config(stored.config, options)
+    changed = ("transformer",) if student_config.transformer != stored.config.transformer else ()
+    student = metadata.write(student_config, changed)
     return Setup(task, stored, settings, differences, bool(options.lora), _step_note(arguments), student)
 
 

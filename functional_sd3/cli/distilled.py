@@ -30,12 +30,16 @@ def apply_defaults(arguments: argparse.Namespace, config: "Config") -> None:
 
     Raises ValueError for a --method that does not draw such a model.
     """
-    levels = config.schedule
+    levels, method = config.schedule, getattr(arguments, "method", None)
+    if method == "meanflow" and not (config.transformer and config.transformer.interval_size):
+        raise ValueError(
+            "--method meanflow takes steps of a mean velocity u(x, t, r), and this model has none: its config has no "
+            "interval_size. distill --method meanflow makes a student that has"
+        )
     if levels is None or levels.distilled_steps is None:
         return
     given, steps = getattr(arguments, "given", ()), levels.distilled_steps
     fitting = {"segments": ("euler",), "consistency": ("euler", "euler_renoised")}.get(levels.distillation or "")
-    method = getattr(arguments, "method", None)
     if fitting and method not in (None, *fitting):
         raise ValueError(
             f"--method {method}: this model is a student by {levels.distillation}, whose velocity leads to the next "

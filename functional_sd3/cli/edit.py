@@ -59,8 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
     out, single = output.destination(arguments.out)
     preview.check(arguments, out, single=single)
 
+    from functional_sd3 import pipeline
     from functional_sd3.cli import records, runtime, session
     from functional_sd3.core import prng
+    from functional_sd3.flow import ode
     from functional_sd3.flow.ode import fixed_point
     from functional_sd3.image import pixels
     from functional_sd3.pipeline import Request, StartImages
@@ -78,8 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         output.check_fits(out, *shown)
     with timer.named_failures(), progress((1 if arguments.direct else 2) * arguments.steps) as bar:
         # A run that draws noise at its steps leads nowhere twice, hence Euler's method.
+        usual = pipeline.default_method(opened.config)
+        default = "euler" if usual in ode.STOCHASTIC else usual
         run = session.sampling_options(
-            opened, arguments, lambda info: (bar.update(), show(info)), control, default="euler"
+            opened, arguments, lambda info: (bar.update(), show(info)), control, default=default
         )
         request = Request(
             arguments.target,

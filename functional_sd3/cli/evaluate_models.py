@@ -82,7 +82,7 @@ def run_prompts(arguments: argparse.Namespace) -> Report:
     lora_options.check(arguments.lora)
     model, source = _model(arguments)
     runtime.require(model, ("transformer", "vae"), source)
-    model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
+    model = lora_options.with_student(arguments.lora, model)
     distilled.apply_defaults(arguments, model.config)
     loras = lora_options.load(arguments.lora, model.config, runtime.device(arguments.device))
     if loras:

@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     opened = session.open_session(arguments, timer)
     if arguments.method in ranking.UNFIT:
-        raise ValueError(f"--method {arguments.method} draws noise; a likelihood needs one of {', '.join(ranking.FIT)}")
+        why = "takes steps of a mean velocity" if arguments.method in ranking.MEAN else "draws noise"
+        raise ValueError(f"--method {arguments.method} {why}; a likelihood needs one of {', '.join(ranking.FIT)}")
     image = inputs.fitted_image(arguments.picture, opened, size)
     session.image_size(opened, (image.shape[-1], image.shape[-2]))
     prompts = list(dict.fromkeys(arguments.prompts))

@@ -53,6 +53,7 @@ def _info(arguments: argparse.Namespace) -> int:
         report.say(f"  {_described(layer)}")
     if arguments.params:
         config = weights.outline(arguments.params, variant=arguments.variant).config
+        config = lora_options.student_config([arguments.file], config)
         loaded = lora.load_with_report(arguments.file, config, allow_absent=True)
         report.say(f"adapts {len(adapters.entries(loaded.lora))} weights of {' and '.join(arguments.params)}")
         lora_options.note_left_out(arguments.file, loaded.left_out)
@@ -64,6 +65,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 
     files = [lora_options.parse(word, "") for word in arguments.files]
     model = weights.load(arguments.model, dtype="stored", variant=arguments.variant)
+    model = lora_options.with_student(arguments.files, model)
     loaded = [lora.load_with_report(path, model.config, strict=not arguments.loose) for path, _ in files]
     for (path, _), one in zip(files, loaded, strict=True):
         lora_options.note_left_out(path, one.left_out)

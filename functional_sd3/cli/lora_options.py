@@ -13,8 +13,11 @@ from functional_sd3.formats.printable import shorten
 if TYPE_CHECKING:
     import torch
 
+    from functional_sd3.core.types import Params
     from functional_sd3.layouts.components import Config
     from functional_sd3.lora.tree import Lora
+    from functional_sd3.pipeline import Components
+    from functional_sd3.weights.model import Model
 
 
 class LoraSpec(NamedTuple):
@@ -80,7 +83,8 @@ def load(texts: Sequence[str], config: "Config", device: "torch.device") -> "lis
 
 
 def student_config(texts: Sequence[str], config: "Config") -> "Config":
-    """The config with the scheduler of a LoRA that makes the model a student of few steps, as `distill` writes it.
+    """The config with the scheduler of a LoRA that makes the model a student of few steps, as `distill` writes it, and
+    with the embedder of t - r that it brings.
 
     Raises ValueError for two that differ.
     """
@@ -91,14 +95,42 @@ def student_config(texts: Sequence[str], config: "Config") -> "Config":
     from functional_sd3.weights import metadata
 
     students = {}
+    sizes = config.transformer
     for spec in map(parse, texts):
         path = lora_read.find(spec.path)
         said = metadata.read(files.read_header(path).metadata, str(path)) or {}
         if "schedule" in said and spec.scale != 0:
             students[said["schedule"]] = path
+        if sizes is not None and "transformer" in said:
+            sizes = replace(sizes, interval_size=sizes.interval_size or said["transformer"].interval_size)
     if len(students) > 1:
         raise ValueError(f"--lora: {' and '.join(map(str, students.values()))} are students of different steps")
-    return replace(config, schedule=next(iter(students))) if students else config
+    return replace(config, schedule=next(iter(students), config.schedule), transformer=sizes)
+
+
+def with_interval(components: "Components", config: "Config") -> "Components":
+    """The components of a model for LoRAs that bring an embedder of t - r, of zeros in the transformer."""
+    from functional_sd3.pipeline.components import changed
+    from functional_sd3.transformer import mmdit
+
+    network = config.transformer
+    if network is None or not network.interval_size:
+        return components
+
+    def extend(name: str, params: "Params") -> "Params":
+        return mmdit.with_interval(params, network) if name == "transformer" else params
+
+    return changed(components, extend)
+
+
+def with_student(texts: Sequence[str], model: "Model") -> "Model":
+    """The model with the config that the LoRAs of these options make, and what they adapt (`student_config`)."""
+    from functional_sd3.transformer import mmdit
+
+    config, params = student_config(texts, model.config), dict(model.params)
+    if config.transformer is not None and "transformer" in params:
+        params["transformer"] = mmdit.with_interval(params["transformer"], config.transformer)
+    return model._replace(config=config, params=params)
 
 
 def note_left_out(path: str | Path, keys: Sequence[str]) -> None:

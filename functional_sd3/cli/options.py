@@ -21,7 +21,7 @@ ADAPTIVE = ("bosh3", "dopri5", "tsit5")
 METHODS = (
     "euler", "midpoint", "heun", "heun_edm", "ralston", "rk4", "dpmpp_2m", "unipc", "adams_bashforth_2",
     "adams_bashforth_3", "adams_bashforth_4", *ADAPTIVE, "euler_ancestral", "euler_renoised", "heun_churn",
-    "flow_sde", "cps", "dance",
+    "flow_sde", "cps", "dance", "meanflow",
 )  # fmt: skip
 """Names of `ode.NAMES`, known here without torch."""
 SHIPPED = "tiny"

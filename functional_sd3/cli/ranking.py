@@ -15,7 +15,8 @@ from functional_sd3.core.types import Velocity
 from functional_sd3.flow import ode
 from functional_sd3.flow.analysis import likelihood
 
-UNFIT = tuple(ode.STOCHASTIC)
+MEAN = tuple(ode.MEAN)
+UNFIT = (*ode.STOCHASTIC, *MEAN)
 FIT = (*ode.METHODS, *ode.ADAPTIVE)
 
 

@@ -50,6 +50,7 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
         components = model.params
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
+    components = lora_options.with_interval(components, model.config)
     distilled.apply_defaults(arguments, model.config)
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)

@@ -199,11 +199,14 @@ def save_result(out: Path, state: State, setup: Setup) -> Path:
     Returns what was written.
     """
     if setup.lora:
-        lora.save(out / LORA, state.ema, metadata=setup.lora_metadata)
+        lora.save(out / LORA, state.ema, metadata=setup.lora_metadata, differences=True)
         return out / LORA
     trained, stored = setup.task.model(state), setup.stored
     params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.task.trained}
     weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
+    network = trained.config.transformer
+    if network is not None and network.interval_size:
+        say("note: diffusers has no embedder of t - r, so it cannot load this transformer; this program can")
     return out
 
 

@@ -16,3 +16,6 @@ Key = Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """dx/dt of the flow: `(x (batch, ...), t scalar or (batch,) in [0, 1], 1 = noise) -> tensor shaped like x`."""
+
+MeanVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Mean of dx/dt over [r, t] along the flow through x at t: `(x (batch, ...), t, r <= t) -> tensor shaped like x`."""

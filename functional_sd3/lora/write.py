@@ -23,13 +23,15 @@ def save(
     layout: Literal["peft", "kohya"] = "peft",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    differences: bool = False,
 ) -> None:
     """Write a LoRA as one safetensors file, whole or not at all; `load` gives it back.
 
     "peft": the keys of diffusers' `save_lora_weights`, alpha and ranks in its metadata (what reads no metadata takes
     alpha for the rank). "kohya": `lora_unet_joint_blocks_...` and `lora_te*_...` with a tensor for each alpha; separate
     query, key and value become one block diagonal LoRA, equal but of three times the rank. dtype: of `down` and `up`.
-    metadata: more of the file's.
+    metadata: more of the file's. differences: write {"diff"} entries too, as `.diff` and `.diff_b`, which `load` and
+    ComfyUI read, and diffusers does not.
 
     Raises WeightsError when the system refuses, ValueError for an unknown layout, an empty LoRA, a component that no
     file has a name for.
@@ -43,6 +45,8 @@ def save(
     if strangers:
         raise ValueError(f"files have no names for LoRAs of {', '.join(strangers)}; only {', '.join(lora_keys.KOHYA)}")
     for place, entry in entries.items():
+        if differences and _is_difference(entry):
+            continue
         if not adapters.is_low_rank(entry):
             raise ValueError(
                 f"{place} changes by more than a low-rank product, which these layouts cannot hold: `lora.resize` "
@@ -50,7 +54,9 @@ def save(
             )
         if any(value.ndim != 0 for value in (part["alpha"] for part in adapters.members(entry))):
             raise ValueError(f"{place} is a stack of LoRAs; save one of them at a time")
-    tensors, own = _WRITERS[layout](entries)
+    low_rank = {place: entry for place, entry in entries.items() if not _is_difference(entry)}
+    tensors, own = _WRITERS[layout](low_rank)
+    tensors |= _differences({place: entry for place, entry in entries.items() if place not in low_rank}, layout)
     for name, value in tensors.items():
         if dtype and not name.endswith(".alpha"):
             tensors[name] = value.to(dtype)
@@ -71,6 +77,22 @@ def _peft(entries: Mapping[str, LoraEntry]) -> tuple[dict[str, Tensor], dict[str
             tensors[f"{COMPONENTS[component].folder}.{module}.lora_A.weight"] = down
             tensors[f"{COMPONENTS[component].folder}.{module}.lora_B.weight"] = up if down.ndim == 2 else _conv(up)
     return tensors, lora_metadata.write(modules)
+
+
+def _differences(entries: Mapping[str, LoraEntry], layout: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for place, source in lora_keys.sources({place: entry["diff"].shape for place, entry in entries.items()}).items():
+        component, values = place.partition(".")[0], source.transform.split(entries[place]["diff"], len(source.names))
+        for name, value in zip(source.names, values, strict=True):
+            layer, _, leaf = name.rpartition(".")
+            start = f"{COMPONENTS[component].folder}." if layout == "peft" else lora_keys.KOHYA[component]
+            layer = layer if layout == "peft" else layer.replace(".", "_")
+            tensors[f"{start}{layer}.{'diff_b' if leaf == 'bias' else 'diff'}"] = value
+    return tensors
+
+
+def _is_difference(entry: LoraEntry) -> bool:
+    return isinstance(entry, dict) and set(entry) == {"diff"}
 
 
 def _in_their_order(entry: LoraEntry, source: Source) -> list[Adapter]:

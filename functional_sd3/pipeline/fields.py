@@ -48,6 +48,7 @@ def velocity(
     cfg: float | Tensor = 5.0,
     times: Tensor | None = None,
     *,
+    ends: Tensor | None = None,
     guidance: Guidance | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
@@ -64,6 +65,7 @@ def velocity(
     cfg: float | Tensor,
     times: Sequence[Tensor],
     *,
+    ends: Sequence[Tensor] | None = None,
     guidance: Guidance | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
@@ -81,6 +83,7 @@ def velocity(
     cfg: float | Tensor = 5.0,
     times: Tensor | Sequence[Tensor] | None = None,
     *,
+    ends: Tensor | Sequence[Tensor] | None = None,
     guidance: Guidance | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
@@ -95,12 +98,14 @@ def velocity(
     changes from step to step: `sample` takes any. The rest as in `velocities`.
     """
     guidance = guidances.cfg(cfg) if guidance is None else guidance
+    # Two unions are more than mypy matches with the overloads.
+    of_times: dict[str, Any] = {"times": times, "ends": ends}
     fields: Any = velocities(
         params,
         config,
         conditions,
         guidance.needs,
-        times,
+        **of_times,
         skip_layers=skip_layers,
         control=control,
         image_prompt=image_prompt,
@@ -119,6 +124,7 @@ def velocities(
     needs: Mapping[str, Branch],
     times: Tensor | None = None,
     *,
+    ends: Tensor | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
@@ -134,6 +140,7 @@ def velocities(
     needs: Mapping[str, Branch],
     times: Sequence[Tensor],
     *,
+    ends: Sequence[Tensor] | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
@@ -150,6 +157,7 @@ def velocities(
     needs: Mapping[str, Branch],
     times: Tensor | Sequence[Tensor] | None = None,
     *,
+    ends: Tensor | Sequence[Tensor] | None = None,
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
@@ -166,6 +174,8 @@ def velocities(
     on the time and the pooled vector alone: they are computed at once for all times, so that a third of the weights is
     read once an image instead of once a step. At another t the velocity raises ValueError, or is NaN where t cannot be
     read (on a device, under transforms and compile), and it has no derivative in t. None: any t, () or (batch,).
+    ends: of a model with `interval_size`, r of the mean velocity over [r, t]: for each of `times`, or without times
+    one for every t, () or (batch,). None: r = t, the velocity at t.
     control: ControlNets, active at every t; their start and end belong to `sample`. image_prompt: an IP-Adapter and
     features, in whose place the negative prompt has zeros. block_transform: as of `mmdit.apply`; `transform.compile`
     compiles one block for all of them. attend: as of `mmdit.apply`. implementation: as of `attention.attention`, of the
@@ -178,8 +188,10 @@ def velocities(
     no_features = {**features, "features": torch.zeros_like(features["features"])} if features else {}
     conditionings = {name: _conditioning(branch.conditioning, conditions, batch) for name, branch in needs.items()}
     _check_lengths(groups := _groups(needs), conditionings)
-    by_step = [] if times is None else [times] if isinstance(times, Tensor) else list(times)
-    tables = _tables(params, config, needs, conditionings, by_step, control)
+    by_step = [] if times is None else _listed(times)
+    intervals = None if ends is None or not by_step else torch.cat(by_step) - torch.cat(_listed(ends))
+    end = ends if isinstance(ends, Tensor) and not by_step else None
+    tables = _tables(params, config, needs, conditionings, by_step, intervals, control)
     fields: list[tuple[Callable[..., Velocities], Sequence[Table | None]]] = []
     for group in groups:
         branch = needs[group[0]]
@@ -189,7 +201,7 @@ def velocities(
             "attend": attend,
             **dict(branch.options),
         }
-        evaluate = _network(*_model(branch, params, config), options, control, image_prompt, implementation)
+        evaluate = _network(*_model(branch, params, config), options, control, image_prompt, implementation, end)
         arguments = {}
         for name in group:
             own_features = no_features if needs[name].conditioning == "negative" else features
@@ -213,6 +225,7 @@ def _network(
     control: Sequence[Control],
     image_prompt: ImagePrompt | None,
     implementation: Implementation,
+    end: Tensor | None,
 ) -> Callable[..., Tensor]:
     """One evaluation: (x, t, then conditioning and images of each row of the batch, table) -> dx/dt."""
 
@@ -243,6 +256,7 @@ def _network(
             modulations=modulations["transformer"],
             residuals=added.residuals,
             residual_after_last=added.after_last,
+            interval=None if end is None else _interval(t, end, len(x)),
             image_prompt=ip_adapter.prompt(image_prompt, features, t, sizes, implementation=implementation),
             implementation=implementation,
             **options,
@@ -250,6 +264,15 @@ def _network(
         return velocity if row is None else mask_invalid(velocity, row)
 
     return evaluate
+
+
+def _interval(t: Tensor, end: Tensor, rows: int) -> Tensor:
+    """t - r, () or (rows,): `end` (batch,) is that of each sample, and the rows are the batch once for each branch."""
+    return t - (end.repeat(rows // len(end)) if end.ndim and len(end) < rows else end)
+
+
+def _listed(times: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [times] if isinstance(times, Tensor) else list(times)
 
 
 def _groups(needs: Mapping[str, Branch]) -> list[list[str]]:
@@ -284,6 +307,7 @@ def _tables(
     needs: Mapping[str, Branch],
     conditionings: Mapping[str, Conditioning],
     by_step: Sequence[Tensor],
+    intervals: Tensor | None,
     control: Sequence[Control],
 ) -> dict[str, Table]:
     """Modulations of each branch at all times: once for each conditioning and model."""
@@ -292,6 +316,7 @@ def _tables(
         return tables
     times = torch.cat(list(by_step))
     times = times[:, None] if times.ndim == 1 else times
+    intervals = intervals[:, None] if intervals is not None and intervals.ndim == 1 else intervals
     for name, branch in needs.items():
         for other, table in tables.items():
             if needs[other].conditioning is branch.conditioning and guidances.same_model(needs[other], branch):
@@ -300,7 +325,7 @@ def _tables(
         else:
             pooled = conditionings[name].pooled
             made = {
-                "transformer": mmdit.modulations(*_model(branch, params, config), times, pooled),
+                "transformer": mmdit.modulations(*_model(branch, params, config), times, pooled, intervals),
                 "control": controls.modulations(control, times, pooled),
             }
             tables[name] = Table(times, made)

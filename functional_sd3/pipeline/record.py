@@ -128,7 +128,7 @@ def _guidance(value: Guidance) -> dict[str, Any]:
 
 def _method(value: Method | ode.Adaptive) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    known: Method | ode.Adaptive | None = ode.METHODS.get(value.name)
+    known: Method | ode.Adaptive | None = (ode.METHODS | ode.MEAN).get(value.name)
     if isinstance(value, ode.Adaptive) and value.name in ode.ADAPTIVE:
         options = {"rtol": value.rtol, "atol": value.atol, "max_steps": value.max_steps}
         known = ode.ADAPTIVE[value.name]._replace(**options)
@@ -188,7 +188,7 @@ def _make(kind: str, parts: dict[str, Any]) -> Any:
     if room == "ode" and name in ode.ADAPTIVE:
         return ode.ADAPTIVE[name]._replace(**parts)
     if room == "ode":
-        return ode.METHODS[name]
+        return (ode.METHODS | ode.MEAN)[name]
     if room == "guidance":
         return _make_guidance(name, parts)
     if kind == "unwritten":

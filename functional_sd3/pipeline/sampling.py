@@ -59,9 +59,9 @@ def sample(
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
-    method: a method or the name of one; by default Euler's, or `ode.renoised` where the model's scheduler config has
-    `stochastic_sampling`. One that is named draws its noise from `key`: (2,), from which sample i takes
-    `fold_in(key, i)`, or (batch, 2).
+    method: a method or the name of one; by default Euler's, `ode.renoised` where the model's scheduler config has
+    `stochastic_sampling`, or `ode.MEANFLOW` where it says that the model is a mean velocity (`distillation`). One that
+    is named draws its noise from `key`: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2).
     guidance: instead of `guidance.cfg(cfg)`; may change from step to step, and carry a state.
     times: the grid, (n + 1,) or (n + 1, batch), instead of the config's for `steps`: `noise` is then the state at its
     first time, and the result for a grid of one time. It may ascend, from data to noise. field: makes the velocity,
@@ -86,12 +86,14 @@ def sample(
     if len(grid) == 1:
         return state.x
 
-    def segment_velocity(active: Sequence[Control], guidance: Guidance | None, times: list[Tensor] | None) -> Any:
-        """The velocity of steps with the same ControlNets and guidance, which evaluate it at these times."""
+    def segment_velocity(active: Sequence[Control], guidance: Guidance | None, steps: slice) -> Any:
+        """The velocity of steps with the same ControlNets and guidance."""
+        times = None if known is None else known[steps]
         options: dict[str, Any] = {"skip_layers": skip_layers, "control": active, "image_prompt": image_prompt}
         options |= {} if block_transform is None else {"block_transform": block_transform}
         options |= {} if implementation == "sdpa" else {"implementation": implementation}
         options |= {} if attend is None else {"attend": attend}
+        options |= {} if ends is None else {"ends": ends[steps]}
         if guidance is not None and has_carry:
             fields: Any = velocities(params, config, conditions, guidance.needs, times, **options)
             stateful = ode.map_steps(partial(guidances.guided_with_carry, guidance), fields)
@@ -102,18 +104,35 @@ def sample(
 
     # The times that an adaptive method evaluates at are not known before.
     known = None if isinstance(method, ode.Adaptive) else ode.evaluation_times(method, grid, len(noise))
+    ends = _ends(config, method, grid, len(noise))
     by_step: list[Any] = []
     # One velocity for each segment, so that ControlNets and guidance terms cost nothing in the steps without them.
     for first, stop, active, step_guidance in _segments(control, guidance, len(grid) - 1):
-        of_segment = segment_velocity(active, step_guidance, None if known is None else known[first:stop])
+        of_segment = segment_velocity(active, step_guidance, slice(first, stop))
         by_step += [ode.at_step(of_segment, step) for step in range(stop - first)]
+    by_step = by_step if ends is None else [ode.ignore_end(each) for each in by_step]
     return ode.run(runner, ode.Stepwise(by_step.__getitem__), state, grid, on_step=on_step).x
 
 
+def _ends(config: Config, method: Method | ode.Adaptive, grid: Tensor, count: int) -> list[Tensor] | None:
+    """The r of a mean velocity in each step, None for a method of velocities of one time."""
+    if isinstance(method, ode.Adaptive) or not method.mean:
+        return None
+    if not require(config, "transformer").interval_size:
+        raise ValueError(
+            f"method {method.name} takes steps of a mean velocity u(x, t, r), and this model has none: its config has "
+            "no interval_size. Distil it with --method meanflow, or draw it with method euler"
+        )
+    return ode.evaluation_ends(method, grid, count)
+
+
 def default_method(config: Config) -> str:
-    """The name of the method that diffusers' scheduler of the model's config stands for."""
-    stochastic = config.schedule is not None and config.schedule.stochastic_sampling
-    return "euler_renoised" if stochastic else ode.EULER.name
+    """The name of the method that diffusers' scheduler of the model's config stands for; of a student that is a mean
+    velocity, that of its steps."""
+    levels = config.schedule or schedule.Config()
+    if levels.distillation == "meanflow":
+        return ode.MEANFLOW.name
+    return "euler_renoised" if levels.stochastic_sampling else ode.EULER.name
 
 
 def chosen_method(

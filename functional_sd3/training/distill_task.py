@@ -83,7 +83,7 @@ def distill_task(
     check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4).unbind(-2)
     drawn = student_config(config, settings)
-    learns = learner.learner(init_key, learner.extended(init_key, model, drawn), rank=settings.lora)
+    learns = learner.learner(init_key, model, rank=settings.lora, config=drawn)
     device = tree.leaves(model.params["transformer"])[0].device
     length = data["ids"].t5.shape[1]
 

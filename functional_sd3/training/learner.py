@@ -7,8 +7,9 @@ from functional_sd3 import lora
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.layouts.components import SPECS, Config
+from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.training import step
+from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Model
 
 
@@ -44,18 +45,27 @@ def extended(key: Key, model: Model, config: Config) -> Model:
     return model._replace(params={**model.params, "transformer": transformer}, config=config)
 
 
-def learner(key: Key, model: Model, *, rank: int = 0) -> Learner:
+def learner(key: Key, model: Model, *, rank: int = 0, config: Config | None = None) -> Learner:
     """Learner of a model's transformer; with a `rank`, of a fresh LoRA of its attentions instead.
 
-    The trained transformer is float32; other components are used as they are. `model` is not written to.
+    config: of the learner, by default the model's; what its transformer has beyond the model's is fresh, and of a LoRA
+    a difference from zeros. The trained transformer is float32; other components are used as they are. `model` is not
+    written to.
     """
-    start = model.params
-    spec = {"transformer": SPECS["transformer"](model.config.transformer)}
+    config = config or model.config
+    spec = {"transformer": SPECS["transformer"](config.transformer)}
+    absent = {name: part for name, part in spec["transformer"].items() if name not in model.params["transformer"]}
+    if rank:
+        network = require(config, "transformer")
+        start = {**model.params, "transformer": mmdit.with_interval(model.params["transformer"], network)}
+    else:
+        start = extended(key, model, config).params
     if not rank:
         params = {"transformer": start["transformer"]}
         together = lambda learned: {**start, **learned}  # noqa: E731
         return Learner(params, spec, together, together, start, ("transformer",))
     spec = lora.spec(spec, rank, lora.ATTENTION)
+    spec["transformer"] |= specs.map_params(lambda path, leaf: {"diff": leaf}, absent)
     params = specs.init(prng.fold_in(key, 0), spec, device=tree.leaves(start["transformer"])[0].device)
     lazily = lambda learned: lora.apply(start, learned, lazy=True)  # noqa: E731
     return Learner(params, spec, lazily, lambda learned: lora.apply(start, learned), start, ())

@@ -97,6 +97,19 @@ def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 
+def with_interval(params: Params, config: Config) -> Params:
+    """The parameters, with an embedder of t - r of zeros where the config has one and they have none: the velocity is
+    the same. A LoRA that brings one (`distill --method meanflow --lora`) adds to it."""
+    if not config.interval_size or "interval" in params:
+        return params
+    some = params["time"]["in"]["bias"]
+    described = spec(config)
+    zeros = specs.map_params(
+        lambda path, leaf: torch.zeros(leaf.shape, dtype=some.dtype, device=some.device), described["interval"]
+    )
+    return {name: zeros if name == "interval" else params[name] for name in described}
+
+
 def apply(
     params: Params,
     config: Config,

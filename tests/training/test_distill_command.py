@@ -1,12 +1,14 @@
 """`functional-sd3 distill`: what it leaves, how that is drawn, that it goes on to the same bits, and its errors."""
 
 import argparse
+import json
 
 import pytest
 import torch
 
 from functional_sd3 import weights
 from functional_sd3.cli import distill, generate, numbers, training_run
+from functional_sd3.cli import lora as lora_command
 from functional_sd3.cli.report import printing
 from functional_sd3.core import tree
 from functional_sd3.formats import files
@@ -171,3 +173,98 @@ def test_options_that_make_no_sense_are_errors(command, tmp_path, words, said):
     with pytest.raises((ValueError, numbers.OutOfRange), match=said.replace("(", r"\(")):
         command(*words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def mean_student(teacher_folder, tmp_path_factory):
+    """The folder of a run of MeanFlow."""
+    out = tmp_path_factory.mktemp("mean") / "out"
+    parser = argparse.ArgumentParser()
+    distill.add_arguments(parser)
+    words = ["--params", teacher_folder, *BASE, "--to", 2, "--out", out, "--sample-every", 4, "--method", "meanflow"]
+    assert distill.run(parser.parse_args([str(word) for word in (*words, "--tangent-warmup", 3)])) == 0
+    return out
+
+
+def test_a_mean_velocity_is_stored_with_its_embedder_in_every_layout(mean_student, teacher_folder, tmp_path):
+    rows = log.read(mean_student / "log.csv")
+    assert float(rows[0]["tangent"]) == 0 and float(rows[-1]["tangent"]) > 0
+    model = weights.load(mean_student, dtype="stored")
+    levels = model.config.schedule
+    assert (levels.distilled_steps, levels.distillation, levels.guidance_distilled) == (2, "meanflow", True)
+    assert model.config.transformer.interval_size == 64
+    written = json.loads((mean_student / "transformer" / "config.json").read_text())
+    assert written["interval_size"] == 64
+    learned = model.params["transformer"]["interval"]
+    assert {leaf.dtype for leaf in tree.leaves(learned)} == {torch.float16}
+    assert learned["out"]["weight"].abs().sum() > 0
+    for name, layout in (("native", "native"), ("one.safetensors", "native"), ("again", "diffusers")):
+        weights.save(tmp_path / name, model, layout=layout)
+        again = weights.load(tmp_path / name, dtype="stored")
+        assert again.config.transformer == model.config.transformer and again.config.schedule == levels
+        assert not tree.diff(again.params["transformer"], model.params["transformer"])
+    plain = weights.load(teacher_folder, dtype="stored")
+    assert "interval" not in plain.params["transformer"]
+
+
+def test_a_mean_velocity_is_drawn_by_its_own_method_in_any_steps(mean_student, teacher_folder, draw, tmp_path):
+    said = draw("--params", mean_student, "--out", tmp_path / "a.png")
+    assert "distilled for 2 steps and has guidance folded in: drawn in 2 steps, --cfg 1" in said
+    own = ("--steps", 2, "--cfg", 1)
+    draw("--params", mean_student, "--out", tmp_path / "b.png", *own, "--method", "meanflow")
+    draw("--params", mean_student, "--out", tmp_path / "c.png", *own, "--method", "euler")
+    assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png") != pixels(tmp_path / "c.png")
+    for steps in (1, 3):
+        assert "distilled" not in draw(
+            "--params", mean_student, "--out", tmp_path / f"{steps}.png", "--steps", steps, "--cfg", 1
+        )
+    with pytest.raises(ValueError, match="--method meanflow takes steps of a mean velocity .* no interval_size"):
+        draw("--params", teacher_folder, "--out", tmp_path / "e.png", "--method", "meanflow")
+    assert not (tmp_path / "e.png").exists()
+
+
+def test_a_run_of_a_mean_velocity_goes_on_to_the_same_bits(command, mean_student, tmp_path):
+    out, words = tmp_path / "cut", ("--method", "meanflow", "--tangent-warmup", 3)
+    status, said = command("--to", 2, "--out", out, *words)
+    assert status == 0 and "diffusers has no embedder of t - r" in said
+    checkpoint.paths(out / "checkpoints")[-1].unlink()
+    assert "resuming at step 2 of 4" in command("--to", 2, "--out", out, *words, "--resume")[1]
+    one, other = (checkpoint.paths(folder / "checkpoints")[-1].read_bytes() for folder in (mean_student, out))
+    assert one == other
+    with pytest.raises(ValueError, match="started with other settings: .*tangent-warmup 3 -> 0"):
+        command("--to", 2, "--out", out, "--method", "meanflow", "--resume")
+
+
+def test_a_lora_of_a_mean_velocity_brings_the_embedder(command, draw, teacher_folder, tmp_path, capsys):
+    assert command("--to", 2, "--out", tmp_path / "a", "--method", "imeanflow", "--lora", 2)[0] == 0
+    file = tmp_path / "a" / training_run.LORA
+    said = draw("--params", teacher_folder, "--lora", file, "--out", tmp_path / "a.png")
+    assert "distilled for 2 steps and has guidance folded in: drawn in 2 steps, --cfg 1" in said
+    draw("--params", teacher_folder, "--lora", f"{file}=0", "--out", tmp_path / "off.png", "--steps", 2)
+    draw("--params", teacher_folder, "--out", tmp_path / "without.png", "--steps", 2)
+    assert pixels(tmp_path / "off.png") == pixels(tmp_path / "without.png") != pixels(tmp_path / "a.png")
+    parser = argparse.ArgumentParser()
+    lora_command.add_arguments(parser)
+    words = ["merge", str(teacher_folder), str(file), "--out", str(tmp_path / "merged")]
+    assert lora_command.run(parser.parse_args(words)) == 0
+    merged = weights.load(tmp_path / "merged", dtype="stored")
+    assert merged.config.schedule.distillation == "meanflow" and merged.config.transformer.interval_size == 64
+    draw("--params", tmp_path / "merged", "--out", tmp_path / "merged.png")
+    info = ["info", str(file), "--params", str(teacher_folder)]
+    capsys.readouterr()
+    assert lora_command.run(parser.parse_args(info)) == 0 and "left out" not in capsys.readouterr().out
+
+
+def test_a_mean_velocity_is_distilled_on_and_is_no_teacher_of_segments(command, mean_student, student, tmp_path):
+    with pytest.raises(ValueError, match="this model is a student by meanflow"):
+        command("--params", mean_student, "--to", 2, "--cfg", 1, "--out", tmp_path / "no")
+    with pytest.raises(ValueError, match="this model is a student by segments"):
+        command("--params", student, "--to", 2, "--method", "meanflow", "--out", tmp_path / "no")
+    with pytest.raises(ValueError, match="--inner is for --method segments, not for meanflow"):
+        command("--to", 2, "--method", "meanflow", "--inner", 2, "--out", tmp_path / "no")
+    with pytest.raises(ValueError, match="--tangent-warmup is for --method meanflow and imeanflow, not for segments"):
+        command("--to", 2, "--tangent-warmup", 2, "--out", tmp_path / "no")
+    words = ("--params", mean_student, "--to", 3, "--method", "shortcut", "--out", tmp_path / "three")
+    assert command(*words)[0] == 0
+    model = weights.load(tmp_path / "three")
+    assert (model.config.schedule.distilled_steps, model.config.schedule.guidance_distilled) == (3, True)

@@ -1,5 +1,6 @@
 """`attend=` replaces the attention of the transformer in every objective that evaluates one."""
 
+import dataclasses
 import inspect
 from functools import partial
 
@@ -19,7 +20,8 @@ CONFIG = mmdit.Config(
     sample_size=8, qk_norm=True,
 )  # fmt: skip
 MODEL = Config(transformer=CONFIG)
-PARAMS = models.random_leaves(mmdit.spec(CONFIG))
+MEAN = Config(transformer=dataclasses.replace(CONFIG, interval_size=4))
+PARAMS = models.random_leaves(mmdit.spec(MEAN.transformer))
 KEYS = prng.split(prng.key(0), 2)
 
 
@@ -61,6 +63,8 @@ MAKERS = {
     "scm_loss": partial(objectives.scm_loss, MODEL, zero_teacher),
     "rcm_loss": partial(objectives.rcm_loss, MODEL, zero_teacher, TIMES),
     "fake_score_loss": partial(objectives.fake_score_loss, MODEL, TIMES),
+    "meanflow_loss": partial(objectives.meanflow_loss, MEAN, equal=0.5),
+    "shortcut_loss": partial(objectives.shortcut_loss, MEAN, equal=0.5),
     "segments_loss": partial(objectives.segments_loss, MODEL, zero_teacher, TIMES, inner=1),
 }
 

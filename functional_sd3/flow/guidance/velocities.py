@@ -66,9 +66,10 @@ def with_carry(method: Method | Adaptive, guidance: Guidance) -> Method:
     def step(velocity: Any, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
         carried = carry["velocity"]
 
-        def evaluate(x: Tensor, t: Tensor) -> Tensor:
+        # end: r, of a method of mean velocities.
+        def evaluate(x: Tensor, t: Tensor, *end: Tensor) -> Tensor:
             nonlocal carried
-            dx, carried = velocity(x, t, carried)
+            dx, carried = velocity(x, t, *end, carried)
             return dx
 
         # An empty carry leaves no tensor in a file.

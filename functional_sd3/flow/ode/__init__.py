@@ -15,6 +15,7 @@ from functional_sd3.flow.ode.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
 from functional_sd3.flow.ode.integration import (
     NonFiniteError,
     Save,
+    evaluation_ends,
     evaluation_times,
     evaluations,
     finish,
@@ -25,11 +26,12 @@ from functional_sd3.flow.ode.integration import (
     step,
     to_tensors,
 )
+from functional_sd3.flow.ode.mean_velocity import MEANFLOW, ignore_end
 from functional_sd3.flow.ode.method import Advance, Method, State, StepInfo, Transition, no_carry
 from functional_sd3.flow.ode.multistep import AB2, AB3, AB4, DPMPP_2M, adams_bashforth
 from functional_sd3.flow.ode.predictor_corrector import UNIPC, unipc
 from functional_sd3.flow.ode.probabilities import log_prob, log_probs, transition, with_log_prob
-from functional_sd3.flow.ode.registry import ADAPTIVE, METHODS, NAMES, STOCHASTIC, named
+from functional_sd3.flow.ode.registry import ADAPTIVE, MEAN, METHODS, NAMES, STOCHASTIC, named
 from functional_sd3.flow.ode.runge_kutta import EULER, HEUN, HEUN_EDM, MIDPOINT, RALSTON, RK4, Tableau, explicit
 from functional_sd3.flow.ode.stochastic import ancestral, churn, cps, dance, flow_sde, renoised
 from functional_sd3.flow.stepwise import RunVelocity, Stepwise, at_step, map_steps
@@ -48,6 +50,8 @@ __all__ = [
     "EULER",
     "HEUN",
     "HEUN_EDM",
+    "MEAN",
+    "MEANFLOW",
     "METHODS",
     "MIDPOINT",
     "Method",
@@ -72,12 +76,14 @@ __all__ = [
     "churn",
     "cps",
     "dance",
+    "evaluation_ends",
     "evaluation_times",
     "evaluations",
     "explicit",
     "finish",
     "flow_sde",
     "from_tensors",
+    "ignore_end",
     "integrate",
     "log_prob",
     "log_probs",

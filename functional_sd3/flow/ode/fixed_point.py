@@ -77,7 +77,12 @@ def inverse(
         return Advance(y, carry, advance.slope)
 
     return Method(
-        no_carry, step, order=method.order, evaluations=iterations * method.evaluations, name=f"{method.name}_inverse"
+        no_carry,
+        step,
+        order=method.order,
+        evaluations=iterations * method.evaluations,
+        name=f"{method.name}_inverse",
+        mean=method.mean,
     )
 
 
@@ -87,7 +92,7 @@ def check_one_step(method: Method) -> None:
     half = torch.full((), 0.5, dtype=torch.float32, device="cpu")
     if method.init(start, 2 * half) != []:
         raise ValueError(f"{method.name} carries a state of its own; only one-step methods have inverses")
-    if method.step(lambda x, t: x, start, 2 * half, half, []).carry != []:
+    if method.step(lambda x, t, *r: x, start, 2 * half, half, []).carry != []:
         raise ValueError(f"{method.name} carries earlier steps; only one-step methods such as heun have inverses")
     if method.last is not None:
         raise ValueError(

@@ -193,11 +193,26 @@ def evaluation_times(method: Method, times: Tensor, count: int = 1) -> list[Tens
     """
     if isinstance(method, Adaptive):
         raise ValueError(f"{method.name} has no fixed number of evaluations; adaptive.solve counts them")
+    return _evaluated(method, times, count, 0)
+
+
+def evaluation_ends(method: Method, times: Tensor, count: int = 1) -> list[Tensor]:
+    """The r of each evaluation of a mean velocity, `velocity(x, t, r)`, in a run, as `evaluation_times` of its t.
+
+    Raises ValueError for a method that evaluates none.
+    """
+    if isinstance(method, Adaptive) or not method.mean:
+        raise ValueError(f"{method.name} evaluates velocities of one time; ode.MEANFLOW evaluates mean velocities")
+    return _evaluated(method, times, count, 1)
+
+
+def _evaluated(method: Method, times: Tensor, count: int, which: int) -> list[Tensor]:
+    """For each step the times that its evaluations are called with: t (which = 0) or r (1)."""
     evaluated: list[list[Tensor]] = [[] for _ in range(len(times) - 1)]
 
     def recorder(step: int) -> Velocity:
-        def record(x: Tensor, t: Tensor) -> Tensor:
-            evaluated[step].append(t)
+        def record(x: Tensor, *at: Tensor) -> Tensor:
+            evaluated[step].append(at[which])
             return x
 
         return record

@@ -48,6 +48,8 @@ class Method(NamedTuple):
     transition: Callable[[Tensor, Tensor, Tensor, Tensor], Transition] | None = None
     """`transition(x, slope, t, t_next)` -> the distribution of a step, where that is a mean and noise; None for others.
     See `ode.transition` and `ode.log_prob`."""
+    mean: bool = False
+    """True if the method evaluates a mean velocity, `velocity(x, t, r)` (`MeanVelocity`), instead of one of a time."""
 
 
 class State(NamedTuple):

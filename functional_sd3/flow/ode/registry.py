@@ -5,6 +5,7 @@ from torch import Tensor
 from functional_sd3.core.types import Key
 from functional_sd3.flow.ode import adaptive, tolerances
 from functional_sd3.flow.ode.embedded import Adaptive
+from functional_sd3.flow.ode.mean_velocity import MEANFLOW
 from functional_sd3.flow.ode.method import Method
 from functional_sd3.flow.ode.multistep import AB2, AB3, AB4, DPMPP_2M
 from functional_sd3.flow.ode.predictor_corrector import UNIPC
@@ -15,6 +16,9 @@ METHODS = {
     method.name: method for method in (EULER, MIDPOINT, HEUN, HEUN_EDM, RALSTON, RK4, DPMPP_2M, UNIPC, AB2, AB3, AB4)
 }
 """The methods of fixed steps."""
+
+MEAN = {MEANFLOW.name: MEANFLOW}
+"""The methods of mean velocities, `velocity(x, t, r)`, in fixed steps."""
 
 ADAPTIVE = adaptive.METHODS
 """The methods that choose their steps."""
@@ -29,7 +33,7 @@ STOCHASTIC = {
 }
 """The methods that draw noise: functions of a key."""
 
-NAMES = (*METHODS, *ADAPTIVE, *STOCHASTIC)
+NAMES = (*METHODS, *ADAPTIVE, *STOCHASTIC, *MEAN)
 """The names of all methods, for `named`."""
 
 
@@ -55,4 +59,4 @@ def named(
         if key is None:
             raise ValueError(f"{name} draws noise at every step and needs a key")
         return STOCHASTIC[name](key)
-    return METHODS[name]
+    return MEAN[name] if name in MEAN else METHODS[name]

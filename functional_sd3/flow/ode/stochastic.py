@@ -126,7 +126,14 @@ def churn(
         from_x = (x - prediction) / broadcast(torch.where(t > 0, t, 1.0), x)
         return Advance(x_next, carry, torch.where(broadcast(t > 0, x), from_x, slope))
 
-    return Method(carry_keys(key), step, order=base.order, evaluations=base.evaluations, name=f"{base.name}_churn")
+    return Method(
+        carry_keys(key),
+        step,
+        order=base.order,
+        evaluations=base.evaluations,
+        name=f"{base.name}_churn",
+        mean=base.mean,
+    )
 
 
 def carry_keys(key: Key) -> Callable[[Tensor, Tensor], Key]:

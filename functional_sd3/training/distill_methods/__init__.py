@@ -1,10 +1,14 @@
 """Methods of distillation: objective, network and kind of the student, settings of its own."""
 
+from functional_sd3.training.distill_methods.meanflow import MEANFLOW, SHORTCUT
 from functional_sd3.training.distill_methods.segments import SEGMENTS
 from functional_sd3.training.distill_methods.types import DistillMethod, Settings, with_defaults
 
 METHODS: dict[str, DistillMethod] = {
     "segments": SEGMENTS,
+    "meanflow": MEANFLOW,
+    "imeanflow": MEANFLOW,
+    "shortcut": SHORTCUT,
 }
 """Methods by name; `cli.distill_options.METHODS` has the same names."""
 

@@ -23,7 +23,8 @@ class Settings:
     transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters.
 
     Of some methods alone, None for the method's default: inner (segments): steps of the teacher in each of the
-    student's.
+    student's. equal (meanflow, imeanflow, shortcut): share of a batch with r = t. tangent_warmup (meanflow, imeanflow):
+    updates over which du/dt grows to its own size.
     """
 
     to: int
@@ -41,6 +42,8 @@ class Settings:
     dtype: torch.dtype | None = None
     teacher_dtype: torch.dtype | None = None
     inner: int | None = None
+    equal: float | None = None
+    tangent_warmup: int | None = None
 
 
 def unchanged(network: mmdit.Config, settings: Settings) -> mmdit.Config:

@@ -207,7 +207,7 @@ def test_every_name_has_its_method_and_options_that_do_not_fit_it_are_errors():
         assert ode.named(name) is method and ode.named(name, key=prng.key(0)) is method
     assert ode.named("dopri5", rtol=1e-3)._replace(rtol=1e-5) == ode.DOPRI5
     assert ode.named("euler_ancestral", key=prng.key(0)).name == "euler_ancestral"
-    assert set(ode.NAMES) == {*ode.METHODS, *ode.ADAPTIVE, *ode.STOCHASTIC}
+    assert set(ode.NAMES) == {*ode.METHODS, *ode.ADAPTIVE, *ode.STOCHASTIC, *ode.MEAN}
     for options, message in (
         ({"name": "eulr"}, "method 'eulr' must be one of euler, midpoint"),
         ({"name": "euler", "rtol": 1e-3}, "rtol and atol are for the adaptive methods, bosh3, dopri5, tsit5; euler is"),
