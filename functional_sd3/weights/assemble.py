@@ -11,10 +11,10 @@ from functional_sd3.formats import default_dtype, trees
 from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.formats.notes import note
-from functional_sd3.layouts import registry, taesd
+from functional_sd3.layouts import native, registry, taesd
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.text import unigram
-from functional_sd3.weights import discover, read
+from functional_sd3.weights import discover, metadata, read
 from functional_sd3.weights.model import Model, Tokenizers
 from functional_sd3.weights.read import ComponentFiles, Discovered, LoadPlan
 
@@ -74,7 +74,19 @@ def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> t
     problems += _ids_beyond_embeddings(named, contents.tokenizers)
     if problems:
         raise WeightsError(problems)
+    _note_unsaid_versions(named)
     return contents, {one.component: one for one in named if one.component in only}
+
+
+def _note_unsaid_versions(plans: Sequence[LoadPlan]) -> None:
+    """Two versions of a transformer under our own names differ in nothing but the order of some rows."""
+    for one in plans:
+        files = one.tree.places.values()
+        if one.format is registry.NATIVE["transformer"] and all(metadata.is_unsaid(m.header.metadata) for m in files):
+            note(
+                f"{one.tree.where} does not say the version of its names; its modulations are read as written now, in "
+                f"version {native.VERSION}, shift before scale"
+            )
 
 
 def _ids_beyond_embeddings(plans: Sequence[LoadPlan], tokenizers: Mapping[str, Any]) -> list[str]:

@@ -245,15 +245,16 @@ def _contents(where: str, tensors: Mapping[str, Mapped]) -> Discovered:
         formats = registry.recognise(tensors)
     except WeightsError as error:
         raise type(error)([f"{where}: {problem}" for problem in error.problems]) from None
-    notes = next(iter(tensors.values())).header.metadata
+    notes = metadata.shared(tensors.values(), where)
     said = metadata.read(notes, where)
     pieces = []
     for format, names in formats.items():
         places = {name: tensors[name] for name in names}
         if format is registry.TAESD_HALF:
             format, places = registry.TAESD_WHOLE, _half(places)
-        elif format in registry.NATIVE.values() and metadata.version(notes, where) == 1:
-            format = registry.NATIVE_1 if format.component == "transformer" else format
+        elif format in registry.NATIVE.values() and not metadata.is_unsaid(notes):
+            is_old = metadata.version(notes, where) == 1 and format.component == "transformer"
+            format = registry.NATIVE_1 if is_old else format
         # Of two CLIPs in stand-alone files the note says which is which.
         known = [
             name

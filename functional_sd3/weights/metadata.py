@@ -5,11 +5,12 @@ write. The version is that of the tensors under our own names (`layouts.native`)
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from functional_sd3.formats import json_fields
 from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.printable import shorten
 from functional_sd3.layouts import config_fields, native
 from functional_sd3.layouts import diffusers_configs as configs
@@ -26,8 +27,23 @@ def write(config: Config, components: Collection[str]) -> dict[str, str]:
     return {"format": "pt", KEY: json.dumps(values, sort_keys=True), VERSION_KEY: str(native.VERSION)}
 
 
+def shared(files: Iterable[Mapped], where: str) -> dict[str, str]:
+    """What the metadata of a file, or of all shards of one index, say of our own. Raises WeightsError, naming `where`,
+    for shards that say different things: they are of several models, or of several versions."""
+    said = {one.path: {key: one.header.metadata.get(key) for key in (KEY, VERSION_KEY)} for one in files}
+    (first, shared), *others = said.items()
+    for path, entries in others:
+        for key in entries:
+            if entries[key] != shared[key]:
+                raise WeightsError(
+                    f"{where}: its shards are not those of one model: {first.name} and {path.name} differ in their "
+                    f"metadata {key}"
+                )
+    return {key: text for key, text in shared.items() if text is not None}
+
+
 def version(metadata: Mapping[str, str], where: str) -> int:
-    """The version of a file under our own names: 1 where it says none. Raises WeightsError for an unknown one."""
+    """The version of a file of ours: 1 where it says none. Raises WeightsError for an unknown one."""
     text = metadata.get(VERSION_KEY, "1")
     if text not in map(str, range(1, native.VERSION + 1)):
         raise WeightsError(
@@ -35,6 +51,12 @@ def version(metadata: Mapping[str, str], where: str) -> int:
             f"{native.VERSION}: a newer one wrote it"
         )
     return int(text)
+
+
+def is_unsaid(metadata: Mapping[str, str]) -> bool:
+    """True for files that `weights.save` did not write, or whose metadata another program dropped: they hold neither
+    configs nor a version."""
+    return KEY not in metadata and VERSION_KEY not in metadata
 
 
 def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:

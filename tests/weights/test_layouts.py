@@ -88,7 +88,7 @@ SMALL_VAE = replace(SD3_VAE, channels=(2, 4), groups=2, blocks_per_level=1)
 
 
 def without_note(path):
-    """Leave out all metadata but the version, without which a native file is of version 1 (test_versions)."""
+    """Leave out all metadata but the version, without which a native file gets a Note (test_versions)."""
     save_file(load_file(path), path, metadata={metadata.VERSION_KEY: "2"})
 
 

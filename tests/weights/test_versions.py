@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from functional_sd3 import weights
 from functional_sd3.core import tree
+from functional_sd3.formats.notes import Note
 from functional_sd3.layouts import native
 from functional_sd3.training import checkpoint, digests
 from functional_sd3.weights import WeightsError, metadata
@@ -67,6 +68,29 @@ def test_quantized_weights_of_version_1_load_to_the_same_values_and_scales(make_
     assert tree.diff(weights.load(tmp_path / "x.safetensors", quantized=True).params, stored) == []
     floats = {**stored, "transformer": weights.quantize.dequantize(stored["transformer"])}
     assert tree.diff(weights.load(tmp_path / "x.safetensors").params, floats) == []
+
+
+@pytest.mark.parametrize("notes", [None, {"format": "pt"}])
+def test_a_tree_that_another_program_wrote_is_read_as_it_is_with_a_note(make_model, tmp_path, notes):
+    model = make_model()
+    leaves = tree.flatten_paths(model.params)
+    save_file({name: leaf.contiguous() for name, leaf in leaves.items()}, tmp_path / "x.safetensors", metadata=notes)
+    with pytest.warns(Note, match="does not say the version of its names.*version 2, shift before scale"):
+        loaded = weights.load(tmp_path / "x.safetensors")
+    assert tree.diff(loaded.params, model.params) == []
+    # Versions differ in the transformer alone.
+    weights.load(tmp_path / "x.safetensors", only=("vae", "t5"))
+
+
+@pytest.mark.parametrize("key, text", [(metadata.VERSION_KEY, None), (metadata.VERSION_KEY, "3"), (metadata.KEY, "{}")])
+def test_shards_that_are_not_of_one_model_are_refused(make_model, tmp_path, key, text):
+    weights.save(tmp_path / "x", make_model(), layout="native", shard_bytes=20_000)
+    last = max((tmp_path / "x").rglob("*.safetensors"))
+    notes = dict(weights.files.read_header(last).metadata)
+    notes.pop(key)
+    save_file(load_file(last), last, metadata={**notes, **({key: text} if text else {})})
+    with pytest.raises(WeightsError, match=f"00001-of-.* and {last.name} differ in their metadata {key}$"):
+        weights.load(tmp_path / "x")
 
 
 def test_a_version_that_is_not_known_is_refused(make_model, tmp_path):
