@@ -85,11 +85,14 @@ def prepare(
     path, decoder = _path(out, single=single), _decoder(arguments, session)
     tile = None if getattr(arguments, "tile", None) is None else decoder.tile
     report.note(f"previews are written to {path}, {decoder.words}")
-    failed = False
+    ended = False
 
     def write(info: "StepInfo") -> None:
-        nonlocal failed
-        if failed or (info.index + 1) % arguments.preview:
+        nonlocal ended
+        if not ended and info.steps < arguments.preview:
+            ended = True
+            report.note(f"--preview {arguments.preview}: a run of {info.steps} steps ends before, without a preview")
+        if ended or (info.index + 1) % arguments.preview:
             return
         session.timer.done("sampling", session.device)
         images = pipeline.preview(decoder.params, decoder.config, info.denoised, tile=tile)
@@ -97,7 +100,7 @@ def prepare(
         try:
             _write(path, images, f"step {info.index + 1} of {info.steps}")
         except WeightsError as error:
-            failed = True
+            ended = True
             report.note(f"no more previews: {error}")
         session.timer.done("preview", session.device)
 

@@ -49,7 +49,7 @@ def open_indexed(index: Path) -> dict[str, Mapped]:
     """Map every file that an index names. Raises WeightsError as `open_weights` does."""
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise WeightsError(f"{index}: weight_map must say in which file each tensor is")
+        raise WeightsError(f"{index}: is no index of weights: weight_map must say in which file each tensor is")
     if len(places) > MOST_TENSORS:
         raise WeightsError(f"{index}: {too_many(len(places))}")
     wrong = {key: name for key, name in places.items() if not _plain(name)}

@@ -11,19 +11,18 @@ from functional_sd3.core import tree
 from functional_sd3.core.blend import slerp
 from functional_sd3.core.types import Key, Params, Velocity
 from functional_sd3.flow.ode.method import StepInfo
-from functional_sd3.image import vae
-from functional_sd3.layouts.components import Config, require
+from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.adapters import with_loras
 from functional_sd3.pipeline.blending import blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components, device_of, fetch
 from functional_sd3.pipeline.edits import edit_latents, flow_edit_latents
 from functional_sd3.pipeline.encoding import EncodedPrompts, conditions_of
 from functional_sd3.pipeline.fields import Conditions, Field, velocity
-from functional_sd3.pipeline.latents import decode, initial_noise
+from functional_sd3.pipeline.latents import decode, initial_noise, tile_sizes
 from functional_sd3.pipeline.masks import keep_masked, latent_mask, restore_kept, unmask_times
 from functional_sd3.pipeline.mixing import between
 from functional_sd3.pipeline.prepare import Prepared, split_batches
-from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, Tiling, needed
+from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, needed
 from functional_sd3.pipeline.sampling import add_noise, sample, sigmas
 
 
@@ -65,7 +64,7 @@ def decode_latents(params: Params, config: Config, prepared: Prepared, latents: 
     """Images of the latents: in tiles where the request is, and with what a mask keeps where it restores that."""
     request, tile = prepared.request, None
     if request.tiling is not None:
-        side, overlap = _tile_sizes(config, request.tiling)
+        side, overlap = tile_sizes(config, request.tiling.side, request.tiling.overlap)
         tile = max(side, 2 * overlap)
     images, start = decode(params, config, latents, tile=tile), request.start
     if start is None or start.mask is None or not start.restore:
@@ -99,6 +98,9 @@ def _sample_steps(params: Params, config: Config, prepared: Prepared) -> list[Te
 
     request = replace(prepared.request, sampling=replace(sampling, on_step=keep))
     sample_latents(params, config, prepared._replace(request=request))
+    if not shown:
+        strength = needed(request.start, "start images").strength
+        raise ValueError(f"show has no step to show: strength {strength} takes none of {sampling.steps} steps")
     return shown
 
 
@@ -151,17 +153,10 @@ def _field(config: Config, request: Request, noise: Tensor) -> Field | None:
     """What makes the velocity of regions and tiles; None for the usual one."""
     field = request.field
     if request.tiling is not None:
-        field = tiles(*_tile_sizes(config, request.tiling), field or velocity)
+        field = tiles(*tile_sizes(config, request.tiling.side, request.tiling.overlap), field or velocity)
     if request.regions:
         return blend_fields(shares(request.regions, config, noise), field or velocity)
     return field
-
-
-def _tile_sizes(config: Config, tiling: Tiling) -> tuple[int, int]:
-    """Side and overlap of tiles in latents."""
-    factor = vae.factor(require(config, "vae"))
-    side = require(config, "transformer").sample_size if tiling.side is None else tiling.side // factor
-    return side, side // 4 if tiling.overlap is None else tiling.overlap // factor
 
 
 def _edit(

@@ -1,5 +1,8 @@
 """Images <-> normalised latents, and the noise that a run starts from."""
 
+from operator import index
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -113,11 +116,7 @@ def latent_size(
     largest = step * sizes.position_size
     sides = []
     for name, side in (("height", height), ("width", width)):
-        side = sizes.sample_size * factor if side is None else side
-        if side % step or side < step:
-            below = side // step * step
-            nearest = f"nearest are {below} and {below + step}" if below > 0 else f"the least is {step}"
-            raise ValueError(f"{name} {side} is not a multiple of {step}; {nearest}")
+        side = _checked_side(name, sizes.sample_size * factor if side is None else side, step)
         if bounded and side > largest:
             raise ValueError(
                 f"{name} {side} is beyond the {largest} pixels that the model has positions for; "
@@ -125,3 +124,26 @@ def latent_size(
             )
         sides.append(side // factor)
     return sides[0], sides[1]
+
+
+def tile_sizes(config: Config, side: int | None = None, overlap: int | None = None) -> tuple[int, int]:
+    """Side and overlap in latents of tiles whose sizes are in pixels; by default the model's own size, and a quarter of
+    a side. ValueError for a side that the model cannot draw, and an overlap that is not in [0, side).
+    """
+    factor, sizes = vae.factor(require(config, "vae")), require(config, "transformer")
+    side = sizes.sample_size * factor if side is None else _checked_side("tile", side, factor * sizes.patch_size)
+    if overlap is not None and not 0 <= overlap < side:
+        raise ValueError(f"overlap {overlap} must be at least 0 and below the tile's {side} pixels")
+    latents = side // factor
+    return latents, latents // 4 if overlap is None else overlap // factor
+
+
+def _checked_side(name: str, side: int, step: int) -> int:
+    if not isinstance(side, SupportsIndex):
+        raise ValueError(f"{name} {side!r} must be a whole number of pixels")
+    side = index(side)
+    if side % step or side < step:
+        below = side // step * step
+        nearest = f"nearest are {below} and {below + step}" if below > 0 else f"the least is {step}"
+        raise ValueError(f"{name} {side} is not a multiple of {step}; {nearest}")
+    return side

@@ -16,7 +16,7 @@ from functional_sd3.pipeline import masks
 from functional_sd3.pipeline.adapters import adapted
 from functional_sd3.pipeline.components import Components, fetch
 from functional_sd3.pipeline.encoding import EncodedPrompts, encode_groups
-from functional_sd3.pipeline.latents import encode_images, latent_size, sample_keys
+from functional_sd3.pipeline.latents import encode_images, latent_size, sample_keys, tile_sizes
 from functional_sd3.pipeline.request import FlowEdit, InversionEdit, Request, SamplingOptions, Variation, needed
 from functional_sd3.transformer.joint_block import Attend
 from functional_sd3.weights.model import Tokenizers
@@ -130,22 +130,32 @@ def _slice_edit(edit: InversionEdit | FlowEdit, index: slice, part: Callable[[An
 
 
 def split_batches(prepared: Prepared, batch: int | None) -> list[Prepared]:
-    """The request in parts of at most `batch` images; None for all at once."""
+    """The request in parts of at most `batch` images; None for all at once. ValueError for a batch below 1."""
     if batch is None:
         return [prepared]
+    if batch < 1:
+        raise ValueError(f"batch {batch} must be at least 1")
     return [slice_samples(prepared, slice(start, start + batch)) for start in range(0, prepared.samples, batch)]
 
 
 def _with_size(request: Request, config: Config) -> Request:
-    """The request with height and width in pixels, checked; a given noise has its own."""
-    height, width = request.height, request.width
+    """The request with height and width in pixels, checked; start images and a given noise have their own."""
+    factor, own = vae.factor(require(config, "vae")), {}
     if request.start is not None:
-        height, width = request.start.images.shape[-2:]
+        own["start images"] = tuple(request.start.images.shape[-2:])
+    if request.noise is not None:
+        own["noise"] = tuple(side * factor for side in request.noise.shape[-2:])
+    height, width = request.height, request.width
+    for name, sides in own.items():
+        if height not in (None, sides[0]) or width not in (None, sides[1]):
+            raise ValueError(f"height {height} and width {width} are not those of the {name}, {sides[0]} x {sides[1]}")
+        height, width = sides
     if request.noise is None:
         rows, columns = latent_size(config, height, width, bounded=request.is_bounded)
     else:
         rows, columns = request.noise.shape[-2:]
-    factor = vae.factor(require(config, "vae"))
+    if request.tiling is not None:
+        tile_sizes(config, request.tiling.side, request.tiling.overlap)
     for region in request.regions:
         masks.check(region.mask, rows * factor, columns * factor, 1)
     return replace(request, height=height, width=width)

@@ -102,11 +102,18 @@ def read_description(description: Mapping[str, Any], given: Mapping[str, Any] | 
     """The request of a description.
 
     given: by path ("start.images", "loras.0.lora", "sampling.guidance"), the parts that a description cannot hold, or
-    that are to be others. Raises ValueError, with the path, for a part that must be given, and for what is none.
+    that are to be others. Raises ValueError, with the path, for a part that must be given, for what is none, and for a
+    given path that the description does not have.
     """
-    made = _read(description, "", given or {})
+    unused = set(given or {})
+    try:
+        made = _read(description, "", given or {}, unused)
+    except RecursionError:
+        raise ValueError("this is no description of a request: its parts lie too deep in one another") from None
     if not isinstance(made, Request):
         raise ValueError("this is no description of a request")
+    if unused:
+        raise ValueError(f"the description has no part {', '.join(sorted(unused))}, which is given")
     return made
 
 
@@ -144,15 +151,17 @@ def _is_tree(value: Any) -> bool:
     return all(isinstance(part, Tensor) or part == {} or _is_tree(part) for part in parts)
 
 
-def _read(data: Any, path: str, given: Mapping[str, Any]) -> Any:
+def _read(data: Any, path: str, given: Mapping[str, Any], unused: set[str]) -> Any:
+    """The value of a part; paths of `given` that it has are removed from `unused`."""
     if path in given:
+        unused.discard(path)
         return given[path]
     if isinstance(data, list):
-        return [_read(part, f"{path}.{index}", given) for index, part in enumerate(data)]
+        return [_read(part, f"{path}.{index}", given, unused) for index, part in enumerate(data)]
     if not isinstance(data, Mapping):
         return data
     inner, place = f"{path}." if path else "", path or "this"
-    parts = {name: _read(part, inner + str(name), given) for name, part in data.items() if name != "kind"}
+    parts = {name: _read(part, inner + str(name), given, unused) for name, part in data.items() if name != "kind"}
     try:
         return _make(str(data["kind"]), parts)
     except _NotHeld as error:

@@ -121,6 +121,10 @@ class Variation:
     key: Key
     amount: float | Tensor = 0.2
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.amount, Tensor) and not 0 <= self.amount <= 1:
+            raise ValueError(f"amount {self.amount} must be between 0 (the noise as it is) and 1 (the other)")
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -178,7 +182,7 @@ class Request:
     instead of the key's. field: makes the velocity of one prompt, as `velocity` does, which it is by default.
     loras: (LoRA, scale) of those added to the model; words: textual inversions, which the prompts may use.
     show: the latents to decode of every step (`states`, `denoised`), in place of the last state alone.
-    Raises ValueError for parts that do not fit together.
+    Raises ValueError for parts that do not fit together, and for those that would have no effect.
     """
 
     prompts: Sequence[str]
@@ -208,6 +212,7 @@ class Request:
             raise ValueError("the steps of frames and edits are not shown: leave out show")
         if self.frames is not None:
             self._check_frames(self.frames)
+            self._check_effect()
             return
         if self.start is not None and len(self.start.images) not in (1, len(self.prompts)):
             count = len(self.start.images)
@@ -225,6 +230,28 @@ class Request:
         has_noise = self.noise is not None and self.edit is None
         if self.key is None and not has_noise and not isinstance(self.edit, InversionEdit):
             raise ValueError("a request needs a key, from which its noise is drawn, or the noise itself")
+        if self.noise is not None and (self.noise.ndim != 4 or len(self.noise) != len(self.prompts)):
+            shape = list(self.noise.shape)
+            raise ValueError(
+                f"noise {shape} must be ({len(self.prompts)}, channels, height, width): one for each prompt"
+            )
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Raise ValueError for parts that this kind of request would ignore."""
+        start, ignored = self.start, []
+        if start is not None and start.mask is None and (start.restore or start.soften is not None):
+            raise ValueError("soften and restore are of a mask, and the start images have none")
+        if self.edit is not None:
+            ignored = [name for name in ("noise", "variation", "field") if getattr(self, name) is not None]
+            ignored += ["mask"] if start is not None and start.mask is not None else []
+        if isinstance(self.edit, InversionEdit) and start is not None and start.strength != 1:
+            ignored.append(f"strength {start.strength}")
+        if self.frames is not None and self.variation is not None:
+            ignored.append("variation")
+        if ignored:
+            kind = "frames" if self.frames is not None else f"an edit by {type(self.edit).__name__}"
+            raise ValueError(f"{', '.join(ignored)} would have no effect on {kind}: leave out what it does not use")
 
     @property
     def is_bounded(self) -> bool:

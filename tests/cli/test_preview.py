@@ -135,6 +135,14 @@ def test_batches_show_a_grid_and_are_written_as_they_come(folder, tmp_path, monk
         assert image.size == (2 * 64 + 2, 64)
 
 
+def test_a_run_without_a_step_to_show_is_noted(folder, tmp_path, capsys):
+    assert generate(folder, tmp_path / "x.png", "--preview=4") == 0
+    assert "note: --preview 4: a run of 3 steps ends before, without a preview\n" in capsys.readouterr().err
+    assert not (tmp_path / "x.preview.png").exists()
+    assert generate(folder, tmp_path / "y.png", "--preview=3") == 0
+    assert "ends before" not in capsys.readouterr().err
+
+
 def test_other_commands_preview_too(folder, tmp_path):
     assert generate(folder, tmp_path / "x.png") == 0
     words = ("--params", folder / "plain", "--steps", 2, "--preview")

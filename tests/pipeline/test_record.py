@@ -176,6 +176,21 @@ def test_large_tensors_and_parameters_are_described_and_must_be_given_anew(model
     assert torch.equal(draw(model, again), draw(model, request))
 
 
+def test_a_given_part_that_the_description_lacks_is_named():
+    description = written(Request("a", KEY))
+    assert pipeline.read_description(description, {"sampling.steps": 5}).sampling.steps == 5
+    with pytest.raises(ValueError, match=r"has no part sampling\.step, which is given"):
+        pipeline.read_description(description, {"sampling.step": 5})
+
+
+def test_a_description_nested_beyond_any_request_is_refused():
+    nested = {"kind": "TextOptions"}
+    for _ in range(2000):
+        nested = {"kind": "AppliedLora", "lora": nested}
+    with pytest.raises(ValueError, match="too deep in one another"):
+        pipeline.read_description(nested)
+
+
 def test_what_cannot_be_written_is_said(model):
     own = guidance.cfg(2.0)._replace(made=None)
     options = SamplingOptions(guidance=own, method=ode.EULER._replace(order=7), block_transform=lambda f: f)

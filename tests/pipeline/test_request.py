@@ -171,11 +171,52 @@ def test_a_request_is_frozen_and_its_prompts_are_a_list():
         (lambda: InversionEdit(["b"], eta=1.1), "eta 1.1"),
         (lambda: InversionEdit(["b"], window=(0.5, 1.1)), "window 0.5 to 1.1"),
         (lambda: FlowEdit(["b"], averages=0), "averages 0"),
+        (lambda: pipeline.Variation(KEYS, 2.0), "amount 2.0 must be between 0"),
+        (lambda: pipeline.Variation(KEYS, float("nan")), "amount nan must be between 0"),
+        (lambda: Request("a", noise=torch.zeros(16, 8, 8)), r"noise \[16, 8, 8\] must be \(1, channels"),
+        (lambda: Request("a", noise=torch.zeros(2, 16, 8, 8)), r"noise .* must be \(1, channels"),
+        (lambda: Request("a", prng.key(0), start=StartImages(images(), soften=2.0)), "soften and restore are of"),
+        (lambda: Request("a", prng.key(0), start=StartImages(images(), restore=True)), "and restore are of a mask"),
+        (lambda: edit_of(InversionEdit, noise=torch.zeros(1, 16, 8, 8)), "noise would have no effect on an edit"),
+        (lambda: edit_of(FlowEdit, variation=pipeline.Variation(KEYS)), "variation would have no effect"),
+        (lambda: edit_of(FlowEdit, field=pipeline.velocity), "field would have no effect"),
+        (lambda: edit_of(FlowEdit, start=StartImages(images(), mask=right_half())), "mask would have no effect"),
+        (lambda: edit_of(InversionEdit, start=StartImages(images(), 0.5)), "strength 0.5 would have no effect"),
+        (
+            lambda: Request(["a", "b"], prng.key(0), frames=Frames(3), variation=pipeline.Variation(prng.key(1))),
+            "variation would have no effect on frames",
+        ),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_together_are_named_before_anything_is_read(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def edit_of(kind, **parts):
+    return Request("a", prng.key(0), **{"start": StartImages(images()), "edit": kind(["b"]), **parts})
+
+
+@pytest.mark.parametrize(
+    ("parts", "batch", "message"),
+    [
+        ({}, 0, "batch 0 must be at least 1"),
+        ({}, -1, "batch -1 must be at least 1"),
+        ({"height": 64.0}, None, "height 64.0 must be a whole number of pixels"),
+        ({"tiling": pipeline.Tiling(60)}, None, "tile 60 is not a multiple of 16; nearest are 48 and 64"),
+        ({"tiling": pipeline.Tiling(0)}, None, "tile 0 is not a multiple of 16; the least is 16"),
+        ({"tiling": pipeline.Tiling(48, 48)}, None, "overlap 48 must be at least 0 and below the tile's 48 pixels"),
+        ({"height": 32, "start": 0.5}, None, "height 32 and width None are not those of the start images, 64 x 64"),
+        ({"width": 32, "noise": torch.zeros(1, 16, 8, 8)}, None, "width 32 are not those of the noise, 64 x 64"),
+        ({"noise": torch.zeros(1, 16, 4, 4), "start": 0.5}, None, "64 are not those of the noise, 32 x 32"),
+        ({"show": pipeline.states, "start": 0.0}, None, "no step to show: strength 0.0 takes none of 2 steps"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_named(model, parts, batch, message):
+    if "start" in parts:
+        parts = {**parts, "start": StartImages(images(1), parts["start"])}
+    with pytest.raises(ValueError, match=message):
+        draw(model, Request("a", prng.key(0), sampling=FAST, **parts), batch=batch)
 
 
 def test_only_generate_moves_components():
