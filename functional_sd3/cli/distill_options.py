@@ -6,12 +6,15 @@ from pathlib import Path
 
 from functional_sd3.cli import options
 
-METHODS = ("segments", "meanflow", "imeanflow", "shortcut")
+METHODS = ("segments", "meanflow", "imeanflow", "shortcut", "scm", "rcm", "reflow")
 """Names of `training.distill_methods.METHODS`, known here without torch."""
 OWN = {
     "inner": ("segments",),
     "equal": ("meanflow", "imeanflow", "shortcut"),
-    "tangent_warmup": ("meanflow", "imeanflow"),
+    "tangent_warmup": ("meanflow", "imeanflow", "scm", "rcm"),
+    "fake_updates": ("rcm",),
+    "fake_rate": ("rcm",),
+    "teacher_steps": ("reflow",),
 }
 """Options of some methods alone."""
 
@@ -39,8 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tangent-warmup",
         type=int,
         metavar="N",
-        help="of meanflow: updates over which du/dt grows to its size (default 0)",
+        help="of meanflow, scm and rcm: updates over which the derivative in t grows to its size (default 0; 50 of "
+        "scm and rcm)",
     )
+    add("--fake-updates", type=int, metavar="N", help="of rcm: updates of the fake score for each one (default 4)")
+    add("--fake-rate", type=float, metavar="FACTOR", help="of rcm: its learning rate, as part of --lr (default 0.2)")
+    add("--teacher-steps", type=int, metavar="N", help="of reflow: steps of the runs that end its pairs (default 28)")
     add("--shift", type=float, help="of the student's even grid towards noise (default 3)")
     add("--lr", type=float, default=2e-4, help="learning rate (default 2e-4)")
     add("--warmup", type=int, default=20, help="updates up to the learning rate (default 20)")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import distill_options, train_checks, train_data, train_model
+from functional_sd3.cli import distill_options, distill_pairs, train_checks, train_data, train_model
 from functional_sd3.cli.training_run import Setup, check_continuing
 from functional_sd3.core import prng
 from functional_sd3.flow import schedule
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import continuing, digests, distill_task, tasks
+from functional_sd3.training import continuing, digests, distill_methods, distill_task, tasks
 from functional_sd3.weights import metadata, shipped
 from functional_sd3.weights.model import Model
 
@@ -49,7 +49,10 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
         check_continuing(arguments, differences)
-    data = {"latents": train_data.latents(arguments, model, images, settings, say), "ids": ids}
+    if distill_methods.METHODS[options.method].has_pairs:
+        data = {**distill_pairs.pairs(arguments, model, ids, options, settings, say), "ids": ids}
+    else:
+        data = {"latents": train_data.latents(arguments, model, images, settings, say), "ids": ids}
     task = distill_task.distill_task(
         prng.fold_in(prng.key(arguments.seed), 3), model, images.captions, data, options, generate=pipeline.generate
     )

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from functional_sd3.layouts.components import Config
 
 
+_LEADS_TO = {"segments": "the next time of its own steps", "consistency": "the end of the flow"}
+
+
 class Given(argparse.Action):
     """Stores a value and, in `given`, that it was given."""
 
@@ -42,8 +45,8 @@ def apply_defaults(arguments: argparse.Namespace, config: "Config") -> None:
     fitting = {"segments": ("euler",), "consistency": ("euler", "euler_renoised")}.get(levels.distillation or "")
     if fitting and method not in (None, *fitting):
         raise ValueError(
-            f"--method {method}: this model is a student by {levels.distillation}, whose velocity leads to the next "
-            f"time of its own steps: it is drawn by {' or '.join(fitting)}"
+            f"--method {method}: this model is a student by {levels.distillation}, whose velocity leads to "
+            f"{_LEADS_TO[levels.distillation or '']}: it is drawn by {' or '.join(fitting)}"
         )
     if "steps" in given and arguments.steps > 0:
         flow_distilled.check_steps(levels.distillation, steps, arguments.steps)

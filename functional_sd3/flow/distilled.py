@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-KINDS = ("segments", "meanflow", "consistency")
+KINDS = ("segments", "meanflow", "consistency", "reflow")
 """What a distilled model's velocity is: the mean one to the next of `distilled_steps` fixed times; the mean one to any
-earlier time; the mean one to time 0."""
+earlier time; the mean one to time 0; that of each time of a flow whose paths are nearly straight."""
 
 
 def check(steps: int | None, kind: str | None, spacings: Sequence[str]) -> None:

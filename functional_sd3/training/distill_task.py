@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import learner, loop, objectives, optim, step
 from functional_sd3.training.distill_methods import METHODS, Settings, with_defaults
-from functional_sd3.training.objectives import points, policy
+from functional_sd3.training.fake_score import ScoreState, make_score_step
+from functional_sd3.training.objectives import points, policy, rcm
 from functional_sd3.training.objectives.segments import Teacher
 from functional_sd3.training.tasks import ENCODERS
 from functional_sd3.weights.model import Model
@@ -27,13 +28,13 @@ SAMPLES = 16
 
 
 class DistillTask(NamedTuple):
-    """What `loop.run` runs, as of `tasks.TrainingTask`."""
+    """What `loop.run` runs, as of `tasks.TrainingTask`; of a method with a fake score a `ScoreState`."""
 
-    state: step.TrainState
-    train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, objectives.Metrics]]
+    state: step.TrainState | ScoreState
+    train_step: Callable[[Any, Tree], tuple[Any, objectives.Metrics]]
     batch: Callable[[int], Tree]
-    model: Callable[[step.TrainState], Model]
-    sample: Callable[[step.TrainState], Tensor]
+    model: Callable[[Any], Model]
+    sample: Callable[[Any], Tensor]
     trained: tuple[str, ...]
 
 
@@ -51,7 +52,7 @@ def student_settings(config: Config, settings: Settings) -> Settings:
     method, levels = METHODS[settings.method], config.schedule or schedule.Config()
     if levels.guidance_distilled and settings.cfg != 1:
         raise ValueError(f"cfg {settings.cfg}: guidance is folded into this model already; cfg must be 1")
-    if levels.distillation not in (None, method.kind):
+    if levels.distillation not in (None, "reflow", method.kind):
         raise ValueError(f"this model is a student by {levels.distillation}: distil the model that it learned from")
     return method.settings(levels, settings)
 
@@ -65,6 +66,8 @@ def student_config(config: Config, settings: Settings) -> Config:
         distilled_steps=settings.to,
         distillation=method.kind,
         guidance_distilled=old.guidance_distilled or settings.cfg != 1,
+        # `ode.renoised`, which diffusers' scheduler knows by this field: to the end, and noise again.
+        stochastic_sampling=method.kind == "consistency",
     )
     return replace(config, schedule=levels, transformer=method.network(require(config, "transformer"), settings))
 
@@ -75,8 +78,9 @@ def distill_task(
     """Distillation of a model into a student that starts as its copy, with the parameters that its network has beyond
     them, or is a LoRA over it.
 
-    model: as of `tasks.flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; settings: as of
-    `student_settings`. generate: draws the samples, `pipeline.generate`. Raises ValueError as `student_settings` does.
+    model: as of `tasks.flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; of a method that
+    has pairs the latents are those of `reflow.pairs`, and "noise" is beside them. settings: as of `student_settings`.
+    generate: draws the samples, `pipeline.generate`. Raises ValueError as `student_settings` does.
     """
     settings = student_settings(model.config, settings)
     config, tokenizers = model.config, model.tokenizers
@@ -106,19 +110,27 @@ def distill_task(
             name: torch.full((len(latents),), value, dtype=torch.float32, device=device)
             for name, value in method.scales(settings, number).items()
         }
-        return {"latents": latents, **encode(tree.map(lambda ids: ids[rows], data["ids"])), **scales}
+        noise = {"noise": data["noise"][rows].to(device)} if method.has_pairs else {}
+        return {"latents": latents, **noise, **encode(tree.map(lambda ids: ids[rows], data["ids"])), **scales}
 
-    rate = optim.warmup_constant(settings.rate, settings.warmup)
-    is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
-    optimizer = optim.chain(
-        optim.clip_by_global_norm(settings.clip), optim.adamw(rate, b2=0.99, decay=settings.decay, mask=is_decayed)
-    )
-    train_step = step.make_train_step(
-        lambda params, batch, keys: loss(learns.whole(params), batch, keys), optimizer, trainable=learns.trainable,
-        ema_decay=settings.ema, accumulate=settings.accumulate, donate=True, rate=rate,
-    )  # fmt: skip
+    def update(loss: objectives.Loss, factor: float = 1.0, ema: float = settings.ema) -> tuple[Any, Any]:
+        """The optimiser and the update of parameters by a loss of them, at `factor` times the learning rate."""
+        rate = optim.warmup_constant(factor * settings.rate, settings.warmup)
+        is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
+        optimizer = optim.chain(
+            optim.clip_by_global_norm(settings.clip), optim.adamw(rate, b2=0.99, decay=settings.decay, mask=is_decayed)
+        )
+        return optimizer, step.make_train_step(
+            loss, optimizer, trainable=learns.trainable, ema_decay=ema, accumulate=settings.accumulate, donate=True,
+            rate=rate,
+        )  # fmt: skip
 
-    def sample(state: step.TrainState) -> Tensor:
+    optimizer, train_step = update(lambda params, batch, keys: loss(learns.whole(params), batch, keys))
+    state = step.init(run_key, learns.params, optimizer, trainable=learns.trainable)
+    if method.fake_score is not None:
+        state, train_step = _with_fake_score(learns, loss, method.fake_score(drawn, settings), update, state, settings)
+
+    def sample(state: Any) -> Tensor:
         prompts = [captions[index * len(captions) // SAMPLES] for index in range(min(SAMPLES, len(captions)))]
         side = data["latents"].shape[-1] * vae.factor(require(config, "vae"))
         with torch.no_grad():
@@ -128,13 +140,43 @@ def distill_task(
             )  # fmt: skip
 
     return DistillTask(
-        step.init(run_key, learns.params, optimizer, trainable=learns.trainable),
+        state,
         train_step,
         batch,
         lambda state: model._replace(params=learns.merged(state.ema), config=drawn),
         sample,
         learns.trained,
     )
+
+
+def _with_fake_score(
+    learns: learner.Learner,
+    loss: objectives.Loss,
+    fake_loss: objectives.Loss,
+    update: Callable[..., tuple[Any, Any]],
+    state: step.TrainState,
+    settings: Settings,
+) -> tuple[Any, Any]:
+    """State and step of a student whose loss needs the score of its own images, which starts as the teacher's.
+
+    The score has parameters like the student's, so that beside a LoRA it is one too. It is used as it is, not averaged.
+    """
+
+    def student(fake: Params) -> Any:
+        score = {rcm.FAKE: learns.whole(fake)["transformer"]}
+        return update(lambda params, batch, keys: loss({**learns.whole(params), **score}, batch, keys))[1]
+
+    def fake(params: Params) -> Any:
+        whole = learns.whole(params)
+
+        def loss_of_score(score: Params, batch: Tree, keys: Key) -> tuple[Tensor, objectives.Metrics]:
+            return fake_loss({**whole, rcm.FAKE: learns.whole(score)["transformer"]}, batch, keys)
+
+        return update(loss_of_score, settings.fake_rate or 1.0, 0.0)[1]
+
+    optimizer, _ = update(loss, settings.fake_rate or 1.0)
+    score = step.init(prng.fold_in(state.key, 1), learns.params, optimizer, trainable=learns.trainable)
+    return ScoreState(state, score), make_score_step(student, fake, settings.fake_updates or 1)
 
 
 def guided_teacher(model: Model, empty: Conditioning, cfg: float, dtype: torch.dtype | None = None) -> Teacher:

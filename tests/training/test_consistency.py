@@ -104,7 +104,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(tiny, double, batch,
     loss = objectives.scm_loss(tiny.config, teacher, weight=torch.cos, offset=0.3, time_difference=h)
     student = {"transformer": double[1]["transformer"]}
     grads = transform.value_and_grad(loss, has_aux=True)
-    gradient, (value, metrics) = grads(student, {**batch, "rho": rho}, KEYS)
+    gradient, (value, metrics) = grads(student, {**batch, "tangent": rho}, KEYS)
 
     time_key, noise_key = prng.split(KEYS).unbind(-2)
     t = scm.NOISY(time_key, ()).double()

@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import os
+import shutil
 
 import pytest
 import torch
 
-from functional_sd3 import weights
+from functional_sd3 import pipeline, weights
 from functional_sd3.cli import distill, generate, numbers, training_run
 from functional_sd3.cli import lora as lora_command
 from functional_sd3.cli.report import printing
-from functional_sd3.core import tree
+from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
+from functional_sd3.recipes.shapes import dataset
 from functional_sd3.training import checkpoint, log
 from functional_sd3.transformer import mmdit
 from tests.models import random_leaves
@@ -151,9 +154,79 @@ def test_a_student_is_halved_and_nothing_else(command, student, tmp_path):
     assert (levels.distilled_steps, levels.shift, levels.guidance_distilled) == (2, 3.0, True)
 
 
+OWN = {"scm": ["--tangent-warmup", 3], "rcm": ["--fake-updates", 2], "reflow": ["--teacher-steps", 2]}
+
+
+@pytest.mark.parametrize(("method", "rank"), [("scm", 0), ("rcm", 0), ("rcm", 2), ("reflow", 0)])
+def test_every_method_leaves_a_student_and_goes_on_to_the_same_bits(
+    command, draw, teacher_folder, tmp_path, method, rank
+):
+    words = ["--method", method, "--to", 2, *OWN[method], *(["--lora", rank] if rank else [])]
+    for name in ("whole", "cut"):
+        assert command(*words, "--out", tmp_path / name)[0] == 0
+    checkpoint.paths(tmp_path / "cut" / "checkpoints")[-1].unlink()
+    assert "resuming at step 2 of 4" in command(*words, "--out", tmp_path / "cut", "--resume")[1]
+    one, other = (checkpoint.paths(tmp_path / name / "checkpoints")[-1] for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+    before, after = (checkpoint.paths(tmp_path / "whole" / "checkpoints")[index] for index in (0, 1))
+    assert before.read_bytes() != after.read_bytes()
+    row = log.read(tmp_path / "whole" / "log.csv")[-1]
+    assert {"scm": {"tangent", "dropped"}, "rcm": {"matching", "fake_loss"}, "reflow": set()}[method] <= row.keys()
+
+    out = tmp_path / "whole"
+    options = ["--params", teacher_folder, "--lora", out / training_run.LORA] if rank else ["--params", out]
+    said = draw(*options, "--out", tmp_path / "a.png")
+    assert "distilled for 2 steps and has guidance folded in: drawn in 2 steps, --cfg 1" in said
+    usual = "euler" if method == "reflow" else "euler_renoised"
+    draw(*options, "--out", tmp_path / "b.png", "--method", usual)
+    assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
+    draw(*options, "--out", tmp_path / "c.png", "--steps", 3)
+    if method == "scm":
+        levels = weights.load(out).config.schedule
+        assert (levels.distillation, levels.stochastic_sampling) == ("consistency", True)
+        draw(*options, "--out", tmp_path / "d.png", "--method", "euler")
+        assert pixels(tmp_path / "a.png") != pixels(tmp_path / "d.png")
+        with pytest.raises(ValueError, match="--method heun: .* leads to the end of the flow: it is drawn by euler or"):
+            draw(*options, "--out", tmp_path / "e.png", "--method", "heun")
+        with pytest.raises(ValueError, match="a student by consistency, whose velocity leads to the end of a flow"):
+            command("--params", out, "--method", "scm", "--to", 1, "--cfg", 1, "--out", tmp_path / "no")
+    if method == "reflow":
+        assert weights.load(out).config.schedule.distillation == "reflow"
+        # Its velocity is that of a flow, which can be distilled again.
+        again = ["--params", out, "--method", "scm", "--to", 1, "--steps", 1]
+        assert command(*again, "--out", tmp_path / "again")[0] == 0
+
+
+def test_pairs_are_the_teachers_runs_and_are_kept(command, teacher_folder, tmp_path):
+    words = ["--method", "reflow", "--to", 2, "--teacher-steps", 2, "--cfg", 3]
+    assert command(*words, "--out", tmp_path / "out")[0] == 0
+    (path,) = (tmp_path / "out" / "checkpoints" / "pairs").iterdir()
+    mapped = files.open_mapped(path)
+    noise, latents = (files.tensor(mapped, name) for name in ("noise", "latents"))
+    assert len(noise) == 12 and noise.std() == pytest.approx(1, abs=0.1)
+    model = weights.load(teacher_folder, dtype=torch.float32)
+    captions = dataset.dataset(prng.key(0), 12, 16).captions
+    conditions = pipeline.encode(*model[:3], captions, t5_length=16)
+    expected = pipeline.sample(model.params, model.config, conditions, noise, steps=2, cfg=3.0)
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-4)
+    # Read again by the same run, drawn again for another.
+    stamp = path.stat().st_mtime_ns
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(path.parent, tmp_path / "other" / "checkpoints" / "pairs")
+    kept = tmp_path / "other" / "checkpoints" / "pairs" / path.name
+    os.utime(kept, ns=(stamp, stamp))
+    assert "drawn again" not in command(*words, "--out", tmp_path / "other")[1]
+    assert kept.stat().st_mtime_ns == stamp
+    shutil.copytree(kept.parent, tmp_path / "third" / "checkpoints" / "pairs")
+    assert "pairs are drawn again" in command(*words[:-1], 2, "--out", tmp_path / "third")[1]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--to", 4, "--method", "scm", "--inner", 3], "--inner is for --method segments, not for scm"),
+        (["--to", 4, "--method", "scm", "--fake-rate", 1], "--fake-rate is for --method rcm, not for scm"),
+        (["--to", 4, "--method", "reflow", "--teacher-steps", 0], "--teacher-steps 0 must be at least 1"),
         (["--to", 0], "--to 0 must be at least 1"),
         (["--to", 4, "--cfg", 0.5], "--cfg 0.5 must be at least 1"),
         (["--to", 4, "--cfg", "nan"], "--cfg nan must be a finite number"),
@@ -262,7 +335,7 @@ def test_a_mean_velocity_is_distilled_on_and_is_no_teacher_of_segments(command, 
         command("--params", student, "--to", 2, "--method", "meanflow", "--out", tmp_path / "no")
     with pytest.raises(ValueError, match="--inner is for --method segments, not for meanflow"):
         command("--to", 2, "--method", "meanflow", "--inner", 2, "--out", tmp_path / "no")
-    with pytest.raises(ValueError, match="--tangent-warmup is for --method meanflow and imeanflow, not for segments"):
+    with pytest.raises(ValueError, match="--tangent-warmup is for --method meanflow .* rcm, not for segments"):
         command("--to", 2, "--tangent-warmup", 2, "--out", tmp_path / "no")
     words = ("--params", mean_student, "--to", 3, "--method", "shortcut", "--out", tmp_path / "three")
     assert command(*words)[0] == 0

@@ -1,6 +1,8 @@
 """Methods of distillation: objective, network and kind of the student, settings of its own."""
 
+from functional_sd3.training.distill_methods.consistency import RCM, SCM
 from functional_sd3.training.distill_methods.meanflow import MEANFLOW, SHORTCUT
+from functional_sd3.training.distill_methods.reflow import REFLOW
 from functional_sd3.training.distill_methods.segments import SEGMENTS
 from functional_sd3.training.distill_methods.types import DistillMethod, Settings, with_defaults
 
@@ -9,6 +11,9 @@ METHODS: dict[str, DistillMethod] = {
     "meanflow": MEANFLOW,
     "imeanflow": MEANFLOW,
     "shortcut": SHORTCUT,
+    "scm": SCM,
+    "rcm": RCM,
+    "reflow": REFLOW,
 }
 """Methods by name; `cli.distill_options.METHODS` has the same names."""
 

@@ -17,7 +17,7 @@ def _loss(config: Any, teacher: Teacher, settings: Settings) -> Loss:
 
 def _settings(levels: schedule.Config, settings: Settings) -> Settings:
     """A student of segments keeps its grid and is followed step by step; `to` must divide its number of steps."""
-    if levels.distilled_steps is None:
+    if levels.distilled_steps is None or levels.distillation != "segments":
         return settings
     count = levels.distilled_steps
     inner, rest = divmod(count, settings.to)

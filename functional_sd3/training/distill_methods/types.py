@@ -23,8 +23,10 @@ class Settings:
     transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters.
 
     Of some methods alone, None for the method's default: inner (segments): steps of the teacher in each of the
-    student's. equal (meanflow, imeanflow, shortcut): share of a batch with r = t. tangent_warmup (meanflow, imeanflow):
-    updates over which du/dt grows to its own size.
+    student's. equal (meanflow, imeanflow, shortcut): share of a batch with r = t. tangent_warmup (meanflow, imeanflow,
+    scm, rcm): updates over which the part of the target that needs a derivative grows to its own size. fake_updates,
+    fake_rate (rcm): updates of the fake score for each of the student's, and its learning rate as a multiple of `rate`.
+    teacher_steps (reflow): steps of the teacher's run that ends each pair.
     """
 
     to: int
@@ -44,6 +46,9 @@ class Settings:
     inner: int | None = None
     equal: float | None = None
     tangent_warmup: int | None = None
+    fake_updates: int | None = None
+    fake_rate: float | None = None
+    teacher_steps: int | None = None
 
 
 def unchanged(network: mmdit.Config, settings: Settings) -> mmdit.Config:
@@ -70,6 +75,9 @@ class DistillMethod(NamedTuple):
     that it has beyond those of the teacher are initialised as its `spec` says. settings: (the teacher's scheduler
     config, settings) -> those for this teacher; ValueError, beginning with the setting, where it cannot be distilled
     so. scales: (settings, update, 0 the first) -> numbers that its batch has by name, (batch,), such as a warmup's.
+    fake_score: (the student's config, settings) -> objective of a fake score, for methods that have one
+    (`training.fake_score`). has_pairs: the batches hold "noise" too, and latents that the teacher drew from it
+    (`training.reflow`).
     """
 
     kind: str
@@ -78,6 +86,8 @@ class DistillMethod(NamedTuple):
     network: Callable[[mmdit.Config, Settings], mmdit.Config] = unchanged
     settings: Callable[[schedule.Config, Settings], Settings] = from_teacher
     scales: Callable[[Settings, int], dict[str, float]] = no_scales
+    fake_score: Callable[[Config, Settings], Loss] | None = None
+    has_pairs: bool = False
 
 
 def with_defaults(methods: dict[str, DistillMethod], settings: Settings) -> Settings:

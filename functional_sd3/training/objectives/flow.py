@@ -33,7 +33,8 @@ def flow_loss(
     """Rectified-flow loss of a whole model: params {"transformer", and any of "clip_l", "clip_g", "t5"}.
 
     batch: {"latents": normalised (batch, channels, height, width), and either "ids": `conditioning.Ids`, read by the
-    encoders in `params` (which are trained too, where trainable), or "context" and "pooled" computed before}.
+    encoders in `params` (which are trained too, where trainable), or "context" and "pooled" computed before}; "noise"
+    like latents: the other end of each line (reflow), else drawn from the keys.
     t is drawn from `density` and moved by `shift`. With probability `dropout` a sample's ids, or context and pooled,
     become those of the empty prompt, `empty`: one row of the same entries of the batch. `dtype` is that of the
     computation; gradients stay the parameters'. `implementation`: as of `attention.attention`; `attend`: as of
@@ -52,10 +53,11 @@ def flow_loss(
         if "latents" in batch:
             check_keys(keys, batch["latents"])
         _check(batch)
-        latents, text = batch["latents"], {name: part for name, part in batch.items() if name != "latents"}
+        latents = batch["latents"]
+        text = {name: part for name, part in batch.items() if name not in ("latents", "noise")}
         time_key, noise_key, drop_key = prng.split(keys, 3).unbind(-2)
         t = schedule.shift(density(time_key, ()), shift)
-        noise = prng.normal(noise_key, tuple(latents.shape[1:]))
+        noise = batch["noise"] if "noise" in batch else prng.normal(noise_key, tuple(latents.shape[1:]))
         if dropout:
             text = _dropped(text, empty, prng.bernoulli(drop_key, dropout, ()))
         if "ids" in text:

@@ -72,7 +72,7 @@ def rcm_loss(
         check_keys(keys, batch["latents"])
         arc_key, own_key, level_key = prng.split(keys, 3).unbind(-2)
         y, a = scm.noised_arc(arc_key, batch["latents"], density)
-        rho = batch.get("rho", torch.ones_like(a))
+        rho = batch.get("tangent", torch.ones_like(a))
         guided, student = teacher(batch), velocity_of(params, batch)
         direction = scm.tangent(tangent_velocity_of(params, batch), guided, y, a, rho, share)
         losses, metrics = scm.regression(trigflow.from_flow(student)(y, a), direction, offset)

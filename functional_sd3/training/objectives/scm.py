@@ -62,10 +62,10 @@ def scm_loss(
     one jvp apart from the step: it keeps no graph, and is computed in the parameters' dtype. g = g' / (rms g' +
     offset). At the consistency function of the teacher's flow g is 0. A sample whose tangent is not finite has g = 0.
 
-    batch: latents (batch, channels, height, width), context, pooled; "rho" (batch,) in [0, 1], by default 1: the warmup
-    min(1, step / H) of the part that needs the derivative. l: where params have `log_variance_spec`'s entry, else 0.
-    density: of t, by default the draws of rCM. weight: w, by default 1 / tan a with a learned l
-    (sCM) and 1 without (rCM). time_difference: smooths the derivative of the embedding of t (`mmdit.apply`);
+    batch: latents (batch, channels, height, width), context, pooled; "tangent" (batch,): rho in [0, 1], by default 1:
+    the warmup min(1, step / H) of the part that needs the derivative. l: of `log_variance_spec` where params have such
+    an entry, else 0. density: of t, by default the draws of rCM. weight: w, by default 1 / tan a with a learned l (sCM)
+    and 1 without (rCM). time_difference: smooths the derivative of the embedding of t (`mmdit.apply`);
     None for its own, whose ripples no sampler follows. dtype, implementation, attend: as of `flow_loss`.
 
     Metrics: error, mean (F - F - g)^2, at most 1; tangent, mean rms g' over all samples that have one;
@@ -81,7 +81,7 @@ def scm_loss(
         points.check_batch(batch, ("latents", "context", "pooled"), "scm_loss")
         check_keys(keys, batch["latents"])
         y, a = noised_arc(keys, batch["latents"], density)
-        rho = batch.get("rho", torch.ones_like(a))
+        rho = batch.get("tangent", torch.ones_like(a))
         direction = tangent(tangent_velocity_of(params, batch), teacher(batch), y, a, rho, scm_share)
         F = trigflow.from_flow(velocity_of(params, batch))(y, a)
         losses, metrics = regression(F, direction, offset)
@@ -116,7 +116,7 @@ def tangent(
         target = trigflow.from_flow(teacher)(y, a).to(y.dtype)
         both = torch.cos(a) * torch.sin(a)
         directions = (broadcast(both, y) * target, both)
-        F, derivative = torch.func.jvp(trigflow.from_flow(velocity), (y, a), directions)
+        F, derivative = torch.func.jvp(trigflow.from_flow(velocity), (y, a), directions)[:2]
         curved = broadcast(rho, y) * (broadcast(both, y) * y + derivative)
         return Tangent(-broadcast(share(a, rho), y) * (F - target) - curved, target)
 
