@@ -147,9 +147,9 @@ def percent(value: float) -> str:
     return f"{100 * value:.2g}" if value < 0.1 else f"{100 * value:.0f}"
 
 
-def with_section(page: str, text: str) -> str:
-    """The page with what stands between its two marks replaced. Raises ValueError where the marks are missing."""
-    start, stop = "<!-- evaluations: written by bench.evaluations -->", "<!-- end of evaluations -->"
+def with_section(page: str, text: str, name: str = "evaluations") -> str:
+    """The page with what stands between the two marks of `name` replaced. Raises ValueError where they are missing."""
+    start, stop = f"<!-- {name}: written by bench.{name} -->", f"<!-- end of {name} -->"
     if not 0 <= page.find(start) < page.find(stop):
         raise ValueError(f"the page has no {start} followed by {stop}")
     return page[: page.index(start) + len(start)] + f"\n{text}\n" + page[page.index(stop) :]

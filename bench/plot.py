@@ -1,4 +1,4 @@
-"""Line plots over two logarithmic axes, by Pillow alone."""
+"""Line plots over two logarithmic or two linear axes, by Pillow alone."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,22 +15,25 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 420, 300, 52, 24, 10, 34
 LEGEND = 120
 
 
-def panels(titles: Mapping[str, Mapping[str, Points]], across: str, upwards: str) -> Image.Image:
+def panels(
+    titles: Mapping[str, Mapping[str, Points]], across: str, upwards: str, *, linear: bool = False
+) -> Image.Image:
     """One panel a title, two a row, over the same axes; a legend of every name on the right.
 
-    titles: title -> name -> points (x, y), both positive. across, upwards: what the axes are. Raises ValueError where
-    there is nothing to draw.
+    titles: title -> name -> points (x, y), both positive unless `linear`. across, upwards: what the axes are. Raises
+    ValueError where there is nothing to draw.
     """
     every = [point for lines in titles.values() for points in lines.values() for point in points]
     if not every:
         raise ValueError("no points to draw")
-    frame = [bound(math.log(point[axis]) for point in every) for axis in (0, 1) for bound in (min, max)]
+    scaled = float if linear else math.log
+    frame = [bound(scaled(point[axis]) for point in every) for axis in (0, 1) for bound in (min, max)]
     names = list(dict.fromkeys(name for lines in titles.values() for name in lines))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     rows = (len(titles) + 1) // 2
     image = Image.new("RGB", (2 * WIDTH + LEGEND, rows * HEIGHT), "white")
     for index, (title, lines) in enumerate(titles.items()):
-        panel = _panel(title, lines, colours, frame, across, upwards)
+        panel = _panel(title, lines, colours, frame, across, upwards, linear)
         image.paste(panel, (index % 2 * WIDTH, index // 2 * HEIGHT))
     pen = ImageDraw.Draw(image)
     for index, name in enumerate(names):
@@ -41,26 +44,27 @@ def panels(titles: Mapping[str, Mapping[str, Points]], across: str, upwards: str
     return image.quantize(64)
 
 
-def _panel(title, lines, colours, frame, across, upwards) -> Image.Image:
+def _panel(title, lines, colours, frame, across, upwards, linear) -> Image.Image:
     left, right, low, high = frame
+    scaled, unscaled = (float, float) if linear else (math.log, math.exp)
     panel = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(panel)
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
-            LEFT + (WIDTH - LEFT - RIGHT) * (math.log(x) - left) / max(right - left, 1e-9),
-            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (math.log(y) - low) / max(high - low, 1e-9),
+            LEFT + (WIDTH - LEFT - RIGHT) * (scaled(x) - left) / max(right - left, 1e-9),
+            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (scaled(y) - low) / max(high - low, 1e-9),
         )
 
-    for power in range(math.ceil(low / math.log(10)), math.floor(high / math.log(10)) + 1):
-        y = place(math.exp(left), 10.0**power)[1]
+    for value in _even(low, high) if linear else _powers(low, high):
+        y = place(unscaled(left), value)[1]
         pen.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=(220, 220, 220))
-        pen.text((16, y - 6), f"{10.0**power:g}", fill="black")
+        pen.text((16, y - 6), f"{value:g}", fill="black")
     ticks = sorted({round(x) for points in lines.values() if len(points) > 1 for x, _ in points if x == round(x)})
     for x in ticks:
-        at = place(x, math.exp(low))[0]
+        at = place(x, unscaled(low))[0]
         pen.line([(at, HEIGHT - BOTTOM), (at, HEIGHT - BOTTOM + 4)], fill="black")
-        if x in (ticks[0], ticks[-1]) or x in (8, 16, 28):
+        if linear or x in (ticks[0], ticks[-1]) or x in (8, 16, 28):
             pen.text((at - 6, HEIGHT - BOTTOM + 6), str(x), fill="black")
     pen.line([(LEFT, TOP), (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], fill="black")
     pen.text((LEFT + 6, 6), f"{title}: {upwards}", fill="black")
@@ -71,3 +75,16 @@ def _panel(title, lines, colours, frame, across, upwards) -> Image.Image:
         for x, y in path:
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colours[name])
     return panel
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten between two logarithms."""
+    return [10.0**power for power in range(math.ceil(low / math.log(10)), math.floor(high / math.log(10)) + 1)]
+
+
+def _even(low: float, high: float) -> list[float]:
+    """Up to eight multiples of 1, 2 or 5 times a power of ten from `low` to `high`."""
+    span = max(high - low, 1e-9)
+    power = 10.0 ** math.floor(math.log10(span / 8))
+    step = next(factor * power for factor in (1, 2, 5, 10, 20) if span / (factor * power) <= 8)
+    return [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]

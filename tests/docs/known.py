@@ -146,6 +146,10 @@ OTHERS = {
     "python -m bench.likelihood": [
         ["python", "-m", "bench.likelihood", "--count", "1", "--steps", "1", "--draws", "1"],
     ],
+    **{
+        f"python -m bench.study {options}": [["python", "-m", "bench.study", "--help"]]
+        for options in ("--out out/study", "--out out/study --run NFT --seeds 1 --minutes 10", "--memory", "--draw")
+    },
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
     "python -m bench.gpu": [["python", "-m", "bench.gpu", "--help"]],
     "python bench/compare.py OLD.json NEW.json": [["python", "bench/compare.py", "--help"]],

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from functional_sd3.cli import SUBCOMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONTINUES = "# Continues the block above"
 """First line of a block of Python that continues the block above it."""
 

@@ -33,3 +33,8 @@ def test_register_tokens_are_a_third_stream_of_the_attention():
     shares = program("registers").main(count=3)
     assert list(shares) == ["image", "context", "registers"]
     assert all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) < 1e-5
+
+
+def test_flow_grpo_comes_to_draw_what_is_rewarded():
+    rewards = program("flow_grpo").main(updates=25)
+    assert sum(rewards[:3]) / 3 < 0.4 and sum(rewards[-3:]) / 3 > 0.7
