@@ -187,6 +187,9 @@ def _settings(
     contents = digests.model_digests(stored.params)
     if prompts is not None:
         contents["the prompts"] = digests.fingerprint(prompts)
+    for name in arguments.reward:
+        if name.startswith("psnr:"):
+            contents[f"the target of {name}"] = digests.file_digests([Path(name.partition(":")[2])])[0]
     return {
         **options,
         "params": os.pathsep.join(str(path.resolve()) for path in source),

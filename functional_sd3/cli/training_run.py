@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, setup: Setup) -> int:
             note=say,
         )
     except KeyboardInterrupt:
-        say(f"stopped without saving the last steps; {newest(checkpoints)}")
+        say(f"stopped at once; {newest(checkpoints)}")
         return 130
     except loop.UnsavedError as error:
         if int(error.state.step) == arguments.steps:
@@ -134,6 +134,7 @@ def _row_printer(first_step: int, steps: int):
     import time
 
     started = time.monotonic()
+    flat: list[int] = []
 
     def on_row(step: int, row: dict[str, float]) -> None:
         seconds = (time.monotonic() - started) / max(step - first_step, 1)
@@ -141,6 +142,12 @@ def _row_printer(first_step: int, steps: int):
         shown = [f"{name} {row[name]:.3g}" for name in ("reward", "spread", "kl", "rate") if name in row]
         words = [f"loss {row['loss']:.4f}", *shown, f"{1 / seconds:.3g} steps/s", f"{left} left"]
         say(f"step {step} of {steps}: {', '.join(words)}")
+        if row.get("spread") == 0 and not flat:
+            flat.append(step)
+            say(
+                "note: the rewards of every group were equal, so nothing was learned: a reward with more grades, a "
+                "larger --group or more --draws find differences"
+            )
 
     return on_row
 

@@ -44,7 +44,7 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError for a method that there is not, and for groups that do not make up the batch."""
+    """Raise ValueError for a method that there is not, groups that do not make up the batch, and numbers below 1."""
     if settings.method not in NAMES:
         raise ValueError(f"method {settings.method!r} must be one of {', '.join(NAMES)}")
     if settings.group < 2:
@@ -53,5 +53,9 @@ def check(settings: Settings) -> None:
         raise ValueError(
             f"group {settings.group} is larger than the batch of {settings.batch} images: an update takes whole groups"
         )
+    numbers = {"draws": settings.draws, "updates": settings.updates, "rows": settings.rows}
+    for name, number in {**numbers, "at_once": 1 if settings.at_once is None else settings.at_once}.items():
+        if number < 1:
+            raise ValueError(f"{name} {number} must be at least 1")
     if settings.batch % settings.group:
         raise ValueError(f"batch {settings.batch} must be a multiple of the group, {settings.group} images a prompt")

@@ -45,6 +45,27 @@ def same(images, prompts, facts):
 def blind(images, prompts, facts):
     return {"red": images.detach()[:, 0].mean((1, 2))}
 
+def named_as_the_log(images, prompts, facts):
+    global calls
+    calls += 1
+    return {"red" if calls < 3 else "old_distance": images[:, 0].mean((1, 2)), "one": torch.ones(len(prompts))}
+
+def giving_up(images, prompts, facts):
+    global calls
+    calls += 1
+    if calls > 2:
+        raise KeyboardInterrupt
+    return red(images, prompts, facts)
+
+def dying_of_the_signal(images, prompts, facts):
+    try:
+        return interrupting(images, prompts, facts)
+    except KeyboardInterrupt:
+        raise RuntimeError("a worker of the scorer was interrupted")
+
+def numbers(images, prompts, facts):
+    return {"red": images[:, 0].mean((1, 2)).numpy()}
+
 def interrupting(images, prompts, facts):
     global calls
     calls += 1
@@ -62,6 +83,7 @@ def functions(tmp_path, monkeypatch):
     import sys
 
     (tmp_path / "reward_functions.py").write_text(FUNCTIONS)
+    (tmp_path / "broken_module.py").write_text("print(")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "reward_functions", raising=False)
     yield "reward_functions"
@@ -173,6 +195,7 @@ def test_draft_needs_a_reward_with_a_gradient(command, tmp_path):
         ("later", "reward reward_functions:later raised RuntimeError: the scorer is gone", 3),
         ("nan", "score 'red' is nan for 8 of 8 images", 2),
         ("shape", "has shape [2]; it must be (8,)", None),
+        ("numbers", "its score 'red' is ndarray; it must be a tensor (8,)", None),
     ],
 )
 def test_a_reward_that_fails_ends_the_run_with_its_state_saved(command, tmp_path, name, said, kept):
@@ -194,9 +217,25 @@ def test_a_reward_that_fails_ends_the_run_with_its_state_saved(command, tmp_path
         assert f"resuming at step {kept} of 4" in command("--out", out, "--resume", *words)[1]
 
 
-def test_a_signal_within_a_rollout_gives_it_up_and_saves(command, tmp_path):
+def test_a_score_with_the_name_of_a_column_of_the_log_is_an_error(command, tmp_path):
+    words = ["--reward", "reward_functions:named_as_the_log", "--weight", "one=1", "--save-every", 100]
+    with pytest.raises(RewardError, match="a reward gives the score old_distance, which the log has of its own"):
+        command("--out", tmp_path / "out", *words)
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path / "out" / "checkpoints")] == [2]
+
+
+def test_what_is_no_exception_within_a_rollout_keeps_the_steps_before(command, tmp_path):
+    words = ["--reward", "reward_functions:giving_up", "--weight", "red=1", "--save-every", 100]
+    status, messages = command("--out", tmp_path / "out", *words)
+    assert status == 130 and "stopped at once; --resume goes on from the newest checkpoint" in messages
+    assert [checkpoint.step_of(path) for path in checkpoint.paths(tmp_path / "out" / "checkpoints")] == [2]
+
+
+# The second reports the signal as an error of its own, as a pool of processes does.
+@pytest.mark.parametrize("name", ["interrupting", "dying_of_the_signal"])
+def test_a_signal_within_a_rollout_gives_it_up_and_saves(command, tmp_path, name):
     command("--out", tmp_path / "whole", "--reward", "reward_functions:red", "--weight", "red=1")
-    words = ["--reward", "reward_functions:interrupting", "--weight", "red=1", "--save-every", 100]
+    words = ["--reward", f"reward_functions:{name}", "--weight", "red=1", "--save-every", 100]
     status, messages = command("--out", tmp_path / "cut", *words)
     assert status == 130 and "stopped at step 3, saved in" in messages
     assert command("--out", tmp_path / "cut", *words, "--resume")[0] == 0
@@ -206,7 +245,8 @@ def test_a_signal_within_a_rollout_gives_it_up_and_saves(command, tmp_path):
 
 def test_groups_without_spread_teach_nothing_and_are_logged(command, model_folder, tmp_path):
     words = ["--reward", "reward_functions:same", "--draws", 2, "--steps", 2]
-    assert command("--out", tmp_path / "out", *words)[0] == 0
+    status, messages = command("--out", tmp_path / "out", *words)
+    assert status == 0 and messages.count("note: the rewards of every group were equal, so nothing was learned") == 1
     rows = log.read(tmp_path / "out" / "log.csv")
     assert [(row["draws"], row["spread"], row["all_right"], row["kl"]) for row in rows] == [("2", "0", "1", "nan")] * 2
     ours, theirs = (weights.load(path, dtype="stored").params for path in (model_folder, tmp_path / "out"))
@@ -218,6 +258,8 @@ def test_a_change_needs_force(command, tmp_path):
     (tmp_path / "prompts.txt").write_text("a large red circle\na small blue star\n")
     with pytest.raises(ValueError, match="lr 0.01 -> 0.02"):
         command("--out", tmp_path / "out", "--resume", "--lr", 0.02)
+    with pytest.raises(ValueError, match=r"reward \['reward_functions:red'\] -> \['reward_functions:blind'\]"):
+        command("--out", tmp_path / "out", "--resume", reward_name="blind")
     with pytest.raises(ValueError, match="lora None -> 2.*Even with --force"):
         command("--out", tmp_path / "out", "--resume", "--force", "--lora", 2)
     status, messages = command(
@@ -256,6 +298,8 @@ def test_a_change_needs_force(command, tmp_path):
         (["--method", "draft", "--last", 3], "--last 3 must be at most --sampling-steps 2"),
         (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is no file"),
         (["--reward", "reward_functions:nothing"], "the module reward_functions has no nothing"),
+        (["--reward", "no_such_module:red"], "the module no_such_module cannot be imported: No module named"),
+        (["--reward", "broken_module:red"], "the module broken_module cannot be imported: '(' was never closed"),
         (["--reward", "reward_functions:red", "--weight", "blue=1"], "no reward gives the score blue"),
     ],
 )
@@ -274,6 +318,24 @@ def test_a_target_of_another_size_is_refused(command, tmp_path):
         command("--out", tmp_path / "out", "--reward", "psnr:wide.png")
     Image.new("RGB", (16, 16), (200, 0, 0)).save(tmp_path / "red.png")
     assert command("--out", tmp_path / "out", "--reward", "psnr:red.png", "--steps", 1)[0] == 0
+    Image.new("RGB", (16, 16), (0, 0, 200)).save(tmp_path / "red.png")
+    with pytest.raises(ValueError, match="contents of the target of psnr:red.png changed"):
+        command("--out", tmp_path / "out", "--reward", "psnr:red.png", "--steps", 2, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "ppo"}, "method 'ppo' must be one of nft, awm"),
+        ({"group": 1}, "group 1 must be at least 2"),
+        ({"group": 16, "batch": 8}, "group 16 is larger than the batch of 8 images"),
+        ({"group": 3, "batch": 8}, "batch 8 must be a multiple of the group, 3"),
+        *(({name: 0}, f"{name} 0 must be at least 1") for name in ("draws", "updates", "rows", "at_once")),
+    ],
+)
+def test_what_is_wrong_with_settings_is_said(options, said):
+    with pytest.raises(ValueError, match=said):
+        reward_settings.check(reward_settings.Settings(**{"method": "nft", "steps": 1, **options}))
 
 
 def test_the_words_of_the_command_line_are_those_of_the_methods():

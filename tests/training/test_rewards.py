@@ -88,6 +88,31 @@ def test_several_rewards_are_one_and_an_error_names_its_reward():
         )
 
 
+def test_a_reward_may_change_what_it_gets():
+    def destructive(images, prompts, facts):
+        brightness = images.mean((1, 2, 3))
+        images.zero_()
+        prompts.clear()
+        facts.append(None)
+        return {"first": brightness}
+
+    images = torch.ones(3, 3, 8, 8)
+    after = lambda images, prompts, facts: {"second": images.mean((1, 2, 3)) + len(prompts) + len(facts)}  # noqa: E731
+    both = rewards.combined({"first": destructive, "second": after})
+    scores = both(images, PROMPTS, [None] * 3)
+    assert scores["first"].tolist() == [1] * 3 and scores["second"].tolist() == [7] * 3
+    assert images.all() and PROMPTS == ["a", "b", "c"]
+    # The images of draft have a gradient, which passes through the copy.
+    gradient = torch.func.grad(lambda x: both(x, PROMPTS, [None] * 3)["second"].sum())(images)
+    torch.testing.assert_close(gradient, torch.full_like(images, 1 / 192))
+
+
+def test_a_sum_of_scores_beyond_float32_is_an_error():
+    scores = {"x": torch.full((3,), 3e38), "y": torch.full((3,), 3e38)}
+    with pytest.raises(RewardError, match="too large for float32"):
+        rewards.total(scores, {"x": 1.0, "y": 1.0})
+
+
 def test_a_reward_is_named_by_module_and_function(tmp_path, monkeypatch):
     (tmp_path / "my_rewards_here.py").write_text(
         "import torch\ndef one(i, p, f): return torch.ones(len(p))\nthing = 3\n"
@@ -169,6 +194,11 @@ def test_groups_are_gathered_until_the_batch_is_full():
     assert rollouts.gather(lambda attempt: parts[0], 2, 1).rows["latents"].flatten().tolist() == [4, 5]
     none = rollouts.gather(lambda attempt: groups([[1.0, 1.0], [0.0, 0.0]]), 2, 3)
     assert none.rows is None and float(none.metrics["draws"]) == 3 and float(none.metrics["all_right"]) == 0.5
+    other = [parts[0], parts[1]._replace(scores={"s": parts[1].rewards, "more": parts[1].rewards})]
+    with pytest.raises(RewardError, match="gave the scores s, and then s, more: give the same each time"):
+        rollouts.gather(lambda attempt: other[attempt], 2, 4)
+    with pytest.raises(RewardError, match="a reward gives the score spread, which the log has of its own"):
+        rollouts.gather(lambda attempt: parts[0]._replace(scores={"spread": parts[0].rewards}), 2, 4)
 
 
 def test_an_image_of_a_rollout_depends_on_its_own_key():
