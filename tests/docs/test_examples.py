@@ -38,3 +38,29 @@ def test_register_tokens_are_a_third_stream_of_the_attention():
 def test_flow_grpo_comes_to_draw_what_is_rewarded():
     rewards = program("flow_grpo").main(updates=25)
     assert sum(rewards[:3]) / 3 < 0.4 and sum(rewards[-3:]) / 3 > 0.7
+
+
+def test_a_classifiers_gradient_through_the_network_sets_the_colour(tmp_path):
+    out = tmp_path / "images.png"
+    probabilities = program("classifier_gradient").main(count=2, steps=8, out=str(out))
+    assert probabilities["through the network"] > 0.5 > 0.1 > probabilities["none"]
+    assert probabilities["of x_0 alone"] < 0.5
+    with Image.open(out) as sheet:
+        assert sheet.size[0] > 2 * 64 and sheet.size[1] > 3 * 64
+
+
+def test_an_ensemble_of_loras_agrees_on_what_it_learned():
+    ratios = program("lora_ensemble").main(updates=12, noises=2)
+    assert list(ratios) == ["large red circle", "large red square", "large blue circle", "small green star"]
+    assert ratios["large red circle"] > 1 and ratios["large blue circle"] > 1.5
+
+
+def test_influence_predicts_what_leaving_an_image_out_does():
+    for predicted, true in program("influence").main(count=16, left_out=2, iterations=6):
+        assert predicted * true > 0 and 0.6 < predicted / true < 1.6
+
+
+def test_newer_examples_are_of_at_most_sixty_lines():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    longer = {name for name, length in lengths.items() if length > 60}
+    assert longer <= {"learn_grid.py", "optimise_prompt.py"}
