@@ -137,7 +137,7 @@ def _add_joint_attention(
     return added
 
 
-def _checked(attend: Attend, streams: list[Stream]) -> Sequence[Tensor | None]:
+def _checked(attend: Attend, streams: list[Stream]) -> list[Tensor | None]:
     """attend(streams), of which each stream with queries must have a tensor like its values."""
     attended: Any = attend(streams)
     count, name = len(streams), function_name(attend)
@@ -159,7 +159,7 @@ def _checked(attend: Attend, streams: list[Stream]) -> Sequence[Tensor | None]:
                 f"attend {name} returned {what} for stream {index}, which has queries; it must return {value.dtype} "
                 f"{list(shape)} (batch, heads, tokens, head_dim) on {value.device}"
             )
-    return attended
+    return list(attended)
 
 
 def _attend_alone(
