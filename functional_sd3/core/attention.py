@@ -20,8 +20,7 @@ from functional_sd3.core.recompute import Recompute
 Implementation = Literal["sdpa", "math"]
 
 BLOCK_SCORES = 1 << 18
-"""Scores (rows x keys, all heads) computed at once: 1 MiB of float32, which fits a core's cache. The tangent at 4,096
-tokens takes 1.22 s in blocks of 2^15 scores, 1.02 s in blocks of 2^18, 1.10 s in blocks of 2^20."""
+"""Scores (rows x keys, all heads) of one block of the formula: 1 MiB of float32, which fits a core's cache."""
 LEAST_ROWS = 64
 """Least rows of a block: products of few rows are slow (3 times the time with 8)."""
 
@@ -120,7 +119,7 @@ def attention_formula(
 
 
 def block_rows(query: Tensor, key: Tensor) -> int:
-    """Queries of one block of `softmax_attention`, and of a tile of `kernels.attention_tiles`."""
+    """Queries of one block of `softmax_attention`."""
     scores_of_a_row = math.prod(query.shape[:-2]) * key.shape[-2]
     return max(LEAST_ROWS, BLOCK_SCORES // max(1, scores_of_a_row))
 

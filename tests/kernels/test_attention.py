@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from functional_sd3.core import attention, prng
 from functional_sd3.core.attention import attention as attend
+from functional_sd3.kernels import attention_tiles
 from tests.docs import markdown
 
 BATCH, HEADS, TOKENS, OTHERS, WIDTH = 2, 3, 13, 17, 8
@@ -18,9 +19,10 @@ BATCH, HEADS, TOKENS, OTHERS, WIDTH = 2, 3, 13, 17, 8
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles and blocks of four rows and two heads, so that every loop here has several steps."""
+    """Blocks of four rows and tiles of eight, so that every loop here has several steps."""
     monkeypatch.setattr(attention, "LEAST_ROWS", 4)
     monkeypatch.setattr(attention, "BLOCK_SCORES", 200)
+    monkeypatch.setattr(attention_tiles, "TILE_SCORES", 150)
 
 
 @pytest.fixture(autouse=True)
@@ -294,3 +296,18 @@ def test_the_table_of_the_docs_names_what_is_tested_and_nothing_else():
             assert sum(ORDERS.get(word, 0) for word in words) == int(first[0]), name
     variants = PAGE.split("each in these variants: ")[1].split(".")[0]
     assert [name.strip() for name in variants.split(",")] == list(VARIANTS)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scores", [1, 150, 500, 1 << 19], ids="tiles of {} scores".format)
+def test_tiles_of_any_size_cover_each_visible_score_once(scores, causal, monkeypatch):
+    monkeypatch.setattr(attention_tiles, "TILE_SCORES", scores)
+    covered = torch.zeros(BATCH * HEADS, TOKENS, OTHERS, dtype=torch.int64)
+    for part in attention_tiles.Tiles(Q, K, V, None, causal, 1.0):
+        assert covered[tuple(part)].numel() <= max(scores, attention.LEAST_ROWS * OTHERS)
+        covered[tuple(part)] += 1
+    visible = torch.ones(TOKENS, OTHERS, dtype=torch.bool).tril() if causal else torch.tensor(True)
+    assert (covered[:, visible.expand(TOKENS, OTHERS)] == 1).all() and covered.max() == 1
+    ours, formula = (partial(attend, causal=causal, implementation=how) for how in ("sdpa", "math"))
+    for name in ("jvp", "jvp(grad)"):
+        assert_equal(COMPOSITIONS[name](ours), COMPOSITIONS[name](formula))

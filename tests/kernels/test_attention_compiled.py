@@ -7,6 +7,7 @@ from torch.func import grad, jvp, vmap
 from bench.timing import allocated_peak
 from functional_sd3.core import attention, prng, transform
 from functional_sd3.core.attention import attention as attend
+from functional_sd3.kernels import attention_tiles
 from tests.docs import markdown
 
 
@@ -110,6 +111,7 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_memory_is_linear_in_the_tokens(name, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", 1 << 14)
+    monkeypatch.setattr(attention_tiles, "TILE_SCORES", 1 << 14)
     monkeypatch.setattr(attention, "LEAST_ROWS", 16)
     short, long = (
         allocated_peak(lambda tokens=tokens: ORDERS[name](random(1, 1, 1, tokens, 4))) for tokens in (256, 1024)
