@@ -47,6 +47,7 @@ UNTRACKED: frozenset[Tracking] = frozenset({"none"})
 DIFFERENTIABLE: frozenset[Tracking] = frozenset({"none", "autograd"})
 COMPILED: frozenset[Tracking] = frozenset({"compiler"})
 TRANSFORMED: frozenset[Tracking] = frozenset({"autograd", "other"})
+TRANSFORMS: frozenset[Tracking] = frozenset({"other"})
 # Module globals, which a compiler can read; `plain` in one thread costs the others speed, never a result.
 _plain_depth = 0
 _table: dict[str, tuple[Kernel, ...]] | None = None

@@ -169,9 +169,18 @@ def norm_spec(width: int, *, bias: bool = True) -> Tree:
     return tree
 
 
+@op
 def layer_norm(params: Params, x: Tensor, eps: float) -> Tensor:
-    """Layer norm (Ba et al. 2016) over the last axis; `params` may be empty: a norm without scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], params.get("weight"), params.get("bias"), eps)
+    """Layer norm (Ba et al. 2016) over the last axis; `params` may be empty: a norm without scale and shift.
+
+    (x - mean) / sqrt(variance + eps) * weight + bias; statistics in float32 at least.
+    """
+    centred = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = centred - centred.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if "weight" in params:
+        normed = normed * params["weight"]
+    return (normed + params["bias"] if "bias" in params else normed).to(x.dtype)
 
 
 @op
@@ -198,6 +207,18 @@ def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
 def group_norm_silu(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
     """SiLU of the group norm."""
     return F.silu(group_norm(params, x, groups, eps))
+
+
+@op
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift: the modulation of adaptive layer norm (Peebles and Xie 2023, arXiv:2212.09748)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+@op
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch: a residual branch with a gate for each channel."""
+    return torch.addcmul(x, gate, branch)
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -5,8 +5,20 @@ under which it may run; each equals its formula (`tests/kernels`). Kernels are i
 of PyTorch are called once before they are relied on; a missing one costs speed only.
 """
 
-from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, TRANSFORMED, UNTRACKED, Kernel
-from functional_sd3.kernels import attention, cuda, foreach, inductor, layouts, norms, onednn, winograd
+from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, TRANSFORMED, TRANSFORMS, UNTRACKED, Kernel
+from functional_sd3.kernels import (
+    attention,
+    cuda,
+    foreach,
+    inductor,
+    layouts,
+    linear,
+    modulation_functions,
+    norm_functions,
+    norms,
+    onednn,
+    winograd,
+)
 
 _LISTS = DIFFERENTIABLE | COMPILED
 
@@ -18,7 +30,9 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "layers.linear": (
         Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),
+        Kernel(linear.in_graph, linear.fits, COMPILED),
         Kernel(inductor.linear, inductor.fits_linear, COMPILED),
+        Kernel(linear.differentiable, linear.fits, TRANSFORMS),
     ),
     "layers.linear_activation": (
         Kernel(onednn.linear_activation, onednn.fits_linear_activation, UNTRACKED),
@@ -32,9 +46,16 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "layers.rms_norm": (
         Kernel(norms.rms_norm, norms.fits_rms_norm, UNTRACKED),
         Kernel(cuda.rms_norm, cuda.fits_rms_norm, DIFFERENTIABLE, 1e-2),
+        Kernel(norm_functions.rms_norm, norm_functions.fits, TRANSFORMS),
+    ),
+    "layers.layer_norm": (
+        Kernel(norms.layer_norm, norms.fits_layer_norm, UNTRACKED | TRANSFORMED | COMPILED),
+        Kernel(norm_functions.layer_norm, norm_functions.fits, TRANSFORMS),
     ),
     "layers.group_norm": (Kernel(norms.group_norm, norms.fits_group_norm, UNTRACKED, 5e-6),),
     "layers.group_norm_silu": (Kernel(norms.group_norm_silu, norms.fits_group_norm, UNTRACKED, 5e-6),),
+    "layers.modulate": (Kernel(modulation_functions.modulate, modulation_functions.fits, TRANSFORMS),),
+    "layers.add_gated": (Kernel(modulation_functions.add_gated, modulation_functions.fits, TRANSFORMS),),
     "layers.gelu_tanh": (Kernel(inductor.gelu_tanh, inductor.fits_gelu_tanh, COMPILED),),
     "prng.threefry": (
         Kernel(cuda.threefry, cuda.fits_threefry, UNTRACKED, 0.0),

@@ -30,6 +30,6 @@ def differentiable(
 def in_graph(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """`differentiable` as one call in a compiled graph. A compiler that read it would ignore the functions' rules."""
     # Imported while a compiler traces: the mark that it sets imports the compiler.
-    from functional_sd3.kernels import attention_graph
+    from functional_sd3.kernels import graph_calls
 
-    return attention_graph.attention(query, key, value, mask, causal, scale)
+    return graph_calls.attention(query, key, value, mask, causal, scale)

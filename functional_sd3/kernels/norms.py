@@ -1,4 +1,4 @@
-"""Norms on CPUs in fewer passes over memory, for untracked float32 tensors."""
+"""Norms in fewer passes over memory: PyTorch's layer norm, and others on CPUs for untracked float32 tensors."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sd3.core.dispatch import in_forward_mode
 from functional_sd3.core.types import Params
 
 NAIVE_SUM = 1 << 16
@@ -13,6 +14,17 @@ NAIVE_SUM = 1 << 16
 CPU, is wrong in the sixth decimal."""
 NUMBERS_AT_ONCE = 1 << 17
 """Numbers summed together, few enough for a core's cache."""
+
+
+def fits_layer_norm(params: Params, x: Tensor, eps: float) -> bool:
+    """Not under forward mode: PyTorch 2.13's tangent holds the mean and variance to be constant when it is itself
+    differentiated, so that grad(jvp) and jvp(jvp) of it are wrong, without an error."""
+    return not in_forward_mode()
+
+
+def layer_norm(params: Params, x: Tensor, eps: float) -> Tensor:
+    """`layers.layer_norm` as PyTorch computes it."""
+    return F.layer_norm(x, x.shape[-1:], params.get("weight"), params.get("bias"), eps)
 
 
 def fits_rms_norm(params: Params, x: Tensor, eps: float) -> bool:

@@ -22,7 +22,7 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.checks import check_shape, check_times
 from functional_sd3.transformer.embeddings import embed_time
-from functional_sd3.transformer.joint_block import EPS, modulate, norm
+from functional_sd3.transformer.joint_block import EPS, norm
 
 _EPS = 1e-5
 
@@ -174,14 +174,14 @@ def _resample_block(params, heads, image, tokens, time, implementation) -> Tenso
     """Block of the resampler: tokens attend to the image's features and to themselves; modulated by time."""
     parts = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(4, dim=-1)
     shift, scale, mlp_shift, mlp_scale = parts
-    normed = modulate(layers.layer_norm(params["token_norm"], tokens, _EPS), shift, scale)
+    normed = layers.modulate(layers.layer_norm(params["token_norm"], tokens, _EPS), shift, scale)
     attention_input = torch.cat([layers.layer_norm(params["image_norm"], image, _EPS), normed], dim=1)
     query = split_heads(layers.linear(params["query"], normed), heads)
     key_value = layers.linear(params["key_value"], attention_input)
     key, value = (split_heads(part, heads) for part in key_value.chunk(2, dim=-1))
     attended = attention(query, key, value, implementation=implementation)
     tokens = tokens + layers.linear(params["out"], merge_heads(attended))
-    hidden = modulate(layers.layer_norm(params["mlp_norm"], tokens, _EPS), mlp_shift, mlp_scale)
+    hidden = layers.modulate(layers.layer_norm(params["mlp_norm"], tokens, _EPS), mlp_shift, mlp_scale)
     return tokens + layers.mlp(params["mlp"], hidden, "gelu")
 
 
@@ -189,7 +189,7 @@ def _key_value(params: Params, config: Config, tokens: Tensor, time: Tensor, sca
     """Keys and values (batch, heads, tokens, head_dim) for one attention, and norms for the image stream's queries and
     keys in it."""
     shift, scales = layers.linear(params["modulation"], F.silu(time))[:, None].chunk(2, dim=-1)
-    modulated = modulate(norm(tokens), shift, scales)
+    modulated = layers.modulate(norm(tokens), shift, scales)
     heads = config.width // config.head_dim
     key, value = (split_heads(layers.linear(params[name], modulated), heads) for name in ("key", "value"))
     return {

@@ -93,9 +93,9 @@ def apply(
         if name in normed:
             shift, scale, gate = parts[name][6:]
             prompt = prompts.get("attention2") if index == 0 else None
-            modulated = modulate(normed.pop(name), shift, scale)
+            modulated = layers.modulate(normed.pop(name), shift, scale)
             attended = _attend_alone(params[name]["attention2"], heads, modulated, attending, prompt)
-            streams[name] = torch.addcmul(streams[name], gate, attended)
+            streams[name] = layers.add_gated(streams[name], gate, attended)
             del modulated, attended
         if "mlp" in params[name]:
             streams[name] = _add_mlp(params[name]["mlp"], streams[name], *parts[name][3:6])
@@ -119,7 +119,7 @@ def _add_joint_attention(
     prompt_attended = None
     for name, x in streams.items():
         shift, scale = parts[name][:2]
-        modulated = modulate(normed[name] if name in normed else norm(x), shift, scale)
+        modulated = layers.modulate(normed[name] if name in normed else norm(x), shift, scale)
         stream = _project(params[name]["attention"], heads, modulated)
         if attend_prompt and not projected:
             prompt_attended = attend_prompt(stream)
@@ -133,7 +133,7 @@ def _add_joint_attention(
             added[name] = x
             continue
         output = _project_out(params[name]["attention"], own, None if added else prompt_attended)
-        added[name] = torch.addcmul(x, parts[name][2], output)
+        added[name] = layers.add_gated(x, parts[name][2], output)
     return added
 
 
@@ -194,11 +194,6 @@ def norm(x: Tensor) -> Tensor:
     return layers.layer_norm({}, x, EPS)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
 def linear_spec(inputs: int, outputs: int) -> Tree:
     """A linear layer initialised as DiT's are (Peebles and Xie 2023): Xavier uniform, no bias yet."""
     return layers.linear_spec(inputs, outputs, init=specs.xavier_uniform(inputs, outputs))
@@ -242,7 +237,8 @@ def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
 
 def _add_mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
     """x + gate * MLP(modulate(norm(x)))."""
-    return torch.addcmul(x, gate, layers.mlp(params, modulate(norm(x), shift, scale), "gelu_tanh"))
+    branch = layers.mlp(params, layers.modulate(norm(x), shift, scale), "gelu_tanh")
+    return layers.add_gated(x, gate, branch)
 
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:

@@ -192,7 +192,7 @@ def apply(
         if residuals and (residual_after_last or index < config.depth - 1):
             image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
     shift, scale = joint_block.split_modulation(modulation["final"], config.width)
-    patches = layers.linear(params["final"]["out"], joint_block.modulate(joint_block.norm(image), shift, scale))
+    patches = layers.linear(params["final"]["out"], layers.modulate(joint_block.norm(image), shift, scale))
     return unpatchify(patches, config, height, width).to(latents.dtype)
 
 

@@ -118,10 +118,16 @@ sys.exit(bool(failed))
 
 
 USED_BY_EVERY_FUNCTION = {
+    "torch._C._functorch.CGradInterpreterPtr",
+    "torch._C._functorch.CJvpInterpreterPtr",
+    "torch._C._functorch.TransformType.Grad",
+    "torch._C._functorch.TransformType.Jvp",
     "torch._C._functorch.peek_interpreter_stack",
-    "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter",
-    "torch._functorch.utils.unwrap_dead_wrappers",
-    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "torch._C._functorch.pop_dynamic_layer_stack",
+    "torch._C._functorch.push_dynamic_layer_stack",
+    "torch._C._functorch.unwrap_if_dead",
+    "torch._C._set_fwd_grad_enabled",
+    "torch._C._set_grad_enabled",
     "torch.autograd.function._SingleLevelFunction",
 }
 """Without these PyTorch's own functions fail; `tests/kernels/test_single_level.py` does without all of them."""
