@@ -4,7 +4,17 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
-from functional_sd3.cli import controls, guidance, inputs, options, output, preview, prompt_words, report, written
+from functional_sd3.cli import (
+    controls,
+    guidance,
+    image_settings,
+    inputs,
+    options,
+    output,
+    preview,
+    prompt_words,
+    report,
+)
 from functional_sd3.cli.timing import Timer, progress
 
 if TYPE_CHECKING:
@@ -19,7 +29,7 @@ _RECORDED = ("seed", "size", "eta", "window", "source_cfg", "exact", "direct", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("picture", metavar="IMAGE", help="the image")
+    parser.add_argument("image", metavar="IMAGE", help="the image")
     parser.add_argument("--from", dest="source", metavar="PROMPT", required=True, help="a prompt of what it shows")
     parser.add_argument("--to", dest="target", metavar="PROMPT", required=True, help="a prompt of what it is to show")
     parser.add_argument(
@@ -52,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
     size = options.size(arguments.size)
     _check(arguments)
-    options.check_file(arguments.picture, arguments.picture)
+    options.check_file(arguments.image, arguments.image)
     options.check_run(arguments)
     if arguments.source_cfg is not None and arguments.source_cfg < 1:
         report.note(f"--source-cfg {arguments.source_cfg:g} is no guidance, as every scale up to 1")
@@ -68,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_sd3.pipeline import Request, StartImages
 
     opened = session.open_session(arguments, timer)
-    image = inputs.fitted_image(arguments.picture, opened, size)
+    image = inputs.fitted_image(arguments.image, opened, size)
     shown = session.image_size(opened, (image.shape[-1], image.shape[-2]))
     control = controls.prepare(arguments, opened.config, opened.fetch, shown, opened.dtype, opened.device)
     show = preview.prepare(arguments, opened, out, single=single)
@@ -152,6 +162,6 @@ def _window(text: str) -> tuple[float, float]:
     return start, end
 
 
-def _settings(arguments: argparse.Namespace) -> written.Settings:
-    first = {"subcommand": "edit", "picture": arguments.picture, "from": arguments.source, "to": arguments.target}
-    return {**first, **written.given(arguments, _RECORDED), **options.settings(arguments)}
+def _settings(arguments: argparse.Namespace) -> image_settings.Settings:
+    first = {"subcommand": "edit", "picture": arguments.image, "from": arguments.source, "to": arguments.target}
+    return {**first, **image_settings.given_options(arguments, _RECORDED), **options.settings(arguments)}

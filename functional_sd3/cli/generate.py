@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from functional_sd3.cli import (
     controls,
+    image_settings,
     inputs,
     numbers,
     options,
@@ -16,10 +17,9 @@ from functional_sd3.cli import (
     prompt_words,
     regions,
     report,
-    written,
 )
+from functional_sd3.cli.image_settings import Job
 from functional_sd3.cli.timing import Timer, progress
-from functional_sd3.cli.written import Job
 
 if TYPE_CHECKING:
     from functional_sd3.cli.opened_model import Session
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         writer.write(
             images,
             jobs,
-            lambda some: record(request(some), written.together(some, settings)),
+            lambda some: record(request(some), image_settings.joint_settings(some, settings)),
             out,
             single=single,
             timer=timer,

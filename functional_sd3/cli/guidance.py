@@ -108,12 +108,12 @@ def parse(text: str) -> GuidanceSpec:
     return GuidanceSpec(name, values)
 
 
-def scale(written: float) -> float:
-    """The scale that is meant by one written on a command line: up to 1 there is no guidance, as in diffusers.
+def scale(number: float) -> float:
+    """The guidance scale of a number on a command line: up to 1 there is no guidance, as in diffusers.
 
     1 is the prompt's own velocity. (Below it, `guidance.cfg` goes towards that of the negative prompt.)
     """
-    return max(1.0, written)
+    return max(1.0, number)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from functional_sd3.cli import options, written
+from functional_sd3.cli import image_settings, options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,14 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings(arguments: argparse.Namespace) -> written.Settings:
+def settings(arguments: argparse.Namespace) -> image_settings.Settings:
     """The options of start images, for the settings in an image."""
-    return written.given(arguments, _RECORDED)
+    return image_settings.given_options(arguments, _RECORDED)
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError for options that make no sense, before anything is loaded."""
-    alone = [f"--{name}" for name in written.given(arguments, _RECORDED) if name != "image"]
+    alone = [f"--{name}" for name in image_settings.given_options(arguments, _RECORDED) if name != "image"]
     if arguments.image is None and alone:
         raise ValueError(f"{' and '.join(alone)} needs --image: the image to begin from")
     if arguments.strength is not None and not 0 <= arguments.strength <= 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 from functional_sd3.cli import options, report
 
 HELP = "say what weights of any form hold, how they differ from others, or how an image was made"
-_MOST_SHOWN, _MOST_LINES = 20, 200
+_MAX_SHOWN, _MAX_LINES = 20, 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +32,14 @@ def run(arguments: argparse.Namespace) -> int:
 
         lines = merge.differences(path, Path(arguments.against), arguments.variant)
     else:
-        lines = _picture(path) if _is_picture(path) else _weights(path, arguments)
+        lines = _image(path) if _is_image(path) else _weights(path, arguments)
     for line in lines:
         report.say(line)
     return 0
 
 
-def _is_picture(path: Path) -> bool:
-    """Whatever is neither a folder nor looks like weights, so that its error is that of an image."""
+def _is_image(path: Path) -> bool:
+    """True for a file that does not start as weights do: what is unknown gets the error of an image."""
     if not path.is_file() or path.suffix == ".safetensors":
         return False
     from functional_sd3.formats import files
@@ -48,22 +48,22 @@ def _is_picture(path: Path) -> bool:
     return not (start[8:9] == b"{" or start.startswith((b"PK\3\4", b"GGUF", b"\x80", b"{")))
 
 
-def _picture(path: Path) -> Iterator[str]:
-    from functional_sd3.cli import written
+def _image(path: Path) -> Iterator[str]:
+    from functional_sd3.cli import image_settings
 
     try:
-        record = written.read_record(path)
+        record = image_settings.read_record(path)
     except ValueError as error:
         unknown = "of no known format" in str(error)
         raise ValueError(f"{error}, and no weights that are known" if unknown else str(error)) from None
     if record is None:
         raise ValueError(f"{path} is an image without the settings of functional-sd3 generate")
-    lines = [line for name, part in record.items() for line in written.lines(name, part)]
-    yield from lines[:_MOST_LINES]
-    if len(lines) > _MOST_LINES:
-        yield f"and {len(lines) - _MOST_LINES} more lines"
+    lines = [line for name, part in record.items() for line in image_settings.lines(name, part)]
+    yield from lines[:_MAX_LINES]
+    if len(lines) > _MAX_LINES:
+        yield f"and {len(lines) - _MAX_LINES} more lines"
     yield ""
-    yield written.command(record["command"])
+    yield image_settings.command(record["command"])
 
 
 def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
@@ -111,7 +111,7 @@ def _header(path: Path, depth: int) -> Iterator[str]:
 
     header = files.read_header(path)
     yield f"{path}: {len(header.tensors)} tensors"
-    shown = list(header.tensors.items())[: _MOST_SHOWN if depth else None]
+    shown = list(header.tensors.items())[: _MAX_SHOWN if depth else None]
     for name, entry in shown:
         yield f"  {name} {list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
     if len(header.tensors) > len(shown):
@@ -122,10 +122,10 @@ def _header(path: Path, depth: int) -> Iterator[str]:
 def _values(nonfinite, looked: bool) -> Iterator[str]:
     if looked and not nonfinite:
         yield "  all values are finite"
-    for name, what in nonfinite[:_MOST_SHOWN]:
+    for name, what in nonfinite[:_MAX_SHOWN]:
         yield f"  {name} holds {what}"
-    if len(nonfinite) > _MOST_SHOWN:
-        yield f"  and {len(nonfinite) - _MOST_SHOWN} more tensors"
+    if len(nonfinite) > _MAX_SHOWN:
+        yield f"  and {len(nonfinite) - _MAX_SHOWN} more tensors"
 
 
 def _metadata(title: str, said) -> Iterator[str]:

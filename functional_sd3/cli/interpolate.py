@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from functional_sd3.cli import controls, numbers, options, output, preview, prompt_words, report, written
+from functional_sd3.cli import controls, image_settings, numbers, options, output, preview, prompt_words, report
 from functional_sd3.cli.timing import Timer, progress
 
 if TYPE_CHECKING:
@@ -150,20 +150,24 @@ def _seed(word: str, seeds: str) -> int:
         raise ValueError(f"--seeds {seeds!r} must be whole numbers, such as 3,4: {error}") from None
 
 
-def _settings(arguments: argparse.Namespace, size: tuple[int, int]) -> written.Settings:
-    own = {**written.given(arguments, _RECORDED), "size": "x".join(map(str, size)), **options.settings(arguments)}
+def _settings(arguments: argparse.Namespace, size: tuple[int, int]) -> image_settings.Settings:
+    own = {
+        **image_settings.given_options(arguments, _RECORDED),
+        "size": "x".join(map(str, size)),
+        **options.settings(arguments),
+    }
     return {"subcommand": "interpolate", "prompts": arguments.prompts, **own}
 
 
 def _write(
-    out: Path, single: bool, images: "Tensor", record: written.Record, arguments: argparse.Namespace
+    out: Path, single: bool, images: "Tensor", record: image_settings.Record, arguments: argparse.Namespace
 ) -> list[Path]:
     suffixes = [out.suffix.lower()] if single else [".png", ".gif"]
     return [_save(out, single, suffix, images, record, arguments) for suffix in suffixes]
 
 
 def _save(
-    out: Path, single: bool, suffix: str, images: "Tensor", record: written.Record, arguments: argparse.Namespace
+    out: Path, single: bool, suffix: str, images: "Tensor", record: image_settings.Record, arguments: argparse.Namespace
 ) -> Path:
     """Write a strip, or an animation where the suffix is of one; its path."""
     from functional_sd3.formats import files

@@ -9,7 +9,7 @@ HELP = "rank prompts for an image by how likely each makes it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("picture", metavar="IMAGE", help="the image")
+    parser.add_argument("image", metavar="IMAGE", help="the image")
     parser.add_argument(
         "--prompt", dest="prompts", metavar="TEXT", action="append", required=True, help="a prompt; may be repeated"
     )
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
     size = options.size(arguments.size)
     output.check_files(arguments.json)
-    options.check_file(arguments.picture, arguments.picture)
+    options.check_file(arguments.image, arguments.image)
     options.check_run(arguments)
 
     import torch
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method in ranking.UNFIT:
         why = "takes steps of a mean velocity" if arguments.method in ranking.MEAN else "draws noise"
         raise ValueError(f"--method {arguments.method} {why}; a likelihood needs one of {', '.join(ranking.FIT)}")
-    image = inputs.fitted_image(arguments.picture, opened, size)
+    image = inputs.fitted_image(arguments.image, opened, size)
     session.image_size(opened, (image.shape[-1], image.shape[-2]))
     prompts = list(dict.fromkeys(arguments.prompts))
     session.note_truncated(opened, [*prompts, arguments.negative], arguments)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from functional_sd3.formats.printable import shorten
 
-_LARGEST = 2**31 - 1
+_MAX_INT = 2**31 - 1
 
 
 class OutOfRange(Exception):
@@ -24,7 +24,7 @@ class Range(NamedTuple):
 
 
 SEED = Range(-(2**63), 2**63 - 1, words="must be from -2^63 to 2^63 - 1, the seeds that there are")
-_COUNT = Range(1, _LARGEST)
+_COUNT = Range(1, _MAX_INT)
 _SHARE = Range(0, 1)
 _BELOW_ONE = Range(0, math.nextafter(1, 0), words="must be at least 0 and below 1")
 _POSITIVE = Range(0, above=True)
@@ -38,7 +38,7 @@ RANGES = {
     "--cfg": Range(),
     "--count": Range(1, 1_000_000),
     "--density": Range(0, 1, above=True),
-    "--depth": Range(0, _LARGEST),
+    "--depth": Range(0, _MAX_INT),
     "--draws": _COUNT,
     "--dropout": _BELOW_ONE,
     "--ema": _BELOW_ONE,
@@ -49,21 +49,21 @@ RANGES = {
     "--fake-updates": _COUNT,
     "--features": _COUNT,
     "--fps": Range(0, 100, above=True),
-    "--frames": Range(2, _LARGEST),
-    "--group": Range(2, _LARGEST),
+    "--frames": Range(2, _MAX_INT),
+    "--group": Range(2, _MAX_INT),
     "--inner": _COUNT,
     "--kl": Range(0),
     "--last": _COUNT,
     "--log-every": _COUNT,
-    "--lora": Range(1, _LARGEST, words="must be a rank of at least 1"),
+    "--lora": Range(1, _MAX_INT, words="must be a rank of at least 1"),
     "--lr": Range(0, above=True, words="must be a positive number"),
     "--noise": _POSITIVE,
-    "--overlap": Range(0, _LARGEST),
+    "--overlap": Range(0, _MAX_INT),
     "--pictures": _COUNT,
     "--probes": _COUNT,
     "--rank": _COUNT,
     "--rtol": _POSITIVE,
-    "--sample-every": Range(0, _LARGEST),
+    "--sample-every": Range(0, _MAX_INT),
     "--sampling-steps": _COUNT,
     "--save-every": _COUNT,
     "--seed": SEED,
@@ -75,13 +75,13 @@ RANGES = {
     "--subset-size": _COUNT,
     "--subsets": _COUNT,
     "--t": Range(),
-    "--tangent-warmup": Range(0, _LARGEST),
+    "--tangent-warmup": Range(0, _MAX_INT),
     "--teacher-steps": _COUNT,
     "--things": Range(1, 2),
     "--times": _COUNT,
     "--updates": _COUNT,
-    "--warmup": Range(0, _LARGEST),
-    "--window": Range(0, _LARGEST),
+    "--warmup": Range(0, _MAX_INT),
+    "--window": Range(0, _MAX_INT),
     "--workers": Range(0, 1024, words="must be 0 (none besides this process) to 1,024"),
     "distill --shift": _POSITIVE,
     "distill --steps": Range(1, 10**12),
@@ -109,7 +109,7 @@ def check_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _default_range(kind: type) -> Range:
-    return Range(-_LARGEST, _LARGEST) if kind is int else Range()
+    return Range(-_MAX_INT, _MAX_INT) if kind is int else Range()
 
 
 def reader(kind: type, flag: str, bounds: Range) -> Callable[[str], float]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from functional_sd3.cli import controls, distilled, guidance, lora_options, preview, written
+from functional_sd3.cli import controls, distilled, guidance, image_settings, lora_options, preview
 from functional_sd3.cli.parser import suggestion as nearest
 from functional_sd3.formats.printable import shorten
 
@@ -25,7 +25,7 @@ METHODS = (
 )  # fmt: skip
 """Names of `ode.NAMES`, known here without torch."""
 SHIPPED = "tiny"
-_LARGEST_SIDE = 100_000
+_MAX_SIDE = 100_000
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -115,9 +115,13 @@ def add_size(parser: argparse.ArgumentParser, default: str = "the model's own") 
     parser.add_argument("--size", metavar="WxH", help=f"in pixels, such as 1024x1024 (default: {default})")
 
 
-def settings(arguments: argparse.Namespace) -> written.Settings:
+def settings(arguments: argparse.Namespace) -> image_settings.Settings:
     """These options, for the settings in an image; another option is recorded by its name in `_RECORDED`."""
-    return {**written.given(arguments, _RECORDED), **guidance.settings(arguments), **controls.settings(arguments)}
+    return {
+        **image_settings.given_options(arguments, _RECORDED),
+        **guidance.settings(arguments),
+        **controls.settings(arguments),
+    }
 
 
 def check_run(arguments: argparse.Namespace) -> None:
@@ -177,6 +181,6 @@ def size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise ValueError(f"--size {text!r} must be WIDTHxHEIGHT in pixels, such as 1024x768")
     sides = int(match[1]), int(match[2])
-    if not 0 < min(sides) <= max(sides) <= _LARGEST_SIDE:
-        raise ValueError(f"--size {shorten(text)}: width and height must be from 1 to {_LARGEST_SIDE:,} pixels")
+    if not 0 < min(sides) <= max(sides) <= _MAX_SIDE:
+        raise ValueError(f"--size {shorten(text)}: width and height must be from 1 to {_MAX_SIDE:,} pixels")
     return sides

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from functional_sd3.cli import report
-from functional_sd3.cli.written import DESCRIPTION, METADATA, Record
+from functional_sd3.cli.image_settings import DESCRIPTION, METADATA, Record
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 ANIMATIONS = (".gif", ".webp")
-_LONGEST_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}
-_LONGEST_JPEG = 65_533
+_MAX_SIDE = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}
+_MAX_JPEG_COMMENT = 65_533
 """Bytes of a JPEG's comment."""
 
 
@@ -50,7 +50,7 @@ def destination(text: str | None, suffixes: Sequence[str] = IMAGES) -> tuple[Pat
 
 def check_fits(path: Path, width: int, height: int) -> None:
     """Raise ValueError where an image of this size is too large for the form that the suffix of `path` names."""
-    longest = _LONGEST_SIDE.get(path.suffix.lower())
+    longest = _MAX_SIDE.get(path.suffix.lower())
     if longest is not None and max(width, height) > longest:
         raise ValueError(
             f"--out {path}: the image would be {width}x{height}, but {path.suffix} has at most {longest:,} pixels a "
@@ -132,7 +132,7 @@ def encoded(image: "Image", suffix: str, record: Record) -> bytes:
     else:
         comment = f"{METADATA} {text}".encode()
         size = f"{len(comment):,} bytes"
-        if len(comment) > _LONGEST_JPEG:
+        if len(comment) > _MAX_JPEG_COMMENT:
             report.note(f"the settings, {size}, do not fit into a JPEG and are left out; a .png holds them")
             comment = b""
         image.save(buffer, format="JPEG", quality=95, subsampling=0, comment=comment)

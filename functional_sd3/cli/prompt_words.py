@@ -11,8 +11,8 @@ from functional_sd3.cli import options, report
 from functional_sd3.formats.printable import shorten
 
 STANDARD_INPUT = "-"
-_MOST_BYTES = 64 * 2**20
-_MOST_NAMED = 8
+_MAX_BYTES = 64 * 2**20
+_MAX_NAMED = 8
 
 
 def listed(words: Sequence[str], file: str | None) -> list[str]:
@@ -50,9 +50,9 @@ def note_unknown(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
     words = [word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())]
     unknown = list(dict.fromkeys(word for word in words if word not in known))
     if unknown:
-        more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+        more = f" and {len(unknown) - _MAX_NAMED} more" if len(unknown) > _MAX_NAMED else ""
         report.note(
-            f"the shipped model never learned: {', '.join(map(shorten, unknown[:_MOST_NAMED]))}{more}. "
+            f"the shipped model never learned: {', '.join(map(shorten, unknown[:_MAX_NAMED]))}{more}. "
             f"It knows {', '.join(shapes.SHAPES)}; {', '.join(shapes.COLOURS)}; {', '.join(shapes.RADII)}; "
             'such as "a large red circle on a white background". --params takes other models'
         )
@@ -73,7 +73,7 @@ def _text(file: str) -> str:
     if file != STANDARD_INPUT:
         if not Path(file).exists():
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", f"--prompts {file}")
-        return bounded.read_text(file, _MOST_BYTES)
+        return bounded.read_text(file, _MAX_BYTES)
     if sys.stdin is None:
         raise ValueError("--prompts -: standard input is closed; give a file, or pipe the prompts in")
     if sys.stdin.isatty():
@@ -81,7 +81,7 @@ def _text(file: str) -> str:
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None:
         return sys.stdin.read()
-    content = stream.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"--prompts -: standard input is longer than {_MOST_BYTES:,} bytes")
+    content = stream.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"--prompts -: standard input is longer than {_MAX_BYTES:,} bytes")
     return bounded.decode_text(content, "--prompts -")

@@ -73,7 +73,7 @@ def report(arguments: argparse.Namespace, prompts: list[str], scores: Tensor, di
         rows.append(row)
         lines.append(_line(row, by_likelihood))
     data = {
-        "picture": arguments.picture,
+        "picture": arguments.image,
         "by": arguments.by,
         "dimensions": dimensions,
         **{name: getattr(arguments, name) for name in _settings(arguments)},
@@ -99,7 +99,7 @@ def _head(arguments: argparse.Namespace, dimensions: int) -> str:
         adaptive = arguments.method in ode.ADAPTIVE
         run = arguments.method if adaptive else f"{arguments.steps} steps of {arguments.method}"
         what = f"log-likelihood in nats, bits per dimension, nats behind the best, prompt ({run}, {how})"
-    return f"{arguments.picture}, {dimensions:,} numbers of latents: {what}"
+    return f"{arguments.image}, {dimensions:,} numbers of latents: {what}"
 
 
 def _line(row: dict[str, Any], by_likelihood: bool) -> str:

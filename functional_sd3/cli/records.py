@@ -10,12 +10,12 @@ from typing import Any
 import functional_sd3
 from functional_sd3 import pipeline
 from functional_sd3.cli import controls, guidance, lora_options, options, regions, runtime
+from functional_sd3.cli.image_settings import Record, Settings
 from functional_sd3.cli.opened_model import Session
-from functional_sd3.cli.written import Record, Settings
 from functional_sd3.formats import default_dtype
 from functional_sd3.pipeline import Request
 
-_MOST_BYTES = 2**28
+_MAX_BYTES = 2**28
 """Larger files, such as ControlNets, are recorded by name and size alone: each run would read all of them."""
 
 
@@ -40,7 +40,7 @@ def recorder(opened: Session, arguments: argparse.Namespace) -> Callable[[Reques
 
 def _paths(arguments: argparse.Namespace) -> Iterator[Path]:
     """The files that the options of a drawing command name, the model's own weights aside."""
-    named = (getattr(arguments, name, None) for name in ("picture", "image", "mask"))
+    named = (getattr(arguments, name, None) for name in ("image", "mask"))
     yield from (Path(path) for path in named if path)
     yield from (lora_options.parse(text).path for text in arguments.lora)
     yield from (Path(runtime.word_source(text)[1]) for text in arguments.embedding)
@@ -56,7 +56,7 @@ def _digest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"folder": True}
     size = os.path.getsize(path)
-    if size > _MOST_BYTES:
+    if size > _MAX_BYTES:
         return {"bytes": size}
     with open(path, "rb") as file:
         return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

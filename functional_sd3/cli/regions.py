@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from functional_sd3.cli import inputs, numbers, written
+from functional_sd3.cli import image_settings, inputs, numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings(arguments: argparse.Namespace) -> written.Settings:
+def settings(arguments: argparse.Namespace) -> image_settings.Settings:
     """What an image's settings keep of its regions and tiles."""
-    return written.given(arguments, ("region", "tile"))
+    return image_settings.given_options(arguments, ("region", "tile"))
 
 
 def check(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from functional_sd3.formats import printable
 if TYPE_CHECKING:
     from functional_sd3.image.folders import Skipped
 
-_MOST_NAMED = 10
+_MAX_NAMED = 10
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -96,10 +96,10 @@ def note_skipped(where: str, count: int, skipped: "tuple[Skipped, ...]") -> None
     if not skipped:
         return
     note(f"{len(skipped)} of {count} images of {where} were skipped:")
-    for path, reason in skipped[:_MOST_NAMED]:
+    for path, reason in skipped[:_MAX_NAMED]:
         message(f"  {path}: {reason}")
-    if len(skipped) > _MOST_NAMED:
-        message(f"  and {len(skipped) - _MOST_NAMED} more (all of them in the output of --json)")
+    if len(skipped) > _MAX_NAMED:
+        message(f"  and {len(skipped) - _MAX_NAMED} more (all of them in the output of --json)")
 
 
 @contextmanager

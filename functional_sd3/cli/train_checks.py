@@ -9,7 +9,7 @@ from functional_sd3.cli import options
 
 OURS = ("checkpoints", "samples", "log.csv")
 """What a run that did not come to its end leaves in its folder."""
-_LEAST = {
+_MIN = {
     "steps": 1,
     "batch_size": 1,
     "accumulate": 1,
@@ -23,7 +23,7 @@ _LEAST = {
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError for an option, or options together, that make no sense, and for data that is not there."""
-    for name, least in _LEAST.items():
+    for name, least in _MIN.items():
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least {least}")
     if not 0 < arguments.lr < math.inf:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from functional_sd3.cli import output, report, runtime
-from functional_sd3.cli.written import Job, Record
+from functional_sd3.cli.image_settings import Job, Record
 from functional_sd3.image import pixels
 
 if TYPE_CHECKING:
     from functional_sd3.cli.timing import Timer
 
-_LARGEST_GRID = 2**27
+_MAX_GRID = 2**27
 """Pixels of the grid that a folder gets unasked."""
 
 
@@ -77,7 +77,7 @@ def check_fits(out: Path, size: tuple[int, int], count: int) -> None:
 
 def _has_grid(count: int, images: Tensor) -> bool:
     """True if a folder also gets a grid: of several images that one file can show."""
-    return 1 < count and count * images.shape[-1] * images.shape[-2] <= _LARGEST_GRID
+    return 1 < count and count * images.shape[-1] * images.shape[-2] <= _MAX_GRID
 
 
 def _say_path(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from functional_sd3.formats.printable import escape
 
 Result = TypeVar("Result")
-_MOST_SHOWN = 50
+_MAX_SHOWN = 50
 
 
 class WeightsError(ValueError):
@@ -17,7 +17,7 @@ class WeightsError(ValueError):
         problems = (problems,) if isinstance(problems, str) else problems
         # Names in hostile files may hold what a terminal acts on.
         self.problems = tuple(escape(problem) for problem in problems)
-        shown = self.problems[:_MOST_SHOWN]
+        shown = self.problems[:_MAX_SHOWN]
         more = len(self.problems) - len(shown)
         title = f"{len(self.problems)} problems:\n  " if len(self.problems) > 1 else ""
         super().__init__(title + "\n  ".join(shown) + (f"\n  and {more} more (see .problems)" if more else ""))

@@ -34,7 +34,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Where a file's tensors start: a cache line, so that kernels read mapped weights as fast as allocated ones.
 _ALIGNMENT = 64
 # Configs and indexes have some hundred kilobytes at most.
-_LARGEST_JSON = 2**24
+_MAX_JSON = 2**24
 
 
 class Mapped(NamedTuple):
@@ -202,7 +202,7 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises WeightsError when it cannot be opened, is no object, or has a name twice."""
-    return dict(json_fields.read(path, limit=_LARGEST_JSON).values)
+    return dict(json_fields.read(path, limit=_MAX_JSON).values)
 
 
 def raw(value: Tensor) -> memoryview:

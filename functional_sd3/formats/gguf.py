@@ -18,7 +18,7 @@ from functional_sd3.formats import bounded, files, magic
 from functional_sd3.formats.blocks import BLOCKS
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
-from functional_sd3.formats.header import MOST_TENSORS, Entry, Header, too_many
+from functional_sd3.formats.header import MAX_TENSORS, Entry, Header, too_many
 from functional_sd3.formats.printable import shorten
 
 _VERSIONS = (2, 3)
@@ -30,11 +30,11 @@ _SMALL = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0"}
 _BLOCKS = {**_SMALL, 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS"}
 _UNREAD = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S"}
 _UNREAD |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
-_MOST_DIMENSIONS = 8
-_MOST_VALUES = 2**16
+_MAX_DIMENSIONS = 8
+_MAX_VALUES = 2**16
 # The words of large tokenizers are some hundred thousand.
-_MOST_STRINGS = 2**20
-_LONGEST_HEADER = 2**27
+_MAX_STRINGS = 2**20
+_MAX_HEADER = 2**27
 _ALIGNMENT = "general.alignment"
 # ComfyUI's converter flattens what ggml has no place for, and notes the shape it had.
 _SHAPE = "comfy.gguf.orig_shape."
@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> Mapped:
         buffer = files.map_bytes(path, file)
     size = len(buffer)
     try:
-        described = _read(_Reader(buffer, min(size, _LONGEST_HEADER)))
+        described = _read(_Reader(buffer, min(size, _MAX_HEADER)))
         entries = {name: _entry(name, one, size) for name, one in described.tensors.items()}
         _check_apart(entries)
     except (ValueError, struct.error) as error:
@@ -134,13 +134,13 @@ class _Reader:
             return self._single(kind)
         kind, count = self.number("I"), self.number("Q")
         if kind == _STRING:
-            if count > _MOST_STRINGS:
-                raise ValueError(f"a list in it has {count:,} texts, more than {_MOST_STRINGS:,}")
+            if count > _MAX_STRINGS:
+                raise ValueError(f"a list in it has {count:,} texts, more than {_MAX_STRINGS:,}")
             for _ in range(count):
                 self.content(self.number("Q"))
             return None
         content = self.content(count * struct.calcsize("<" + _code(kind)))
-        return struct.unpack(f"<{count}{_code(kind)}", content) if count <= _MOST_DIMENSIONS else None
+        return struct.unpack(f"<{count}{_code(kind)}", content) if count <= _MAX_DIMENSIONS else None
 
     def _single(self, kind: int) -> Any:
         return self.text() if kind == _STRING else self.number(_code(kind))
@@ -152,10 +152,10 @@ def _read(reader: _Reader) -> _Described:
     if (version := reader.number("I")) not in _VERSIONS:
         raise ValueError(f"its version {version} must be {' or '.join(map(str, _VERSIONS))}, low bytes first")
     tensors, values = reader.number("Q"), reader.number("Q")
-    if tensors > MOST_TENSORS:
+    if tensors > MAX_TENSORS:
         raise ValueError(too_many(tensors))
-    if values > _MOST_VALUES:
-        raise ValueError(f"has {values:,} values by name, more than {_MOST_VALUES:,}")
+    if values > _MAX_VALUES:
+        raise ValueError(f"has {values:,} values by name, more than {_MAX_VALUES:,}")
     metadata: dict[str, Any] = {}
     for _ in range(values):
         name = reader.text()
@@ -177,8 +177,8 @@ def _read(reader: _Reader) -> _Described:
 
 def _described(reader: _Reader, shape: Any) -> _Tensor:
     count = reader.number("I")
-    if count > _MOST_DIMENSIONS:
-        raise ValueError(f"a tensor has {count} dimensions, more than {_MOST_DIMENSIONS}")
+    if count > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor has {count} dimensions, more than {_MAX_DIMENSIONS}")
     stored = tuple(reader.number("Q") for _ in range(count))[::-1]
     # A list of one number may be written as the number.
     shape = stored if shape is None else shape if isinstance(shape, tuple) else (shape,)

@@ -32,12 +32,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Those of the format, but complex numbers, of which nothing here has any."""
-_LONGEST_HEADER = 2**25
-MOST_TENSORS = 2**15
+_MAX_HEADER = 2**25
+MAX_TENSORS = 2**15
 """Ten times as many as the largest model with all its encoders and a LoRA have; looking at names takes time."""
 _START = 32
 _OFFSETS = b'"data_offsets"'
-_MOST_DIMENSIONS = 64
+_MAX_DIMENSIONS = 64
 
 
 class Entry(NamedTuple):
@@ -76,17 +76,17 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
             raise ValueError(f"{size} bytes are too few for a safetensors file: truncated, or something else")
         if start[8:9] != b"{" and _is_text(start):
             raise ValueError("is a text file, not weights")
-        if _LONGEST_HEADER < length <= size - 8:
-            raise ValueError(f"header length {length} is more than {_LONGEST_HEADER:,} bytes, the most that is read")
+        if _MAX_HEADER < length <= size - 8:
+            raise ValueError(f"header length {length} is more than {_MAX_HEADER:,} bytes, the most that is read")
         if length > size - 8:
             raise ValueError(f"header length {length} exceeds the file ({size} bytes): truncated, or something else")
         file.seek(8)
         text = file.read(length)
         # Counted before it is parsed, which takes seconds where there are hundreds of thousands.
-        if (count := text.count(_OFFSETS)) > MOST_TENSORS:
+        if (count := text.count(_OFFSETS)) > MAX_TENSORS:
             raise ValueError(too_many(count))
         table = json_fields.parse_object(text.decode("utf-8"), "the header").values
-        if len(table) > MOST_TENSORS + 1:
+        if len(table) > MAX_TENSORS + 1:
             raise ValueError(too_many(len(table)))
         return Header(_entries(table, 8 + length, size), _metadata(table))
     except OSError as error:
@@ -98,8 +98,8 @@ def read(path: str | os.PathLike, file: BinaryIO) -> Header:
 
 
 def too_many(count: int) -> str:
-    """The problem of a file that names more tensors than `MOST_TENSORS`."""
-    return f"names {count:,} tensors, more than {MOST_TENSORS:,}"
+    """The problem of a file that names more tensors than `MAX_TENSORS`."""
+    return f"names {count:,} tensors, more than {MAX_TENSORS:,}"
 
 
 def _is_text(start: bytes) -> bool:
@@ -133,9 +133,9 @@ def _entry(name: str, value: Any, offset: int) -> Entry:
     code, shape, places = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise ValueError(f"{name} has dtype {code!r}; known are {', '.join(DTYPES)}")
-    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:
+    if isinstance(shape, list) and len(shape) > _MAX_DIMENSIONS:
         # Their product alone could take hours.
-        raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MOST_DIMENSIONS}")
+        raise ValueError(f"{name} has {len(shape)} dimensions, more than {_MAX_DIMENSIONS}")
     if not _sizes(shape) or not _sizes(places) or len(places) != 2:
         raise ValueError(f"{name} has shape {shape!r} and data_offsets {places!r}: both must be lists of sizes")
     start, end = places

@@ -22,14 +22,14 @@ from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import shorten
 
 _METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
-_LARGEST = 2**34
+_MAX_BYTES = 2**34
 """Bytes of one array."""
 _PART = 2**20
 """Bytes that are unpacked at a time."""
 _SLACK, _RATIO = 2**24, 100
 """An array may unpack to 16 MiB and 100 times the bytes that it takes in the file."""
-_MOST_MEMBERS = 1024
-_LONGEST_HEADER = 2**14
+_MAX_MEMBERS = 1024
+_MAX_HEADER = 2**14
 """Bytes of an .npy header; numpy reads 10,000."""
 _KINDS = "fiubU"
 """Kinds of dtypes that are read: floats, whole numbers, truth values, texts."""
@@ -97,7 +97,7 @@ def _opened(path: str | os.PathLike, what: str) -> Iterator[zipfile.ZipFile]:
 def _members(path: str | os.PathLike, what: str, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The members that are .npy files, by the names of their arrays."""
     infos = archive.infolist()
-    if len(infos) > _MOST_MEMBERS:
+    if len(infos) > _MAX_MEMBERS:
         raise WeightsError(f"{path}: is not an .npz file of {what}: it has {len(infos):,} members")
     twice = [name for name, count in Counter(info.filename for info in infos).items() if count > 1]
     if twice:
@@ -119,7 +119,7 @@ def _header(path: str | os.PathLike, name: str, file: IO[bytes]) -> tuple[Any, t
     from numpy.lib import format as npy
 
     try:
-        file = io.BytesIO(file.read(_LONGEST_HEADER))
+        file = io.BytesIO(file.read(_MAX_HEADER))
         version = npy.read_magic(file)
         reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         if version not in ((1, 0), (2, 0)):
@@ -144,7 +144,7 @@ def _array(path: str | os.PathLike, name: str, archive: zipfile.ZipFile, member:
         dtype, shape, fortran, start = _header(path, name, file)
     with archive.open(member) as file:
         size = math.prod(shape) * dtype.itemsize
-        most = min(_LARGEST, _SLACK + _RATIO * member.compress_size)
+        most = min(_MAX_BYTES, _SLACK + _RATIO * member.compress_size)
         if size > most:
             raise WeightsError(
                 f"{path}: {shorten(name)} says that it has {size:,} bytes (shape {shorten(list(shape))}); of "

@@ -9,9 +9,9 @@ refused. The expression becomes an automaton whose sets of states are computed w
 from collections.abc import Callable
 from typing import NamedTuple
 
-LONGEST = 1000
+MAX_LENGTH = 1000
 """Characters that an expression may have."""
-_MOST_STATES, _DEEPEST, _MOST_KEPT = 2000, 50, 5000
+_MAX_STATES, _DEEPEST, _MAX_KEPT = 2000, 50, 5000
 
 Test = Callable[[str], bool]
 _START, _END = object(), object()
@@ -44,7 +44,7 @@ class Pattern(NamedTuple):
             reached = {
                 target for state in states for test, target in self.edges[state] if callable(test) and test(letter)
             }
-            if len(self.kept) >= _MOST_KEPT:
+            if len(self.kept) >= _MAX_KEPT:
                 self.kept.clear()
             known = self.kept[states, letter] = self._closed(reached)
         return known
@@ -63,8 +63,8 @@ class Pattern(NamedTuple):
 
 def compile(text: str) -> Pattern:  # noqa: A001
     """The automaton of an expression. Raises PatternError for what is no expression of the subset."""
-    if len(text) > LONGEST:
-        raise PatternError(f"has {len(text):,} characters, more than {LONGEST:,}")
+    if len(text) > MAX_LENGTH:
+        raise PatternError(f"has {len(text):,} characters, more than {MAX_LENGTH:,}")
     parser = _Parser(text)
     start, end = parser.choice(0)
     if parser.place < len(text):
@@ -218,13 +218,13 @@ class _Parser:
             raise PatternError(f"has the count {{{inside[:20]}}}, which is too large")
         self.place += len(inside) + 2
         least, most = int(low or 0), (int(high) if high else None) if comma else int(low)
-        if most is not None and most < least or max(least, most or 0) > _MOST_STATES:
+        if most is not None and most < least or max(least, most or 0) > _MAX_STATES:
             raise PatternError(f"has the count {{{inside}}}, which is the wrong way round or too large")
         return least, most
 
     def _state(self) -> int:
-        if len(self.edges) >= _MOST_STATES:
-            raise PatternError(f"needs more than {_MOST_STATES:,} states")
+        if len(self.edges) >= _MAX_STATES:
+            raise PatternError(f"needs more than {_MAX_STATES:,} states")
         self.edges.append([])
         return len(self.edges) - 1
 

@@ -17,11 +17,11 @@ from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.header import Entry, Header
 from functional_sd3.formats.magic import HOW_TO_CONVERT
 
-LARGEST = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 """Bytes: several times TAESD, far below any component of a model."""
 
 
-def open_pickle(path: Path, limit: int = LARGEST) -> Mapped:
+def open_pickle(path: Path, limit: int = MAX_BYTES) -> Mapped:
     """The tensors of a pickled state dict of at most `limit` bytes, copied into memory. Raises WeightsError for
     everything else."""
     with bounded.open_file(path) as file:

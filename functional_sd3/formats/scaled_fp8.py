@@ -11,7 +11,7 @@ _SCALES = (".scale_weight", ".weight_scale")
 _UNUSED = (".scale_input", ".input_scale")
 _QUANTIZED = ".comfy_quant"
 _FP8 = {"float8_e4m3fn", "float8_e5m2"}
-_LONGEST_NOTE = 4096
+_MAX_NOTE = 4096
 
 
 def split(places: Mapping[str, Mapped], problems: list[str]) -> tuple[dict[str, str], dict[str, Mapped]]:
@@ -44,7 +44,7 @@ def _wrong_scale(name: str, scale: Entry, weight: Entry) -> list[str]:
 
 def _wrong_encoding(name: str, mapped: Mapped) -> list[str]:
     entry = mapped.header.tensors[name]
-    note = bytes(mapped.buffer[entry.start : min(entry.end, entry.start + _LONGEST_NOTE)])
+    note = bytes(mapped.buffer[entry.start : min(entry.end, entry.start + _MAX_NOTE)])
     try:
         encoding = json.loads(note)["format"]
         known = encoding in _FP8

@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.files import Mapped
-from functional_sd3.formats.header import MOST_TENSORS, too_many
+from functional_sd3.formats.header import MAX_TENSORS, too_many
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -50,7 +50,7 @@ def open_indexed(index: Path) -> dict[str, Mapped]:
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise WeightsError(f"{index}: is no index of weights: weight_map must say in which file each tensor is")
-    if len(places) > MOST_TENSORS:
+    if len(places) > MAX_TENSORS:
         raise WeightsError(f"{index}: {too_many(len(places))}")
     wrong = {key: name for key, name in places.items() if not _plain(name)}
     if wrong:

@@ -15,8 +15,8 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
 
 # Above this many missing names a file is another model's: comparing it name by name would take minutes.
-_MOST_COMPARED = 100
-_MOST_ADVISED = 20
+_MAX_COMPARED = 100
+_MAX_ADVISED = 20
 
 
 class Transform(NamedTuple):
@@ -96,7 +96,7 @@ def check(sources: Sources, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     problems = [f"{name} is missing (shape {list(wanted[name])})" for name in missing]
     # Only the first are shown, and a comparison takes a tenth of a millisecond.
     problems += [
-        f"{name} is unexpected{_closest(name, missing) if index < _MOST_ADVISED else ''}"
+        f"{name} is unexpected{_closest(name, missing) if index < _MAX_ADVISED else ''}"
         for index, name in enumerate(unexpected)
     ]
     for name, shape in wanted.items():
@@ -106,5 +106,5 @@ def check(sources: Sources, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def _closest(name: str, missing: list[str]) -> str:
-    near = difflib.get_close_matches(name, missing, n=1, cutoff=0.8) if len(missing) <= _MOST_COMPARED else []
+    near = difflib.get_close_matches(name, missing, n=1, cutoff=0.8) if len(missing) <= _MAX_COMPARED else []
     return f"; is it {near[0]}?" if near else ""

@@ -17,7 +17,7 @@ from torch import Tensor
 from functional_sd3.formats import magic
 from functional_sd3.formats.printable import shorten
 
-_MOST_INSTRUCTIONS = 2**18
+_MAX_INSTRUCTIONS = 2**18
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = b"\x80"
 """First byte of every pickle that torch.save wrote: its instruction PROTO."""
@@ -144,8 +144,8 @@ def _run(file: io.BytesIO) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     for number, (code, argument) in enumerate(_instructions(file)):
-        if number > _MOST_INSTRUCTIONS:
-            raise ValueError(f"is a pickle of more than {_MOST_INSTRUCTIONS:,} instructions")
+        if number > _MAX_INSTRUCTIONS:
+            raise ValueError(f"is a pickle of more than {_MAX_INSTRUCTIONS:,} instructions")
         if code == "STOP":
             return stack.pop()
         if code in ("PROTO", "FRAME"):

@@ -5,7 +5,7 @@ Greyscale, palettes, CMYK, 16 bits, transparency and EXIF orientation are conver
 - EXIF's orientation is applied; of an animation the first frame is read.
 - 16-bit greyscale spans 0 to 65535, or as many bits as a TIFF says it has. `read` rounds it to 8 bits, `read_deep`
   keeps it. Integers of 32 bits span 0 to 65535 too, floats 0 to 1; a file with values outside is refused, not clipped.
-- `MOST_PIXELS` and `MOST_BYTES` are checked before anything is decoded.
+- `MAX_PIXELS` and `MAX_BYTES` are checked before anything is decoded.
 
 Every function raises ValueError with what is wrong with the file, but not its name, which the caller knows.
 """
@@ -25,11 +25,11 @@ from functional_sd3.image.depth import RefusedError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_PIXELS = 2**27
+MAX_PIXELS = 2**27
 """Of one image: 134 million, what the largest medium-format cameras take. Decoding needs up to 8 bytes for each."""
 _COPYING = frozenset({"WEBP", "AVIF"})
 """Formats whose decoders hold several images of the size at a time; half as many pixels are read of them."""
-MOST_BYTES = 2**29
+MAX_BYTES = 2**29
 """Of one file, or of one member of a zip archive when unpacked: several decoders read a file whole."""
 Result = TypeVar("Result")
 
@@ -42,7 +42,7 @@ NOT_READ = frozenset(
      ".xcf", ".kra"}
 )  # fmt: skip
 """Suffixes of images that no reader here knows, as phones, cameras and editors write them; they are named."""
-_MOST_DECODED = 2**32
+_MAX_DECODED = 2**32
 """Pixels of a JPEG times its scans: each scan goes over the whole image, and a file has room for thousands."""
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd8\xff])", re.DOTALL)
 """A marker that begins a segment or ends the image; fill bytes, restarts and starts of images are none."""
@@ -131,7 +131,7 @@ def _decode(file, function: Callable[["Image"], Result], *, decode: bool = True)
     except UnidentifiedImageError:
         raise ValueError("not a readable image (of no known format)") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"has more than {MOST_PIXELS:,} pixels, the most that is read; reduce it first") from None
+        raise ValueError(f"has more than {MAX_PIXELS:,} pixels, the most that is read; reduce it first") from None
     except MemoryError:
         raise ValueError("not a readable image (there is not enough memory for it)") from None
     # Decoders raise many kinds of errors for broken files, SyntaxError and struct.error among them.
@@ -154,13 +154,13 @@ def _stream(file: str | os.PathLike | BinaryIO) -> BinaryIO:
 def _check_size(stream: BinaryIO) -> None:
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
-    if size > MOST_BYTES:
-        raise RefusedError(f"has {size:,} bytes, more than the {MOST_BYTES:,} that are read of one image")
+    if size > MAX_BYTES:
+        raise RefusedError(f"has {size:,} bytes, more than the {MAX_BYTES:,} that are read of one image")
 
 
 def _check_pixels(image: "Image") -> None:
     width, height = image.size
-    most = MOST_PIXELS // 2 if image.format in _COPYING else MOST_PIXELS
+    most = MAX_PIXELS // 2 if image.format in _COPYING else MAX_PIXELS
     if width * height > most:
         kind = f" {image.format}" if image.format in _COPYING else ""
         raise RefusedError(
@@ -177,14 +177,14 @@ def _check_header(image: "Image", stream: BinaryIO) -> None:
     tags = getattr(image, "tag_v2", {})
     if tags:
         sides = [tags.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_HEIGHT)]
-        if any(not isinstance(side, int) for side in sides) or sides[0] * sides[1] > MOST_PIXELS:
-            raise RefusedError(f"is a TIFF with tiles of {sides[0]} x {sides[1]}, more than {MOST_PIXELS:,} pixels")
+        if any(not isinstance(side, int) for side in sides) or sides[0] * sides[1] > MAX_PIXELS:
+            raise RefusedError(f"is a TIFF with tiles of {sides[0]} x {sides[1]}, more than {MAX_PIXELS:,} pixels")
     if image.format in ("JPEG", "MPO"):
         offset = stream.tell()
         stream.seek(0)
-        scans = _count_scans(stream.read(MOST_BYTES))
+        scans = _count_scans(stream.read(MAX_BYTES))
         stream.seek(offset)
-        if scans * image.width * image.height > _MOST_DECODED:
+        if scans * image.width * image.height > _MAX_DECODED:
             raise RefusedError(f"is a JPEG of {scans} scans of {image.width} x {image.height} pixels: too many")
 
 

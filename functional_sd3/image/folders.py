@@ -143,8 +143,8 @@ def _bytes(archive: zipfile.ZipFile, name: str) -> bytes:
     size = 2**20 if method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 2**12
     content = bytearray()
     try:
-        if declared > files.MOST_BYTES:
-            raise ValueError(f"{declared:,} bytes, more than the {files.MOST_BYTES:,} that are read of one image")
+        if declared > files.MAX_BYTES:
+            raise ValueError(f"{declared:,} bytes, more than the {files.MAX_BYTES:,} that are read of one image")
         # A member unpacks to no more bytes than it declares.
         with archive.open(name) as member:
             while block := member.read(size):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from functional_sd3.formats.errors import WeightsError
 
 # Far above any network there is, and low enough that a hostile file cannot make us build a spec for ever.
-MOST_LAYERS = 1024
-LARGEST_SIZE = 2**24
-_LARGEST_NUMBER = 1e30
+MAX_LAYERS = 1024
+MAX_SIZE = 2**24
+_MAX_NUMBER = 1e30
 
 
 class Field(NamedTuple):
@@ -112,7 +112,7 @@ def whole(lowest: int, highest: int) -> Callable[[Any], int]:
 
 def number(lowest: float = 0.0) -> Callable[[Any], float]:
     def read(value: Any) -> float:
-        if type(value) not in (int, float) or not lowest < value < _LARGEST_NUMBER:
+        if type(value) not in (int, float) or not lowest < value < _MAX_NUMBER:
             raise ValueError(f"must be a number above {lowest:g}")
         return float(value)
 
@@ -141,5 +141,5 @@ def several(read: Callable[[Any], Any], fewest: int, most: int) -> Callable[[Any
     return read_all
 
 
-size, layers, flag = whole(1, LARGEST_SIZE), whole(1, MOST_LAYERS), choice(True, False)
-any_number = number(-_LARGEST_NUMBER)
+size, layers, flag = whole(1, MAX_SIZE), whole(1, MAX_LAYERS), choice(True, False)
+any_number = number(-_MAX_NUMBER)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from functional_sd3.flow import distilled, schedule
 from functional_sd3.image import taesd, vae
 from functional_sd3.layouts.config_fields import (
-    LARGEST_SIZE,
-    MOST_LAYERS,
+    MAX_LAYERS,
+    MAX_SIZE,
     Field,
     Fixed,
     Table,
@@ -50,7 +50,7 @@ TRANSFORMER = Table(
         Field("pooled_projection_dim", "pooled_width", size, 2048),
         Field("out_channels", "out_channels", size, 16),
         Field("pos_embed_max_size", "position_size", size, 96),
-        Field("dual_attention_layers", "dual_attention_layers", several(whole(0, MOST_LAYERS), 0, MOST_LAYERS), ()),
+        Field("dual_attention_layers", "dual_attention_layers", several(whole(0, MAX_LAYERS), 0, MAX_LAYERS), ()),
         Field(
             "qk_norm",
             "qk_norm",
@@ -58,7 +58,7 @@ TRANSFORMER = Table(
             None,
             lambda value: "rms_norm" if value else None,
         ),
-        Field("interval_size", "interval_size", whole(0, LARGEST_SIZE), 0, optional=True),
+        Field("interval_size", "interval_size", whole(0, MAX_SIZE), 0, optional=True),
     ),
     (Fixed("caption_projection_dim", lambda config: config.width, 1152),),
     unsound=unsound_transformer,
@@ -151,7 +151,7 @@ CLIP = Table(
         Field("vocab_size", "vocab", size, 49408),
         Field("max_position_embeddings", "length", size, 77),
         *_clip_tower(512, 8),
-        Field("eos_token_id", "eos_id", whole(0, LARGEST_SIZE), 49407),
+        Field("eos_token_id", "eos_id", whole(0, MAX_SIZE), 49407),
     ),
     (
         Fixed("model_type", lambda config: "clip_text_model", "clip_text_model"),
@@ -207,7 +207,7 @@ T5 = Table(
 )
 
 
-MOST_STEPS = 10_000
+MAX_STEPS = 10_000
 
 
 def _unsound_schedule(config: schedule.Config) -> Iterable[str]:
@@ -234,7 +234,7 @@ SCHEDULE = Table(
         Field("use_exponential_sigmas", "use_exponential_sigmas", lambda value: flag(value or False), False),
         Field("use_beta_sigmas", "use_beta_sigmas", lambda value: flag(value or False), False),
         Field("stochastic_sampling", "stochastic_sampling", flag, False),
-        Field("distilled_steps", "distilled_steps", optional(whole(1, MOST_STEPS)), None, optional=True),
+        Field("distilled_steps", "distilled_steps", optional(whole(1, MAX_STEPS)), None, optional=True),
         Field("distillation", "distillation", optional(choice(*distilled.KINDS)), None, optional=True),
         Field("guidance_distilled", "guidance_distilled", flag, False, optional=True),
     ),

@@ -19,7 +19,7 @@ _SIGNS = (
     (r"(^|\.)(controlnet_blocks|pos_embed_input|controlnet_x_embedder)[._]", "a ControlNet: give it with --controlnet"),
     (r"(^|\.)(image_proj|ip_adapter)\.", "an IP-Adapter, not a LoRA"),
 )  # fmt: skip
-_LONGEST_NAME = 1000
+_MAX_NAME = 1000
 _UNETS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Width of the text that a U-Net's cross-attention reads -> the model."""
 _MODEL = re.compile(r"(^|\.)(transformer_blocks|joint_blocks|blocks|encoder\.layers|encoder\.block)\.\d+\..*\.weight$")
@@ -27,7 +27,7 @@ _MODEL = re.compile(r"(^|\.)(transformer_blocks|joint_blocks|blocks|encoder\.lay
 
 def described(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Type of a file of tensors (name -> shape), as the end of a sentence; None if it is unknown."""
-    shapes = {name: shape for name, shape in shapes.items() if len(name) <= _LONGEST_NAME}
+    shapes = {name: shape for name, shape in shapes.items() if len(name) <= _MAX_NAME}
     for pattern, what in _SIGNS:
         if any(re.search(pattern, name) for name in shapes):
             return f"it is {_unet(shapes) or what}" if what.endswith("U-Net") else f"it is {what}"

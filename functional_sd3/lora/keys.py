@@ -31,9 +31,9 @@ MARKS = ("", "lora_", "lycoris_")
 """Prefixes of a component's name: kohya, OneTrainer and LyCORIS write one."""
 WRAPPERS = ("base_model.model", "module", "_orig_mod")
 """Names of PEFT's and torch's wrappers around a component, before or after its name."""
-_MOST_PREFIX_PARTS = 12
-_LONGEST_COMPARED = 200
-_LONGEST_KEY = 1000
+_MAX_PREFIX_PARTS = 12
+_MAX_COMPARED_LENGTH = 200
+_MAX_KEY = 1000
 """Characters beyond which a name is no layer's; the longest of SD3 has about 100."""
 
 SIDES = {
@@ -99,7 +99,7 @@ REFUSED = (
 
 def parse(key: str) -> Key:
     """The parts of a tensor's name."""
-    if len(key) > _LONGEST_KEY:
+    if len(key) > _MAX_KEY:
         return Key(key, None)
     if match := _FACTOR.fullmatch(key):
         return Key(match[1], match[2])
@@ -113,7 +113,7 @@ def parse(key: str) -> Key:
 
 def refused(key: str) -> str | None:
     """Description of a tensor that no adapter can hold; None for all others."""
-    return next((what for pattern, what in REFUSED if len(key) <= _LONGEST_KEY and pattern.fullmatch(key)), None)
+    return next((what for pattern, what in REFUSED if len(key) <= _MAX_KEY and pattern.fullmatch(key)), None)
 
 
 def adaptable(path: str, ndim: int) -> bool:
@@ -185,7 +185,7 @@ class Table(NamedTuple):
         component, _ = self.find(layer)
         known = sorted({_numberless(name) for name in self.components.get(component or "transformer", {})})
         best: tuple[float, str] | None = None
-        for prefix, rest in _splits(flatten(layer)[:_LONGEST_COMPARED]):
+        for prefix, rest in _splits(flatten(layer)[:_MAX_COMPARED_LENGTH]):
             name = _numberless(rest)
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.8) if prefix in _PREFIXES else []
             rated = [(difflib.SequenceMatcher(None, one, name).ratio(), one) for one in near]
@@ -233,7 +233,7 @@ def _splits(flat: str) -> Iterator[tuple[str, str]]:
     """Every way to take a prefix off, the shortest first."""
     yield "", flat
     place = -1
-    for _ in range(_MOST_PREFIX_PARTS):
+    for _ in range(_MAX_PREFIX_PARTS):
         place = flat.find("_", place + 1)
         if place < 0:
             return

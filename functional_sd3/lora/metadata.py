@@ -20,12 +20,12 @@ from functional_sd3.lora.tree import Adapter
 
 _KEY = "lora_adapter_metadata"
 _PEFT = "base_model.model."
-_LARGEST_CONFIG = 16 * 2**20
-_LARGEST_NUMBER = 1e30
-_LONGEST_NAME = 300
+_MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_NUMBER = 1e30
+_MAX_NAME = 300
 """Characters of a layer's name beyond which no expression is compared with it."""
-_MOST_EXPRESSIONS = 64
-_MOST_COMPARED = 10**7
+_MAX_EXPRESSIONS = 64
+_MAX_COMPARED = 10**7
 """Characters of names times expressions, for one file: some seconds of work."""
 _NUMBERS = ("r", "lora_alpha", "alpha")
 _UNSUPPORTED = ("use_qalora", "alora_invocation_tokens", "use_bdlora")
@@ -50,7 +50,9 @@ def read(path: Path, metadata: Mapping[str, str], layers: Iterable[str] = ()) ->
     if _KEY in metadata:
         values = json_fields.parse_object(metadata[_KEY], f"{path}: {_KEY}").values
     elif path.name.startswith("adapter_model") and beside.is_file():
-        values = {_PEFT + name: value for name, value in json_fields.read(beside, limit=_LARGEST_CONFIG).values.items()}
+        values = {
+            _PEFT + name: value for name, value in json_fields.read(beside, limit=_MAX_CONFIG_BYTES).values.items()
+        }
     else:
         return {}
     compiled = {}
@@ -68,8 +70,8 @@ def read(path: Path, metadata: Mapping[str, str], layers: Iterable[str] = ()) ->
                 raise WeightsError(f"{path}: {shown} must map names to positive numbers")
             compiled[name] = _patterns(f"{path}: {shown}", value)
     count = sum(len(one.expressions) for one in compiled.values())
-    compared = count * sum(len(layer) for layer in layers if len(layer) <= _LONGEST_NAME) if count else 0
-    if compared > _MOST_COMPARED:
+    compared = count * sum(len(layer) for layer in layers if len(layer) <= _MAX_NAME) if count else 0
+    if compared > _MAX_COMPARED:
         raise WeightsError(
             f"{path}: {count} regular expressions of {_KEY} would be compared with {compared // count:,} characters of "
             f"layers' names: more than files have"
@@ -133,8 +135,8 @@ def _patterns(where: str, given: Mapping[str, Any]) -> Patterns:
                 plain, (index, value)
             )
             continue
-        if len(sorted_patterns.expressions) == _MOST_EXPRESSIONS:
-            raise WeightsError(f"{where} has more than {_MOST_EXPRESSIONS} regular expressions")
+        if len(sorted_patterns.expressions) == _MAX_EXPRESSIONS:
+            raise WeightsError(f"{where} has more than {_MAX_EXPRESSIONS} regular expressions")
         try:
             patterns.compile(pattern)
             compiled = patterns.compile(rf"(.*\.)?({pattern})$")
@@ -146,7 +148,7 @@ def _patterns(where: str, given: Mapping[str, Any]) -> Patterns:
 
 def _match(given: Patterns | None, name: str, default: Any) -> Any:
     """The value of the first pattern that fits; no layer has a name longer than an expression may be."""
-    if not given or len(name) > _LONGEST_NAME:
+    if not given or len(name) > _MAX_NAME:
         return default
     ends = [name, *(name[place + 1 :] for place, letter in enumerate(name) if letter == ".")]
     fits = [given.ends[end] for end in ends if end in given.ends]
@@ -156,7 +158,7 @@ def _match(given: Patterns | None, name: str, default: Any) -> Any:
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST_NUMBER
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MAX_NUMBER
 
 
 def _plain(value: float) -> int | float:

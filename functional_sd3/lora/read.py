@@ -33,7 +33,7 @@ from functional_sd3.lora.keys import Module, Table, Target
 from functional_sd3.lora.tree import Adapter, Lora, LoraEntry
 
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-_MOST_COMPARED = 5
+_MAX_COMPARED = 5
 """Unknown names beyond which none is compared with those that are known."""
 
 
@@ -188,7 +188,7 @@ def _sorted_keys(
     refused = unknown if strict else []
     refused = refused + (absent if strict and not allow_absent else [])
     if refused:
-        compared = len(unknown) <= _MOST_COMPARED
+        compared = len(unknown) <= _MAX_COMPARED
         raise WeightsError([f"{path}: {key} {_reason(key, one, table, compared)}" for key, one in refused])
     return grouped, tuple(key for key, _ in unknown + absent)
 

@@ -57,7 +57,7 @@ _FUNCTIONS: dict[str, Callable] = {
 """Functions that a description may name. No others are looked up: descriptions are found in files of other people."""
 _ATTENTIONS: dict[str, Callable] = {"windowed": attention_variants.windowed, "cached": attention_variants.cached}
 """Makers of forms of attention by name, which take the fields of what they make."""
-_MOST_NUMBERS = 1024
+_MAX_NUMBERS = 1024
 
 
 def describe(value: Any) -> Any:
@@ -119,7 +119,7 @@ def read_description(description: Mapping[str, Any], given: Mapping[str, Any] | 
 
 def _tensor(value: Tensor) -> dict[str, Any]:
     value, dtype = value.detach(), str(value.dtype).removeprefix("torch.")
-    if value.numel() <= _MOST_NUMBERS or not value.is_floating_point():
+    if value.numel() <= _MAX_NUMBERS or not value.is_floating_point():
         return {"kind": "tensor", "dtype": dtype, "values": describe(value.tolist())}
     content = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     digest = hashlib.sha256(content).hexdigest()

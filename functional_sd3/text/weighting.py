@@ -138,7 +138,7 @@ def _close(characters: list[str | None], escaped_at: set[int], start: int) -> _G
     """The group from `start` to here, whose parenthesis and weight are removed from `characters`."""
     characters[start] = None
     end = len(characters)
-    tail = range(max(start + 1, end - _LONGEST_TAIL), end)
+    tail = range(max(start + 1, end - _MAX_TAIL), end)
     # From the colon on; an escaped character is no part of a weight.
     written = "".join("\0" if index in escaped_at else characters[index] or "" for index in tail)
     head, colon, number = written.rpartition(":")
@@ -181,6 +181,6 @@ def _padded(ids: Sequence[int], weights: Sequence[float], eos: int, pad: int, le
 
 
 _NUMBER: Any = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*")
-_LONGEST_TAIL = 64
+_MAX_TAIL = 64
 """Most characters of a group's weight, with its colon and the white space around."""
 _HEAVIEST = 1e30

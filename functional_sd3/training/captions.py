@@ -31,8 +31,8 @@ LIKE_CAPTIONS = frozenset(
 )
 """Suffixes of files that a trainer may take captions from; those that were not read are named."""
 _REPEATS = re.compile(r"^[0-9]+_(?=.)")
-_MOST_BYTES = 2**18
-_MOST_METADATA = 2**29
+_MAX_BYTES = 2**18
+_MAX_METADATA = 2**29
 
 
 class Caption(NamedTuple):
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 def metadata(path: Path, where: str) -> Iterator[Entry]:
     """The lines of a `metadata.jsonl` or `metadata.csv`. Raises ValueError, naming `where` and the line."""
     is_csv = path.suffix.lower() == ".csv"
-    text = decode(path, where, _MOST_METADATA)
+    text = decode(path, where, _MAX_METADATA)
     wanted = "file_name and text, separated by a comma" if is_csv else '{"file_name": "...", "text": "..."}'
     for number, values, problem in _rows_of_csv(text) if is_csv else _rows_of_json(text, "it"):
         fields = values if isinstance(values, dict) else {}
@@ -112,7 +112,7 @@ def folder_name(image: str) -> str:
     return _REPEATS.sub("", name).replace("_", " ").replace("-", " ").strip()
 
 
-def decode(path: Path, where: str, limit: int = _MOST_BYTES) -> str:
+def decode(path: Path, where: str, limit: int = _MAX_BYTES) -> str:
     """The text of a file without its byte order mark; ValueError, beginning with `where`."""
     try:
         return bounded.read_text(path, limit)

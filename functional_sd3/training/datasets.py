@@ -28,7 +28,7 @@ from functional_sd3.training.folders import Listing, list_files
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 _MASK = "-masklabel"
 _ADVICE = (
     "captions are read from metadata.jsonl or metadata.csv (file_name, text), from name.txt, name.caption or name.json "
@@ -287,6 +287,6 @@ def _nearest(image: str, metadata_files: dict[str, str]) -> str | None:
 
 
 def _named(names: Sequence[str], unit: str = "images") -> str:
-    shown = ", ".join(shorten(name, 60) for name in names[:_MOST_NAMED])
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    shown = ", ".join(shorten(name, 60) for name in names[:_MAX_NAMED])
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     return f"{len(names)} {unit if len(names) != 1 else unit.removesuffix('s')} ({shown}{more})"

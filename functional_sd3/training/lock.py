@@ -23,7 +23,7 @@ except ImportError:  # Windows.
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".train.lock"
-_LARGEST = 4096
+_MAX_BYTES = 4096
 _ATTEMPTS = 5
 
 
@@ -133,7 +133,7 @@ def _flock(descriptor: int) -> bool | None:
 
 def _read(path: Path, has_lock: bool | None) -> Holder | None:
     """The holder that the file names; None for an empty unlocked file. Raises WeightsError for other content."""
-    content = bounded.read_bytes(path, _LARGEST)
+    content = bounded.read_bytes(path, _MAX_BYTES)
     if not content:
         if has_lock:
             return None

@@ -67,7 +67,7 @@ def read(path: Path) -> list[dict[str, str]]:
     """
     if not path.exists():
         return []
-    text = bounded.read_bytes(path, _LARGEST).decode(errors="replace")
+    text = bounded.read_bytes(path, _MAX_BYTES).decode(errors="replace")
     # What follows the last line end was being written when the process died.
     lines = io.StringIO(text[: text.rfind("\n") + 1], newline="")
     try:
@@ -86,7 +86,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 _COLUMNS = ("step", "seconds", "loss")
-_LARGEST = 2**30
+_MAX_BYTES = 2**30
 _REMEDY = "move it away to go on with a new one"
 
 

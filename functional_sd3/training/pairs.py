@@ -20,7 +20,7 @@ from functional_sd3.image import files, pixels, vae
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.training import datasets, digests
 
-_LARGEST = 256 * bounded.MEBIBYTE
+_MAX_BYTES = 256 * bounded.MEBIBYTE
 _BATCH = 16
 
 
@@ -46,7 +46,7 @@ def read(path: str | os.PathLike) -> list[Entry]:
     Raises WeightsError, naming the line, for one of another form, and where there is no pair.
     """
     entries, folder = [], Path(path).parent
-    for number, line in enumerate(bounded.read_text(path, _LARGEST).splitlines(), 1):
+    for number, line in enumerate(bounded.read_text(path, _MAX_BYTES).splitlines(), 1):
         if not line.strip():
             continue
         fields = json_fields.parse_object(line, f"{path}: line {number}")

@@ -18,7 +18,7 @@ from functional_sd3.weights import discover, metadata, read
 from functional_sd3.weights.model import Model, Tokenizers
 from functional_sd3.weights.read import ComponentFiles, Discovered, LoadPlan
 
-_MOST_SHOWN = 5
+_MAX_SHOWN = 5
 
 
 def load(
@@ -65,7 +65,7 @@ def plan(paths: Sequence[Path], only: Collection[str], variant: str | None) -> t
     contents = discover.merged([part for part in parts if part is not None])
     problems += contents.problems
     if contents.passed:
-        shown, more = contents.passed[:_MOST_SHOWN], len(contents.passed) - _MOST_SHOWN
+        shown, more = contents.passed[:_MAX_SHOWN], len(contents.passed) - _MAX_SHOWN
         note(f"passed over: {'; '.join(shown)}" + (f"; and {more} more" if more > 0 else ""))
     pieces = [piece for piece in _joined_halves(contents.pieces) if _is_chosen(piece.component, only)]
     planned = [attempt(problems, read.plan, piece) for piece in pieces]

@@ -129,18 +129,18 @@ def _side(values: Object, name: str, edge: str, default: int) -> int:
     """A side in pixels, written as a number or as an object whose values are one number."""
     if isinstance(values.values.get(name), dict):
         sides = values.mapping(name)
-        lengths = {side: sides.integer(side, low=1, high=_LARGEST_SIDE) for side in sides.values}
+        lengths = {side: sides.integer(side, low=1, high=_MAX_SIDE) for side in sides.values}
         if edge not in lengths or len(set(lengths.values())) > 1:
             raise values.error(name, f"must be a whole number or {{{edge!r}: one}}")
         return lengths[edge]
-    return values.integer(name, default, low=1, high=_LARGEST_SIDE)
+    return values.integer(name, default, low=1, high=_MAX_SIDE)
 
 
 def _three(values: Object, name: str) -> tuple[float, float, float]:
     default = getattr(clip_pixels.Config(), name.removeprefix("image_"))
     numbers = values.items(name, default, float)
     # Whole numbers of hundreds of digits are no floats.
-    if len(numbers) != 3 or not all(-_LARGEST_PIXEL <= each <= _LARGEST_PIXEL for each in numbers):
+    if len(numbers) != 3 or not all(-_MAX_PIXEL <= each <= _MAX_PIXEL for each in numbers):
         raise values.error(name, "must be three numbers between -1000 and 1000")
     first, second, third = map(float, numbers)
     return first, second, third
@@ -148,8 +148,8 @@ def _three(values: Object, name: str) -> tuple[float, float, float]:
 
 _CONFIG_LIMIT = bounded.MEBIBYTE
 _BICUBIC = 3
-_LARGEST_SIDE = 2**14
-_LARGEST_PIXEL = 1000.0
+_MAX_SIDE = 2**14
+_MAX_PIXEL = 1000.0
 
 
 def _read_tokenizer(folder: Path) -> Any:

@@ -27,7 +27,7 @@ STABILITY_FILES = {
     "taesd3.safetensors": ("taesd",),
 }
 """The files of a `models/` folder, as Stability's reference and ComfyUI look for them, and what `save` puts in each."""
-_MOST_LISTED = 5
+_MAX_LISTED = 5
 OWNED = {
     "diffusers": diffusers_folder.OWNED,
     "stability": (*diffusers_folder.OWNED, NATIVE_FOLDER, *STABILITY_FILES),
@@ -198,7 +198,7 @@ def _of_variant(names: Collection[str], variant: str | None) -> set[str]:
 
 
 def _listed(passed: Collection[str]) -> str:
-    return f"; passed over: {'; '.join(list(passed)[:_MOST_LISTED])}" if passed else ""
+    return f"; passed over: {'; '.join(list(passed)[:_MAX_LISTED])}" if passed else ""
 
 
 def merged(parts: Collection[Discovered]) -> Discovered:

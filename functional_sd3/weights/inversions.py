@@ -22,7 +22,7 @@ _NAMES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}
 _THEIRS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
 _WIDTHS = {768: "clip_l", 1280: "clip_g", 4096: "t5"}
 """Width -> encoder, of the released ones: decides for vectors without an encoder's name."""
-_MOST_VECTORS = 512
+_MAX_VECTORS = 512
 """Tokens of the longest text that T5 reads here; CLIP has room for 75."""
 _PLACEHOLDERS = frozenset({"emb_params", "string_to_param.*", "*"})
 """AUTOMATIC1111's names of the vectors of any word, the last two of its .pt files; diffusers writes the word itself."""
@@ -89,9 +89,9 @@ def _problems(entries: Mapping[str, Any], encoders: Mapping[str, str]) -> list[s
         if not entry.dtype.is_floating_point or not 1 <= len(entry.shape) <= 2 or 0 in entry.shape
     ]
     problems += [
-        f"{shorten(name)} has {entry.shape[0]:,} vectors; a text has room for {_MOST_VECTORS} at most"
+        f"{shorten(name)} has {entry.shape[0]:,} vectors; a text has room for {_MAX_VECTORS} at most"
         for name, entry in entries.items()
-        if len(entry.shape) == 2 and entry.shape[0] > _MOST_VECTORS
+        if len(entry.shape) == 2 and entry.shape[0] > _MAX_VECTORS
     ]
     if not entries:
         problems.append(f"holds no vectors; a textual inversion of SD3 holds {known}")

@@ -23,8 +23,8 @@ _COMPANIONS = frozenset({
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 TOKENIZER = frozenset({"vocab.json", "spiece.model", "tokenizer.json"})
 DEPTH = 3
-MOST_FOLDERS = 500
-MOST_FILES = 1000
+MAX_FOLDERS = 500
+MAX_FILES = 1000
 
 
 class Folder(NamedTuple):
@@ -58,9 +58,9 @@ def folders(rooms: Iterable[Path], passed: list[str]) -> list[Folder]:
                 continue
             seen.add(identity)
             files += sum(map(is_weights, names))
-            if len(seen) > MOST_FOLDERS or files > MOST_FILES:
+            if len(seen) > MAX_FOLDERS or files > MAX_FILES:
                 raise WeightsError(
-                    f"{path}: is one of more than {MOST_FOLDERS} folders, or holds one of more than {MOST_FILES} files "
+                    f"{path}: is one of more than {MAX_FOLDERS} folders, or holds one of more than {MAX_FILES} files "
                     "of weights: give the files or folders of one model by their own paths"
                 )
             if is_model(names) or any(map(is_weights, names)):

@@ -17,7 +17,7 @@ from functional_sd3.lora.keys import adaptable
 from functional_sd3.weights import merge
 from functional_sd3.weights.merge import Change
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+MAX_VALUE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Format -> its largest number."""
 
 
@@ -27,8 +27,8 @@ def quantize(params: Params, dtype: torch.dtype = torch.int8, *, targets: tree.C
     The scales have the dtype that the weights had; all other leaves, and weights that are quantised already, stay.
     Raises ValueError for another dtype, for targets that choose nothing, and for values that are not finite.
     """
-    if dtype not in LARGEST:
-        raise ValueError(f"dtype {dtype} must be one of {', '.join(map(str, LARGEST))}")
+    if dtype not in MAX_VALUE:
+        raise ValueError(f"dtype {dtype} must be one of {', '.join(map(str, MAX_VALUE))}")
     able = lambda path, leaf: inside_blocks(path, leaf.ndim) and leaf.dtype.itemsize > 1  # noqa: E731
     chosen = {path for path, leaf in tree.select(params, targets).items() if able(path, leaf)}
     if not chosen:
@@ -70,10 +70,10 @@ def _quantized(path: str, layer: Params, dtype: torch.dtype) -> Params:
     if not (weight.is_meta or torch.isfinite(largest).all()):
         raise ValueError(f"{path}.weight has values that are not finite")
     # Rounded as it is stored, before it is divided by; a row of zeros has any scale.
-    scale = torch.where(largest > 0, largest / LARGEST[dtype], 1.0).to(weight.dtype)
+    scale = torch.where(largest > 0, largest / MAX_VALUE[dtype], 1.0).to(weight.dtype)
     scale = torch.where(scale > 0, scale, torch.finfo(weight.dtype).tiny)
     units = wide / scale.to(wide.dtype).reshape(-1, *[1] * (wide.ndim - 1))
-    units = units.clamp(-LARGEST[dtype], LARGEST[dtype])
+    units = units.clamp(-MAX_VALUE[dtype], MAX_VALUE[dtype])
     return {**layer, "weight": (units.round() if dtype == torch.int8 else units).to(dtype), "scale": scale}
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from functional_sd3 import cli, pipeline, weights
 from functional_sd3.cli import edit as words
-from functional_sd3.cli import parser, written
+from functional_sd3.cli import image_settings, parser
 from functional_sd3.core import prng
 from functional_sd3.image import pixels
 from tests import models
@@ -95,8 +95,8 @@ def test_inspect_prints_the_command_that_edits_again(files, capsys, words):
 def test_an_image_of_before_is_edited_again_with_what_was_usual_then():
     settings = {"subcommand": "edit", "picture": "a.png", "from": "a", "to": "b"}
     settings |= {"direct": True, "steps": 28, "cfg": 5.0}
-    written.check(settings)
-    words = shlex.split(written.command(settings))
+    image_settings.check(settings)
+    words = shlex.split(image_settings.command(settings))
     assert words[2] == "a.png" and {"--source-cfg 2.0", "--strength 0.66", "--steps 28", "--cfg 5.0"} <= {
         f"{name} {value}" for name, value in zip(words, words[1:], strict=False)
     }
@@ -167,7 +167,7 @@ def test_the_last_step_of_a_trajectory_is_the_picture(files):
 def test_other_pictures_have_no_settings(tmp_path):
     for suffix in (".gif", ".webp", ".jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"plain{suffix}")
-        assert written.read_settings(tmp_path / f"plain{suffix}") is None
+        assert image_settings.read_settings(tmp_path / f"plain{suffix}") is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import cli, weights
-from functional_sd3.cli import written
+from functional_sd3.cli import image_settings
 from functional_sd3.core import transform
 from functional_sd3.transformer import joint_block
 from tests import models
@@ -29,7 +29,7 @@ def pixels_of(path) -> torch.Tensor:
 
 def size_and_settings(path):
     with Image.open(path) as picture:
-        return picture.size, json.loads(picture.info[written.METADATA])["command"]
+        return picture.size, json.loads(picture.info[image_settings.METADATA])["command"]
 
 
 def run(*words) -> int:
@@ -58,7 +58,7 @@ def test_a_picture_of_a_series_is_made_again_alone(folder, tmp_path, capsys):
     assert run("generate", PROMPT, "a blue star", *common, "--count", 3, "--seed", 7, "--out", tmp_path / "all") == 0
     files = [line for line in capsys.readouterr().out.splitlines()]
     assert len(files) == 7 and files[-1].endswith("grid.png")
-    settings = written.read_settings(files[4])
+    settings = image_settings.read_settings(files[4])
     assert settings["seed"] == 8 and settings["prompts"] == ["a blue star"]
     assert run("generate", "a blue star", *common, "--seed", 8, "--out", tmp_path / "alone.png") == 0
     one, other = (pixels_of(path) for path in (files[4], tmp_path / "alone.png"))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageChops
 
 from functional_sd3 import cli, weights
-from functional_sd3.cli import written
+from functional_sd3.cli import image_settings
 from functional_sd3.core import spec as specs
 from functional_sd3.text import textual_inversion
 from functional_sd3.transformer import controlnet
@@ -74,8 +74,8 @@ def test_several_pictures_find_their_readers_by_kind_and_the_settings_say_them_a
     words += ["--control", f"canny={files}/edges.png:0.5", "--control", f"blur={files}/edges.png:2"]
     first = draw(files, *words, "--control-after-last")
     with Image.open(files / "out.png") as picture:
-        settings = json.loads(picture.info[written.METADATA])["command"]
-    said = written.command(settings)
+        settings = json.loads(picture.info[image_settings.METADATA])["command"]
+    said = image_settings.command(settings)
     assert f"--control canny={files}/edges.png:0.5" in said and said.endswith("--control-after-last")
     again = shlex.split(said)
     assert torch.equal(draw(files, *again[again.index("--control") :]), first)
@@ -99,7 +99,9 @@ def test_words_of_ones_own_are_typed_like_any_other(files):
         with Image.open(files / f"{number}.png") as picture:
             drawn.append(picture.tobytes())
     assert len(set(drawn)) == 3
-    assert f"--embedding {files}/thing.safetensors" in written.command(written.read_settings(files / "1.png"))
+    assert f"--embedding {files}/thing.safetensors" in image_settings.command(
+        image_settings.read_settings(files / "1.png")
+    )
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -112,7 +114,7 @@ def test_emphasis_and_long_prompts_are_settings_of_a_picture(files, monkeypatch)
     for words in ((), ("--weighted",), ("--long",), ("--weighted", "--long")):
         out = files / "prompts.png"
         assert cli.main([str(word) for word in ("generate", *prompts, *common, out, *words)]) == 0
-        assert written.command(written.read_settings(out)).endswith(" ".join(words))
+        assert image_settings.command(image_settings.read_settings(out)).endswith(" ".join(words))
         assert cli.main([str(word) for word in ("generate", prompts[1], *common, files / "alone.png", *words)]) == 0
         with Image.open(out) as both, Image.open(files / "alone.png") as alone:
             drawn[words] = both.tobytes()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from functional_sd3 import cli, pipeline, weights
 from functional_sd3.cli import guidance as words
-from functional_sd3.cli import written
+from functional_sd3.cli import image_settings
 from functional_sd3.core import prng
 from functional_sd3.flow import guidance
 from functional_sd3.image import pixels
@@ -102,15 +102,15 @@ def test_the_picture_says_how_it_was_guided_and_is_made_again_by_what_it_says(fi
     options = ["--guidance", "apg:eta=0.2", "--guidance", "skip-layer:layers=1,stop=1", "--cfg", "3", "--offload"]
     first = draw(files, *options)
     with Image.open(files / "out.png") as picture:
-        settings = json.loads(picture.info[written.METADATA])["command"]
+        settings = json.loads(picture.info[image_settings.METADATA])["command"]
     assert settings["guidance"] == ["apg:eta=0.2", "skip-layer:layers=1,stop=1"] and settings["cfg"] == 3.0
-    said = shlex.split(written.command(settings))
+    said = shlex.split(image_settings.command(settings))
     assert cli.main([*said[1:], "--out", str(files / "again.png")]) == 0
     with Image.open(files / "again.png") as picture:
         assert torch.equal(torch.tensor(list(picture.tobytes())), first)
     draw(files)
     with Image.open(files / "out.png") as picture:
-        assert "guidance" not in json.loads(picture.info[written.METADATA])["command"]
+        assert "guidance" not in json.loads(picture.info[image_settings.METADATA])["command"]
 
 
 @pytest.mark.parametrize(

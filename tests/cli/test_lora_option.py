@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import cli, lora, weights
-from functional_sd3.cli import lora_options, written
+from functional_sd3.cli import image_settings, lora_options
 from functional_sd3.core import tree
 from tests import models
 
@@ -98,7 +98,7 @@ def test_other_commands_that_draw_take_and_record_them(place, both, tmp_path, wo
         results[name] = pixels(tmp_path / f"{name}.png")
     assert abs(results["added"] - results["merged"]).max() <= 1
     assert abs(results["added"] - results["plain"]).max() > 20
-    assert written.read_settings(tmp_path / "added.png")["lora"] == both[1::2]
+    assert image_settings.read_settings(tmp_path / "added.png")["lora"] == both[1::2]
 
 
 @pytest.mark.parametrize("words", [

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from functional_sd3 import cli, pipeline, weights
-from functional_sd3.cli import output, written
+from functional_sd3.cli import image_settings, output
 from tests import models
 
 PROMPT = "a large red circle on a white background"
@@ -48,7 +48,7 @@ def test_the_suffix_is_the_form_and_the_settings_are_inside(folder, tmp_path, ca
     assert run("inspect", out) == 0
     *_, line = capsys.readouterr().out.splitlines()
     assert "--seed 4" in line and "$'é\\u000ablue'" in line
-    settings = written.read_settings(out)
+    settings = image_settings.read_settings(out)
     assert settings["negative"] == "é\nblue" and settings["seed"] == 4
 
 
@@ -62,7 +62,7 @@ def test_jpeg_and_webp_show_what_png_does(folder, tmp_path):
 def test_settings_too_long_for_a_jpeg_are_noted(tmp_path, capsys):
     output.save(tmp_path / "x.jpg", Image.new("RGB", (8, 8)), {"prompts": ["x" * 70_000]})
     assert "do not fit into a JPEG" in capsys.readouterr().err
-    assert written.read_settings(tmp_path / "x.jpg") is None
+    assert image_settings.read_settings(tmp_path / "x.jpg") is None
 
 
 @pytest.mark.parametrize("name", ["x.tiff", "a.b", "v1.0", "x.gif", "x.pngg", "x.safetensors", ".x.bmp"])
@@ -110,7 +110,7 @@ def test_an_overwritten_image_keeps_its_mode_and_a_link_is_written_through(folde
     os.chmod(tmp_path / "real.png", 0o640)
     (tmp_path / "link.png").symlink_to("real.png")
     assert generate(folder, tmp_path / "link.png") == 0
-    assert (tmp_path / "link.png").is_symlink() and written.read_settings(tmp_path / "real.png")
+    assert (tmp_path / "link.png").is_symlink() and image_settings.read_settings(tmp_path / "real.png")
     assert stat.S_IMODE((tmp_path / "real.png").stat().st_mode) == 0o640
 
 
@@ -185,8 +185,8 @@ def test_a_run_cut_short_says_what_was_written(folder, tmp_path, capsys, monkeyp
     if single:
         with Image.open(out) as image:
             assert image.size == (2 * 66 - 2, 2 * 66 - 2)
-        record = written.read_record(out)
-        assert shlex.split(written.command(record["command"]))[2] == PROMPT
+        record = image_settings.read_record(out)
+        assert shlex.split(image_settings.command(record["command"]))[2] == PROMPT
         # Of the four images that the file shows, not of the six that were wanted.
         assert record["request"]["prompts"] == [PROMPT] * 4 and record["command"]["count"] == 4
     else:
@@ -194,9 +194,9 @@ def test_a_run_cut_short_says_what_was_written(folder, tmp_path, capsys, monkeyp
 
 
 def test_settings_of_a_run_cut_short_within_a_prompt_draw_all_that_its_file_shows():
-    jobs = [written.Job(prompt, seed) for prompt in ("a", "b") for seed in range(3)]
-    assert written.together(jobs[:4], {}) == {"prompts": ["a", "b"], "seed": 0, "count": 3}
-    assert written.together(jobs[:2], {}) == {"prompts": ["a"], "seed": 0, "count": 2}
+    jobs = [image_settings.Job(prompt, seed) for prompt in ("a", "b") for seed in range(3)]
+    assert image_settings.joint_settings(jobs[:4], {}) == {"prompts": ["a", "b"], "seed": 0, "count": 3}
+    assert image_settings.joint_settings(jobs[:2], {}) == {"prompts": ["a"], "seed": 0, "count": 2}
 
 
 def test_a_disk_that_fills_up_leaves_what_was_written(folder, tmp_path, capsys, monkeypatch):
@@ -225,7 +225,7 @@ def test_a_grid_that_a_form_cannot_hold_is_said_before_the_work(folder, tmp_path
 def test_a_folder_gets_no_grid_that_no_viewer_opens(folder, tmp_path, capsys, monkeypatch):
     from functional_sd3.cli import writer
 
-    monkeypatch.setattr(writer, "_LARGEST_GRID", 2 * 64 * 64)
+    monkeypatch.setattr(writer, "_MAX_GRID", 2 * 64 * 64)
     assert generate(folder, tmp_path / "two", "--count", 2) == 0
     assert generate(folder, tmp_path / "three", "--count", 3) == 0
     assert [len(list((tmp_path / name).iterdir())) for name in ("two", "three")] == [3, 3]
@@ -239,7 +239,7 @@ def test_the_word_tiny_is_the_shipped_model_wherever_a_model_is_named(tmp_path, 
     assert run("convert", "tiny", "x.safetensors", "--layout", "single") == 0
     assert run("quantize", "tiny", "--steps", 0) == 0
     assert run("merge", "tiny", "tiny", "--out", "merged") == 0
-    assert written.read_settings(tmp_path / "x.png")["params"] == ["tiny"]
+    assert image_settings.read_settings(tmp_path / "x.png")["params"] == ["tiny"]
     assert run("inspect", tmp_path / "x.png") == 0 and "--params tiny" in capsys.readouterr().out
     # What lies here under that name comes first.
     (tmp_path / "tiny").mkdir()

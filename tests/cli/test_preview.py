@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from functional_sd3 import cli, pipeline, weights
-from functional_sd3.cli import parser, preview, written
+from functional_sd3.cli import image_settings, parser, preview
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import pixels, taesd
@@ -115,7 +115,7 @@ def test_the_images_and_their_settings_are_those_of_a_run_without(folder, tmp_pa
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     for name in ("preview", "preview_decoder"):
         with pytest.raises(ValueError, match="records"):
-            written.check({"prompts": ["x"], name: 1})
+            image_settings.check({"prompts": ["x"], name: 1})
 
 
 def test_every_command_with_a_run_has_them_and_likelihood_not():

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from functional_sd3 import cli, weights
-from functional_sd3.cli import output, report, written
+from functional_sd3.cli import image_settings, output, report
 from functional_sd3.formats.printable import escape
 from tests import models
 
@@ -32,7 +32,7 @@ def assert_harmless(text: str) -> None:
 
 def image_with(path: Path, text: str) -> Path:
     info = PngInfo()
-    info.add_itxt(written.METADATA, text)
+    info.add_itxt(image_settings.METADATA, text)
     Image.new("RGB", (8, 8)).save(path, pnginfo=info)
     return path
 
@@ -176,7 +176,7 @@ def test_every_recorded_option_is_read_again():
     assert controls.settings.__doc__
     for subcommand, names in recorded.items():
         words = {"picture": "x.png", "from": "a", "to": "b"} if subcommand == "edit" else {"prompts": ["a"]}
-        written.check(
+        image_settings.check(
             {"subcommand": subcommand, **words, **{name: values.get(name, "text") for name in names if name != "count"}}
         )
 
@@ -232,7 +232,7 @@ def test_results_go_to_standard_output_and_notes_to_standard_error(model, tmp_pa
     printed, error = capsys.readouterr()
     assert all(Path(line).is_file() for line in printed.splitlines()) and len(printed.splitlines()) == 3
     assert "note: 2 prompts of one word each" in error and "s in all" in error
-    assert shlex.split(written.command(written.read_settings(printed.splitlines()[0])))[1] == "generate"
+    assert shlex.split(image_settings.command(image_settings.read_settings(printed.splitlines()[0])))[1] == "generate"
     assert output.slug("a/../b") == "a-b"
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import functional_sd3
 from functional_sd3 import cli, lora, pipeline, weights
-from functional_sd3.cli import written
+from functional_sd3.cli import image_settings
 from functional_sd3.core import prng, tree
 from functional_sd3.image import pixels
 from functional_sd3.weights import shipped
@@ -43,7 +43,7 @@ def run(*words) -> int:
 
 def drawn_again(model, path, given=None) -> torch.Tensor:
     """The bytes of the image that the request of a file draws, alone and in Python."""
-    request = pipeline.read_description(written.read_record(path)["request"], given)
+    request = pipeline.read_description(image_settings.read_record(path)["request"], given)
     images = pipeline.draw(model.params, model.config, pipeline.prepare(*model[:3], request))
     return pixels.to_bytes(images)[0].int()
 
@@ -57,7 +57,7 @@ def test_an_image_is_drawn_again_from_its_record(tiny, tmp_path):
     words = ("--steps", 4, "--negative", "a ring", "--guidance", "zero-star:scale=3", "--method", "heun", "--seed", 7)
     assert run("generate", RED, *words, "--out", tmp_path / "one.png") == 0
     assert torch.equal(drawn_again(tiny, tmp_path / "one.png"), bytes_of(tmp_path / "one.png"))
-    record = written.read_record(tmp_path / "one.png")
+    record = image_settings.read_record(tmp_path / "one.png")
     assert record["program"] == f"functional_sd3 {functional_sd3.__version__}"
     assert record["model"] == {"params": ["tiny"], "dtype": "float32", "device": "cpu"}
     assert record["request"]["sampling"]["guidance"] == {"kind": "guidance.zero_star", "scale": 3.0}
@@ -67,7 +67,7 @@ def test_the_steps_of_a_trajectory_are_drawn_again_from_its_record(tiny, tmp_pat
     for name, option in (("states", ()), ("denoised", ("--denoised",))):
         path = tmp_path / f"{name}.png"
         assert run("interpolate", RED, "--trajectory", *option, "--steps", 3, "--out", path) == 0
-        request = pipeline.read_description(written.read_record(path)["request"])
+        request = pipeline.read_description(image_settings.read_record(path)["request"])
         with torch.no_grad():
             images = pipeline.draw(tiny.params, tiny.config, pipeline.prepare(*tiny, request))
         assert images.shape[:2] == (3, 1)
@@ -83,8 +83,8 @@ def test_each_image_of_a_batch_has_its_own_prompt_and_key(tiny, tmp_path):
     for path in files:
         # Within a batch products are summed in another order than alone: a byte may be rounded to its neighbour.
         assert (drawn_again(tiny, path) - bytes_of(path)).abs().max() <= 1
-        assert written.read_record(path)["request"]["prompts"] in ([RED], [BLUE])
-    grid = written.read_record(tmp_path / "grid.png")["request"]
+        assert image_settings.read_record(path)["request"]["prompts"] in ([RED], [BLUE])
+    grid = image_settings.read_record(tmp_path / "grid.png")["request"]
     assert grid["prompts"] == [RED, RED, BLUE, BLUE] and grid["key"]["values"] == [[0, 5]] * 4
     assert [key[1] for key in grid["variation"]["key"]["values"]] == [3, 4, 3, 4]
 
@@ -93,7 +93,7 @@ def test_loras_images_and_masks_are_recorded_by_their_files(place, tmp_path):
     words = ("generate", "a ring", "--params", place / "model", "--steps", 2, "--image", place / "in.png")
     words += ("--mask", place / "mask.png", "--lora", f"{place}/style.safetensors=0.5", "--offload")
     assert run(*words, "--out", tmp_path / "a.png") == 0
-    record = written.read_record(tmp_path / "a.png")
+    record = image_settings.read_record(tmp_path / "a.png")
     for name in ("in.png", "mask.png", "style.safetensors"):
         content = (place / name).read_bytes()
         digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -116,12 +116,12 @@ def test_edits_and_frames_are_recorded(place, tmp_path, suffix):
     assert (
         run("edit", place / "in.png", "--from", "a", "--to", "b", "--direct", *words, "--out", tmp_path / "e.png") == 0
     )
-    edit = written.read_record(tmp_path / "e.png")
+    edit = image_settings.read_record(tmp_path / "e.png")
     assert edit["request"]["edit"] == {"kind": "FlowEdit", "source": ["a"], "cfg": 3.5, "averages": 1}
     assert edit["request"]["start"]["strength"] == 0.66 and str(place / "in.png") in edit["files"]
     out = tmp_path / f"i{suffix}"
     assert run("interpolate", "a", "b", "--frames", 3, "--slerp", *words, "--out", out) == 0
-    frames = written.read_record(out)["request"]
+    frames = image_settings.read_record(out)["request"]
     assert frames["frames"]["count"] == 3 and frames["frames"]["mix"]["name"].endswith("slerp")
     assert frames["prompts"] == ["a", "b"]
 
@@ -136,7 +136,7 @@ def test_inspect_prints_the_request_and_the_command_and_reads_images_of_before(t
     image = Image.new("RGB", (8, 8))
     old = {"prompts": ["a red circle"], "seed": 4, "steps": 2, "cfg": 4.5}
     image.save(tmp_path / "old.jpg", comment=f"functional_sd3 {json.dumps(old)}".encode())
-    assert written.read_record(tmp_path / "old.jpg") == {"command": old}
+    assert image_settings.read_record(tmp_path / "old.jpg") == {"command": old}
     assert run("inspect", tmp_path / "old.jpg") == 0
     assert "--seed 4 --steps 2 --cfg 4.5" in capsys.readouterr().out.splitlines()[-1]
 

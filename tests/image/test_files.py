@@ -183,7 +183,7 @@ def test_sizes_in_the_header_are_bounded_before_decoding(tmp_path, kind):
     with pytest.raises(ValueError, match="more than 134,217,728 pixels"):
         getattr(files, kind)(tmp_path / "a.png")
     with open(tmp_path / "sparse.webp", "wb") as file:
-        file.truncate(files.MOST_BYTES + 1)
+        file.truncate(files.MAX_BYTES + 1)
     with pytest.raises(ValueError, match="more than the 536,870,912"):
         getattr(files, kind)(tmp_path / "sparse.webp")
 
@@ -258,7 +258,7 @@ def test_paths_that_are_no_regular_file_are_refused_without_waiting(tmp_path, ki
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_members_of_archives_are_bounded_by_declared_and_by_actual_size(tmp_path, method, monkeypatch):
-    monkeypatch.setattr(files, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(files, "MAX_BYTES", 2**20)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
         archive.writestr("large.png", bytes(2**21))
         archive.writestr("lies.png", bytes(2**26))

@@ -93,7 +93,7 @@ def test_mutated_images_of_every_format_are_read_or_refused_within_bounds(sample
             assert str(error) and str(error).isprintable(), number
         assert time.monotonic() - started < 60, number
     assert 300 < refused < 3000
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 10 * files.MOST_PIXELS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 10 * files.MAX_PIXELS
 
 
 def test_mutated_archives_give_images_or_reasons(samples, tmp_path):

@@ -14,9 +14,9 @@ import pytest
 
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.text import bpe, unigram
-from functional_sd3.text.token_fields import MOST_ADDED
+from functional_sd3.text.token_fields import MAX_ADDED
 from functional_sd3.text.unigram import charsmap, sentencepiece_file
-from functional_sd3.text.unigram.tables import LONGEST_PIECE
+from functional_sd3.text.unigram.tables import MAX_PIECE_LENGTH
 from functional_sd3.weights import shipped
 from tests.limits import address_space
 
@@ -131,7 +131,7 @@ UNIGRAM_CHANGES = {
     "a piece of 100,000 letters": lambda d: d["model"]["vocab"].append(["a" * 100_000, -1.0]),
     "pieces of 128 letters": lambda d: d["model"]["vocab"].extend([[f"{index:0128}", -1.0] for index in range(3000)]),
     "many added tokens": lambda d: d["added_tokens"].extend(
-        [{"id": 10_000 + index, "content": f"<{index}>"} for index in range(MOST_ADDED)]
+        [{"id": 10_000 + index, "content": f"<{index}>"} for index in range(MAX_ADDED)]
     ),
 }
 
@@ -164,7 +164,7 @@ def test_a_hostile_config_is_refused_by_name(kind, folder, config):
     assert "tokenizer_config.json: " in refused(kind, folder)
 
 
-@pytest.mark.parametrize("count", ["100", 10**8, -1, 0.5, [], True, MOST_ADDED + 1])
+@pytest.mark.parametrize("count", ["100", 10**8, -1, 0.5, [], True, MAX_ADDED + 1])
 def test_sentinels_without_bound_are_refused(tmp_path, count):
     folder = Path(shutil.copytree(shipped.folder() / "tokenizer_3", tmp_path / "tokenizer"))
     (folder / "tokenizer.json").unlink()
@@ -336,9 +336,9 @@ def test_a_mutated_character_map_is_refused_or_rewrites_any_text(tmp_path):
 
 
 def test_the_longest_piece_is_found_and_a_longer_one_refused():
-    pieces = [("▁", -1.0), ("x" * LONGEST_PIECE, -1.0)]
+    pieces = [("▁", -1.0), ("x" * MAX_PIECE_LENGTH, -1.0)]
     tables = unigram.from_pieces(pieces)
-    assert unigram.apply(tables, "x" * LONGEST_PIECE, length=None)[0] == [3, 4, tables.eos_id]
+    assert unigram.apply(tables, "x" * MAX_PIECE_LENGTH, length=None)[0] == [3, 4, tables.eos_id]
     with pytest.raises(ValueError, match="129 characters; at most 128"):
         unigram.from_pieces([*pieces, ("x" * 129, -1.0)])
 
@@ -362,7 +362,7 @@ def test_hostile_files_take_little_memory(tmp_path):
 
 
 def test_more_pieces_than_any_vocabulary_has_are_refused_while_they_are_read(monkeypatch):
-    monkeypatch.setattr(sentencepiece_file, "MOST_PIECES", 100)
+    monkeypatch.setattr(sentencepiece_file, "MAX_PIECES", 100)
     with pytest.raises(ValueError, match="more than 100 pieces"):
         sentencepiece_file.parse(b"\x0a\x03\x0a\x01a" * 101)
 

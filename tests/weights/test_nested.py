@@ -110,10 +110,10 @@ def test_circles_of_links_end_and_too_many_folders_are_refused(models, monkeypat
     (models / "vae" / "vae").symlink_to("..")
     (models / "unet" / "again").symlink_to("../checkpoints")
     assert weights.missing(weights.load(models)) == []
-    monkeypatch.setattr(nested, "MOST_FOLDERS", 5)
+    monkeypatch.setattr(nested, "MAX_FOLDERS", 5)
     assert "more than 5 folders" in problems_of(models)[0]
-    monkeypatch.setattr(nested, "MOST_FOLDERS", 500)
-    monkeypatch.setattr(nested, "MOST_FILES", 2)
+    monkeypatch.setattr(nested, "MAX_FOLDERS", 500)
+    monkeypatch.setattr(nested, "MAX_FILES", 2)
     assert "more than 2 files of weights" in problems_of(models)[0]
 
 

@@ -20,7 +20,7 @@ FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of `FILE`, and of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which is the same."""
 
-LARGEST = 2**28
+MAX_BYTES = 2**28
 """Bytes that are read of a pickled file, more than twice those of `FILE`."""
 # Counter of training batches in newer files, which nothing depends on.
 _COUNTER = ".num_batches_tracked"
@@ -74,7 +74,7 @@ def _check_hash(path: Path, strict: bool) -> None:
 
 def _pickled(path: Path) -> dict[str, Mapped]:
     try:
-        mapped = pickles.open_pickle(path, LARGEST)
+        mapped = pickles.open_pickle(path, MAX_BYTES)
     except WeightsError as error:
         raise WeightsError(f"{error}; a file of tensors such as {FILE} is needed here") from error
     return dict.fromkeys(mapped.header.tensors, mapped)

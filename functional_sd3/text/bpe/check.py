@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 from functional_sd3.formats.errors import attempt
 from functional_sd3.formats.json_fields import Object
 from functional_sd3.formats.printable import shorten
-from functional_sd3.text.token_fields import HIGHEST_ID, LONGEST_ADDED, MOST_ADDED, MOST_PIECES, token
+from functional_sd3.text.token_fields import HIGHEST_ID, MAX_ADDED, MAX_ADDED_LENGTH, MAX_PIECES, token
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MODEL_MAX_LENGTH = 77  # CLIP's number of positions
 NAMED = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _UNLIMITED = 10**9  # transformers writes 1e30 where there is no limit
-_LONGEST_TOKEN = 2**10
-_MOST_LETTERS = 2**22
+_MAX_TOKEN = 2**10
+_MAX_LETTERS = 2**22
 """Characters of all tokens together, each of which is merged once when the files are read; CLIP's have 350,000."""
 
 
@@ -32,8 +32,8 @@ def vocab_problems(vocab: Any) -> list[str]:
         return []
     if not isinstance(vocab, Mapping) or not vocab:
         return [f"the vocabulary is {'empty' if vocab == {} else type(vocab).__name__}, not an object from token to id"]
-    if len(vocab) > MOST_PIECES:
-        return [f"the vocabulary has {len(vocab):,} tokens; at most {MOST_PIECES:,} are read"]
+    if len(vocab) > MAX_PIECES:
+        return [f"the vocabulary has {len(vocab):,} tokens; at most {MAX_PIECES:,} are read"]
     wrong = [
         f"{shorten(repr(token))}: {shorten(repr(i))}"
         for token, i in vocab.items()
@@ -47,10 +47,10 @@ def vocab_problems(vocab: Any) -> list[str]:
         one, other, i = twice[0]
         return [f"{len(twice)} tokens share an id with another, such as {shorten(one)!r} and {shorten(other)!r} ({i})"]
     longest = max(vocab, key=len)
-    if len(longest) > _LONGEST_TOKEN:
-        return [f"the token {shorten(longest)!r} has {len(longest):,} characters; at most {_LONGEST_TOKEN:,} are read"]
-    if sum(map(len, vocab)) > _MOST_LETTERS:
-        return [f"the tokens have more than {_MOST_LETTERS:,} characters together, the most that are read"]
+    if len(longest) > _MAX_TOKEN:
+        return [f"the token {shorten(longest)!r} has {len(longest):,} characters; at most {_MAX_TOKEN:,} are read"]
+    if sum(map(len, vocab)) > _MAX_LETTERS:
+        return [f"the tokens have more than {_MAX_LETTERS:,} characters together, the most that are read"]
     return [] if _is_unicode("".join(vocab)) else ["a token holds half of a surrogate pair, which is no character"]
 
 
@@ -60,8 +60,8 @@ def merge_problems(vocab: Mapping[str, int] | None, merges: Any) -> list[str]:
         return []
     if not isinstance(merges, Sequence) or isinstance(merges, str | bytes):
         return [f"the merges are a {type(merges).__name__}, not a list"]
-    if len(merges) > MOST_PIECES:
-        return [f"there are {len(merges):,} merges; at most {MOST_PIECES:,} are read"]
+    if len(merges) > MAX_PIECES:
+        return [f"there are {len(merges):,} merges; at most {MAX_PIECES:,} are read"]
     pairs = [pair(merge) for merge in merges]
     wrong = [merge for merge, halves in zip(merges, pairs, strict=True) if len(halves) != 2 or not all(halves)]
     if wrong:
@@ -123,14 +123,14 @@ def tokens_of(
 def _listed(config: Object) -> dict[str, Special]:
     """The tokens of `added_tokens_decoder`, with the flags that it gives them."""
     decoder = config.mapping("added_tokens_decoder", {})
-    if len(decoder.values) > MOST_ADDED:
-        raise config.error("added_tokens_decoder", f"has {len(decoder.values):,} tokens, more than {MOST_ADDED:,}")
+    if len(decoder.values) > MAX_ADDED:
+        raise config.error("added_tokens_decoder", f"has {len(decoder.values):,} tokens, more than {MAX_ADDED:,}")
     tokens = {}
     for i, value in decoder.values.items():
         if not isinstance(value, dict) or not (i.isascii() and i.isdecimal() and len(i) <= 10):
             raise decoder.error(i, "must be an object with the content of a token, and its name the token's id")
         flags = decoder.mapping(i)
-        content, special = flags.text("content", longest=LONGEST_ADDED), flags.boolean("special", False)
+        content, special = flags.text("content", longest=MAX_ADDED_LENGTH), flags.boolean("special", False)
         _check_flags(flags, content)
         # a token without the flag is matched in the raw text if it is special and in the normalised text if it is not
         tokens[content] = Special(content, int(i), flags.boolean("normalized", not special), special)
@@ -144,7 +144,7 @@ def _named(config: Object) -> dict[str, tuple[str, Object]]:
         extra = config.values.get(name) or []
         if extra:
             # transformers takes the second as an object too, from role to token.
-            values = list(extra.values()) if isinstance(extra, dict) else config.items(name, (), most=MOST_ADDED)
+            values = list(extra.values()) if isinstance(extra, dict) else config.items(name, (), most=MAX_ADDED)
             listed = Object({f"special token {index}": value for index, value in enumerate(values)}, config.where)
             named |= {role: (token(listed, role, None), _flags(listed, role)) for role in listed.values}
             break
@@ -168,8 +168,8 @@ def _check_flags(flags: Object, content: str) -> None:
 
 def _misplaced(vocab: Mapping[str, int], tokens: Mapping[str, Special]) -> list[str]:
     """Problems of the ids of added tokens, each of which must be the vocabulary's, or one that no other token has."""
-    if len(tokens) > MOST_ADDED:
-        return [f"there are {len(tokens):,} added tokens; at most {MOST_ADDED:,} are read"]
+    if len(tokens) > MAX_ADDED:
+        return [f"there are {len(tokens):,} added tokens; at most {MAX_ADDED:,} are read"]
     problems = []
     owners = {i: content for content, i in vocab.items()}
     for content, entry in tokens.items():
@@ -178,7 +178,7 @@ def _misplaced(vocab: Mapping[str, int], tokens: Mapping[str, Special]) -> list[
         if entry.id != expected or owner != content:
             right = expected if entry.id != expected else f"taken by {shorten(repr(owner))}"
             problems.append(f"token {shorten(repr(content))} has id {entry.id}, which in the vocabulary is {right}")
-        elif not content or not _is_unicode(content) or len(content) > LONGEST_ADDED or entry.id > HIGHEST_ID:
+        elif not content or not _is_unicode(content) or len(content) > MAX_ADDED_LENGTH or entry.id > HIGHEST_ID:
             problems.append(f"token {shorten(repr(content))} with id {entry.id} is empty, too long or no text")
     return problems
 

@@ -16,7 +16,7 @@ from functional_sd3.formats.files import write_atomic
 from functional_sd3.formats.json_fields import Object
 from functional_sd3.formats.printable import shorten
 from functional_sd3.text.bpe.check import NAMED, Special, length_of, merge_problems, pair, tokens_of, vocab_problems
-from functional_sd3.text.token_fields import FILE_LIMIT, HIGHEST_ID, MOST_ADDED, MULTI_TOKEN, multi_token, token
+from functional_sd3.text.token_fields import FILE_LIMIT, HIGHEST_ID, MAX_ADDED, MULTI_TOKEN, multi_token, token
 
 _LITERAL = r"<\|startoftext\|>"
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -133,7 +133,7 @@ def _read_tokenizer_json(path: Path, problems: list[str]) -> _Raw:
     pattern = json.dumps(content.values.get("pre_tokenizer"))
     if json.dumps(_PATTERN)[1:-1] not in pattern:
         problems.append(f"{path}: pre_tokenizer does not split by CLIP's pattern")
-    added = content.mappings("added_tokens", (), most=MOST_ADDED)
+    added = content.mappings("added_tokens", (), most=MAX_ADDED)
     config = {
         "added_tokens_decoder": {str(token.integer("id", low=0, high=HIGHEST_ID)): token.values for token in added},
         "bos_token": next(iter(ends.items("cls", ())), None),

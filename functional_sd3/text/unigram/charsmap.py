@@ -18,11 +18,11 @@ import numpy as np
 
 _NO_BYTE = 1 << 31
 _HAS_VALUE = 1 << 8
-_LARGEST = 2**22
+_MAX_BYTES = 2**22
 """Bytes of a blob; T5's has 237,539."""
 _DEEPEST = 256
 """Bytes of a spelling; T5's longest has 16."""
-_LONGEST_REPLACEMENT = 256
+_MAX_REPLACEMENT = 256
 """Bytes of a replacement; T5's longest has 33. A text of such characters grows that much."""
 
 
@@ -39,8 +39,8 @@ def parse(blob: bytes) -> Charsmap:
     Raises ValueError when a walk over it could leave the trie or the replacements, or go in circles, and for a map of
     more than 4 MiB, spellings and replacements of more than 256 bytes.
     """
-    if len(blob) > _LARGEST:
-        raise ValueError(f"character map of {len(blob):,} bytes is larger than {_LARGEST:,}, the most that is read")
+    if len(blob) > _MAX_BYTES:
+        raise ValueError(f"character map of {len(blob):,} bytes is larger than {_MAX_BYTES:,}, the most that is read")
     size = int.from_bytes(blob[:4], "little") if len(blob) > 4 else 0
     if not 0 < size <= len(blob) - 4 or size % 1024:
         raise ValueError(f"character map of {len(blob)} bytes states a trie of {size}: no multiple of 1024 that fits")
@@ -59,8 +59,8 @@ def parse(blob: bytes) -> Charsmap:
     starts = np.frombuffer(replacements, np.uint8)[values] & 0xC0
     if (starts == 0x80).any():
         raise ValueError("character map is corrupt: a replacement begins within a character")
-    if max(map(len, replacements.split(b"\0"))) > _LONGEST_REPLACEMENT:
-        raise ValueError(f"character map holds a replacement of more than {_LONGEST_REPLACEMENT} bytes")
+    if max(map(len, replacements.split(b"\0"))) > _MAX_REPLACEMENT:
+        raise ValueError(f"character map holds a replacement of more than {_MAX_REPLACEMENT} bytes")
     if not _ends(units, bases):
         raise ValueError(f"character map goes in circles, or holds a spelling of more than {_DEEPEST} bytes")
     return Charsmap(tuple(units.tolist()), replacements)

@@ -17,9 +17,9 @@ from functional_sd3.formats.printable import shorten
 from functional_sd3.text.token_fields import (
     FILE_LIMIT,
     HIGHEST_ID,
-    LONGEST_ADDED,
-    MOST_ADDED,
-    MOST_PIECES,
+    MAX_ADDED,
+    MAX_ADDED_LENGTH,
+    MAX_PIECES,
     multi_token,
     token,
 )
@@ -67,8 +67,8 @@ def _from_json(content: Object, config: Object) -> Tables:
     kind, fallback = model.text("type", None), model.boolean("byte_fallback", False)
     if kind != "Unigram" or fallback:
         raise ValueError(f"model is {shorten(repr(kind))}, its byte_fallback {fallback}; want 'Unigram' without")
-    pieces, scores = _vocabulary(model.items("vocab", kind=list, most=MOST_PIECES))
-    added = [_added(token) for token in content.mappings("added_tokens", (), most=MOST_ADDED)]
+    pieces, scores = _vocabulary(model.items("vocab", kind=list, most=MAX_PIECES))
+    added = [_added(token) for token in content.mappings("added_tokens", (), most=MAX_ADDED)]
     charsmap, steps = _normalizers(content.mapping("normalizer", None))
     names = {token.content: token.id for token in added} | {piece: index for index, piece in enumerate(pieces)}
     return build(
@@ -109,7 +109,7 @@ def _multi_token(config: Object, ids: Mapping[str, int]) -> dict[int, tuple[int,
 
 
 def _from_model(model: SentencePieceModel, config: Object) -> Tables:
-    count = config.integer("extra_ids", 100, low=0, high=MOST_ADDED)
+    count = config.integer("extra_ids", 100, low=0, high=MAX_ADDED)
     sentinels = [f"<extra_id_{index}>" for index in reversed(range(count))]
     pieces = [piece.text for piece in model.pieces] + sentinels
     scores = [piece.score for piece in model.pieces] + [0.0] * count
@@ -131,11 +131,14 @@ def _from_model(model: SentencePieceModel, config: Object) -> Tables:
 def _flags(config: Object) -> dict[str, tuple[bool, bool]]:
     """Flags (lstrip, rstrip) of each token that the config lists: white space it absorbs to its left and right."""
     decoder = config.mapping("added_tokens_decoder", {})
-    if len(decoder.values) > MOST_ADDED:
-        raise config.error("added_tokens_decoder", f"has {len(decoder.values):,} tokens, more than {MOST_ADDED:,}")
+    if len(decoder.values) > MAX_ADDED:
+        raise config.error("added_tokens_decoder", f"has {len(decoder.values):,} tokens, more than {MAX_ADDED:,}")
     tokens = [decoder.mapping(name) for name in decoder.values]
     return {
-        token.text("content", longest=LONGEST_ADDED): (token.boolean("lstrip", False), token.boolean("rstrip", False))
+        token.text("content", longest=MAX_ADDED_LENGTH): (
+            token.boolean("lstrip", False),
+            token.boolean("rstrip", False),
+        )
         for token in tokens
     }
 
@@ -149,7 +152,7 @@ def _max_length(config: Object) -> int:
 
 
 def _added(token: Object) -> AddedToken:
-    content = token.text("content", longest=LONGEST_ADDED)
+    content = token.text("content", longest=MAX_ADDED_LENGTH)
     single_word, normalized = token.boolean("single_word", False), token.boolean("normalized", False)
     if single_word or normalized or not token.boolean("special", True):
         raise ValueError(
@@ -165,7 +168,7 @@ def _normalizers(normalizer: Object | None) -> tuple[bytes, list]:
     if normalizer is None:
         return b"", []
     single = normalizer.text("type") != "Sequence"
-    steps = [normalizer] if single else normalizer.mappings("normalizers", (), most=_MOST_STEPS)
+    steps = [normalizer] if single else normalizer.mappings("normalizers", (), most=_MAX_STEPS)
     following = [step.values for step in steps]
     if not steps or steps[0].text("type") != "Precompiled":
         return b"", following
@@ -195,11 +198,11 @@ def _end_token(processor: Object | None, config: Object) -> str:
     """The token that the post-processor puts behind a text."""
     if processor is None:
         return _name(config, "eos_token")
-    single = processor.mappings("single", (), most=_MOST_STEPS)
+    single = processor.mappings("single", (), most=_MAX_STEPS)
     if len(single) == 2 and "Sequence" in single[0].values and "SpecialToken" in single[1].values:
         return single[1].mapping("SpecialToken").text("id")
     given = _key(processor.values.get("single"))[:200]
     raise ValueError(f"post_processor: {given} for a single text; want the text, then one special token")
 
 
-_MOST_STEPS = 64
+_MAX_STEPS = 64

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from functional_sd3.formats.printable import shorten
-from functional_sd3.text.token_fields import MOST_PIECES
+from functional_sd3.text.token_fields import MAX_PIECES
 
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3
 _UNIGRAM = 1
@@ -42,8 +42,8 @@ def parse(data: bytes) -> SentencePieceModel:
     try:
         for number, value in _fields(data):
             if number == 1:
-                if len(pieces) == MOST_PIECES:
-                    raise ValueError(f"it has more than {MOST_PIECES:,} pieces")
+                if len(pieces) == MAX_PIECES:
+                    raise ValueError(f"it has more than {MAX_PIECES:,} pieces")
                 pieces.append(_piece(_message(value)))
             elif number == 2:
                 trainer = dict(_fields(_message(value)))
@@ -95,7 +95,7 @@ def serialize(model: SentencePieceModel) -> bytes:
     )
 
 
-_LONGEST_VARINT = 7 * 10
+_MAX_VARINT_BITS = 7 * 10
 _KINDS = (NORMAL, UNKNOWN, CONTROL)
 _SPACES = {3: "add_dummy_prefix", 4: "remove_extra_whitespaces", 5: "escape_whitespaces"}
 
@@ -154,7 +154,7 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         position += 1
         value |= (byte & 0x7F) << shift
         shift += 7
-        if shift > _LONGEST_VARINT:
+        if shift > _MAX_VARINT_BITS:
             raise ValueError(f"a number before byte {position} has more than 64 bits")
     return value, position
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from functional_sd3.formats.printable import shorten
-from functional_sd3.text.token_fields import MOST_ADDED, MOST_PIECES
+from functional_sd3.text.token_fields import MAX_ADDED, MAX_PIECES
 from functional_sd3.text.unigram.charsmap import Charsmap, ascii_map, parse
 
 SPACE = "\u2581"
@@ -17,9 +17,9 @@ SPACE = "\u2581"
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 UNBOUNDED = int(1e30)  # how transformers writes a tokenizer without a longest length
 _UNKNOWN_PENALTY = 10.0
-LONGEST_PIECE = 128
+MAX_PIECE_LENGTH = 128
 """Characters of a piece; sentencepiece trains none above 16. Time and memory of the search grow with the longest."""
-_MOST_PREFIXES = 2**25
+_MAX_PREFIXES = 2**25
 """Sum of the squared lengths of all pieces, twice the characters that the trie holds; T5's is 1.7 million."""
 _HIGHEST_SCORE = 1e30
 """Sums of a million scores of this size are finite in float32."""
@@ -191,13 +191,13 @@ def _check(pieces: Sequence[str], scores: Sequence[float], added: Sequence[Added
 
 def _excesses(pieces: Sequence[str], added: Sequence[AddedToken]) -> list[str]:
     """Problems of pieces that would take hours or gigabytes, or are no text."""
-    if len(pieces) > MOST_PIECES or len(added) > MOST_ADDED:
-        limits = f"at most {MOST_PIECES:,} and {MOST_ADDED:,} are read"
+    if len(pieces) > MAX_PIECES or len(added) > MAX_ADDED:
+        limits = f"at most {MAX_PIECES:,} and {MAX_ADDED:,} are read"
         return [f"there are {len(pieces):,} pieces and {len(added):,} added tokens; {limits}"]
     longest = max(pieces, key=len, default="")
-    if len(longest) > LONGEST_PIECE:
-        return [f"the piece {shorten(longest)!r} has {len(longest):,} characters; at most {LONGEST_PIECE} are read"]
-    if sum(len(piece) ** 2 for piece in pieces) > _MOST_PREFIXES:
+    if len(longest) > MAX_PIECE_LENGTH:
+        return [f"the piece {shorten(longest)!r} has {len(longest):,} characters; at most {MAX_PIECE_LENGTH} are read"]
+    if sum(len(piece) ** 2 for piece in pieces) > _MAX_PREFIXES:
         return [f"the {len(pieces):,} pieces are too long together: their trie would take gigabytes"]
     try:
         "".join(pieces).encode()

@@ -20,11 +20,11 @@ from functional_sd3.text.unigram.charsmap import build
 from functional_sd3.text.unigram.encoding import normalize
 from functional_sd3.text.unigram.tables import SPACE, WHITE_SPACE, from_pieces
 
-_LONGEST = 16  # characters of a piece, as in T5
+_MAX_PIECE = 16  # characters of a piece, as in T5
 _ROUNDS = 2  # of EM between prunings
 _KEPT = 0.75  # share of the pieces that each pruning keeps
 _SLACK = 1.1  # of `size`: pruning stops there; then the least probable pieces are dropped
-_LEAST = 0.5  # expected count below which a piece is dropped, and the smallest count of a character
+_MIN_COUNT = 0.5  # expected count below which a piece is dropped, and the smallest count of a character
 
 
 def train(texts: Iterable[str], size: int, *, charsmap: bytes = b"") -> list[tuple[str, float]]:
@@ -66,7 +66,7 @@ def _seeds(words: Mapping[str, int], characters: set[str], most: int) -> dict[st
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for start in range(len(word)):
-            for end in range(start + 1, min(start + _LONGEST, len(word)) + 1):
+            for end in range(start + 1, min(start + _MAX_PIECE, len(word)) + 1):
                 counts[word[start:end]] += count
     covered = {piece: count * len(piece) for piece, count in counts.items() if count > 1 or piece in characters}
     ranked = sorted(covered, key=lambda piece: (piece not in characters, -covered[piece], piece))[:most]
@@ -91,7 +91,9 @@ def _expected(words: Mapping[str, int], scores: Mapping[str, float]) -> dict[str
 
 
 def _maximized(expected: Mapping[str, float], characters: set[str]) -> dict[str, float]:
-    counts = {piece: max(count, _LEAST) for piece, count in expected.items() if count >= _LEAST or piece in characters}
+    counts = {
+        piece: max(count, _MIN_COUNT) for piece, count in expected.items() if count >= _MIN_COUNT or piece in characters
+    }
     values = torch.tensor([*counts.values(), sum(counts.values())], dtype=torch.float64, device="cpu")
     *scores, total = torch.special.digamma(values).tolist()
     return {piece: score - total for piece, score in zip(counts, scores, strict=True)}
@@ -130,7 +132,7 @@ def _edges(text: str, scores: Mapping[str, float]) -> list[tuple[int, int, float
     return [
         (start, end, scores[text[start:end]])
         for start in range(len(text))
-        for end in range(start + 1, min(start + _LONGEST, len(text)) + 1)
+        for end in range(start + 1, min(start + _MAX_PIECE, len(text)) + 1)
         if text[start:end] in scores
     ]
 

@@ -47,21 +47,21 @@ class Job(NamedTuple):
     amount: float = 0.0
 
     def settings(self) -> Settings:
-        """What is written of it into its image, beside the prompt."""
+        """Its part of the settings in its image, beside the prompt."""
         moved = {} if self.variation_seed is None else {"variation": f"{self.variation_seed}:{self.amount!r}"}
         return {"seed": self.seed, **moved}
 
 
-def given(arguments: Any, names: Sequence[str]) -> Settings:
-    """Those options that were given: neither absent nor empty, but 0 where that was said."""
+def given_options(arguments: Any, names: Sequence[str]) -> Settings:
+    """The options that the command line gives: neither absent nor empty; 0 counts as given."""
     values = {name: getattr(arguments, name) for name in names}
     return {name: value for name, value in values.items() if value is not False and value not in (None, "", [])}
 
 
-def together(jobs: Sequence[Job], settings: Settings) -> Settings:
-    """The settings of one image that shows all the jobs.
+def joint_settings(jobs: Sequence[Job], settings: Settings) -> Settings:
+    """The settings of one image that shows all the jobs, as a grid.
 
-    Of a run that was cut short within a prompt's images they draw those of the last prompt that are missing too.
+    Where a run was cut short within the images of a prompt, they draw the missing ones of that prompt too.
     """
     counts = Counter(job.prompt for job in jobs)
     count = {} if len(jobs) == 1 else {"count": max(counts.values())}

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from functional_sd3 import cli, pipeline, weights
-from functional_sd3.cli import written
+from functional_sd3.cli import image_settings
 from functional_sd3.core import prng
 from functional_sd3.image import pixels
 from tests import models
@@ -95,7 +95,7 @@ def test_each_picture_of_a_series_holds_the_seed_that_it_was_moved_towards(files
     assert run("generate", PROMPT, *words, "--count", 2, "--out", tmp_path) == 0
     second = tmp_path / "a-blue-star-4-10.png"
     assert str(second) in capsys.readouterr().out
-    assert written.read_settings(second)["variation"] == "10:0.25"
+    assert image_settings.read_settings(second)["variation"] == "10:0.25"
 
 
 def test_what_the_mask_keeps_is_the_picture(files):
