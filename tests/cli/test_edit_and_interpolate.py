@@ -1,4 +1,4 @@
-"""`edit` and `interpolate`: pictures told otherwise, and pictures on the way, as a person meets them."""
+"""`edit` and `interpolate`: images edited to other prompts, and images between prompts."""
 
 import inspect
 import shlex
@@ -40,16 +40,16 @@ def edit(files, *words, out="out.png") -> torch.Tensor:
 
 
 def opened(path) -> torch.Tensor:
-    with Image.open(path) as picture:
-        return pixels.from_pil(picture)
+    with Image.open(path) as image:
+        return pixels.from_pil(image)
 
 
 def frames(path) -> torch.Tensor:
-    with Image.open(path) as picture:
+    with Image.open(path) as image:
         found = []
-        for index in range(picture.n_frames):
-            picture.seek(index)
-            found.append(pixels.from_pil(picture.convert("RGB")))
+        for index in range(image.n_frames):
+            image.seek(index)
+            found.append(pixels.from_pil(image.convert("RGB")))
         return torch.cat(found)
 
 
@@ -132,7 +132,7 @@ def test_a_strip_goes_from_the_first_stop_to_the_last(files, capsys):
     assert torch.equal(opened(files / "again.png"), found)
 
 
-def test_a_folder_gets_a_strip_and_an_animation_of_the_same_pictures(files, tmp_path, capsys):
+def test_a_folder_gets_a_strip_and_an_animation_of_the_same_images(files, tmp_path, capsys):
     words = ("interpolate", PROMPTS[0], "--seeds", "1,2,3", "--slerp", "--params", files / "model", "--steps", 2)
     assert run(*words, "--frames", 5, "--out", tmp_path) == 0
     paths = capsys.readouterr().out.split()
@@ -149,22 +149,22 @@ def test_an_animation_holds_the_command_that_makes_it_again(files, tmp_path, cap
     words = ("interpolate", PROMPTS[0], "--trajectory", "--denoised", "--seeds", 7, "--steps", 3, "--fps", 4)
     assert run(*words, "--params", files / "model", "--out", out) == 0
     assert len(frames(out)) == 3
-    with Image.open(out) as picture:
-        picture.seek(1)
-        picture.load()
-        assert picture.info["duration"] == 250
+    with Image.open(out) as image:
+        image.seek(1)
+        image.load()
+        assert image.info["duration"] == 250
     assert run(*again(out, capsys), "--out", tmp_path / f"y{suffix}") == 0
     assert torch.equal(frames(tmp_path / f"y{suffix}"), frames(out))
 
 
-def test_the_last_step_of_a_trajectory_is_the_picture(files):
+def test_the_last_step_of_a_trajectory_is_the_image(files):
     common = (PROMPTS[0], "--params", files / "model", "--steps", 3, "--out")
     assert run("interpolate", "--seeds", 7, "--trajectory", *common, files / "steps.png") == 0
     assert run("generate", "--seed", 7, *common, files / "end.png") == 0
     torch.testing.assert_close(opened(files / "steps.png")[..., -64:], opened(files / "end.png"), atol=1 / 254, rtol=0)
 
 
-def test_other_pictures_have_no_settings(tmp_path):
+def test_other_images_have_no_settings(tmp_path):
     for suffix in (".gif", ".webp", ".jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"plain{suffix}")
         assert image_settings.read_settings(tmp_path / f"plain{suffix}") is None

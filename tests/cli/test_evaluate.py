@@ -26,14 +26,14 @@ def draw(folder, count, seed, *, low=0, side=24):
     for index in range(count):
         path = folder / f"{index % 2}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture = generator.integers(low, 256, (side + index % 3, side, 3), dtype=numpy.uint8)
-        Image.fromarray(picture).save(path)
+        image = generator.integers(low, 256, (side + index % 3, side, 3), dtype=numpy.uint8)
+        Image.fromarray(image).save(path)
     return folder
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """Two sets of pictures, the first also under other names and as an archive, and weights of all kinds."""
+    """Two sets of images, the first also under other names and as an archive, and weights of all kinds."""
     top = tmp_path_factory.mktemp("evaluate")
     real = draw(top / "real", 12, 0)
     draw(top / "fake", 10, 1, low=90)
@@ -49,7 +49,7 @@ def here(tmp_path_factory):
 
 @pytest.fixture
 def run(here, monkeypatch, capsys):
-    """Runs `evaluate` among the pictures: exit status, standard output, standard error."""
+    """Runs `evaluate` among the images: exit status, standard output, standard error."""
     monkeypatch.chdir(here)
 
     def run(*words):
@@ -80,7 +80,7 @@ def test_different_sets_are_apart_and_everything_is_said_of_how(run):
     "other, options",
     [("real", ()), ("renamed", ("--batch-size", 5)), ("real.zip", ("--batch-size", 1)), ("real", ("--workers", 2))],
 )
-def test_the_same_pictures_give_0_in_any_order_any_batches_any_number_of_processes(run, other, options):
+def test_the_same_images_give_0_in_any_order_any_batches_any_number_of_processes(run, other, options):
     assert value(run, "fid", "real", other, *FID, *options) == pytest.approx(0, abs=1e-3)
 
 
@@ -88,7 +88,7 @@ def test_the_full_network_gives_0_too(run):
     assert value(run, "fid", "real", "renamed", "--inception", "inception.pth", "--batch-size", 7) < 1e-3
 
 
-def test_saved_statistics_take_the_place_of_pictures(run, here):
+def test_saved_statistics_take_the_place_of_images(run, here):
     expected = value(run, "fid", "real", "fake", *FID, "--mode", "tf1")
     status, out, err = run("fid", "real", *FID, "--mode", "tf1", "--save", "real.npz")
     assert status == 0 and out == "real.npz\n"
@@ -123,7 +123,7 @@ def test_kid_of_subsets_with_its_spread_and_its_features_kept(run):
     assert "features cannot be had back" in run("kid", "statistics.npz", "fake", *FID)[2]
 
 
-def test_broken_pictures_are_named_and_counted(run, here):
+def test_broken_images_are_named_and_counted(run, here):
     mixed = draw(here / "mixed", 4, 3)
     (mixed / "torn.png").write_bytes(b"torn")
     status, out, err = run("fid", "mixed", "fake", *FID, "--json", "mixed.json")
@@ -191,13 +191,13 @@ def test_ctrl_c_ends_in_one_word(run, monkeypatch):
     assert status == 130 and not out and err.endswith("\nstopped\n") and "Traceback" not in err
 
 
-def test_a_model_s_autoencoder_is_measured_at_the_pictures_own_sizes_or_one(run):
+def test_a_model_s_autoencoder_is_measured_at_the_images_own_sizes_or_one(run):
     words = ("vae", "real", "--params", "model", "--json", "-")
     own = json.loads(run(*words)[1])
     assert len(own["pictures"]) == 12 and own["pictures"][0]["name"] == "0/0.png"
     mean = sum(one["psnr"] for one in own["pictures"]) / 12
     assert own["psnr"] == pytest.approx(mean) and 3 < mean < 20 and -1 <= own["ssim"] < 1
-    # Pictures are measured alone, in any batch and read by any number of processes.
+    # Images are measured alone, in any batch and read by any number of processes.
     again = json.loads(run(*words, "--batch-size", 1, "--workers", 1)[1])
     assert again["psnr"] == pytest.approx(own["psnr"], abs=1e-3)
     status, out, _ = run("vae", "real", "--params", "model", "--size", 32)

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: pictures, settings that make them again, messages instead of tracebacks."""
+"""The command line as a person meets it: images, settings that make them again, messages instead of tracebacks."""
 
 import json
 
@@ -23,20 +23,20 @@ def folder(tmp_path_factory):
 
 
 def pixels_of(path) -> torch.Tensor:
-    with Image.open(path) as picture:
-        return torch.tensor(list(picture.tobytes()))
+    with Image.open(path) as image:
+        return torch.tensor(list(image.tobytes()))
 
 
 def size_and_settings(path):
-    with Image.open(path) as picture:
-        return picture.size, json.loads(picture.info[image_settings.METADATA])["command"]
+    with Image.open(path) as image:
+        return image.size, json.loads(image.info[image_settings.METADATA])["command"]
 
 
 def run(*words) -> int:
     return cli.main([str(word) for word in words])
 
 
-def test_a_prompt_becomes_a_picture_whose_settings_make_it_again(folder, tmp_path, capsys):
+def test_a_prompt_becomes_an_image_whose_settings_make_it_again(folder, tmp_path, capsys):
     first = tmp_path / "one.png"
     assert run("generate", PROMPT, "--params", folder, "--steps", 2, "--seed", 5, "--out", first) == 0
     out, err = capsys.readouterr()
@@ -53,7 +53,7 @@ def test_a_prompt_becomes_a_picture_whose_settings_make_it_again(folder, tmp_pat
     assert torch.equal(pixels_of(first), pixels_of(again))
 
 
-def test_a_picture_of_a_series_is_made_again_alone(folder, tmp_path, capsys):
+def test_an_image_of_a_series_is_made_again_alone(folder, tmp_path, capsys):
     common = ("--params", folder, "--steps", 2)
     assert run("generate", PROMPT, "a blue star", *common, "--count", 3, "--seed", 7, "--out", tmp_path / "all") == 0
     files = [line for line in capsys.readouterr().out.splitlines()]
@@ -65,7 +65,7 @@ def test_a_picture_of_a_series_is_made_again_alone(folder, tmp_path, capsys):
     assert (one - other).abs().max() <= 1
 
 
-def test_earlier_pictures_are_never_overwritten(folder, tmp_path, capsys):
+def test_earlier_images_are_never_overwritten(folder, tmp_path, capsys):
     for _ in range(2):
         assert run("generate", PROMPT, "--params", folder, "--steps", 1, "--out", tmp_path / "out") == 0
     assert len(set(capsys.readouterr().out.split())) == 2
@@ -101,7 +101,7 @@ def test_prompts_come_from_a_file_and_sizes_from_the_command_line(folder, tmp_pa
 
 
 @pytest.mark.parametrize("prompt", ["", "red " * 2500], ids=["empty", "10,000 characters"])
-def test_empty_and_endless_prompts_give_pictures(folder, tmp_path, capsys, prompt):
+def test_empty_and_endless_prompts_give_images(folder, tmp_path, capsys, prompt):
     assert run("generate", prompt, "--params", folder, "--steps", 1, "--out", tmp_path / "p.png") == 0
     assert ("note: CLIP reads 24 of the" in capsys.readouterr().err) == (len(prompt) > 100)
 
@@ -141,7 +141,7 @@ def test_an_out_that_cannot_be_written_is_said_before_the_work(folder, tmp_path,
     assert "file" in error and "sampling" not in error
 
 
-def test_a_full_disk_is_a_message_and_leaves_no_half_picture(folder, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_a_message_and_leaves_no_half_image(folder, tmp_path, capsys, monkeypatch):
     from functional_sd3.formats import files
 
     def full(*arguments, **options):
@@ -170,7 +170,7 @@ def test_inspect_counts_every_component(folder, capsys):
         assert word in text
 
 
-def test_inspect_says_what_is_no_picture_of_ours(tmp_path, capsys):
+def test_inspect_says_what_is_no_image_of_ours(tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     assert run("inspect", tmp_path / "plain.png") == 1
     assert "without the settings" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""ControlNets on the command line: who reads which picture, and what is said when words make no sense."""
+"""ControlNets on the command line: which one reads which image, and messages for words that make no sense."""
 
 import dataclasses
 import json
@@ -53,11 +53,11 @@ def draw(files, *words) -> torch.Tensor:
     out = files / "out.png"
     common = ["generate", PROMPT, "--params", files / "model", "--steps", 2, "--out", out]
     assert cli.main([str(word) for word in (*common, *words)]) == 0
-    with Image.open(out) as picture:
-        return torch.tensor(list(picture.tobytes()))
+    with Image.open(out) as image:
+        return torch.tensor(list(image.tobytes()))
 
 
-def test_a_picture_is_followed_as_strongly_as_asked(files):
+def test_an_image_is_followed_as_strongly_as_its_scale_says(files):
     plain = draw(files)
     net = ("--controlnet", files / "any")
     assert torch.equal(draw(files, *net, "--control", f"depth={files}/edges.png:0"), plain)
@@ -69,12 +69,12 @@ def test_a_picture_is_followed_as_strongly_as_asked(files):
     assert draw(files, *net, "--control", f"depth={files}/small.png").shape == full.shape
 
 
-def test_several_pictures_find_their_readers_by_kind_and_the_settings_say_them_again(files):
+def test_several_images_find_their_readers_by_kind_and_the_settings_say_them_again(files):
     words = ["--controlnet", files / "any", "--controlnet", files / "canny.safetensors"]
     words += ["--control", f"canny={files}/edges.png:0.5", "--control", f"blur={files}/edges.png:2"]
     first = draw(files, *words, "--control-after-last")
-    with Image.open(files / "out.png") as picture:
-        settings = json.loads(picture.info[image_settings.METADATA])["command"]
+    with Image.open(files / "out.png") as image:
+        settings = json.loads(image.info[image_settings.METADATA])["command"]
     said = image_settings.command(settings)
     assert f"--control canny={files}/edges.png:0.5" in said and said.endswith("--control-after-last")
     again = shlex.split(said)
@@ -96,8 +96,8 @@ def test_words_of_ones_own_are_typed_like_any_other(files):
     for number, words in enumerate(([], ["thing.safetensors"], ["<dog>=thing.safetensors"])):
         told = [word for text in words for word in ("--embedding", text.replace("thing.s", f"{files}/thing.s"))]
         assert cli.main([str(word) for word in (*common, files / f"{number}.png", *told)]) == 0
-        with Image.open(files / f"{number}.png") as picture:
-            drawn.append(picture.tobytes())
+        with Image.open(files / f"{number}.png") as image:
+            drawn.append(image.tobytes())
     assert len(set(drawn)) == 3
     assert f"--embedding {files}/thing.safetensors" in image_settings.command(
         image_settings.read_settings(files / "1.png")
@@ -105,7 +105,7 @@ def test_words_of_ones_own_are_typed_like_any_other(files):
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_emphasis_and_long_prompts_are_settings_of_a_picture(files, monkeypatch):
+def test_emphasis_and_long_prompts_are_settings_of_a_image(files, monkeypatch):
     # oneDNN sums products of other sizes in another order: what is alone in its batch would be a rounding apart.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     prompts = ["a (red:1.9) circle " + "on white " * 40, "a blue star"]

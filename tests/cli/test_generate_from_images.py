@@ -1,4 +1,4 @@
-"""Pictures from pictures on the command line: what they begin from, where they change, and the way there again."""
+"""Images from images on the command line: what they begin from, where they change, and the way there again."""
 
 import shlex
 
@@ -40,14 +40,14 @@ def run(*words) -> int:
 def draw(files, *words, out="out.png") -> torch.Tensor:
     common = ("generate", PROMPT, "--params", files / "model", "--steps", 4, "--out", files / out)
     assert run(*common, *words) == 0
-    with Image.open(files / out) as picture:
-        return pixels.from_pil(picture)
+    with Image.open(files / out) as image:
+        return pixels.from_pil(image)
 
 
-def test_a_picture_is_begun_from_another_as_the_pipeline_does(files, capsys):
+def test_an_image_is_started_from_another_as_the_pipeline_does(files, capsys):
     model = weights.load(files / "model")
-    with Image.open(files / "in.png") as picture:
-        images = pixels.from_pil(picture)
+    with Image.open(files / "in.png") as image:
+        images = pixels.from_pil(image)
     expected = pipeline.image_to_image(
         *parts(model), PROMPT, images, prng.key(torch.tensor([5])), steps=4, strength=0.5
     )
@@ -76,7 +76,7 @@ def test_a_picture_is_begun_from_another_as_the_pipeline_does(files, capsys):
     ],
     ids=lambda words: " ".join(word for word in words if word.startswith("--")),
 )
-def test_inspect_prints_the_command_that_makes_a_picture_again(files, capsys, words):
+def test_inspect_prints_the_command_that_makes_an_image_again(files, capsys, words):
     words = [word.format(files) for word in words]
     first = draw(files, *words)
     capsys.readouterr()
@@ -84,13 +84,13 @@ def test_inspect_prints_the_command_that_makes_a_picture_again(files, capsys, wo
     again = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
     assert again[:2] == ["functional-sd3", "generate"]
     assert run(*again[1:], "--out", files / "again.png") == 0
-    with Image.open(files / "again.png") as picture:
-        assert torch.equal(pixels.from_pil(picture), first)
+    with Image.open(files / "again.png") as image:
+        assert torch.equal(pixels.from_pil(image), first)
     plain = draw(files, "--seed", 4)
     assert first.shape != plain.shape or not torch.equal(first, plain)
 
 
-def test_each_picture_of_a_series_holds_the_seed_that_it_was_moved_towards(files, tmp_path, capsys):
+def test_each_image_of_a_series_holds_the_seed_that_it_was_moved_towards(files, tmp_path, capsys):
     words = ("--params", files / "model", "--steps", 2, "--variation", "9:0.25", "--seed", 4)
     assert run("generate", PROMPT, *words, "--count", 2, "--out", tmp_path) == 0
     second = tmp_path / "a-blue-star-4-10.png"
@@ -98,9 +98,9 @@ def test_each_picture_of_a_series_holds_the_seed_that_it_was_moved_towards(files
     assert image_settings.read_settings(second)["variation"] == "10:0.25"
 
 
-def test_what_the_mask_keeps_is_the_picture(files):
-    with Image.open(files / "in.png") as picture:
-        kept = pixels.from_pil(picture)
+def test_what_the_mask_keeps_is_the_image(files):
+    with Image.open(files / "in.png") as image:
+        kept = pixels.from_pil(image)
     drawn = draw(files, "--image", files / "in.png", "--mask", files / "mask.png", "--restore")
     torch.testing.assert_close(drawn[..., :32], kept[..., :32], atol=1 / 254, rtol=0)
     assert (drawn[..., 32:] - kept[..., 32:]).abs().mean() > 0.02
@@ -113,15 +113,15 @@ def test_what_the_mask_keeps_is_the_picture(files):
     ("name", "size", "said"),
     [("wide.png", (64, 48), "is 70x50: cropped to 64x48"), ("large.png", (80, 32), "600x300: scaled and cropped to")],
 )
-def test_sizes_come_from_the_picture_and_a_note_says_where_they_change(files, capsys, name, size, said):
+def test_sizes_come_from_the_image_and_a_note_says_where_they_change(files, capsys, name, size, said):
     drawn = draw(files, "--image", files / name)
     assert drawn.shape[-2:] == size[::-1]
     assert f"note: {files / name} " in (error := capsys.readouterr().err) and said in error
 
 
 def test_cropping_keeps_the_middle(files):
-    with Image.open(files / "wide.png") as picture:
-        middle = picture.crop((3, 1, 67, 49))
+    with Image.open(files / "wide.png") as image:
+        middle = image.crop((3, 1, 67, 49))
     middle.save(files / "middle.png")
     assert torch.equal(draw(files, "--image", files / "wide.png"), draw(files, "--image", files / "middle.png"))
 
@@ -164,8 +164,8 @@ def test_what_makes_no_sense_is_said_in_one_line(files, tmp_path, capsys, words,
 
 
 def test_masks_of_every_kind_of_file_keep_the_same_part(files, capsys):
-    with Image.open(files / "in.png") as picture, Image.open(files / "mask.png") as mask:
-        erased = picture.convert("RGB")
+    with Image.open(files / "in.png") as image, Image.open(files / "mask.png") as mask:
+        erased = image.convert("RGB")
         erased.putalpha(mask.point(lambda value: 255 - value))
         erased.save(files / "erased.png")
         strokes = Image.new("RGBA", mask.size, (255, 255, 255, 0))

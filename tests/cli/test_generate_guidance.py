@@ -34,8 +34,8 @@ def draw(files, *options) -> torch.Tensor:
     out = files / "out.png"
     common = ["generate", PROMPT, "--params", files / "model", "--steps", 3, "--seed", 5, "--out", out]
     assert cli.main([str(word) for word in (*common, *options)]) == 0
-    with Image.open(out) as picture:
-        return torch.tensor(list(picture.tobytes()))
+    with Image.open(out) as image:
+        return torch.tensor(list(image.tobytes()))
 
 
 def expected(files, guiding, **options) -> torch.Tensor:
@@ -98,19 +98,19 @@ def test_every_name_is_tested():
     assert names | {"auto", "cfg"} == set(words.KINDS)
 
 
-def test_the_picture_says_how_it_was_guided_and_is_made_again_by_what_it_says(files):
+def test_the_image_says_how_it_was_guided_and_is_made_again_by_what_it_says(files):
     options = ["--guidance", "apg:eta=0.2", "--guidance", "skip-layer:layers=1,stop=1", "--cfg", "3", "--offload"]
     first = draw(files, *options)
-    with Image.open(files / "out.png") as picture:
-        settings = json.loads(picture.info[image_settings.METADATA])["command"]
+    with Image.open(files / "out.png") as image:
+        settings = json.loads(image.info[image_settings.METADATA])["command"]
     assert settings["guidance"] == ["apg:eta=0.2", "skip-layer:layers=1,stop=1"] and settings["cfg"] == 3.0
     said = shlex.split(image_settings.command(settings))
     assert cli.main([*said[1:], "--out", str(files / "again.png")]) == 0
-    with Image.open(files / "again.png") as picture:
-        assert torch.equal(torch.tensor(list(picture.tobytes())), first)
+    with Image.open(files / "again.png") as image:
+        assert torch.equal(torch.tensor(list(image.tobytes())), first)
     draw(files)
-    with Image.open(files / "out.png") as picture:
-        assert "guidance" not in json.loads(picture.info[image_settings.METADATA])["command"]
+    with Image.open(files / "out.png") as image:
+        assert "guidance" not in json.loads(image.info[image_settings.METADATA])["command"]
 
 
 @pytest.mark.parametrize(

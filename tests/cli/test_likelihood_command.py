@@ -1,4 +1,4 @@
-"""`functional-sd3 likelihood`: prompts ranked for a picture, on the terminal and as JSON, and what it refuses."""
+"""`functional-sd3 likelihood`: prompts ranked for an image, on the terminal and as JSON, and what it refuses."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def run(*words) -> int:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
+def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "scene.png"
     shapes.draw(SCENE).save(path)
     return path
@@ -49,19 +49,19 @@ def random_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("by", ["likelihood", "loss"])
-def test_the_true_caption_is_ranked_first_with_its_lead(picture, capsys, by):
+def test_the_true_caption_is_ranked_first_with_its_lead(image, capsys, by):
     words = [word for prompt in (WRONG, ALL_WRONG, TRUE) for word in ("--prompt", prompt)]
     words += ["--by", by, "--steps", 4, "--method", "euler", "--probes", 2, "--draws", 4]
-    assert run(picture, *words) == 0
+    assert run(image, *words) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[-1] for line in said[1:]] == [TRUE, WRONG, ALL_WRONG]
     assert "1,024 numbers" in said[0] and all(" ± " in line for line in said[1:])
     assert ("no likelihood" in said[0]) == (by == "loss")
 
 
-def test_json_holds_what_the_library_finds(picture, capsys, tmp_path):
+def test_json_holds_what_the_library_finds(image, capsys, tmp_path):
     told = ("--prompt", TRUE, "--prompt", WRONG, "--steps", 3, "--probes", 2, "--seed", 7, "--batch-size", 1)
-    assert run(picture, *told, "--json", tmp_path / "found.json") == 0
+    assert run(image, *told, "--json", tmp_path / "found.json") == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert TRUE in capsys.readouterr().out
     assert (found["by"], found["dimensions"], found["probes"], found["seed"], found["cfg"]) == (
@@ -95,20 +95,20 @@ def test_json_holds_what_the_library_finds(picture, capsys, tmp_path):
     )
 
 
-def test_json_alone_goes_to_standard_output(picture, random_folder, capsys):
+def test_json_alone_goes_to_standard_output(image, random_folder, capsys):
     told = ("--prompt", TRUE, "--steps", 1, "--method", "euler", "--probes", 1, "--params", random_folder)
-    assert run(picture, *told, "--json", "-") == 0
+    assert run(image, *told, "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)
     (row,) = found["prompts"]
     # Of one probe nothing is known about the error.
     assert row["standard_error"] is None and row["behind"] == 0
 
 
-def test_the_exact_divergence_has_no_error_and_is_what_many_probes_find(picture, random_folder, capsys):
+def test_the_exact_divergence_has_no_error_and_is_what_many_probes_find(image, random_folder, capsys):
     told = ("--prompt", "a circle", "--steps", 1, "--method", "euler", "--params", random_folder, "--size", "32x32")
-    assert run(picture, *told, "--exact", "--json", "-") == 0
+    assert run(image, *told, "--exact", "--json", "-") == 0
     (exact,) = json.loads(capsys.readouterr().out)["prompts"]
-    assert run(picture, *told, "--probes", 100, "--json", "-") == 0
+    assert run(image, *told, "--probes", 100, "--json", "-") == 0
     (estimated,) = json.loads(capsys.readouterr().out)["prompts"]
     assert exact["standard_error"] == 0
     off = abs(exact["log_likelihood"] - estimated["log_likelihood"])
@@ -137,14 +137,14 @@ def test_the_grid_runs_from_the_data_to_noise_in_ever_longer_steps():
         (("--size", "30x30"), "30 is not a multiple of"),
     ],
 )
-def test_mistakes_end_in_one_line(picture, random_folder, capsys, words, said):
-    assert run(picture, "--prompt", "a", "--params", random_folder, *words) == 1
+def test_mistakes_end_in_one_line(image, random_folder, capsys, words, said):
+    assert run(image, "--prompt", "a", "--params", random_folder, *words) == 1
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
 
 
-def test_a_picture_that_is_none_is_named(tmp_path, capsys):
-    (tmp_path / "text.png").write_text("no picture")
+def test_an_image_that_is_none_is_named(tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no image")
     assert run(tmp_path / "text.png", "--prompt", "a") == 1
     assert "text.png" in capsys.readouterr().err
     assert run(tmp_path / "absent.png", "--prompt", "a") == 1
@@ -160,8 +160,8 @@ def test_shuffled_captions_have_the_words_of_the_true_ones_and_none_was_trained_
     assert {pair.attribute for pair in pairs} == {"background", "colour", "shape", "size"}
 
 
-def test_true_captions_beat_shuffled_ones_for_held_out_pictures():
-    """A part of `python -m bench.likelihood`, whose 200 pictures take minutes."""
+def test_true_captions_beat_shuffled_ones_for_held_out_images():
+    """A part of `python -m bench.likelihood`, whose 200 images take minutes."""
     model = weights.load(shipped.folder(), dtype=torch.float32)
     pairs = bench.pairs(prng.key(2), 20)
     told = {"method": ode.EULER, "times": ranking.times(6), "divergence": "hutchinson", "probes": 1}

@@ -1,4 +1,4 @@
-"""Quantising from the command line: what it reports, what it writes, that pictures are drawn from it."""
+"""Quantising from the command line: what it reports, what it writes, that images are drawn from it."""
 
 import re
 from pathlib import Path
@@ -34,9 +34,9 @@ def test_a_model_is_stored_in_one_byte_a_weight_with_a_report(folder, tmp_path, 
     for part in ("transformer", "t5"):
         assert not tree.diff(small.params[part], quantize.quantize(model.params[part], dtype))
     assert not tree.diff(small.params["vae"], model.params["vae"])
-    picture = tmp_path / "one.png"
-    assert run("generate", "a circle", "--params", tmp_path / "small", "--steps", 1, "--out", picture) == 0
-    assert picture.exists()
+    image = tmp_path / "one.png"
+    assert run("generate", "a circle", "--params", tmp_path / "small", "--steps", 1, "--out", image) == 0
+    assert image.exists()
 
 
 @pytest.mark.parametrize("name", ["int8", "float8"])

@@ -115,9 +115,9 @@ def test_encrypted_unknown_and_doubled_members_are_refused(tmp_path):
         file.writestr("mu.npy", npy(MU))
         file.writestr("mu.npy", npy(SIGMA))
     assert "holds mu.npy 2 times" in refused(tmp_path / "z.npz")
-    with zipfile.ZipFile(tmp_path / "pictures.npz", "w") as file:
+    with zipfile.ZipFile(tmp_path / "images.npz", "w") as file:
         file.writestr("\x1b[31m.png", b"")
-    assert "a zip archive of \\x1b[31m.png" in refused(tmp_path / "pictures.npz")
+    assert "a zip archive of \\x1b[31m.png" in refused(tmp_path / "images.npz")
 
 
 def test_special_files_are_never_waited_for(tmp_path):

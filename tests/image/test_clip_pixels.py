@@ -15,8 +15,8 @@ def test_a_tensor_is_preprocessed_as_its_png_would_be():
 
 
 def test_images_of_different_sizes_form_a_batch_and_none_an_empty_one():
-    pictures = [pixels.to_pil(torch.rand(1, 3, *size))[0] for size in ((20, 20), (50, 31), (24, 99))]
-    assert clip_pixels.apply(CONFIG, pictures).shape == (3, 3, 20, 20)
+    images = [pixels.to_pil(torch.rand(1, 3, *size))[0] for size in ((20, 20), (50, 31), (24, 99))]
+    assert clip_pixels.apply(CONFIG, images).shape == (3, 3, 20, 20)
     assert clip_pixels.apply(CONFIG, []).shape == (0, 3, 20, 20)
 
 

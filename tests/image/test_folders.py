@@ -61,7 +61,7 @@ def folder(tmp_path):
     for name, size in (("b.png", (9, 5)), ("a/z.jpg", (30, 41)), ("a/deep/c.PNG", (8, 8)), ("c.bmp", (3, 3))):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=numpy.uint8)).save(top / name)
-    (top / "broken.png").write_bytes(b"no picture")
+    (top / "broken.png").write_bytes(b"no image")
     (top / "a" / "cut.jpg").write_bytes((top / "a" / "z.jpg").read_bytes()[:300])
     (top / ".hidden.png").write_bytes(b"")
     (top / ".cache").mkdir()
@@ -103,7 +103,7 @@ def test_links_are_followed_and_no_folder_is_entered_twice(folder, tmp_path):
 
 
 def test_an_archive_is_read_as_the_folder_it_was_made_of(folder, tmp_path):
-    archive = folders.source(zipped(folder, tmp_path / "pictures.zip"))
+    archive = folders.source(zipped(folder, tmp_path / "images.zip"))
     assert archive.names == NAMES
     for one, other in zip(
         folders.stream(archive, pixels_of), folders.stream(folders.source(folder), pixels_of), strict=True
@@ -118,7 +118,7 @@ def test_several_processes_read_the_same_items_in_the_same_order_as_one(folder, 
         Image.new("L", (1 + index, 3), index).save(folder / f"{index}.png")
     transform = partial(preprocess.image, mode="tf1")
     alone = list(folders.stream(folders.source(folder), transform))
-    for path, workers in ((folder, 2), (zipped(folder, tmp_path / "pictures.zip"), 1)):
+    for path, workers in ((folder, 2), (zipped(folder, tmp_path / "images.zip"), 1)):
         for one, other in zip(folders.stream(folders.source(path), transform, workers=workers), alone, strict=True):
             assert one.name == other.name and one.reason == other.reason
             assert one.value is None or torch.equal(one.value, other.value)
@@ -158,7 +158,7 @@ def test_paths_without_images_are_refused(tmp_path):
 
 
 def test_an_archive_with_damage_inside_names_the_damaged(folder, tmp_path):
-    path = zipped(folder, tmp_path / "pictures.zip")
+    path = zipped(folder, tmp_path / "images.zip")
     data = bytearray(path.read_bytes())
     start = data.index((folder / "b.png").read_bytes())
     data[start + 20] ^= 255

@@ -31,8 +31,8 @@ def test_clip_score_is_a_hundred_times_the_cosine_or_0():
     cosines = logits.diagonal() / PARAMS["logit_scale"].exp()
     torch.testing.assert_close(actual, 100 * cosines.clamp(min=0).double(), rtol=1e-4, atol=1e-4)
     assert actual.max() > 0
-    as_pictures = clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, pixels.to_pil(IMAGES), CAPTIONS)
-    assert torch.equal(actual, as_pictures)
+    as_images = clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, pixels.to_pil(IMAGES), CAPTIONS)
+    assert torch.equal(actual, as_images)
     with pytest.raises(ValueError, match="3 images and 2 captions"):
         clip_images.scores(PARAMS, CONFIG, TOKENIZER, PIXELS, IMAGES, CAPTIONS[:2])
 

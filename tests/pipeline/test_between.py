@@ -59,17 +59,17 @@ def test_a_place_between_is_vmappable_and_has_finite_slopes(model):
     assert torch.isfinite(slope).all()
 
 
-def test_interpolation_ends_in_the_pictures_of_its_stops(model):
+def test_interpolation_ends_in_the_images_of_its_stops(model):
     prompts, keys = ["a red circle", "a blue star", "a ring"], prng.split(prng.key(2), 3)
     frames = pipeline.interpolate(*parts(model), prompts, keys, frames=5, steps=2, batch=2)
     for frame, stop in ((0, 0), (2, 1), (4, 2)):
-        picture = pipeline.generate(*parts(model), prompts[stop], keys[stop : stop + 1], steps=2)[0]
-        torch.testing.assert_close(frames[frame], picture, atol=1e-4, rtol=0)
+        image = pipeline.generate(*parts(model), prompts[stop], keys[stop : stop + 1], steps=2)[0]
+        torch.testing.assert_close(frames[frame], image, atol=1e-4, rtol=0)
     assert (frames[1] - (frames[0] + frames[2]) / 2).abs().max() > 0.01
     still = pipeline.interpolate(*parts(model), prompts[:2], prng.key(5), frames=2, steps=2)
     for frame, prompt in zip(still, prompts[:2], strict=True):
-        picture = pipeline.generate(*parts(model), prompt, prng.key(5), steps=2)[0]
-        torch.testing.assert_close(frame, picture, atol=1e-4, rtol=0)
+        image = pipeline.generate(*parts(model), prompt, prng.key(5), steps=2)[0]
+        torch.testing.assert_close(frame, image, atol=1e-4, rtol=0)
 
 
 def test_variations_go_from_one_seed_to_the_other(model):
@@ -84,22 +84,22 @@ def test_variations_go_from_one_seed_to_the_other(model):
     torch.testing.assert_close(both[1], lone[1], atol=1e-5, rtol=0)
 
 
-def test_a_trajectory_ends_in_the_picture_and_begins_with_the_first_prediction(model):
+def test_a_trajectory_ends_in_the_image_and_begins_with_the_first_prediction(model):
     told = {"steps": 3, "cfg": 2.0}
     states = pipeline.trajectory(*parts(model), "a ring", prng.key(3), **told)
     seen = pipeline.trajectory(*parts(model), "a ring", prng.key(3), show=pipeline.denoised, **told)
-    picture = pipeline.generate(*parts(model), "a ring", prng.key(3), **told)
+    image = pipeline.generate(*parts(model), "a ring", prng.key(3), **told)
     assert states.shape == seen.shape == (3, 1, 3, 64, 64)
-    assert torch.equal(states[-1], picture)
+    assert torch.equal(states[-1], image)
     # The last step goes to data: what it took them to be is where it arrives.
-    torch.testing.assert_close(seen[-1], picture, atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen[-1], image, atol=1e-4, rtol=0)
     noise = pipeline.initial_noise(prng.key(3), model.config, 1)
     field = pipeline.velocity(model.params, model.config, pipeline.encode(*parts(model), ["a ring"]), 2.0)
     first = pipeline.decode(model.params, model.config, noise - field(noise, torch.tensor(1.0)))
     torch.testing.assert_close(seen[0], first, atol=1e-4, rtol=0)
 
 
-def test_drawn_fully_to_its_picture_a_run_ends_there_and_untouched_outside_its_window():
+def test_drawn_fully_to_its_image_a_run_ends_there_and_untouched_outside_its_window():
     end, start = prng.normal(prng.key(0), (2, 2, 4, 3))
     grid = schedule.sigmas(8)
     field = lambda x, t: torch.sin(3 * x) + t  # noqa: E731
@@ -121,7 +121,7 @@ def test_drawn_fully_to_its_picture_a_run_ends_there_and_untouched_outside_its_w
     assert torch.equal(ode.integrate(ode.EULER, nothing, start, grid), states[-1])
 
 
-def test_edits_that_change_nothing_give_the_picture_back(model, images):
+def test_edits_that_change_nothing_give_the_image_back(model, images):
     latents = pipeline.encode_images(model.params, model.config, images)
     back = pipeline.decode(model.params, model.config, latents)
     told = {"steps": 6, "cfg": 2.0}
@@ -132,7 +132,7 @@ def test_edits_that_change_nothing_give_the_picture_back(model, images):
     torch.testing.assert_close(unmoved, back, atol=1e-5, rtol=0)
     start = pipeline.flow_edit(*parts(model), "a ring", "a star", images, prng.key(0), strength=0.0)
     assert torch.equal(start, back)
-    # With each step solved for its start, the noise is that from which the method itself leads to the picture.
+    # With each step solved for its start, the noise is that from which the method itself leads to the image.
     told = {"eta": 0.0, "source_cfg": 2.0, "cfg": 2.0, "steps": 6}
     plain, exact = (
         pipeline.edit(*parts(model), "a ring", "a ring", images, inversion=inversion, **told)
@@ -187,7 +187,7 @@ def test_flow_edit_is_its_sum_written_out(model, images):
 
 
 @given(st.lists(st.floats(0.05, 3), max_size=3), st.integers(0, 9))
-def test_shares_add_up_to_one_and_what_no_region_asks_for_is_the_pictures(weights, seed):
+def test_shares_add_up_to_one_and_what_no_region_asks_for_is_the_images(weights, seed):
     config = models.config()
     masks = (prng.uniform(prng.key(seed), (len(weights) + 1, 1, 1, 64, 64)) > 0.5).float()
     asked = [pipeline.Region("", mask, weight) for mask, weight in zip(masks, weights, strict=False)]
@@ -227,7 +227,7 @@ def test_tiles_cover_everything_and_lie_on_patches(tile, height, width, patch, d
     assert (covered > 0).all()
 
 
-def test_a_picture_of_one_tile_is_generate_and_tiles_of_a_pointwise_field_are_the_field(model):
+def test_an_image_of_one_tile_is_generate_and_tiles_of_a_pointwise_field_are_the_field(model):
     told = {"height": 64, "width": 64, "steps": 2}
     tiled = pipeline.tiled(*parts(model), "a ring", prng.key(1), **told)
     torch.testing.assert_close(
@@ -239,7 +239,7 @@ def test_a_picture_of_one_tile_is_generate_and_tiles_of_a_pointwise_field_are_th
     torch.testing.assert_close(blend(x, torch.tensor(0.5)), torch.sin(x) * 0.5)
 
 
-def test_a_picture_beyond_the_table_of_positions_is_drawn_in_tiles_and_named_without(model):
+def test_an_image_beyond_the_table_of_positions_is_drawn_in_tiles_and_named_without(model):
     drawn = pipeline.tiled(*parts(model), "a ring", prng.key(1), height=64, width=400, tile=128, overlap=32, steps=2)
     assert drawn.shape == (1, 3, 64, 400) and torch.isfinite(drawn).all()
     with pytest.raises(ValueError, match="width 400 is beyond the 192 pixels .* in tiles"):

@@ -1,4 +1,4 @@
-"""Laws of drawing from pictures: what is kept, what changes, and that nothing else matters."""
+"""Laws of drawing from images: what is kept, what changes, and that nothing else matters."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def right_half():
     return mask
 
 
-def test_strength_0_gives_the_picture_back_encoded_and_decoded(model, images):
+def test_strength_0_gives_the_image_back_encoded_and_decoded(model, images):
     back = pipeline.image_to_image(*parts(model), PROMPTS, images, prng.key(0), strength=0.0)
     expected = pipeline.decode(model.params, model.config, pipeline.encode_images(model.params, model.config, images))
     assert torch.equal(back, expected)
@@ -72,7 +72,7 @@ def test_a_draw_of_the_posterior_is_the_mean_and_its_deviation_times_noise(model
 
 
 def calls(model, images, mask):
-    """Everything that draws, as functions of prompts, pictures and keys."""
+    """Everything that draws, as functions of prompts, images and keys."""
     first = parts(model)
     left = pipeline.Region("a ring", 1 - mask, 0.7)
     return {
@@ -92,7 +92,7 @@ NAMES = ["edit", "flow_edit", "image_to_image", "inpaint", "outpaint", "regional
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_depends_on_its_own_prompt_picture_and_key_alone(model, images, right_half, name):
+def test_an_image_depends_on_its_own_prompt_image_and_key_alone(model, images, right_half, name):
     draw, keys = calls(model, images, right_half)[name], prng.split(prng.key(5), 2)
     before, state = tree.map(torch.clone, model.params), torch.get_rng_state()
     together = draw(PROMPTS, images, keys, steps=2)
@@ -119,16 +119,16 @@ def test_every_way_of_drawing_takes_the_options_of_the_sampler_and_is_differenti
         skip_layers=(1,),
         on_step=seen.append,
     )
-    gradient, *from_picture = torch.autograd.grad(drawn.square().mean(), (scale, given), allow_unused=True)
+    gradient, *from_image = torch.autograd.grad(drawn.square().mean(), (scale, given), allow_unused=True)
     assert torch.isfinite(gradient) and gradient != 0 and seen
     begins = name not in ("regional", "tiled", "trajectory", "variations")
-    assert all((one is not None) == begins for one in from_picture)
+    assert all((one is not None) == begins for one in from_image)
     plain = draw(PROMPTS[:1], images[:1], prng.key(6), steps=2)
     assert not torch.allclose(drawn, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", [ode.EULER, ode.HEUN, ode.DPMPP_2M, ode.DOPRI5], ids=lambda method: method.name)
-def test_what_a_mask_keeps_ends_as_the_picture_for_every_method(model, images, right_half, method):
+def test_what_a_mask_keeps_ends_as_the_image_for_every_method(model, images, right_half, method):
     latents = pipeline.encode_images(model.params, model.config, images)
     noise = prng.normal(prng.key(7), latents.shape)
     hold = pipeline.keep_masked(latents, noise, pipeline.unmask_times(right_half[..., ::8, ::8], schedule.sigmas(4)))
@@ -140,7 +140,7 @@ def test_what_a_mask_keeps_ends_as_the_picture_for_every_method(model, images, r
     assert (end[..., 4:] - latents[..., 4:]).abs().mean() > 0.1
 
 
-def test_a_mask_of_all_is_generate_and_a_mask_of_nothing_the_picture(model, images, right_half):
+def test_a_mask_of_all_is_generate_and_a_mask_of_nothing_the_image(model, images, right_half):
     everything, nothing = torch.ones_like(right_half), torch.zeros_like(right_half)
     back = pipeline.image_to_image(*parts(model), PROMPTS, images, prng.key(0), strength=0.0)
     for soften in (None, 0.0, 3.0):
@@ -196,7 +196,7 @@ def test_a_blur_keeps_constants_and_the_sum_of_what_lies_inside(sigma, rows):
     torch.testing.assert_close(masks.blurred(constant, sigma), constant)
 
 
-def test_outpainting_keeps_the_picture_and_continues_it_on_every_side(model, images):
+def test_outpainting_keeps_the_image_and_continues_it_on_every_side(model, images):
     canvas, mask = pipeline.extend_canvas(images, left=16, right=32, top=0, bottom=16, overlap=8)
     assert canvas.shape == (2, 3, 80, 112) and mask.shape == (1, 1, 80, 112)
     assert torch.equal(canvas[..., :64, 16:80], images)
@@ -209,7 +209,7 @@ def test_outpainting_keeps_the_picture_and_continues_it_on_every_side(model, ima
     assert torch.equal(drawn[..., :64, 16:80], images)
 
 
-def test_controls_are_heard_where_pictures_come_from_pictures(model, images, right_half):
+def test_controls_are_heard_where_images_come_from_images(model, images, right_half):
     import dataclasses
 
     from functional_sd3.core import spec as specs

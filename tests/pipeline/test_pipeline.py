@@ -15,7 +15,7 @@ def model():
     return models.random_model()
 
 
-def test_a_picture_does_not_depend_on_its_batch(model):
+def test_an_image_does_not_depend_on_its_batch(model):
     prompts = ["a red circle", "a blue star", "a green ring"]
     keys = prng.split(prng.key(1), 3)
     together = pipeline.generate(*parts(model), prompts, keys, steps=3)
@@ -49,7 +49,7 @@ def test_every_text_encoder_may_be_absent(model):
         assert images.shape == (1, 3, 64, 64)
 
 
-def test_the_picture_is_differentiable_in_noise_and_scale(model):
+def test_the_image_is_differentiable_in_noise_and_scale(model):
     noise = pipeline.initial_noise(prng.key(4), model.config, 1).requires_grad_()
     scale = torch.tensor(3.0, requires_grad=True)
     image = pipeline.generate(*parts(model), "a red circle", prng.key(0), noise=noise, cfg=scale, steps=2)

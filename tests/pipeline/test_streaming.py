@@ -1,4 +1,4 @@
-"""One component in memory at a time: the same pictures, and a peak that is that of the largest component."""
+"""One component in memory at a time: the same images, and a peak that is that of the largest component."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def folder(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [{}, {"weighted": True, "negative": "green"}, {"long_prompts": True, "cfg": 1.0}])
-def test_the_picture_is_that_of_the_whole_model(model, folder, options):
+def test_the_image_is_that_of_the_whole_model(model, folder, options):
     whole = pipeline.generate(*parts(model), PROMPTS, prng.key(3), steps=2, **options)
     streamed = pipeline.generate_from(folder, PROMPTS, prng.key(3), steps=2, **options)
     assert torch.equal(streamed, whole)
@@ -127,7 +127,7 @@ def test_an_outline_has_everything_but_parameters(model, folder):
     assert outline.tokenizers.t5 == model.tokenizers.t5
 
 
-def test_the_command_line_draws_the_same_pictures(folder, tmp_path):
+def test_the_command_line_draws_the_same_images(folder, tmp_path):
     words = ["generate", *PROMPTS, "--params", folder, "--steps", 2, "--count", 3, "--batch", 4, "--weighted", "--out"]
     for name, more in (("whole.png", []), ("streamed.png", ["--offload"])):
         assert cli.main([str(word) for word in (*words, tmp_path / name, *more)]) == 0
@@ -219,6 +219,6 @@ def test_the_peak_is_the_largest_component_and_not_their_sum(heavy):
         peaks[way] = json.loads(subprocess.run(script, capture_output=True, text=True, timeout=300, check=True).stdout)
     largest, total = max(sizes.values()), sum(sizes.values())
     assert total > 2 * largest > 2e8
-    # Ten megabytes for tokenizer tables, activations and the picture.
+    # Ten megabytes for tokenizer tables, activations and the image.
     assert peaks["streamed"] <= 1.1 * largest + 1e7
     assert peaks["whole"] >= 0.9 * total
