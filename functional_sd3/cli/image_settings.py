@@ -70,13 +70,7 @@ def joint_settings(jobs: Sequence[Job], settings: Settings) -> Settings:
 
 def command(settings: Settings) -> str:
     """The command line that makes an image with these settings again: one line, whatever they hold."""
-    return _join(_words(settings))
-
-
-def read_settings(path: Path) -> Settings | None:
-    """The "command" of `read_record`."""
-    record = read_record(path)
-    return None if record is None else record["command"]
+    return " ".join(map(_quoted, _words(settings)))
 
 
 def read_record(path: Path) -> Record | None:
@@ -199,10 +193,6 @@ def _option(name: str, value: Any) -> list[str]:
         return [name]
     # A text that starts with a hyphen would be read as an option.
     return [f"{name}={value}"] if str(value).startswith("-") else [name, str(value)]
-
-
-def _join(words: Sequence[str]) -> str:
-    return " ".join(_quoted(word) for word in words)
 
 
 def _quoted(word: str) -> str:

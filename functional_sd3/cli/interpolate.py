@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_words(parser)
     options.add_run(parser)
     options.add_model(parser)
-    parser.add_argument(
-        "--batch", type=int, default=options.BATCH, help=f"images drawn at once (default {options.BATCH})"
-    )
+    options.add_batch(parser)
     parser.add_argument(
         "--out",
         metavar="FILE-or-DIR",

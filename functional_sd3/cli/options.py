@@ -77,6 +77,11 @@ def add_words(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long", action="store_true", help="let CLIP read prompts beyond its length, in chunks")
 
 
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """How many images are drawn at once."""
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"images drawn at once (default {BATCH})")
+
+
 def add_run(parser: argparse.ArgumentParser, *, steps: int | None = 28, cfg: float | None = 5.0) -> None:
     """Options of a run; steps, cfg: None where the command chooses (`edit`)."""
     for_steps, for_cfg = steps or "28; 50 with --direct", cfg or "5; 13.5 with --direct"

@@ -16,7 +16,6 @@ from torch import Tensor
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.sources import IDENTITY, Source, Sources, Transform, described, shapes_of
-from functional_sd3.formats.sources import check as check_sources
 
 
 def _only(change: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], name: str) -> Transform:
@@ -165,14 +164,6 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
         if proper == name or proper not in names_by_rule:
             names_by_rule[proper] = name
     return names_by_rule
-
-
-def check(layout: Layout, spec: Tree, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Mismatches between tensors of theirs (proper name -> shape) and the spec, one sentence each.
-
-    A leaf that is not learned (a table that the spec computes) or has a default may be missing.
-    """
-    return check_sources(sources(layout, spec), shapes)
 
 
 def to_ours(layout: Layout, spec: Tree, fetch: Callable[[Source, specs.Param], Tensor]) -> Params:

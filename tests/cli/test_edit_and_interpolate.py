@@ -167,7 +167,7 @@ def test_the_last_step_of_a_trajectory_is_the_image(files):
 def test_other_images_have_no_settings(tmp_path):
     for suffix in (".gif", ".webp", ".jpg"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"plain{suffix}")
-        assert image_settings.read_settings(tmp_path / f"plain{suffix}") is None
+        assert image_settings.read_record(tmp_path / f"plain{suffix}") is None
 
 
 @pytest.mark.parametrize(

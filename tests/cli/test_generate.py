@@ -58,7 +58,7 @@ def test_an_image_of_a_series_is_made_again_alone(folder, tmp_path, capsys):
     assert run("generate", PROMPT, "a blue star", *common, "--count", 3, "--seed", 7, "--out", tmp_path / "all") == 0
     files = [line for line in capsys.readouterr().out.splitlines()]
     assert len(files) == 7 and files[-1].endswith("grid.png")
-    settings = image_settings.read_settings(files[4])
+    settings = image_settings.read_record(files[4])["command"]
     assert settings["seed"] == 8 and settings["prompts"] == ["a blue star"]
     assert run("generate", "a blue star", *common, "--seed", 8, "--out", tmp_path / "alone.png") == 0
     one, other = (pixels_of(path) for path in (files[4], tmp_path / "alone.png"))

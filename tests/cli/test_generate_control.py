@@ -100,7 +100,7 @@ def test_words_of_ones_own_are_typed_like_any_other(files):
             drawn.append(image.tobytes())
     assert len(set(drawn)) == 3
     assert f"--embedding {files}/thing.safetensors" in image_settings.command(
-        image_settings.read_settings(files / "1.png")
+        image_settings.read_record(files / "1.png")["command"]
     )
 
 
@@ -114,7 +114,7 @@ def test_emphasis_and_long_prompts_are_settings_of_a_image(files, monkeypatch):
     for words in ((), ("--weighted",), ("--long",), ("--weighted", "--long")):
         out = files / "prompts.png"
         assert cli.main([str(word) for word in ("generate", *prompts, *common, out, *words)]) == 0
-        assert image_settings.command(image_settings.read_settings(out)).endswith(" ".join(words))
+        assert image_settings.command(image_settings.read_record(out)["command"]).endswith(" ".join(words))
         assert cli.main([str(word) for word in ("generate", prompts[1], *common, files / "alone.png", *words)]) == 0
         with Image.open(out) as both, Image.open(files / "alone.png") as alone:
             drawn[words] = both.tobytes()

@@ -95,7 +95,7 @@ def test_each_image_of_a_series_holds_the_seed_that_it_was_moved_towards(files, 
     assert run("generate", PROMPT, *words, "--count", 2, "--out", tmp_path) == 0
     second = tmp_path / "a-blue-star-4-10.png"
     assert str(second) in capsys.readouterr().out
-    assert image_settings.read_settings(second)["variation"] == "10:0.25"
+    assert image_settings.read_record(second)["command"]["variation"] == "10:0.25"
 
 
 def test_what_the_mask_keeps_is_the_image(files):

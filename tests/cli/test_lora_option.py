@@ -98,7 +98,7 @@ def test_other_commands_that_draw_take_and_record_them(place, both, tmp_path, wo
         results[name] = pixels(tmp_path / f"{name}.png")
     assert abs(results["added"] - results["merged"]).max() <= 1
     assert abs(results["added"] - results["plain"]).max() > 20
-    assert image_settings.read_settings(tmp_path / "added.png")["lora"] == both[1::2]
+    assert image_settings.read_record(tmp_path / "added.png")["command"]["lora"] == both[1::2]
 
 
 @pytest.mark.parametrize("words", [

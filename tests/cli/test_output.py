@@ -48,7 +48,7 @@ def test_the_suffix_is_the_form_and_the_settings_are_inside(folder, tmp_path, ca
     assert run("inspect", out) == 0
     *_, line = capsys.readouterr().out.splitlines()
     assert "--seed 4" in line and "$'é\\u000ablue'" in line
-    settings = image_settings.read_settings(out)
+    settings = image_settings.read_record(out)["command"]
     assert settings["negative"] == "é\nblue" and settings["seed"] == 4
 
 
@@ -62,7 +62,7 @@ def test_jpeg_and_webp_show_what_png_does(folder, tmp_path):
 def test_settings_too_long_for_a_jpeg_are_noted(tmp_path, capsys):
     output.save(tmp_path / "x.jpg", Image.new("RGB", (8, 8)), {"prompts": ["x" * 70_000]})
     assert "do not fit into a JPEG" in capsys.readouterr().err
-    assert image_settings.read_settings(tmp_path / "x.jpg") is None
+    assert image_settings.read_record(tmp_path / "x.jpg") is None
 
 
 @pytest.mark.parametrize("name", ["x.tiff", "a.b", "v1.0", "x.gif", "x.pngg", "x.safetensors", ".x.bmp"])
@@ -110,7 +110,7 @@ def test_an_overwritten_image_keeps_its_mode_and_a_link_is_written_through(folde
     os.chmod(tmp_path / "real.png", 0o640)
     (tmp_path / "link.png").symlink_to("real.png")
     assert generate(folder, tmp_path / "link.png") == 0
-    assert (tmp_path / "link.png").is_symlink() and image_settings.read_settings(tmp_path / "real.png")
+    assert (tmp_path / "link.png").is_symlink() and image_settings.read_record(tmp_path / "real.png")["command"]
     assert stat.S_IMODE((tmp_path / "real.png").stat().st_mode) == 0o640
 
 
@@ -239,7 +239,7 @@ def test_the_word_tiny_is_the_shipped_model_wherever_a_model_is_named(tmp_path, 
     assert run("convert", "tiny", "x.safetensors", "--layout", "single") == 0
     assert run("quantize", "tiny", "--steps", 0) == 0
     assert run("merge", "tiny", "tiny", "--out", "merged") == 0
-    assert image_settings.read_settings(tmp_path / "x.png")["params"] == ["tiny"]
+    assert image_settings.read_record(tmp_path / "x.png")["command"]["params"] == ["tiny"]
     assert run("inspect", tmp_path / "x.png") == 0 and "--params tiny" in capsys.readouterr().out
     # What lies here under that name comes first.
     (tmp_path / "tiny").mkdir()

@@ -232,7 +232,10 @@ def test_results_go_to_standard_output_and_notes_to_standard_error(model, tmp_pa
     printed, error = capsys.readouterr()
     assert all(Path(line).is_file() for line in printed.splitlines()) and len(printed.splitlines()) == 3
     assert "note: 2 prompts of one word each" in error and "s in all" in error
-    assert shlex.split(image_settings.command(image_settings.read_settings(printed.splitlines()[0])))[1] == "generate"
+    assert (
+        shlex.split(image_settings.command(image_settings.read_record(printed.splitlines()[0])["command"]))[1]
+        == "generate"
+    )
     assert output.slug("a/../b") == "a-b"
 
 

@@ -45,7 +45,7 @@ def test_prompts_come_from_a_file_or_standard_input_without_byte_order_marks(tmp
 def test_standard_input_is_drawn(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a red circle\na blue star\n")))
     assert run("generate", "--prompts", "-", "--params", folder, "--steps", 1, "--out", tmp_path / "x.png") == 0
-    assert image_settings.read_settings(tmp_path / "x.png")["prompts"] == ["a red circle", "a blue star"]
+    assert image_settings.read_record(tmp_path / "x.png")["command"]["prompts"] == ["a red circle", "a blue star"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from functional_sd3.core import spec as specs
 from functional_sd3.core import tree
+from functional_sd3.formats import sources
 from functional_sd3.formats.sources import FUSE, IDENTITY
 from functional_sd3.image.vae import SD3_VAE
 from functional_sd3.layouts import rules
@@ -74,8 +75,8 @@ def test_dots_in_patterns_are_dots():
 def test_missing_unexpected_and_misshapen_names_are_all_said_with_the_closest():
     table = Layout(renamed(("{*rest}", "{*rest}")))
     spec = {"weight": param(2, 3), "bias": param(2), "table": param(9, trainable=False)}
-    assert rules.check(table, spec, {"weight": (2, 3), "bias": (2,)}) == []
-    assert rules.check(table, spec, {"weights": (2, 3), "bias": (3,)}) == [
+    assert sources.check(rules.sources(table, spec), {"weight": (2, 3), "bias": (2,)}) == []
+    assert sources.check(rules.sources(table, spec), {"weights": (2, 3), "bias": (3,)}) == [
         "weight is missing (shape [2, 3])",
         "weights is unexpected; is it weight?",
         "bias has shape [3], expected [2]",
@@ -85,7 +86,9 @@ def test_missing_unexpected_and_misshapen_names_are_all_said_with_the_closest():
 def test_a_file_of_another_model_is_refused_in_a_moment():
     spec = SPECS["transformer"](SD35_LARGE)
     table = COMPONENTS["transformer"].layout
-    problems = rules.check(table, spec, {name + ".x": shape for name, shape in rules.keys(table, spec).items()})
+    problems = sources.check(
+        rules.sources(table, spec), {name + ".x": shape for name, shape in rules.keys(table, spec).items()}
+    )
     assert len(problems) == 2 * 1227 - 1
 
 
