@@ -100,7 +100,7 @@ def _settings(
     images: tasks.TrainingImages,
     options: distill_task.Settings,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of a run: its options, and digests of what it reads."""
+    """The settings in a checkpoint: the options of a run, and digests of its model and data."""
     given = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
     resolved = ("cfg", "shift", *distill_options.OWN)
     given |= {name.replace("_", "-"): getattr(options, name) for name in resolved}

@@ -1,4 +1,4 @@
-"""What a distilled model draws with: its own number of steps, no guidance where that is folded in, its own method."""
+"""Defaults of distilled models: their number of steps, no guidance where it is folded in, methods that fit."""
 
 import argparse
 from collections.abc import Sequence

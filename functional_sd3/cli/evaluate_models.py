@@ -1,4 +1,4 @@
-"""What models make: `evaluate clip`, `prompts` and `vae`."""
+"""Measures of models by their images: `evaluate clip`, `prompts` and `vae`."""
 
 import argparse
 import math
@@ -32,7 +32,7 @@ _RESPECTS = ("right", "count", "shape", "colour", "size", "background", "relatio
 
 
 class Likeness(NamedTuple):
-    """How well one image was reconstructed."""
+    """PSNR and SSIM of one reconstructed image."""
 
     name: str
     psnr: float

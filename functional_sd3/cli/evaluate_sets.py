@@ -27,7 +27,7 @@ _UNSTATED = "unstated"
 
 
 class Kind(NamedTuple):
-    """What a metric keeps of a set: how it is collected from batches, labelled, counted, saved and loaded."""
+    """The record of a metric, statistics or features: collected from batches, labelled, counted, saved and loaded."""
 
     collect: Callable[[Iterator[Batch]], Collected]
     record: Callable[..., Any]
@@ -46,7 +46,7 @@ class Side(NamedTuple):
 
 
 class Making(NamedTuple):
-    """How features are made of images; `embed` is None where no images are given."""
+    """Preprocessing, layer and network of the features; `embed` is None where no images are given."""
 
     preprocessing: str
     weights: str
@@ -107,7 +107,7 @@ METRICS = {"fid": run_fid, "kid": run_kid, "cmmd": run_cmmd}
 
 
 def _measured(arguments: argparse.Namespace, kind: Kind) -> tuple[list[Side], dict[str, Any]]:
-    """What is known of each set, the first saved where an option says so, and what all metrics say of their making."""
+    """The record of each set, the first one saved with --save, and the settings that all metrics report."""
     if arguments.fake is None and not arguments.save:
         raise ValueError(f"{arguments.metric} compares two sets: give FAKE too, or --save FILE.npz to keep REAL's part")
     paths = [path for path in (arguments.real, arguments.fake) if path is not None]

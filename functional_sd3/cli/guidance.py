@@ -20,14 +20,14 @@ class GuidanceSpec(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a name stands for."""
+    """The guidance function of a name, and its options."""
 
     function: str
     """Its name in `flow.guidance`."""
     options: Mapping[str, Callable[[str], Any]]
     """Option -> what reads its value; named as the function's arguments, with hyphens."""
     begins: bool = False
-    """Whether it is made of a scale (--cfg where it has none of its own), and not of the guidance before it."""
+    """True if it starts from a scale (--cfg where it has none of its own), False if from the guidance before it."""
     required: tuple[str, ...] = ()
     fixed: dict[str, Any] = {}
     """Arguments that go with the name."""

@@ -28,12 +28,12 @@ _UNRECORDED = {
 in a file must not write where that file says."""
 
 Record = dict[str, Any]
-"""What is written into an image, in the words of JSON: "request", the `pipeline.describe` of what was drawn; "command",
+"""The content of an image's metadata, as JSON: "request", the `pipeline.describe` of what was drawn; "command",
 the settings of the command line that draws it again; "files", "model" and "program", which the request does not know.
 Images of earlier versions hold settings alone."""
 
 Settings = dict[str, Any]
-"""Option -> value, in the words of JSON: a text or number is `--option value`, a list that for each of its items, True
+"""Option -> value, as JSON: a text or number is `--option value`, a list that for each of its items, True
 `--option`; what has its usual value may be left out. "subcommand" (generate, where absent), "picture" and "prompts" are
 the words before the options. A new option of a command is recorded by putting it here, and nothing else."""
 

@@ -146,7 +146,7 @@ class Fit(NamedTuple):
 
 
 def fitting(size: tuple[int, int], session: "Session", wanted: tuple[int, int] | None) -> Fit:
-    """How an image of this width and height is fitted; the rule stands above."""
+    """The size that an image of this width and height is fitted to, by the rule of this module."""
     if wanted is not None:
         return Fit(wanted, size != wanted)
     from functional_sd3.image import vae

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
+    if not arguments.path:
+        raise ValueError("PATH is empty; . is this folder")
     if arguments.path == options.SHIPPED:
         from functional_sd3.weights import shipped
 
@@ -74,7 +76,7 @@ def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
     try:
         description = weights.describe(path, values=values, variant=arguments.variant)
     except weights.WeightsError:
-        # Of what does not load, at least what its header says, before the reason.
+        # The header of a file that does not load, before the reason.
         if path.is_file() and weights.files.start(path)[8:9] == b"{":
             yield from _header(path, depth)
         raise

@@ -151,7 +151,7 @@ def seed(text: str | int, what: str) -> int:
 
 
 def _problem(value: float, bounds: Range) -> str | None:
-    """What is wrong with a value, None if nothing is."""
+    """The problem of a value outside the bounds; None inside them."""
     low, high, above, words = bounds
     is_finite = isinstance(value, int) or math.isfinite(value)
     if is_finite and (low < value if above else low <= value) and value <= high:

@@ -78,7 +78,7 @@ def add_words(parser: argparse.ArgumentParser) -> None:
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
-    """How many images are drawn at once."""
+    """The option of the number of images drawn at once."""
     parser.add_argument("--batch", type=int, default=BATCH, help=f"images drawn at once (default {BATCH})")
 
 
@@ -173,7 +173,7 @@ def check_params(paths: Sequence[str] | None) -> None:
 
 
 def _neighbours(path: str) -> list[str]:
-    """What lies beside a path that is not there, and in `params/`."""
+    """Names of models beside a path that is not there, and in `params/`."""
     places = {Path(path).parent, Path("params")}
     return [str(entry) for place in sorted(places) if place.is_dir() for entry in sorted(place.iterdir())[:1000]]
 

@@ -112,7 +112,7 @@ def _path(out: Path, *, single: bool) -> Path:
 
 
 class _Decoder(NamedTuple):
-    """What decodes previews: parameters by component, a config, words for messages; tile: of the VAE, in latents."""
+    """The decoder of previews: parameters by component, a config, words for messages; tile: of the VAE, in latents."""
 
     params: "dict[str, Params]"
     config: "Config"

@@ -1,4 +1,4 @@
-"""What `likelihood` computes and says: every prompt's score at the same random draws, and how sure the ranking is."""
+"""Scores of prompts at the same random draws, and the certainty of their ranking, for `likelihood`."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ FIT = (*ode.METHODS, *ode.ADAPTIVE)
 
 
 def ticks(arguments: argparse.Namespace) -> int:
-    """How often `scores` calls on_step."""
+    """Number of calls of on_step by `scores`."""
     return arguments.steps if arguments.by == "likelihood" else arguments.draws
 
 

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> image_settings.Settings:
-    """What an image's settings keep of its regions and tiles."""
+    """The options of regions and tiles, for the settings in an image."""
     return image_settings.given_options(arguments, ("region", "tile"))
 
 

@@ -1,4 +1,4 @@
-"""Everything that commands print: results on standard output, notes, progress and errors on standard error.
+"""Output of all commands: results on standard output, notes, progress and errors on standard error.
 
 No other module of this room prints. Whatever a terminal would act on is escaped here, whether it came from the name of
 a file or tensor, metadata or the command line; `--quiet` is known here alone.

@@ -1,4 +1,4 @@
-"""What is wrong with a `reward` command line, before anything is loaded."""
+"""Checks of a `reward` command line, before anything is loaded."""
 
 import argparse
 import math

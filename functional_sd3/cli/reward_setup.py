@@ -69,7 +69,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         reward_settings.Settings(
             method=arguments.method,
             steps=arguments.steps,
-            # What the shapes' reader says of parts of an image is logged, and counts only where it is given a weight.
+            # Readings of the parts of an image are logged, and count only where they are given a weight.
             weights=given or ({"partial": 0.0} if "shapes" in arguments.reward else {}),
             default_weight=0.0 if given else 1.0,
             batch=arguments.batch_size,
@@ -182,7 +182,7 @@ def _psnr_reward(path: str, arguments: argparse.Namespace, model: Model) -> Rewa
 def _settings(
     arguments: argparse.Namespace, source: list[Path], stored: Model, prompts: list[str] | None
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of a run: its options, and digests of what it reads."""
+    """The settings in a checkpoint: the options of a run, and digests of its model and data."""
     options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
     contents = digests.model_digests(stored.params)
     if prompts is not None:

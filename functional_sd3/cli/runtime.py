@@ -1,4 +1,4 @@
-"""What words on the command line mean: devices, dtypes, methods, weights."""
+"""Devices, dtypes, methods and weights that words on the command line name."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ def dtype(name: str) -> torch.dtype | Default:
 
 
 def _dtype_advice(kinds: Collection[Kind]) -> str:
-    """How another dtype than that of --dtype auto is chosen."""
+    """Advice on the option that chooses another dtype than --dtype auto."""
     names = {str(kind).removeprefix("torch.") for kind in kinds}
     if names in ({"bfloat16"}, {"float16"}):
         return f"--dtype {names.pop()} keeps them so"

@@ -56,7 +56,7 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     loras, words = lora_options.load(arguments.lora, model.config, device), runtime.words(arguments.embedding)
     components, config, tokenizers = pipeline.adapted(components, model.config, model.tokenizers, loras, words)
-    # Of a tree once for the run, not for each batch.
+    # A tree is adapted once for the run, not for each batch.
     fetch = components if callable(components) else dict(components).__getitem__
     opened = Session(config, tokenizers, fetch, device, dtype, timer, loras=loras, words=words)
     return opened._replace(guidance=guidance.prepare(arguments, opened))
@@ -70,7 +70,7 @@ def image_size(session: Session, size: tuple[int, int] | None, *, bounded: bool 
 
 
 def text_options(arguments: argparse.Namespace) -> TextOptions:
-    """How the options say that prompts are read."""
+    """The `TextOptions` of the command line."""
     return TextOptions(arguments.negative, weighted=arguments.weighted, long_prompts=arguments.long)
 
 
@@ -81,7 +81,7 @@ def sampling_options(
     control: Sequence[Control] = (),
     default: str | None = None,
 ) -> SamplingOptions:
-    """How the options say that the flow is followed.
+    """The `SamplingOptions` of the command line.
 
     default: the method where --method names none, instead of that of the model's scheduler config.
     """

@@ -14,11 +14,11 @@ class Timer:
     def __init__(self):
         self.last = time.perf_counter()
         self.stage = "loading"
-        # What the process has computed so far is the import of torch and of this program.
+        # The process has done nothing so far but import torch and this program.
         self.parts: dict[str, float] = {"import": time.process_time()}
 
     def done(self, part: str, device: Any = None) -> None:
-        """What has passed since the last call was spent on `part`."""
+        """Add the time since the last call to `part`."""
         if device is not None and device.type == "cuda":
             import torch
 

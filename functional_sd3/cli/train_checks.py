@@ -1,4 +1,4 @@
-"""What is wrong with a `train` command line, its data or its folder, before anything is loaded."""
+"""Checks of a `train` command line, its data and its folder, before anything is loaded."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from functional_sd3.cli import options
 
 OURS = ("checkpoints", "samples", "log.csv")
-"""What a run that did not come to its end leaves in its folder."""
+"""Files in the folder of a run that has not ended."""
 _MIN = {
     "steps": 1,
     "batch_size": 1,

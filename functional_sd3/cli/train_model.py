@@ -46,12 +46,12 @@ def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, 
 
 
 def _computed_dtype(params: Tree, device: torch.device) -> torch.dtype | None:
-    """What frozen parameters are computed in; None: as they are stored."""
+    """The dtype in which frozen parameters compute; None for the stored one."""
     return default_dtype.choose(None, {leaf.dtype for leaf in tree.leaves(params)}, device)
 
 
 def _adapted_dtype(params: Tree, device: torch.device) -> torch.dtype:
-    """What the base of a LoRA is computed in."""
+    """The dtype in which the base of a LoRA computes."""
     dtype = _computed_dtype(params, device) or tree.leaves(params)[0].dtype
     # Gradients underflow in float16; bfloat16 takes the same memory.
     return torch.bfloat16 if dtype == torch.float16 else dtype
@@ -75,6 +75,6 @@ def as_stored(params: Tree, stored: Tree) -> Tree:
 
 
 def text_encoders(options: Mapping[str, Any]) -> str:
-    """Whether text encoders learn ("train", "frozen"), as the options of a command line or of a checkpoint mean."""
+    """The value of --text-encoders ("train", "frozen") that the options of a command line or checkpoint mean."""
     given = options.get("text-encoders", options.get("text_encoders"))
     return given or ("train" if options.get("scratch") and options.get("part") == "transformer" else "frozen")

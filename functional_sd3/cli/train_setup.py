@@ -88,7 +88,7 @@ def _settings(
     images: tasks.TrainingImages,
     ids: conditioning.Ids | None,
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of a run: its options, and digests of what it reads."""
+    """The settings in a checkpoint: the options of a run, and digests of its model and data."""
     options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
     used = [name for name in SPECS if name in stored.params and (name == "vae" or arguments.part == "transformer")]
     contents = {"the data": images.contents}
@@ -114,7 +114,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
 
 
 def _step_note(saved: dict[str, Any], options: tasks.Settings, state: TrainState) -> str | None:
-    """What another number of steps means for the learning rate."""
+    """A note on the learning rate of a run that is resumed with another number of steps."""
     before, done = saved.get("steps"), int(state.step)
     if not isinstance(before, int) or before == options.steps or done >= options.steps:
         return None

@@ -28,7 +28,7 @@ State = Any
 
 
 class Setup(NamedTuple):
-    """What a run needs.
+    """The parts of a training run.
 
     task: `tasks.TrainingTask`, `reward_task.RewardTask` or `distill_task.DistillTask`. stored: the model as its files
     have it. settings: what its checkpoints keep. differences: of the settings of a checkpoint from these. lora: whether

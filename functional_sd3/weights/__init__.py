@@ -241,8 +241,8 @@ def _check_suffix(path: Path, layout: str) -> None:
 
 def _paths(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    if not paths:
-        raise ValueError("there is no path to load from")
+    if not paths or "" in paths:
+        raise ValueError("there is no path to load from" + (": one is empty, and . is this folder" if paths else ""))
     return [Path(one) for one in paths]
 
 

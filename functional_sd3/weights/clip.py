@@ -139,7 +139,7 @@ def _side(values: Object, name: str, edge: str, default: int) -> int:
 def _three(values: Object, name: str) -> tuple[float, float, float]:
     default = getattr(clip_pixels.Config(), name.removeprefix("image_"))
     numbers = values.items(name, default, float)
-    # Whole numbers of hundreds of digits are no floats.
+    # A whole number of hundreds of digits overflows a float.
     if len(numbers) != 3 or not all(-_MAX_PIXEL <= each <= _MAX_PIXEL for each in numbers):
         raise values.error(name, "must be three numbers between -1000 and 1000")
     first, second, third = map(float, numbers)

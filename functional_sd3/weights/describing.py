@@ -42,7 +42,10 @@ class Part(NamedTuple):
 
 
 class Description(NamedTuple):
-    """metadata: file -> what its header says beside its tensors; missing: what a whole model has and this lacks."""
+    """Description of a model's files.
+
+    metadata: file -> that of its header. missing: a sentence for each part of a whole model that is absent.
+    """
 
     parts: list[Part]
     tokenizers: Tokenizers

@@ -50,7 +50,7 @@ _KINDS = {
 
 
 def open_path(path: Path, only: Collection[str], variant: str | None) -> Discovered:
-    """Everything at a path. Raises WeightsError when there is nothing that is known, or nothing at all."""
+    """The contents of a path. Raises WeightsError where it is absent or holds nothing that is known."""
     path = shipped.resolve(path)
     try:
         kind = os.stat(path).st_mode
@@ -255,7 +255,7 @@ def _contents(where: str, tensors: Mapping[str, Mapped]) -> Discovered:
         elif format in registry.NATIVE.values() and not metadata.is_unsaid(notes):
             is_old = metadata.version(notes, where) == 1 and format.component == "transformer"
             format = registry.NATIVE_1 if is_old else format
-        # Of two CLIPs in stand-alone files the note says which is which.
+        # Two CLIPs in stand-alone files have one format; their metadata tell L from G.
         known = [
             name
             for name in said or ()

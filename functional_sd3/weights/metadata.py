@@ -28,8 +28,10 @@ def write(config: Config, components: Collection[str]) -> dict[str, str]:
 
 
 def shared(files: Iterable[Mapped], where: str) -> dict[str, str]:
-    """What the metadata of a file, or of all shards of one index, say of our own. Raises WeightsError, naming `where`,
-    for shards that say different things: they are of several models, or of several versions."""
+    """Our own entries in the metadata of a file, or of all shards of one index.
+
+    Raises WeightsError, naming `where`, for shards whose entries differ: they are of several models or versions.
+    """
     said = {one.path: {key: one.header.metadata.get(key) for key in (KEY, VERSION_KEY)} for one in files}
     (first, shared), *others = said.items()
     for path, entries in others:

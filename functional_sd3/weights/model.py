@@ -20,7 +20,7 @@ class Tokenizers(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Everything a folder holds; `params` has one tree for each component that is there."""
+    """Parameters, config and tokenizers of a model; `params` has a tree for each component that is there."""
 
     params: dict[str, Params]
     config: Config
