@@ -170,6 +170,11 @@ def test_inspect_counts_every_component(folder, capsys):
         assert word in text
 
 
+def test_an_empty_path_is_not_the_folder_here(capsys):
+    assert run("inspect", "") == 1
+    assert "PATH is empty; . is this folder" in capsys.readouterr().err
+
+
 def test_inspect_says_what_is_no_image_of_ours(tmp_path, capsys):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     assert run("inspect", tmp_path / "plain.png") == 1

@@ -129,6 +129,9 @@ def test_a_component_given_twice_is_named_with_both_places(saved, make_model, tm
     assert found == (f"t5 is in {saved} and in {folder / 't5xxl.safetensors'}: give it once",)
     with pytest.raises(ValueError, match="there is no path to load from"):
         weights.load([])
+    for paths in ("", [saved, ""]):
+        with pytest.raises(ValueError, match="no path to load from: one is empty"):
+            weights.load(paths)
 
 
 def test_the_problems_of_all_paths_are_in_one_error(path, tmp_path):
