@@ -120,7 +120,7 @@ def draft(setting: Setting) -> Rounds:
         # A batch holds tensors alone: the prompts are drawn again from the number of the round.
         texts, facts = prompts_of(int(batch["round"][0]))
         rows = batch["prompt"].tolist()
-        scores = setting.reward(images, [texts[row] for row in rows], [facts[row] for row in rows])
+        scores = rewards.checked(setting.reward)(images, [texts[row] for row in rows], [facts[row] for row in rows])
         return rewards.total(scores, settings.weights, settings.default_weight).to(images.device)
 
     velocity_of = points.model_velocity(setting.config, dtype=options.dtype, attend=options.attend)

@@ -93,7 +93,8 @@ def draw_groups(
             images.append(decode(params, parts[-1]["latents"]))
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         prompts_of_images = [text for text in texts for _ in range(size)]
-        scores = reward(torch.cat(images), prompts_of_images, [fact for fact in facts for _ in range(size)])
+        facts_of_images = [fact for fact in facts for _ in range(size)]
+        scores = rewards.checked(reward)(torch.cat(images), prompts_of_images, facts_of_images)
         scores = {name: score.to(rows["latents"].device) for name, score in scores.items()}
         total = rewards.total(scores, weights, default_weight)
         ones = {name: torch.ones_like(score[:1]) for name, score in scores.items()}

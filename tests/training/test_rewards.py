@@ -230,6 +230,15 @@ def test_an_image_of_a_rollout_depends_on_its_own_key():
     assert whole.highest == 2.0 and len(set(whole.rows["latents"].flatten().tolist())) == 12
     same = rollouts.draw_groups({}, prng.key(0), 3, 2, **options, same_noise=True)
     assert torch.equal(same.rows["noise"], whole.rows["noise"][::2].repeat_interleave(2, 0))
+    # A function that `combined` has not seen is checked too.
+    for wrong, said in (
+        (lambda images, *_: images.mean((1, 2, 3)) * torch.nan, "<lambda>: its score .* is nan for 6 of 6 images"),
+        (lambda images, *_: images.mean((2, 3)), r"<lambda>: its score .* has shape \[6, 1\]"),
+        (lambda images, *_: 1 / 0, "<lambda> raised ZeroDivisionError"),
+        (lambda images, *_: {}, "<lambda> returned dict; it must return"),
+    ):
+        with pytest.raises(RewardError, match=said):
+            rollouts.draw_groups({}, prng.key(0), 3, 2, **{**options, "reward": wrong})
     assert len(set(same.rows["latents"].flatten().tolist())) == 12
 
 

@@ -2,13 +2,14 @@
 
 from functional_sd3.training.rewards.advantages import group_advantages, has_spread
 from functional_sd3.training.rewards.functions import from_name, psnr
-from functional_sd3.training.rewards.types import Reward, RewardError, Scores, check_scores, combined, total
+from functional_sd3.training.rewards.types import Reward, RewardError, Scores, check_scores, checked, combined, total
 
 __all__ = [
     "Reward",
     "RewardError",
     "Scores",
     "check_scores",
+    "checked",
     "combined",
     "from_name",
     "group_advantages",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_sd3.core.checks import function_name
 from functional_sd3.formats.printable import shorten
 
 Scores = dict[str, Tensor]
@@ -75,6 +76,11 @@ def combined(rewards: Mapping[str, Reward]) -> Reward:
         return scores
 
     return reward
+
+
+def checked(reward: Reward) -> Reward:
+    """A reward whose errors, and what it returns, are treated as by `combined`, under its own name."""
+    return combined({function_name(reward): reward})
 
 
 def total(scores: Mapping[str, Tensor], weights: Mapping[str, float], default: float = 0.0) -> Tensor:
