@@ -20,6 +20,11 @@ def test_a_learned_grid_ends_nearer_to_the_converged_run_than_the_shifted_one():
     assert 0 < actual["learned"] < min(value for name, value in actual.items() if name != "learned")
 
 
+def test_a_mean_velocity_draws_in_one_step_what_the_velocity_does_not():
+    distances = program("meanflow").main(steps=250)
+    assert distances["MeanFlow, steps 1"] < 0.6 * distances["Euler, steps 1"] and distances["Euler, steps 1"] > 1.5
+
+
 def test_an_embedding_rises_to_redder_images(tmp_path):
     out = tmp_path / "images.png"
     options = ["--steps", "4", "--iterations", "10", "--cfg", "1", "--others", "1", "--rate", "25", "--out", str(out)]

@@ -271,6 +271,16 @@ def test_the_networks_derivative_has_the_smoothed_embedding_of_t(student):
     assert (u(x, t, r) - u(x, t, t)).abs().max() > 1e-4 and (u(x, r, r) - u(x, t, t)).abs().max() > 1e-4
 
 
+def test_the_loss_takes_the_smoothed_derivative(student):
+    config, params, batch = student
+    tangents = [
+        objectives.meanflow_loss(config, equal=0.0, time_difference=h)(params, batch, KEYS[:4])[1]["tangent"]
+        for h in (0.01, 0.02, None)
+    ]
+    default = objectives.meanflow_loss(config, equal=0.0)(params, batch, KEYS[:4])[1]["tangent"]
+    assert default == tangents[0] and all(abs(default - other) > 1e-4 * default for other in tangents[1:])
+
+
 def test_the_derivative_has_the_dtype_of_the_parameters(student):
     config, params, batch = student
     loss = objectives.meanflow_loss(config, equal=0.0, dtype=torch.bfloat16)
