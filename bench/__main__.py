@@ -1,19 +1,45 @@
-"""`python -m bench [-k ROWS] [pytest's options]`: times the rows; all of them write bench/RESULTS.md and its JSON."""
+"""`python -m bench [NAME...] [--list] [--cpu-time] [pytest's options]`: times rows, written to RESULTS.md one by one.
+
+NAME: files bench/bench_NAME.py, all by default; `--list` prints them with their rows and runs nothing. `--cpu-time`:
+one thread and processor time, for machines that do other things too. `--quick` runs each row once and writes nothing.
+"""
 
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench import table
+
 HERE = Path(__file__).parent
 
 
 def main(options: list[str]) -> int:
     """Runs the rows under pytest-benchmark and returns its exit status."""
-    written = [] if options else [f"--results={HERE / 'RESULTS.md'}", f"--benchmark-json={HERE / 'results.json'}"]
+    names, rest = select(options)
+    files = {name: HERE / f"bench_{name}.py" for name in names or table.groups()}
+    if "--list" in rest:
+        for name, path in files.items():
+            print("\n    ".join([name, *(row.label for row in table.rows_of_file(path))]))
+        return 0
+    if unknown := [name for name, path in files.items() if not path.exists()]:
+        print(f"no rows named {', '.join(unknown)}; there are: {', '.join(table.groups())}", file=sys.stderr)
+        return 2
+    written = [] if "--quick" in rest else [f"--results={HERE / 'RESULTS.md'}"]
+    if not options:
+        written.append(f"--benchmark-json={HERE / 'results.json'}")
+    if "--cpu-time" in rest:
+        rest = ["--threads=1", "--benchmark-timer=time.process_time", *rest]
     fixed = ["-o", "python_files=bench_*.py", "-o", "addopts=--import-mode=importlib", "-W", "ignore", "-p", "no:xdist"]
     quiet = ["-q", "--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "-p", "no:cacheprovider"]
-    return pytest.main([str(HERE), *fixed, *quiet, *written, *options])
+    # The folder, for its conftest.py, is the root of what pytest collects.
+    return pytest.main([*map(str, files.values()), f"--rootdir={HERE.parent}", *fixed, *quiet, *written, *rest])
+
+
+def select(options: list[str]) -> tuple[list[str], list[str]]:
+    """Names in front, and everything from the first option on."""
+    first = next((index for index, option in enumerate(options) if option.startswith("-")), len(options))
+    return options[:first], options[first:]
 
 
 if __name__ == "__main__":

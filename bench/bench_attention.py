@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 
 from functional_sd3.core import attention, prng, transform
 from functional_sd3.transformer import mmdit
@@ -15,10 +15,23 @@ def loss(attend, *inputs):
     return attend(*inputs).square().sum()
 
 
+def gradient(attend, *inputs):
+    return grad(partial(loss, attend), argnums=(0, 1, 2))(*inputs)
+
+
+def gradient_square(attend, *inputs):
+    return sum(each.square().sum() for each in gradient(attend, *inputs))
+
+
 DERIVATIVES = {
+    "forward": lambda attend, inputs, along: attend(*inputs),
+    "gradient": lambda attend, inputs, along: gradient(attend, *inputs)[0],
     "jvp": lambda attend, inputs, along: jvp(attend, inputs, along)[1],
-    "grad": lambda attend, inputs, along: grad(partial(loss, attend), argnums=(0, 1, 2))(*inputs)[0],
-    "hvp": lambda attend, inputs, along: jvp(grad(partial(loss, attend), argnums=(0, 1, 2)), inputs, along)[1][0],
+    "hvp, forward over reverse,": lambda attend, inputs, along: jvp(partial(gradient, attend), inputs, along)[1][0],
+    "hvp, reverse over reverse,": lambda attend, inputs, along: grad(partial(gradient_square, attend))(*inputs),
+    "vmap of the gradient": lambda attend, inputs, along: vmap(partial(gradient, attend))(*(x[None] for x in inputs))[
+        0
+    ],
 }
 
 

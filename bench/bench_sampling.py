@@ -110,5 +110,4 @@ def test_memory_in_steps(versus):
                 lambda steps=steps: pipeline.sample(params, config, conditions, noise, steps=steps)
             )
             peaks[steps] = f"{steps} steps {peak / 2**20:.2f} MiB"
-    name = "peak memory of sampling against steps, width 256"
-    versus.record(name, memory=", ".join(peaks.values()))
+    versus.record("peak memory of sampling against steps, width 256", memory=", ".join(peaks.values()))

@@ -1,6 +1,10 @@
-"""Fixtures of the rows, and bench/RESULTS.md, written at the end."""
+"""Fixtures of the rows, and bench/RESULTS.md, written after every row."""
 
+import datetime
+import importlib.metadata
 import os
+import platform
+import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +18,9 @@ def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=2, help="threads of both sides")
     parser.addoption("--quick", action="store_true", help="one round a row: does everything still run?")
     parser.addoption("--rounds", type=int, default=None, help="at most so many rounds a row")
+    parser.addoption(
+        "--cpu-time", action="store_true", help="processor time of both sides; `python -m bench` sets the rest"
+    )
     parser.addoption("--results", type=Path, default=None, help="Markdown file for the table")
 
 
@@ -27,20 +34,45 @@ def same_threads(request):
 
 @pytest.fixture
 def versus(benchmark, request):
-    most = 1 if request.config.getoption("--quick") else request.config.getoption("--rounds")
-    return timing.Versus(benchmark, most=most)
+    option = request.config.getoption
+    clock = time.process_time if option("--cpu-time") else time.perf_counter
+
+    def write(row):
+        if path := option("--results"):
+            page = path.read_text(encoding="utf-8") if path.exists() else ""
+            path.write_text(table.updated(page, setting(request.config), row), encoding="utf-8")
+
+    most = 1 if option("--quick") else option("--rounds")
+    return timing.Versus(benchmark, most=most, clock=clock, on_row=write)
+
+
+def setting(config):
+    """Where and when rows of this run are measured."""
+    threads = config.getoption("--threads")
+    clock = "processor time" if config.getoption("--cpu-time") else "wall time"
+    measured = f"{threads} thread{'s' * (threads > 1)}, {clock}, {datetime.date.today()}"
+    return table.Setting(processor(), measured, {"Python": platform.python_version(), **versions()})
+
+
+def processor():
+    try:
+        import cpuinfo
+
+        return cpuinfo.get_cpu_info()["brand_raw"]
+    except Exception:  # A processor without a name that this can find.
+        return platform.processor() or platform.machine()
+
+
+def versions():
+    names = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "scipy")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["threads"] = config.getoption("--threads")
-    if path := config.getoption("--results"):
-        path.write_text(table.page(output_json))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    import importlib.metadata
-
     # A machine's own name says nothing about its speed.
     machine_info.pop("node", None)
-    names = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "scipy")
-    machine_info["versions"] = {name: importlib.metadata.version(name) for name in names}
+    machine_info["versions"] = versions()

@@ -1,7 +1,23 @@
-"""A run of the rows, from pytest-benchmark's JSON, as a page of Markdown."""
+"""Rows of a run, as in pytest-benchmark's JSON, and bench/RESULTS.md: a table for each processor, versions and date."""
 
+import ast
+import re
 import statistics
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+INTRODUCTION = """# Side by side
+
+Medians of interleaved runs in one process, warm, the same weights, after checking that both sides agree; `python -m bench`
+measures all rows again, `python -m bench NAME` those of one file. Rows of one table were measured on one processor, with
+the same versions, on one day. Spread is the middle half of our times. Trust the ratios, below 1 where this project is
+faster. *Products alone*: what the other side's matrix products, convolutions and attention take by themselves, as a share
+of its time; no ratio of the same arithmetic can be below it. *Peak*: the most bytes of tensors held at once beyond those
+that a call was given, ours / theirs.
+"""  # noqa: E501
+COLUMNS = "| what | ours | theirs | ratio | spread | other side | more |\n|---|---|---|---|---|---|---|"
 
 
 class Row(NamedTuple):
@@ -20,51 +36,100 @@ class Row(NamedTuple):
         return None if self.theirs is None else self.ours / self.theirs
 
 
+class Setting(NamedTuple):
+    """Where rows were measured: "1 thread, processor time, 2026-11-30" and name -> version."""
+
+    processor: str
+    measured: str
+    versions: dict[str, str]
+
+    @property
+    def heading(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"## {self.processor}, {self.measured}\n\n{versions}."
+
+
 def rows(run: dict[str, Any]) -> list[Row]:
     """The rows of one run."""
-    lines = []
-    for each in run["benchmarks"]:
-        facts, stats = dict(each["extra_info"]), each["stats"]
-        theirs, repeat = facts.pop("theirs"), facts.pop("repeat", 1)
-        if least := facts.pop("least", None):
-            facts["products_alone"] = f"{statistics.median(least) / statistics.median(theirs):.2f}"
-        lines.append(
-            Row(
-                facts.pop("row"),
-                facts.pop("peer", ""),
-                stats["median"] / repeat,
-                statistics.median(theirs) if theirs else None,
-                stats["iqr"] / stats["median"] if theirs else 0.0,
-                facts,
-            )
-        )
-    return lines
+    return [row_of(each) for each in run["benchmarks"]]
 
 
-def page(run: dict[str, Any]) -> str:
-    """The whole of bench/RESULTS.md."""
-    machine = run["machine_info"]
-    cpu = machine.get("cpu", {}).get("brand_raw", machine.get("processor", "unknown"))
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
-        "# Side by side",
-        "",
-        f"{cpu}, {run['threads']} threads; Python {machine['python_version']}, {versions}.",
-        "Medians of interleaved runs in one process, warm, the same weights, after checking that both sides agree.",
-        "Spread is the middle half of our times. Trust the ratios, which are below 1 where this project is faster;",
-        "`make bench` remeasures them. *Products alone*: what the other side's matrix products, convolutions and",
-        "attention take by themselves, as a share of its time; no ratio of the same arithmetic can be below it.",
-        "",
-        "| what | ours | theirs | ratio | spread | other side | more |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows(run):
-        if row.theirs is None:
-            times = "| | | | |"
-        else:
-            times = f"| {_time(row.ours)} | {_time(row.theirs)} | **{row.ratio:.2f}** | {100 * row.spread:.0f} % |"
-        lines.append(f"| {row.name} {times} {row.peer} | {_facts(row.facts)} |")
-    return "\n".join([*lines, ""])
+def row_of(measured: dict[str, Any]) -> Row:
+    """A row from its facts and the statistics of our times."""
+    facts, stats = dict(measured["extra_info"]), measured["stats"]
+    theirs, repeat = facts.pop("theirs"), facts.pop("repeat", 1)
+    if least := facts.pop("least", None):
+        facts["products_alone"] = f"{statistics.median(least) / statistics.median(theirs):.2f}"
+    return Row(
+        facts.pop("row"),
+        facts.pop("peer", ""),
+        stats["median"] / repeat,
+        statistics.median(theirs) if theirs else None,
+        stats["iqr"] / stats["median"] if theirs else 0.0,
+        facts,
+    )
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    if row.theirs is None:
+        times = "| | | | |"
+    else:
+        times = f"| {_time(row.ours)} | {_time(row.theirs)} | **{row.ratio:.2f}** | {100 * row.spread:.0f} % |"
+    return f"| {row.name} {times} {row.peer} | {_facts(row.facts)} |"
+
+
+def updated(page: str, setting: Setting, measured: dict[str, Any]) -> str:
+    """bench/RESULTS.md with this row in the table of its setting, and in no other."""
+    row = row_of(measured)
+    sections = read(page)
+    for lines in sections.values():
+        lines[:] = [each for each in lines if name_of(each) != row.name]
+    sections.setdefault(setting.heading, []).append(line(row))
+    tables = ["\n".join([heading, "", COLUMNS, *lines]) for heading, lines in sections.items() if lines]
+    return "\n\n".join([INTRODUCTION.strip(), *tables]) + "\n"
+
+
+def read(page: str) -> dict[str, list[str]]:
+    """Heading with versions -> lines of its table."""
+    sections: dict[str, list[str]] = {}
+    for part in page.split("\n## ")[1:]:
+        heading, _, table = part.partition("\n| what |")
+        sections[f"## {heading.strip()}"] = [each for each in table.splitlines()[2:] if each.startswith("| ")]
+    return sections
+
+
+def name_of(line: str) -> str:
+    """The first cell."""
+    return line.split(" | ")[0].removeprefix("| ").strip()
+
+
+class Template(NamedTuple):
+    """The name of rows in the code: as written, and what matches those that it makes."""
+
+    label: str
+    pattern: re.Pattern[str]
+
+
+def groups() -> list[str]:
+    """Names of the files of rows."""
+    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+
+
+def rows_of_file(path: Path) -> Iterator[Template]:
+    """The rows that a file measures, read off its calls of `versus` and `versus.record`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("versus", "versus.record"):
+            yield _template(node.args[0])
+
+
+def _template(name: ast.expr) -> Template:
+    if not isinstance(name, ast.Constant | ast.JoinedStr):
+        raise ValueError(f"the name of a row must be written where it is measured: {ast.unparse(name)}")
+    parts = name.values if isinstance(name, ast.JoinedStr) else [name]
+    texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+    label = "".join("..." if text is None else text for text in texts)
+    return Template(label, re.compile("".join(".*" if text is None else re.escape(text) for text in texts)))
 
 
 def _facts(facts: dict[str, Any]) -> str:

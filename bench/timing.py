@@ -17,10 +17,20 @@ class Versus:
     the same weather.
     """
 
-    def __init__(self, benchmark: Any, *, most: int | None = None) -> None:
-        """`most`: rounds a row is given at most."""
+    def __init__(
+        self,
+        benchmark: Any,
+        *,
+        most: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        """most: rounds a row is given at most; clock: seconds, as pytest-benchmark's timer; on_row: called with each
+        row, as it stands in pytest-benchmark's JSON, when it has been measured."""
         self.benchmark = benchmark
         self.most = most
+        self.clock = clock
+        self.on_row = on_row
 
     def __call__(
         self,
@@ -44,9 +54,9 @@ class Versus:
         Raises ValueError when the outputs differ by more.
         """
         with torch.set_grad_enabled(grad):
-            facts["first_seconds"], mine = timed(ours)
+            facts["first_seconds"], mine = timed(ours, clock=self.clock)
             if theirs is not None:
-                facts["theirs_first_seconds"], other = timed(theirs)
+                facts["theirs_first_seconds"], other = timed(theirs, clock=self.clock)
                 if tolerance is not None:
                     facts["difference"] = relative_difference(mine, other)
                     if not facts["difference"] <= tolerance:
@@ -64,28 +74,33 @@ class Versus:
 
             def other_side() -> None:
                 if theirs is not None:
-                    samples.append(timed(theirs, repeat)[0] / repeat)
+                    samples.append(timed(theirs, repeat, self.clock)[0] / repeat)
                 if bare is not None:
-                    alone.append(timed(bare, repeat)[0] / repeat)
+                    alone.append(timed(bare, repeat, self.clock)[0] / repeat)
 
             rounds = min(rounds, self.most or rounds)
             self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=rounds)
         if alone:
             facts["least"] = alone
-        self.benchmark.extra_info.update(row=name, peer=peer, repeat=repeat, theirs=samples, **facts)
+        self._finish(row=name, peer=peer, repeat=repeat, theirs=samples, **facts)
 
     def record(self, name: str, **facts: Any) -> None:
         """A row of figures that are not times of two sides; `facts` as `__call__` writes them."""
         self.benchmark.pedantic(lambda: None, rounds=1)
-        self.benchmark.extra_info.update(row=name, theirs=[], **facts)
+        self._finish(row=name, theirs=[], **facts)
+
+    def _finish(self, **facts: Any) -> None:
+        self.benchmark.extra_info.update(facts)
+        stats = self.benchmark.stats.stats
+        self.on_row({"extra_info": facts, "stats": {"median": stats.median, "iqr": stats.iqr}})
 
 
-def timed(run: Callable[[], Any], repeat: int = 1) -> tuple[float, Any]:
+def timed(run: Callable[[], Any], repeat: int = 1, clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
     """Seconds, and what the last call returned."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeat):
         result = run()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"

@@ -130,7 +130,8 @@ def with_difference(embed: Callable[[Tensor], Tensor], t: Tensor, h: float) -> T
     low, high = (fixed - h).clamp_min(0.0), (fixed + h).clamp_max(1.0)
     slope = (embed(high) - embed(low)) / (high - low)[..., None]
     offset = (t - fixed)[..., None].to(slope.dtype)
-    return embed(fixed) + offset * slope
+    value = embed(fixed)
+    return value + (offset * slope).to(value.dtype)
 
 
 def interval_sinusoid(interval: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:

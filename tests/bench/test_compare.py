@@ -44,5 +44,6 @@ def test_what_is_no_run_is_said_so(tmp_path, capsys):
 
 
 def test_the_page_shows_ratios_of_single_calls():
-    page = table.page(run_of(attention=0.8))
+    setting = table.Setting("cpu", "1 thread", {})
+    page = table.updated("", setting, run_of(attention=0.8)["benchmarks"][0])
     assert "| attention | 800.0 ms | 1.00 s | **0.80** |" in page
