@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from PIL import Image
 
 from bench import plot
-from bench.study import runs
+from bench.study import memory, runs
 from bench.study.memory import PLAIN, Peak
 from bench.study.results import Row
 
@@ -114,7 +114,9 @@ def _conditions(rows: Sequence[Row]) -> str:
     processors = ", ".join(sorted({row.processor for row in rows if row.processor}))
     images = max((row.images for row in _select(rows, START)), default=0)
     noted = [f"{row.run}, seed {row.seed}: {row.note}." for row in rows if row.note]
+    made = {(row.run, row.seed) for row in rows if row.run != START}
     lines = [
+        f"Begun or done: {len(made)} of {len(runs.table())} runs. Tables of which nothing was run are left out.",
         f"Shares in percent of images of {images} held-out two-object captions, one noise each, the same for all;",
         "means over seeds, of several also the lowest and the highest. One thread; processor: " + processors + ".",
         *noted,
@@ -137,7 +139,7 @@ def _rewarded(rows: Sequence[Row]) -> str:
         lines.append([name, _seeds(own), _cell(last, lambda row: row.updates, 0), *accuracies, *ends])
     times = [f"{mark:g} min" for mark in marks]
     head = ["method", "seeds", "updates", *times, "second reader", "28 steps, guided", "one object", "places", "sides"]
-    return f"### By rewards\n\n{_markdown(head, lines)}" if len(lines) > 1 else ""
+    return f"### By rewards\n\n{_markdown(head, lines)}" if lines else ""
 
 
 def _proxies(rows: Sequence[Row]) -> str:
@@ -161,15 +163,17 @@ def _students(rows: Sequence[Row]) -> str:
             cells = [_cell([row for row in last if row.steps == steps], _right) for steps in runs.STUDENT_STEPS]
             lines.append([name, _seeds(last), f"{last[0].minutes:g}", _cell(last, lambda row: row.updates, 0), *cells])
     head = ["student", "seeds", "minutes", "updates", *(f"{steps} steps" for steps in runs.STUDENT_STEPS)]
-    return f"### Few steps\n\n{_markdown(head, lines)}" if len(lines) > 1 else ""
+    return f"### Few steps\n\n{_markdown(head, lines)}" if lines else ""
 
 
 def _memory(peaks: Sequence[Peak]) -> str:
     plain = next((peak for peak in peaks if peak.name == PLAIN), None)
     if plain is None:
         return ""
+    order = list(memory.commands())
     lines = [
-        [peak.name, f"{peak.state:.0f}", f"{peak.update:.0f}", f"{peak.update / plain.update:.2f}"] for peak in peaks
+        [peak.name, f"{peak.state:.0f}", f"{peak.update:.0f}", f"{peak.update / plain.update:.2f}"]
+        for peak in sorted(peaks, key=lambda peak: order.index(peak.name))
     ]
     return f"### Memory\n\n{_markdown(['', 'state, MiB', 'update, MiB', 'of a plain step'], lines)}"
 

@@ -201,6 +201,7 @@ def test_the_tables_have_means_over_seeds_after_equal_time():
     assert "| NFT | 2 | 20 |  | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) | 85.0 | 60.0 |" in text
     assert "| NFT | 1 | 4 | 99.00 | 60.0 | 50.0 |  |" in text
     assert "| start | 1 | 0 | 0 | 50.0 | 30.0 | 0.0 |" in text and "| MeanFlow | 1 | 12 | 70 | 80.0 |  | 10.0 |" in text
+    assert f"Begun or done: 4 of {len(runs.table())} runs" in text
     assert "| NFT | 90 | 150 | 1.50 |" in text and "P (avx2)" in text and "| NFT | reward | `--method nft` |" in text
 
 
