@@ -8,6 +8,7 @@ the class takes the tensors of one level of transforms, and its forward calls th
 
 import functools
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functional_sd3.core.dispatch import in_forward_mode, in_mode, private
+
+_is_reverse_wanted: ContextVar[bool] = ContextVar("is_reverse_wanted", default=True)
 
 
 class FlatFunction(Function):
@@ -61,9 +64,12 @@ def first_mapped(x: Tensor, dim: int | None) -> Tensor:
 def _apply_single_level(function: type[Function], arguments: tuple[Any, ...]) -> Any:
     allowed = _is_allowed()
     _set_allowed(True)
+    # A function's forward runs without gradients: whether they are wanted is known here alone.
+    token = _is_reverse_wanted.set(torch.is_grad_enabled())
     try:
         return _single_level(function).apply(*arguments)
     finally:
+        _is_reverse_wanted.reset(token)
         _set_allowed(allowed)
 
 
@@ -108,7 +114,7 @@ def _below(call: Callable[[], Any]) -> Any:
     is_jvp = transform.key() == _DIFFERENTIATING[1]
     popped = _pop()
     try:
-        _set_reverse_enabled(is_jvp or _GradPointer(transform).prevGradMode())
+        _set_reverse_enabled(_is_reverse_wanted.get() if is_jvp else _GradPointer(transform).prevGradMode())
         _set_forward_enabled(not is_jvp or _JvpPointer(transform).prevFwdGradMode())
         return call()
     finally:

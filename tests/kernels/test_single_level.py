@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import grad, jvp, vjp, vmap
 
-from functional_sd3.core import prng
+from functional_sd3.core import layers, prng
 from functional_sd3.core.attention import attention
 from functional_sd3.kernels import single_level
 
@@ -60,3 +60,17 @@ def test_a_changed_pytorch_is_noticed(monkeypatch):
     monkeypatch.undo()
     single_level._is_correct.cache_clear()
     assert single_level._is_correct()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_tangent_has_a_graph_only_where_gradients_are_on(wanted):
+    assert single_level._is_correct()
+    weight, bias = prng.normal(prng.key(0), (4, 4)).requires_grad_(), torch.zeros(4, requires_grad=True)
+    x = prng.normal(prng.key(1), (3, 4))
+    run = lambda x: torch.nn.functional.normalize(layers.linear({"weight": weight, "bias": bias}, x))  # noqa: E731
+    saved = []
+    with torch.set_grad_enabled(wanted), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        value, tangent = jvp(run, (x,), (x.cos(),))
+        nested = jvp(lambda x: jvp(run, (x,), (x.cos(),))[1], (x,), (x.sin(),))[1]
+    assert value.requires_grad == tangent.requires_grad == nested.requires_grad == wanted
+    assert bool(saved) == wanted

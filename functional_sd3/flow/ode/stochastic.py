@@ -56,8 +56,9 @@ def renoised(key: Key) -> Method:
     """Renoised Euler: the predicted data, noised to the next level: x_next = (1 - t_next) (x - t v) + t_next noise.
 
     What diffusers' `FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`, and the multistep sampler of
-    consistency models (Song et al. 2023, arXiv:2303.01469, algorithm 1). For models distilled to predict the data in one step: with others the prediction is a mean,
-    too smooth, and its error does not fall with more steps: its order is 0.
+    consistency models (Song et al. 2023, arXiv:2303.01469, algorithm 1). For models distilled to predict the data in
+    one step: with others the prediction is a mean, too smooth, and its error does not fall with more steps: its order
+    is 0.
     """
     return gaussian("euler_renoised", key, transitions.renoised(), order=0)
 
