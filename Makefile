@@ -22,6 +22,7 @@ bench: $(VENV)/installed-test
 
 tiny: $(VENV)/installed
 	$(BIN)/python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
+	$(BIN)/python -m functional_sd3.recipes.shapes.few_steps params/tiny-4 --start params/tiny --work out/tiny-4
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not arguments.path:
         raise ValueError("PATH is empty; . is this folder")
-    if arguments.path == options.SHIPPED:
+    if arguments.path in options.SHIPPED:
         from functional_sd3.weights import shipped
 
         path = shipped.resolve(path)

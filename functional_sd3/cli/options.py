@@ -24,7 +24,8 @@ METHODS = (
     "flow_sde", "cps", "dance", "meanflow",
 )  # fmt: skip
 """Names of `ode.NAMES`, known here without torch."""
-SHIPPED = "tiny"
+SHIPPED = ("tiny", "tiny-4")
+"""Names of `weights.shipped.NAMES`, the default first, known here without torch."""
 _MAX_SIDE = 100_000
 
 
@@ -52,7 +53,7 @@ def add_params(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         action="append",
         help="a folder or file of weights of any form; given several times, they are put together (default: the "
-        "shipped tiny model)",
+        "shipped tiny model; tiny-4 is its student of four steps)",
     )
     add_variant(parser)
 
@@ -163,12 +164,12 @@ def check_method(name: str | None) -> None:
 def check_params(paths: Sequence[str] | None) -> None:
     """Raise ValueError for a --params that is not there, with the name that is nearest to it."""
     for path in paths or ():
-        if path == SHIPPED or os.path.lexists(path):
+        if path in SHIPPED or os.path.lexists(path):
             continue
-        near = nearest(path, [SHIPPED, *_neighbours(path)])
+        near = nearest(path, [*SHIPPED, *_neighbours(path)])
         raise ValueError(
             f"--params {shorten(path, 300)}: there is no such file or folder{near} "
-            "(the shipped model is --params tiny; README.md says where the released ones are)"
+            "(the shipped models are --params tiny and tiny-4; README.md says where the released ones are)"
         )
 
 

@@ -59,12 +59,15 @@ def note_unknown(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
 
 
 def is_shipped(params: Sequence[str] | None) -> bool:
-    """True if these --params are the model that comes with the program."""
-    if not params or list(params) == [options.SHIPPED]:
+    """True if these --params are a model that comes with the program."""
+    if not params:
         return True
+    if len(params) > 1:
+        return False
     from functional_sd3.weights import shipped
 
-    return len(params) == 1 and Path(params[0]).resolve() == shipped.folder().resolve()
+    beside = shipped.folder().resolve().parent
+    return params[0] in options.SHIPPED or Path(params[0]).resolve() in [beside / name for name in options.SHIPPED]
 
 
 def _text(file: str) -> str:

@@ -11,6 +11,7 @@ Usage:
 
 import os
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,11 +21,12 @@ from functional_sd3.core.types import Params
 from functional_sd3.formats import atomic, default_dtype, files
 from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.layouts import registry
+from functional_sd3.layouts import diffusers_folder, registry
 from functional_sd3.layouts import rules as layout
 from functional_sd3.layouts.registry import infer_config
 from functional_sd3.weights import (
     assemble,
+    base_folder,
     checkpoint_file,
     diffusers,
     discover,
@@ -158,6 +160,7 @@ def save(
     layout: str = "diffusers",
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
+    base: str | None = None,
 ) -> None: ...
 @overload
 def save(
@@ -168,6 +171,7 @@ def save(
     layout: str = "diffusers",
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
+    base: str | None = None,
 ) -> None: ...
 
 
@@ -179,6 +183,7 @@ def save(
     layout: str = "diffusers",
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
+    base: str | None = None,
 ) -> None:
     """Write a model where `load` reads it again, and others read it too.
 
@@ -189,12 +194,16 @@ def save(
     loading, as a file or a folder in the same way. Files hold no tokenizers; folders do.
 
     dtype: to convert to while writing, None keeps each parameter's. shard_bytes: weights above this size are split, in
-    the layouts that others read split ("diffusers", a folder of "native"); the rest raise ValueError above it. Of the
-    model in an existing folder nothing is left, its other entries stay; if the save fails or is killed, what was there
-    still loads as it was (`formats.atomic` says how). Raises WeightsError when the parameters do not fit the config or
-    the system refuses, ValueError for an unknown layout.
+    the layouts that others read split ("diffusers", a folder of "native"); the rest raise ValueError above it. base:
+    folder, relative to `path`, of a model that has what this one lacks, which `load` reads there; "diffusers" alone.
+
+    Of the model in an existing folder nothing is left, its other entries stay; if the save fails or is killed, what was
+    there still loads as it was (`formats.atomic` says how). Raises WeightsError when the parameters do not fit the
+    config or the system refuses, ValueError for an unknown layout.
     """
     model = _given(model, config)
+    if base is not None:
+        _check_base(Path(path), base, layout)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} must be one of {sorted(LAYOUTS)}")
     if shard_bytes is not None and shard_bytes < 1:
@@ -210,7 +219,7 @@ def save(
     if layout in _FILES and (layout not in _FOLDERS or path.suffix == ".safetensors"):
         checkpoint_file.write_file(path, model, _FILES[layout], dtype=dtype, shard_bytes=shard_bytes)
         return
-    write = _FOLDERS[layout]
+    write = _FOLDERS[layout] if base is None else partial(diffusers.write, base=base)
     atomic.replace_folder(
         path, lambda folder: write(folder, model, dtype=dtype, shard_bytes=shard_bytes), discover.OWNED[layout]
     )
@@ -237,6 +246,17 @@ def _check_suffix(path: Path, layout: str) -> None:
     if suffix == ".safetensors" and layout not in _FILES:
         known = " or ".join(repr(name) for name in _FILES)
         raise ValueError(f"{path}: layout {layout!r} is a folder; one file has layout {known} (--layout)")
+
+
+def _check_base(path: Path, base: str, layout: str) -> None:
+    """Raise ValueError for a reference that `load` would not follow, WeightsError for one to no model's folder."""
+    if layout != "diffusers":
+        raise ValueError(f"base {base!r}: only layout 'diffusers' can refer to another folder, not {layout!r}")
+    if problem := base_folder.invalid(base):
+        raise ValueError(f"base {problem}")
+    place = base_folder.place_of(path, base)
+    if not (place / diffusers_folder.INDEX).is_file():
+        raise WeightsError(f"base {base!r} of {path}: {place} is no model's folder")
 
 
 def _paths(path: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:

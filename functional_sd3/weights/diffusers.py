@@ -33,6 +33,8 @@ from functional_sd3.weights.read import ComponentFiles, Discovered
 # The first release whose transformer has everything of SD3.5 (dual attention, qk norm).
 _FORMAT = "0.31.0"
 _PIPELINE = "StableDiffusion3Pipeline"
+BASE = "_base_model"
+"""Key of the index: the folder, relative to this one, of what this one lacks (`base_folder`)."""
 
 
 def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Discovered:
@@ -60,9 +62,13 @@ def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Dis
     return Discovered(pieces, present, schedule, True, tuple(problems))
 
 
-def write(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
-    """Fill an empty folder with a model whose parameters fit its config."""
+def write(
+    folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None, base: str | None = None
+) -> None:
+    """Fill an empty folder with a model whose parameters fit its config; base: the folder of what it lacks."""
     index: dict[str, Any] = {"_class_name": _PIPELINE, "_diffusers_version": _FORMAT}
+    if base is not None:
+        index[BASE] = base
     for name, component in COMPONENTS.items():
         present = name in model.params
         index[component.folder] = [component.library, component.owner] if present else [None, None]

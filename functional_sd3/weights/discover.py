@@ -15,7 +15,7 @@ from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.tensors import open_tensors
 from functional_sd3.layouts import diffusers_folder, registry, taesd
 from functional_sd3.text import bpe, unigram
-from functional_sd3.weights import diffusers, metadata, nested, shipped
+from functional_sd3.weights import base_folder, diffusers, metadata, nested, shipped
 from functional_sd3.weights.read import ComponentFiles, Discovered
 
 NATIVE_FOLDER = "parameters"
@@ -68,13 +68,15 @@ def _folder(named: Path, folder: Path, only: Collection[str], variant: str | Non
     except OSError as error:
         raise WeightsError(f"{named}: cannot be opened: {reason(error)}") from error
     rooms = [folder / name for name in sorted(names & set(nested.ROOMS))]
-    return _entire(folder, names, only, variant) or _loose(named, folder, names, only, rooms, variant)
+    return _entire(named, folder, names, only, variant) or _loose(named, folder, names, only, rooms, variant)
 
 
-def _entire(folder: Path, names: Collection[str], only: Collection[str], variant: str | None) -> Discovered | None:
+def _entire(
+    named: Path, folder: Path, names: Collection[str], only: Collection[str], variant: str | None
+) -> Discovered | None:
     """Contents of a folder that is a model, a component or a tokenizer as a whole; None for any other."""
     if diffusers_folder.INDEX in names:
-        return diffusers.open_folder(folder, only, variant)
+        return base_folder.open_folder(named, folder, only, variant)
     if "config.json" in names:
         return _component(folder, variant)
     return Discovered([], _tokenizer(folder, names)) if nested.TOKENIZER & set(names) else None
@@ -110,7 +112,7 @@ def _rooms(
     tokenizers: dict[str, tuple[Path, Any]] = {}
     for folder, names in attempt(problems, nested.folders, rooms, passed) or ():
         try:
-            whole = _entire(folder, names, only, variant)
+            whole = _entire(folder, folder, names, only, variant)
             contents.append(whole or _loose(folder, folder, names, (), None, variant))
         except registry.ForeignWeights as error:
             passed.extend(error.problems)

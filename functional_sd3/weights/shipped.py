@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 NAME = "tiny"
-"""The word that is accepted wherever a model's path is."""
+"""The model that is loaded where none is named."""
+NAMES = (NAME, "tiny-4")
+"""The words that are accepted wherever a model's path is; "tiny-4" draws in four steps without guidance."""
 
 
 def folder(name: str = NAME) -> Path:
@@ -20,5 +22,6 @@ def folder(name: str = NAME) -> Path:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """The path, or the folder of the shipped model where it is the word `tiny` and nothing of that name lies here."""
-    return folder() if os.fspath(path) == NAME and not os.path.lexists(path) else Path(path)
+    """The path, or the folder of a shipped model where it is one of `NAMES` and nothing of that name lies here."""
+    name = os.fspath(path)
+    return folder(name) if name in NAMES and not os.path.lexists(path) else Path(path)

@@ -1,12 +1,14 @@
-"""The shipped model: its path and size; diffusers loads it and draws the same image from the same noise."""
+"""The shipped models: path and size; diffusers loads them and draws the same image from the same noise."""
 
+import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.core import prng
+from functional_sd3.core import prng, tree
 from functional_sd3.recipes.shapes import prompts, report
 from functional_sd3.weights import shipped
 
@@ -21,8 +23,48 @@ def model():
     return weights.load(shipped.folder(), dtype=torch.float32)
 
 
-def test_the_folder_is_at_most_25_megabytes():
-    assert sum(file.stat().st_size for file in shipped.folder().rglob("*") if file.is_file()) <= 25e6
+def test_both_folders_are_at_most_25_megabytes_and_go_into_the_wheel():
+    folders = [shipped.folder(name) for name in shipped.NAMES]
+    assert sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) <= 25e6
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {f"params/{name}": f"functional_sd3/params/{name}" for name in shipped.NAMES}
+
+
+def test_the_student_is_a_transformer_and_a_schedule_beside_the_teacher(model):
+    student = weights.load("tiny-4", dtype=torch.float32)
+    assert sorted(entry.name for entry in shipped.folder("tiny-4").iterdir() if entry.is_dir()) == [
+        "scheduler",
+        "transformer",
+    ]
+    changed = {name for name in model.params if tree.diff(student.params[name], model.params[name])}
+    assert changed == {"transformer"} and student.tokenizers == model.tokenizers and not weights.missing(student)
+    levels = student.config.schedule
+    assert (levels.distilled_steps, levels.guidance_distilled) == (4, True)
+
+
+@pytest.mark.parametrize(("name", "options"), [("tiny", {}), ("tiny-4", {"steps": 4, "cfg": 1.0})])
+def test_captions_are_followed(name, options):
+    """Of the readme's shares, as far as so few images tell."""
+    model = weights.load(shipped.folder(name), dtype=torch.float32)
+    shares = report.prompt_following(model, 2, 16, prng.key(11), batch=16, **options)
+    assert shares["right"] >= 0.8, shares
+
+
+def test_diffusers_loads_the_student_with_the_components_of_the_teacher():
+    from diffusers import StableDiffusion3Pipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = StableDiffusion3Pipeline.from_pretrained(shipped.folder(), torch_dtype=torch.float32)
+        others = {name: part for name, part in whole.components.items() if name not in ("transformer", "scheduler")}
+        student = StableDiffusion3Pipeline.from_pretrained(
+            shipped.folder("tiny-4"), torch_dtype=torch.float32, **others
+        )
+    expected = weights.load(shipped.folder("tiny-4"), only="transformer", dtype=torch.float32)
+    actual = student.transformer.state_dict()["pos_embed.proj.weight"]
+    assert torch.equal(actual, expected.params["transformer"]["patch"]["weight"].reshape(actual.shape))
+    assert student.vae is whole.vae
 
 
 def test_diffusers_draws_the_same_image(model):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from functional_sd3.core import prng, transform
+from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import objectives, reward_methods
 from functional_sd3.training.objectives import points
 from functional_sd3.transformer import mmdit
@@ -53,6 +54,43 @@ def test_the_loss_is_that_of_the_paper(tiny, batch, beta):
     torch.testing.assert_close(value, expected / 4)
     torch.testing.assert_close(metrics["kl"], (v - batch["reference"]).square().mean())
     torch.testing.assert_close(metrics["old_distance"], (v - batch["old"]).square().mean())
+
+
+def test_a_guided_policy_is_the_guided_velocity_with_both_of_its_parts_differentiated(tiny, batch):
+    params = {"transformer": tiny.params["transformer"]}
+    negative = Conditioning(torch.ones(1, 3, 32), torch.ones(1, 32))
+    blank = {**batch, "context": torch.ones(4, 3, 32), "pooled": torch.ones(4, 32)}
+
+    def expected(params):
+        x, t, v = velocity(tiny, params["transformer"], batch)
+        unguided = velocity(tiny, params["transformer"], blank)[2]
+        v = unguided + 3.0 * (v - unguided)
+        good = torch.tensor([0.0, 0.4, 0.55, 1.0])
+        errors = []
+        for other in (v, 2 * batch["old"] - v):
+            difference = (x - t * other - batch["latents"]).flatten(1)
+            errors.append(difference.square().mean(1) / difference.abs().mean(1).detach())
+        drift = (v - batch["reference"]).square().flatten(1).mean(1)
+        return (5 * (good * errors[0] + (1 - good) * errors[1]) + 0.01 * drift).mean()
+
+    loss = objectives.nft_loss(tiny.config, kl=0.01, negative=negative, cfg=3.0)
+    gradient, _ = torch.func.grad(loss, has_aux=True)(params, batch, KEYS)
+    torch.testing.assert_close(loss(params, batch, KEYS)[0], expected(params))
+    torch.testing.assert_close(gradient, torch.func.grad(expected)(params), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_method_compares_velocities_that_are_guided_as_the_trained_one(tiny, batch, guided):
+    params = {"transformer": tiny.params["transformer"]}
+    negative = Conditioning(torch.ones(1, 3, 32), torch.ones(1, 32))
+    sampler = reward_methods.Sampler(None, None, torch.tensor([0.9, 0.5, 0.0]), negative, 3.0)
+    method = reward_methods.nft_method(tiny.config, reward_methods.Options(guided=guided, kl=1.0), sampler)
+    rows = {name: batch[name] for name in ("latents", "context", "pooled", "advantage")}
+    made = method.batch(prng.key(1), rows, reward_methods.Policies(params, params, params))
+    _, metrics = method.loss(params, made, prng.split(prng.key(3), 8))
+    assert float(metrics["kl"]) == pytest.approx(0, abs=1e-8)
+    plain = points.add_velocities(points.model_velocity(tiny.config), made, {"old": params})["old"]
+    assert torch.allclose(plain, made["old"], atol=1e-5) != guided
 
 
 def test_a_sample_that_is_neither_good_nor_bad_gives_no_gradient_on_policy(tiny, batch):

@@ -1,7 +1,8 @@
 """Prompt following of a model of the shapes world, and the model card of params/tiny."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,13 +68,9 @@ def describe(
     *,
     command: str,
     history: str,
-    captions: int = 300,
-    noises: int = 2,
 ) -> None:
     """Write the model card: README.md, curves and samples.png with the run, its logs and its prompt following."""
-    shown = [text for things in (1, 2) for text, _ in world.held_out_captions(things)[:: 8 + 1550 * (things - 1)][:8]]
-    with torch.no_grad():
-        samples = pipeline.generate(model.params, model.config, model.tokenizers, shown, prng.key(0))
+    captions, images = samples(model)
     sizes = ", ".join(f"{name} {tree.count(part):,}" for name, part in model.params.items())
     text = f"""
 A whole SD3.5 pipeline in miniature, in diffusers' folder layout, trained from scratch on the world of
@@ -84,39 +81,57 @@ A whole SD3.5 pipeline in miniature, in diffusers' folder layout, trained from s
 {history}.
 Parameters: {sizes}. MIT licence, as the code.
 
-{_following(model, captions, noises)}"""
-    model_card.write(out, title="params/tiny", text=text, curves=curves, samples=samples, captions=shown)
+{following(model, {"default settings": {}}, decoded=300)}"""
+    model_card.write(out, title="params/tiny", text=text, curves=curves, samples=images, captions=captions)
 
 
-def _following(model: Model, captions: int, noises: int) -> str:
-    """The sections on what is drawn right."""
-    head = ["| images | of | reader |", "|---|---|---|"]
+def samples(model: Model, **options: Any) -> tuple[list[str], Tensor]:
+    """Sixteen held-out captions, eight of one thing and eight of two, and their images; `options` as above."""
+    captions = [
+        text for things in (1, 2) for text, _ in world.held_out_captions(things)[:: 8 + 1550 * (things - 1)][:8]
+    ]
+    with torch.no_grad():
+        images = pipeline.generate(model.params, model.config, model.tokenizers, captions, prng.key(0), **options)
+    return captions, images
+
+
+def following(
+    model: Model, settings: Mapping[str, Mapping[str, Any]], *, captions: int = 300, noises: int = 2, decoded: int = 0
+) -> str:
+    """The sections of a model card on what is drawn right, and how diverse it is.
+
+    settings: options of `pipeline.generate` by what to call them. captions: of two things; those of one are all.
+    decoded: number of the world's images that are encoded and decoded too, 0 for none.
+    """
+    head = ["| images | drawn | of | reader |", "|---|---|---|---|"]
     table = [
         each + rest for each, rest in zip(head, (f" {' | '.join(RESPECTS)} |", "---|" * len(RESPECTS)), strict=True)
     ]
     spreads = [
-        "| images | right | place, pixels | the world's | side, pixels | the world's | distance | of two draws |",
-        "|---|---|---|---|---|---|---|---|",
+        "| images | drawn | right | place, px | the world's | side, px | the world's | distance | of two draws |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     drawn = {
-        f"{name} held-out captions": held_out_images(model, things, captions, prng.key(0), noises=noises)
-        for things, name in ((1, "one-object"), (2, "two-object"))
+        (name, how): held_out_images(model, things, captions, prng.key(0), noises=noises, **options)
+        for how, options in settings.items()
+        for things, name in ((1, "one thing"), (2, "two things"))
     }
-    drawn["decoded originals"] = decoded_originals(model, 300, prng.key(1))
-    for name, (images, scenes) in drawn.items():
+    if decoded:
+        drawn["decoded originals", ""] = decoded_originals(model, decoded, prng.key(1))
+    for (name, how), (images, scenes) in drawn.items():
         for reader, read in READERS.items():
             shares = prompts.table(images, scenes, reader=read)
             row = " | ".join(f"{100 * shares[each]:.1f} %" for each in RESPECTS)
-            table.append(f"| {name} | {len(scenes)} | {reader} | {row} |")
+            table.append(f"| {name} | {how} | {len(scenes)} | {reader} | {row} |")
         measured = spread.measure(images, scenes, prng.key(2), reader=prompts.read)
         values = " | ".join(f"{value:.2f}" for value in measured[1:])
-        spreads.append(f"| {name} | {measured.images} | {values} |")
+        spreads.append(f"| {name} | {how} | {measured.images} | {values} |")
     lines = "\n".join
     return f"""## Prompt following
 
-Held-out captions (never trained on), {noises} noises each, drawn at the default settings and read back by
-`functional_sd3/recipes/shapes/prompts.py`, by which the model was rewarded, and by `outlines.py` there, by which it was
-not; `python -m bench.prompt_following` measures it again.
+Held-out captions (never trained on), {noises} noises each, read back by `functional_sd3/recipes/shapes/prompts.py`, by
+which the model was rewarded, and by `outlines.py` there, by which it was not; `python -m bench.prompt_following`
+measures it again.
 
 {lines(table)}
 

@@ -5,6 +5,7 @@ Hidden matrices are trained by Muon, which at this size needs several times fewe
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.recipes.shapes import world
 from functional_sd3.recipes.shapes.architecture import LENGTH
 from functional_sd3.text import clip, conditioning, t5
-from functional_sd3.training import loop, muon, objectives, optim, step
+from functional_sd3.training import checkpoint, loop, muon, objectives, optim, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Tokenizers
 
@@ -50,6 +51,39 @@ class Stage(NamedTuple):
     train_step: Callable
     batch: Callable[[int], Any]
     rollout: Callable[[Any, Any], Any] | None = None
+
+
+def run(
+    out: Path,
+    stage: Stage,
+    steps: int,
+    progress: bool,
+    on_sample: Callable[[Any, int], None] | None = None,
+    *,
+    every: int = 250,
+) -> Any:
+    """The stage's last state, resumed from its newest checkpoint; None when it was interrupted.
+
+    It is saved `every` so many steps, logged five times as often and sampled half as often.
+    """
+    saved = checkpoint.paths(out / "checkpoints")
+    state = checkpoint.load(saved[-1], like=stage.state) if saved else stage.state
+    if int(state.step) >= steps:
+        return state
+    outcome = loop.run(
+        state,
+        stage.train_step,
+        stage.batch,
+        steps=steps,
+        out=out,
+        save_every=every,
+        log_every=every // 5,
+        sample_every=2 * every,
+        on_sample=on_sample,
+        rollout=stage.rollout,
+        progress=progress,
+    )
+    return outcome.state if outcome.reason == "done" else None
 
 
 def vae_stage(key: Key, config: Config, steps: int) -> Stage:

@@ -14,7 +14,7 @@ images, by rewards (`architecture`, `stages`, `rewarded`). After an interruption
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from functional_sd3.recipes import model_card
 from functional_sd3.recipes.shapes import architecture, report, rewarded, stages, world
 from functional_sd3.recipes.shapes.stages import Stage
 from functional_sd3.text import conditioning
-from functional_sd3.training import checkpoint, log, loop
+from functional_sd3.training import log
 from functional_sd3.weights.model import Model, Tokenizers
 
 VAE_STEPS = 1200
@@ -40,13 +40,16 @@ REFINE_STEPS = 12000
 """Of the transformer alone."""
 DECODER_STEPS = 4000
 """Of the decoder alone."""
-REWARD_STEPS = 0
-"""Rounds of rewards, none in the shipped model: at a rate of 1e-4 the reward rises for 60 and is lost after 100."""
+REWARD_STEPS, REWARD_SHARE = 80, 0.6
+"""Rounds of rewards for images without guidance, and the share of their change of the transformer that is taken."""
+GUIDED_STEPS, GUIDED_SHARE = 34, 0.5
+"""The same of rewards for images with guidance, from the same start."""
 CURVES = (
     ("flow", "loss", "flow_loss", "Loss of transformer and text encoders", True),
     ("refine", "loss", "loss", "Loss of the transformer alone", True),
     ("decoder", "psnr", "psnr", "Decoded images against their originals, PSNR in dB", False),
-    ("rewards", "reward", "reward", "Share of the images right that the transformer learned from", False),
+    ("rewards", "right", "right", "Share of the images right that were drawn without guidance for rewards", False),
+    ("guided", "right", "right_guided", "Share of the images right that were drawn with guidance for rewards", False),
 )
 """Stage, column of its log, name, title, and whether it is drawn logarithmically."""
 
@@ -61,6 +64,7 @@ def train(
     refine_steps: int = 0,
     decoder_steps: int = 0,
     reward_steps: int = 0,
+    guided_steps: int = 0,
     start: Model | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -69,17 +73,18 @@ def train(
     """The whole recipe: the model, saved in `out`; None when it was stopped. `work` holds logs and checkpoints.
 
     `flow_steps` of transformer and text encoders, then `refine_steps` of the transformer and `decoder_steps` of the
-    decoder, each with its own rise and fall of the learning rate, then `reward_steps` of the transformer on its own
-    images. `start`: a finished model whose transformer and decoder are trained further; its tokenizers, encoders and
-    the autoencoder's encoder stay as they are.
+    decoder, each with its own rise and fall of the learning rate, then `reward_steps` and `guided_steps` of the
+    transformer on its own images, without guidance and with it, each from the same start; shares of both changes are
+    added. `start`: a finished model whose transformer and decoder are trained further; its tokenizers, encoders and the
+    autoencoder's encoder stay as they are.
     """
     root = prng.key(seed)
     tokens_key, decoder_key, pool_key, flow_key = prng.split(root, 4)
-    reward_key = prng.fold_in(decoder_key, 1)
+    reward_key, guided_key = prng.fold_in(root, 2), prng.fold_in(root, 7)
     if start is None:
         tables = architecture.tokenizers(tokens_key)
         sizes = architecture.config(tables)
-        trained = _run(work / "vae", stages.vae_stage(root, sizes, vae_steps), vae_steps, progress)
+        trained = stages.run(work / "vae", stages.vae_stage(root, sizes, vae_steps), vae_steps, progress)
         if trained is None:
             return None
         autoencoder = trained.ema
@@ -106,26 +111,32 @@ def train(
     params: Params | None = None if start is None else start.params
     for name, steps in (("flow", 0 if start else flow_steps), ("refine", refine_steps)):
         if steps:
-            state = _run(work / name, stage(steps, params), steps, progress, draw)
+            state = stages.run(work / name, stage(steps, params), steps, progress, draw)
             if state is None:
                 return None
             params = state.ema
     if decoder_steps:
         decoder = stages.decoder_stage(decoder_key, sizes, autoencoder, decoder_steps, dtype=dtype)
-        state = _run(work / "decoder", decoder, decoder_steps, progress)
+        state = stages.run(work / "decoder", decoder, decoder_steps, progress)
         if state is None:
             return None
         autoencoder = state.ema
     params = {**(params or {}), "vae": autoencoder}
     model = Model({name: params[name] for name in SPECS if name in params}, sizes, tables)
-    if reward_steps:
-        task = rewarded.reward_stage(reward_key, model, reward_steps, dtype=dtype)
-        rounds = Stage(task.state, task.train_step, task.batch, task.rollout)
-        # A round is some twenty steps of the flow.
-        state = _run(work / "rewards", rounds, reward_steps, progress, draw, every=25)
-        if state is None:
-            return None
-        model = task.model(state)
+    ends = []
+    for name, steps, key, policy, share in (
+        ("rewards", reward_steps, reward_key, rewarded.UNGUIDED, REWARD_SHARE),
+        ("guided", guided_steps, guided_key, rewarded.GUIDED, GUIDED_SHARE),
+    ):
+        if steps:
+            task = rewarded.reward_stage(key, model, steps, policy, dtype=dtype)
+            rounds = Stage(task.state, task.train_step, task.batch, task.rollout)
+            # A round is some twenty steps of the flow.
+            state = stages.run(work / name, rounds, steps, progress, draw, every=10)
+            if state is None:
+                return None
+            ends.append((share, task.model(state)))
+    model = rewarded.add_changes(model, ends)
     weights.save(out, model, dtype=torch.float16)
     return weights.load(out, dtype=torch.float32)
 
@@ -143,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--refine-steps", type=int, default=REFINE_STEPS, help="of the transformer alone, after those")
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS, help="of the decoder alone, after those")
     parser.add_argument("--reward-steps", type=int, default=REWARD_STEPS, help="of the transformer on its own images")
+    parser.add_argument("--guided-steps", type=int, default=GUIDED_STEPS, help="of the same with guidance")
     parser.add_argument("--start", type=Path, help="folder of a finished model, which learns on")
     parser.add_argument("--bfloat16", action="store_true", help="compute flow and decoder in bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile the flow's gradient")
@@ -157,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refine_steps=parsed.refine_steps,
         decoder_steps=parsed.decoder_steps,
         reward_steps=parsed.reward_steps,
+        guided_steps=parsed.guided_steps,
         start=weights.load(parsed.start, dtype=torch.float32) if parsed.start else None,
         dtype=torch.bfloat16 if parsed.bfloat16 else None,
         compile=parsed.compile,
@@ -171,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "transformer alone": parsed.refine_steps,
         "decoder alone": parsed.decoder_steps,
         "transformer on its own images, rewarded where they are right": parsed.reward_steps,
+        "same with guidance, from the same start": parsed.guided_steps,
     }
     history = ", ".join(f"{steps} of the {name}" for name, steps in done.items() if steps)
     report.describe(
@@ -182,39 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(parsed.out)
     return 0
-
-
-def _run(
-    out: Path,
-    stage: Stage,
-    steps: int,
-    progress: bool,
-    on_sample: Callable[[Any, int], None] | None = None,
-    *,
-    every: int = 250,
-) -> Any:
-    """The stage's last state, resumed from its newest checkpoint; None when it was interrupted.
-
-    It is saved `every` so many steps, logged five times as often and sampled half as often.
-    """
-    saved = checkpoint.paths(out / "checkpoints")
-    state = checkpoint.load(saved[-1], like=stage.state) if saved else stage.state
-    if int(state.step) >= steps:
-        return state
-    outcome = loop.run(
-        state,
-        stage.train_step,
-        stage.batch,
-        steps=steps,
-        out=out,
-        save_every=every,
-        log_every=every // 5,
-        sample_every=2 * every,
-        on_sample=on_sample,
-        rollout=stage.rollout,
-        progress=progress,
-    )
-    return outcome.state if outcome.reason == "done" else None
 
 
 def _curves(work: Path) -> list[model_card.Curve]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path
-from functional_sd3.training.objectives import points
+from functional_sd3.text.conditioning import Conditioning
+from functional_sd3.training.objectives import points, policy
 from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
 from functional_sd3.training.rewards.advantages import CLIP
 from functional_sd3.transformer.mmdit import AttendBlocks
@@ -26,6 +27,8 @@ def nft_loss(
     beta: float = 1.0,
     kl: float = 1e-4,
     clip: float = CLIP,
+    negative: Conditioning | None = None,
+    cfg: float = 1.0,
     dtype: torch.dtype | None = None,
     implementation: Implementation = "sdpa",
     attend: AttendBlocks | None = None,
@@ -35,12 +38,16 @@ def nft_loss(
     r = clamp(advantage / clip, -1, 1) / 2 + 1/2; v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v;
     l(v') = mean (x_0' - x_0)^2 / sg(mean |x_0' - x_0|), x_0' = x_t - t v'. Advantage 0 gives no gradient to first
     order: samples of groups without spread can be left out. beta: 1 for exact rewards, 0.1 where several are summed.
-    dtype, implementation, attend: as of `flow_loss`. Draws nothing from the keys: the points are drawn with the batch.
+    negative, cfg: guidance of the policy, whose two velocities are both differentiated; the velocities of the batch are
+    then guided too. dtype, implementation, attend: as of `flow_loss`. Draws nothing from the keys: the points are drawn
+    with the batch.
     Metrics: kl, mean (v - v_ref)^2, the integrand of the divergence of the two flows; old_distance, mean (v - v_old)^2.
     """
     if not 0 < beta:
         raise ValueError(f"beta {beta} must be positive")
     velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
+    if negative is not None:
+        velocity_of = policy.guided_velocity(velocity_of, negative, cfg)
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         points.check_batch(batch, ("latents", "noise", "t", "advantage", "old", "reference"), "nft_loss")

@@ -8,16 +8,19 @@ from torch import Tensor
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Tree
 from functional_sd3.training import copies
-from functional_sd3.training.objectives import awm, nft, points
+from functional_sd3.training.objectives import awm, nft, points, policy
 from functional_sd3.training.reward_methods.types import Options, Policies, RewardMethod, Sampler, given
 
 
 def nft_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
     """DiffusionNFT; the slow copy draws, with the decay of its GenEval and PickScore runs, min(0.001 round, 0.5)."""
-    velocity_of = points.model_velocity(config, dtype=options.dtype, attend=options.attend)
+    cfg = sampler.cfg if options.guided else 1.0
+    unguided = points.model_velocity(config, dtype=options.dtype, attend=options.attend)
+    velocity_of = policy.guided_velocity(unguided, sampler.negative, cfg)
     loss = nft.nft_loss(
-        config, beta=given(options.beta, 1.0), kl=given(options.kl, 1e-4), dtype=options.dtype, attend=options.attend
-    )
+        config, beta=given(options.beta, 1.0), kl=given(options.kl, 1e-4), negative=sampler.negative, cfg=cfg,
+        dtype=options.dtype, attend=options.attend,
+    )  # fmt: skip
 
     def batch(key: Key, rows: Tree, policies: Policies) -> Tree:
         drawn = draw_points(key, rows, sampler.times, options.times)

@@ -35,9 +35,10 @@ class Options:
 
     group: images a prompt. times: sampling times that every image is trained at (nft, awm, dpo). kl: weight of the
     distance to the start. beta: of `nft_loss` or `dpo_loss`. form, noise, window, eps: of the ratio objective
-    (`policy.FORMS`), window 0 for all steps. last: steps that `draft_loss` differentiates. updates: gradient steps a
-    round. rows: points whose velocities are computed at once. dtype: of the computation, None for the parameters'.
-    attend: as of `mmdit.apply`, of all velocities that are compared; the images are drawn by the `Sampler`'s own.
+    (`policy.FORMS`), window 0 for all steps. guided: whether "nft" trains the velocity with the sampler's guidance
+    and not that of the prompts alone. last: steps that `draft_loss` differentiates. updates: gradient steps a round.
+    rows: points whose velocities are computed at once. dtype: of the computation, None for the parameters'. attend: as
+    of `mmdit.apply`, of all velocities that are compared; the images are drawn by the `Sampler`'s own.
     """
 
     group: int = 8
@@ -48,6 +49,7 @@ class Options:
     noise: float | None = None
     window: int | None = None
     eps: float | None = None
+    guided: bool = False
     last: int = 1
     updates: int = 1
     rows: int = 64

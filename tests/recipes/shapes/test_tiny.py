@@ -17,7 +17,8 @@ def small():
         patch.setattr(stages, "POOL", 64)
         patch.setattr(stages, "FLOW_BATCH", 4)
         patch.setattr(stages, "VAE_BATCH", 2)
-        patch.setattr(rewarded, "STEPS", 2)
+        patch.setattr(rewarded, "UNGUIDED", rewarded.UNGUIDED._replace(steps=(2,)))
+        patch.setattr(rewarded, "GUIDED", rewarded.GUIDED._replace(steps=(2,)))
         patch.setattr(rewarded, "BATCH", 4)
         patch.setattr(rewarded, "GROUP", 2)
         # The samples that a stage leaves at its end take most of its time.
@@ -34,7 +35,7 @@ def first(tmp_path_factory):
     model = weights.load(folder / "model", dtype=torch.float32)
     more = steps | {"start": model, "dtype": torch.bfloat16}
     refined = tiny.train(folder / "refined", folder / "more", seed=1, **more)
-    last = more | {"refine_steps": 0, "decoder_steps": 4, "reward_steps": 2}
+    last = more | {"refine_steps": 0, "decoder_steps": 4, "reward_steps": 2, "guided_steps": 2}
     decoded = tiny.train(folder / "decoded", folder / "sharp", seed=1, **last)
     return folder, model, refined, decoded
 
@@ -59,8 +60,9 @@ def test_the_last_stages_change_the_decoder_and_the_transformer_alone(first):
     changed = {".".join(each.path.split(".")[:2]) for each in tree.diff(model.params, decoded.params)}
     # Images of a model that has learned nothing are all wrong, which no policy learns from.
     assert changed == {"vae.decoder"} and decoded.config == model.config
-    rounds = log.read(folder / "sharp" / "rewards" / "log.csv")
-    assert [float(row["all_wrong"]) for row in rounds] == [1.0] and rounds[0]["step"] == "2"
+    for name in ("rewards", "guided"):
+        rounds = log.read(folder / "sharp" / name / "log.csv")
+        assert [float(row["all_wrong"]) for row in rounds] == [1.0] and rounds[0]["step"] == "2"
     # Nothing is encoded for a stage that is left out.
     assert not (folder / "sharp" / "pool.safetensors").exists()
 
@@ -83,13 +85,33 @@ def test_a_decoder_stage_that_was_killed_goes_on_to_the_same_bits(first, tmp_pat
     assert not tree.diff(whole, resumed)
 
 
-def test_rewards_move_the_transformer_where_some_images_are_right(first, monkeypatch):
+@pytest.mark.parametrize("name", ["UNGUIDED", "GUIDED"])
+def test_rewards_move_the_transformer_where_some_images_are_right(first, monkeypatch, name):
     _, model, *_ = first
+
     # A reward with spread: the brighter half of the images.
-    bright = lambda images, captions, scenes: {"right": images.mean((1, 2, 3)) > images.mean()}  # noqa: E731
-    monkeypatch.setattr(rewarded.rewards, "shapes", lambda *given: {"right": bright(*given)["right"].float()})
-    task = rewarded.reward_stage(prng.key(4), model, 1)
+    def scored(images, captions, scenes):
+        bright = (images.mean((1, 2, 3)) > images.mean()).float()
+        return {"right": bright}
+
+    monkeypatch.setattr(rewarded.rewards, "shapes", scored)
+    task = rewarded.reward_stage(prng.key(4), model, 1, getattr(rewarded, name))
     state, metrics = task.train_step(task.state, task.rollout(task.state, task.batch(0)))
     assert float(metrics["spread"]) > 0 and float(metrics["grad_norm"]) > 0
     changed = task.model(state).params
     assert {name for name in changed if tree.diff(changed[name], model.params[name])} == {"transformer"}
+
+
+def test_shares_of_the_changes_of_several_runs_are_added(first):
+    _, model, *_ = first
+    moved = [
+        model._replace(
+            params={**model.params, "transformer": tree.map(lambda leaf, by=by: leaf + by, model.params["transformer"])}
+        )
+        for by in (1.0, 3.0)
+    ]
+    total = rewarded.add_changes(model, [(0.5, moved[0]), (0.25, moved[1])])
+    expected = tree.map(lambda leaf: leaf + 1.25, model.params["transformer"])
+    assert tree.allclose(total.params["transformer"], expected, atol=1e-5)
+    assert total.params["vae"] is model.params["vae"]
+    assert not tree.diff(rewarded.add_changes(model, []).params, model.params)

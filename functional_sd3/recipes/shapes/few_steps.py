@@ -1,0 +1,203 @@
+"""The recipe of `params/tiny-4`: a student of `params/tiny` that draws in four steps without guidance, or in two.
+
+    python -m functional_sd3.recipes.shapes.few_steps params/tiny-4 --start params/tiny --work out/tiny-4
+
+Stages, each a pure function of the seed: segment distillation into two steps (Salimans and Ho 2022,
+arXiv:2202.00512; Yan et al. 2024, arXiv:2405.07510), each for six of the teacher, whose guidance is folded in; then
+rewards for the student's own images (`rewarded`), a third of them drawn in four steps and the others in two. The times
+of two steps are among those of four, and the velocity to the end of a long step, evaluated twice on the way, ends
+nearer to it. After an interruption the same command continues. The result is the transformer alone: the folder refers
+to that of `--start` for the rest.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from functional_sd3 import pipeline, weights
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Key
+from functional_sd3.flow import schedule
+from functional_sd3.image import pixels
+from functional_sd3.layouts.components import Config
+from functional_sd3.recipes import model_card
+from functional_sd3.recipes.shapes import report, rewarded, stages, world
+from functional_sd3.recipes.shapes.architecture import LENGTH
+from functional_sd3.recipes.shapes.dataset import dataset
+from functional_sd3.training import datasets, distill_task, log
+from functional_sd3.weights.model import Model, Tokenizers
+
+STEPS = 4
+"""Steps that the student draws in."""
+SEGMENTS, INNER = 2, 6
+"""Of distillation: steps of the student, and of the teacher in each of them."""
+CFG = 2.0
+"""Guidance of the teacher."""
+POLICY = rewarded.Policy((STEPS, SEGMENTS, SEGMENTS), 1.0, 1e-4, 0.003)
+"""Of the rewards: as the student is drawn."""
+SHARE = 0.7
+"""Of the change by the rewards, as much as is taken: more of the images are right than with all of it."""
+DISTILL_STEPS = 75
+REWARD_STEPS = 50
+"""The reward rises for some 45 rounds, and is lost soon after 50."""
+BATCH, RATE = 48, 4e-4
+"""Of distillation."""
+IMAGES = 4096
+"""Images of the world on whose paths the student follows its teacher."""
+CURVES = (
+    ("distill", "error", "error", "Distance of the student's steps from its teacher's", True),
+    ("rewards", "reward", "reward", "Share of the drawn images that are right, rewarded for it", False),
+)
+"""Stage, column of its log, name, title, and whether it is drawn logarithmically."""
+
+
+def train(
+    work: Path,
+    teacher: Model,
+    *,
+    seed: int,
+    distill_steps: int,
+    reward_steps: int,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Model | None:
+    """The whole student; None when it was stopped. `work` holds logs and checkpoints.
+
+    dtype: of the teacher's computation and of the policy that draws.
+    """
+    data_key, distill_key, reward_key = prng.split(prng.fold_in(prng.key(seed), 8), 3).unbind(-2)
+    task = distill_stage(distill_key, data_key, teacher, dtype=dtype)
+
+    def draw(student: Model, folder: Path, done: int) -> None:
+        listed = [world.held_out_captions(things) for things in (1, 2)]
+        captions = [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
+        with torch.no_grad():
+            images = pipeline.generate(
+                student.params, student.config, student.tokenizers, captions, prng.key(seed), steps=STEPS, cfg=1.0
+            )
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        pixels.to_pil(pixels.grid(images, 4))[0].save(folder / "samples" / f"{done:06d}.png")
+
+    def model(task: Any, state: Any) -> Model:
+        student = task.model(state)
+        return student._replace(config=in_steps(student.config))
+
+    def run(name: str, task: Any, steps: int, every: int) -> Model | None:
+        stage = stages.Stage(task.state, task.train_step, task.batch, getattr(task, "rollout", None))
+        sample = lambda state, done: draw(model(task, state), work / name, done)  # noqa: E731
+        state = stages.run(work / name, stage, steps, progress, sample, every=every)
+        return None if state is None else model(task, state)
+
+    student = run("distill", task, distill_steps, 25)
+    if student is None or not reward_steps:
+        return student
+    rewards = rewarded.reward_stage(reward_key, student, reward_steps, POLICY, dtype=dtype)
+    end = run("rewards", rewards, reward_steps, 10)
+    return None if end is None else rewarded.add_changes(student, [(SHARE, end)])
+
+
+def distill_stage(
+    key: Key, data_key: Key, teacher: Model, *, dtype: torch.dtype | None = None
+) -> distill_task.DistillTask:
+    """The student of segments, on images of the world; `dtype` is that of the teacher's computation."""
+    images = dataset(data_key, IMAGES, world.SIDE)
+    data = datasets.encode_all(
+        teacher.params, teacher.config, teacher.tokenizers, images.captions, images.load, batch=64, t5_length=LENGTH
+    )
+    settings = distill_task.Settings(to=SEGMENTS, batch=BATCH, cfg=CFG, inner=INNER, rate=RATE, teacher_dtype=dtype)
+    return distill_task.distill_task(key, teacher, images.captions, data, settings, generate=pipeline.generate)
+
+
+def in_steps(config: Config) -> Config:
+    """The config of a student of `SEGMENTS` that is drawn in `STEPS`."""
+    return replace(config, schedule=replace(config.schedule or schedule.Config(), distilled_steps=STEPS))
+
+
+def save(out: Path, student: Model, start: Path) -> Model:
+    """Write the student's transformer and scheduler to `out`, and return what is loaded from there.
+
+    The rest is referred to in the folder `start`, relative to `out`.
+    """
+    alone = student._replace(params={"transformer": student.params["transformer"]}, tokenizers=Tokenizers())
+    base = Path(os.path.relpath(start, out)).as_posix()
+    weights.save(out, alone, dtype=torch.float16, base=base)
+    return weights.load(out, dtype=torch.float32)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of the recipe; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m functional_sd3.recipes.shapes.few_steps", description="Train params/tiny-4."
+    )
+    parser.add_argument("out", type=Path, help="folder of the finished student")
+    parser.add_argument("--start", type=Path, default=Path("params/tiny"), help="folder of the teacher")
+    parser.add_argument("--work", type=Path, default=Path("out/tiny-4"), help="folder of logs and checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--distill-steps", type=int, default=DISTILL_STEPS, help="of segment distillation")
+    parser.add_argument("--reward-steps", type=int, default=REWARD_STEPS, help="rounds of rewards, after those")
+    parser.add_argument("--bfloat16", action="store_true", help="draw, and compute the teacher, in bfloat16")
+    parsed = parser.parse_args(arguments)
+    parsed.work.mkdir(parents=True, exist_ok=True)
+    student = train(
+        parsed.work,
+        weights.load(parsed.start, dtype=torch.float32),
+        seed=parsed.seed,
+        distill_steps=parsed.distill_steps,
+        reward_steps=parsed.reward_steps,
+        dtype=torch.bfloat16 if parsed.bfloat16 else None,
+    )
+    if student is None:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        return 130
+    student = save(parsed.out, student, parsed.start)
+    typed = sys.argv[1:] if arguments is None else arguments
+    describe(parsed.out, student, parsed, " ".join(["python -m functional_sd3.recipes.shapes.few_steps", *typed]))
+    print(parsed.out)
+    return 0
+
+
+def describe(out: Path, student: Model, parsed: argparse.Namespace, command: str) -> None:
+    """Write the model card: README.md with logs, prompt following and diversity; curves and samples.png."""
+    default = {"steps": STEPS, "cfg": 1.0}
+    captions, samples = report.samples(student, **default)
+    rewards = f", then {parsed.reward_steps} rounds of rewards, of whose change a share of {SHARE} is taken"
+    count = tree.count(student.params["transformer"])
+    text = f"""
+A student of `params/tiny` that draws in {STEPS} steps, or {SEGMENTS}, without guidance; made by
+
+    {command}
+
+{parsed.distill_steps} updates of segment distillation{rewards}. Here are the scheduler and the transformer
+({count:,} parameters); text encoders, tokenizers and autoencoder are those of the folder that
+`_base_model` in `model_index.json` names. MIT licence, as the code.
+
+    functional-sd3 generate "a small green star left of a large red circle on a white background" --params tiny-4
+
+{report.following(student, {"four steps": default, "two steps": {"steps": SEGMENTS, "cfg": 1.0}})}"""
+    model_card.write(
+        out,
+        title="params/tiny-4",
+        text=text,
+        curves=[curve for curve in curves(parsed.work)],
+        samples=samples,
+        captions=captions,
+    )
+
+
+def curves(work: Path) -> list[model_card.Curve]:
+    """Curves of the stages whose logs are in `work`."""
+    return [
+        model_card.Curve(name, title, [(int(row["step"]), float(row[column])) for row in rows], logarithmic)
+        for stage, column, name, title, logarithmic in CURVES
+        if (rows := log.read(work / stage / "log.csv"))
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
