@@ -137,7 +137,7 @@ MAKE = {
     "demo": lambda lines: [bounded(shlex.split(line)[1:]) for line in lines],
     "test": lambda lines: [],
     "bench": lambda lines: [],
-    "tiny": lambda lines: [["python", *shlex.split(lines[0])[1:3], "--help"]],
+    "tiny": lambda lines: [["python", *shlex.split(line)[1:3], "--help"] for line in lines],
 }
 """Target of make -> what is run of its recipe."""
 
