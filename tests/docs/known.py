@@ -150,6 +150,10 @@ OTHERS = {
         f"python -m bench.study {options}": [["python", "-m", "bench.study", "--help"]]
         for options in ("--out out/study", "--out out/study --run NFT --seeds 1 --minutes 10", "--memory", "--draw")
     },
+    **{
+        f"python -m bench {options}": [["python", "-m", "bench", "--list"]]
+        for options in ("--list", "attention fewsteps", "attention fewsteps --cpu-time")
+    },
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
     "python -m bench.gpu": [["python", "-m", "bench.gpu", "--help"]],
     "python bench/compare.py OLD.json NEW.json": [["python", "bench/compare.py", "--help"]],
