@@ -37,7 +37,8 @@ def program(words: list[str], monkeypatch):
     monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
     if words[0] == "-m":
         # A module that another test imported before would be run a second time with a warning.
-        monkeypatch.delitem(sys.modules, words[1], raising=False)
+        for name in (words[1], f"{words[1]}.__main__"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(str(markdown.ROOT / words[0]), run_name="__main__")
