@@ -23,7 +23,7 @@ def log_probabilities(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def main(colour: str = "blue", strength: float = 1.0, count: int = 4, steps: int = 10, out: str | None = None) -> dict:
+def main(colour: str = "blue", strength: float = 1.0, count: int = 4, steps: int = 20, out: str | None = None) -> dict:
     """Mean probability of the colour by kind of guidance."""
     model = sd3.weights.load(sd3.shipped.folder(), dtype=torch.float32)
     conditions = sd3.pipeline.encode(*model, ["a large circle on a white background"] * count)

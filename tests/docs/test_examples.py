@@ -31,7 +31,7 @@ def test_an_embedding_rises_to_redder_images(tmp_path):
     actual = program("optimise_prompt").main(options)
     assert actual["after"] > actual["before"] + 0.1
     with Image.open(out) as sheet:
-        assert sheet.size[0] > 2 * 64 and sheet.size[1] > 2 * 64
+        assert sheet.size[0] > 4 * 64 and sheet.size[1] > 2 * 64
 
 
 def test_register_tokens_are_a_third_stream_of_the_attention():
@@ -45,13 +45,13 @@ def test_flow_grpo_comes_to_draw_what_is_rewarded():
     assert sum(rewards[:3]) / 3 < 0.4 and sum(rewards[-3:]) / 3 > 0.7
 
 
-def test_a_classifiers_gradient_through_the_network_sets_the_colour(tmp_path):
+def test_a_classifiers_gradient_sets_the_colour(tmp_path):
     out = tmp_path / "images.png"
-    probabilities = program("classifier_gradient").main(count=2, steps=8, out=str(out))
-    assert probabilities["through the network"] > 0.5 > 0.1 > probabilities["none"]
-    assert probabilities["of x_0 alone"] < 0.5
+    probabilities = program("classifier_gradient").main(out=str(out))
+    assert probabilities["none"] < 0.1
+    assert probabilities["through the network"] > 0.4 and probabilities["of x_0 alone"] > 0.4
     with Image.open(out) as sheet:
-        assert sheet.size[0] > 2 * 64 and sheet.size[1] > 3 * 64
+        assert sheet.size[0] > 4 * 64 and sheet.size[1] > 3 * 64
 
 
 def test_an_ensemble_of_loras_agrees_on_what_it_learned():
