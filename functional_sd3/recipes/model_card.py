@@ -1,7 +1,7 @@
 """Model card of a training run beside its weights: a README with the command, the curves of its logs and samples."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from functional_sd3.formats import files
 from functional_sd3.image import pixels
+from functional_sd3.training import log
 
 WIDTH, HEIGHT, MARGIN = 640, 280, 40
 
@@ -25,6 +26,18 @@ class Curve(NamedTuple):
     logarithmic: bool = True
 
 
+def read_curves(work: Path, table: Iterable[tuple[str, str, str, str, bool]]) -> list[Curve]:
+    """Curves of the logs WORK/STAGE/log.csv that there are.
+
+    table: of each the stage, the column of its log, then name, title and `logarithmic` of the curve.
+    """
+    return [
+        Curve(name, title, [(int(row["step"]), float(row[column])) for row in rows], logarithmic)
+        for stage, column, name, title, logarithmic in table
+        if (rows := log.read(work / stage / "log.csv"))
+    ]
+
+
 def write(
     folder: Path, *, title: str, text: str, curves: Sequence[Curve], samples: Tensor, captions: Sequence[str]
 ) -> None:
@@ -36,8 +49,8 @@ def write(
     lines = [f"# {title}", text.strip()]
     for curve in curves:
         files.write_atomic(folder / f"{curve.name}.png", _png(plot(curve)))
-        log = curve.points
-        thinned = [log[index * (len(log) - 1) // 19] for index in range(20)] if len(log) > 20 else list(log)
+        points = list(curve.points)
+        thinned = [points[index * (len(points) - 1) // 19] for index in range(20)] if len(points) > 20 else points
         rows = (f"| {step} | {value:.4f} |" for step, value in thinned)
         lines += [
             f"## {curve.title}",

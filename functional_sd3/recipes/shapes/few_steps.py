@@ -30,7 +30,7 @@ from functional_sd3.recipes import model_card
 from functional_sd3.recipes.shapes import report, rewarded, stages, world
 from functional_sd3.recipes.shapes.architecture import LENGTH
 from functional_sd3.recipes.shapes.dataset import dataset
-from functional_sd3.training import datasets, distill_task, log
+from functional_sd3.training import datasets, distill_task
 from functional_sd3.weights.model import Model, Tokenizers
 
 STEPS = 4
@@ -184,19 +184,10 @@ A student of `params/tiny` that draws in {STEPS} steps, or {SEGMENTS}, without g
         out,
         title="params/tiny-4",
         text=text,
-        curves=[curve for curve in curves(parsed.work)],
+        curves=model_card.read_curves(parsed.work, CURVES),
         samples=samples,
         captions=captions,
     )
-
-
-def curves(work: Path) -> list[model_card.Curve]:
-    """Curves of the stages whose logs are in `work`."""
-    return [
-        model_card.Curve(name, title, [(int(row["step"]), float(row[column])) for row in rows], logarithmic)
-        for stage, column, name, title, logarithmic in CURVES
-        if (rows := log.read(work / stage / "log.csv"))
-    ]
 
 
 if __name__ == "__main__":

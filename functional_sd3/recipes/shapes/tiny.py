@@ -30,7 +30,6 @@ from functional_sd3.recipes import model_card
 from functional_sd3.recipes.shapes import architecture, report, rewarded, stages, world
 from functional_sd3.recipes.shapes.stages import Stage
 from functional_sd3.text import conditioning
-from functional_sd3.training import log
 from functional_sd3.weights.model import Model, Tokenizers
 
 VAE_STEPS = 1200
@@ -190,21 +189,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.describe(
         parsed.out,
         model,
-        _curves(parsed.work),
+        model_card.read_curves(parsed.work, CURVES),
         command=" ".join(["python -m functional_sd3.recipes.shapes.tiny", *typed]),
         history=f"Steps: {history}" + (", after those of the model at --start" if parsed.start else ""),
     )
     print(parsed.out)
     return 0
-
-
-def _curves(work: Path) -> list[model_card.Curve]:
-    """Curves of the stages whose logs are in `work`."""
-    return [
-        model_card.Curve(name, title, [(int(row["step"]), float(row[column])) for row in rows], logarithmic)
-        for stage, column, name, title, logarithmic in CURVES
-        if (rows := log.read(work / stage / "log.csv"))
-    ]
 
 
 def _load_or_encode_pool(path: Path, key: Key, params: Params, config: Config, tables: Tokenizers) -> dict:

@@ -7,6 +7,7 @@ import torch
 
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng, tree
+from functional_sd3.recipes import model_card
 from functional_sd3.recipes.shapes import rewarded, stages, tiny
 from functional_sd3.training import checkpoint, log
 
@@ -45,7 +46,11 @@ def test_every_stage_leaves_its_log_and_the_model_is_whole(first):
     assert set(model.params) == {"clip_l", "clip_g", "t5", "transformer", "vae"}
     for stage in ("vae", "flow", "refine", "decoder"):
         assert (folder / "work" / stage / "log.csv").exists()
-    assert [curve.name for curve in tiny._curves(folder / "work")] == ["flow_loss", "loss", "psnr"]
+    assert [curve.name for curve in model_card.read_curves(folder / "work", tiny.CURVES)] == [
+        "flow_loss",
+        "loss",
+        "psnr",
+    ]
 
 
 def test_refining_changes_the_transformer_alone(first):
