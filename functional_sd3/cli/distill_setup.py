@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from functional_sd3 import pipeline
 from functional_sd3.cli import distill_options, distill_pairs, train_checks, train_data, train_model
-from functional_sd3.cli.training_run import Setup, check_continuing
+from functional_sd3.cli.training_run import Setup, check_continuing, steps_note
 from functional_sd3.core import prng
 from functional_sd3.flow import schedule
 from functional_sd3.text.completeness import check_encoders
@@ -59,7 +60,7 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     student_config = distill_task.student_config(stored.config, options)
     changed = ("transformer",) if student_config.transformer != stored.config.transformer else ()
     student = metadata.write(student_config, changed)
-    return Setup(task, stored, settings, differences, bool(options.lora), _step_note(arguments), student)
+    return Setup(task, stored, settings, differences, bool(options.lora), partial(steps_note, arguments.steps), student)
 
 
 def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | None) -> distill_task.Settings:
@@ -118,13 +119,3 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
     distill_options.add_arguments(parser)
     defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
     return continuing.differences(saved, now, defaults)
-
-
-def _step_note(arguments: argparse.Namespace) -> Callable[[dict[str, Any], Any], str | None]:
-    def note(saved: dict[str, Any], state: Any) -> str | None:
-        before = saved.get("steps")
-        if not isinstance(before, int) or before == arguments.steps or int(state.step) >= arguments.steps:
-            return None
-        return f"note: {before} steps were planned, now {arguments.steps}"
-
-    return note

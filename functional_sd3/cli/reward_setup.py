@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from functional_sd3 import pipeline
 from functional_sd3.cli import inputs, prompt_words, reward_checks, reward_options, runtime, train_model, training_run
-from functional_sd3.cli.training_run import Setup
+from functional_sd3.cli.training_run import Setup, steps_note
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
 from functional_sd3.image import pixels, vae
@@ -92,7 +93,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         pairs=pair_files.encode(model.params, model.config, entries, _side(arguments, model)) if entries else None,
         t5_length=_t5_length(model),
     )
-    return Setup(task, stored, settings, differences, bool(arguments.lora), _step_note(arguments))
+    return Setup(task, stored, settings, differences, bool(arguments.lora), partial(steps_note, arguments.steps))
 
 
 def _sampler(arguments: argparse.Namespace, model: Model) -> Sampler:
@@ -202,16 +203,6 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
     reward_options.add_arguments(parser)
     defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
     return continuing.differences(saved, now, defaults)
-
-
-def _step_note(arguments: argparse.Namespace):
-    def note(saved: dict[str, Any], state: Any) -> str | None:
-        before = saved.get("steps")
-        if not isinstance(before, int) or before == arguments.steps or int(state.step) >= arguments.steps:
-            return None
-        return f"note: {before} steps were planned, now {arguments.steps}"
-
-    return note
 
 
 def _t5_length(model: Model) -> int:

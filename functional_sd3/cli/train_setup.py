@@ -115,11 +115,8 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.
 
 def _step_note(saved: dict[str, Any], options: tasks.Settings, state: TrainState) -> str | None:
     """A note on the learning rate of a run that is resumed with another number of steps."""
-    before, done = saved.get("steps"), int(state.step)
-    if not isinstance(before, int) or before == options.steps or done >= options.steps:
-        return None
-    sentence = f"note: {before} steps were planned, now {options.steps}"
-    if options.schedule == "cosine":
+    sentence = training_run.steps_note(options.steps, saved, state)
+    if sentence is not None and options.schedule == "cosine":
         rate = float(tasks.learning_rate(options)(state.step))
         sentence += f": the cosine of the learning rate ends there now, and the rate goes on at {rate:.3g}"
     return sentence

@@ -45,6 +45,14 @@ class Setup(NamedTuple):
     lora_metadata: dict[str, str] = {}
 
 
+def steps_note(steps: int, saved: dict[str, Any], state: State) -> str | None:
+    """`Setup.step_note` of a run to `steps`; None where it is the number that was planned, or is done already."""
+    before = saved.get("steps")
+    if not isinstance(before, int) or before == steps or int(state.step) >= steps:
+        return None
+    return f"note: {before} steps were planned, now {steps}"
+
+
 @contextlib.contextmanager
 def hold(arguments: argparse.Namespace) -> Iterator[None]:
     """Context in which --out is this process's alone; a signal before the first step ends it as Ctrl-C does.
