@@ -21,12 +21,20 @@ from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Model
 
 Say = Callable[[str], None]
-_RECORDED = (
-    "accumulate", "batch_size", "compile", "data", "decoder_only", "dropout", "dtype", "edges", "ema", "latent_noise",
-    "lora", "lr", "part", "pictures", "schedule", "scratch", "seed", "size", "steps", "template", "text_encoders",
-    "warmup",
-)  # fmt: skip
-"""The options that a checkpoint keeps."""
+_FREE = (
+    "out",
+    "params",
+    "variant",
+    "resume",
+    "force",
+    "caption",
+    "follow",
+    "device",
+    "save_every",
+    "log_every",
+    "sample_every",
+)
+"""The options that a checkpoint does not keep: they may change, or digests stand for what they say."""
 
 
 def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
@@ -89,7 +97,7 @@ def _settings(
     ids: conditioning.Ids | None,
 ) -> dict[str, Any]:
     """The settings in a checkpoint: the options of a run, and digests of its model and data."""
-    options = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
+    options = {name.replace("_", "-"): getattr(arguments, name) for name in _defaults()}
     used = [name for name in SPECS if name in stored.params and (name == "vae" or arguments.part == "transformer")]
     contents = {"the data": images.contents}
     contents |= digests.model_digests({name: stored.params[name] for name in used})
@@ -104,11 +112,16 @@ def _settings(
     }
 
 
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
+def _defaults() -> dict[str, Any]:
+    """Every option that a checkpoint keeps with its default: all that the command has but the free ones."""
     parser = argparse.ArgumentParser()
     train_options.add_arguments(parser)
-    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
-    defaults["dtype"] = "float32"
+    values = vars(parser.parse_args(["--data", "shapes", "--out", "."]))
+    return {name: value for name, value in values.items() if name not in _FREE} | {"data": None}
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
+    defaults = {name.replace("_", "-"): default for name, default in _defaults().items()} | {"dtype": "float32"}
     before = {**defaults, **saved}
     return continuing.differences({**saved, "text-encoders": train_model.text_encoders(before)}, now, defaults)
 
