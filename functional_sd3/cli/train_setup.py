@@ -117,7 +117,7 @@ def _defaults() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     train_options.add_arguments(parser)
     values = vars(parser.parse_args(["--data", "shapes", "--out", "."]))
-    return {name: value for name, value in values.items() if name not in _FREE} | {"data": None}
+    return {name: values[name] for name in sorted(values) if name not in _FREE} | {"data": None}
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
