@@ -21,8 +21,16 @@ from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
 
 
-def linear_spec(inputs: int, outputs: int, *, bias: bool = True, init=None, axes=("out", "in")) -> Tree:
-    """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default weight (zero bias then)."""
+def linear_spec(
+    inputs: int,
+    outputs: int,
+    *,
+    bias: bool = True,
+    init: spec.Initializer | None = None,
+    axes: tuple[str, str] = ("out", "in"),
+) -> Tree:
+    """Weight (outputs, inputs) and bias (outputs,); `init` replaces PyTorch's default weight (zero bias then). axes:
+    logical names of outputs and inputs, of `spec.AXES`."""
     weight = init or spec.fan_in_uniform(inputs)
     tree = {"weight": Param((outputs, inputs), weight, axes)}
     if bias:
@@ -88,14 +96,20 @@ def cast_leaves(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [leaf.to(dtype) for leaf in leaves]
 
 
-def conv2d_spec(inputs: int, outputs: int, kernel: int, *, init=None) -> Tree:
-    """Weight (outputs, inputs, kernel, kernel) and bias (outputs,)."""
+def conv2d_spec(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    *,
+    init: spec.Initializer | None = None,
+    axes: tuple[str, str] = ("channels", "channels"),
+) -> Tree:
+    """Weight (outputs, inputs, kernel, kernel) and bias (outputs,). axes: as of `linear_spec`."""
     fan_in = inputs * kernel * kernel
+    weight = init or spec.fan_in_uniform(fan_in)
     return {
-        "weight": Param(
-            (outputs, inputs, kernel, kernel), init or spec.fan_in_uniform(fan_in), ("out", "in", None, None)
-        ),
-        "bias": Param((outputs,), spec.zeros if init else spec.fan_in_uniform(fan_in), ("out",)),
+        "weight": Param((outputs, inputs, kernel, kernel), weight, (*axes, "kernel", "kernel")),
+        "bias": Param((outputs,), spec.zeros if init else spec.fan_in_uniform(fan_in), axes[:1]),
     }
 
 
@@ -118,9 +132,9 @@ def upsample_conv2d(params: Params, x: Tensor) -> Tensor:
 def residual_block_spec(inputs: int, outputs: int) -> Tree:
     """Parameters of `residual_block`, whose branch starts at zero; "shortcut" only where the channels change."""
     tree = {
-        "norm1": norm_spec(inputs),
+        "norm1": norm_spec(inputs, axis="channels"),
         "conv1": conv2d_spec(inputs, outputs, 3),
-        "norm2": norm_spec(outputs),
+        "norm2": norm_spec(outputs, axis="channels"),
         "conv2": conv2d_spec(outputs, outputs, 3, init=spec.zeros),
     }
     return tree if inputs == outputs else {**tree, "shortcut": conv2d_spec(inputs, outputs, 1)}
@@ -151,9 +165,9 @@ def image_layout(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def embedding_spec(entries: int, width: int, *, scale: float = 0.02) -> Tree:
-    """Parameters of an embedding: a table (entries, width)."""
-    return {"weight": Param((entries, width), spec.normal(scale), ("vocab", "width"))}
+def embedding_spec(entries: int, width: int, *, scale: float = 0.02, axis: str = "vocab") -> Tree:
+    """Parameters of an embedding: a table (entries, width). axis: logical name of the entries, of `spec.AXES`."""
+    return {"weight": Param((entries, width), spec.normal(scale), (axis, "width"))}
 
 
 def embedding(params: Params, ids: Tensor) -> Tensor:
@@ -161,11 +175,12 @@ def embedding(params: Params, ids: Tensor) -> Tensor:
     return F.embedding(ids, params["weight"])
 
 
-def norm_spec(width: int, *, bias: bool = True) -> Tree:
-    """Scale (ones) and, with `bias`, shift (zeros), both (width,): for layer, group and (without bias) RMS norm."""
-    tree = {"weight": Param((width,), spec.ones, ("width",))}
+def norm_spec(width: int, *, bias: bool = True, axis: str = "width") -> Tree:
+    """Scale (ones) and, with `bias`, shift (zeros), both (width,): for layer, group and (without bias) RMS norm. axis:
+    its logical name, of `spec.AXES`."""
+    tree = {"weight": Param((width,), spec.ones, (axis,))}
     if bias:
-        tree["bias"] = Param((width,), spec.zeros, ("width",))
+        tree["bias"] = Param((width,), spec.zeros, (axis,))
     return tree
 
 

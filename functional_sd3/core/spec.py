@@ -17,9 +17,40 @@ from functional_sd3.core.types import Key, Params, Tree
 Initializer = Callable[[Key, tuple[int, ...]], Tensor]
 
 
+AXES = {
+    "width": "features of the stream of tokens that a network's blocks add to",
+    "heads": "attention heads one after another: head_dim features of each, or one number of each",
+    "qkv": "queries, keys and values of a fused layer, each like heads",
+    "key_value": "keys and values of a fused layer, each like heads",
+    "head_dim": "features of one attention head",
+    "hidden": "features between the two layers of an MLP",
+    "gated": "gates and values of a fused gated layer, each like hidden",
+    "modulation": "shifts, scales and gates (adaLN), each like width",
+    "frequencies": "sinusoids of a time",
+    "context": "features of a token of the embedded prompt",
+    "pooled": "features of the pooled prompt",
+    "vocab": "entries of a vocabulary",
+    "positions": "entries of a table of positions: tokens, patches, or buckets of distances",
+    "queries": "learned tokens (IP-Adapter)",
+    "features": "features of an image encoder, or of the space that two encoders project to",
+    "channels": "channels of an image, of latents or of a convolution",
+    "patch": "numbers of one patch of the latents",
+    "kernel": "height or width of a convolution's kernel",
+    "classes": "logits of a classifier",
+    "rank": "rank of a LoRA",
+    "out": "outputs of a layer of no network of this library",
+    "in": "inputs of a layer of no network of this library",
+}
+"""Logical axes: name -> what lies along it. An axis that is never divided has the name None."""
+
+FUSED = {"qkv": ("heads", 3), "key_value": ("heads", 2), "gated": ("hidden", 2)}
+"""Axes that hold several matrices of equal size one after another: name -> (the axis of each of them, how many). What
+divides the heads or the hidden features among processes divides each of them."""
+
+
 @dataclass(frozen=True)
 class Param:
-    """One leaf: shape, initialiser (`(key, shape) -> float32 tensor`), and a logical name for each axis.
+    """One leaf: shape, initialiser (`(key, shape) -> float32 tensor`), and a logical name of `AXES` for each axis.
 
     trainable=False: a table that is stored with the weights but not learned (SD3's positions).
     """

@@ -187,9 +187,9 @@ def _middle_spec(channels: int) -> Tree:
     return {
         "block1": layers.residual_block_spec(channels, channels),
         "attention": {
-            "norm": layers.norm_spec(channels),
-            "qkv": layers.linear_spec(channels, 3 * channels),
-            "out": layers.linear_spec(channels, channels, init=specs.zeros),
+            "norm": layers.norm_spec(channels, axis="channels"),
+            "qkv": layers.linear_spec(channels, 3 * channels, axes=("channels", "channels")),  # one head
+            "out": layers.linear_spec(channels, channels, init=specs.zeros, axes=("channels", "channels")),
         },
         "block2": layers.residual_block_spec(channels, channels),
     }
@@ -213,7 +213,7 @@ def _encoder_spec(config: Config) -> Tree:
         "conv_in": layers.conv2d_spec(3, first, 3),
         "levels": _levels_spec(config.channels, first, config.blocks_per_level),
         "middle": _middle_spec(last),
-        "norm_out": layers.norm_spec(last),
+        "norm_out": layers.norm_spec(last, axis="channels"),
         "conv_out": layers.conv2d_spec(last, 2 * config.latent_channels, 3),
     }
 
@@ -224,6 +224,6 @@ def _decoder_spec(config: Config) -> Tree:
         "conv_in": layers.conv2d_spec(config.latent_channels, last, 3),
         "middle": _middle_spec(last),
         "levels": _levels_spec(config.channels[::-1], last, config.blocks_per_level + 1),
-        "norm_out": layers.norm_spec(first),
+        "norm_out": layers.norm_spec(first, axis="channels"),
         "conv_out": layers.conv2d_spec(first, 3, 3),
     }

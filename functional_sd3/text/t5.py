@@ -51,16 +51,22 @@ def spec(config: Config) -> Tree:
     block = {
         "norm1": layers.norm_spec(width, bias=False),
         "attention": {
-            "qkv": layers.linear_spec(width, 3 * inner, bias=False, init=_qkv_init(config)),
-            "out": layers.linear_spec(inner, width, bias=False, init=specs.normal(inner**-0.5)),
+            "qkv": layers.linear_spec(width, 3 * inner, bias=False, init=_qkv_init(config), axes=("qkv", "width")),
+            "out": layers.linear_spec(
+                inner, width, bias=False, init=specs.normal(inner**-0.5), axes=("width", "heads")
+            ),
         },
         "norm2": layers.norm_spec(width, bias=False),
         "mlp": {
-            "in": layers.linear_spec(width, 2 * config.mlp_width, bias=False, init=specs.normal(width**-0.5)),
-            "out": layers.linear_spec(config.mlp_width, width, bias=False, init=specs.normal(config.mlp_width**-0.5)),
+            "in": layers.linear_spec(
+                width, 2 * config.mlp_width, bias=False, init=specs.normal(width**-0.5), axes=("gated", "width")
+            ),
+            "out": layers.linear_spec(
+                config.mlp_width, width, bias=False, init=specs.normal(config.mlp_width**-0.5), axes=("width", "hidden")
+            ),
         },
     }
-    bias = specs.Param((config.buckets, config.heads), specs.normal(width**-0.5), (None, None))
+    bias = specs.Param((config.buckets, config.heads), specs.normal(width**-0.5), ("positions", "heads"))
     return {
         "embedding": layers.embedding_spec(config.vocab, width, scale=1.0),
         "relative_bias": {"weight": bias},

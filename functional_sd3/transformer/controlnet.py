@@ -77,24 +77,24 @@ SD35_LARGE = Config(
 
 def spec(config: Config) -> Tree:
     """Parameter tree. The control image's patch embedding and the residual layers start at zero: no effect."""
-    width = config.width
+    width, embedded = config.width, ("width", "channels")
     tree: dict[str, Any] = {}
     if config.has_patch_embedding:
         if config.position_size is not None:
             tree["position"] = position_spec(width, config.position_size, config.sample_size // config.patch_size)
         inputs = config.in_channels * config.patch_size**2
         uniform = specs.xavier_uniform(inputs, width)
-        tree["patch"] = layers.conv2d_spec(config.in_channels, width, config.patch_size, init=uniform)
-    tree["time"] = embedder_spec(TIME_FREQUENCIES, width)
-    tree["pooled"] = embedder_spec(config.pooled_width, width)
+        tree["patch"] = layers.conv2d_spec(config.in_channels, width, config.patch_size, init=uniform, axes=embedded)
+    tree["time"] = embedder_spec(TIME_FREQUENCIES, width, "frequencies")
+    tree["pooled"] = embedder_spec(config.pooled_width, width, "pooled")
     if config.context_width is not None:
-        tree["context"] = joint_block.linear_spec(config.context_width, width)
+        tree["context"] = joint_block.linear_spec(config.context_width, width, ("width", "context"))
     channels = config.in_channels + config.extra_channels
     return {
         **tree,
-        "control_patch": layers.conv2d_spec(channels, width, config.patch_size, init=specs.zeros),
+        "control_patch": layers.conv2d_spec(channels, width, config.patch_size, init=specs.zeros, axes=embedded),
         "blocks": [_block_spec(config, index) for index in range(config.depth)],
-        "residuals": [joint_block.zero_linear_spec(width, width) for _ in range(config.depth)],
+        "residuals": [joint_block.zero_linear_spec(width, width, ("width", "width")) for _ in range(config.depth)],
     }
 
 

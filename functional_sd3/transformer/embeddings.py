@@ -150,14 +150,18 @@ def embed_time(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     return time_sinusoid(t, size, torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
-def embedder_spec(inputs: int, width: int, *, zero: bool = False) -> Tree:
+def embedder_spec(inputs: int, width: int, axis: str, *, zero: bool = False) -> Tree:
     """Parameters of the MLP that embeds the sinusoids of t, or the pooled text: (batch, inputs) -> (batch, width).
 
-    zero: its output starts at zero, so that a model which has it starts as the one without.
+    axis: logical name of the inputs, of `spec.AXES`. zero: its output starts at zero, so that a model which has it
+    starts as the one without.
     """
     normal = specs.normal(0.02)
     last = specs.zeros if zero else normal
-    return {"in": layers.linear_spec(inputs, width, init=normal), "out": layers.linear_spec(width, width, init=last)}
+    return {
+        "in": layers.linear_spec(inputs, width, init=normal, axes=("width", axis)),
+        "out": layers.linear_spec(width, width, init=last, axes=("width", "width")),
+    }
 
 
 def position_spec(width: int, size: int, base_size: int) -> Param:
@@ -166,7 +170,7 @@ def position_spec(width: int, size: int, base_size: int) -> Param:
     def table(key: Key, shape: tuple[int, ...]) -> Tensor:
         return position_table(width, size, base_size).to(key.device)
 
-    return Param((1, size**2, width), table, (None, None, "width"), trainable=False)
+    return Param((1, size**2, width), table, (None, "positions", "width"), trainable=False)
 
 
 def _embed_time(params: Params, t: Tensor) -> Tensor:

@@ -67,15 +67,15 @@ def spec(config: Config) -> Tree:
     hidden = config.hidden_width
     return {
         "resampler": {
-            "queries": Param((1, config.tokens, hidden), specs.normal(hidden**-0.5), (None, None, "width")),
-            "in": layers.linear_spec(config.image_width, hidden),
+            "queries": Param((1, config.tokens, hidden), specs.normal(hidden**-0.5), (None, "queries", "width")),
+            "in": layers.linear_spec(config.image_width, hidden, axes=("width", "features")),
             "time": {
-                "in": layers.linear_spec(config.time_frequencies, hidden),
-                "out": layers.linear_spec(hidden, hidden),
+                "in": layers.linear_spec(config.time_frequencies, hidden, axes=("width", "frequencies")),
+                "out": layers.linear_spec(hidden, hidden, axes=("width", "width")),
             },
             "blocks": [_block_spec(config) for _ in range(config.depth)],
-            "out": layers.linear_spec(hidden, config.width),
-            "norm": layers.norm_spec(config.width),
+            "out": layers.linear_spec(hidden, config.width, axes=("context", "width")),
+            "norm": layers.norm_spec(config.width, axis="context"),
         },
         "attentions": [_attention_spec(config) for _ in range(config.attentions)],
     }
@@ -217,24 +217,24 @@ def _block_spec(config: Config) -> Tree:
     return {
         "image_norm": layers.norm_spec(hidden),
         "token_norm": layers.norm_spec(hidden),
-        "query": layers.linear_spec(hidden, inner, bias=False),
-        "key_value": layers.linear_spec(hidden, 2 * inner, bias=False),
-        "out": layers.linear_spec(inner, hidden, bias=False),
-        "modulation": layers.linear_spec(hidden, 4 * hidden),
+        "query": layers.linear_spec(hidden, inner, bias=False, axes=("heads", "width")),
+        "key_value": layers.linear_spec(hidden, 2 * inner, bias=False, axes=("key_value", "width")),
+        "out": layers.linear_spec(inner, hidden, bias=False, axes=("width", "heads")),
+        "modulation": layers.linear_spec(hidden, 4 * hidden, axes=("modulation", "width")),
         "mlp_norm": layers.norm_spec(hidden),
         "mlp": {
-            "in": layers.linear_spec(hidden, config.mlp_width, bias=False),
-            "out": layers.linear_spec(config.mlp_width, hidden, bias=False),
+            "in": layers.linear_spec(hidden, config.mlp_width, bias=False, axes=("hidden", "width")),
+            "out": layers.linear_spec(config.mlp_width, hidden, bias=False, axes=("width", "hidden")),
         },
     }
 
 
 def _attention_spec(config: Config) -> Tree:
     return {
-        "modulation": layers.linear_spec(config.hidden_width, 2 * config.width),
-        "key": layers.linear_spec(config.width, config.width, bias=False),
-        "value": layers.linear_spec(config.width, config.width, bias=False),
-        "query_norm": layers.norm_spec(config.head_dim, bias=False),
-        "key_norm": layers.norm_spec(config.head_dim, bias=False),
-        "prompt_key_norm": layers.norm_spec(config.head_dim, bias=False),
+        "modulation": layers.linear_spec(config.hidden_width, 2 * config.width, axes=("modulation", "width")),
+        "key": layers.linear_spec(config.width, config.width, bias=False, axes=("heads", "context")),
+        "value": layers.linear_spec(config.width, config.width, bias=False, axes=("heads", "context")),
+        "query_norm": layers.norm_spec(config.head_dim, bias=False, axis="head_dim"),
+        "key_norm": layers.norm_spec(config.head_dim, bias=False, axis="head_dim"),
+        "prompt_key_norm": layers.norm_spec(config.head_dim, bias=False, axis="head_dim"),
     }

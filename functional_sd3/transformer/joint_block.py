@@ -49,7 +49,7 @@ def stream_spec(width: int, head_dim: int, *, qk_norm: bool, dual: bool = False,
     stream that is attended to and stays as it is."""
     count = (9 if dual else 6) if queries else 2
     tree: dict[str, Any] = {
-        "modulation": zero_linear_spec(width, count * width),
+        "modulation": zero_linear_spec(width, count * width, ("modulation", "width")),
         "attention": _attention_spec(width, head_dim, qk_norm, out=queries),
     }
     if dual:
@@ -194,14 +194,14 @@ def norm(x: Tensor) -> Tensor:
     return layers.layer_norm({}, x, EPS)
 
 
-def linear_spec(inputs: int, outputs: int) -> Tree:
+def linear_spec(inputs: int, outputs: int, axes: tuple[str, str]) -> Tree:
     """A linear layer initialised as DiT's are (Peebles and Xie 2023): Xavier uniform, no bias yet."""
-    return layers.linear_spec(inputs, outputs, init=specs.xavier_uniform(inputs, outputs))
+    return layers.linear_spec(inputs, outputs, init=specs.xavier_uniform(inputs, outputs), axes=axes)
 
 
-def zero_linear_spec(inputs: int, outputs: int) -> Tree:
+def zero_linear_spec(inputs: int, outputs: int, axes: tuple[str, str]) -> Tree:
     """A linear layer that starts at zero, so that the branch it modulates starts as the identity."""
-    return layers.linear_spec(inputs, outputs, init=specs.zeros)
+    return layers.linear_spec(inputs, outputs, init=specs.zeros, axes=axes)
 
 
 def _project(params: Params, heads: int, x: Tensor) -> Stream:
@@ -243,14 +243,19 @@ def _add_mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tens
 
 def _attention_spec(width: int, head_dim: int, qk_norm: bool, *, out: bool = True) -> Tree:
     # Initialised as the three square matrices that are stored as one.
-    tree: dict[str, Any] = {"qkv": layers.linear_spec(width, 3 * width, init=specs.xavier_uniform(width, width))}
+    uniform = specs.xavier_uniform(width, width)
+    tree: dict[str, Any] = {"qkv": layers.linear_spec(width, 3 * width, init=uniform, axes=("qkv", "width"))}
     if qk_norm:
-        tree["query_norm"] = layers.norm_spec(head_dim, bias=False)
-        tree["key_norm"] = layers.norm_spec(head_dim, bias=False)
+        tree["query_norm"] = layers.norm_spec(head_dim, bias=False, axis="head_dim")
+        tree["key_norm"] = layers.norm_spec(head_dim, bias=False, axis="head_dim")
     if out:
-        tree["out"] = linear_spec(width, width)
+        tree["out"] = linear_spec(width, width, ("width", "heads"))
     return tree
 
 
 def _mlp_spec(width: int) -> Tree:
-    return {"in": linear_spec(width, MLP_RATIO * width), "out": linear_spec(MLP_RATIO * width, width)}
+    hidden = MLP_RATIO * width
+    return {
+        "in": linear_spec(width, hidden, ("hidden", "width")),
+        "out": linear_spec(hidden, width, ("width", "hidden")),
+    }

@@ -65,16 +65,20 @@ def spec(config: Config) -> Tree:
     """Parameter tree, initialised as DiT's (Peebles and Xie 2023): each block starts as the identity."""
     width = config.width
     patch_inputs = config.in_channels * config.patch_size**2
-    interval = {"interval": embedder_spec(config.interval_size, width, zero=True)} if config.interval_size else {}
+    interval = embedder_spec(config.interval_size, width, "frequencies", zero=True) if config.interval_size else None
     return {
         "position": position_spec(width, config.position_size, config.sample_size // config.patch_size),
         "patch": layers.conv2d_spec(
-            config.in_channels, width, config.patch_size, init=specs.xavier_uniform(patch_inputs, width)
+            config.in_channels,
+            width,
+            config.patch_size,
+            init=specs.xavier_uniform(patch_inputs, width),
+            axes=("width", "channels"),
         ),
-        "time": embedder_spec(TIME_FREQUENCIES, width),
-        **interval,
-        "pooled": embedder_spec(config.pooled_width, width),
-        "context": joint_block.linear_spec(config.context_width, width),
+        "time": embedder_spec(TIME_FREQUENCIES, width, "frequencies"),
+        **({"interval": interval} if interval else {}),
+        "pooled": embedder_spec(config.pooled_width, width, "pooled"),
+        "context": joint_block.linear_spec(config.context_width, width, ("width", "context")),
         "blocks": [
             joint_block.spec(
                 width,
@@ -86,8 +90,8 @@ def spec(config: Config) -> Tree:
             for index in range(config.depth)
         ],
         "final": {
-            "modulation": joint_block.zero_linear_spec(width, 2 * width),
-            "out": joint_block.zero_linear_spec(width, config.out_channels * config.patch_size**2),
+            "modulation": joint_block.zero_linear_spec(width, 2 * width, ("modulation", "width")),
+            "out": joint_block.zero_linear_spec(width, config.out_channels * config.patch_size**2, ("patch", "width")),
         },
     }
 

@@ -70,7 +70,7 @@ def spec() -> Tree:
     """The parameter tree: 472 leaves, 23,885,392 parameters. The norms' leaves are `bn.running_mean` and so on."""
     params: Tree = {}
     channels = _add_specs(params, _NETWORK, 3)
-    return params | {"fc": layers.linear_spec(channels, CLASSES)}
+    return params | {"fc": layers.linear_spec(channels, CLASSES, axes=("classes", "channels"))}
 
 
 def init(key: Key, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
@@ -131,11 +131,11 @@ def _add_specs(params: Tree, steps: tuple[Step, ...], channels: int) -> int:
 
 
 def _unit_spec(unit: Unit, inputs: int) -> Tree:
-    shape = (unit.outputs, inputs, *unit.kernel)
+    shape, axes = (unit.outputs, inputs, *unit.kernel), ("channels", "channels", "kernel", "kernel")
     per_channel = {"weight": specs.ones, "bias": specs.zeros, "running_mean": specs.zeros, "running_var": specs.ones}
     return {
-        "conv": {"weight": Param(shape, specs.normal(math.sqrt(2 / math.prod(shape[1:]))), ("out", "in", None, None))},
-        "bn": {name: Param((unit.outputs,), start, ("out",)) for name, start in per_channel.items()},
+        "conv": {"weight": Param(shape, specs.normal(math.sqrt(2 / math.prod(shape[1:]))), axes)},
+        "bn": {name: Param((unit.outputs,), start, axes[:1]) for name, start in per_channel.items()},
     }
 
 

@@ -25,13 +25,15 @@ def spec(width: int, mlp_width: int, depth: int) -> Tree:
     return {
         "norm1": layers.norm_spec(width),
         "attention": {
-            "qkv": layers.linear_spec(width, 3 * width, init=narrow),
-            "out": layers.linear_spec(width, width, init=residual),
+            "qkv": layers.linear_spec(width, 3 * width, init=narrow, axes=("qkv", "width")),
+            "out": layers.linear_spec(width, width, init=residual, axes=("width", "heads")),
         },
         "norm2": layers.norm_spec(width),
         "mlp": {
-            "in": layers.linear_spec(width, mlp_width, init=specs.normal((2 * width) ** -0.5)),
-            "out": layers.linear_spec(mlp_width, width, init=residual),
+            "in": layers.linear_spec(
+                width, mlp_width, init=specs.normal((2 * width) ** -0.5), axes=("hidden", "width")
+            ),
+            "out": layers.linear_spec(mlp_width, width, init=residual, axes=("width", "hidden")),
         },
     }
 

@@ -73,12 +73,14 @@ def spec(config: Config) -> Tree:
     width, narrow = config.width, specs.normal(config.width**-0.5)
     return {
         "class_embedding": Param((width,), narrow, ("width",)),
-        "patch": {"weight": layers.conv2d_spec(3, width, config.patch)["weight"]},
-        "position_embedding": layers.embedding_spec(config.tokens, width, scale=width**-0.5),
+        "patch": {"weight": layers.conv2d_spec(3, width, config.patch, axes=("width", "channels"))["weight"]},
+        "position_embedding": layers.embedding_spec(config.tokens, width, scale=width**-0.5, axis="positions"),
         "first_norm": layers.norm_spec(width),
         "blocks": [clip_block.spec(width, config.mlp_width, config.layers)] * config.layers,
         "final_norm": layers.norm_spec(width),
-        "projection": layers.linear_spec(width, config.projection_width, bias=False, init=narrow),
+        "projection": layers.linear_spec(
+            width, config.projection_width, bias=False, init=narrow, axes=("features", "width")
+        ),
     }
 
 

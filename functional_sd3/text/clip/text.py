@@ -67,10 +67,12 @@ def spec(config: Config) -> Tree:
     width = config.width
     return {
         "token_embedding": layers.embedding_spec(config.vocab, width),
-        "position_embedding": layers.embedding_spec(config.length, width, scale=0.01),
+        "position_embedding": layers.embedding_spec(config.length, width, scale=0.01, axis="positions"),
         "blocks": [clip_block.spec(width, config.mlp_width, config.layers)] * config.layers,
         "final_norm": layers.norm_spec(width),
-        "projection": layers.linear_spec(width, config.projection_width, bias=False, init=specs.normal(width**-0.5)),
+        "projection": layers.linear_spec(
+            width, config.projection_width, bias=False, init=specs.normal(width**-0.5), axes=("features", "width")
+        ),
     }
 
 

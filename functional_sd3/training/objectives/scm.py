@@ -151,7 +151,7 @@ def finite_samples(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_variance_spec(size: int = 8) -> Tree:
     """Parameters of l(a) = sum_k w_k cos(2 k a), k from 0, which starts at 0 everywhere."""
-    return {"weight": Param((size,), specs.zeros, (None,))}
+    return {"weight": Param((size,), specs.zeros, ("frequencies",))}
 
 
 def log_variance_of(params: Params, a: Tensor) -> Tensor:
