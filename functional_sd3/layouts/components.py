@@ -1,9 +1,10 @@
 """The components of SD3, by the names of their trees: one config for all of them, and the spec it describes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
+from functional_sd3.core.computation import Computation
 from functional_sd3.core.types import Tree
 from functional_sd3.flow.schedule import Config as ScheduleConfig
 from functional_sd3.image import taesd, vae
@@ -39,7 +40,10 @@ WHERE = {
 
 @dataclass(frozen=True)
 class Config:
-    """The config of every component, None for those that are absent."""
+    """The config of every component, None for those that are absent.
+
+    computations: component -> how its blocks are computed (`core.computation`); no part of what the model is.
+    """
 
     clip_l: ClipConfig | None = None
     clip_g: ClipConfig | None = None
@@ -48,6 +52,7 @@ class Config:
     vae: VaeConfig | None = None
     schedule: ScheduleConfig | None = None
     taesd: TaesdConfig | None = None
+    computations: Mapping[str, Computation] = field(default_factory=dict, compare=False, repr=False)
 
 
 @overload

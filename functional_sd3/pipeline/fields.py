@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from functional_sd3.core import computation
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree, Velocity
 from functional_sd3.flow import guidance as guidances
@@ -197,7 +198,8 @@ def velocities(
         branch = needs[group[0]]
         options = {
             "skip_layers": skip_layers,
-            "block_transform": block_transform,
+            **({} if branch.model else computation.of(config, "transformer").options),
+            **({} if block_transform is None else {"block_transform": block_transform}),
             "attend": attend,
             **dict(branch.options),
         }
@@ -324,8 +326,10 @@ def _tables(
                 break
         else:
             pooled = conditionings[name].pooled
+            materialize = None if branch.model else computation.of(config, "transformer").materialize
+            model = _model(branch, params, config)
             made = {
-                "transformer": mmdit.modulations(*_model(branch, params, config), times, pooled, intervals),
+                "transformer": mmdit.modulations(*model, times, pooled, intervals, materialize=materialize),
                 "control": controls.modulations(control, times, pooled),
             }
             tables[name] = Table(times, made)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from functional_sd3.core import tree
+from functional_sd3.core import computation, tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params
 from functional_sd3.text import clip, t5, weighting
@@ -158,9 +158,10 @@ def encode(
         raise ValueError(f"the CLIP features together are {features.shape[-1]} wide, more than the context's {width}")
     features = F.pad(features, (0, width - features.shape[-1]))
     if "t5" in params:
-        text = t5.apply(params["t5"], _t5_config(config), ids.t5, mask=t5_mask, implementation=implementation)
+        t5_options = {"implementation": implementation, **computation.of(config, "t5").options}
+        text = t5.apply(params["t5"], _t5_config(config), ids.t5, mask=t5_mask, **t5_options)
         if emphasis is not None:
-            blank = t5.apply(params["t5"], _t5_config(config), emphasis.blank.t5, implementation=implementation)
+            blank = t5.apply(params["t5"], _t5_config(config), emphasis.blank.t5, **t5_options)
             text = weighting.reweigh(text, blank, emphasis.weights.t5)
     else:
         text = _zeros(params, ids.t5, width)
@@ -179,6 +180,7 @@ def _clip(
         )
         flat = tokens.flatten(1)
         return _zeros(params, flat, width), _zeros(params, flat[:, 0], pooled_width)
+    options = {**options, **computation.of(config, name).options}
     output = clip.apply(params[name], encoder, tokens.reshape(-1, tokens.shape[-1]), **options)
     features = output.penultimate.unflatten(0, (-1, chunks)).flatten(1, 2)
     pooled = output.projected.unflatten(0, (-1, chunks))[:, 0]

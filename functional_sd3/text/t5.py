@@ -6,12 +6,13 @@ attention scores without a scale, one table of relative positions shared by all 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import attention, layers, prng
+from functional_sd3.core import attention, computation, layers, prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_ids
@@ -87,18 +88,22 @@ def apply(
     *,
     mask: Tensor | None = None,
     implementation: Implementation = "sdpa",
+    materialize: Callable[[Params], Params] | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
 ) -> Tensor:
     """Encodes token ids (batch, tokens), int64, each below config.vocab, to (batch, tokens, width).
 
     `mask` (batch, tokens), bool or int: tokens where it is zero are not attended to; None attends to all, padding too,
     as SD3 does. The output has the parameters' dtype; with 16-bit parameters the sums between blocks are float32
-    (T5-XXL's overflow float16). Raises ValueError for ids or a mask of another shape.
+    (T5-XXL's overflow float16). materialize, block_transform: as of `mmdit.apply`. Raises ValueError for ids or a mask
+    of another shape.
     """
     check_ids("ids", ids)
     if ids.ndim != 2 or ids.shape[1] < 1:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; T5 reads (batch, tokens) with at least one token")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, the ids {tuple(ids.shape)}; they must be the same")
+    params = computation.materialize_rest(params, materialize)
     embedded = layers.embedding(params["embedding"], ids)
     dtype = embedded.dtype
     bias = relative_bias(params["relative_bias"], config, ids.shape[1])
@@ -106,12 +111,19 @@ def apply(
         # The lowest finite number: where nothing may be attended to, minus infinity would give NaN.
         bias = bias.masked_fill((mask == 0)[:, None, None, :], torch.finfo(dtype).min)
     x = embedded.to(torch.promote_types(dtype, torch.float32))
+    apply_block = computation.block_function(_block, materialize, block_transform)
     for block in params["blocks"]:
-        normed = layers.rms_norm(block["norm1"], x, config.eps).to(dtype)
-        x = x + _attention(block["attention"], config, normed, bias, implementation)
-        normed = layers.rms_norm(block["norm2"], x, config.eps).to(dtype)
-        x = x + _mlp(block["mlp"], normed)
+        x = apply_block(block, config, x, bias, dtype, implementation)
     return layers.rms_norm(params["final_norm"], x, config.eps).to(dtype)
+
+
+def _block(
+    block: Params, config: Config, x: Tensor, bias: Tensor, dtype: torch.dtype, implementation: Implementation
+) -> Tensor:
+    normed = layers.rms_norm(block["norm1"], x, config.eps).to(dtype)
+    x = x + _attention(block["attention"], config, normed, bias, implementation)
+    normed = layers.rms_norm(block["norm2"], x, config.eps).to(dtype)
+    return x + _mlp(block["mlp"], normed)
 
 
 def relative_bias(params: Params, config: Config, tokens: int) -> Tensor:

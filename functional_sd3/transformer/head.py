@@ -1,6 +1,6 @@
 """Inputs of the blocks that the transformer and its ControlNets compute alike: embedded context and modulations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def embed_context(params: Params, width: int, context: Tensor, batch: int, dtype
     return layers.linear(params["context"], context.to(dtype))
 
 
-def modulate_blocks(blocks: list[Params], condition: Tensor) -> list[Tree]:
+def modulate_blocks(blocks: Iterable[Params], condition: Tensor) -> list[Tree]:
     """Modulations (adaLN-Zero, Peebles and Xie 2023) of each stream of each block:
 
     condition: `embed_condition`. Returns for each block {stream: ([steps,] batch, n * width)}.

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from functional_sd3.core import layers, tree
+from functional_sd3.core import computation, layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, identity_attention
 from functional_sd3.core.types import Key, Params, Tree
@@ -167,17 +167,14 @@ def apply(
     attending = attend if isinstance(attend, Mapping) else dict.fromkeys(range(config.depth), attend) if attend else {}
     check_latents("latents", latents, config.in_channels, config.patch_size)
     _check_layers(config, skip_layers=skip_layers, perturbed_layers=perturbed_layers, attend=attending)
-    if materialize is not None:
-        rest = {name: part for name, part in params.items() if name != "blocks"}
-        params = {**materialize(rest), "blocks": params["blocks"]}
+    params = computation.materialize_rest(params, materialize)
     batch, dtype = latents.shape[0], params["patch"]["weight"].dtype
     context = embed_context(params, config.context_width, context, batch, dtype)
     conditions = partial(_conditions, params, config, interval=interval, time_difference=time_difference)
     modulation = resolve_modulations(modulations, conditions, t, pooled, batch)
     if image_prompt and len(image_prompt) != config.depth:
         raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
-    apply_block = joint_block.apply if materialize is None else partial(_apply_stored, materialize)
-    apply_block = block_transform(apply_block) if block_transform else apply_block
+    apply_block = computation.block_function(joint_block.apply, materialize, block_transform)
     height, width = (side // config.patch_size for side in latents.shape[-2:])
     for residual in residuals:
         check_shape("residuals", residual, "(batch, tokens, width)", (batch, height * width, config.width))
@@ -217,17 +214,27 @@ def unpatchify(patches: Tensor, config: Config, height: int, width: int) -> Tens
     return rearrange(patches, "batch (h w) (p q c) -> batch c (h p) (w q)", h=height, w=width, p=size, q=size)
 
 
-def modulations(params: Params, config: Config, t: Tensor, pooled: Tensor, interval: Tensor | None = None) -> Tree:
+def modulations(
+    params: Params,
+    config: Config,
+    t: Tensor,
+    pooled: Tensor,
+    interval: Tensor | None = None,
+    *,
+    materialize: Callable[[Params], Params] | None = None,
+) -> Tree:
     """Shifts, scales and gates of every block and of the final layer, from t and pooled, for one step or for many.
 
     t () or (batch,), or (steps, batch) or (steps, 1) for all the steps of a run; pooled (batch, pooled_width); interval
     like t, as of `apply`. Returns
     {"blocks": [{"image", "context"}, ...], "final"} of tensors ([steps,] batch, n * width); `at` takes one step out.
-    A third of the parameters is used only here, so during a run they need not stay on the device.
+    A third of the parameters is used only here, so during a run they need not stay on the device. materialize: as of
+    `apply`.
     """
+    params = computation.materialize_rest(params, materialize)
     condition = embed_condition(params, config.pooled_width, t, pooled, interval)
     return {
-        "blocks": modulate_blocks(params["blocks"], condition),
+        "blocks": modulate_blocks(map(materialize, params["blocks"]) if materialize else params["blocks"], condition),
         "final": layers.linear(params["final"]["modulation"], condition),
     }
 
@@ -242,10 +249,6 @@ def _conditions(params: Params, config: Config, t: Tensor, pooled: Tensor, **opt
     condition = embed_condition(params, config.pooled_width, t, pooled, **options)
     final = layers.linear(params["final"]["modulation"], condition)
     return {"blocks": [condition] * config.depth, "final": final}
-
-
-def _apply_stored(materialize: Callable[[Params], Params], block: Params, *inputs: Any, **options: Any) -> Any:
-    return joint_block.apply(materialize(block), *inputs, **options)
 
 
 def _check_layers(config: Config, **layers: Collection[int]) -> None:

@@ -4,13 +4,14 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
 transformer over byte-pair tokens, pooled at the end token. Numerics of transformers' `CLIPTextModelWithProjection`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import layers
+from functional_sd3.core import computation, layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_ids
@@ -82,24 +83,34 @@ def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device
 
 
 def apply(
-    params: Params, config: Config, ids: Tensor, *, skip: int = 0, implementation: Implementation = "sdpa"
+    params: Params,
+    config: Config,
+    ids: Tensor,
+    *,
+    skip: int = 0,
+    implementation: Implementation = "sdpa",
+    materialize: Callable[[Params], Params] | None = None,
+    block_transform: Callable[[Callable], Callable] | None = None,
 ) -> Output:
     """Encodes token ids (batch, tokens), int64, tokens <= config.length, each id below config.vocab.
 
     `skip` more layers are left out of `penultimate` (clip skip): it is transformers' `hidden_states[-(skip + 2)]`. The
-    outputs have the parameters' dtype. Raises ValueError for ids of another shape and for a skip that leaves no layer.
+    outputs have the parameters' dtype. materialize, block_transform: as of `mmdit.apply`. Raises ValueError for ids of
+    another shape and for a skip that leaves no layer.
     """
     check_ids("ids", ids)
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= config.length:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; CLIP reads (batch, 1 to {config.length} tokens)")
     if not 0 <= skip < config.layers:
         raise ValueError(f"skip {skip} must be between 0 and {config.layers - 1}, one less than the layers")
+    params = computation.materialize_rest(params, materialize)
+    apply_block = computation.block_function(clip_block.apply, materialize, block_transform)
     positions = params["position_embedding"]["weight"][: ids.shape[1]]
     x = layers.embedding(params["token_embedding"], ids) + positions
     block_inputs = []
     for block in params["blocks"]:
         block_inputs.append(x)
-        x = clip_block.apply(
+        x = apply_block(
             block, x, config.heads, config.activation, config.eps, causal=True, implementation=implementation
         )
     last = layers.layer_norm(params["final_norm"], x, config.eps)

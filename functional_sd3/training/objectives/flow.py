@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core import layers, prng, tree
+from functional_sd3.core import computation, prng, tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path, schedule
@@ -48,7 +48,7 @@ def flow_loss(
         raise ValueError(f"dropout {dropout} needs `empty`, the ids (or context and pooled) of the empty prompt")
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
-        params = params if dtype is None else layers.cast(params, dtype)
+        params, model = computation.cast_model(params, config, dtype)
         batch = batch if dtype is None else tree.cast(batch, dtype)
         if "latents" in batch:
             check_keys(keys, batch["latents"])
@@ -61,14 +61,20 @@ def flow_loss(
         if dropout:
             text = _dropped(text, empty, prng.bernoulli(drop_key, dropout, ()))
         if "ids" in text:
-            context, pooled = conditioning.encode(params, config, text["ids"], implementation=implementation)
+            context, pooled = conditioning.encode(params, model, text["ids"], implementation=implementation)
         else:
             context, pooled = text["context"], text["pooled"]
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             inputs = x.to(latents.dtype), t, context, pooled
+            options = computation.of(model, "transformer").options
             return mmdit.apply(
-                params["transformer"], config.transformer, *inputs, implementation=implementation, attend=attend
+                params["transformer"],
+                config.transformer,
+                *inputs,
+                implementation=implementation,
+                attend=attend,
+                **options,
             )
 
         losses = path.loss(velocity, latents, noise, t)

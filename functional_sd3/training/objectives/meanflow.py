@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import layers, prng, tree
+from functional_sd3.core import computation, prng, tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, MeanVelocity, Params, Tree
 from functional_sd3.flow import path, schedule
@@ -170,13 +170,15 @@ def model_mean_velocity(
 
     def mean_velocity_of(params: Params, batch: Tree) -> MeanVelocity:
         weights, context, pooled = params["transformer"], batch["context"], batch["pooled"]
+        weights, computed = computation.cast(weights, computation.of(config, "transformer"), dtype)
         if dtype is not None:
-            weights, context, pooled = layers.cast(weights, dtype), context.to(dtype), pooled.to(dtype)
+            context, pooled = context.to(dtype), pooled.to(dtype)
 
         def mean_velocity(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             u = mmdit.apply(
                 weights, config.transformer, x if dtype is None else x.to(dtype), t, context, pooled, interval=t - r,
                 time_difference=time_difference, implementation=implementation, attend=attend,
+                **computed.options,
             )  # fmt: skip
             return u.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core import layers, tree
+from functional_sd3.core import computation, tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree, Velocity
 from functional_sd3.flow import path
@@ -44,8 +44,9 @@ def model_velocity(
 
     def velocity_of(params: Params, batch: Tree) -> Velocity:
         weights, context, pooled = params["transformer"], batch["context"], batch["pooled"]
+        weights, computed = computation.cast(weights, computation.of(config, "transformer"), dtype)
         if dtype is not None:
-            weights, context, pooled = layers.cast(weights, dtype), context.to(dtype), pooled.to(dtype)
+            context, pooled = context.to(dtype), pooled.to(dtype)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             inputs = x if dtype is None else x.to(dtype)
@@ -59,6 +60,7 @@ def model_velocity(
                 implementation=implementation,
                 time_difference=time_difference,
                 attend=attend,
+                **computed.options,
             )
             return v.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -1,0 +1,94 @@
+"""How the blocks of a network are computed: the same values and gradients, with other memory.
+
+A `Computation` belongs to a component of a model and stands in the model's config, which every objective and the
+pipeline have, so that none of them needs arguments for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from functional_sd3.core import layers
+from functional_sd3.core.types import Params
+
+Materialize = Callable[[Params], Params]
+"""Parameters as they are stored -> as they are computed with: of one block, or of all that is in no block."""
+
+
+@dataclass(frozen=True)
+class Computation:
+    """The arguments `materialize` and `block_transform` of `mmdit.apply`, `t5.apply` and `clip.apply`.
+
+    materialize: applied to the parameters of one block inside the function that `block_transform` gets, and to those
+    outside of blocks: sharded -> gathered, on the host -> on the device, stored -> computed. block_transform: applied
+    to the function that applies one block, such as `transform.remat`.
+    """
+
+    materialize: Materialize | None = None
+    block_transform: Callable[[Callable], Callable] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments by name, those that are None left out."""
+        given = {"materialize": self.materialize, "block_transform": self.block_transform}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+PLAIN = Computation()
+"""Blocks as they are."""
+
+
+def of(config: Any, name: str) -> Computation:
+    """The computation of a component, by its name in the config of a whole model; `PLAIN` where there is none."""
+    return getattr(config, "computations", {}).get(name, PLAIN)
+
+
+def cast(params: Params, computation: Computation, dtype: torch.dtype | None) -> tuple[Params, Computation]:
+    """Parameters and computation of a component with its values in `dtype` (None: as they are).
+
+    All parameters are cast at once, by one kernel; but where blocks are materialised or transformed, each block inside
+    its function, so that rematerialised blocks keep no copies.
+    """
+    if dtype is None:
+        return params, computation
+    if computation == PLAIN:
+        return layers.cast(params, dtype), computation
+    return params, replace(computation, materialize=_then_cast(computation.materialize, dtype))
+
+
+def cast_model(params: Params, config: Any, dtype: torch.dtype | None) -> tuple[Params, Any]:
+    """As `cast`, of all components of a model, whose computations are in its config: parameters, a changed config."""
+    computations = getattr(config, "computations", {})
+    if dtype is None or not computations:
+        return (params if dtype is None else layers.cast(params, dtype)), config
+    pairs = {name: cast(part, of(config, name), dtype) for name, part in params.items()}
+    changed = {**computations, **{name: computed for name, (_, computed) in pairs.items()}}
+    return {name: part for name, (part, _) in pairs.items()}, replace(config, computations=changed)
+
+
+def materialize_rest(params: Params, materialize: Materialize | None) -> Params:
+    """Parameters of a network of which all but the blocks are materialised."""
+    if materialize is None:
+        return params
+    rest = materialize({name: part for name, part in params.items() if name != "blocks"})
+    return {name: params[name] if name == "blocks" else rest[name] for name in params}
+
+
+def block_function(
+    apply: Callable[..., Any],
+    materialize: Materialize | None,
+    block_transform: Callable[[Callable], Callable] | None,
+) -> Callable[..., Any]:
+    """`apply(block, ...)` with the block's parameters materialised inside, and all of that transformed."""
+    stored = apply if materialize is None else _materialized(apply, materialize)
+    return block_transform(stored) if block_transform else stored
+
+
+def _materialized(apply: Callable[..., Any], materialize: Materialize) -> Callable[..., Any]:
+    return lambda block, *inputs, **options: apply(materialize(block), *inputs, **options)
+
+
+def _then_cast(materialize: Materialize | None, dtype: torch.dtype) -> Materialize:
+    return lambda block: layers.cast(block if materialize is None else materialize(block), dtype)
