@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from functional_sd3.core import tree
 from functional_sd3.weights import shipped
+from tests.processes import Pool
 from tests.skips import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
@@ -39,6 +40,14 @@ def tokenizer_files(request) -> Path:
     if request.param == "shipped":
         return shipped.folder()
     return request.getfixturevalue("shared_data") / "tokenizers"
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """`processes(count, fn, *args)`: results of fn in `count` processes of a gloo group (`tests.processes`)."""
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "functional_sd3"
-NETWORKS = {"core", "formats", "text", "image", "transformer", "flow"}
+NETWORKS = {"core", "parallel", "formats", "text", "image", "transformer", "flow"}
 ALLOWED = {
     "core": set(),
     "kernels": {"core"},
+    "parallel": {"core"},
     "formats": {"core"},
     "text": {"core", "formats"},
     "image": {"core", "formats"},
-    "transformer": {"core"},
+    "transformer": {"core", "parallel"},
     "flow": {"core"},
     "layouts": NETWORKS,
     "lora": {"core", "formats", "layouts"},

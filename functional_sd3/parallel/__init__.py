@@ -1,0 +1,1 @@
+"""Where a parameter lives, and work divided over processes: meshes, collectives and sharded parameters."""
