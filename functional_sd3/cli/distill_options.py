@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from functional_sd3.cli import options
+from functional_sd3.cli import memory_options, options
 
 METHODS = ("segments", "meanflow", "imeanflow", "shortcut", "scm", "rcm", "reflow")
 """Names of `training.distill_methods.METHODS`, known here without torch."""
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher-dtype", choices=("float32", "bfloat16"), help=computed)
     add("--dtype", choices=("float32", "bfloat16"), help="of the student's computation (default float32)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
+    memory_options.add_arguments(parser)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -85,6 +86,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is for --method {' and '.join(methods)}, not for {arguments.method}"
             )
+    memory_options.check(arguments)
     options.check_params(arguments.params)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import distill_options, distill_pairs, train_checks, train_data, train_model
+from functional_sd3.cli import distill_options, distill_pairs, memory_options, train_checks, train_data, train_model
 from functional_sd3.cli.training_run import Setup, check_continuing, steps_note
 from functional_sd3.core import prng
 from functional_sd3.flow import schedule
@@ -23,6 +23,7 @@ Say = Callable[[str], None]
 _RECORDED = (
     "accumulate", "batch_size", "cfg", "data", "dtype", "ema", "lora", "lr", "method", "pictures", "seed", "shift",
     "size", "steps", "teacher_dtype", "template", "to", "warmup", *distill_options.OWN,
+    *memory_options.NAMES,
 )  # fmt: skip
 """The options that a checkpoint keeps."""
 
@@ -42,6 +43,7 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     arguments = argparse.Namespace(**{**vars(arguments), "part": "transformer"})
     stored, model, dtype = train_model.load(arguments, source)
+    model = memory_options.with_computations(arguments, model, ("transformer",))
     options = _options(arguments, stored, dtype)
     check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     images = train_data.images(arguments, model, say)

@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from functional_sd3.cli import numbers, options
+from functional_sd3.cli import memory_options, numbers, options
 from functional_sd3.cli.parser import suggestion
 from functional_sd3.formats.printable import shorten
 
@@ -35,6 +35,7 @@ def check(arguments: argparse.Namespace) -> None:
     options.check_method(arguments.sampler)
     if arguments.sampler in options.ADAPTIVE:
         raise ValueError(f"--sampler {arguments.sampler} chooses its own steps; a run learns from the times of a grid")
+    memory_options.check(arguments)
     options.check_params(arguments.params)
     if arguments.prompts is not None:
         options.check_file(arguments.prompts, f"--prompts {shorten(arguments.prompts, 300)}")

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import inputs, prompt_words, reward_checks, reward_options, runtime, train_model, training_run
+from functional_sd3.cli import (
+    inputs,
+    memory_options,
+    prompt_words,
+    reward_checks,
+    reward_options,
+    runtime,
+    train_model,
+    training_run,
+)
 from functional_sd3.cli.training_run import Setup, steps_note
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
@@ -28,7 +37,7 @@ from functional_sd3.weights.model import Model
 _RECORDED = (
     "batch_size", "beta", "cfg", "clip", "draw_dtype", "draws", "ema", "eps", "form", "group", "kl", "last", "lora",
     "lr", "method", "noise", "pairs", "prompts", "reward", "sampler", "sampling_steps", "seed", "size", "steps",
-    "things", "times", "updates", "warmup", "weight", "window",
+    "things", "times", "updates", "warmup", "weight", "window", *memory_options.NAMES,
 )  # fmt: skip
 """The options that a checkpoint keeps."""
 
@@ -41,6 +50,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     loading = argparse.Namespace(**vars(arguments), part="transformer", dtype=None)
     stored, model, dtype = train_model.load(loading, source)
+    model = memory_options.with_computations(arguments, model, ("transformer",))
     entries = [] if arguments.pairs is None else pair_files.read(arguments.pairs)
     prompts = [entry.prompt for entry in entries] or _prompts(arguments)
     settings = _settings(arguments, source, stored, prompts)

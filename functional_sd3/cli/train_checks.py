@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-from functional_sd3.cli import options
+from functional_sd3.cli import memory_options, options
 
 OURS = ("checkpoints", "samples", "log.csv")
 """Files in the folder of a run that has not ended."""
@@ -53,6 +53,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
+    memory_options.check(arguments)
     options.check_params(arguments.params)
     if arguments.data != "shapes":
         check_data(arguments.data)

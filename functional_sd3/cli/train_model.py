@@ -26,12 +26,8 @@ def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, 
     stored = weights.load(source, dtype="stored", variant=arguments.variant)
     needed = ("transformer", "vae") if arguments.part == "transformer" else ("vae",)
     runtime.require(stored, needed, " and ".join(map(str, source)))
-    names: tuple[str, ...]
-    if arguments.part == "vae":
-        names, dtype = ("vae",), None
-    else:
-        with_text = text_encoders(vars(arguments)) == "train"
-        names = tuple(name for name in stored.params if name == "transformer" or (with_text and name in tasks.ENCODERS))
+    names, dtype = trained(arguments, stored), None
+    if arguments.part != "vae":
         dtype = _adapted_dtype(stored.params["transformer"], device) if arguments.lora else None
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
@@ -43,6 +39,14 @@ def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, 
             chosen = _computed_dtype(stored.params[name], device)
         params[name] = tree.to(tree.cast(stored.params[name], chosen) if chosen else stored.params[name], device)
     return stored, stored._replace(params=params), None if dtype == torch.float32 else dtype
+
+
+def trained(arguments: argparse.Namespace, model: Model) -> tuple[str, ...]:
+    """The components that learn, with the base of a LoRA."""
+    if arguments.part == "vae":
+        return ("vae",)
+    with_text = text_encoders(vars(arguments)) == "train"
+    return tuple(name for name in model.params if name == "transformer" or (with_text and name in tasks.ENCODERS))
 
 
 def _computed_dtype(params: Tree, device: torch.device) -> torch.dtype | None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import options
+from functional_sd3.cli import memory_options, options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +70,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help=computed)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--compile", action="store_true", help="compile the step: minutes once, then faster")
+    memory_options.add_arguments(group)
 
 
 def _add_record(group: argparse._ArgumentGroup) -> None:

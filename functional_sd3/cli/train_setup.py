@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import train_data, train_model, train_options, training_run
+from functional_sd3.cli import memory_options, train_data, train_model, train_options, training_run
 from functional_sd3.cli.training_run import Setup
 from functional_sd3.core import prng
 from functional_sd3.layouts.components import SPECS
@@ -44,6 +44,7 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     """
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     stored, model, dtype = train_model.load(arguments, source)
+    model = memory_options.with_computations(arguments, model, train_model.trained(arguments, model))
     if arguments.part != "vae":
         # Before images are drawn and encoded, which takes minutes.
         check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
