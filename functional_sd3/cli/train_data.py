@@ -17,11 +17,13 @@ from functional_sd3.image import vae
 from functional_sd3.layouts.components import require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
-from functional_sd3.training import continuing, datasets, digests, tasks
+from functional_sd3.training import continuing, datasets, digests, tasks, text_table, training_set
 from functional_sd3.weights.model import Model
 
 ENCODED = "data.safetensors"
 """The file beside the checkpoints that keeps the latents of all images."""
+TEXT_BYTES = 2**29
+"""Memory that the conditioning of all captions may take: 98 captions of SD3 in float32, any number of the same one."""
 Say = Callable[[str], None]
 
 
@@ -56,6 +58,34 @@ def t5_length(model: Model) -> int:
     """Tokens that T5 reads: as many as its tokenizer says, at most 256."""
     t5 = model.tokenizers.t5
     return 256 if t5 is None else min(256, t5.model_max_length)
+
+
+def training_data(
+    arguments: argparse.Namespace,
+    model: Model,
+    images: tasks.TrainingImages,
+    ids: conditioning.Ids | None,
+    settings: dict[str, Any],
+    say: Say,
+) -> training_set.TrainingSet:
+    """Latents and text of the images. Captions of encoders that do not learn are encoded once, where all of them take
+    at most `TEXT_BYTES`; else at every step, from `ids`."""
+    encoded = training_set.resident(latents(arguments, model, images, settings, say))
+    if settings["text-encoders"] == "frozen" and (text := _resident_text(model, images)) is not None:
+        return training_set.TrainingSet(encoded, text)
+    empty = conditioning.tokenize(model.config, model.tokenizers, [""], t5_length=t5_length(model))
+    ids = tokens(model, images) if ids is None else ids
+    return training_set.TrainingSet(encoded, training_set.token_text(ids, empty))
+
+
+def _resident_text(model: Model, images: tasks.TrainingImages) -> training_set.Text | None:
+    """The conditioning of all captions, or None where it would take too much memory."""
+    captions, length = text_table.distinct(images.captions), t5_length(model)
+    ids = conditioning.tokenize(model.config, model.tokenizers, captions.texts, t5_length=length)
+    encoders = {name: params for name, params in model.params.items() if name in tasks.ENCODERS}
+    if len(captions.texts) * text_table.row_bytes(encoders, model.config, ids) > TEXT_BYTES:
+        return None
+    return text_table.resident(text_table.encode(encoders, model.config, ids), captions.rows, length)
 
 
 def latents(

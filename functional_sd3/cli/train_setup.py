@@ -64,9 +64,8 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
 
     if arguments.part == "vae":
         return setup(tasks.vae_task(key, model, images, options))
-    latents = train_data.latents(arguments, model, images, settings, say)
-    data = {"latents": latents, "ids": ids}
-    return setup(tasks.flow_task(key, model, images, data, options, generate=pipeline.generate))
+    data = train_data.training_data(arguments, model, images, ids, settings, say)
+    return setup(tasks.flow_task(key, model, images.captions, data, options, generate=pipeline.generate))
 
 
 def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tasks.Settings:

@@ -20,7 +20,10 @@ from functional_sd3.formats.default_dtype import Dtype, Kind
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.header import Entry
-from functional_sd3.formats.sources import FUSE, Source, Sources, Transform
+from functional_sd3.formats.sources import FUSE, IDENTITY, Source, Sources, Transform
+
+_SAME_START = (IDENTITY.name, FUSE.name)
+"""Transforms whose result begins with the first of their tensors."""
 
 
 class TreePlan(NamedTuple):
@@ -130,6 +133,20 @@ def nonfinite_kind(plan: TreePlan, name: str) -> str | None:
     """Kind of a non-finite value in a tensor of the files or in its factor; None where there is none."""
     reads = [one for one in (name, plan.scales.get(name)) if one]
     return next((what for one in reads if (what := mapped_nonfinite_kind(plan.places[one], one))), None)
+
+
+def first_values(plan: TreePlan, path: str, count: int) -> Tensor | None:
+    """The first values of a leaf, float32 (at most `count`,), by which trees are told apart; None for one that the
+    files lack. Of a leaf whose rows are theirs no more than these are read."""
+    source = plan.sources[path]
+    names = _present(plan, source)
+    if not names:
+        return None
+    parts = [files.tensor(plan.places[name], name) for name in names]
+    is_enough = source.transform.name in _SAME_START and parts[0].numel() >= count
+    start = (parts[0] if is_enough else source.transform.join(parts)).flatten()[:count].float()
+    scale = plan.scales.get(names[0])
+    return start if scale is None else start * files.tensor(plan.places[scale], scale).flatten()[0].float()
 
 
 def mapped_nonfinite_kind(mapped: Mapped, name: str) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats.printable import escape, shorten
-from functional_sd3.image import files, pixels, vae
+from functional_sd3.image import cuts, files, pixels, vae
 from functional_sd3.image.folders import Skipped
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.text import conditioning
@@ -46,7 +46,8 @@ class Sample(NamedTuple):
 class Index(NamedTuple):
     """The samples of a folder in the order of their paths, and the files that were skipped.
 
-    `sources` counts where captions came from; `notes` are sentences on what was left out or stands in conflict.
+    `sources` counts where captions came from; `notes` are sentences on what was left out or stands in conflict;
+    `sizes`: (width, height) in pixels of each image, upright.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Index(NamedTuple):
     skipped: tuple[Skipped, ...]
     sources: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 def image_folder(
@@ -74,12 +76,13 @@ def image_folder(
     _check_template(template)
     listing = list_files(folder, follow=follow)
     gathered = _gather(listing, template)
-    samples, skipped = [], [*gathered.skipped]
+    samples, sizes, skipped = [], [], [*gathered.skipped]
     sources: Counter[str] = Counter()
     for sample, source in sorted(gathered.samples):
         try:
             caption_files.check_characters(sample.caption)
-            files.read(folder / sample.path)
+            size = files.read(folder / sample.path).size
+            sizes.append(size)
             samples.append(sample if caption is None else sample._replace(caption=caption))
             sources[source if caption is None else "--caption"] += 1
         except ValueError as error:
@@ -88,7 +91,8 @@ def image_folder(
         unread = f"; {len(skipped)} files could not be read, the first: {': '.join(skipped[0])}" if skipped else ""
         noted = "".join(f"; {note}" for note in (*listing.notes, *gathered.notes)[:3])
         raise ValueError(f"{folder} holds no images ({files.suffix_words()}){unread}{noted}")
-    return Index(folder, tuple(samples), tuple(skipped), tuple(sources.items()), (*listing.notes, *gathered.notes))
+    notes = (*listing.notes, *gathered.notes)
+    return Index(folder, tuple(samples), tuple(skipped), tuple(sources.items()), notes, tuple(sizes))
 
 
 def summary(index: Index, *, captioned: bool = True) -> str:
@@ -109,12 +113,22 @@ def load(index: Index, i: int, size: int) -> Tensor:
 
     Raises ValueError naming the file when it cannot be read any more.
     """
+    return load_cut(index, i, cuts.Cut(size, size))
+
+
+def load_cut(index: Index, i: int, cut: cuts.Cut) -> Tensor:
+    """Image `i` as uint8 (3, cut.height, cut.width): turned upright, over white, cut. Raises ValueError as `load`."""
     path = index.folder / index.samples[i].path
     try:
         image = files.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return torch.from_numpy(numpy.array(square(image, size), dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
+    return as_tensor(cuts.apply(image, cut))
+
+
+def as_tensor(image: "Image") -> Tensor:
+    """An RGB image as uint8 (3, height, width)."""
+    return torch.from_numpy(numpy.array(image, dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
 
 
 def load_batch(index: Index, rows: Sequence[int], size: int) -> Tensor:
@@ -154,14 +168,7 @@ def encode_all(
 
 def square(image: "Image", size: int) -> "Image":
     """The image with its shorter side resized (Lanczos) to `size` pixels, centre-cropped to a square."""
-    from PIL import Image
-
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if image.size == (size, size):
-        return image
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return cuts.apply(image, cuts.Cut(size, size))
 
 
 def _check_template(template: str) -> None:

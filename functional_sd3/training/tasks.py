@@ -16,10 +16,12 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import pixels, vae
+from functional_sd3.image.cuts import Cut
 from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import datasets, digests, loop, objectives, optim, step
+from functional_sd3.training import datasets, digests, loop, objectives, optim, step, training_set
+from functional_sd3.training.training_set import TrainingSet
 from functional_sd3.weights.model import Model, Tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
@@ -29,13 +31,17 @@ class TrainingImages(NamedTuple):
     """Captioned images to train on.
 
     load: rows -> uint8 (len(rows), 3, side, side). fingerprint: digest of names and captions. contents: digest of
-    names, captions, the images' bytes and `side`.
+    names, captions, the images' bytes and `side`. cut: (row, cut) -> uint8 (3, height, width) of the whole image's cut.
+    sizes: (width, height) of each image. names: of the images, for messages.
     """
 
     captions: tuple[str, ...]
     load: Callable[[Sequence[int] | Tensor], Tensor]
     fingerprint: str
     contents: str
+    cut: Callable[[int, Cut], Tensor]
+    sizes: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
 
 
 class Generate(Protocol):
@@ -108,20 +114,29 @@ def folder_images(index: datasets.Index, side: int) -> TrainingImages:
     load = lambda rows: datasets.load_batch(index, rows, side)  # noqa: E731
     names = [f"{sample.path}\n{sample.caption}" for sample in index.samples]
     contents = digests.file_digests(index.folder / sample.path for sample in index.samples)
-    return TrainingImages(captions, load, digests.fingerprint(names), digests.combined([str(side), *names, *contents]))
+    return TrainingImages(
+        captions,
+        load,
+        digests.fingerprint(names),
+        digests.combined([str(side), *names, *contents]),
+        lambda row, cut: datasets.load_cut(index, row, cut),
+        index.sizes,
+        tuple(sample.path for sample in index.samples),
+    )
 
 
 def flow_task(
-    key: Key, model: Model, images: TrainingImages, data: Tree, settings: Settings, *, generate: Generate
+    key: Key, model: Model, captions: Sequence[str], data: TrainingSet, settings: Settings, *, generate: Generate
 ) -> TrainingTask:
     """Rectified-flow training of the transformer, and with `settings.text_encoders` of the encoders too.
 
-    data: `datasets.encode_all` of `images`. Trained components of `model.params` are float32, the others of any dtype,
-    in which they are used; the base of a LoRA is in `settings.dtype` (None: float32). Encoders that are not trained
-    encode each batch without gradients. generate: draws the samples, `pipeline.generate`.
+    captions, data: of the images. Trained components of `model.params` are float32, the others of any dtype, in which
+    they are used; the base of a LoRA is in `settings.dtype` (None: float32). Encoders that are not trained encode each
+    batch without gradients; where `data` holds no ids none is needed. generate: draws the samples, `pipeline.generate`.
     """
     config, tokenizers = model.config, model.tokenizers
-    check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
+    if "ids" in data.text.empty:
+        check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4)
     names = [name for name in ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
     spec = {name: SPECS[name](getattr(config, name)) for name in names}
@@ -135,14 +150,13 @@ def flow_task(
         else _initial_params(init_key, model, names, settings.scratch)
     )
     frozen = {name: tensors for name, tensors in model.params.items() if name not in names}
-    empty_ids = conditioning.tokenize(config, tokenizers, [""], t5_length=data["ids"].t5.shape[1])
 
-    def text_inputs(ids: conditioning.Ids) -> Tree:
-        ids = conditioning.Ids(*(part.to(device) for part in ids))
+    def text_inputs(text: Tree) -> Tree:
+        text = tree.to(text, device)
         if settings.text_encoders:
-            return {"ids": ids}
+            return text
         with torch.no_grad():
-            encoded = conditioning.encode(frozen, config, ids)._asdict()
+            encoded = conditioning.encode(frozen, config, text["ids"])._asdict() if "ids" in text else text
             # The encoders may be stored in another dtype than the transformer is computed in.
             return tree.cast(encoded, settings.dtype or torch.float32)
 
@@ -150,30 +164,30 @@ def flow_task(
         config,
         shift=config.schedule.shift if config.schedule else 1.0,
         dropout=settings.dropout,
-        empty=text_inputs(empty_ids),
+        empty=text_inputs(data.text.empty),
         dtype=settings.dtype,
     )
     if settings.lora:
         # The frozen base stays out of the state: it needs no average and no copy in checkpoints.
         model_loss = loss
         loss = lambda adapter, batch, keys: model_loss(lora.apply(frozen, adapter, lazy=True), batch, keys)  # noqa: E731
-    order = loop.order(order_key, settings.batch, len(data["latents"]))
+    order = training_set.sample_order(data, order_key, settings.batch)
 
     def batch(number: int) -> Tree:
-        rows = order(number)
-        return {"latents": data["latents"][rows].to(device)} | text_inputs(tree.map(lambda ids: ids[rows], data["ids"]))
+        entries = training_set.batch_of(data, order(number))
+        return {"latents": entries.pop("latents").to(device)} | text_inputs(entries)
 
     def averaged_model(state: step.TrainState) -> Model:
         params = lora.apply(frozen, state.ema) if settings.lora else _in_order({**frozen, **state.ema})
         return model._replace(params=params)
 
     def sample(state: step.TrainState) -> Tensor:
-        prompts = [images.captions[index * len(images.captions) // 4] for index in range(4)]
-        side = data["latents"].shape[-1] * vae.factor(require(config, "vae"))
+        prompts = [captions[index * len(captions) // 4] for index in range(4)]
+        height, width = (side * vae.factor(require(config, "vae")) for side in data.latents.size)
         with torch.no_grad():
             return generate(
-                averaged_model(state).params, config, tokenizers, prompts, sample_key, height=side, width=side,
-                t5_length=data["ids"].t5.shape[1],
+                averaged_model(state).params, config, tokenizers, prompts, sample_key, height=height, width=width,
+                t5_length=data.text.t5_length,
             )  # fmt: skip
 
     return _task(run_key, params, loss, settings, step.trainable(spec), batch, averaged_model, sample, tuple(names))

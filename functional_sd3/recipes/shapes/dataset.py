@@ -6,9 +6,9 @@ from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key
-from functional_sd3.image import pixels
+from functional_sd3.image import cuts, pixels
 from functional_sd3.recipes.shapes import world
-from functional_sd3.training import digests
+from functional_sd3.training import datasets, digests
 from functional_sd3.training.tasks import TrainingImages
 
 
@@ -21,7 +21,12 @@ def dataset(key: Key, count: int, side: int) -> TrainingImages:
     def load(rows: Sequence[int] | Tensor) -> Tensor:
         return pixels.to_bytes(pixels.from_pil([world.draw(scenes[int(row)], side) for row in rows]))
 
-    return TrainingImages(captions, load, digests.fingerprint(captions), digests.combined([str(side), *captions]))
+    def cut(row: int, part: cuts.Cut) -> Tensor:
+        return datasets.as_tensor(cuts.apply(world.draw(scenes[row], max(part.width, part.height)), part))
+
+    contents = digests.combined([str(side), *captions])
+    names = tuple(f"scene {index}" for index in range(count))
+    return TrainingImages(captions, load, digests.fingerprint(captions), contents, cut, ((side, side),) * count, names)
 
 
 def captions_of(key: Key, scenes: Sequence[world.Scene]) -> tuple[str, ...]:
