@@ -19,20 +19,22 @@ Materialize = Callable[[Params], Params]
 
 @dataclass(frozen=True)
 class Computation:
-    """The arguments `materialize` and `block_transform` of `mmdit.apply`, `t5.apply` and `clip.apply`.
+    """The arguments `materialize`, `block_transform` and `mesh` of `mmdit.apply`, `t5.apply` and `clip.apply`.
 
     materialize: applied to the parameters of one block inside the function that `block_transform` gets, and to those
     outside of blocks: sharded -> gathered, on the host -> on the device, stored -> computed. block_transform: applied
-    to the function that applies one block, such as `transform.remat`.
+    to the function that applies one block, such as `transform.remat`. mesh: a `parallel.mesh.Mesh`, over whose axes
+    tensor and sequence the work of every block is divided.
     """
 
     materialize: Materialize | None = None
     block_transform: Callable[[Callable], Callable] | None = None
+    mesh: Any = None
 
     @property
     def options(self) -> dict[str, Any]:
         """The arguments by name, those that are None left out."""
-        given = {"materialize": self.materialize, "block_transform": self.block_transform}
+        given = {"materialize": self.materialize, "block_transform": self.block_transform, "mesh": self.mesh}
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from functional_sd3.core import layers
 from functional_sd3.core.checks import check_floating
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.parallel.transport import Group
+from functional_sd3.transformer import joint_block
 from functional_sd3.transformer.checks import check_shape, check_times
 
 
@@ -18,15 +20,12 @@ def embed_context(params: Params, width: int, context: Tensor, batch: int, dtype
     return layers.linear(params["context"], context.to(dtype))
 
 
-def modulate_blocks(blocks: Iterable[Params], condition: Tensor) -> list[Tree]:
+def modulate_blocks(blocks: Iterable[Params], condition: Tensor, tensor_group: Group = None) -> list[Tree]:
     """Modulations (adaLN-Zero, Peebles and Xie 2023) of each stream of each block:
 
     condition: `embed_condition`. Returns for each block {stream: ([steps,] batch, n * width)}.
     """
-    return [
-        {stream: layers.linear(weights["modulation"], condition) for stream, weights in block.items()}
-        for block in blocks
-    ]
+    return [joint_block.modulate(block, condition, tensor_group) for block in blocks]
 
 
 def resolve_modulations(

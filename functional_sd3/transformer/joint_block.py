@@ -21,7 +21,6 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import (
     Implementation,
     Stream,
-    attention,
     joint_attention,
     merge_heads,
     queries,
@@ -29,8 +28,10 @@ from functional_sd3.core.attention import (
 )
 from functional_sd3.core.checks import function_name
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.parallel import tensor
+from functional_sd3.parallel.sequence import Attend, SequenceAttention
+from functional_sd3.parallel.transport import Group, group_size
 
-Attend = Callable[[list[Stream]], list[Tensor | None]]
 AttendPrompt = Callable[[Stream], Tensor]
 MLP_RATIO = 4
 EPS = 1e-6
@@ -67,6 +68,7 @@ def apply(
     implementation: Implementation = "sdpa",
     image_prompt: Tree | None = None,
     attend: Attend | None = None,
+    tensor_group: Group = None,
 ) -> dict[str, Tensor]:
     """One joint block: streams {name: (batch, tokens, width)} -> tensors of the same names and shapes.
 
@@ -78,27 +80,34 @@ def apply(
     attend: replaces `joint_attention`: a list of `attention.Stream` -> a list of (batch, heads, tokens, head_dim), None
     for a stream without queries; for a second attention it is called with one stream. Raises ValueError where it
     returns another number of tensors, or one of another shape, dtype or device.
+    tensor_group: processes of which each has part of the heads and hidden features in `params` (`parallel.tensor.cut`);
+    `heads` is the number of all, and attend has this process's streams of them.
     """
     if isinstance(modulation, Tensor):
-        modulation = {name: layers.linear(params[name]["modulation"], modulation) for name in streams}
+        modulation = modulate({name: params[name] for name in streams}, modulation, tensor_group)
     parts = {name: split_modulation(modulation[name], x.shape[-1]) for name, x in streams.items()}
-    attending = partial(_checked, attend) if attend else partial(joint_attention, implementation=implementation)
+    joint = partial(joint_attention, implementation=implementation)
+    attending = checked(attend) if attend else joint
+    # Keys of an image that is divided are elsewhere too.
+    attending_prompt = attend.without_attend() if isinstance(attend, SequenceAttention) else joint
     prompts = {
-        name: partial(_attend_prompt, prompt, implementation=implementation)
+        name: partial(_attend_prompt, prompt, attend=attending_prompt, group=tensor_group)
         for name, prompt in (image_prompt or {}).items()
     }
     normed = {name: norm(x) for name, x in streams.items() if "attention2" in params[name]}
-    streams = _add_joint_attention(params, heads, streams, normed, parts, attending, prompts.get("attention"))
+    streams = _add_joint_attention(
+        params, heads, streams, normed, parts, attending, prompts.get("attention"), tensor_group
+    )
     for index, name in enumerate(streams):
         if name in normed:
             shift, scale, gate = parts[name][6:]
             prompt = prompts.get("attention2") if index == 0 else None
             modulated = layers.modulate(normed.pop(name), shift, scale)
-            attended = _attend_alone(params[name]["attention2"], heads, modulated, attending, prompt)
+            attended = _attend_alone(params[name]["attention2"], heads, modulated, attending, prompt, tensor_group)
             streams[name] = layers.add_gated(streams[name], gate, attended)
             del modulated, attended
         if "mlp" in params[name]:
-            streams[name] = _add_mlp(params[name]["mlp"], streams[name], *parts[name][3:6])
+            streams[name] = _add_mlp(params[name]["mlp"], streams[name], parts[name][3:6], tensor_group)
     return streams
 
 
@@ -113,6 +122,7 @@ def _add_joint_attention(
     parts: Mapping[str, Sequence[Tensor]],
     attend: Attend,
     attend_prompt: AttendPrompt | None,
+    group: Group,
 ) -> dict[str, Tensor]:
     """All streams plus their gated joint attention; `normed`: layer norms of streams that are there already."""
     projected: list[Stream] = []
@@ -120,10 +130,10 @@ def _add_joint_attention(
     for name, x in streams.items():
         shift, scale = parts[name][:2]
         modulated = layers.modulate(normed[name] if name in normed else norm(x), shift, scale)
-        stream = _project(params[name]["attention"], heads, modulated)
+        stream = _project(params[name]["attention"], heads, modulated, group)
         if attend_prompt and not projected:
             prompt_attended = attend_prompt(stream)
-        projected.append(_norm_heads(params[name]["attention"], stream))
+        projected.append(_norm_heads(params[name]["attention"], stream, group))
         del modulated, stream
     attended = attend(projected)
     del projected  # not needed for the products below
@@ -132,13 +142,17 @@ def _add_joint_attention(
         if "out" not in params[name]["attention"]:
             added[name] = x
             continue
-        output = _project_out(params[name]["attention"], own, None if added else prompt_attended)
+        output = _project_out(params[name]["attention"], own, None if added else prompt_attended, group)
         added[name] = layers.add_gated(x, parts[name][2], output)
     return added
 
 
+def checked(attend: Attend) -> Attend:
+    """attend, of whose results each stream with queries must have a tensor like its values; else ValueError."""
+    return attend if isinstance(attend, SequenceAttention) else partial(_checked, attend)
+
+
 def _checked(attend: Attend, streams: list[Stream]) -> list[Tensor | None]:
-    """attend(streams), of which each stream with queries must have a tensor like its values."""
     attended: Any = attend(streams)
     count, name = len(streams), function_name(attend)
     if not isinstance(attended, list | tuple) or len(attended) != count:
@@ -163,25 +177,32 @@ def _checked(attend: Attend, streams: list[Stream]) -> list[Tensor | None]:
 
 
 def _attend_alone(
-    params: Params, heads: int, x: Tensor, attend: Attend, attend_prompt: AttendPrompt | None = None
+    params: Params, heads: int, x: Tensor, attend: Attend, attend_prompt: AttendPrompt | None, group: Group
 ) -> Tensor:
     """Self-attention of one stream: x (batch, tokens, width), modulated -> the same shape."""
-    stream = _project(params, heads, x)
+    stream = _project(params, heads, x, group)
     prompt_attended = attend_prompt(stream) if attend_prompt else None
-    (attended,) = attend([_norm_heads(params, stream)])
+    (attended,) = attend([_norm_heads(params, stream, group)])
     del stream
-    return _project_out(params, attended, prompt_attended)
+    return _project_out(params, attended, prompt_attended, group)
 
 
-def _attend_prompt(prompt: Tree, stream: Stream, *, implementation: Implementation) -> Tensor:
+def _attend_prompt(prompt: Tree, stream: Stream, *, attend: Attend, group: Group) -> Tensor:
     """Scaled attention of the image's queries to the image's keys and those of the image prompt."""
     # An adapter's parameters may be of another dtype than the transformer's.
     dtype = stream.value.dtype
-    key = layers.rms_norm(prompt["key_norm"], stream.key, EPS).to(dtype)
-    key = torch.cat([key, prompt["key"].to(dtype)], dim=2)
-    value = torch.cat([stream.value, prompt["value"].to(dtype)], dim=2)
-    query = layers.rms_norm(prompt["query_norm"], queries(stream), EPS).to(dtype)
-    return (prompt["scale"] * attention(query, key, value, implementation=implementation)).to(dtype)
+    query_norm, key_norm = (tensor.enter(prompt[name], group) for name in ("query_norm", "key_norm"))
+    query = layers.rms_norm(query_norm, queries(stream), EPS).to(dtype)
+    key = layers.rms_norm(key_norm, stream.key, EPS).to(dtype)
+    shown = Stream(None, *(tensor.own_heads(prompt[name].to(dtype), group) for name in ("key", "value")))
+    attended, _ = attend([Stream(query, key, stream.value), shown])
+    assert attended is not None
+    return (prompt["scale"] * attended).to(dtype)
+
+
+def modulate(block: Params, condition: Tensor, tensor_group: Group = None) -> dict[str, Tensor]:
+    """Modulations {stream: ([steps,] batch, n * width)} of a block, from the conditioning vector."""
+    return {name: tensor.linear_joined(stream["modulation"], condition, tensor_group) for name, stream in block.items()}
 
 
 def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:
@@ -204,30 +225,32 @@ def zero_linear_spec(inputs: int, outputs: int, axes: tuple[str, str]) -> Tree:
     return layers.linear_spec(inputs, outputs, init=specs.zeros, axes=axes)
 
 
-def _project(params: Params, heads: int, x: Tensor) -> Stream:
-    """Queries, keys and values (batch, heads, tokens, head_dim) of x (batch, tokens, width), before their norms; no
+def _project(params: Params, heads: int, x: Tensor, group: Group) -> Stream:
+    """Queries, keys and values (batch, own heads, tokens, head_dim) of x (batch, tokens, width), before their norms; no
     queries for a stream without output layer."""
+    qkv, inner = tensor.columns(params["qkv"], group), params["qkv"]["weight"].shape[0] // 3
+    heads, x = heads // group_size(group), tensor.enter(x, group)
     if "out" in params:
-        return Stream(*_split_heads(layers.linear(params["qkv"], x), 3, heads))
-    width = x.shape[-1]
-    _, key_value = layers.split_outputs(params["qkv"], (width, 2 * width))
+        return Stream(*_split_heads(layers.linear(qkv, x), 3, heads))
+    _, key_value = layers.split_outputs(qkv, (inner, 2 * inner))
     return Stream(None, *_split_heads(layers.linear(key_value, x), 2, heads))
 
 
-def _norm_heads(params: Params, stream: Stream) -> Stream:
+def _norm_heads(params: Params, stream: Stream, group: Group) -> Stream:
     """The stream with RMS norms of its queries and keys, head by head, where the block has these norms."""
     if "key_norm" not in params:
         return stream
-    query = None if stream.query is None else layers.rms_norm(params["query_norm"], stream.query, EPS)
-    return stream._replace(query=query, key=layers.rms_norm(params["key_norm"], stream.key, EPS))
+    query = None
+    if stream.query is not None:
+        query = layers.rms_norm(tensor.enter(params["query_norm"], group), stream.query, EPS)
+    return stream._replace(query=query, key=layers.rms_norm(tensor.enter(params["key_norm"], group), stream.key, EPS))
 
 
-def _project_out(params: Params, attended: Tensor | None, prompt_attended: Tensor | None = None) -> Tensor:
+def _project_out(params: Params, attended: Tensor | None, prompt_attended: Tensor | None, group: Group) -> Tensor:
     """Output layer of an attention on its merged heads, with those of an image prompt added: (batch, tokens, width)."""
     assert attended is not None
-    return layers.linear(
-        params["out"], merge_heads(attended if prompt_attended is None else attended + prompt_attended)
-    )
+    merged = merge_heads(attended if prompt_attended is None else attended + prompt_attended)
+    return tensor.linear_rows(params["out"], merged, group)
 
 
 def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
@@ -235,9 +258,10 @@ def _split_heads(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
     return [split_heads(part, heads) for part in x.chunk(parts, dim=-1)]
 
 
-def _add_mlp(params: Params, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+def _add_mlp(params: Params, x: Tensor, modulation: Sequence[Tensor], group: Group) -> Tensor:
     """x + gate * MLP(modulate(norm(x)))."""
-    branch = layers.mlp(params, layers.modulate(norm(x), shift, scale), "gelu_tanh")
+    shift, scale, gate = modulation
+    branch = tensor.mlp(params, layers.modulate(norm(x), shift, scale), "gelu_tanh", group)
     return layers.add_gated(x, gate, branch)
 
 

@@ -17,6 +17,10 @@ from functional_sd3.core import computation, layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, identity_attention
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel import sequence
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.replicated import enter
+from functional_sd3.parallel.tensor import check_heads, linear_joined
 from functional_sd3.transformer import embeddings, joint_block
 from functional_sd3.transformer.checks import check_latents, check_shape
 from functional_sd3.transformer.embeddings import TIME_FREQUENCIES, embed_condition, embedder_spec, position_spec
@@ -135,6 +139,7 @@ def apply(
     materialize: Callable[[Params], Params] | None = None,
     implementation: Implementation = "sdpa",
     block_transform: Callable[[Callable], Callable] | None = None,
+    mesh: Mesh | None = None,
 ) -> Tensor:
     """Velocity of the rectified flow at `latents`.
 
@@ -160,17 +165,29 @@ def apply(
     implementation: as of `attention.attention`.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
         `torch.compile` to compile one block instead of `depth` copies of it.
+    mesh: of the processes that compute this together, by its axes tensor (of whose heads and hidden features `params`
+        is this process's part, `parallel.tensor.cut`) and sequence (of whose image tokens each takes a part). All
+        arguments but the divided parameters are the same on all of them, as are the result and its derivatives.
 
     Raises ValueError when a shape does not fit the config or the batch, an input is not floating, height or width is
-    not a multiple of the patch size, or the grid of patches is larger than the table of positions.
+    not a multiple of the patch size, the grid of patches is larger than the table of positions, or heads or tokens do
+    not divide over the mesh.
     """
     attending = attend if isinstance(attend, Mapping) else dict.fromkeys(range(config.depth), attend) if attend else {}
     check_latents("latents", latents, config.in_channels, config.patch_size)
     _check_layers(config, skip_layers=skip_layers, perturbed_layers=perturbed_layers, attend=attending)
+    mesh = mesh or ONE_PROCESS
+    check_heads(config.heads, mesh.size("tensor"))
+    group = mesh.group("sequence")
+    if group is not None:
+        params, latents, context, modulations, interval, residuals, image_prompt = (
+            enter(value, group) for value in (params, latents, context, modulations, interval, residuals, image_prompt)
+        )
+        t, pooled = enter(t, group), enter(pooled, group)
     params = computation.materialize_rest(params, materialize)
     batch, dtype = latents.shape[0], params["patch"]["weight"].dtype
     context = embed_context(params, config.context_width, context, batch, dtype)
-    conditions = partial(_conditions, params, config, interval=interval, time_difference=time_difference)
+    conditions = partial(_conditions, params, config, mesh=mesh, interval=interval, time_difference=time_difference)
     modulation = resolve_modulations(modulations, conditions, t, pooled, batch)
     if image_prompt and len(image_prompt) != config.depth:
         raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
@@ -179,21 +196,28 @@ def apply(
     for residual in residuals:
         check_shape("residuals", residual, "(batch, tokens, width)", (batch, height * width, config.width))
 
-    image = embed_image(params, config, latents.to(dtype))
+    image = sequence.own(embed_image(params, config, latents.to(dtype)), mesh)
+    attention_of = partial(sequence.attention, mesh, height * width)
     for index, (block, block_modulation) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
         if index not in skip_layers:
             options: dict[str, Any] = {"image_prompt": image_prompt[index]} if image_prompt else {}
+            options |= {"tensor_group": mesh.group("tensor")} if mesh.size("tensor") > 1 else {}
             if index in perturbed_layers:
                 options["attend"] = partial(perturbation, size=(height, width), implementation=implementation)
             elif index in attending:
                 options["attend"] = attending[index]
+            if group is not None:
+                own_attend = options.get("attend")
+                options["attend"] = attention_of(own_attend and joint_block.checked(own_attend), implementation)
             streams = {"image": image, "context": context}
             streams = apply_block(block, config.heads, streams, block_modulation, implementation, **options)
             image, context = streams["image"], streams["context"]
         if residuals and (residual_after_last or index < config.depth - 1):
-            image = image + residuals[residual_index(index, config.depth, len(residuals))].to(dtype)
+            residual = residuals[residual_index(index, config.depth, len(residuals))]
+            image = image + sequence.own(residual, mesh).to(dtype)
     shift, scale = joint_block.split_modulation(modulation["final"], config.width)
     patches = layers.linear(params["final"]["out"], layers.modulate(joint_block.norm(image), shift, scale))
+    patches = sequence.whole(patches, mesh, height * width)
     return unpatchify(patches, config, height, width).to(latents.dtype)
 
 
@@ -222,20 +246,23 @@ def modulations(
     interval: Tensor | None = None,
     *,
     materialize: Callable[[Params], Params] | None = None,
+    mesh: Mesh | None = None,
 ) -> Tree:
     """Shifts, scales and gates of every block and of the final layer, from t and pooled, for one step or for many.
 
     t () or (batch,), or (steps, batch) or (steps, 1) for all the steps of a run; pooled (batch, pooled_width); interval
     like t, as of `apply`. Returns
     {"blocks": [{"image", "context"}, ...], "final"} of tensors ([steps,] batch, n * width); `at` takes one step out.
-    A third of the parameters is used only here, so during a run they need not stay on the device. materialize: as of
-    `apply`.
+    A third of the parameters is used only here, so during a run they need not stay on the device. materialize, mesh: as
+    of `apply`.
     """
+    group = (mesh or ONE_PROCESS).group("tensor")
     params = computation.materialize_rest(params, materialize)
     condition = embed_condition(params, config.pooled_width, t, pooled, interval)
+    blocks = map(materialize, params["blocks"]) if materialize else params["blocks"]
     return {
-        "blocks": modulate_blocks(map(materialize, params["blocks"]) if materialize else params["blocks"], condition),
-        "final": layers.linear(params["final"]["modulation"], condition),
+        "blocks": modulate_blocks(blocks, condition, group),
+        "final": linear_joined(params["final"]["modulation"], condition, group),
     }
 
 
@@ -244,10 +271,10 @@ def at(modulations: Tree, step: int) -> Tree:
     return tree.map(lambda leaf: leaf[step], modulations)
 
 
-def _conditions(params: Params, config: Config, t: Tensor, pooled: Tensor, **options: Any) -> Tree:
+def _conditions(params: Params, config: Config, t: Tensor, pooled: Tensor, *, mesh: Mesh, **options: Any) -> Tree:
     """The conditioning vector of every block, which makes its own modulations of it, and the final modulation."""
     condition = embed_condition(params, config.pooled_width, t, pooled, **options)
-    final = layers.linear(params["final"]["modulation"], condition)
+    final = linear_joined(params["final"]["modulation"], condition, mesh.group("tensor"))
     return {"blocks": [condition] * config.depth, "final": final}
 
 

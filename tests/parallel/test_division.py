@@ -1,0 +1,60 @@
+"""The transformer divided over processes by heads and by tokens is the transformer, derivatives too."""
+
+import pytest
+import torch
+
+from functional_sd3 import mmdit
+from functional_sd3.core import transform, tree
+from functional_sd3.parallel import mesh as meshes
+from functional_sd3.parallel import tensor
+from tests.parallel.examples import CONFIG, SPEC, differences, filled, inputs
+
+MESHES = {2: [{"tensor": 2}, {"sequence": 2}], 4: [{"sequence": 4}, {"tensor": 2, "sequence": 2}]}
+"""Six heads on four processes of a sequence do not divide: keys and values are gathered there."""
+
+
+def scalar(params, arguments, **options):
+    """A loss of the velocity, and the velocity."""
+    velocity = mmdit.apply(params, CONFIG, *arguments, **options)
+    return (velocity * torch.linspace(-1, 1, velocity.numel()).view(velocity.shape)).sum() + velocity.square().mean()
+
+
+def derivatives(sizes, options):
+    """Relative differences from one process: velocity, gradients by both engines, tangent."""
+    mesh = meshes.init(sizes)
+    options = {"block_transform": transform.remat} if options == "remat" else {}
+    params, arguments = filled(SPEC), inputs()
+    own = tensor.cut(params, SPEC, mesh, heads=CONFIG.heads)
+    errors = {"cut": differences(params, tensor.whole(own, SPEC, mesh))}
+
+    def one(params, arguments):
+        return scalar(params, arguments)
+
+    def divided(params, arguments):
+        return scalar(params, arguments, mesh=mesh, **options)
+
+    def joined(gradients):
+        return tensor.whole(gradients[0], SPEC, mesh), gradients[1]
+
+    errors["velocity"] = differences(
+        mmdit.apply(params, CONFIG, *arguments), mmdit.apply(own, CONFIG, *arguments, mesh=mesh, **options)
+    )
+    wanted = torch.func.grad(one, (0, 1))(params, arguments)
+    errors["func.grad"] = differences(wanted, joined(torch.func.grad(divided, (0, 1))(own, arguments)))
+    leaves = tree.map(lambda leaf: leaf.clone().requires_grad_(), (own, arguments))
+    gradients = iter(torch.autograd.grad(divided(*leaves), tree.leaves(leaves), materialize_grads=True))
+    errors["autograd"] = differences(wanted, joined(tree.map(lambda leaf: next(gradients), leaves)))
+    tangents = filled(SPEC, 5), tree.map(torch.ones_like, arguments)
+    _, tangent = torch.func.jvp(one, (params, arguments), tangents)
+    own_tangents = tensor.cut(tangents[0], SPEC, mesh, heads=CONFIG.heads), tangents[1]
+    errors["jvp"] = differences(tangent, torch.func.jvp(divided, (own, arguments), own_tangents)[1])
+    return errors
+
+
+@pytest.mark.parametrize("options", ["plain", "remat"])
+@pytest.mark.parametrize(("count", "sizes"), [(count, sizes) for count in MESHES for sizes in MESHES[count]], ids=str)
+def test_a_divided_transformer_has_the_values_and_derivatives_of_one_process(processes, count, sizes, options):
+    for errors in processes(count, derivatives, sizes, options):
+        assert errors.pop("cut") == 0
+        assert errors.pop("velocity") < 1e-6, errors
+        assert max(errors.values()) < 3e-6, errors
