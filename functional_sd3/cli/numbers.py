@@ -89,6 +89,7 @@ RANGES = {
     "merge --strength": Range(),
     "reward --steps": Range(1, 10**12),
     "quantize --steps": Range(0, 1_000_000),
+    "train --shift": _POSITIVE,
     "train --steps": Range(1, 10**12),
 }
 """Option -> its range; "COMMAND --option" for that command alone. A numeric option that is not named here is

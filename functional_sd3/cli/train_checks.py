@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-from functional_sd3.cli import memory_options, options
+from functional_sd3.cli import memory_options, options, train_objective
 
 OURS = ("checkpoints", "samples", "log.csv")
 """Files in the folder of a run that has not ended."""
@@ -49,6 +49,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} {value} must be a finite number of at least 0")
         if arguments.part == "transformer" and value != default:
             raise ValueError(f"{option} belongs to --part vae")
+    train_objective.check(arguments)
     if arguments.caption is not None and (arguments.part == "vae" or arguments.data == "shapes"):
         raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:

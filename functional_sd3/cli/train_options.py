@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import memory_options, options
+from functional_sd3.cli import memory_options, options, train_objective
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +53,7 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
 def _add_objective(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dropout", type=float, default=0.1, help="share of captions emptied, for guidance (default 0.1)")
+    train_objective.add_arguments(group)
     add("--decoder-only", action="store_true", help="leave the autoencoder's encoder alone, so that latents stay")
     add("--edges", type=float, default=0.0, help="weight of the differences of edges in the autoencoder (default 0)")
     add(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import memory_options, train_data, train_model, train_options, training_run
+from functional_sd3.cli import memory_options, train_data, train_model, train_objective, train_options, training_run
 from functional_sd3.cli.training_run import Setup
 from functional_sd3.core import prng
 from functional_sd3.layouts.components import SPECS
@@ -78,6 +78,9 @@ def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tasks.
         ema=arguments.ema,
         accumulate=arguments.accumulate,
         dropout=arguments.dropout,
+        density=train_objective.density(arguments.density),
+        shift=arguments.shift,
+        weight=train_objective.weight(arguments.loss_weight),
         scratch=arguments.scratch,
         lora=arguments.lora or 0,
         text_encoders=train_model.text_encoders(vars(arguments)) == "train",

@@ -7,6 +7,7 @@ Beside its weight a linear or convolution layer may hold
 - "scale" (outputs,): the weight is then stored in int8 or float8 and dequantised as scale times the weight;
 - "low_rank", {"down": (rank, inputs, ...), "up": (outputs, rank)}: a LoRA, whose product is added to the layer's output
   without being added to the weight.
+An embedding may hold "added" (rows, width): rows that follow those of its table, as the vectors of new words.
 """
 
 from collections.abc import Callable, Sequence
@@ -172,7 +173,13 @@ def embedding_spec(entries: int, width: int, *, scale: float = 0.02, axis: str =
 
 def embedding(params: Params, ids: Tensor) -> Tensor:
     """Rows of the embedding table: ids (...) int64 -> (..., width)."""
-    return F.embedding(ids, params["weight"])
+    table = params["weight"]
+    if "added" not in params:
+        return F.embedding(ids, table)
+    # Not by one table of both, which would be copied at every call.
+    rows, added = len(table), params["added"].to(table.dtype)
+    known, new = F.embedding(ids.clamp_max(rows - 1), table), F.embedding((ids - rows).clamp_min(0), added)
+    return torch.where((ids >= rows)[..., None], new, known)
 
 
 def norm_spec(width: int, *, bias: bool = True, axis: str = "width") -> Tree:

@@ -53,12 +53,15 @@ def velocity_of(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
     return (x - x0) / broadcast(t, x)
 
 
-def loss(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
+def loss(
+    velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Rectified-flow loss of each sample: mean over its elements of (v(x_t, t) - (noise - x_0))^2, float32 (batch,).
 
     velocity: called once, with x_t in float32 (float64 if x0 is) and `t`; may return any float dtype.
-    x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t). Times
-    that were drawn from a density have its weight already: 1 / density as `weight` would undo it.
+    x0, noise (batch, ...); t (batch,) in [0, 1]. weight: None for 1, else a scalar or (batch,), e.g. w(t)
+    (`loss_weights`). Times that were drawn from a density have its weight already: 1 / density as `weight` would undo
+    it. mask: None for 1, else a factor of each element's square, of a shape that broadcasts to x0's.
     Raises ValueError when the shapes of x0 and noise, or of x0 and the velocity, differ.
     """
     if x0.shape != noise.shape:
@@ -68,7 +71,8 @@ def loss(velocity: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tenso
     predicted = velocity(interpolate(x0, noise, t), t)
     if predicted.shape != x0.shape:
         raise ValueError(f"the velocity has shape {tuple(predicted.shape)}, not that of x0, {tuple(x0.shape)}")
-    squares = (predicted.to(working) - target(x0, noise)).square().flatten(1).mean(1)
+    squares = (predicted.to(working) - target(x0, noise)).square()
+    squares = (squares if mask is None else mask * squares).flatten(1).mean(1)
     return squares if weight is None else weight * squares
 
 

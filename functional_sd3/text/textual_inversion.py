@@ -70,6 +70,44 @@ def empty_tables(config: Any, encoders: Sequence[str]) -> dict[str, Params]:
     }
 
 
+def first_ids(tokenizers: Any, encoders: Sequence[str]) -> dict[str, int]:
+    """The id that the first vector of the next word gets in each encoder, given the tokenizers without it."""
+    return {name: _next_id(getattr(tokenizers, name)) for name in ENCODERS if name in encoders}
+
+
+def with_vectors(params: Params, vectors: Mapping[str, Tensor], first: Mapping[str, int]) -> Params:
+    """The parameters of `add` for vectors that are trained: they stand beside the tables, which are not copied.
+
+    vectors: encoder -> (vectors, width); first: `first_ids` of the tokenizers without the word, which is the last one.
+    """
+
+    def extended(name: str) -> Params:
+        table = params[name][_TABLE[name]]["weight"][: first[name]]
+        return {**params[name], _TABLE[name]: {"weight": table, "added": vectors[name]}}
+
+    return {name: extended(name) if name in vectors else part for name, part in params.items()}
+
+
+def initial_vectors(
+    params: Params, tokenizers: Any, text: str, encoders: Sequence[str], count: int
+) -> dict[str, Tensor]:
+    """Embeddings to start a word of `count` vectors from: encoder -> float32 (count, width), those of `text`.
+
+    Where the text has at least two tokens and the word as many vectors, its first tokens in order; else the mean of all
+    its tokens, for every vector. Raises ValueError where an encoder's tokenizer has no token for the text.
+    """
+    vectors = {}
+    for name in (each for each in ENCODERS if each in encoders):
+        ids = _tokens_of(getattr(tokenizers, name), text)
+        if not ids:
+            raise ValueError(f"{text!r} has no token of {name} to start from; name a word that it knows")
+        rows = params[name][_TABLE[name]]["weight"][torch.tensor(ids, dtype=torch.int64)].float()
+        one_each = len(ids) > 1 and count >= len(ids)
+        mean = rows.mean(0, keepdim=True)
+        vectors[name] = torch.cat([rows, mean.expand(count - len(ids), -1)]) if one_each else mean.repeat(count, 1)
+    return vectors
+
+
 def names(token: str, count: int) -> list[str]:
     """Token names of a word, as in diffusers: itself, then <word>_1, <word>_2, ..."""
     return [token, *(f"{token}_{index}" for index in range(1, count))]
@@ -113,6 +151,13 @@ def _next_id(tables: Any) -> int:
     if isinstance(tables, bpe.Tables):
         return max(tables.names) + 1
     return max(len(tables.pieces) - 1, *(token.id for token in tables.added)) + 1
+
+
+def _tokens_of(tables: Any, text: str) -> list[int]:
+    """Ids of a text without start, end and unknown tokens."""
+    if isinstance(tables, bpe.Tables):
+        return bpe.apply(tables, text, length=None)[0][1:-1]
+    return [index for index in unigram.apply(tables, text, length=None)[0][:-1] if index != tables.unk_id]
 
 
 def _with_rows(params: Params, table: str, first: int, vectors: Tensor) -> Params:

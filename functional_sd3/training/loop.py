@@ -7,7 +7,7 @@ resumed from its last checkpoint bit for bit as if it had not been killed.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Tree
 from functional_sd3.formats.errors import WeightsError, is_disk_full
-from functional_sd3.training import checkpoint, interruption, log
+from functional_sd3.training import checkpoint, interruption, log, validation
 from functional_sd3.training.interruption import Interruption
+from functional_sd3.training.objectives.types import Metrics
 from functional_sd3.training.recorder import DivergedError, Recorder, Row, Summary, columns, diverged
 
 
@@ -70,6 +71,8 @@ def run(
     on_sample: Sampler[S] | None = None,
     rollout: Callable[[S, Tree], Any] | None = None,
     unchanged_by: tuple[type[Exception], ...] = (),
+    validate: Callable[[S], Metrics] | None = None,
+    validate_every: int = 0,
     has_sample: Callable[[int], bool] = lambda step: True,
     keep: int = 3,
     progress: bool = True,
@@ -84,7 +87,8 @@ def run(
     `columns`); `on_row` is called with each. `on_sample` is called every `sample_every` steps and at the end, and
     before the first step where the sample of the initial state is due and `has_sample(step)` is false. rollout:
     `rollout(state, batch)` is what `train_step` takes in place of the batch: data drawn by the trained model.
-    unchanged_by: errors of `train_step` that leave the state it was given as it was.
+    unchanged_by: errors of `train_step` that leave the state it was given as it was. validate: the columns
+    `validation.NAMES` of a state, every `validate_every` steps, where a row is written too, and at the end.
 
     Ctrl-C, SIGTERM or SIGHUP let the current step finish, or abandon the current sample or rollout, save and return; a
     third Ctrl-C raises KeyboardInterrupt. A batch or rollout that fails ends the run after its state is saved. A
@@ -137,11 +141,14 @@ def run(
                 save_whole()
                 raise
             done += 1
+            validates = validate is not None and (done == steps or (validate_every > 0 and done % validate_every == 0))
+            if validate is not None:
+                metrics = {**metrics, **(_validation(validate, state, stop) if validates else validation.ABSENT)}
             recorder.add(metrics)
             last = done == steps or stop.is_requested()
             saves = last or done % save_every == 0
             # A row before every checkpoint, where a resumed run restarts its means as this one does.
-            if saves or done % log_every == 0:
+            if saves or validates or done % log_every == 0:
                 bar.set_postfix_str(f"loss {recorder.write(done, durable=saves):.4f}", refresh=False)
             if saves and save(final=last):
                 saved = done
@@ -204,6 +211,15 @@ def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool)
         raise UnsavedError(message) from error
     note(f"note: {message}. Training goes on and tries again at the next one")
     return False
+
+
+def _validation(validate: Callable[[S], Metrics], state: S, stop: Interruption) -> Mapping[str, Any]:
+    """The columns of a validation; absent ones where a signal ends it, as the run does with the step that is done."""
+    try:
+        with stop.abortable():
+            return validation.ABSENT if stop.is_requested() else validate(state)
+    except KeyboardInterrupt:
+        return validation.ABSENT
 
 
 def _sample(on_sample: Sampler[S] | None, state: S, done: int, stop: Interruption, note: Note) -> None:

@@ -4,6 +4,7 @@
 autoencoder on images. `loop.run` runs either.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -11,17 +12,30 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from functional_sd3 import lora
 from functional_sd3.core import prng, tree
-from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.flow import path
+from functional_sd3.flow.loss_weights import Weight
 from functional_sd3.image import pixels, vae
 from functional_sd3.image.cuts import Cut
 from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import datasets, digests, loop, objectives, optim, step, training_set
+from functional_sd3.training import (
+    datasets,
+    digests,
+    flow_learners,
+    loop,
+    objectives,
+    optim,
+    step,
+    training_set,
+    validation,
+)
+from functional_sd3.training.flow_learners import Inversion
 from functional_sd3.training.training_set import TrainingSet
+from functional_sd3.transformer import controlnet
+from functional_sd3.transformer.control import Control
 from functional_sd3.weights.model import Model, Tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
@@ -65,7 +79,8 @@ class TrainingTask(NamedTuple):
     """A training run: the arguments of `loop.run`, and the model and samples of its states.
 
     batch: step number -> batch. model: state -> the whole model with the averaged parameters. sample: state -> images
-    (batch, 3, height, width) in [0, 1]. trained: names of the trained components, empty for a LoRA.
+    (batch, 3, height, width) in [0, 1]. trained: names of the trained components, empty where the result is no model.
+    validate: state -> the losses of images that are held out, `validation.NAMES`.
     """
 
     state: step.TrainState
@@ -74,6 +89,7 @@ class TrainingTask(NamedTuple):
     model: Callable[[step.TrainState], Model]
     sample: Callable[[step.TrainState], Tensor]
     trained: tuple[str, ...]
+    validate: Callable[[step.TrainState], objectives.Metrics] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +98,12 @@ class Settings:
 
     rate: peak learning rate. schedule: "cosine" decays from `rate` to a tenth of it at `steps`; "constant" does not
     depend on `steps`. ema: decay of the parameters' moving average. decay: AdamW's weight decay. clip: largest global
-    norm of a gradient. dropout: probability of the empty prompt. scratch: start from fresh parameters. lora: rank of a
-    LoRA that is trained instead of the parameters, 0 for none. edges, latent_noise: of the autoencoder's objective, as
-    `objectives.vae_loss` says of `edges` and `noise`. dtype: of the computation, None for float32.
+    norm of a gradient. dropout: probability of the empty prompt. density, shift (None: the model's), weight: of the
+    training times and their losses, as `objectives.flow_loss` says. prior_weight: of images that preserve the prior.
+    scratch: start from fresh parameters. lora: rank of a LoRA that is trained instead of the parameters, 0 for none;
+    control: config of a ControlNet that is; inversion: a word whose vectors are. edges, latent_noise: of the
+    autoencoder's objective, as `objectives.vae_loss` says of `edges` and `noise`. dtype: of the computation, None for
+    float32.
     """
 
     steps: int
@@ -97,12 +116,18 @@ class Settings:
     clip: float = 1.0
     accumulate: int = 1
     dropout: float = 0.1
+    density: Callable[[Key, tuple[int, ...]], Tensor] = path.logit_normal
+    shift: float | None = None
+    weight: Weight | None = None
+    prior_weight: float = 1.0
     scratch: bool = False
     text_encoders: bool = False
     decoder_only: bool = False
     edges: float = 0.0
     latent_noise: float = 1.0
     lora: int = 0
+    control: controlnet.Config | None = None
+    inversion: Inversion | None = None
     dtype: torch.dtype | None = None
     compile: bool = False
 
@@ -126,71 +151,124 @@ def folder_images(index: datasets.Index, side: int) -> TrainingImages:
 
 
 def flow_task(
-    key: Key, model: Model, captions: Sequence[str], data: TrainingSet, settings: Settings, *, generate: Generate
+    key: Key,
+    model: Model,
+    captions: Sequence[str],
+    data: TrainingSet,
+    settings: Settings,
+    *,
+    generate: Generate,
+    prior: TrainingSet | None = None,
+    held_out: TrainingSet | None = None,
 ) -> TrainingTask:
-    """Rectified-flow training of the transformer, and with `settings.text_encoders` of the encoders too.
+    """Rectified-flow training of the transformer, and with `settings.text_encoders` of the encoders too; or of a LoRA,
+    a ControlNet or a word's vectors, with the rest frozen.
 
-    captions, data: of the images. Trained components of `model.params` are float32, the others of any dtype, in which
-    they are used; the base of a LoRA is in `settings.dtype` (None: float32). Encoders that are not trained encode each
-    batch without gradients; where `data` holds no ids none is needed. generate: draws the samples, `pipeline.generate`.
+    captions, data: of the images. prior: of images that preserve the prior; every batch has as many of them besides.
+    held_out: of images that are validated on. Trained components of `model.params` are float32, the others of any
+    dtype, in which they are used; the base of a LoRA, ControlNet or word is in `settings.dtype` (None: float32).
+    Encoders that are not trained encode each batch without gradients; where `data` holds no ids none is needed.
+    generate: draws the samples, `pipeline.generate`.
     """
-    config, tokenizers = model.config, model.tokenizers
     if "ids" in data.text.empty:
-        check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
+        check_encoders([name for name in ENCODERS if name in model.params], model.tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4)
-    names = [name for name in ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
-    spec = {name: SPECS[name](getattr(config, name)) for name in names}
-    if settings.lora:
-        spec = lora.spec(spec, settings.lora, [f"{name}.blocks.*attention*" for name in names])
-        names = []
+    learner = _learner(init_key, model, settings)
+    start = learner.model(learner.params)
+    config, tokenizers = start.config, start.tokenizers
     device = tree.leaves(model.params)[0].device
-    params = (
-        specs.init(init_key, spec, device=device)
-        if settings.lora
-        else _initial_params(init_key, model, names, settings.scratch)
-    )
-    frozen = {name: tensors for name, tensors in model.params.items() if name not in names}
+    frozen = {name: tensors for name, tensors in model.params.items() if name not in learner.trained}
 
     def text_inputs(text: Tree) -> Tree:
         text = tree.to(text, device)
-        if settings.text_encoders:
+        if learner.has_encoders:
             return text
         with torch.no_grad():
             encoded = conditioning.encode(frozen, config, text["ids"])._asdict() if "ids" in text else text
             # The encoders may be stored in another dtype than the transformer is computed in.
             return tree.cast(encoded, settings.dtype or torch.float32)
 
-    loss = objectives.flow_loss(
-        config,
-        shift=config.schedule.shift if config.schedule else 1.0,
+    def inputs(source: TrainingSet, samples: Tensor) -> Tree:
+        entries = training_set.batch_of(source, samples)
+        text = {name: entries.pop(name) for name in source.text.empty}
+        return tree.to(entries, device) | text_inputs(text)
+
+    objective: Callable[..., objectives.Loss] = objectives.flow_loss
+    if prior is not None:
+        objective = functools.partial(objectives.prior_loss, prior_weight=settings.prior_weight)
+    model_shift = config.schedule.shift if config.schedule else 1.0
+    loss = learner.loss(
+        objective,
+        density=settings.density,
+        shift=model_shift if settings.shift is None else settings.shift,
+        weight=settings.weight,
         dropout=settings.dropout,
         empty=text_inputs(data.text.empty),
         dtype=settings.dtype,
     )
-    if settings.lora:
-        # The frozen base stays out of the state: it needs no average and no copy in checkpoints.
-        model_loss = loss
-        loss = lambda adapter, batch, keys: model_loss(lora.apply(frozen, adapter, lazy=True), batch, keys)  # noqa: E731
     order = training_set.sample_order(data, order_key, settings.batch)
-
-    def batch(number: int) -> Tree:
-        entries = training_set.batch_of(data, order(number))
-        return {"latents": entries.pop("latents").to(device)} | text_inputs(entries)
-
-    def averaged_model(state: step.TrainState) -> Model:
-        params = lora.apply(frozen, state.ema) if settings.lora else _in_order({**frozen, **state.ema})
-        return model._replace(params=params)
+    batch = lambda number: inputs(data, order(number))  # noqa: E731
+    if prior is not None:
+        batch = _with_prior(batch, prior, inputs, prng.fold_in(order_key, 1), settings.batch)
 
     def sample(state: step.TrainState) -> Tensor:
-        prompts = [captions[index * len(captions) // 4] for index in range(4)]
+        rows = [index * len(captions) // 4 for index in range(4)]
         height, width = (side * vae.factor(require(config, "vae")) for side in data.latents.size)
+        options: dict[str, Any] = {}
+        if settings.control is not None:
+            views = data.latents.views * torch.tensor(rows, dtype=torch.int64, device="cpu")
+            latents = data.extra(views)["control"].to(device)
+            options["control"] = [Control(state.ema["controlnet"], settings.control, latents)]
         with torch.no_grad():
             return generate(
-                averaged_model(state).params, config, tokenizers, prompts, sample_key, height=height, width=width,
-                t5_length=data.text.t5_length,
+                learner.model(state.ema).params, config, tokenizers, [captions[row] for row in rows], sample_key,
+                height=height, width=width, t5_length=data.text.t5_length, **options,
             )  # fmt: skip
 
-    return _task(run_key, params, loss, settings, step.trainable(spec), batch, averaged_model, sample, tuple(names))
+    task = _task(
+        run_key, learner.params, loss, settings, step.trainable(learner.spec), batch,
+        lambda state: learner.model(state.ema), sample, learner.trained,
+    )  # fmt: skip
+    if held_out is None:
+        return task
+    plain = learner.loss(objectives.flow_loss, dtype=settings.dtype)
+    validate = validation.validator(
+        plain, functools.partial(inputs, held_out), held_out.latents.buckets, settings.batch, prng.fold_in(run_key, 1),
+        views=held_out.latents.views,
+    )  # fmt: skip
+    return task._replace(validate=lambda state: validate(state.ema))
+
+
+def _learner(key: Key, model: Model, settings: Settings) -> flow_learners.FlowLearner:
+    if settings.control is not None:
+        return flow_learners.control(key, model, settings.control)
+    if settings.inversion is not None:
+        return flow_learners.word(model, settings.inversion)
+    names = [name for name in ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
+    if settings.lora:
+        return flow_learners.adapter(key, model, settings.lora, names)
+    return flow_learners.components(key, model, names, settings.scratch)
+
+
+def _with_prior(
+    batch: Callable[[int], Tree],
+    prior: TrainingSet,
+    inputs: Callable[[TrainingSet, Tensor], Tree],
+    key: Key,
+    size: int,
+) -> Callable[[int], Tree]:
+    """Batches with as many images of `prior`, in turn with their own: equal parts of a batch have equal shares."""
+    order = training_set.sample_order(prior, key, size)
+
+    def interleaved(number: int) -> Tree:
+        subject, preserved = batch(number), inputs(prior, order(number))
+        if "mask" in subject:
+            preserved["mask"] = torch.ones_like(subject["mask"])
+        both = tree.map(lambda one, other: torch.stack([one, other], 1).flatten(0, 1), subject, preserved)
+        is_prior = torch.arange(2 * size, dtype=torch.int64, device=both["latents"].device) % 2
+        return {**both, "prior": is_prior}
+
+    return interleaved
 
 
 def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings) -> TrainingTask:
@@ -200,7 +278,7 @@ def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings)
     """
     config, sizes = model.config, require(model.config, "vae")
     init_key, run_key, order_key = prng.split(key, 3)
-    params = _initial_params(init_key, model, ["vae"], settings.scratch)["vae"]
+    params = flow_learners.initial_params(init_key, model, ["vae"], settings.scratch)["vae"]
     device = tree.leaves(params)[0].device
     order = loop.order(order_key, settings.batch, len(images.captions))
 
@@ -210,7 +288,7 @@ def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings)
     def averaged_model(state: step.TrainState) -> Model:
         vae_config = _with_measured_scaling(state.ema) if settings.scratch else sizes
         return model._replace(
-            config=replace(config, vae=vae_config), params=_in_order({**model.params, "vae": state.ema})
+            config=replace(config, vae=vae_config), params=flow_learners.in_order({**model.params, "vae": state.ema})
         )
 
     def _with_measured_scaling(params: Params) -> vae.Config:
@@ -252,8 +330,8 @@ def _task(
     trained: tuple[str, ...],
 ) -> TrainingTask:
     rate = learning_rate(settings)
-    # No weight decay of biases, norms and other vectors.
-    is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
+    # No weight decay of biases, norms and other vectors, nor of a word's.
+    is_decayed = lambda path, leaf: leaf.ndim >= 2 and settings.inversion is None  # noqa: E731
     optimizer = optim.chain(
         optim.clip_by_global_norm(settings.clip), optim.adamw(rate, b2=0.99, decay=settings.decay, mask=is_decayed)
     )
@@ -270,19 +348,3 @@ def _task(
     return TrainingTask(
         step.init(key, params, optimizer, trainable=trainable), train_step, batch, model, sample, trained
     )
-
-
-def _initial_params(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:
-    if not scratch:
-        return {name: model.params[name] for name in names}
-    device = tree.leaves(model.params)[0].device
-    keys = prng.split(key, len(names))
-    return {
-        name: specs.init(name_key, SPECS[name](getattr(model.config, name)), device=device)
-        for name_key, name in zip(keys, names, strict=True)
-    }
-
-
-def _in_order(params: dict[str, Params]) -> dict[str, Params]:
-    """Components in the order of `SPECS`."""
-    return {name: params[name] for name in SPECS if name in params}

@@ -3,7 +3,7 @@
 Where latents and text are, in memory or in files, is a function of each: `fetch`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,11 +41,19 @@ class Text(NamedTuple):
     t5_length: int
 
 
+def _nothing(samples: Tensor) -> Tree:
+    return {}
+
+
 class TrainingSet(NamedTuple):
-    """Latents and text of the same images."""
+    """Latents and text of the same images.
+
+    extra: samples, as of `Latents.fetch` -> further entries of a batch, (batch, ...) on the CPU: "mask", "control".
+    """
 
     latents: Latents
     text: Text
+    extra: Callable[[Tensor], Tree] = _nothing
 
 
 def resident(latents: Tensor) -> Latents:
@@ -73,6 +81,24 @@ def sample_order(data: TrainingSet, key: Key, batch: int) -> Callable[[int], Ten
 
 
 def batch_of(data: TrainingSet, samples: Tensor) -> Tree:
-    """{"latents", and "ids" or "context" and "pooled"} of samples, on the CPU."""
+    """{"latents", and "ids" or "context" and "pooled", and what is extra} of samples, on the CPU."""
     images = samples if data.latents.views == 1 else torch.div(samples, data.latents.views, rounding_mode="floor")
-    return {"latents": data.latents.fetch(samples)} | data.text.fetch(images)
+    return {"latents": data.latents.fetch(samples)} | data.text.fetch(images) | data.extra(samples)
+
+
+def subset(data: TrainingSet, images: Sequence[int]) -> TrainingSet:
+    """The set of some images, by their numbers, in this order. Raises ValueError for none."""
+    if not images:
+        raise ValueError("a training set needs at least one image")
+    rows = torch.tensor(list(images), dtype=torch.int64, device="cpu")
+    views = data.latents.views
+
+    def samples(chosen: Tensor) -> Tensor:
+        return rows[torch.div(chosen, views, rounding_mode="floor")] * views + chosen % views
+
+    latents = data.latents._replace(
+        fetch=lambda chosen: data.latents.fetch(samples(chosen)),
+        buckets=tuple(data.latents.buckets[row] for row in images),
+    )
+    text = data.text._replace(fetch=lambda chosen: data.text.fetch(rows[chosen]))
+    return TrainingSet(latents, text, lambda chosen: data.extra(samples(chosen)))

@@ -37,7 +37,10 @@ def test_references_of_pairs_are_computed_with_the_same_attention():
 
 
 def test_every_objective_of_the_transformer_takes_attend():
-    """So that an objective that is added later cannot lack it: `draft_loss` takes a velocity, `vae_loss` has none."""
+    """So that an objective that is added later cannot lack it: `draft_loss` takes a velocity, `vae_loss` has none; what
+    is made of `flow_loss` passes its options on."""
     losses = {name: getattr(objectives, name) for name in objectives.__all__ if name.endswith("_loss")}
-    without = {name for name, make in losses.items() if "attend" not in inspect.signature(make).parameters}
-    assert without == {"draft_loss", "vae_loss"} and set(MAKERS) == {*losses} - {"vae_loss"}
+    of_flow = {name for name, make in losses.items() if "options" in inspect.signature(make).parameters}
+    without = {name for name, make in losses.items() if "attend" not in inspect.signature(make).parameters} - of_flow
+    assert of_flow == {"controlnet_loss", "inversion_loss", "prior_loss"}
+    assert without == {"draft_loss", "vae_loss"} and set(MAKERS) == {*losses} - {"vae_loss"} - of_flow

@@ -1,0 +1,166 @@
+"""What a run of the flow loss trains: the transformer (and text encoders), a LoRA, a ControlNet or a word's vectors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from functional_sd3 import lora
+from functional_sd3.core import prng, tree
+from functional_sd3.core import spec as specs
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.layouts.components import SPECS, require
+from functional_sd3.text import textual_inversion
+from functional_sd3.text.textual_inversion import Word
+from functional_sd3.training import objectives
+from functional_sd3.transformer import controlnet
+from functional_sd3.weights.model import Model
+
+Objective = Callable[..., objectives.Loss]
+"""`objectives.flow_loss`, or one that takes its options: `prior_loss` with its own given."""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A new word: what is typed, the text that it starts from, its vectors, and the encoders that get them."""
+
+    token: str
+    initial: str
+    vectors: int = 1
+    encoders: tuple[str, ...] = ("clip_l", "clip_g")
+
+
+class FlowLearner(NamedTuple):
+    """Trained parameters at the start, and the functions that make a loss and a model of them.
+
+    params, spec: of what is trained. loss: objective, its options -> loss of `params`. model: params -> the whole
+    model, as it draws. trained: names of the trained components, empty where the result is no model. has_encoders:
+    whether a batch is of ids, since the conditioning depends on `params`.
+    """
+
+    params: Params
+    spec: Tree
+    loss: Callable[..., objectives.Loss]
+    model: Callable[[Params], Model]
+    trained: tuple[str, ...] = ()
+    has_encoders: bool = False
+
+
+def components(key: Key, model: Model, names: Sequence[str], scratch: bool) -> FlowLearner:
+    """Learner of whole components, the transformer and any encoders; scratch: fresh parameters."""
+    spec = {name: SPECS[name](getattr(model.config, name)) for name in names}
+    frozen = {name: tensors for name, tensors in model.params.items() if name not in names}
+
+    def loss(objective: Objective, **options) -> objectives.Loss:
+        return objective(model.config, **options)
+
+    def whole(learned: Params) -> Model:
+        return model._replace(params=in_order({**frozen, **learned}))
+
+    params = initial_params(key, model, names, scratch)
+    return FlowLearner(params, spec, loss, whole, tuple(names), len(names) > 1)
+
+
+def adapter(key: Key, model: Model, rank: int, names: Sequence[str]) -> FlowLearner:
+    """Learner of a fresh LoRA of the attentions of these components."""
+    # The frozen base stays out of the state: it needs no average and no copy in checkpoints.
+    spec = {name: SPECS[name](getattr(model.config, name)) for name in names}
+    spec = lora.spec(spec, rank, [f"{name}.blocks.*attention*" for name in names])
+
+    def loss(objective: Objective, **options) -> objectives.Loss:
+        own = objective(model.config, **options)
+        return lambda learned, batch, keys: own(lora.apply(model.params, learned, lazy=True), batch, keys)
+
+    params = specs.init(key, spec, device=_device(model))
+    merged = lambda learned: model._replace(params=lora.apply(model.params, learned))  # noqa: E731
+    return FlowLearner(params, spec, loss, merged, has_encoders=len(names) > 1)
+
+
+def control_config(model: Model, kind: str, depth: int | None = None) -> controlnet.Config:
+    """Config of a ControlNet of joint blocks like the transformer's first `depth`, by default half of them.
+
+    Raises ValueError for a depth that is not from 1 to one block less than the transformer has: its last one differs.
+    """
+    sizes = require(model.config, "transformer")
+    depth = max(1, sizes.depth // 2) if depth is None else depth
+    if not 1 <= depth < sizes.depth:
+        raise ValueError(
+            f"a ControlNet of {depth} blocks cannot be copied from a transformer of {sizes.depth}: give 1 to "
+            f"{sizes.depth - 1}, as its last block has no context to go on with"
+        )
+    names = ("heads", "head_dim", "patch_size", "in_channels", "context_width", "pooled_width", "position_size",
+             "sample_size", "qk_norm")  # fmt: skip
+    return controlnet.Config(
+        depth=depth,
+        dual_attention_layers=tuple(index for index in sizes.dual_attention_layers if index < depth),
+        kind=kind,
+        **{name: getattr(sizes, name) for name in names},
+    )
+
+
+def control(key: Key, model: Model, net: controlnet.Config) -> FlowLearner:
+    """Learner of a ControlNet copied from the transformer, its new layers zero (`controlnet.from_transformer`)."""
+    params = controlnet.from_transformer(
+        key, net, tree.cast(model.params["transformer"], torch.float32), require(model.config, "transformer")
+    )
+
+    def loss(objective: Objective, **options) -> objectives.Loss:
+        own = objectives.controlnet_loss(model.config, net, objective=objective, **options)
+        transformer = {"transformer": model.params["transformer"]}
+        return lambda learned, batch, keys: own({**transformer, **learned}, batch, keys)
+
+    return FlowLearner({"controlnet": params}, {"controlnet": controlnet.spec(net)}, loss, lambda learned: model)
+
+
+def word(model: Model, inversion: Inversion) -> FlowLearner:
+    """Learner of the vectors of a new word, started from the embeddings of another.
+
+    Raises ValueError where the word is a token already, its encoders are absent, or nothing is known to start from.
+    """
+    absent = [name for name in inversion.encoders if name not in model.params]
+    if absent:
+        raise ValueError(f"the model has no {' and no '.join(absent)} to learn {inversion.token!r} in")
+    start = textual_inversion.initial_vectors(
+        model.params, model.tokenizers, inversion.initial, inversion.encoders, inversion.vectors
+    )
+    first = textual_inversion.first_ids(model.tokenizers, inversion.encoders)
+
+    def with_word(learned: Params) -> Model:
+        added = textual_inversion.add(
+            model.params, model.config, model.tokenizers, Word(inversion.token, learned["word"])
+        )
+        return model._replace(**added._asdict())
+
+    extended = with_word({"word": start})
+
+    def loss(objective: Objective, **options) -> objectives.Loss:
+        # Without the autoencoder, which no loss reads.
+        read = {name: part for name, part in model.params.items() if name not in ("vae", "taesd")}
+        own = objectives.inversion_loss(extended.config, read, first, objective=objective, **options)
+        return lambda learned, batch, keys: own(learned["word"], batch, keys)
+
+    spec = {name: Param(tuple(leaf.shape), specs.zeros, ("vocab", "width")) for name, leaf in start.items()}
+    return FlowLearner({"word": start}, {"word": spec}, loss, with_word, has_encoders=True)
+
+
+def initial_params(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:
+    """The model's parameters of these components, or fresh ones."""
+    if not scratch:
+        return {name: model.params[name] for name in names}
+    device = _device(model)
+    described = {name: SPECS[name](getattr(model.config, name)) for name in names}
+    keys = prng.split(key, len(names))
+    return {
+        name: specs.init(name_key, described[name], device=device) for name_key, name in zip(keys, names, strict=True)
+    }
+
+
+def in_order(params: dict[str, Params]) -> dict[str, Params]:
+    """Components in the order of `SPECS`."""
+    return {name: params[name] for name in SPECS if name in params}
+
+
+def _device(model: Model):
+    return tree.leaves(model.params)[0].device
