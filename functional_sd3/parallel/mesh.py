@@ -56,10 +56,6 @@ class Mesh:
         return self.groups[longer]
 
 
-ONE_PROCESS = Mesh(dict.fromkeys(AXES, 1))
-"""The mesh of a process that computes alone."""
-
-
 def init(sizes: Mapping[str, int] | None = None) -> Mesh:
     """The mesh of these sizes, axes left out having size 1; every process calls it, once a mesh.
 

@@ -28,12 +28,12 @@ def split(image: Tensor, mesh: Mesh) -> Tensor:
 
     Raises ValueError for fewer tokens than processes.
     """
-    return own(enter(image, mesh.group("sequence")), mesh)
-
-
-def own(image: Tensor, mesh: Mesh) -> Tensor:
-    """`split` of an image that is computed of what passed through `replicated.enter`."""
     group = mesh.group("sequence")
+    return own(enter(image, group), group)
+
+
+def own(image: Tensor, group: Group) -> Tensor:
+    """`split` of an image that is computed of what passed through `replicated.enter`."""
     return image if group is None else own_part(image, group, 1, token_sizes(image.shape[1], group))
 
 
@@ -48,9 +48,8 @@ def token_sizes(tokens: int, group: Group) -> tuple[int, ...]:
     return part_sizes(tokens, group)
 
 
-def whole(image: Tensor, mesh: Mesh, tokens: int) -> Tensor:
+def whole(image: Tensor, group: Group, tokens: int) -> Tensor:
     """The image (batch, tokens, ...) of all processes' tokens, on all of them."""
-    group = mesh.group("sequence")
     return image if group is None else join(image, group, 1, token_sizes(tokens, group))
 
 
@@ -78,10 +77,9 @@ class SequenceAttention:
 
 
 def attention(
-    mesh: Mesh, tokens: int, attend: Attend | None = None, implementation: Implementation = "sdpa"
+    group: Group, tokens: int, attend: Attend | None = None, implementation: Implementation = "sdpa"
 ) -> SequenceAttention:
     """Attention of an image of `tokens` divided by `split`: by Ulysses where the heads divide, else gathered."""
-    group = mesh.group("sequence")
     return SequenceAttention(group, token_sizes(tokens, group), attend, implementation)
 
 

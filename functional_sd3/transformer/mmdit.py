@@ -18,9 +18,10 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, identity_attention
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import sequence
-from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.mesh import Mesh
 from functional_sd3.parallel.replicated import enter
 from functional_sd3.parallel.tensor import check_heads, linear_joined
+from functional_sd3.parallel.transport import Group, group_size
 from functional_sd3.transformer import embeddings, joint_block
 from functional_sd3.transformer.checks import check_latents, check_shape
 from functional_sd3.transformer.embeddings import TIME_FREQUENCIES, embed_condition, embedder_spec, position_spec
@@ -176,9 +177,9 @@ def apply(
     attending = attend if isinstance(attend, Mapping) else dict.fromkeys(range(config.depth), attend) if attend else {}
     check_latents("latents", latents, config.in_channels, config.patch_size)
     _check_layers(config, skip_layers=skip_layers, perturbed_layers=perturbed_layers, attend=attending)
-    mesh = mesh or ONE_PROCESS
-    check_heads(config.heads, mesh.size("tensor"))
-    group = mesh.group("sequence")
+    # Without a mesh nothing of it is run: a compiler follows these lines.
+    group, tensor_group = (None, None) if mesh is None else (mesh.group("sequence"), mesh.group("tensor"))
+    check_heads(config.heads, group_size(tensor_group))
     if group is not None:
         params, latents, context, modulations, interval, residuals, image_prompt = (
             enter(value, group) for value in (params, latents, context, modulations, interval, residuals, image_prompt)
@@ -187,7 +188,9 @@ def apply(
     params = computation.materialize_rest(params, materialize)
     batch, dtype = latents.shape[0], params["patch"]["weight"].dtype
     context = embed_context(params, config.context_width, context, batch, dtype)
-    conditions = partial(_conditions, params, config, mesh=mesh, interval=interval, time_difference=time_difference)
+    conditions = partial(
+        _conditions, params, config, tensor_group=tensor_group, interval=interval, time_difference=time_difference
+    )
     modulation = resolve_modulations(modulations, conditions, t, pooled, batch)
     if image_prompt and len(image_prompt) != config.depth:
         raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
@@ -196,12 +199,12 @@ def apply(
     for residual in residuals:
         check_shape("residuals", residual, "(batch, tokens, width)", (batch, height * width, config.width))
 
-    image = sequence.own(embed_image(params, config, latents.to(dtype)), mesh)
-    attention_of = partial(sequence.attention, mesh, height * width)
+    image = sequence.own(embed_image(params, config, latents.to(dtype)), group)
+    attention_of = partial(sequence.attention, group, height * width)
     for index, (block, block_modulation) in enumerate(zip(params["blocks"], modulation["blocks"], strict=True)):
         if index not in skip_layers:
             options: dict[str, Any] = {"image_prompt": image_prompt[index]} if image_prompt else {}
-            options |= {"tensor_group": mesh.group("tensor")} if mesh.size("tensor") > 1 else {}
+            options |= {} if tensor_group is None else {"tensor_group": tensor_group}
             if index in perturbed_layers:
                 options["attend"] = partial(perturbation, size=(height, width), implementation=implementation)
             elif index in attending:
@@ -214,10 +217,10 @@ def apply(
             image, context = streams["image"], streams["context"]
         if residuals and (residual_after_last or index < config.depth - 1):
             residual = residuals[residual_index(index, config.depth, len(residuals))]
-            image = image + sequence.own(residual, mesh).to(dtype)
+            image = image + sequence.own(residual, group).to(dtype)
     shift, scale = joint_block.split_modulation(modulation["final"], config.width)
     patches = layers.linear(params["final"]["out"], layers.modulate(joint_block.norm(image), shift, scale))
-    patches = sequence.whole(patches, mesh, height * width)
+    patches = sequence.whole(patches, group, height * width)
     return unpatchify(patches, config, height, width).to(latents.dtype)
 
 
@@ -256,7 +259,7 @@ def modulations(
     A third of the parameters is used only here, so during a run they need not stay on the device. materialize, mesh: as
     of `apply`.
     """
-    group = (mesh or ONE_PROCESS).group("tensor")
+    group = None if mesh is None else mesh.group("tensor")
     params = computation.materialize_rest(params, materialize)
     condition = embed_condition(params, config.pooled_width, t, pooled, interval)
     blocks = map(materialize, params["blocks"]) if materialize else params["blocks"]
@@ -271,10 +274,12 @@ def at(modulations: Tree, step: int) -> Tree:
     return tree.map(lambda leaf: leaf[step], modulations)
 
 
-def _conditions(params: Params, config: Config, t: Tensor, pooled: Tensor, *, mesh: Mesh, **options: Any) -> Tree:
+def _conditions(
+    params: Params, config: Config, t: Tensor, pooled: Tensor, *, tensor_group: Group, **options: Any
+) -> Tree:
     """The conditioning vector of every block, which makes its own modulations of it, and the final modulation."""
     condition = embed_condition(params, config.pooled_width, t, pooled, **options)
-    final = linear_joined(params["final"]["modulation"], condition, mesh.group("tensor"))
+    final = linear_joined(params["final"]["modulation"], condition, tensor_group)
     return {"blocks": [condition] * config.depth, "final": final}
 
 
