@@ -51,6 +51,7 @@ from functional_sd3.metrics import preprocess as preprocess
 from functional_sd3.metrics import similarity as similarity
 from functional_sd3.parallel import collectives as collectives
 from functional_sd3.parallel import mesh as mesh
+from functional_sd3.parallel import sharding as sharding
 from functional_sd3.recipes import shapes as shapes
 from functional_sd3.recipes.shapes import prompts as prompts
 from functional_sd3.text import bpe as bpe

@@ -50,6 +50,31 @@ ERFINV_TAILS = (
 )
 
 
+class Part(tuple[int, ...]):
+    """The shape of a part of a draw: `size` indices from `start` on of dimension `dim` of the shape `whole`.
+
+    `normal(key, Part(whole, dim, start, size))` is `normal(key, whole).narrow(dim, start, size)`, bit for bit, of which
+    only this part is computed; likewise every other draw.
+    """
+
+    whole: tuple[int, ...]
+    dim: int
+    start: int
+
+    def __new__(cls, whole: Sequence[int], dim: int, start: int, size: int) -> "Part":
+        part = super().__new__(cls, (*whole[:dim], size, *whole[dim + 1 :]))
+        part.whole, part.dim, part.start = tuple(whole), dim, start
+        return part
+
+    def counters(self, device: torch.device) -> Tensor:
+        """Positions of its elements in the whole, int64 (elements,)."""
+        inner = math.prod(self.whole[self.dim + 1 :])
+        first, last = self.start * inner, (self.start + self[self.dim]) * inner
+        outer = torch.arange(math.prod(self.whole[: self.dim]), device=device, dtype=torch.int64)
+        rows = torch.arange(first, last, device=device, dtype=torch.int64)
+        return (outer[:, None] * (inner * self.whole[self.dim]) + rows).reshape(-1)
+
+
 def key(seed: int | Tensor, *, device: torch.device | str | None = None) -> Key:
     """The key of a seed: int64 (2,), or (..., 2) for an integer tensor (...), on `device`: the CPU by default.
 
@@ -234,7 +259,7 @@ def permutation(key: Key, x: int | Tensor) -> Tensor:
 
 
 def _shape(shape: Shape) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+    return (shape,) if isinstance(shape, int) else shape if isinstance(shape, Part) else tuple(shape)
 
 
 def _check_floating(dtype: torch.dtype) -> None:
@@ -274,11 +299,14 @@ def _bits(key: Key, shape: tuple[int, ...]) -> Tensor:
 def _draw(key: Key, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The two words of the cipher of the counters 0, 1, 2, ...: each (..., *shape)."""
     check_key(key)
-    batch, size = key.shape[:-1], math.prod(shape)
+    batch, whole = key.shape[:-1], shape.whole if isinstance(shape, Part) else shape
+    size = math.prod(whole)
+    counter = shape.counters(key.device) if isinstance(shape, Part) else None
     if size <= 2**31:
-        high, low = None, torch.arange(size, device=key.device, dtype=torch.int32)
+        high = None
+        low = torch.arange(size, device=key.device, dtype=torch.int32) if counter is None else counter.to(torch.int32)
     else:
-        counter = torch.arange(size, device=key.device, dtype=torch.int64)
+        counter = torch.arange(size, device=key.device, dtype=torch.int64) if counter is None else counter
         high, low = (counter >> 32).to(torch.int32), counter.to(torch.int32)
     words = key.to(torch.int32)
     first, second = threefry(words[..., 0, None], words[..., 1, None], low, high)

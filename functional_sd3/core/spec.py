@@ -17,6 +17,17 @@ from functional_sd3.core.types import Key, Params, Tree
 Initializer = Callable[[Key, tuple[int, ...]], Tensor]
 
 
+@dataclass(frozen=True)
+class Elementwise:
+    """An initialiser whose elements depend on the key and their position alone, so that a part of a leaf can be drawn
+    without the rest (`prng.Part`)."""
+
+    draw: Initializer
+
+    def __call__(self, key: Key, shape: tuple[int, ...]) -> Tensor:
+        return self.draw(key, shape)
+
+
 AXES = {
     "width": "features of the stream of tokens that a network's blocks add to",
     "heads": "attention heads one after another: head_dim features of each, or one number of each",
@@ -65,11 +76,13 @@ class Param:
             raise ValueError(f"axes {self.axes} must name each of the {len(self.shape)} dimensions of {self.shape}")
 
 
+@Elementwise
 def zeros(key: Key, shape: tuple[int, ...]) -> Tensor:
     """Every element 0; the key is not used."""
     return torch.zeros(shape, device=key.device, dtype=torch.float32)
 
 
+@Elementwise
 def ones(key: Key, shape: tuple[int, ...]) -> Tensor:
     """Every element 1; the key is not used."""
     return torch.ones(shape, device=key.device, dtype=torch.float32)
@@ -77,24 +90,24 @@ def ones(key: Key, shape: tuple[int, ...]) -> Tensor:
 
 def constant(value: float) -> Initializer:
     """Every element `value`."""
-    return lambda key, shape: torch.full(shape, value, dtype=torch.float32, device=key.device)
+    return Elementwise(lambda key, shape: torch.full(shape, value, dtype=torch.float32, device=key.device))
 
 
 def normal(scale: float) -> Initializer:
     """Gaussian with standard deviation `scale`."""
-    return lambda key, shape: scale * prng.normal(key, shape)
+    return Elementwise(lambda key, shape: scale * prng.normal(key, shape))
 
 
 def fan_in_uniform(fan_in: int) -> Initializer:
     """Uniform in +-1/sqrt(fan_in): PyTorch's own default for linear and convolution weights and biases."""
     bound = 1.0 / math.sqrt(fan_in)
-    return lambda key, shape: bound * (2.0 * prng.uniform(key, shape) - 1.0)
+    return Elementwise(lambda key, shape: bound * (2.0 * prng.uniform(key, shape) - 1.0))
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
     """Uniform with variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010, equation 16)."""
     bound = math.sqrt(6.0 / (fan_in + fan_out))
-    return lambda key, shape: bound * (2.0 * prng.uniform(key, shape) - 1.0)
+    return Elementwise(lambda key, shape: bound * (2.0 * prng.uniform(key, shape) - 1.0))
 
 
 def map_params(fn: Callable[[str, Param], Any], spec: Tree, path: str = "") -> Tree:
@@ -123,9 +136,14 @@ def init(key: Key, spec: Tree, *, dtype: torch.dtype = torch.float32, device: to
     """Initial parameters of a spec, each leaf from a separate key; `device="meta"` allocates nothing."""
     if torch.device(device).type == "meta":
         return map_params(lambda path, param: torch.empty(param.shape, dtype=dtype, device="meta"), spec)
-    order = {path: index for index, path in enumerate(paths(spec))}
-    keys = prng.split(key.to(device), max(len(order), 1))
-    return map_params(lambda path, param: param.init(keys[order[path]], param.shape).to(dtype), spec)
+    keys = leaf_keys(key.to(device), spec)
+    return map_params(lambda path, param: param.init(keys[path], param.shape).to(dtype), spec)
+
+
+def leaf_keys(key: Key, spec: Tree) -> dict[str, Key]:
+    """The key of each leaf, by path, from which `init` draws it."""
+    names = list(paths(spec))
+    return dict(zip(names, prng.split(key, max(len(names), 1)), strict=False))
 
 
 def check(spec: Tree, tensors: dict[str, Any]) -> list[str]:

@@ -26,30 +26,43 @@ Sizes = Sequence[int] | None
 
 
 def all_gather(
-    x: Tensor, group: Group, dim: int = 0, *, sizes: Sizes = None, dtype: torch.dtype | None = None
+    x: Tensor,
+    group: Group,
+    dim: int = 0,
+    *,
+    sizes: Sizes = None,
+    dtype: torch.dtype | None = None,
+    reduce: torch.dtype = torch.float32,
 ) -> Tensor:
     """The processes' tensors joined along `dim`, in the order of the group; its transpose is `reduce_scatter`.
 
     sizes: of `dim` on each process, where they differ. dtype: what is sent and returned, such as bfloat16 for float32
-    parameters; cotangents, sent in their own dtype, are then summed in the dtype of x. Any dtype, bool included.
+    parameters; cotangents, sent in their own dtype, are added in the dtype `reduce` at least and returned in that of x.
+    Any dtype, bool included.
     """
     dim, sizes = _dim(x, dim), _own_sizes(x, group, dim, sizes)
     dtype = dtype or x.dtype
-    return x.to(dtype) if group_size(group) == 1 else _AllGather.apply(x, group, dim, sizes, dtype)
+    return x.to(dtype) if group_size(group) == 1 else _AllGather.apply(x, group, dim, sizes, reduce, dtype)
 
 
 def reduce_scatter(
-    x: Tensor, group: Group, dim: int = 0, *, sizes: Sizes = None, dtype: torch.dtype | None = None
+    x: Tensor,
+    group: Group,
+    dim: int = 0,
+    *,
+    sizes: Sizes = None,
+    dtype: torch.dtype | None = None,
+    reduce: torch.dtype = torch.float32,
 ) -> Tensor:
     """This process's part along `dim` of the sum of the processes' tensors; its transpose is `all_gather`.
 
-    sizes: of the parts, where they are not equal. dtype: in which the sum is taken and returned. Summed in the order of
-    the processes, in at least float32. Raises ValueError for bool tensors, and where `dim` does not divide.
+    sizes: of the parts, where they are not equal. dtype: of the result. Added in the order of the processes, in the
+    dtype `reduce` at least. Raises ValueError for bool tensors, and where `dim` does not divide.
     """
     _check_summed(x)
     dim = _dim(x, dim)
     sizes, dtype = _part_sizes(x, group, dim, sizes), dtype or x.dtype
-    return x.to(dtype) if group_size(group) == 1 else _ReduceScatter.apply(x, group, dim, sizes, dtype)
+    return x.to(dtype) if group_size(group) == 1 else _ReduceScatter.apply(x, group, dim, sizes, reduce, dtype)
 
 
 def all_to_all(
@@ -98,7 +111,9 @@ def broadcast_from(x: Tensor, group: Group, source: int = 0) -> Tensor:
 
 class _AllGather(Function):
     @staticmethod
-    def forward(x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def forward(
+        x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], reduce: torch.dtype, dtype: torch.dtype
+    ) -> Tensor:
         return transport.gather(x.to(dtype), group, dim, sizes)
 
     @staticmethod
@@ -109,7 +124,7 @@ class _AllGather(Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _ReduceScatter.apply(cotangent, *ctx.options, ctx.source_dtype), None, None, None, None
+        return _ReduceScatter.apply(cotangent, *ctx.options, ctx.source_dtype), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
@@ -122,10 +137,10 @@ class _AllGather(Function):
 
 class _ReduceScatter(Function):
     @staticmethod
-    def forward(x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        parts = x.split(list(sizes), dim)
-        received = transport.exchange(parts, group, [tuple(parts[group_index(group)].shape)] * len(parts))
-        return transport.ordered_sum(received, dtype)
+    def forward(
+        x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], reduce: torch.dtype, dtype: torch.dtype
+    ) -> Tensor:
+        return transport.ordered_sum(transport.scatter(x, group, dim, sizes), dtype, reduce)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -135,7 +150,7 @@ class _ReduceScatter(Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        return _AllGather.apply(cotangent, *ctx.options, ctx.source_dtype), None, None, None, None
+        return _AllGather.apply(cotangent, *ctx.options, ctx.source_dtype), None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Any:
@@ -155,7 +170,8 @@ class _AllToAll(Function):
         shape = parts[group_index(group)].shape
         # Of one dimension that is both, the parts are equal.
         shapes = [(*shape[:join], size if join != split else shape[join], *shape[join + 1 :]) for size in joins]
-        return torch.cat(transport.exchange(parts, group, shapes), join)
+        flat, counts = torch.cat([part.reshape(-1) for part in parts]), [part.numel() for part in parts]
+        return torch.cat(transport.exchange(flat, counts, group, shapes), join)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

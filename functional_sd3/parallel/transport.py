@@ -47,14 +47,24 @@ def gather(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Tensor:
     return whole.movedim(0, dim)
 
 
-def exchange(parts: Sequence[Tensor], group: Group, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-    """All-to-all: `parts[i]` goes to process i; what comes from process i has the shape `shapes[i]`."""
-    dtype, width = parts[0].dtype, parts[0].element_size()
-    sent = torch.cat([_to_bytes(part.contiguous()) for part in parts])
-    counts = [_numel(shape) * width for shape in shapes]
-    received = sent.new_empty(sum(counts))
-    dist.all_to_all_single(received, sent, counts, [part.numel() * width for part in parts], group=group)
-    return [_from_bytes(part, dtype, shape) for part, shape in zip(received.split(counts), shapes, strict=True)]
+def exchange(flat: Tensor, counts: Sequence[int], group: Group, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """All-to-all: part i of flat (elements,), of `counts[i]` elements, goes to process i; what comes from process i has
+    the shape `shapes[i]`."""
+    width = flat.element_size()
+    received_counts = [_numel(shape) * width for shape in shapes]
+    sent = _to_bytes(flat)
+    received = sent.new_empty(sum(received_counts))
+    dist.all_to_all_single(received, sent, received_counts, [count * width for count in counts], group=group)
+    parts = received.split(received_counts)
+    return [_from_bytes(part, flat.dtype, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def scatter(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> list[Tensor]:
+    """The parts along `dim`, of size `sizes[own index]`, of the tensors of all processes. No copy for dimension 0."""
+    moved = x.movedim(dim, 0).contiguous()
+    shape = (sizes[group_index(group)], *moved.shape[1:])
+    counts = [size * _numel(shape[1:]) for size in sizes]
+    return [part.movedim(0, dim) for part in exchange(moved.view(-1), counts, group, [shape] * len(sizes))]
 
 
 def total(x: Tensor, group: Group) -> Tensor:
@@ -66,14 +76,16 @@ def total(x: Tensor, group: Group) -> Tensor:
     size = -(-flat.numel() // count)
     if size * count != flat.numel():
         flat = torch.cat([flat, flat.new_zeros(size * count - flat.numel())])
-    part = ordered_sum(exchange(flat.split(size), group, [(size,)] * count), x.dtype)
+    part = ordered_sum(exchange(flat.contiguous(), [size] * count, group, [(size,)] * count), x.dtype)
     return gather(part, group, 0, [size] * count)[: x.numel()].view(x.shape)
 
 
-def ordered_sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """((parts[0] + parts[1]) + ...) in `dtype`; dtypes narrower than 32 bits are added in float32 and rounded once."""
-    narrow = dtype.is_floating_point and dtype.itemsize < 4
-    wide = torch.float32 if narrow else dtype
+def ordered_sum(parts: Sequence[Tensor], dtype: torch.dtype, reduce: torch.dtype = torch.float32) -> Tensor:
+    """((parts[0] + parts[1]) + ...), added in `reduce` if it is wider than the parts, and rounded once to `dtype`."""
+    wide = parts[0].dtype
+    if wide.is_floating_point:
+        # Of float8 PyTorch knows neither sums nor what is wider.
+        wide = reduce if wide.itemsize == 1 else torch.promote_types(wide, reduce)
     result = parts[0].to(wide, copy=len(parts) > 1)
     for part in parts[1:]:
         result += part.to(wide)

@@ -1,0 +1,271 @@
+"""Parameters sharded over the mesh axis "fsdp": layouts, shards, gathered blocks, gradients and their norm.
+
+Zhao et al. 2023, "PyTorch FSDP: experiences on scaling fully sharded data parallel" (arXiv:2304.11277), as functions of
+trees of plain tensors: each process has a part of every parameter, of its moments and averages, and gathers one block's
+parameters at a time, inside the function that is rematerialised, so that the backward pass gathers them again. With
+the axis "data" longer than 1 too it is their hybrid sharding (HSDP).
+
+    layout = sharding.layout(spec, mesh)
+    params = sharding.init(key, spec, layout, mesh)
+    gather = sharding.materialize(layout, mesh)
+    velocity = mmdit.apply(params, config, x, t, context, pooled, materialize=gather, block_transform=transform.remat)
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import leafwise, prng, tree
+from functional_sd3.core import spec as specs
+from functional_sd3.core.spec import Elementwise, Param
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel import collectives, transport
+from functional_sd3.parallel.mesh import BATCH_AXES, Mesh
+
+AXIS = "fsdp"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Shape of a whole leaf, and the dimension along which it is divided over "fsdp"; None: whole everywhere."""
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+
+    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """Shape of this process's part."""
+        return self.shape if self.dim is None else tuple(self.part(mesh))
+
+    def part(self, mesh: Mesh) -> prng.Part:
+        """Which part of the whole this process has."""
+        assert self.dim is not None
+        size = self.shape[self.dim] // mesh.size(AXIS)
+        return prng.Part(self.shape, self.dim, mesh.index(AXIS) * size, size)
+
+
+Layout = Tree
+"""A tree of `Placement`, like the parameters."""
+
+
+def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None) -> Layout:
+    """Where each leaf of a spec is divided: by the rules, else along its first axis that divides, else nowhere.
+
+    rules: logical axis (`spec.AXES`) -> mesh axis, which is "fsdp": along which axis leaves that have it are divided
+    first. What else divides parameters (`tensor.part_spec`) is in the spec. Raises ValueError for another mesh axis.
+    """
+    rules = dict(rules or {})
+    if others := sorted(set(rules.values()) - {AXIS}):
+        raise ValueError(f"rules divide parameters over {others}; a layout divides them over {AXIS!r} alone")
+    count = mesh.size(AXIS)
+
+    def place(path: str, param: Param) -> Placement:
+        fitting = [dim for dim, size in enumerate(param.shape) if size % count == 0 and size >= count]
+        preferred = [dim for dim in fitting if param.axes[dim] in rules]
+        return Placement(param.shape, next(iter(preferred or fitting), None) if count > 1 else None)
+
+    return specs.map_params(place, spec)
+
+
+def shard(params: Params, layout: Layout, mesh: Mesh) -> Params:
+    """This process's part of whole parameters: copies, so that the whole can be freed."""
+    return tree.map(lambda leaf, placement: _own(leaf, placement, mesh), params, layout)
+
+
+def whole(params: Params, layout: Layout, mesh: Mesh) -> Params:
+    """The whole parameters, on every process; all of them call it."""
+    group = mesh.group(AXIS)
+
+    def join(leaf: Tensor, placement: Placement) -> Tensor:
+        return leaf if placement.dim is None else collectives.all_gather(leaf, group, placement.dim)
+
+    return tree.map(join, params, layout)
+
+
+def init(
+    key: Key,
+    spec: Tree,
+    layout: Layout,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Params:
+    """This process's part of `spec.init(key, spec)`, bit for bit.
+
+    Only this part is drawn, since a draw's element i depends on the key and i alone; leaves whose initialiser is no
+    `spec.Elementwise` are made whole, one at a time, and cut.
+    """
+    keys = specs.leaf_keys(key.to(device), spec)
+    placements = tree.flatten_paths(layout)
+
+    def draw(path: str, param: Param) -> Tensor:
+        placement = placements[path]
+        if placement.dim is not None and isinstance(param.init, Elementwise):
+            return param.init(keys[path], placement.part(mesh)).to(dtype)
+        return _own(param.init(keys[path], param.shape).to(dtype), placement, mesh)
+
+    return specs.map_params(draw, spec)
+
+
+def materialize(
+    layout: Layout, mesh: Mesh, *, dtype: torch.dtype | None = None, reduce: torch.dtype = torch.float32
+) -> Callable[[Params], Params]:
+    """The function from one block's shards, or those of all that is in no block, to its whole parameters.
+
+    For `materialize=` of `mmdit.apply` and the other networks: leaves of one block are sent together. The gradient of
+    a sharded leaf is summed over "fsdp", in the order of the processes; that of a whole leaf is each process's own
+    (`sum_gradients`). dtype: in which 16- and 32-bit floats are sent and returned, None for their own; cotangents are
+    then sent in it too, and added in `reduce` at least. Leaves that the layout does not have, such as those of a LoRA,
+    stay as they are. Raises ValueError for a leaf of another shape than its part.
+    """
+    return _Gather(_by_relative_path(layout, mesh), mesh.group(AXIS), dtype, reduce)
+
+
+def sum_gradients(grads: Params, layout: Layout | None, mesh: Mesh) -> Params:
+    """The sums over all parts of the batch of gradients that each process has of its own part.
+
+    Those of sharded leaves are summed over "fsdp" already (`materialize`). layout: None for parameters that are whole
+    on every process; of leaves that it does not have, such as those of a LoRA, they are. Added in the order of the
+    processes and sent together.
+    """
+    placements = tree.flatten_paths(layout) if layout is not None else {}
+    groups: dict[tuple[torch.dtype, bool], list[str]] = defaultdict(list)
+    flat = tree.flatten_paths(grads)
+    for path, leaf in flat.items():
+        groups[leaf.dtype, _is_sharded(placements.get(path))].append(path)
+    summed: dict[str, Tensor] = {}
+    for (_, is_sharded), paths in groups.items():
+        group = mesh.group("data") if is_sharded else mesh.group(*BATCH_AXES)
+        if group is None:
+            summed |= {path: flat[path] for path in paths}
+        else:
+            for some in _buckets(paths, flat):
+                total = transport.total(torch.cat([flat[path].reshape(-1) for path in some]), group)
+                parts = total.split([flat[path].numel() for path in some])
+                summed |= {path: part.view(flat[path].shape) for path, part in zip(some, parts, strict=True)}
+    return tree.map_with_path(lambda path, leaf: summed[path], grads)
+
+
+def norm(grads: Params, layout: Layout | None, mesh: Mesh) -> Tensor:
+    """Global norm of summed gradients: sqrt of the sum of squares of all leaves of the whole, float32 ()."""
+    placements = tree.flatten_paths(layout) if layout is not None else {}
+    flat = tree.flatten_paths(grads)
+    shards = [leaf for path, leaf in flat.items() if _is_sharded(placements.get(path))]
+    if not shards or mesh.group(AXIS) is None:
+        return leafwise.global_norm(list(flat.values()))
+    others = [leaf for path, leaf in flat.items() if not _is_sharded(placements.get(path))]
+    squares = collectives.psum(leafwise.global_norm(shards).square(), mesh.group(AXIS))
+    return (squares + leafwise.global_norm(others).to(squares.device).square()).sqrt()
+
+
+def state_layout(state: Tree, layout: Layout, mesh: Mesh) -> Layout:
+    """The placements of the leaves of a training state: of its parameters, and of what has a leaf for each of them.
+
+    A leaf belongs to the parameter whose path its own ends with, where it has the shape of its part.
+    """
+    placements = tree.flatten_paths(layout)
+
+    def place(path: str, leaf: Tensor) -> Placement:
+        names = path.split(".")
+        for start in range(len(names)):
+            placement = placements.get(".".join(names[start:]))
+            if placement is not None and tuple(leaf.shape) == placement.local_shape(mesh):
+                return placement
+        return Placement(tuple(leaf.shape))
+
+    return tree.map_with_path(place, state)
+
+
+def _own(leaf: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
+    if placement.dim is None:
+        return leaf
+    part = placement.part(mesh)
+    return leaf.narrow(part.dim, part.start, part[part.dim]).clone(memory_format=torch.contiguous_format)
+
+
+def _is_sharded(placement: Placement | None) -> bool:
+    return placement is not None and placement.dim is not None
+
+
+# With slots, since transforms look for tensors in the attributes of what is called (`core.closures`): here are none.
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """`materialize`. placements: path within a block -> shape of the part -> placement."""
+
+    placements: "Placements"
+    group: transport.Group
+    dtype: torch.dtype | None
+    reduce: torch.dtype
+
+    def __call__(self, params: Params) -> Params:
+        flat = tree.flatten_paths(params)
+        sharded: dict[tuple[torch.dtype, torch.dtype], dict[str, int]] = defaultdict(dict)
+        gathered: dict[str, Tensor] = {}
+        for path, leaf in flat.items():
+            target = self.dtype if self.dtype and leaf.is_floating_point() and leaf.element_size() > 1 else leaf.dtype
+            dim = _dim(self.placements, path, leaf)
+            if dim is None or self.group is None:
+                gathered[path] = leaf.to(target)
+            else:
+                sharded[leaf.dtype, target][path] = dim
+        for (_, target), dims in sharded.items():
+            gathered |= self.together(flat, dims, target)
+        return tree.map_with_path(lambda path, leaf: gathered[path], params)
+
+    def together(self, flat: dict[str, Tensor], dims: dict[str, int], target: torch.dtype) -> dict[str, Tensor]:
+        """Whole leaves from shards of one dtype, sent as one tensor."""
+        moved = [flat[path].movedim(dim, 0) for path, dim in dims.items()]
+        sent = torch.cat([leaf.reshape(-1) for leaf in moved])[None]
+        received = collectives.all_gather(sent, self.group, 0, dtype=target, reduce=self.reduce)
+        parts = received.split([leaf.numel() for leaf in moved], 1)
+        return {
+            path: part.reshape(-1, *leaf.shape[1:]).movedim(0, dim)
+            for (path, dim), leaf, part in zip(dims.items(), moved, parts, strict=True)
+        }
+
+
+_BLOCK = re.compile(r"^(?:.*\.)?blocks\.\d+\.")
+
+Placements = dict[str, dict[tuple[int, ...], Placement]]
+
+
+def _by_relative_path(layout: Layout, mesh: Mesh) -> Placements:
+    """Path within its block -> shape of the part -> placement."""
+    placements: Placements = defaultdict(dict)
+    for path, placement in tree.flatten_paths(layout).items():
+        known, shape = placements[_BLOCK.sub("", path)], placement.local_shape(mesh)
+        if known.setdefault(shape, placement) != placement:
+            raise ValueError(
+                f"{path} has a part of shape {list(shape)}, as another block has at this path, but is divided otherwise"
+            )
+    return placements
+
+
+def _dim(placements: Placements, path: str, leaf: Tensor) -> int | None:
+    """The dimension along which a leaf is divided; None for one that is whole, or that the layout does not have."""
+    known = placements.get(path)
+    if known is None:
+        return None
+    if tuple(leaf.shape) not in known:
+        shapes = " or ".join(str(list(shape)) for shape in known)
+        raise ValueError(f"{path} has shape {list(leaf.shape)}; the part of this process has shape {shapes}")
+    return known[tuple(leaf.shape)].dim
+
+
+_BUCKET = 1 << 25
+"""Elements that are summed at once: few messages, and a bounded copy."""
+
+
+def _buckets(paths: list[str], flat: dict[str, Tensor]) -> Iterator[list[str]]:
+    some: list[str] = []
+    for path in chain(paths, [None]):
+        if some and (path is None or sum(flat[one].numel() for one in some) + flat[path].numel() > _BUCKET):
+            yield some
+            some = []
+        if path is not None:
+            some.append(path)
