@@ -88,6 +88,7 @@ def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | 
         lora=arguments.lora or 0,
         dtype=dtype,
         teacher_dtype=teacher_dtype or dtype,
+        rule=memory_options.update_rule(arguments),
         **{name: getattr(arguments, name) for name in distill_options.OWN},
     )
     try:

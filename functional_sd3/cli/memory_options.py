@@ -1,29 +1,81 @@
-"""Options of `train`, `reward` and `distill` that change the memory of a run and not what it computes."""
+"""Options of `train`, `reward` and `distill` for less memory: how blocks are computed and parameters are updated."""
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from functional_sd3.training.update_rule import UpdateRule
     from functional_sd3.weights.model import Model
 
-NAMES = ("remat",)
-"""The options, all of which a checkpoint keeps."""
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+"""Names of `training.update_rule.OPTIMIZERS`, known here without torch."""
+NAMES = ("remat", "optimizer")
+"""The options of every command, all of which a checkpoint keeps."""
 
 
 def add_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Options of `train`, `reward` and `distill`."""
     add = group.add_argument
     add("--remat", action="store_true", help="compute blocks again in the backward pass instead of keeping activations")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="adamw, adamw8bit (moments of one byte a number) or muon for matrices of blocks (default adamw)",
+    )
+
+
+def add_full_arguments(group: argparse._ArgumentGroup) -> None:
+    """Options of `train` alone."""
+    add = group.add_argument
+    learned = "of the parameters that learn; bfloat16 ones are rounded stochastically (default float32)"
+    add("--weights", choices=("float32", "bfloat16"), default="float32", help=learned)
+    add(
+        "--fused-update",
+        action="store_true",
+        help="update each parameter in the backward pass, so that gradients take no memory; without clipping",
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for an option that would have no effect, or none with another."""
+    """Raises ValueError for an option that would have no effect, or that another excludes."""
     if arguments.remat and getattr(arguments, "part", "transformer") == "vae":
         raise ValueError("--remat computes blocks of the transformer again: it belongs to --part transformer")
     if arguments.remat and getattr(arguments, "compile", False):
+        raise ValueError("--remat has no effect with --compile, whose compiler decides what it keeps: leave out one")
+
+
+def check_full(arguments: argparse.Namespace) -> None:
+    """`check`, of the options of `train` alone too."""
+    check(arguments)
+    if arguments.weights != "float32" and arguments.lora:
         raise ValueError(
-            "--remat has no effect with --compile, whose compiler decides itself what it keeps: leave out one"
+            f"--weights {arguments.weights} is of all parameters that learn; a LoRA's are few and stay float32, and "
+            "its base is computed in --dtype"
         )
+    if not arguments.fused_update:
+        return
+    for name, is_given in (
+        ("accumulate", arguments.accumulate > 1),
+        ("compile", arguments.compile),
+        ("optimizer muon", arguments.optimizer == "muon"),
+    ):
+        if is_given:
+            raise ValueError(
+                "--fused-update updates each parameter once its gradient is there, of the whole batch and alone: "
+                f"leave out --{name}"
+            )
+
+
+def update_rule(arguments: argparse.Namespace) -> "UpdateRule":
+    """How the command line has parameters updated."""
+    import torch
+
+    from functional_sd3.training.update_rule import UpdateRule
+
+    weights = getattr(torch, getattr(arguments, "weights", "float32"))
+    return UpdateRule(arguments.optimizer, weights, getattr(arguments, "fused_update", False))
 
 
 def with_computations(arguments: argparse.Namespace, model: "Model", trained: tuple[str, ...]) -> "Model":
@@ -31,7 +83,8 @@ def with_computations(arguments: argparse.Namespace, model: "Model", trained: tu
     from functional_sd3.core import transform
     from functional_sd3.core.computation import Computation
 
-    if not arguments.remat:
+    options: dict[str, Any] = {"block_transform": transform.remat} if arguments.remat else {}
+    if not options:
         return model
-    computations = {name: Computation(block_transform=transform.remat) for name in trained}
+    computations = {name: Computation(**options) for name in trained}
     return model._replace(config=replace(model.config, computations={**model.config.computations, **computations}))

@@ -95,6 +95,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
             at_once=arguments.at_once,
             rows=arguments.at_once,
             options=options,
+            rule=memory_options.update_rule(arguments),
         ),
         reward=_rewards(arguments, model),
         source=_source(arguments, prompts),

@@ -54,7 +54,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
-    memory_options.check(arguments)
+    memory_options.check_full(arguments)
     options.check_params(arguments.params)
     if arguments.data != "shapes":
         check_data(arguments.data)

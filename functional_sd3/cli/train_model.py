@@ -20,7 +20,8 @@ from functional_sd3.weights.model import Model
 def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, Model, torch.dtype | None]:
     """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
 
-    What learns is float32. The rest stays as it is stored, unless the device does not compute that well.
+    What learns is in --weights, float32 by default. The rest stays as it is stored, unless the device does not compute
+    that well.
     """
     device = runtime.device(arguments.device)
     stored = weights.load(source, dtype="stored", variant=arguments.variant)
@@ -29,16 +30,19 @@ def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, 
     names, dtype = trained(arguments, stored), None
     if arguments.part != "vae":
         dtype = _adapted_dtype(stored.params["transformer"], device) if arguments.lora else None
+    learned = getattr(torch, getattr(arguments, "weights", "float32"))
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
+    if learned != torch.float32:
+        dtype = dtype or learned
     used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
     params = {}
     for name in used:
         if name in names:
-            chosen = dtype or torch.float32 if arguments.lora else torch.float32
+            chosen = dtype or torch.float32 if arguments.lora else learned
         else:
             chosen = _computed_dtype(stored.params[name], device)
         params[name] = tree.to(tree.cast(stored.params[name], chosen) if chosen else stored.params[name], device)
-    return stored, stored._replace(params=params), None if dtype == torch.float32 else dtype
+    return stored, stored._replace(params=params), None if dtype == learned == torch.float32 else dtype
 
 
 def trained(arguments: argparse.Namespace, model: Model) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--compile", action="store_true", help="compile the step: minutes once, then faster")
     memory_options.add_arguments(group)
+    memory_options.add_full_arguments(group)
 
 
 def _add_record(group: argparse._ArgumentGroup) -> None:

@@ -48,6 +48,8 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     if arguments.part != "vae":
         # Before images are drawn and encoded, which takes minutes.
         check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
+    if arguments.fused_update:
+        say("note: with --fused-update gradients are not clipped, as no step has all of them at once")
     images = train_data.images(arguments, model, say)
     options = _options(arguments, dtype)
     ids = None if arguments.part == "vae" else train_data.tokens(model, images)
@@ -89,6 +91,7 @@ def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tasks.
         latent_noise=arguments.latent_noise,
         dtype=dtype,
         compile=arguments.compile,
+        rule=memory_options.update_rule(arguments),
     )
 
 

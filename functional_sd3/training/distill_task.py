@@ -15,7 +15,7 @@ from functional_sd3.layouts.components import Config, require
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import learner, loop, objectives, optim, step
+from functional_sd3.training import learner, loop, objectives, optim, step, update_rule
 from functional_sd3.training.distill_methods import METHODS, Settings, with_defaults
 from functional_sd3.training.fake_score import ScoreState, make_score_step
 from functional_sd3.training.objectives import points, policy, rcm
@@ -116,10 +116,7 @@ def distill_task(
     def update(loss: objectives.Loss, factor: float = 1.0, ema: float = settings.ema) -> tuple[Any, Any]:
         """The optimiser and the update of parameters by a loss of them, at `factor` times the learning rate."""
         rate = optim.warmup_constant(factor * settings.rate, settings.warmup)
-        is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
-        optimizer = optim.chain(
-            optim.clip_by_global_norm(settings.clip), optim.adamw(rate, b2=0.99, decay=settings.decay, mask=is_decayed)
-        )
+        optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=settings.decay, b2=0.99)
         return optimizer, step.make_train_step(
             loss, optimizer, trainable=learns.trainable, ema_decay=ema, accumulate=settings.accumulate, donate=True,
             rate=rate,

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from functional_sd3.training.reward_methods import METHODS, Options
+from functional_sd3.training.update_rule import UpdateRule
 
 NAMES = (*METHODS, "draft")
 """Names of all methods; "draft" alone differentiates the reward."""
@@ -19,7 +20,8 @@ class Settings:
     until that many groups have spread. weights, default_weight: as of `rewards.total`. rate, warmup, ema, decay, clip:
     as of `tasks.Settings`. updates: gradient steps a round. lora: rank of a LoRA that is trained instead of the
     transformer. draw_dtype: of the policy that draws; None: the parameters'. at_once: images drawn at once. rows:
-    points differentiated at once. spread: what advantages are divided by (`rewards.group_advantages`).
+    points differentiated at once. spread: what advantages are divided by (`rewards.group_advantages`). rule: the
+    optimiser.
     """
 
     method: str
@@ -41,6 +43,7 @@ class Settings:
     rows: int = 64
     spread: Literal["batch", "group", "none"] = "batch"
     options: Options = Options()
+    rule: UpdateRule = UpdateRule()
 
 
 def check(settings: Settings) -> None:

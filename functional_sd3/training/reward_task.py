@@ -11,7 +11,7 @@ from functional_sd3.core.types import Key, Params
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import copies, learner, optim, reward_rounds, reward_settings, rollouts, step
+from functional_sd3.training import copies, learner, optim, reward_rounds, reward_settings, rollouts, step, update_rule
 from functional_sd3.training.copies import PairState, Round
 from functional_sd3.training.pairs import Pairs
 from functional_sd3.training.reward_methods import Sampler
@@ -79,10 +79,7 @@ def reward_task(
     )
     rounds = _rounds(setting)
     rate = optim.warmup_constant(settings.rate, settings.warmup)
-    is_decayed = lambda path, leaf: leaf.ndim >= 2  # noqa: E731
-    optimizer = optim.chain(
-        optim.clip_by_global_norm(settings.clip), optim.adamw(rate, decay=settings.decay, mask=is_decayed)
-    )
+    optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=settings.decay)
 
     def loss(params: Params, batch: Any, keys: Key) -> Any:
         return rounds.loss(learns.whole(params), batch, keys)

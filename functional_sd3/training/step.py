@@ -64,6 +64,7 @@ def make_train_step(
     gradient: Literal["autograd", "func"] | None = None,
     donate: bool | Literal["debug"] = False,
     rate: optim.Schedule | None = None,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)` of a loss and an optimiser.
 
@@ -74,8 +75,11 @@ def make_train_step(
     part instead, for batches whose size changes from step to step. gradient: "func"
     (torch.func.grad_and_value; the default when compiled, as one graph) or "autograd" (`transform.value_and_grad`; the
     default in eager mode, where it takes half of the memory). donate: update the given state in place, after which it
-    must not be used; "debug" makes using it raise.
+    must not be used; "debug" makes using it raise. rounding: of parameters and averages in bfloat16; "stochastic"
+    ones (`core.rounding`) keep the expected value of updates that are smaller than a weight's last place.
     """
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding {rounding!r} must be 'nearest' or 'stochastic'")
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1")
     if rows is not None and (rows < 1 or accumulate > 1):
@@ -93,7 +97,8 @@ def make_train_step(
             metrics = {"loss": value, "grad_norm": norm, **reported}
             if rate is not None:
                 metrics["rate"] = rate(state.step)
-            return _advance(optimizer, grads, norm, state, learned, fixed, ema_decay, donate), metrics
+            key = rounding_key(state) if rounding == "stochastic" else None
+            return _advance(optimizer, grads, norm, state, learned, fixed, ema_decay, donate, key), metrics
 
     return train_step
 
@@ -107,22 +112,31 @@ def _advance(
     fixed: Params,
     ema_decay: float,
     donate: bool | str,
+    key: Key | None = None,
 ) -> TrainState:
+    weights_key, ema_key = (None, None) if key is None else prng.split(key).unbind(-2)
     if not donate:
         updates, optimizer_state = optimizer.update(grads, state.optimizer, learned)
-        params = tree.combine(optim.apply_updates(learned, updates), fixed)
-        ema = optim.ema_update(state.ema, params, ema_decay, state.step)
+        params = tree.combine(optim.apply_updates(learned, updates, weights_key), fixed)
+        ema = optim.ema_update(state.ema, params, ema_decay, state.step, key=ema_key)
         return TrainState(params, optimizer_state, ema, state.step + 1, state.key)
     optim.check_donated({"params": learned, "ema": state.ema, "optimizer": state.optimizer})
-    learned, optimizer_state = optim.donate(optimizer, grads, state.optimizer, learned, norm=norm, checked=True)
+    learned, optimizer_state = optim.donate(
+        optimizer, grads, state.optimizer, learned, norm=norm, checked=True, key=weights_key
+    )
     params = tree.combine(learned, fixed)
-    ema = optim.ema_update(state.ema, params, ema_decay, state.step, donate=True)
+    ema = optim.ema_update(state.ema, params, ema_decay, state.step, donate=True, key=ema_key)
     advanced = TrainState(params, optimizer_state, ema, state.step + 1, state.key)
     if donate == "debug":
         # Step count and key are never overwritten, so the old ones stay readable.
         params, optimizer_state, ema = optim.poison((advanced.params, advanced.optimizer, advanced.ema))
         advanced = TrainState(params, optimizer_state, ema, advanced.step, advanced.key)
     return advanced
+
+
+def rounding_key(state: TrainState) -> Key:
+    """The key of a step's stochastic rounding: of no sample, as no run reaches step 2^32 - 1, which is folded in."""
+    return prng.fold_in(prng.fold_in(state.key, 2**32 - 1), state.step)
 
 
 _GRADIENTS = ("autograd", "func")

@@ -30,10 +30,12 @@ from functional_sd3.training import (
     optim,
     step,
     training_set,
+    update_rule,
     validation,
 )
 from functional_sd3.training.flow_learners import Inversion
 from functional_sd3.training.training_set import TrainingSet
+from functional_sd3.training.update_rule import UpdateRule
 from functional_sd3.transformer import controlnet
 from functional_sd3.transformer.control import Control
 from functional_sd3.weights.model import Model, Tokenizers
@@ -103,7 +105,7 @@ class Settings:
     scratch: start from fresh parameters. lora: rank of a LoRA that is trained instead of the parameters, 0 for none;
     control: config of a ControlNet that is; inversion: a word whose vectors are. edges, latent_noise: of the
     autoencoder's objective, as `objectives.vae_loss` says of `edges` and `noise`. dtype: of the computation, None for
-    float32.
+    float32. rule: optimiser and dtype of what learns.
     """
 
     steps: int
@@ -130,6 +132,7 @@ class Settings:
     inversion: Inversion | None = None
     dtype: torch.dtype | None = None
     compile: bool = False
+    rule: UpdateRule = UpdateRule()
 
 
 def folder_images(index: datasets.Index, side: int) -> TrainingImages:
@@ -330,21 +333,20 @@ def _task(
     trained: tuple[str, ...],
 ) -> TrainingTask:
     rate = learning_rate(settings)
-    # No weight decay of biases, norms and other vectors, nor of a word's.
-    is_decayed = lambda path, leaf: leaf.ndim >= 2 and settings.inversion is None  # noqa: E731
-    optimizer = optim.chain(
-        optim.clip_by_global_norm(settings.clip), optim.adamw(rate, b2=0.99, decay=settings.decay, mask=is_decayed)
-    )
-    train_step = step.make_train_step(
+    # A word's vectors are not pulled to zero.
+    decay = 0.0 if settings.inversion is not None else settings.decay
+    optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=decay, b2=0.99)
+    train_step = update_rule.train_step(
+        settings.rule,
         loss,
         optimizer,
+        rate,
         trainable=trainable,
         ema_decay=settings.ema,
         accumulate=settings.accumulate,
         compile=settings.compile,
-        donate=True,
-        rate=rate,
     )
+    params = tree.cast(params, settings.rule.weights)
     return TrainingTask(
         step.init(key, params, optimizer, trainable=trainable), train_step, batch, model, sample, trained
     )

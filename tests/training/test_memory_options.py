@@ -8,7 +8,8 @@ import torch
 from functional_sd3 import weights
 from functional_sd3.cli import distill, memory_options, reward, train
 from functional_sd3.core import transform, tree
-from functional_sd3.training import checkpoint
+from functional_sd3.formats import files
+from functional_sd3.training import checkpoint, optim, update_rule
 from functional_sd3.transformer import mmdit
 from tests.models import random_leaves
 
@@ -63,17 +64,28 @@ def test_remat_changes_a_run_by_rounding_alone_and_is_a_setting_of_it(run, tmp_p
         run(name, "--out", tmp_path / "remat", "--resume")
 
 
-RUNS = [("train", "--remat")]
+RUNS = [
+    ("train", "--remat", "--optimizer", "adamw8bit"),
+    ("train", "--optimizer", "muon", "--weights", "bfloat16"),
+    ("train", "--weights", "bfloat16", "--fused-update", "--optimizer", "adamw8bit"),
+    ("distill", "--optimizer", "adamw8bit"),
+]
 
 
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)
-def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, words):
+def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, words):
+    small = lambda rate, decay, b2: optim.adamw8bit(rate, b2=b2, decay=decay, min_size=64)  # noqa: E731
+    monkeypatch.setitem(update_rule.OPTIMIZERS, "adamw8bit", small)
     for name in ("whole", "cut"):
         assert run(*words, "--out", tmp_path / name)[0] == 0
     newest(tmp_path / "cut").unlink()  # As a kill between the two checkpoints would leave it.
     status, messages = run(*words, "--out", tmp_path / "cut", "--resume")
     assert status == 0 and "resuming at step 2 of 4" in messages
     assert newest(tmp_path / "whole").read_bytes() == newest(tmp_path / "cut").read_bytes()
+    leaves = files.open_mapped(newest(tmp_path / "whole")).header.tensors
+    assert any(name.endswith("weight.codes") for name in leaves) == ("adamw8bit" in words)
+    learned = {entry.dtype for name, entry in leaves.items() if name.startswith(("params.transformer", "ema."))}
+    assert torch.bfloat16 not in learned if "--weights" not in words else learned == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +93,10 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, words):
     [
         (["train", "--part", "vae", "--remat"], "--remat computes blocks of the transformer again"),
         (["train", "--compile", "--remat"], "--remat has no effect with --compile"),
+        (["train", "--lora", 2, "--weights", "bfloat16"], "--weights bfloat16 is of all parameters that learn"),
+        (["train", "--fused-update", "--accumulate", 2], "leave out --accumulate"),
+        (["train", "--fused-update", "--compile"], "leave out --compile"),
+        (["train", "--fused-update", "--optimizer", "muon"], "leave out --optimizer muon"),
     ],
 )
 def test_options_without_effect_are_errors(run, tmp_path, words, said):

@@ -10,6 +10,7 @@ from functional_sd3.flow import schedule
 from functional_sd3.layouts.components import Config
 from functional_sd3.training.objectives import Loss
 from functional_sd3.training.objectives.segments import Teacher
+from functional_sd3.training.update_rule import UpdateRule
 from functional_sd3.transformer import mmdit
 
 
@@ -20,7 +21,7 @@ class Settings:
     to: steps that the student draws in. method: a name of `distill_methods.METHODS`. cfg: guidance scale of the
     teacher, which is folded in; 1 for none. shift: of the student's grid, `schedule.even(to, shift)`. rate, warmup,
     ema, decay, clip, accumulate, dtype: as of `tasks.Settings`. lora: rank of a LoRA that is trained instead of the
-    transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters.
+    transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters. rule: optimiser.
 
     Of some methods alone, None for the method's default: inner (segments): steps of the teacher in each of the
     student's. equal (meanflow, imeanflow, shortcut): share of a batch with r = t. tangent_warmup (meanflow, imeanflow,
@@ -43,6 +44,7 @@ class Settings:
     lora: int = 0
     dtype: torch.dtype | None = None
     teacher_dtype: torch.dtype | None = None
+    rule: UpdateRule = UpdateRule()
     inner: int | None = None
     equal: float | None = None
     tangent_warmup: int | None = None

@@ -6,6 +6,7 @@ pure but `donate`, which updates in place.
 
 from functional_sd3.training.donation import check_donated, poison
 from functional_sd3.training.optim.adam import AdamState, adamw, scale_by_adam
+from functional_sd3.training.optim.adam8 import adamw8bit, scale_by_adam8bit
 from functional_sd3.training.optim.compose import chain, masked, partitioned
 from functional_sd3.training.optim.transforms import (
     add_decayed_weights,
@@ -24,6 +25,7 @@ __all__ = [
     "ScaledGradients",
     "Schedule",
     "adamw",
+    "adamw8bit",
     "add_decayed_weights",
     "apply_updates",
     "chain",
@@ -38,6 +40,7 @@ __all__ = [
     "partitioned",
     "poison",
     "scale_by_adam",
+    "scale_by_adam8bit",
     "scale_by_learning_rate",
     "scale_by_schedule",
     "trapezoid",

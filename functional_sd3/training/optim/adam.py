@@ -4,15 +4,15 @@ Kingma and Ba 2015, "Adam: a method for stochastic optimization"; Loshchilov and
 regularization". Equal to `torch.optim.AdamW`.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
-from functional_sd3.core.types import Params, Tree
+from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.training.donation import check_strides, overlapping, with_strides_of
+from functional_sd3.training.optim import by_leaf
 from functional_sd3.training.optim.compose import chain
 from functional_sd3.training.optim.transforms import add_decayed_weights, scale_by_learning_rate
 from functional_sd3.training.optim.types import (
@@ -41,7 +41,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Opti
     def update(grads: Tree, state: AdamState, params: Params) -> tuple[Tree, AdamState]:
         count = state.count + 1
         moments = tree.leaves(grads), tree.leaves(state.mean), tree.leaves(state.square)
-        updates, mean, square = leafwise.adam(*moments, _bias(b1, count), _bias(b2, count), b1, b2, eps)
+        updates, mean, square = leafwise.adam(*moments, by_leaf.bias(b1, count), by_leaf.bias(b2, count), b1, b2, eps)
         return like(grads, updates), AdamState(count, like(grads, mean), like(grads, square))
 
     return Optimizer(lambda params: AdamState(zero_count(params), zeros_like(params), zeros_like(params)), update)
@@ -58,12 +58,19 @@ def adamw(
 ) -> Optimizer:
     """params - rate * (Adam direction + decay * params), decay on the leaves that `mask` chooses.
 
-    Its donated form is one fused kernel over all leaves; parameters and moments then have to be float32.
+    Its donated form is one fused kernel over all leaves where parameters are float32, else it goes through each leaf in
+    parts; moments are float32.
     """
     pure = chain(scale_by_adam(b1, b2, eps), add_decayed_weights(decay, mask), scale_by_learning_rate(rate))
     schedule = as_schedule(rate)
 
-    def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
+    parts = by_leaf.adamw_rule(rate, b1, b2, eps, decay, mask)
+
+    def donate(
+        gradients: ScaledGradients, state: tuple, params: Params, key: Key | None = None
+    ) -> tuple[Params, tuple]:
+        if any(leaf.dtype != torch.float32 for leaf in tree.leaves(params)):
+            return by_leaf.donated(parts)(gradients, state, params, key)
         adam, decay_state, counted = state
         divisor = _divisor(gradients)
         grads = gradients.tree if divisor is not None else unscaled(gradients)
@@ -80,7 +87,7 @@ def adamw(
                 leafwise.adamw_inplace(leaves, aligned, means, squares, count, divisor, rate, b1, b2, eps, amount)
         return params, (adam._replace(count=adam.count + 1), decay_state, CountState(counted.count + 1))
 
-    return Optimizer(pure.init, pure.update, donate)
+    return Optimizer(pure.init, pure.update, donate, by_leaf=parts)
 
 
 def _divisor(gradients: ScaledGradients) -> Tensor | None:
@@ -91,8 +98,3 @@ def _divisor(gradients: ScaledGradients) -> Tensor | None:
     if gradients.scale is None or gradients.scale.device.type not in ("cpu", "cuda") or overlapping(gradients.tree):
         return None
     return 1 / gradients.scale
-
-
-def _bias(beta: float, count: Tensor) -> Tensor:
-    # 1 - beta ** n without its cancellation, which costs four of float32's seven digits at n = 1.
-    return -torch.expm1(count.float() * math.log(beta)) if beta else torch.ones_like(count, dtype=torch.float32)

@@ -1,12 +1,13 @@
 """Combinators of optimisers: `chain` in sequence, `partitioned` by labels of leaves, `masked` for chosen leaves."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from functional_sd3.core import tree
-from functional_sd3.core.types import Params, Tree
-from functional_sd3.training.optim.types import Optimizer, ScaledGradients, global_norm, like, unscaled
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.training.optim.types import Optimizer, ScaledGradients, UpdateLeaf, global_norm, like, unscaled
 
 
 def chain(*optimizers: Optimizer) -> Optimizer:
@@ -23,7 +24,9 @@ def chain(*optimizers: Optimizer) -> Optimizer:
     if last_donate is None:
         return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update)
 
-    def donate(gradients: ScaledGradients, state: tuple, params: Params) -> tuple[Params, tuple]:
+    def donate(
+        gradients: ScaledGradients, state: tuple, params: Params, key: Key | None = None
+    ) -> tuple[Params, tuple]:
         states = []
         for optimizer, optimizer_state in zip(optimizers[:-1], state, strict=False):
             if optimizer.factor:
@@ -32,10 +35,25 @@ def chain(*optimizers: Optimizer) -> Optimizer:
                 grads, optimizer_state = optimizer.update(unscaled(gradients), optimizer_state, params)
                 gradients = ScaledGradients(grads)
             states.append(optimizer_state)
-        params, last = last_donate(gradients, state[-1], params)
+        params, last = last_donate(gradients, state[-1], params, *(() if key is None else (key,)))
         return params, (*states, last)
 
-    return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update, donate)
+    return Optimizer(
+        lambda params: tuple(optimizer.init(params) for optimizer in optimizers),
+        update,
+        donate,
+        by_leaf=_only(optimizers[0].by_leaf) if len(optimizers) == 1 else None,
+    )
+
+
+def _only(by_leaf: Any) -> Any:
+    """`by_leaf` of a chain of one rule."""
+
+    def whole(state: tuple, params: Params) -> tuple[UpdateLeaf, tuple]:
+        update_leaf, after = by_leaf(state[0], params)
+        return update_leaf, (after,)
+
+    return None if by_leaf is None else whole
 
 
 def _scaled_by(gradients: ScaledGradients, factor: Callable[[Tensor], Tensor]) -> ScaledGradients:

@@ -1,13 +1,13 @@
 """Types of optimisers, and the small functions of trees that they share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
-from functional_sd3.core.types import Params, Tree
+from functional_sd3.core.types import Key, Params, Tree
 
 
 class ScaledGradients(NamedTuple):
@@ -19,18 +19,28 @@ class ScaledGradients(NamedTuple):
     norm: Tensor | None = None
 
 
+class UpdateLeaf(Protocol):
+    """Updates one leaf of the parameters and its part of the state in place: path, gradient, factor on the gradient,
+    and the key of the step, which rounds leaves in bfloat16 stochastically."""
+
+    def __call__(self, path: str, gradient: Tensor, scale: Tensor | None = None, key: Key | None = None) -> None: ...
+
+
 class Optimizer(NamedTuple):
     """An update rule as functions.
 
-    donate: (gradients, state, params) -> (params, state), the whole step in place, for rules with a fused kernel.
+    donate: (gradients, state, params[, key]) -> (params, state), the whole step in place, for rules with a form of
+    their own; the key, that rounds parameters in bfloat16 stochastically, is given only where it is used.
     factor: norm -> number, for rules that only multiply all gradients by it. `optim.donate` calls both, after checking
-    what may be overwritten.
+    what may be overwritten. by_leaf: (state, params) -> (update of one leaf, state after all of them), in place too,
+    for rules that need no other leaf's gradient.
     """
 
     init: Callable[[Params], Tree]
     update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
-    donate: Callable[[ScaledGradients, Tree, Params], tuple[Params, Tree]] | None = None
+    donate: Callable[..., tuple[Params, Tree]] | None = None
     factor: Callable[[Tensor], Tensor] | None = None
+    by_leaf: Callable[[Any, Params], tuple[UpdateLeaf, Any]] | None = None
 
 
 class CountState(NamedTuple):

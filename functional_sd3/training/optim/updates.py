@@ -3,16 +3,25 @@
 import torch
 from torch import Tensor
 
-from functional_sd3.core import leafwise, tree
-from functional_sd3.core.types import Params, Tree
+from functional_sd3.core import leafwise, prng, tree
+from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.training.donation import check_donated
+from functional_sd3.training.optim import by_leaf
 from functional_sd3.training.optim.types import Optimizer, ScaledGradients, like
 
 
-def apply_updates(params: Params, updates: Tree) -> Params:
-    """params + updates, in the parameters' dtypes."""
-    added = leafwise.add(tree.leaves(params), tree.leaves(updates))
-    return like(params, [new.to(old.dtype) for new, old in zip(added, tree.leaves(params), strict=True)])
+def apply_updates(params: Params, updates: Tree, key: Key | None = None) -> Params:
+    """params + updates, in the parameters' dtypes; with a key those in bfloat16 are rounded stochastically."""
+    pairs = list(zip(tree.leaves(params), tree.leaves(updates), strict=True))
+    if key is None:
+        added = leafwise.add(*([list(column) for column in zip(*pairs, strict=True)] or ([], [])))
+        return like(params, [new.to(old.dtype) for new, (old, _) in zip(added, pairs, strict=True)])
+    # In float32 first, where updates are of the weights' dtype too. Leaf i is rounded by fold_in(key, i).
+    sums = [torch.add(old.to(torch.promote_types(old.dtype, torch.float32)), update) for old, update in pairs]
+    keys = [prng.fold_in(key, number) for number in range(len(pairs))]
+    return like(
+        params, [by_leaf.rounded(new, old.dtype, own) for new, (old, _), own in zip(sums, pairs, keys, strict=True)]
+    )
 
 
 def donate(
@@ -23,19 +32,24 @@ def donate(
     *,
     norm: Tensor | None = None,
     checked: bool = False,
+    key: Key | None = None,
 ) -> tuple[Params, Tree]:
     """One step in place: `params` and `state` are overwritten, and the returned trees share their memory.
 
     `grads` may be overwritten too. norm: `global_norm(grads)` if it is known. checked: True if the caller has called
-    `check_donated`. Raises ValueError when two leaves share memory or one takes part in a graph, either of which would
-    silently give a wrong result.
+    `check_donated`. key: rounds parameters in bfloat16 stochastically. Raises ValueError when two leaves share memory
+    or one takes part in a graph, either of which would silently give a wrong result.
     """
     if not checked:
         check_donated({"params": params, "state": state})
     with torch.no_grad():
         if optimizer.donate:
-            return optimizer.donate(ScaledGradients(grads, norm=norm), state, params)
+            return optimizer.donate(ScaledGradients(grads, norm=norm), state, params, *(() if key is None else (key,)))
         updates, state = optimizer.update(grads, state, params)
+        if key is not None:
+            for leaf, new in zip(tree.leaves(params), tree.leaves(apply_updates(params, updates, key)), strict=True):
+                leaf.copy_(new)
+            return params, state
         leafwise.add_inplace(tree.leaves(params), tree.leaves(updates))
         return params, state
 
@@ -45,9 +59,19 @@ def ema_decay(decay: float, step: Tensor) -> Tensor:
     return torch.clamp((1 + step).float() / (10 + step), max=decay)
 
 
-def ema_update(ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False) -> Params:
-    """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`."""
+def ema_update(
+    ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False, key: Key | None = None
+) -> Params:
+    """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`.
+
+    key: rounds averages in bfloat16 stochastically, without which they would hardly move.
+    """
     means, ends, weight = tree.leaves(ema), tree.leaves(params), 1 - ema_decay(decay, step)
+    if key is not None:
+        moved = ema if donate else like(ema, [mean.clone() for mean in means])
+        for number, (mean, end) in enumerate(zip(tree.leaves(moved), ends, strict=True)):
+            by_leaf.average_inplace(mean, end, weight, prng.fold_in(key, number))
+        return moved
     if donate:
         leafwise.lerp_inplace(means, ends, weight)
         return ema

@@ -1,0 +1,34 @@
+"""Stochastic rounding to bfloat16: the expected value of the rounded number is the number itself.
+
+Gupta et al. 2015, "Deep learning with limited numerical precision", equation 3. Updates that are smaller than half a
+unit in the last place of a weight are lost by rounding to nearest, and only rarely applied, but then whole, by this.
+"""
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import prng
+from functional_sd3.core.types import Key
+
+_KEPT = -(1 << 16)
+"""Mask of the 16 bits of a float32 that bfloat16 has."""
+
+
+def stochastic_bfloat16(key: Key, values: Tensor, start: int = 0) -> Tensor:
+    """float32 values -> bfloat16, up or down with probabilities of which the mean is the value: exactly so, as the 16
+    bits that are dropped are compared with 16 random ones.
+
+    start: number of the first value, where `values` is a part of a tensor that is rounded in parts: value i is rounded
+    by element `start + i` of `prng.bits(key, ...)`. Infinities and NaN stay.
+    """
+    counter = torch.arange(start, start + values.numel(), dtype=torch.int64, device=values.device)
+    words = key.to(values.device, torch.int32)
+    first, second = prng.threefry(words[0], words[1], counter.to(torch.int32), (counter >> 32).to(torch.int32))
+    return round_by(values, (first ^ second).reshape(values.shape))
+
+
+def round_by(values: Tensor, words: Tensor) -> Tensor:
+    """float32 values rounded to bfloat16, away from zero where the 16 bits that are dropped and the lower 16 of the
+    random word, int32, carry over."""
+    raised = (values.contiguous().view(torch.int32) + (words & 0xFFFF)) & _KEPT
+    return torch.where(values.isfinite(), raised.view(torch.float32), values).to(torch.bfloat16)
