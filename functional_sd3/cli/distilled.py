@@ -41,7 +41,9 @@ def apply_defaults(arguments: argparse.Namespace, config: "Config") -> None:
         )
     if levels is None or levels.distilled_steps is None:
         return
-    given, steps = getattr(arguments, "given", ()), levels.distilled_steps
+    given = getattr(arguments, "given", ())
+    numbers = flow_distilled.numbers_of_steps(levels.distilled_steps, levels.trained_steps)
+    listed = " or ".join(map(str, numbers))
     fitting = {"segments": ("euler",), "consistency": ("euler", "euler_renoised")}.get(levels.distillation or "")
     if fitting and method not in (None, *fitting):
         raise ValueError(
@@ -49,15 +51,17 @@ def apply_defaults(arguments: argparse.Namespace, config: "Config") -> None:
             f"{_LEADS_TO[levels.distillation or '']}: it is drawn by {' or '.join(fitting)}"
         )
     if "steps" in given and arguments.steps > 0:
-        flow_distilled.check_steps(levels.distillation, steps, arguments.steps)
+        flow_distilled.check_steps(levels.distillation, levels.distilled_steps, levels.trained_steps, arguments.steps)
     if "steps" not in given:
-        arguments.steps = steps
-    elif arguments.steps < steps and levels.distillation == "segments":
-        spans = steps // arguments.steps
+        arguments.steps = numbers[0]
+    elif arguments.steps not in numbers and levels.distillation == "segments":
+        spans = min(number for number in numbers if number % arguments.steps == 0) // arguments.steps
         report.note(
-            f"--steps {arguments.steps} of a model distilled for {steps}: each spans {spans} of the steps that it "
+            f"--steps {arguments.steps} of a model distilled for {listed}: each spans {spans} of the steps that it "
             f"learned; distill --to {arguments.steps} makes a student for that"
         )
+    elif arguments.steps not in numbers and levels.trained_steps:
+        report.note(f"--steps {arguments.steps}: this model was trained to be drawn in {listed} steps")
     folded = levels.guidance_distilled
     if folded and "cfg" not in given:
         arguments.cfg = 1.0
@@ -66,4 +70,4 @@ def apply_defaults(arguments: argparse.Namespace, config: "Config") -> None:
     if not {"steps", "cfg"} <= set(given):
         guided = " and has guidance folded in" if folded else ""
         drawn = f"{arguments.steps} steps, --cfg {arguments.cfg:g}"
-        report.note(f"this model was distilled for {steps} steps{guided}: drawn in {drawn}")
+        report.note(f"this model was distilled for {listed} steps{guided}: drawn in {drawn}")

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from functional_sd3.cli import (
 from functional_sd3.cli.training_run import Setup, steps_note
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params
+from functional_sd3.flow import schedule
 from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import require
 from functional_sd3.recipes.shapes import rewards as shapes_rewards
@@ -104,7 +107,18 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         pairs=pair_files.encode(model.params, model.config, entries, _side(arguments, model)) if entries else None,
         t5_length=_t5_length(model),
     )
+    if not entries:
+        task = task._replace(model=partial(_with_sampling_steps, task.model, arguments.sampling_steps))
     return Setup(task, stored, settings, differences, bool(arguments.lora), partial(steps_note, arguments.steps))
+
+
+def _with_sampling_steps(model: Callable[[Any], Model], steps: int, state: Any) -> Model:
+    """The model of a state; a student's scheduler config says that it is drawn in `steps` too."""
+    rewarded = model(state)
+    levels = rewarded.config.schedule
+    if levels is None:
+        return rewarded
+    return rewarded._replace(config=replace(rewarded.config, schedule=schedule.with_trained_steps(levels, steps)))
 
 
 def _sampler(arguments: argparse.Namespace, model: Model) -> Sampler:

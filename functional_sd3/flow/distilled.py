@@ -7,10 +7,14 @@ KINDS = ("segments", "meanflow", "consistency", "reflow")
 earlier time; the mean one to time 0; that of each time of a flow whose paths are nearly straight."""
 
 
-def check(steps: int | None, kind: str | None, spacings: Sequence[str]) -> None:
+def check(steps: int | None, kind: str | None, trained: Sequence[int], spacings: Sequence[str]) -> None:
     """Raise ValueError for fields of a scheduler config that do not go together; spacings: names of those in use."""
     if (steps is None) != (kind is None):
         raise ValueError(f"distilled_steps {steps} and distillation {kind!r} go together: set both or neither")
+    if trained and kind is None:
+        raise ValueError(
+            f"trained_steps {list(trained)} are of a distilled model: set distilled_steps and distillation"
+        )
     if kind is None:
         return
     if kind not in KINDS:
@@ -19,12 +23,19 @@ def check(steps: int | None, kind: str | None, spacings: Sequence[str]) -> None:
         raise ValueError(f"a distilled model has the grid even(steps, shift): {', '.join(spacings)} must not be set")
 
 
-def check_steps(kind: str | None, distilled: int, steps: int) -> None:
-    """Raise ValueError where a model of `distilled` segments would be evaluated at times it was not trained at."""
-    if kind == "segments" and distilled % steps:
-        fewer = [str(number) for number in range(1, distilled) if distilled % number == 0]
-        less = f"; less well in {' or '.join(fewer)}" if fewer else ""
+def numbers_of_steps(distilled: int, trained: Sequence[int]) -> tuple[int, ...]:
+    """Numbers of steps that a distilled model was trained to be drawn in, its default first."""
+    return tuple(trained) or (distilled,)
+
+
+def check_steps(kind: str | None, distilled: int, trained: Sequence[int], steps: int) -> None:
+    """Raise ValueError where a model of segments would be evaluated at times that it was not trained at."""
+    numbers = numbers_of_steps(distilled, trained)
+    if kind == "segments" and all(number % steps for number in numbers):
+        fewer = sorted({less for each in numbers for less in range(1, each) if each % less == 0} - {*numbers})
+        less = f"; less well in {' or '.join(map(str, fewer))}" if fewer else ""
         raise ValueError(
-            f"steps {steps}: this model was distilled into {distilled} segments, so it is drawn in steps={distilled}, "
-            f"and with cfg=1 where guidance is folded in{less}. At the times of other grids it was not trained"
+            f"steps {steps}: this model was distilled into {distilled} segments, so it is drawn in "
+            f"steps={' or '.join(map(str, numbers))}, and with cfg=1 where guidance is folded in{less}. At the times "
+            "of other grids it was not trained"
         )

@@ -7,7 +7,7 @@ once. Shifts: Esser et al. 2024, arXiv:2403.03206, section 5.3.2, eq. 23. Kept t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import SupportsInt
 
 import torch
@@ -23,9 +23,10 @@ class Config:
     """The fields of `scheduler_config.json`, in diffusers' names (`num_train_timesteps`: `train_timesteps`).
 
     `stochastic_sampling` is of the method: a run of the pipeline that names none takes `ode.renoised` instead of
-    Euler's. The last three, which diffusers does not know, are of distilled models: the number of steps that one was
-    distilled for, on `even(steps, shift)`; what it learned (`distilled.KINDS`); whether guidance is folded into it. The
-    rest are of the grid.
+    Euler's. The last four, which diffusers does not know, are of distilled models: the number of steps that one was
+    distilled for, on `even(steps, shift)`; the numbers of steps that it was trained for after that, such as by rewards,
+    the default first (empty: none but `distilled_steps`); what it learned (`distilled.KINDS`); whether guidance is
+    folded into it. The rest are of the grid.
     """
 
     shift: float = 3.0
@@ -43,6 +44,7 @@ class Config:
     use_beta_sigmas: bool = False
     stochastic_sampling: bool = False
     distilled_steps: int | None = None
+    trained_steps: tuple[int, ...] = ()
     distillation: str | None = None
     guidance_distilled: bool = False
 
@@ -100,12 +102,13 @@ def from_config(
     is needed there and refused elsewhere. With `invert_sigmas` the grid ascends from 0 to 1.
 
     That of a distilled model is `even(steps, shift)`. Raises ValueError for steps that such a model of segments cannot
-    be drawn in: its velocity is known at the times of `distilled_steps` alone, so they must divide that number.
+    be drawn in: its velocity is known at the times of `distilled_steps`, or of each of `trained_steps`, alone, so they
+    must divide one of these numbers.
     """
     check_steps(steps)
     check_config(config)
     if config.distilled_steps is not None:
-        distilled.check_steps(config.distillation, config.distilled_steps, steps)
+        distilled.check_steps(config.distillation, config.distilled_steps, config.trained_steps, steps)
         return even(steps, config.shift, device=device)
     s = 1.0 if config.use_dynamic_shifting else config.shift
     levels = linear(steps, _lowest(config.train_timesteps, s), _level(1.0, s))
@@ -233,6 +236,14 @@ def check_levels(levels: Tensor) -> None:
         raise ValueError(f"levels {levels.tolist()} do not descend from noise to data")
 
 
+def with_trained_steps(config: Config, steps: int) -> Config:
+    """The config of a distilled model that was trained to be drawn in `steps` too; another's as it is."""
+    if config.distilled_steps is None:
+        return config
+    numbers = distilled.numbers_of_steps(config.distilled_steps, config.trained_steps)
+    return config if steps in numbers else replace(config, trained_steps=(*numbers, steps))
+
+
 def check_config(config: Config) -> None:
     """Raise ValueError for a config whose options contradict one another or are out of range."""
     if config.time_shift_type not in ("exponential", "linear"):
@@ -244,10 +255,11 @@ def check_config(config: Config) -> None:
     if config.train_timesteps < 1:
         raise ValueError(f"train_timesteps {config.train_timesteps} must be at least 1")
     if config.distilled_steps is not None:
-        check_steps(config.distilled_steps)
+        for number in (config.distilled_steps, *config.trained_steps):
+            check_steps(number)
     spacings = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting")
     used = [name for name in (*spacings, "invert_sigmas", "shift_terminal") if getattr(config, name)]
-    distilled.check(config.distilled_steps, config.distillation, used)
+    distilled.check(config.distilled_steps, config.distillation, config.trained_steps, used)
     if config.shift_terminal and not 0 < config.shift_terminal < 1:
         raise ValueError(f"shift_terminal {config.shift_terminal} must be between 0 and 1, the last level before 0")
 

@@ -235,6 +235,7 @@ SCHEDULE = Table(
         Field("use_beta_sigmas", "use_beta_sigmas", lambda value: flag(value or False), False),
         Field("stochastic_sampling", "stochastic_sampling", flag, False),
         Field("distilled_steps", "distilled_steps", optional(whole(1, MAX_STEPS)), None, optional=True),
+        Field("trained_steps", "trained_steps", several(whole(1, MAX_STEPS), 0, 64), [], optional=True),
         Field("distillation", "distillation", optional(choice(*distilled.KINDS)), None, optional=True),
         Field("guidance_distilled", "guidance_distilled", flag, False, optional=True),
     ),

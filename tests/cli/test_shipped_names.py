@@ -16,8 +16,26 @@ def test_the_student_draws_in_four_steps_without_guidance(tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     assert main(["generate", PROMPT, "--params", "tiny-4", "--out", "image.png"]) == 0
     said = capsys.readouterr().err
-    assert "distilled for 4 steps and has guidance folded in: drawn in 4 steps, --cfg 1" in said
+    assert "distilled for 4 or 2 steps and has guidance folded in: drawn in 4 steps, --cfg 1" in said
     assert (tmp_path / "image.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("steps", "status", "said"),
+    [
+        ("2", 0, None),
+        ("4", 0, None),
+        ("1", 0, "--steps 1 of a model distilled for 4 or 2: each spans 2 of the steps"),
+        ("3", 1, "it is drawn in steps=4 or 2"),
+    ],
+)
+def test_the_student_is_for_four_steps_and_for_two(tmp_path, capsys, monkeypatch, steps, status, said):
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", PROMPT, "--params", "tiny-4", "--cfg", "1", "--steps", steps, "--out", "image.png"]
+    assert main(words) == status
+    lines = capsys.readouterr().err
+    assert said in lines if said else "distilled" not in lines and "trained" not in lines
+    assert (tmp_path / "image.png").is_file() == (status == 0)
 
 
 def test_inspection_names_both_folders(tmp_path, capsys, monkeypatch):

@@ -40,7 +40,7 @@ def test_the_student_is_a_transformer_and_a_schedule_beside_the_teacher(model):
     changed = {name for name in model.params if tree.diff(student.params[name], model.params[name])}
     assert changed == {"transformer"} and student.tokenizers == model.tokenizers and not weights.missing(student)
     levels = student.config.schedule
-    assert (levels.distilled_steps, levels.guidance_distilled) == (4, True)
+    assert (levels.distilled_steps, levels.trained_steps, levels.guidance_distilled) == (2, (4, 2), True)
 
 
 @pytest.mark.parametrize(("name", "options"), [("tiny", {}), ("tiny-4", {"steps": 4, "cfg": 1.0})])

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 
 from functional_sd3 import weights
 from functional_sd3.cli import reward, reward_options, training_run
 from functional_sd3.core import prng, tree
+from functional_sd3.flow import schedule
 from functional_sd3.formats import files
 from functional_sd3.training import checkpoint, log, reward_methods, reward_settings
 from functional_sd3.training.rewards import RewardError
@@ -94,11 +96,11 @@ def functions(tmp_path, monkeypatch):
 def command(model_folder, functions, capsys):
     """`functional-sd3 reward` with a few small settings; answers (exit status, standard error)."""
 
-    def run(*words, reward_name="red"):
+    def run(*words, reward_name="red", params=model_folder):
         parser = argparse.ArgumentParser()
         reward.add_arguments(parser)
         rewarded = [] if "--reward" in words else ["--reward", f"{functions}:{reward_name}", "--weight", "red=1"]
-        status = reward.run(parser.parse_args([str(w) for w in ("--params", model_folder, *rewarded, *BASE, *words)]))
+        status = reward.run(parser.parse_args([str(w) for w in ("--params", params, *rewarded, *BASE, *words)]))
         return status, capsys.readouterr().err
 
     return run
@@ -130,6 +132,17 @@ def test_a_run_leaves_a_model_its_log_and_samples(command, model_folder, tmp_pat
     before, after = (weights.load(path, dtype="stored").params for path in (model_folder, tmp_path / "out"))
     changed = {name for name in before if tree.diff(before[name], after[name])}
     assert changed == {"transformer"}
+
+
+@pytest.mark.parametrize(("steps", "trained"), [(2, (4, 2)), (4, ())])
+def test_a_student_is_then_for_the_steps_that_were_rewarded_too(command, model_folder, tmp_path, steps, trained):
+    model = weights.load(model_folder, dtype="stored")
+    levels = schedule.Config(distilled_steps=4, distillation="segments")
+    weights.save(tmp_path / "student", model._replace(config=replace(model.config, schedule=levels)))
+    words = ("--sampling-steps", steps, "--steps", 1, "--times", 1, "--out", tmp_path / "out")
+    assert command(*words, params=tmp_path / "student")[0] == 0
+    rewarded = weights.load(tmp_path / "out", dtype="stored").config.schedule
+    assert rewarded == replace(levels, trained_steps=trained)
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(command, tmp_path):

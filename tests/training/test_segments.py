@@ -135,10 +135,23 @@ def test_a_student_of_segments_is_drawn_on_its_own_times_alone():
     assert torch.equal(schedule.from_config(meanflow, 3), schedule.even(3))
 
 
+def test_a_student_that_was_trained_in_other_numbers_of_steps_is_drawn_in_those_too():
+    both = dataclasses.replace(STUDENT, distilled_steps=2, trained_steps=(4, 2))
+    for steps in (4, 2, 1):
+        assert torch.equal(schedule.from_config(both, steps), schedule.even(steps))
+    with pytest.raises(ValueError, match=r"steps 3: .*distilled into 2 segments.*steps=4 or 2,.*less well in 1\."):
+        schedule.from_config(both, 3)
+    assert schedule.with_trained_steps(STUDENT, 2) == dataclasses.replace(STUDENT, trained_steps=(4, 2))
+    assert schedule.with_trained_steps(both, 2) == both
+    assert schedule.with_trained_steps(schedule.Config(), 2) == schedule.Config()
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"distilled_steps": 4}, "go together"),
+        ({"trained_steps": (4, 2)}, "are of a distilled model"),
+        ({"distilled_steps": 4, "distillation": "segments", "trained_steps": (4, 0)}, "at least 1"),
         ({"distillation": "segments"}, "go together"),
         ({"distilled_steps": 4, "distillation": "magic"}, "must be one of segments"),
         ({"distilled_steps": 4, "distillation": "segments", "use_karras_sigmas": True}, "use_karras_sigmas must not"),
@@ -158,6 +171,10 @@ def test_the_scheduler_config_of_a_student_is_read_back_and_others_lack_its_fiel
     assert config_fields.read(diffusers_configs.SCHEDULE, written, "file") == STUDENT
     plain = config_fields.write(diffusers_configs.SCHEDULE, schedule.Config())
     assert written.keys() - plain.keys() == {"distilled_steps", "distillation", "guidance_distilled"}
+    both = dataclasses.replace(STUDENT, trained_steps=(4, 2))
+    written = config_fields.write(diffusers_configs.SCHEDULE, both)
+    assert written["trained_steps"] == [4, 2]
+    assert config_fields.read(diffusers_configs.SCHEDULE, written, "file") == both
 
 
 def test_what_a_student_can_become(tiny):
@@ -168,6 +185,8 @@ def test_what_a_student_can_become(tiny):
     halved = settings(dataclasses.replace(STUDENT, shift=2.0), 2, cfg=1.0)
     assert (halved.inner, halved.shift) == (2, 2.0)
     assert settings(None, 3) == distill_task.Settings(to=3, inner=3)
+    rewarded = dataclasses.replace(STUDENT, distilled_steps=2, trained_steps=(4, 2))
+    assert (settings(rewarded, 2, cfg=1.0).inner, settings(rewarded, 1, cfg=1.0).inner) == (2, 4)
     for to in (3, 4, 8):
         with pytest.raises(ValueError, match=f"to {to}: this model is a student of 4 segments.*1 or 2"):
             settings(STUDENT, to, cfg=1.0)

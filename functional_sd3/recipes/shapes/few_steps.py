@@ -4,16 +4,17 @@
 
 Stages, each a pure function of the seed: segment distillation into two steps (Salimans and Ho 2022,
 arXiv:2202.00512; Yan et al. 2024, arXiv:2405.07510), each for six of the teacher, whose guidance is folded in; then
-rewards for the student's own images (`rewarded`), a third of them drawn in four steps and the others in two. The times
-of two steps are among those of four, and the velocity to the end of a long step, evaluated twice on the way, ends
-nearer to it. After an interruption the same command continues. The result is the transformer alone: the folder refers
-to that of `--start` for the rest.
+rewards for the student's own images (`rewarded`), a third of them drawn in four steps and the others in two; then
+distillation again, at the states that the student reaches in four steps and in two (`on_policy`). The times of two
+steps are among those of four, and the velocity to the end of a long step, evaluated twice on the way, ends nearer to
+it. After an interruption the same command continues. The result is the transformer alone: the folder refers to that of
+`--start` for the rest.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,31 @@ from functional_sd3.flow import schedule
 from functional_sd3.image import pixels
 from functional_sd3.layouts.components import Config
 from functional_sd3.recipes import model_card
-from functional_sd3.recipes.shapes import report, rewarded, stages, world
+from functional_sd3.recipes.shapes import on_policy, prompts, report, rewarded, stages, world
 from functional_sd3.recipes.shapes.architecture import LENGTH
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.training import datasets, distill_task
 from functional_sd3.weights.model import Model, Tokenizers
 
-STEPS = 4
-"""Steps that the student draws in."""
+STEPS, NAMES = (4, 2), ("four", "two")
+"""Numbers of steps that the student draws in, the default first, and what the model card calls them."""
+VALIDATION = 300
+"""Images that the model card reads after each stage."""
 SEGMENTS, INNER = 2, 6
 """Of distillation: steps of the student, and of the teacher in each of them."""
+SHIFT = 1.5
+"""Of the grid of the last stage and of the finished student; before, it is the teacher's, 3. The time between two
+steps is then 0.6 instead of 0.75, so that the last step, whose error is the largest, is shorter."""
 CFG = 2.0
 """Guidance of the teacher."""
-POLICY = rewarded.Policy((STEPS, SEGMENTS, SEGMENTS), 1.0, 1e-4, 0.003)
+POLICY = rewarded.Policy((4, 2, 2), 1.0, 1e-4, 0.003)
 """Of the rewards: as the student is drawn."""
 SHARE = 0.7
 """Of the change by the rewards, as much as is taken: more of the images are right than with all of it."""
 DISTILL_STEPS = 75
 REWARD_STEPS = 50
 """The reward rises for some 45 rounds, and is lost soon after 50."""
+ON_POLICY_STEPS = 150
 BATCH, RATE = 48, 4e-4
 """Of distillation."""
 IMAGES = 4096
@@ -53,6 +60,7 @@ IMAGES = 4096
 CURVES = (
     ("distill", "error", "error", "Distance of the student's steps from its teacher's", True),
     ("rewards", "reward", "reward", "Share of the drawn images that are right, rewarded for it", False),
+    ("own", "error", "own_error", "Distance of the student's steps from its teacher's, at the student's states", True),
 )
 """Stage, column of its log, name, title, and whether it is drawn logarithmically."""
 
@@ -64,14 +72,16 @@ def train(
     seed: int,
     distill_steps: int,
     reward_steps: int,
+    on_policy_steps: int = 0,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Model | None:
     """The whole student; None when it was stopped. `work` holds logs and checkpoints.
 
-    dtype: of the teacher's computation and of the policy that draws.
+    dtype: of the teacher's computation, of the policy that draws, and of all of the last stage's.
     """
-    data_key, distill_key, reward_key = prng.split(prng.fold_in(prng.key(seed), 8), 3).unbind(-2)
+    root = prng.fold_in(prng.key(seed), 8)
+    data_key, distill_key, reward_key = prng.split(root, 3).unbind(-2)
     task = distill_stage(distill_key, data_key, teacher, dtype=dtype)
 
     def draw(student: Model, folder: Path, done: int) -> None:
@@ -79,7 +89,7 @@ def train(
         captions = [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
         with torch.no_grad():
             images = pipeline.generate(
-                student.params, student.config, student.tokenizers, captions, prng.key(seed), steps=STEPS, cfg=1.0
+                student.params, student.config, student.tokenizers, captions, prng.key(seed), steps=STEPS[0], cfg=1.0
             )
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         pixels.to_pil(pixels.grid(images, 4))[0].save(folder / "samples" / f"{done:06d}.png")
@@ -95,11 +105,16 @@ def train(
         return None if state is None else model(task, state)
 
     student = run("distill", task, distill_steps, 25)
-    if student is None or not reward_steps:
-        return student
-    rewards = rewarded.reward_stage(reward_key, student, reward_steps, POLICY, dtype=dtype)
-    end = run("rewards", rewards, reward_steps, 10)
-    return None if end is None else rewarded.add_changes(student, [(SHARE, end)])
+    if student is not None and reward_steps:
+        rewards = rewarded.reward_stage(reward_key, student, reward_steps, POLICY, dtype=dtype)
+        end = run("rewards", rewards, reward_steps, 10)
+        student = None if end is None else rewarded.add_changes(student, [(SHARE, end)])
+    if student is not None and on_policy_steps:
+        own = student._replace(config=in_steps(student.config, SHIFT))
+        total = max(on_policy_steps, ON_POLICY_STEPS)
+        states = on_policy.on_policy_stage(prng.fold_in(root, 1), own, teacher, total, dtype=dtype)
+        student = run("own", states, on_policy_steps, 20)
+    return student
 
 
 def distill_stage(
@@ -114,9 +129,11 @@ def distill_stage(
     return distill_task.distill_task(key, teacher, images.captions, data, settings, generate=pipeline.generate)
 
 
-def in_steps(config: Config) -> Config:
-    """The config of a student of `SEGMENTS` that is drawn in `STEPS`."""
-    return replace(config, schedule=replace(config.schedule or schedule.Config(), distilled_steps=STEPS))
+def in_steps(config: Config, shift: float | None = None) -> Config:
+    """The config of a student of `SEGMENTS` that is drawn in any of `STEPS`; shift: of its grid, None for the same."""
+    levels = config.schedule or schedule.Config()
+    shift = levels.shift if shift is None else shift
+    return replace(config, schedule=replace(levels, shift=shift, trained_steps=STEPS))
 
 
 def save(out: Path, student: Model, start: Path) -> Model:
@@ -141,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--distill-steps", type=int, default=DISTILL_STEPS, help="of segment distillation")
     parser.add_argument("--reward-steps", type=int, default=REWARD_STEPS, help="rounds of rewards, after those")
+    parser.add_argument(
+        "--on-policy-steps", type=int, default=ON_POLICY_STEPS, help="of distillation at its own states, after those"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="draw, and compute the teacher, in bfloat16")
     parsed = parser.parse_args(arguments)
     parsed.work.mkdir(parents=True, exist_ok=True)
@@ -150,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=parsed.seed,
         distill_steps=parsed.distill_steps,
         reward_steps=parsed.reward_steps,
-        dtype=torch.bfloat16 if parsed.bfloat16 else None,
+        on_policy_steps=parsed.on_policy_steps,
+        dtype=computed_in(parsed),
     )
     if student is None:
         print("stopped; the same command continues from here", file=sys.stderr)
@@ -163,23 +184,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def describe(out: Path, student: Model, parsed: argparse.Namespace, command: str) -> None:
-    """Write the model card: README.md with logs, prompt following and diversity; curves and samples.png."""
-    default = {"steps": STEPS, "cfg": 1.0}
-    captions, samples = report.samples(student, **default)
-    rewards = f", then {parsed.reward_steps} rounds of rewards, of whose change a share of {SHARE} is taken"
+    """Write the model card: README.md with stages, logs, prompt following and diversity; curves and samples.png."""
+    settings = {f"{name} steps": {"steps": steps, "cfg": 1.0} for name, steps in zip(NAMES, STEPS, strict=True)}
+    captions, samples = report.samples(student, steps=STEPS[0], cfg=1.0)
     count = tree.count(student.params["transformer"])
     text = f"""
-A student of `params/tiny` that draws in {STEPS} steps, or {SEGMENTS}, without guidance; made by
+A student of `params/tiny` that draws in {STEPS[0]} steps, or {STEPS[1]}, without guidance; made by
 
     {command}
 
-{parsed.distill_steps} updates of segment distillation{rewards}. Here are the scheduler and the transformer
-({count:,} parameters); text encoders, tokenizers and autoencoder are those of the folder that
-`_base_model` in `model_index.json` names. MIT licence, as the code.
+{parsed.distill_steps} updates of segment distillation into {SEGMENTS} steps, then {parsed.reward_steps} rounds of
+rewards, of whose change a share of {SHARE} is taken, then {parsed.on_policy_steps} updates of distillation at the
+states that the student reaches in {STEPS[0]} and in {STEPS[1]} steps, on the grid of shift {SHIFT}. Here are the
+scheduler and the transformer ({count:,} parameters, float16); text encoders, tokenizers and autoencoder are those of
+the folder that `_base_model` in `model_index.json` names. MIT licence, as the code.
 
     functional-sd3 generate "a small green star left of a large red circle on a white background" --params tiny-4
 
-{report.following(student, {"four steps": default, "two steps": {"steps": SEGMENTS, "cfg": 1.0}})}"""
+{stage_table(parsed, settings)}
+
+{report.following(student, settings)}"""
     model_card.write(
         out,
         title="params/tiny-4",
@@ -188,6 +212,43 @@ A student of `params/tiny` that draws in {STEPS} steps, or {SEGMENTS}, without g
         samples=samples,
         captions=captions,
     )
+
+
+def stage_table(parsed: argparse.Namespace, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The section of the model card on the student after each of its stages, as they are in `parsed.work`."""
+    teacher = weights.load(parsed.start, dtype=torch.float32)
+    lines = [
+        "| after | drawn | of | " + " | ".join(report.READERS) + " |",
+        "|---|---|---|" + "---|" * len(report.READERS),
+    ]
+    counts = {
+        "distillation": parsed.distill_steps,
+        "rewards": parsed.reward_steps,
+        "its own states": parsed.on_policy_steps,
+    }
+    done = {"distill_steps": 0, "reward_steps": 0, "on_policy_steps": 0}
+    for (name, count), stage in zip(counts.items(), done, strict=True):
+        done[stage] = count
+        student = train(parsed.work, teacher, seed=parsed.seed, **done, dtype=computed_in(parsed), progress=False)
+        if not count or student is None:
+            continue
+        for how, options in settings.items():
+            images, scenes = report.validation_images(student, 2, VALIDATION, prng.key(3), **options)
+            shares = [prompts.table(images, scenes, reader=read)["right"] for read in report.READERS.values()]
+            cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
+            lines.append(f"| {name} | {how} | {len(scenes)} | {cells} |")
+    table = "\n".join(lines)
+    return f"""## Stages
+
+Images of two things that are right after each stage, by both readers, of captions that are not held out: these
+were what choices were made by.
+
+{table}"""
+
+
+def computed_in(parsed: argparse.Namespace) -> torch.dtype | None:
+    """The dtype of the command line."""
+    return torch.bfloat16 if parsed.bfloat16 else None
 
 
 if __name__ == "__main__":

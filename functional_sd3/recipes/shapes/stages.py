@@ -91,7 +91,7 @@ def vae_stage(key: Key, config: Config, steps: int) -> Stage:
     params_key, run_key, data_key = (prng.fold_in(key, place) for place in (1, 2, 3))
     params = tree.map_with_path(_narrow_posterior, vae.init(params_key, require(config, "vae")))
     rate = optim.trapezoid(3e-3, min(30, steps // 4), steps, int(0.6 * steps))
-    optimizer = _optimizer(rate, rate, b2=0.99)
+    optimizer = muon_optimizer(rate, rate, b2=0.99)
     train_step = step.make_train_step(
         objectives.vae_loss(require(config, "vae"), divergence=6e-3), optimizer, ema_decay=0.995, donate=True, rate=rate
     )
@@ -116,7 +116,7 @@ def decoder_stage(
     sizes = require(config, "vae")
     run_key, data_key = prng.split(key)
     rate = optim.trapezoid(peak, min(100, steps // 4), steps, int(0.6 * steps))
-    optimizer = _optimizer(rate, rate, dtype=dtype)
+    optimizer = muon_optimizer(rate, rate, dtype=dtype)
     learned = step.trainable(SPECS["vae"](sizes), "decoder.*")
     loss = objectives.vae_loss(
         sizes,
@@ -187,7 +187,7 @@ def flow_stage(
     else:
         params = {name: start[name] for name in makers}
     rate = optim.trapezoid(peak, min(100, steps // 4), steps, int(0.4 * steps))
-    optimizer = _optimizer(rate, lambda count: 0.5 * rate(count), dtype=dtype)
+    optimizer = muon_optimizer(rate, lambda count: 0.5 * rate(count), dtype=dtype)
     specs = {name: SPECS[name](getattr(config, name)) for name in params}
     learned = step.trainable(specs, "*" if start is None else "transformer.*")
     empty = {"ids": conditioning.tokenize(config, tables, [""], t5_length=LENGTH)}
@@ -223,9 +223,11 @@ def _narrow_posterior(path: str, leaf: Tensor) -> Tensor:
     return leaf
 
 
-def _optimizer(
+def muon_optimizer(
     matrices: optim.Schedule, others: optim.Schedule, *, b2: float = 0.99, dtype: torch.dtype | None = None
 ) -> optim.Optimizer:
+    """Muon for hidden matrices, computed in `dtype`, and AdamW for all else, each at a learning rate of its own."""
+
     def label(path: str, leaf: Tensor) -> str:
         hidden = leaf.ndim >= 2 and not any(name in part for part in path.split(".") for name in ADAMW_ONLY)
         return "muon" if hidden else "adamw"

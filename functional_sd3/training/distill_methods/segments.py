@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from functional_sd3.flow import schedule
+from functional_sd3.flow import distilled, schedule
 from functional_sd3.training.distill_methods.types import DistillMethod, Settings
 from functional_sd3.training.objectives import Loss, segments_loss
 from functional_sd3.training.objectives.segments import Teacher
@@ -19,7 +19,7 @@ def _settings(levels: schedule.Config, settings: Settings) -> Settings:
     """A student of segments keeps its grid and is followed step by step; `to` must divide its number of steps."""
     if levels.distilled_steps is None or levels.distillation != "segments":
         return settings
-    count = levels.distilled_steps
+    count = max(distilled.numbers_of_steps(levels.distilled_steps, levels.trained_steps))
     inner, rest = divmod(count, settings.to)
     if rest or inner < 2:
         fewer = [str(number) for number in range(1, count) if count % number == 0]

@@ -5,7 +5,8 @@ import torch
 
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng, tree
-from functional_sd3.recipes.shapes import few_steps, report, rewarded
+from functional_sd3.recipes.shapes import few_steps, on_policy, report, rewarded
+from functional_sd3.recipes.shapes.on_policy import States
 from functional_sd3.training import log
 from functional_sd3.weights import shipped
 
@@ -16,7 +17,9 @@ def small():
         patch.setattr(few_steps, "IMAGES", 8)
         patch.setattr(few_steps, "BATCH", 4)
         patch.setattr(rewarded, "BATCH", 6)
+        patch.setattr(on_policy, "STATES", (States(2, 1, 2), States(4, 3, 1)))
         patch.setattr(rewarded, "GROUP", 2)
+        patch.setattr(few_steps, "VALIDATION", 2)
         patch.setattr(report, "following", lambda model, settings: f"read: {', '.join(settings)}")
         yield
 
@@ -25,7 +28,8 @@ def small():
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     words = ["--start", str(shipped.folder()), "--work", str(folder / "work"), "--distill-steps", "2"]
-    assert few_steps.main([str(folder / "student"), *words, "--reward-steps", "2"]) == 0
+    words += ["--reward-steps", "2", "--on-policy-steps", "2"]
+    assert few_steps.main([str(folder / "student"), *words]) == 0
     return folder
 
 
@@ -35,6 +39,7 @@ def test_the_folder_holds_the_transformer_alone_and_refers_to_the_teacher(made):
         "README.md",
         "error.png",
         "model_index.json",
+        "own_error.png",
         "reward.png",
         "samples.png",
         "scheduler",
@@ -45,23 +50,27 @@ def test_the_folder_holds_the_transformer_alone_and_refers_to_the_teacher(made):
     changed = {name for name in teacher.params if tree.diff(student.params[name], teacher.params[name])}
     assert changed == {"transformer"} and student.tokenizers == teacher.tokenizers
     levels = student.config.schedule
-    assert (levels.distilled_steps, levels.distillation, levels.guidance_distilled) == (4, "segments", True)
-    assert "read: four steps, two steps" in (folder / "README.md").read_text()
-    for stage, steps in (("distill", "2"), ("rewards", "2")):
+    assert (levels.distilled_steps, levels.distillation, levels.guidance_distilled) == (2, "segments", True)
+    assert (levels.trained_steps, levels.shift) == ((4, 2), few_steps.SHIFT)
+    card = (folder / "README.md").read_text()
+    assert "read: four steps, two steps" in card
+    for stage in ("distillation", "rewards", "its own states"):
+        assert all(f"| {stage} | {steps} steps | 2 | " in card for steps in ("four", "two"))
+    for stage, steps in (("distill", "2"), ("rewards", "2"), ("own", "2")):
         assert [row["step"] for row in log.read(made / "work" / stage / "log.csv")] == [steps]
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path, made):
     teacher = weights.load(shipped.folder(), dtype=torch.float32)
-    for distilled, rounds in ((1, 0), (2, 1), (2, 2)):
-        steps = {"distill_steps": distilled, "reward_steps": rounds, "progress": False}
+    for distilled, rounds, own in ((1, 0, 0), (2, 1, 0), (2, 2, 1), (2, 2, 2)):
+        steps = {"distill_steps": distilled, "reward_steps": rounds, "on_policy_steps": own, "progress": False}
         student = few_steps.train(tmp_path, teacher, seed=0, **steps)
     assert not tree.diff(student.params["transformer"], again(made, teacher).params["transformer"])
 
 
 def again(made, teacher):
     """The student of `made`, in float32: all its steps are done."""
-    steps = {"distill_steps": 2, "reward_steps": 2}
+    steps = {"distill_steps": 2, "reward_steps": 2, "on_policy_steps": 2}
     return few_steps.train(made / "work", teacher, seed=0, **steps, progress=False)
 
 
