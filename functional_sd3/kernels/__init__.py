@@ -8,6 +8,7 @@ of PyTorch are called once before they are relied on; a missing one costs speed 
 from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, TRANSFORMED, TRANSFORMS, UNTRACKED, Kernel
 from functional_sd3.kernels import (
     attention,
+    convolution_functions,
     cuda,
     foreach,
     inductor,
@@ -39,7 +40,10 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel(cuda.linear_activation, cuda.fits_linear_activation, UNTRACKED, 1e-3),
     ),
     "layers.cast_leaves": (Kernel(cuda.cast_leaves, cuda.fits_cast_leaves, DIFFERENTIABLE, 0.0),),
-    "layers.conv2d": (Kernel(winograd.conv2d, winograd.fits_conv2d, UNTRACKED, 5e-6),),
+    "layers.conv2d": (
+        Kernel(winograd.conv2d, winograd.fits_conv2d, UNTRACKED, 5e-6),
+        Kernel(convolution_functions.conv2d, convolution_functions.fits, TRANSFORMS),
+    ),
     "layers.upsample_conv2d": (Kernel(winograd.upsample_conv2d, winograd.fits_upsample_conv2d, UNTRACKED, 5e-6),),
     "layers.residual_block": (Kernel(winograd.residual_block, winograd.fits_residual_block, UNTRACKED, 5e-6),),
     "layers.image_layout": (Kernel(layouts.image_layout, layouts.fits_image_layout, DIFFERENTIABLE, 0.0),),
@@ -52,7 +56,10 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel(norms.layer_norm, norms.fits_layer_norm, UNTRACKED | TRANSFORMED | COMPILED),
         Kernel(norm_functions.layer_norm, norm_functions.fits, TRANSFORMS),
     ),
-    "layers.group_norm": (Kernel(norms.group_norm, norms.fits_group_norm, UNTRACKED, 5e-6),),
+    "layers.group_norm": (
+        Kernel(norms.group_norm, norms.fits_group_norm, UNTRACKED, 5e-6),
+        Kernel(norm_functions.group_norm, norm_functions.fits_group_norm, TRANSFORMS),
+    ),
     "layers.group_norm_silu": (Kernel(norms.group_norm_silu, norms.fits_group_norm, UNTRACKED, 5e-6),),
     "layers.modulate": (Kernel(modulation_functions.modulate, modulation_functions.fits, TRANSFORMS),),
     "layers.add_gated": (Kernel(modulation_functions.add_gated, modulation_functions.fits, TRANSFORMS),),

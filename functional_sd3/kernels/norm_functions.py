@@ -37,6 +37,18 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
     return RmsNorm.apply(eps, x, params["weight"])[0]
 
 
+def fits_group_norm(params: Params, x: Tensor, groups: int, eps: float) -> bool:
+    """Under forward mode, of one dtype."""
+    return fits_forward_mode(x) and params["weight"].dtype == x.dtype
+
+
+def group_norm(params: Params, x: Tensor, groups: int, eps: float) -> Tensor:
+    """`layers.group_norm` by `LayerNorm` of each group's numbers."""
+    normed = LayerNorm.apply(eps, x.reshape(len(x), groups, -1))[0].reshape(x.shape)
+    weight, bias = (params[name].reshape(1, -1, *[1] * (x.ndim - 2)) for name in ("weight", "bias"))
+    return AddProduct.apply(bias, normed, weight)[0]
+
+
 class LayerNorm(FlatFunction):
     """(eps, x) -> (y, mean, 1 / std), the last two of which are not differentiated."""
 

@@ -25,6 +25,8 @@ X, OTHER, THIRD = (random(seed, BATCH, TOKENS, WIDTH) for seed in (1, 2, 3))
 WEIGHT, BIAS, SCALE = random(4, OUTPUTS, WIDTH), random(5, OUTPUTS), 1 + 0.1 * random(6, WIDTH)
 SHIFT, GATE = random(7, BATCH, 1, WIDTH), random(8, BATCH, 1, WIDTH)
 LORA = {"down": random(9, 2, WIDTH), "up": random(10, OUTPUTS, 2)}
+IMAGE, KERNEL = random(12, 2, 4, 3, 2), random(13, 3, 4, 3, 3)
+CHANNELS = 1 + 0.1 * random(14, 4)
 # name -> (the layer of tensors, the tensors)
 LAYERS = {
     "linear": (lambda x, weight, bias: layers.linear({"weight": weight, "bias": bias}, x), (X, WEIGHT, BIAS)),
@@ -45,6 +47,24 @@ LAYERS = {
     ),
     "RMS norm": (lambda x, weight: layers.rms_norm({"weight": weight}, x, 1e-6), (X, SCALE)),
     "RMS norm of a fixed weight": (lambda x: layers.rms_norm({"weight": SCALE}, x, 1e-6), (X,)),
+    "convolution": (
+        lambda x, weight, bias: layers.conv2d({"weight": weight, "bias": bias}, x, padding=1),
+        (IMAGE, KERNEL, random(15, 3)),
+    ),
+    "convolution of fixed weights with a stride and an adapter": (
+        lambda x, down, up: layers.conv2d(
+            {"weight": KERNEL, "bias": random(15, 3), "low_rank": {"down": down, "up": up}}, x, stride=2, padding=1
+        ),
+        (IMAGE, random(16, 2, 4, 3, 3), random(17, 3, 2)),
+    ),
+    "group norm": (
+        lambda x, weight, bias: layers.group_norm({"weight": weight, "bias": bias}, x, 2, 1e-6),
+        (IMAGE, CHANNELS, random(18, 4)),
+    ),
+    "group norm of fixed weights": (
+        lambda x: layers.group_norm_silu({"weight": CHANNELS, "bias": random(18, 4)}, x, 2, 1e-6),
+        (IMAGE,),
+    ),
     "modulation": (layers.modulate, (X, SHIFT, GATE)),
     "modulation that is fixed": (lambda x: layers.modulate(x, SHIFT, GATE), (X,)),
     "gate": (layers.add_gated, (X, GATE, OTHER)),
@@ -179,6 +199,15 @@ def test_a_tangent_takes_the_products_of_what_varies():
     assert flops(lambda: jvp(layers.linear, (layer, X), (layer, X))) == 3 * once
     # The output and two gradients; the tangents of the output and of either gradient in each of its factors that vary.
     assert flops(lambda: jvp(lambda x: gradient(x, layer), (X,), (X,))) == (3 + 1 + 1 + 2) * once
+
+
+def test_a_tangent_of_a_convolution_takes_the_products_of_what_varies():
+    layer = {"weight": KERNEL, "bias": random(15, 3)}
+    conv = partial(layers.conv2d, padding=1)
+    once = flops(lambda: conv(layer, IMAGE))
+    assert flops(lambda: jvp(lambda x: conv(layer, x), (IMAGE,), (IMAGE,))) == 2 * once
+    assert flops(lambda: jvp(lambda layer: conv(layer, IMAGE), (layer,), (layer,))) == 2 * once
+    assert flops(lambda: jvp(conv, (layer, IMAGE), (layer, IMAGE))) == 3 * once
 
 
 def test_a_compiled_tangent_takes_the_products_of_what_varies():

@@ -97,6 +97,8 @@ EXAMPLES = {
     "linear.in_graph": [(LAYER, drawn(2, 8, 16)), ({"weight": LAYER["weight"]}, drawn(5, 16))],
     "norms.layer_norm": [({}, drawn(2, 3, 6), 1e-6), (norm(6), drawn(5, 6), 1e-6)],
     "norm_functions.rms_norm": [({"weight": drawn(6, seed=1)}, drawn(2, 3, 6, seed=2), 1e-6)],
+    "norm_functions.group_norm": [(norm(6), drawn(2, 6, 3, 2, seed=2), 3, 1e-6)],
+    "convolution_functions.conv2d": [(CONV, drawn(1, 64, 3, 5, seed=2))],
     "norm_functions.layer_norm": [({}, drawn(2, 3, 6, seed=2), 1e-6), (norm(6), drawn(5, 6), 1e-6)],
     "modulation_functions.modulate": [(drawn(2, 3, 6), drawn(2, 1, 6, seed=1), drawn(2, 1, 6, seed=2))],
     "modulation_functions.add_gated": [(drawn(2, 3, 6), drawn(2, 1, 6, seed=1), drawn(2, 3, 6, seed=2))],
@@ -127,6 +129,8 @@ OPTIONS = {"winograd.conv2d": {"padding": 1}}
 NEEDS_NVIDIA = {"cuda.linear_activation", "cuda.threefry", "cuda.gaussian"}
 HAS_NVIDIA = torch.cuda.is_available() and torch.version.hip is None
 INTEGER = {"inductor.threefry", "cuda.threefry"}
+IN_FORWARD_MODE = ("convolution_functions", "linear", "norm_functions", "modulation_functions")
+"""Modules of kernels that fit under forward mode alone."""
 
 
 def device_of(name):
@@ -156,7 +160,7 @@ def test_a_kernel_equals_its_formula_and_changes_only_what_the_formula_changes(n
     for example in EXAMPLES[name]:
         first, second = (moved(example, device_of(name)) for _ in range(2))
         options = OPTIONS.get(name, {})
-        in_forward_mode = name.split(".")[0] in ("linear", "norm_functions", "modulation_functions")
+        in_forward_mode = name.split(".")[0] in IN_FORWARD_MODE
         with forward_ad.dual_level() if in_forward_mode else nullcontext():
             fits = kernel.fits(*first, **options)
         assert fits or device_of(name) == "cpu" and name.startswith("cuda.")
