@@ -47,7 +47,7 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     options = _options(arguments, stored, dtype)
     check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     images = train_data.images(arguments, model, say)
-    ids = train_data.tokens(model, images)
+    ids = train_data.tokens(model, images.captions)
     settings = _settings(arguments, source, stored, images, options)
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:

@@ -15,6 +15,7 @@ SUBCOMMANDS = (
     "generate",
     "edit",
     "interpolate",
+    "cache",
     "train",
     "reward",
     "distill",

@@ -14,7 +14,6 @@ _MIN = {
     "batch_size": 1,
     "accumulate": 1,
     "warmup": 0,
-    "pictures": 1,
     "save_every": 1,
     "log_every": 1,
     "sample_every": 0,
@@ -33,8 +32,6 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 0 and below 1")
     if arguments.batch_size % arguments.accumulate:
         raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
-    if arguments.size is not None and arguments.size < 1:
-        raise ValueError(f"--size {arguments.size} must be a side in pixels, such as 512")
     if arguments.lora is not None and arguments.lora < 1:
         raise ValueError(f"--lora {arguments.lora} must be a rank of at least 1, such as 16; leave it out to train all")
     if arguments.lora and (arguments.scratch or arguments.part == "vae"):
@@ -50,16 +47,27 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.part == "transformer" and value != default:
             raise ValueError(f"{option} belongs to --part vae")
     train_objective.check(arguments)
-    if arguments.caption is not None and (arguments.part == "vae" or arguments.data == "shapes"):
+    if arguments.caption is not None and arguments.part == "vae":
         raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
     memory_options.check_full(arguments)
+    check_images(arguments)
+    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
+        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+
+
+def check_images(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options of images that make no sense, a model and data that are not there."""
+    if arguments.size is not None and arguments.size < 1:
+        raise ValueError(f"--size {arguments.size} must be a side in pixels, such as 512")
+    if arguments.pictures < 1:
+        raise ValueError(f"--pictures {arguments.pictures} must be at least 1")
+    if arguments.caption is not None and arguments.data == "shapes":
+        raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     options.check_params(arguments.params)
     if arguments.data != "shapes":
         check_data(arguments.data)
-    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
-        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
 
 
 def check_folder(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Images that `train` and `distill` learn from: read, tokenized, encoded once for a run."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from functional_sd3.image import vae
 from functional_sd3.layouts.components import require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
-from functional_sd3.training import continuing, datasets, digests, tasks, text_table, training_set
+from functional_sd3.training import continuing, datasets, digests, tasks, text_table, training_set, views
 from functional_sd3.weights.model import Model
 
 ENCODED = "data.safetensors"
@@ -49,9 +49,9 @@ def images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.Train
     return tasks.folder_images(index, side)
 
 
-def tokens(model: Model, images: tasks.TrainingImages) -> conditioning.Ids:
-    """Tokens of the captions, (images, length) each."""
-    return conditioning.tokenize(model.config, model.tokenizers, images.captions, t5_length=t5_length(model))
+def tokens(model: Model, captions: Sequence[str]) -> conditioning.Ids:
+    """Tokens of the captions, (captions, length) each."""
+    return conditioning.tokenize(model.config, model.tokenizers, captions, t5_length=t5_length(model))
 
 
 def t5_length(model: Model) -> int:
@@ -73,15 +73,15 @@ def training_data(
     encoded = training_set.resident(latents(arguments, model, images, settings, say))
     if settings["text-encoders"] == "frozen" and (text := _resident_text(model, images)) is not None:
         return training_set.TrainingSet(encoded, text)
-    empty = conditioning.tokenize(model.config, model.tokenizers, [""], t5_length=t5_length(model))
-    ids = tokens(model, images) if ids is None else ids
+    empty = tokens(model, [""])
+    ids = tokens(model, images.captions) if ids is None else ids
     return training_set.TrainingSet(encoded, training_set.token_text(ids, empty))
 
 
 def _resident_text(model: Model, images: tasks.TrainingImages) -> training_set.Text | None:
     """The conditioning of all captions, or None where it would take too much memory."""
     captions, length = text_table.distinct(images.captions), t5_length(model)
-    ids = conditioning.tokenize(model.config, model.tokenizers, captions.texts, t5_length=length)
+    ids = tokens(model, captions.texts)
     encoders = {name: params for name, params in model.params.items() if name in tasks.ENCODERS}
     if len(captions.texts) * text_table.row_bytes(encoders, model.config, ids) > TEXT_BYTES:
         return None
@@ -107,7 +107,7 @@ def latents(
     params = {**model.params, "vae": tree.cast(model.params["vae"], torch.float32)}
     latents = datasets.encode_all(
         params, model.config, model.tokenizers, images.captions, images.load,
-        t5_length=t5_length(model), track=track,
+        batch=views.images_at_once(images.side, images.side), t5_length=t5_length(model), track=track,
     )["latents"]  # fmt: skip
     files.write_atomic(path, {"latents": latents}, metadata={"contents": of})
     return latents

@@ -2,7 +2,7 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,28 @@ import torch
 from functional_sd3 import weights
 from functional_sd3.cli import runtime
 from functional_sd3.core import tree
-from functional_sd3.core.types import Tree
+from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats import default_dtype, finite
+from functional_sd3.layouts.components import SPECS
 from functional_sd3.training import tasks
 from functional_sd3.weights.model import Model
 
 
-def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, Model, torch.dtype | None]:
+def load(
+    arguments: argparse.Namespace, source: Sequence[Path], only: Sequence[str] | None = None
+) -> tuple[Model, Model, torch.dtype | None]:
     """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
 
     What learns is in --weights, float32 by default. The rest stays as it is stored, unless the device does not compute
-    that well.
+    that well. only: the components that are read, all by default; configs and tokenizers are of all.
     """
     device = runtime.device(arguments.device)
-    stored = weights.load(source, dtype="stored", variant=arguments.variant)
-    needed = ("transformer", "vae") if arguments.part == "transformer" else ("vae",)
+    if only is None:
+        stored = weights.load(source, dtype="stored", variant=arguments.variant)
+    else:
+        whole = weights.outline(source, variant=arguments.variant)
+        stored = whole._replace(params=read(arguments, source, only))
+    needed = ("transformer", "vae") if arguments.part == "transformer" and only is None else only or ("vae",)
     runtime.require(stored, needed, " and ".join(map(str, source)))
     names, dtype = trained(arguments, stored), None
     if arguments.part != "vae":
@@ -41,8 +48,19 @@ def load(arguments: argparse.Namespace, source: Sequence[Path]) -> tuple[Model, 
             chosen = dtype or torch.float32 if arguments.lora else learned
         else:
             chosen = _computed_dtype(stored.params[name], device)
-        params[name] = tree.to(tree.cast(stored.params[name], chosen) if chosen else stored.params[name], device)
+        params[name] = _computed(stored.params[name], chosen, device)
     return stored, stored._replace(params=params), None if dtype == learned == torch.float32 else dtype
+
+
+def read(arguments: argparse.Namespace, source: Sequence[Path], only: Collection[str]) -> dict[str, Params]:
+    """Components of the model as they are stored."""
+    return weights.load(source, dtype="stored", variant=arguments.variant, only=only).params
+
+
+def rest(arguments: argparse.Namespace, source: Sequence[Path], stored: Model) -> dict[str, Params]:
+    """The components of the model that `stored` lacks."""
+    names = [name for name in SPECS if getattr(stored.config, name) is not None and name not in stored.params]
+    return read(arguments, source, names) if names else {}
 
 
 def trained(arguments: argparse.Namespace, model: Model) -> tuple[str, ...]:
@@ -51,6 +69,15 @@ def trained(arguments: argparse.Namespace, model: Model) -> tuple[str, ...]:
         return ("vae",)
     with_text = text_encoders(vars(arguments)) == "train"
     return tuple(name for name in model.params if name == "transformer" or (with_text and name in tasks.ENCODERS))
+
+
+def frozen(params: Params, device: torch.device) -> Params:
+    """Parameters that do not learn, as they compute."""
+    return _computed(params, _computed_dtype(params, device), device)
+
+
+def _computed(params: Params, dtype: torch.dtype | None, device: torch.device) -> Params:
+    return tree.to(tree.cast(params, dtype) if dtype else params, device)
 
 
 def _computed_dtype(params: Tree, device: torch.device) -> torch.dtype | None:

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import memory_options, train_data, train_model, train_objective, train_options, training_run
+from functional_sd3.cli import (
+    memory_options,
+    train_cache,
+    train_data,
+    train_model,
+    train_objective,
+    train_options,
+    training_run,
+)
 from functional_sd3.cli.training_run import Setup
 from functional_sd3.core import prng
 from functional_sd3.layouts.components import SPECS
@@ -43,16 +51,17 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
-    stored, model, dtype = train_model.load(arguments, source)
+    held = train_cache.opened(arguments, source)
+    stored, model, dtype = train_model.load(arguments, source, held and train_cache.components(arguments, held))
     model = memory_options.with_computations(arguments, model, train_model.trained(arguments, model))
-    if arguments.part != "vae":
+    if arguments.part != "vae" and held is None:
         # Before images are drawn and encoded, which takes minutes.
         check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     if arguments.fused_update:
         say("note: with --fused-update gradients are not clipped, as no step has all of them at once")
-    images = train_data.images(arguments, model, say)
+    images = held or train_data.images(arguments, model, say)
     options = _options(arguments, dtype)
-    ids = None if arguments.part == "vae" else train_data.tokens(model, images)
+    ids = None if arguments.part == "vae" or held else train_data.tokens(model, images.captions)
     settings = _settings(arguments, source, stored, images, ids)
     settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
@@ -64,6 +73,12 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
         step_note = lambda saved, state: _step_note(saved, options, state)  # noqa: E731
         return Setup(task, stored, settings, differences, bool(options.lora), step_note)
 
+    if isinstance(images, train_cache.Held):
+        model = train_cache.without_encoder(model)
+        data = train_cache.training_data(images, model, options.text_encoders)
+        generate = pipeline.generate if options.text_encoders else train_cache.generate(images)
+        task = tasks.flow_task(key, model, images.captions, data, options, generate=generate)
+        return setup(task)._replace(rest=lambda: train_model.rest(arguments, source, stored))
     if arguments.part == "vae":
         return setup(tasks.vae_task(key, model, images, options))
     data = train_data.training_data(arguments, model, images, ids, settings, say)
@@ -99,7 +114,7 @@ def _settings(
     arguments: argparse.Namespace,
     source: list[Path],
     stored: Model,
-    images: tasks.TrainingImages,
+    images: tasks.TrainingImages | train_cache.Held,
     ids: conditioning.Ids | None,
 ) -> dict[str, Any]:
     """The settings in a checkpoint: the options of a run, and digests of its model and data."""

@@ -34,6 +34,7 @@ class Setup(NamedTuple):
     have it. settings: what its checkpoints keep. differences: of the settings of a checkpoint from these. lora: whether
     a LoRA is trained. lora_metadata: of its file.
     step_note: a sentence on another number of steps than the checkpoint's settings planned, None for none.
+    rest: the components of the stored model that the run does not need, read when the result is written.
     """
 
     task: Any
@@ -43,6 +44,7 @@ class Setup(NamedTuple):
     lora: bool
     step_note: Callable[[dict[str, Any], State], str | None]
     lora_metadata: dict[str, str] = {}
+    rest: Callable[[], dict[str, Any]] = dict
 
 
 def steps_note(steps: int, saved: dict[str, Any], state: State) -> str | None:
@@ -218,7 +220,7 @@ def save_result(out: Path, state: State, setup: Setup) -> Path:
         return out / LORA
     trained, stored = setup.task.model(state), setup.stored
     params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.task.trained}
-    weights.save(out, stored._replace(config=trained.config, params={**stored.params, **params}))
+    weights.save(out, stored._replace(config=trained.config, params={**setup.rest(), **stored.params, **params}))
     network = trained.config.transformer
     if network is not None and network.interval_size:
         say("note: diffusers has no embedder of t - r, so it cannot load this transformer; this program can")

@@ -152,18 +152,22 @@ def encode_all(
     `images(rows)` gives uint8 (len(rows), 3, side, side). Latents are the means of their posteriors, normalised.
     `track` wraps the iteration over batches, as tqdm does.
     """
-    like = tree.leaves(params["vae"])[0]
     starts, sizes = range(0, len(captions), batch), require(config, "vae")
-    latents = []
-    with torch.no_grad():
-        for rows in track([range(start, min(start + batch, len(captions))) for start in starts]):
-            signed = pixels.to_signed(pixels.from_bytes(images(rows)))
-            mean = vae.encode(params["vae"], sizes, signed.to(like.device, like.dtype)).mean
-            latents.append(vae.normalize(sizes, mean.float()).cpu())
+    parts = track([range(start, min(start + batch, len(captions))) for start in starts])
+    latents = [encode_images(params["vae"], sizes, images(rows)) for rows in parts]
     return {
         "latents": torch.cat(latents),
         "ids": conditioning.tokenize(config, tokenizers, captions, t5_length=t5_length),
     }
+
+
+def encode_images(params: Params, config: vae.Config, images: Tensor) -> Tensor:
+    """Normalised means of the posteriors of images, uint8 (batch, 3, height, width): float32, on the CPU."""
+    like = tree.leaves(params)[0]
+    with torch.no_grad():
+        signed = pixels.to_signed(pixels.from_bytes(images))
+        mean = vae.encode(params, config, signed.to(like.device, like.dtype)).mean
+        return vae.normalize(config, mean.float()).cpu()
 
 
 def square(image: "Image", size: int) -> "Image":

@@ -46,9 +46,9 @@ ENCODERS = ("clip_l", "clip_g", "t5")
 class TrainingImages(NamedTuple):
     """Captioned images to train on.
 
-    load: rows -> uint8 (len(rows), 3, side, side). fingerprint: digest of names and captions. contents: digest of
-    names, captions, the images' bytes and `side`. cut: (row, cut) -> uint8 (3, height, width) of the whole image's cut.
-    sizes: (width, height) of each image. names: of the images, for messages.
+    side: in pixels. load: rows -> uint8 (len(rows), 3, side, side). fingerprint: digest of names and captions.
+    contents: digest of names, captions, the images' bytes and `side`. cut: (row, cut) -> uint8 (3, height, width), a
+    cut of the whole image. sizes: (width, height) of each image. names: of the images, for messages.
     """
 
     captions: tuple[str, ...]
@@ -58,6 +58,7 @@ class TrainingImages(NamedTuple):
     cut: Callable[[int, Cut], Tensor]
     sizes: tuple[tuple[int, int], ...]
     names: tuple[str, ...]
+    side: int
 
 
 class Generate(Protocol):
@@ -150,6 +151,7 @@ def folder_images(index: datasets.Index, side: int) -> TrainingImages:
         lambda row, cut: datasets.load_cut(index, row, cut),
         index.sizes,
         tuple(sample.path for sample in index.samples),
+        side,
     )
 
 

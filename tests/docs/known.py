@@ -51,6 +51,7 @@ ADDED = {
     "likelihood": ["--steps", "1"],
     "quantize": ["--steps", "1"],
     "distill": ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--sample-every", "0", "--pictures", "8"],
+    "cache": ["--pictures", "8"],
     "train": ["--steps", "2", "--batch-size", "2", "--warmup", "1", "--sample-every", "0", "--pictures", "8"],
     "reward": [
         "--steps",

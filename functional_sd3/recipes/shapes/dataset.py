@@ -26,7 +26,9 @@ def dataset(key: Key, count: int, side: int) -> TrainingImages:
 
     contents = digests.combined([str(side), *captions])
     names = tuple(f"scene {index}" for index in range(count))
-    return TrainingImages(captions, load, digests.fingerprint(captions), contents, cut, ((side, side),) * count, names)
+    return TrainingImages(
+        captions, load, digests.fingerprint(captions), contents, cut, ((side, side),) * count, names, side
+    )
 
 
 def captions_of(key: Key, scenes: Sequence[world.Scene]) -> tuple[str, ...]:

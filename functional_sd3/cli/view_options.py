@@ -1,0 +1,91 @@
+"""Options of `cache` and `train` for the sizes of images and the views of each: buckets, crops, mirror images."""
+
+import argparse
+
+from functional_sd3.layouts.components import Config, require
+
+_STEP, _RATIO = 64, 2.0
+NAMES = ("buckets", "bucket_step", "bucket_ratio", "bucket_least", "crops", "flips")
+
+
+def add_arguments(group) -> None:
+    add = group.add_argument
+    add(
+        "--buckets",
+        metavar="SIDE[,SIDE...]",
+        help="cut each image to the nearest of many aspect ratios, of as many pixels as a square of SIDE; of several "
+        "the largest that it fills",
+    )
+    add("--bucket-step", type=int, metavar="PX", help=f"of which their sides are multiples (default {_STEP})")
+    add("--bucket-ratio", type=float, metavar="RATIO", help=f"longest side by shortest at most (default {_RATIO:g})")
+    least = "images that one has at least; those of smaller ones go to the nearest (default: a batch; in a cache 16)"
+    add("--bucket-least", type=int, metavar="N", help=least)
+    add("--crops", type=int, default=1, metavar="N", help="parts of each image, the middle first (default 1)")
+    add("--flips", action="store_true", help="mirror images too; captions that say left and right become wrong")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for values that make no sense whatever the model."""
+    areas(arguments)
+    for name in NAMES[1:4]:
+        value = getattr(arguments, name)
+        if value is not None and arguments.buckets is None:
+            raise ValueError(f"--{name.replace('_', '-')} is for --buckets, which is not given")
+    if arguments.bucket_least is not None and arguments.bucket_least < 1:
+        raise ValueError(f"--bucket-least {arguments.bucket_least} must be at least 1")
+    if arguments.crops < 1:
+        raise ValueError(f"--crops {arguments.crops} must be at least 1, which is the middle")
+    if arguments.buckets is not None and arguments.size is not None:
+        raise ValueError("--size is one size for all images, and --buckets gives each its own: give one of them")
+
+
+def areas(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The sides of --buckets, none where it is not given."""
+    words = [] if arguments.buckets is None else arguments.buckets.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ValueError(f"--buckets {arguments.buckets} must be sides in pixels with commas between, as 512,1024")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def given(arguments: argparse.Namespace) -> bool:
+    """True where images have several sizes or views."""
+    return arguments.buckets is not None or arguments.crops > 1 or arguments.flips
+
+
+def views(arguments: argparse.Namespace, config: Config, sizes: tuple[tuple[int, int], ...], side: int, least: int):
+    """The `training.views.Views` of images of `sizes`; side: of all of them without --buckets. least: the default of
+    --bucket-least. Raises ValueError for buckets that the model does not take."""
+    from functional_sd3.image import vae
+    from functional_sd3.training import buckets as image_buckets
+    from functional_sd3.training.views import Views
+
+    more = {"crops": arguments.crops, "flips": arguments.flips, "seed": arguments.seed}
+    if arguments.buckets is None:
+        return Views(image_buckets.Buckets(((side, side),), (0,) * len(sizes)), **more)
+    options = image_buckets.Options(
+        areas(arguments),
+        _STEP if arguments.bucket_step is None else arguments.bucket_step,
+        _RATIO if arguments.bucket_ratio is None else arguments.bucket_ratio,
+        least if arguments.bucket_least is None else arguments.bucket_least,
+    )
+    network = require(config, "transformer")
+    patch = network.patch_size * vae.factor(require(config, "vae"))
+    longest = network.position_size * patch
+    image_buckets.check(options, patch, longest)
+    return Views(image_buckets.assign(sizes, options, longest), **more)
+
+
+def words(views) -> list[str]:
+    """A line for each bucket: its size and number of images."""
+    counts = [views.buckets.of_image.count(index) for index in range(len(views.buckets.sizes))]
+    pairs = zip(views.buckets.sizes, counts, strict=True)
+    lines = [f"{width} x {height} ({width / height:.2f}): {count} images" for (width, height), count in pairs]
+    return [f"{len(lines)} buckets", *lines] if len(lines) > 1 else lines
+
+
+def recorded(arguments: argparse.Namespace) -> dict[str, object]:
+    """The options that change what is encoded, by name; empty where each image has its middle square alone."""
+    values = {name: getattr(arguments, name) for name in NAMES}
+    usual = {**dict.fromkeys(NAMES), "crops": 1, "flips": False}
+    changed = {name: value for name, value in values.items() if value != usual[name]}
+    return changed | ({"seed": arguments.seed} if arguments.crops > 1 else {})
