@@ -84,7 +84,7 @@ def training_data(held: Held, model: Model, learns_text: bool) -> training_set.T
     """
     latents, network = cache.latents(held.cache), require(model.config, "transformer")
     text = cache.text(held.cache)
-    channels = latents.fetch(torch.zeros(1, dtype=torch.int64)).shape[1]
+    channels = latents.fetch(torch.zeros(1, dtype=torch.int64, device="cpu")).shape[1]
     theirs = (channels, text.empty["context"].shape[-1], text.empty["pooled"].shape[-1])
     ours = (network.in_channels, network.context_width, network.pooled_width)
     if theirs != ours:
@@ -120,9 +120,12 @@ def generate(held: Held) -> tasks.Generate:
         t5_length: int,
     ) -> Tensor:
         used = list(dict.fromkeys(prompts))
-        parts = [text.empty, text.fetch(torch.tensor([first_image[prompt] for prompt in used], dtype=torch.int64))]
+        parts = [
+            text.empty,
+            text.fetch(torch.tensor([first_image[prompt] for prompt in used], dtype=torch.int64, device="cpu")),
+        ]
         table = Conditioning(*(torch.cat([part[name] for part in parts]) for name in parts[0]))
-        rows = torch.tensor([1 + used.index(prompt) for prompt in prompts], dtype=torch.int64)
+        rows = torch.tensor([1 + used.index(prompt) for prompt in prompts], dtype=torch.int64, device="cpu")
         request = pipeline.Request(list(prompts), key, height=height, width=width)
         encoded = EncodedPrompts(table, rows, torch.zeros_like(rows))
         prepared = pipeline.Prepared(request, encoded, keys=prng.sample_keys(key, len(prompts)))

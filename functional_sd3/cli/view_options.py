@@ -2,8 +2,6 @@
 
 import argparse
 
-from functional_sd3.layouts.components import Config, require
-
 _STEP, _RATIO = 64, 2.0
 NAMES = ("buckets", "bucket_step", "bucket_ratio", "bucket_least", "crops", "flips")
 
@@ -52,10 +50,11 @@ def given(arguments: argparse.Namespace) -> bool:
     return arguments.buckets is not None or arguments.crops > 1 or arguments.flips
 
 
-def views(arguments: argparse.Namespace, config: Config, sizes: tuple[tuple[int, int], ...], side: int, least: int):
+def views(arguments: argparse.Namespace, config, sizes: tuple[tuple[int, int], ...], side: int, least: int):
     """The `training.views.Views` of images of `sizes`; side: of all of them without --buckets. least: the default of
     --bucket-least. Raises ValueError for buckets that the model does not take."""
     from functional_sd3.image import vae
+    from functional_sd3.layouts.components import require
     from functional_sd3.training import buckets as image_buckets
     from functional_sd3.training.views import Views
 

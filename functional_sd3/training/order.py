@@ -34,7 +34,7 @@ def of_one_size(key: Key, batch: int, count: int) -> Callable[[int], Rows]:
 
 
 def of_buckets(key: Key, batch: int, buckets: Sequence[int]) -> Callable[[int], Rows]:
-    """step -> `Rows` of the whole batch, all of one bucket. buckets: the number of every row's, from 0.
+    """step -> `Rows` of the whole batch, all of one bucket. buckets: the number of every row's.
 
     - Each bucket goes through its rows in passes, each an order of its own: no row comes again before all others of its
       bucket have come. A batch that reaches the end of a pass goes on into the next and holds no row twice.
@@ -93,7 +93,7 @@ def with_views(order: Callable[[int], Rows], key: Key, views: int) -> Callable[[
 
 def _members(buckets: Sequence[int]) -> list[Tensor]:
     numbers = torch.tensor(list(buckets), dtype=torch.int64, device="cpu")
-    return [torch.nonzero(numbers == bucket)[:, 0] for bucket in range(max(buckets, default=-1) + 1)]
+    return [torch.nonzero(numbers == bucket)[:, 0] for bucket in sorted(set(buckets))]
 
 
 def _check_rows(members: Sequence[Tensor], batch: int) -> None:

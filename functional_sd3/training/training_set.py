@@ -73,7 +73,7 @@ def sample_order(data: TrainingSet, key: Key, batch: int) -> Callable[[int], Ten
     The samples are those of all processes together: process r of n takes samples r * batch / n to (r + 1) * batch / n.
     """
     latents = data.latents
-    if max(latents.buckets):
+    if len(set(latents.buckets)) > 1:
         rows = order.of_buckets(key, batch, latents.buckets)
     else:
         rows = order.of_one_size(key, batch, len(latents.buckets))

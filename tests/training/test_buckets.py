@@ -141,6 +141,12 @@ def test_a_bucket_that_cannot_fill_a_batch_is_named():
         order.of_buckets(prng.key(0), 4, [0] * 5 + [1] * 3)
 
 
+def test_numbers_of_buckets_that_no_image_has_are_passed_over():
+    """As where some images of a set are held out."""
+    one, other = order.of_buckets(prng.key(0), 2, [1, 1, 4, 4, 4]), order.of_buckets(prng.key(0), 2, [0, 0, 1, 1, 1])
+    assert all(torch.equal(one(step).rows, other(step).rows) for step in range(9))
+
+
 def test_one_size_keeps_the_order_that_it_had():
     rows_of, before = order.of_one_size(prng.key(3), 4, 6), loop.order(prng.key(3), 4, 6)
     assert all(torch.equal(rows_of(step).rows, before(step)) for step in range(9))

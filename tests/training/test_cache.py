@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,7 +293,7 @@ def test_crops_and_mirror_images_are_views_of_each_image(model_folder, made, ima
 
 def test_samples_of_a_step_are_stacked_from_their_shards(made):
     held = cache.open_cache(made)
-    data = SimpleNamespace(latents=cache.latents(held), text=cache.text(held))
+    data = training_set.TrainingSet(cache.latents(held), cache.text(held))
     batch = training_set.batch_of(data, torch.tensor([0, 17, 19]))
     assert batch["latents"].shape == (3, 16, 2, 2) and batch["context"].shape == (3, 32, 32)
     file = files.open_mapped(made / "latents-00001.safetensors")
