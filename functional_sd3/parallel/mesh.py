@@ -56,6 +56,10 @@ class Mesh:
         return self.groups[longer]
 
 
+ONE_PROCESS = Mesh(dict.fromkeys(AXES, 1))
+"""The mesh of a process that works alone."""
+
+
 def init(sizes: Mapping[str, int] | None = None) -> Mesh:
     """The mesh of these sizes, axes left out having size 1; every process calls it, once a mesh.
 

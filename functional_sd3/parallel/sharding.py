@@ -126,29 +126,48 @@ def materialize(
     return _Gather(_by_relative_path(layout, mesh), mesh.group(AXIS), dtype, reduce)
 
 
-def sum_gradients(grads: Params, layout: Layout | None, mesh: Mesh) -> Params:
-    """The sums over all parts of the batch of gradients that each process has of its own part.
+def sum_gradients(
+    grads: Params, layout: Layout | None, mesh: Mesh, *, divisor: int = 1, inplace: bool = False
+) -> Params:
+    """The sums over all parts of the batch of gradients that each process has of its own part, divided by `divisor`.
 
     Those of sharded leaves are summed over "fsdp" already (`materialize`). layout: None for parameters that are whole
     on every process; of leaves that it does not have, such as those of a LoRA, they are. Added in the order of the
-    processes and sent together.
+    processes and sent together. inplace: write the sums into the leaves, which must not overlap.
     """
     placements = tree.flatten_paths(layout) if layout is not None else {}
-    groups: dict[tuple[torch.dtype, bool], list[str]] = defaultdict(list)
+    kinds: dict[tuple[torch.dtype, bool], list[str]] = defaultdict(list)
     flat = tree.flatten_paths(grads)
     for path, leaf in flat.items():
-        groups[leaf.dtype, _is_sharded(placements.get(path))].append(path)
+        kinds[leaf.dtype, _is_sharded(placements.get(path))].append(path)
     summed: dict[str, Tensor] = {}
-    for (_, is_sharded), paths in groups.items():
+    for (_, is_sharded), paths in kinds.items():
         group = mesh.group("data") if is_sharded else mesh.group(*BATCH_AXES)
-        if group is None:
-            summed |= {path: flat[path] for path in paths}
-        else:
-            for some in _buckets(paths, flat):
+        for some in _buckets(paths, flat):
+            if group is None:
+                parts = [flat[path] for path in some]
+                parts = [part.div_(divisor) if inplace else part / divisor for part in parts] if divisor > 1 else parts
+            else:
                 total = transport.total(torch.cat([flat[path].reshape(-1) for path in some]), group)
-                parts = total.split([flat[path].numel() for path in some])
-                summed |= {path: part.view(flat[path].shape) for path, part in zip(some, parts, strict=True)}
+                total = total.div_(divisor) if divisor > 1 else total
+                parts = [
+                    flat[path].copy_(part.view(flat[path].shape)) if inplace else part.view(flat[path].shape)
+                    for path, part in zip(some, total.split([flat[path].numel() for path in some]), strict=True)
+                ]
+            summed |= dict(zip(some, parts, strict=True))
     return tree.map_with_path(lambda path, leaf: summed[path], grads)
+
+
+def mean(values: Tree, mesh: Mesh) -> Tree:
+    """Means of float tensors over the parts of the batch, summed in the order of the processes as gradients are."""
+    group, count = mesh.group(*BATCH_AXES), mesh.size(*BATCH_AXES)
+    leaves = tree.leaves(values)
+    if group is None or not leaves:
+        return values
+    wide = torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves) else torch.float32
+    total = transport.total(torch.cat([leaf.detach().to(wide).reshape(-1) for leaf in leaves]), group).div_(count)
+    parts = iter(total.split([leaf.numel() for leaf in leaves]))
+    return tree.map(lambda leaf: next(parts).view(leaf.shape).to(leaf.dtype), values)
 
 
 def norm(grads: Params, layout: Layout | None, mesh: Mesh) -> Tensor:

@@ -7,6 +7,8 @@ for LLM training", equation 4.
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,10 +16,17 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.parallel import collectives
+from functional_sd3.parallel.mesh import Mesh
+from functional_sd3.parallel.sharding import AXIS, Layout, Placement
 from functional_sd3.training.optim import Optimizer, Schedule, chain, scale_by_learning_rate, zeros_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
+
+
+Orthogonalized = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Momenta by path -> the updates of their leaves."""
 
 
 class MuonState(NamedTuple):
@@ -40,7 +49,10 @@ def muon(
 
 def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5, dtype: torch.dtype | None = None) -> Optimizer:
     """Orthogonalised momentum, in the direction of ascent as the gradients."""
+    return _scale_by_muon(momentum, partial(_orthogonalized, iterations=iterations, dtype=dtype))
 
+
+def _scale_by_muon(momentum: float, orthogonalized: Orthogonalized) -> Optimizer:
     def init(params: Params) -> MuonState:
         for path, leaf in tree.flatten_paths(params).items():
             if leaf.ndim < 2:
@@ -50,10 +62,13 @@ def scale_by_muon(*, momentum: float = 0.95, iterations: int = 5, dtype: torch.d
     def update(grads: Tree, state: MuonState, params: Params) -> tuple[Tree, MuonState]:
         averaged = tree.map(lambda past, grad: momentum * past + grad, state.momentum, grads)
         nesterov = tree.map(lambda past, grad: grad + momentum * past, averaged, grads)
-        updates = _orthogonalized(tree.flatten_paths(nesterov), iterations, dtype)
+        updates = orthogonalized(tree.flatten_paths(nesterov))
         return tree.map_with_path(lambda path, leaf: updates[path], nesterov), MuonState(averaged)
 
-    return Optimizer(init, update)
+    def sharded(layout: Layout, mesh: Mesh) -> Optimizer:
+        return _scale_by_muon(momentum, partial(_of_shards, orthogonalized, tree.flatten_paths(layout), mesh))
+
+    return Optimizer(init, update, sharded=sharded)
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -87,4 +102,30 @@ def _orthogonalized(flat: dict[str, Tensor], iterations: int, dtype: torch.dtype
         orthogonal = scale * orthogonalize(stacked.to(dtype or stacked.dtype), iterations).to(stacked.dtype)
         for name, part in zip(names, orthogonal.split([len(parts[name]) for name in names]), strict=True):
             updates[name] = part.reshape(flat[name].shape)
+    return {path: updates[path] for path in flat}
+
+
+def _of_shards(
+    orthogonalized: Orthogonalized, placements: dict[str, Placement], mesh: Mesh, flat: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The parts of orthogonalised leaves, of parts of leaves.
+
+    Leaves of one shape are exchanged in rounds of as many as there are processes, each of which has one of them whole.
+    """
+    group, count = mesh.group(AXIS), mesh.size(AXIS)
+    sharded = [path for path in flat if path in placements and placements[path].dim is not None]
+    rounds: dict[tuple, list[str]] = defaultdict(list)
+    for path in sharded:
+        rounds[placements[path].dim, tuple(flat[path].shape), flat[path].dtype].append(path)
+    updates = orthogonalized({path: leaf for path, leaf in flat.items() if path not in set(sharded)})
+    for (dim, _, _), paths in rounds.items():
+        for start in range(0, len(paths), count):
+            some = paths[start : start + count]
+            own = [flat[path] for path in some]
+            parts = torch.stack(own + [torch.zeros_like(own[0])] * (count - len(own)))
+            whole = collectives.all_to_all(parts, group, 0, dim + 1)[0]
+            # The name of a leaf says how it is cut into matrices no more than its shape does.
+            turned = orthogonalized({some[0]: whole})[some[0]]
+            back = collectives.all_to_all(turned[None], group, dim + 1, 0)
+            updates |= dict(zip(some, back.unbind(0), strict=False))
     return {path: updates[path] for path in flat}

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel import sharding
+from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
+from functional_sd3.parallel.sharding import Layout
 from functional_sd3.training import optim
+from functional_sd3.training.donation import overlapping
 from functional_sd3.training.objectives import Loss, Metrics, flow_loss, vae_loss
 
 __all__ = ["Loss", "Metrics", "TrainState", "flow_loss", "init", "make_train_step", "trainable", "vae_loss"]
@@ -65,6 +69,9 @@ def make_train_step(
     donate: bool | Literal["debug"] = False,
     rate: optim.Schedule | None = None,
     rounding: Literal["nearest", "stochastic"] = "nearest",
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    own_rows: bool = False,
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)` of a loss and an optimiser.
 
@@ -77,30 +84,60 @@ def make_train_step(
     default in eager mode, where it takes half of the memory). donate: update the given state in place, after which it
     must not be used; "debug" makes using it raise. rounding: of parameters and averages in bfloat16; "stochastic"
     ones (`core.rounding`) keep the expected value of updates that are smaller than a weight's last place.
+
+    mesh: the processes that share a batch. Each takes its rows and keys of it, in the order of the axes data and fsdp,
+    and gradients are those of the whole batch: to the bit those of one process that takes it in as many parts. layout:
+    of the parameters (`parallel.sharding`), of which the state then has this process's part, and which the loss gathers
+    by `materialize`; None: whole on every process. own_rows: a batch has this process's rows alone.
+
+    Raises ValueError for a batch that does not divide, and for an optimiser without a form for parts of leaves.
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding {rounding!r} must be 'nearest' or 'stochastic'")
+    mesh = mesh or ONE_PROCESS
+    layout = layout if mesh.size("fsdp") > 1 else None
+    optimizer = optimizer if layout is None else optim.sharded_rule(optimizer, layout, mesh)
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1")
     if rows is not None and (rows < 1 or accumulate > 1):
         raise ValueError(f"rows {rows} must be at least 1, and without accumulate {accumulate}")
-    whole = _gradient(loss, gradient or ("func" if compile else "autograd"), compile)
+    # The compiler does not follow collectives under torch.func.
+    default = "func" if compile and layout is None else "autograd"
+    whole = _gradient(loss, gradient or default, compile)
     differentiate = _accumulated(whole, accumulate) if rows is None else _by_rows(whole, rows)
 
     def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Metrics]:
-        size = next(iter(tree.leaves(batch))).shape[0]
-        keys = prng.split(prng.fold_in(state.key, state.step), size)
+        own, keys = _own_rows(state, batch, mesh, own_rows)
         learned, fixed = tree.partition(state.params, trainable)
-        grads, (value, reported) = differentiate(learned, fixed, batch, keys)
+        grads, reported = differentiate(learned, fixed, own, keys)
         with torch.no_grad():
-            norm = optim.global_norm(grads)
-            metrics = {"loss": value, "grad_norm": norm, **reported}
+            if mesh.size(*BATCH_AXES) > 1:
+                inplace = bool(donate) and not overlapping(grads)
+                grads = sharding.sum_gradients(grads, layout, mesh, divisor=mesh.size(*BATCH_AXES), inplace=inplace)
+                reported = sharding.mean(reported, mesh)
+            value, others = reported
+            norm = sharding.norm(grads, layout, mesh)
+            metrics = {"loss": value, "grad_norm": norm, **others}
             if rate is not None:
                 metrics["rate"] = rate(state.step)
             key = rounding_key(state) if rounding == "stochastic" else None
             return _advance(optimizer, grads, norm, state, learned, fixed, ema_decay, donate, key), metrics
 
     return train_step
+
+
+def _own_rows(state: TrainState, batch: Tree, mesh: Mesh, own_rows: bool) -> tuple[Tree, Key]:
+    """This process's rows of a batch, and their keys."""
+    count, index = mesh.size(*BATCH_AXES), mesh.index(*BATCH_AXES)
+    given = next(iter(tree.leaves(batch))).shape[0]
+    size = given * count if own_rows else given
+    keys = prng.split(prng.fold_in(state.key, state.step), size)
+    if count == 1:
+        return batch, keys
+    if size % count:
+        raise ValueError(f"a batch of {size} cannot be divided over {count} processes (data and fsdp)")
+    rows = slice(index * size // count, (index + 1) * size // count)
+    return batch if own_rows else tree.map(lambda leaf: leaf[rows], batch), keys[rows]
 
 
 def _advance(

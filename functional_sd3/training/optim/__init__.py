@@ -14,7 +14,15 @@ from functional_sd3.training.optim.transforms import (
     scale_by_learning_rate,
     scale_by_schedule,
 )
-from functional_sd3.training.optim.types import CountState, Optimizer, ScaledGradients, global_norm, zeros_like
+from functional_sd3.training.optim.types import (
+    CountState,
+    Optimizer,
+    ScaledGradients,
+    global_norm,
+    leafwise_rule,
+    sharded_rule,
+    zeros_like,
+)
 from functional_sd3.training.optim.updates import apply_updates, donate, ema_decay, ema_update
 from functional_sd3.training.schedules import Schedule, constant, trapezoid, warmup_constant, warmup_cosine
 
@@ -36,6 +44,7 @@ __all__ = [
     "ema_decay",
     "ema_update",
     "global_norm",
+    "leafwise_rule",
     "masked",
     "partitioned",
     "poison",
@@ -43,6 +52,7 @@ __all__ = [
     "scale_by_adam8bit",
     "scale_by_learning_rate",
     "scale_by_schedule",
+    "sharded_rule",
     "trapezoid",
     "warmup_constant",
     "warmup_cosine",

@@ -19,6 +19,7 @@ from functional_sd3.training.optim.types import (
     CountState,
     Optimizer,
     ScaledGradients,
+    leafwise_rule,
     like,
     unscaled,
     zero_count,
@@ -44,7 +45,9 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Opti
         updates, mean, square = leafwise.adam(*moments, by_leaf.bias(b1, count), by_leaf.bias(b2, count), b1, b2, eps)
         return like(grads, updates), AdamState(count, like(grads, mean), like(grads, square))
 
-    return Optimizer(lambda params: AdamState(zero_count(params), zeros_like(params), zeros_like(params)), update)
+    return leafwise_rule(
+        Optimizer(lambda params: AdamState(zero_count(params), zeros_like(params), zeros_like(params)), update)
+    )
 
 
 def adamw(
@@ -87,7 +90,7 @@ def adamw(
                 leafwise.adamw_inplace(leaves, aligned, means, squares, count, divisor, rate, b1, b2, eps, amount)
         return params, (adam._replace(count=adam.count + 1), decay_state, CountState(counted.count + 1))
 
-    return Optimizer(pure.init, pure.update, donate, by_leaf=parts)
+    return leafwise_rule(Optimizer(pure.init, pure.update, donate, by_leaf=parts))
 
 
 def _divisor(gradients: ScaledGradients) -> Tensor | None:

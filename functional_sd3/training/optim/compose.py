@@ -1,17 +1,37 @@
 """Combinators of optimisers: `chain` in sequence, `partitioned` by labels of leaves, `masked` for chosen leaves."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.training.optim.types import Optimizer, ScaledGradients, UpdateLeaf, global_norm, like, unscaled
+from functional_sd3.parallel import sharding
+from functional_sd3.parallel.mesh import Mesh
+from functional_sd3.parallel.sharding import Layout
+from functional_sd3.training.optim.types import (
+    Optimizer,
+    ScaledGradients,
+    UpdateLeaf,
+    global_norm,
+    like,
+    sharded_rule,
+    unscaled,
+)
 
 
-def chain(*optimizers: Optimizer) -> Optimizer:
-    """Optimisers applied one after the other; the state is the tuple of their states."""
+def chain(*optimizers: Optimizer, norm: Callable[[Tree], Tensor] = global_norm) -> Optimizer:
+    """Optimisers applied one after the other; the state is the tuple of their states. norm: of gradients, where it is
+    not known."""
+
+    def init(params: Params) -> tuple:
+        return tuple(optimizer.init(params) for optimizer in optimizers)
+
+    def sharded(layout: Layout, mesh: Mesh) -> Optimizer:
+        rules = (sharded_rule(optimizer, layout, mesh) for optimizer in optimizers)
+        return chain(*rules, norm=partial(sharding.norm, layout=layout, mesh=mesh))
 
     def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
         states = []
@@ -22,7 +42,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
 
     last_donate = optimizers[-1].donate if optimizers else None
     if last_donate is None:
-        return Optimizer(lambda params: tuple(optimizer.init(params) for optimizer in optimizers), update)
+        return Optimizer(init, update, sharded=sharded)
 
     def donate(
         gradients: ScaledGradients, state: tuple, params: Params, key: Key | None = None
@@ -30,7 +50,7 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         states = []
         for optimizer, optimizer_state in zip(optimizers[:-1], state, strict=False):
             if optimizer.factor:
-                gradients = _scaled_by(gradients, optimizer.factor)
+                gradients = _scaled_by(gradients, optimizer.factor, norm)
             else:
                 grads, optimizer_state = optimizer.update(unscaled(gradients), optimizer_state, params)
                 gradients = ScaledGradients(grads)
@@ -38,12 +58,8 @@ def chain(*optimizers: Optimizer) -> Optimizer:
         params, last = last_donate(gradients, state[-1], params, *(() if key is None else (key,)))
         return params, (*states, last)
 
-    return Optimizer(
-        lambda params: tuple(optimizer.init(params) for optimizer in optimizers),
-        update,
-        donate,
-        by_leaf=_only(optimizers[0].by_leaf) if len(optimizers) == 1 else None,
-    )
+    alone = _only(optimizers[0].by_leaf) if len(optimizers) == 1 else None
+    return Optimizer(init, update, donate, by_leaf=alone, sharded=sharded)
 
 
 def _only(by_leaf: Any) -> Any:
@@ -56,8 +72,10 @@ def _only(by_leaf: Any) -> Any:
     return None if by_leaf is None else whole
 
 
-def _scaled_by(gradients: ScaledGradients, factor: Callable[[Tensor], Tensor]) -> ScaledGradients:
-    norm = global_norm(unscaled(gradients)) if gradients.norm is None else gradients.norm
+def _scaled_by(
+    gradients: ScaledGradients, factor: Callable[[Tensor], Tensor], norm_of: Callable[[Tree], Tensor]
+) -> ScaledGradients:
+    norm = norm_of(unscaled(gradients)) if gradients.norm is None else gradients.norm
     scale = factor(norm)
     return ScaledGradients(gradients.tree, scale if gradients.scale is None else gradients.scale * scale, norm * scale)
 
@@ -91,7 +109,10 @@ def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor],
             updates |= tree.flatten_paths(part_updates)
         return like(grads, [updates[path] for path in tree.flatten_paths(grads)]), states
 
-    return Optimizer(init, update)
+    def sharded(layout: Layout, mesh: Mesh) -> Optimizer:
+        return partitioned({name: sharded_rule(rule, layout, mesh) for name, rule in optimizers.items()}, label)
+
+    return Optimizer(init, update, sharded=sharded)
 
 
 def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
@@ -106,4 +127,4 @@ def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
         updates, state = optimizer.update(chosen, state, tree.partition(params, lambda path, leaf: path in paths)[0])
         return tree.combine(updates, others), state
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, sharded=lambda layout, mesh: masked(sharded_rule(optimizer, layout, mesh), chooser))

@@ -1,15 +1,21 @@
 """Transforms of gradients: clipping, weight decay, and the learning rate."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.training.optim.types import CountState, Optimizer, global_norm, like, zero_count
+from functional_sd3.parallel import sharding
+from functional_sd3.parallel.mesh import Mesh
+from functional_sd3.parallel.sharding import Layout
+from functional_sd3.training.optim.types import CountState, Optimizer, global_norm, leafwise_rule, like, zero_count
 from functional_sd3.training.schedules import Schedule, as_schedule
 
 
-def clip_by_global_norm(limit: float) -> Optimizer:
+def clip_by_global_norm(limit: float, norm: Callable[[Tree], Tensor] = global_norm) -> Optimizer:
     """grads * min(1, limit / norm), norm over all leaves (Pascanu et al. 2013). `limit` must be positive."""
     if not limit > 0:
         raise ValueError(f"the norm to clip to is {limit}; it must be positive (leave the clipping out to have none)")
@@ -19,9 +25,12 @@ def clip_by_global_norm(limit: float) -> Optimizer:
         return torch.where(norm > limit, limit / norm, torch.where(norm.isnan(), norm, 1.0))
 
     def update(grads: Tree, state: tuple, params: Params) -> tuple[Tree, tuple]:
-        return like(grads, leafwise.multiply(tree.leaves(grads), factor(global_norm(grads)))), state
+        return like(grads, leafwise.multiply(tree.leaves(grads), factor(norm(grads)))), state
 
-    return Optimizer(lambda params: (), update, factor=factor)
+    def sharded(layout: Layout, mesh: Mesh) -> Optimizer:
+        return clip_by_global_norm(limit, partial(sharding.norm, layout=layout, mesh=mesh))
+
+    return Optimizer(lambda params: (), update, factor=factor, sharded=sharded)
 
 
 def add_decayed_weights(decay: float, mask: tree.Chooser = "*") -> Optimizer:
@@ -35,7 +44,7 @@ def add_decayed_weights(decay: float, mask: tree.Chooser = "*") -> Optimizer:
         decayed = leafwise.add([flat[path] for path in chosen], list(chosen.values()), decay)
         return like(grads, list((flat | dict(zip(chosen, decayed, strict=True))).values())), state
 
-    return Optimizer(lambda params: (), update)
+    return leafwise_rule(Optimizer(lambda params: (), update))
 
 
 def scale_by_schedule(schedule: Schedule) -> Optimizer:
@@ -44,7 +53,7 @@ def scale_by_schedule(schedule: Schedule) -> Optimizer:
     def update(grads: Tree, state: CountState, params: Params) -> tuple[Tree, CountState]:
         return like(grads, leafwise.multiply(tree.leaves(grads), schedule(state.count))), CountState(state.count + 1)
 
-    return Optimizer(lambda params: CountState(zero_count(params)), update)
+    return leafwise_rule(Optimizer(lambda params: CountState(zero_count(params)), update))
 
 
 def scale_by_learning_rate(rate: float | Schedule) -> Optimizer:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel.mesh import Mesh
+from functional_sd3.parallel.sharding import Layout
 
 
 class ScaledGradients(NamedTuple):
@@ -33,7 +35,9 @@ class Optimizer(NamedTuple):
     their own; the key, that rounds parameters in bfloat16 stochastically, is given only where it is used.
     factor: norm -> number, for rules that only multiply all gradients by it. `optim.donate` calls both, after checking
     what may be overwritten. by_leaf: (state, params) -> (update of one leaf, state after all of them), in place too,
-    for rules that need no other leaf's gradient.
+    for rules that need no other leaf's gradient. sharded: (layout, mesh) -> the same rule on parts of leaves
+    (`parallel.sharding`); None for one that is not known to have such a form (`leafwise_rule`, for one that treats
+    every number alone).
     """
 
     init: Callable[[Params], Tree]
@@ -41,6 +45,22 @@ class Optimizer(NamedTuple):
     donate: Callable[..., tuple[Params, Tree]] | None = None
     factor: Callable[[Tensor], Tensor] | None = None
     by_leaf: Callable[[Any, Params], tuple[UpdateLeaf, Any]] | None = None
+    sharded: Callable[[Layout, Mesh], "Optimizer"] | None = None
+
+
+def leafwise_rule(optimizer: Optimizer) -> Optimizer:
+    """A rule that treats every number of a leaf alone, so that it is the same on parts of leaves."""
+    return optimizer._replace(sharded=lambda layout, mesh: optimizer)
+
+
+def sharded_rule(optimizer: Optimizer, layout: Layout, mesh: Mesh) -> Optimizer:
+    """`optimizer` on parts of leaves. Raises ValueError where it has no such form."""
+    if optimizer.sharded is None:
+        raise ValueError(
+            f"the optimiser {optimizer.update.__qualname__} does not say what it is on parts of leaves: give it "
+            "`sharded`, or `optim.leafwise_rule` if it treats every number alone, or divide only data (--mesh data=N)"
+        )
+    return optimizer.sharded(layout, mesh)
 
 
 class CountState(NamedTuple):
