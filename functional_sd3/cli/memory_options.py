@@ -2,7 +2,7 @@
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from functional_sd3.training.update_rule import UpdateRule
@@ -36,6 +36,9 @@ def add_full_arguments(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="update each parameter in the backward pass, so that gradients take no memory; without clipping",
     )
+    add("--base", choices=("int8", "float8"), help="of --lora: weights of the base in one byte each, with --remat")
+    swap = "of --lora: the last N blocks of the base stay on the host (on a CPU in their file), with --remat"
+    add("--block-swap", type=int, metavar="N", help=swap)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -54,6 +57,16 @@ def check_full(arguments: argparse.Namespace) -> None:
             f"--weights {arguments.weights} is of all parameters that learn; a LoRA's are few and stay float32, and "
             "its base is computed in --dtype"
         )
+    for option in ("base", "block_swap"):
+        value, name = getattr(arguments, option), f"--{option.replace('_', '-')}"
+        if value is not None and not arguments.lora:
+            raise ValueError(f"{name} {value} is of the base of --lora RANK: parameters that learn are not stored so")
+        if value is not None and arguments.compile:
+            raise ValueError(
+                f"{name} computes blocks again in the backward pass, which --compile does not: leave out one"
+            )
+    if arguments.block_swap is not None and arguments.block_swap < 1:
+        raise ValueError(f"--block-swap {arguments.block_swap} must be at least 1 block; leave it out for none")
     if not arguments.fused_update:
         return
     for name, is_given in (
@@ -82,9 +95,15 @@ def with_computations(arguments: argparse.Namespace, model: "Model", trained: tu
     """The model with a config that says how the blocks of its components are computed; trained: those that learn."""
     from functional_sd3.core import transform
     from functional_sd3.core.computation import Computation
+    from functional_sd3.parallel import offload
 
-    options: dict[str, Any] = {"block_transform": transform.remat} if arguments.remat else {}
-    if not options:
+    swapped, base = getattr(arguments, "block_swap", None), getattr(arguments, "base", None)
+    if not (arguments.remat or swapped or base):
         return model
-    computations = {name: Computation(**options) for name in trained}
+    computations = {name: Computation(block_transform=transform.remat) for name in trained}
+    if swapped:
+        params = model.params["transformer"]
+        some = params["patch"]["weight"]
+        copied = offload.materialize(params["blocks"], some.device, dtype=some.dtype)
+        computations["transformer"] = replace(computations["transformer"], materialize=copied)
     return model._replace(config=replace(model.config, computations={**model.config.computations, **computations}))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.cli import runtime
+from functional_sd3.cli import frozen_base, runtime
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats import default_dtype, finite
@@ -44,8 +44,11 @@ def load(
     used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
     params = {}
     for name in used:
+        if name in names and arguments.lora and name != "vae":
+            params[name] = frozen_base.place(arguments, name, stored.params[name], dtype or torch.float32, device)
+            continue
         if name in names:
-            chosen = dtype or torch.float32 if arguments.lora else learned
+            chosen = learned
         else:
             chosen = _computed_dtype(stored.params[name], device)
         params[name] = _computed(stored.params[name], chosen, device)

@@ -92,5 +92,16 @@ def _materialized(apply: Callable[..., Any], materialize: Materialize) -> Callab
     return lambda block, *inputs, **options: apply(materialize(block), *inputs, **options)
 
 
+def then(*steps: Materialize) -> Materialize:
+    """One `materialize` that applies several, in order: from the file to the device, from int8 to what computes."""
+
+    def materialize(part: Params) -> Params:
+        for step in steps:
+            part = step(part)
+        return part
+
+    return materialize
+
+
 def _then_cast(materialize: Materialize | None, dtype: torch.dtype) -> Materialize:
     return lambda block: layers.cast(block if materialize is None else materialize(block), dtype)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from functional_sd3 import lora
-from functional_sd3.core import prng, tree
+from functional_sd3.core import computation, prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
@@ -16,6 +16,7 @@ from functional_sd3.text import textual_inversion
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.training import objectives
 from functional_sd3.transformer import controlnet
+from functional_sd3.weights import quantize
 from functional_sd3.weights.model import Model
 
 Objective = Callable[..., objectives.Loss]
@@ -74,7 +75,11 @@ def adapter(key: Key, model: Model, rank: int, names: Sequence[str]) -> FlowLear
         return lambda learned, batch, keys: own(lora.apply(model.params, learned, lazy=True), batch, keys)
 
     params = specs.init(key, spec, device=_device(model))
-    merged = lambda learned: model._replace(params=lora.apply(model.params, learned))  # noqa: E731
+    # Nothing is added to a weight that is stored with a scale, or elsewhere.
+    lazy = any(
+        quantize.is_quantized(model.params[name]) or computation.of(model.config, name).materialize for name in names
+    )
+    merged = lambda learned: model._replace(params=lora.apply(model.params, learned, lazy=lazy))  # noqa: E731
     return FlowLearner(params, spec, loss, merged, has_encoders=len(names) > 1)
 
 

@@ -68,6 +68,8 @@ RUNS = [
     ("train", "--remat", "--optimizer", "adamw8bit"),
     ("train", "--optimizer", "muon", "--weights", "bfloat16"),
     ("train", "--weights", "bfloat16", "--fused-update", "--optimizer", "adamw8bit"),
+    ("train", "--lora", "2", "--base", "int8", "--sample-every", "4"),
+    ("train", "--lora", "2", "--block-swap", "1", "--dtype", "bfloat16"),
     ("distill", "--optimizer", "adamw8bit"),
 ]
 
@@ -94,6 +96,10 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, words):
         (["train", "--part", "vae", "--remat"], "--remat computes blocks of the transformer again"),
         (["train", "--compile", "--remat"], "--remat has no effect with --compile"),
         (["train", "--lora", 2, "--weights", "bfloat16"], "--weights bfloat16 is of all parameters that learn"),
+        (["train", "--base", "int8"], "--base int8 is of the base of --lora RANK"),
+        (["train", "--block-swap", 1], "--block-swap 1 is of the base of --lora RANK"),
+        (["train", "--lora", 2, "--block-swap", 0], "--block-swap 0 must be at least 1 block"),
+        (["train", "--lora", 2, "--base", "int8", "--compile"], "--base computes blocks again"),
         (["train", "--fused-update", "--accumulate", 2], "leave out --accumulate"),
         (["train", "--fused-update", "--compile"], "leave out --compile"),
         (["train", "--fused-update", "--optimizer", "muon"], "leave out --optimizer muon"),
@@ -103,6 +109,30 @@ def test_options_without_effect_are_errors(run, tmp_path, words, said):
     with pytest.raises(ValueError, match=said):
         run(*words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_more_blocks_than_there_are_cannot_stay_on_the_host(run, tmp_path):
+    with pytest.raises(ValueError, match="--block-swap 2 is more than the 1 blocks of this transformer"):
+        run("train", "--lora", 2, "--block-swap", 2, "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="--block-swap has no effect with --base on a CPU"):
+        run("train", "--lora", 2, "--block-swap", 1, "--base", "int8", "--device", "cpu", "--out", tmp_path / "other")
+
+
+def test_a_lora_over_a_stored_base_learns_as_over_the_whole_one(run, tmp_path):
+    """But for weights that are rounded to a byte; and blocks that stay in their file are the same."""
+    words = ["--lora", 4, "--schedule", "constant", "--text-encoders", "train", "--dtype", "float32"]
+    factors = {}
+    bases = {"int8": ["--base", "int8"], "float8": ["--base", "float8"], "swapped": ["--block-swap", 1]}
+    for name, more in {"whole": [], **bases}.items():
+        assert run("train", *words, *more, "--out", tmp_path / name)[0] == 0
+        mapped = files.open_mapped(newest(tmp_path / name))
+        names = [path for path in mapped.header.tensors if path.startswith("params.") and path.endswith(".up")]
+        factors[name] = torch.cat([files.tensor(mapped, path).flatten() for path in names])
+    size = factors["whole"].norm()
+    assert size > 1e-3
+    for name, most in {"int8": 0.2, "float8": 0.4, "swapped": 1e-3}.items():
+        assert 0 <= (factors[name] - factors["whole"]).norm() < most * size
+        assert name == "swapped" or not torch.equal(factors[name], factors["whole"])
 
 
 def test_every_option_is_kept_by_the_checkpoints_of_every_command():

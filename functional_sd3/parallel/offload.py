@@ -1,0 +1,104 @@
+"""Parameters that stay in the host's memory, or mapped from a file, and are copied to the device a block at a time.
+
+    stored = offload.keep(params, 8, device)                       # the last 8 blocks stay where they are
+    copied = offload.materialize(stored["blocks"], device, dtype=torch.bfloat16)
+    velocity = mmdit.apply(stored, config, x, t, context, pooled, materialize=copied, block_transform=transform.remat)
+
+Tensors of a mapped safetensors file (`weights.load(dtype="stored")`) are read from it when they are copied, and the
+system drops the pages of what was read when it needs memory.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from functional_sd3.core import tree
+from functional_sd3.core.dispatch import in_forward_mode, in_transform
+from functional_sd3.core.types import Params
+
+
+def keep(params: Params, count: int, device: torch.device | str) -> Params:
+    """The parameters on `device`, but for the last `count` blocks, which stay where they are; where the device is a GPU
+    in pinned memory, of which copies are faster and do not wait.
+
+    Raises ValueError for more blocks than there are.
+    """
+    blocks = params["blocks"]
+    if not 0 <= count <= len(blocks):
+        raise ValueError(f"{count} blocks cannot stay on the host: the network has {len(blocks)}")
+    moved = {name: part if name == "blocks" else tree.to(part, device) for name, part in params.items()}
+    first = len(blocks) - count
+    hold: Callable[[Params], Params] = _pinned if torch.device(device).type == "cuda" else lambda block: block
+    return {**moved, "blocks": [*(tree.to(block, device) for block in blocks[:first]), *map(hold, blocks[first:])]}
+
+
+def materialize(
+    blocks: Sequence[Params],
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype | None = None,
+    ahead: bool | None = None,
+) -> Callable[[Params], Params]:
+    """The function from a block's parameters, wherever they are, to those on `device`.
+
+    For `materialize=` of the networks, with `block_transform=transform.remat`, without which the backward pass keeps
+    the copies. Leaves that require gradients get them where they are. dtype: of floats of 16 or more bits, None for
+    their own. ahead: whether the block that comes next, of `blocks` in the direction of the last two calls, is copied
+    while one is computed, by a stream of its own: by default on a GPU. Only leaves without gradients are, outside of
+    the transforms of torch.func; at most one block is.
+    """
+    device = torch.device(device)
+    return _Copies(blocks, device, dtype, device.type == "cuda" if ahead is None else ahead)
+
+
+class _Copies:
+    # Slots: `closures` must not take the blocks of all calls for tensors that the function of one block reads.
+    __slots__ = ("ahead", "blocks", "copies", "device", "dtype", "last", "numbers", "stream")
+
+    def __init__(self, blocks: Sequence[Params], device: torch.device, dtype: torch.dtype | None, ahead: bool) -> None:
+        self.blocks, self.device, self.dtype, self.ahead = blocks, device, dtype, ahead
+        self.numbers = {leaf.data_ptr(): number for number, block in enumerate(blocks) for leaf in tree.leaves(block)}
+        self.copies: dict[int, Tensor] = {}
+        self.last = -1
+        self.stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+
+    def __call__(self, part: Params) -> Params:
+        if not self.ahead or torch.compiler.is_compiling() or in_transform() or in_forward_mode():
+            return tree.map(self.copy, part)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        current = tree.map(self.take, part)
+        number = next((self.numbers[at] for leaf in tree.leaves(part) if (at := leaf.data_ptr()) in self.numbers), None)
+        if number is not None:
+            following = number + (1 if number >= self.last else -1)
+            self.last = number
+            self.prepare(following)
+        return current
+
+    def take(self, leaf: Tensor) -> Tensor:
+        """A copy that was made ahead, or one made now."""
+        copied = self.copies.pop(leaf.data_ptr(), None)
+        if copied is None or leaf.requires_grad:
+            return self.copy(leaf)
+        if self.stream is not None:
+            copied.record_stream(torch.cuda.current_stream(self.device))
+        return copied
+
+    def prepare(self, number: int) -> None:
+        """Copy a block for the next call; copies that no call took are dropped."""
+        self.copies.clear()
+        if not 0 <= number < len(self.blocks):
+            return
+        with torch.no_grad(), torch.cuda.stream(self.stream):
+            for leaf in tree.leaves(self.blocks[number]):
+                if (copied := self.copy(leaf)) is not leaf:
+                    self.copies[leaf.data_ptr()] = copied
+
+    def copy(self, leaf: Tensor) -> Tensor:
+        is_wide = leaf.is_floating_point() and leaf.element_size() > 1
+        return leaf.to(self.device, self.dtype if self.dtype and is_wide else leaf.dtype, non_blocking=True)
+
+
+def _pinned(block: Params) -> Params:
+    return tree.map(lambda leaf: leaf.pin_memory() if leaf.device.type == "cpu" else leaf, block)
