@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import train_model
+from functional_sd3.cli import train_model, view_options
 from functional_sd3.cli.train_data import tokens
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params
@@ -48,6 +48,11 @@ def opened(arguments: argparse.Namespace, source: Sequence[Path]) -> Held | None
     for name, option in _OF_IMAGES.items():
         if getattr(arguments, name):
             raise ValueError(f"{option} is for images; --data {arguments.data} is a cache, made by the command cache")
+    if view_options.given(arguments):
+        raise ValueError(
+            f"--buckets, --crops and --flips are for images; --data {arguments.data} is a cache: they are options of "
+            "the command that made it"
+        )
     held = cache.open_cache(arguments.data)
     manifest = held.manifest
     _check_model(arguments, source, manifest)

@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-from functional_sd3.cli import memory_options, options, train_objective
+from functional_sd3.cli import memory_options, options, train_objective, view_options
 
 OURS = ("checkpoints", "samples", "log.csv")
 """Files in the folder of a run that has not ended."""
@@ -52,6 +52,9 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
     memory_options.check_full(arguments)
+    view_options.check(arguments)
+    if arguments.part == "vae" and view_options.given(arguments):
+        raise ValueError("--buckets, --crops and --flips belong to --part transformer")
     check_images(arguments)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")

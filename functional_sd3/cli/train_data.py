@@ -1,14 +1,15 @@
 """Images that `train` and `distill` learn from: read, tokenized, encoded once for a run."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import report
+from functional_sd3.cli import report, view_options
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
@@ -17,11 +18,23 @@ from functional_sd3.image import vae
 from functional_sd3.layouts.components import require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
-from functional_sd3.training import continuing, datasets, digests, tasks, text_table, training_set, views
+from functional_sd3.training import (
+    cache,
+    cache_writing,
+    continuing,
+    datasets,
+    digests,
+    tasks,
+    text_table,
+    training_set,
+    views,
+)
 from functional_sd3.weights.model import Model
 
 ENCODED = "data.safetensors"
 """The file beside the checkpoints that keeps the latents of all images."""
+VIEWS = "latents"
+"""The folder beside them that keeps latents of several sizes or views."""
 TEXT_BYTES = 2**29
 """Memory that the conditioning of all captions may take: 98 captions of SD3 in float32, any number of the same one."""
 Say = Callable[[str], None]
@@ -70,7 +83,10 @@ def training_data(
 ) -> training_set.TrainingSet:
     """Latents and text of the images. Captions of encoders that do not learn are encoded once, where all of them take
     at most `TEXT_BYTES`; else at every step, from `ids`."""
-    encoded = training_set.resident(latents(arguments, model, images, settings, say))
+    if view_options.given(arguments):
+        encoded = _viewed_latents(arguments, model, images, settings, say)
+    else:
+        encoded = training_set.resident(latents(arguments, model, images, settings, say))
     if settings["text-encoders"] == "frozen" and (text := _resident_text(model, images)) is not None:
         return training_set.TrainingSet(encoded, text)
     empty = tokens(model, [""])
@@ -88,12 +104,50 @@ def _resident_text(model: Model, images: tasks.TrainingImages) -> training_set.T
     return text_table.resident(text_table.encode(encoders, model.config, ids), captions.rows, length)
 
 
+def _viewed_latents(
+    arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, settings: dict[str, Any], say: Say
+) -> training_set.Latents:
+    """Latents in several sizes or views, in a cache beside the checkpoints that is made once for a run."""
+    views = view_options.views(arguments, model.config, images.sizes, images.side, arguments.batch_size)
+    for line in view_options.words(views):
+        say(line)
+    folder = Path(arguments.out) / "checkpoints" / VIEWS
+    factor = vae.factor(require(model.config, "vae"))
+    manifest = cache.Manifest(
+        {"vae": settings[f"{continuing.CONTENTS}the vae of the model"]},
+        images.contents,
+        images.fingerprint,
+        {"changes": view_options.recorded(arguments)},
+        tuple((height // factor, width // factor) for width, height in views.buckets.sizes),
+        len(images.captions),
+        0,
+        views.count,
+        t5_length(model),
+    )
+    try:
+        cache.begin(folder, manifest)
+    except WeightsError as error:
+        say(f"note: the images are encoded again: {error}")
+        shutil.rmtree(folder)
+        cache.begin(folder, manifest)
+    captions = torch.zeros(len(images.captions), dtype=torch.int64, device="cpu")
+    params = tree.cast(model.params["vae"], torch.float32)
+    cache_writing.write_latents(
+        folder, manifest, images, views, captions, params, require(model.config, "vae"), track=_track
+    )
+    return cache.latents(cache.open_cache(folder))
+
+
+def _track(parts: Iterable[Any]) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(parts, desc="encoding", leave=False, disable=not report.has_bars())
+
+
 def latents(
     arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, settings: dict[str, Any], say: Say
 ) -> torch.Tensor:
     """The latents of all images: computed once for a run, and read again while images and autoencoder are the same."""
-    from tqdm import tqdm
-
     path = Path(arguments.out) / "checkpoints" / ENCODED
     names = [continuing.CONTENTS + name for name in ("the data", "the vae of the model")]
     of = digests.combined(settings[name] for name in names)
@@ -102,12 +156,11 @@ def latents(
             return _kept_latents(path, of, len(images.captions))
         except WeightsError as error:
             say(f"note: the images are encoded again: {error}")
-    track = lambda rows: tqdm(rows, desc="encoding", leave=False, disable=not report.has_bars())  # noqa: E731
     # Latents are what all else is learned from: float32, whatever the autoencoder is stored in.
     params = {**model.params, "vae": tree.cast(model.params["vae"], torch.float32)}
     latents = datasets.encode_all(
         params, model.config, model.tokenizers, images.captions, images.load,
-        batch=views.images_at_once(images.side, images.side), t5_length=t5_length(model), track=track,
+        batch=views.images_at_once(images.side, images.side), t5_length=t5_length(model), track=_track,
     )["latents"]  # fmt: skip
     files.write_atomic(path, {"latents": latents}, metadata={"contents": of})
     return latents

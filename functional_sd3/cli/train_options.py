@@ -2,13 +2,13 @@
 
 import argparse
 
-from functional_sd3.cli import memory_options, options, train_objective
+from functional_sd3.cli import memory_options, options, train_objective, view_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options in groups, one a function, so that each says what it is for."""
     add = parser.add_argument
-    add("--data", required=True, metavar="DIR|shapes", help="folder of images, or the built-in shapes")
+    add("--data", required=True, metavar="DIR|shapes", help="folder of images, a cache of them, or the built-in shapes")
     add("--out", required=True, metavar="DIR", help="folder for the trained model, its log and checkpoints")
     options.add_params(parser)
     add("--part", choices=("transformer", "vae"), default="transformer", help="what is trained (default transformer)")
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--size", type=int, help="side of the images in pixels (default: the model's own)")
+    view_options.add_arguments(group)
     add("--template", default="a photo of a {}", help="caption of a class folder (default 'a photo of a {}')")
     add("--caption", metavar="TEXT", help="the caption of every image of --data, in place of any that it has")
     add("--follow", action="store_true", help="read what links and metadata name outside of --data too")
