@@ -4,6 +4,7 @@ import argparse
 import functools
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from functional_sd3.cli import (
@@ -14,6 +15,7 @@ from functional_sd3.cli import (
     options,
     output,
     preview,
+    processes,
     prompt_words,
     regions,
     report,
@@ -23,6 +25,7 @@ from functional_sd3.cli.timing import Timer, progress
 
 if TYPE_CHECKING:
     from functional_sd3.cli.opened_model import Session
+    from functional_sd3.parallel.mesh import Mesh
     from functional_sd3.pipeline import Region, Request, SamplingOptions, StartImages, TextOptions
 
 HELP = "draw images of prompts"
@@ -47,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
     options.add_model(parser)
     options.add_batch(parser)
+    processes.add_mesh(
+        parser,
+        "with torchrun: what several processes divide, such as guidance=2 (the prompt and the negative one), "
+        "sequence=4 (an image's tokens), tensor=2 (heads and weights), or several; text encoders are divided too",
+    )
     parser.add_argument(
         "--out",
         metavar="FILE-or-DIR",
@@ -66,9 +74,27 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = _jobs(prompts, arguments)
     prompt_words.note_missing_quotes(arguments.prompt)
 
+    with processes.mesh(arguments.mesh, processes.DRAWING, "generate") as mesh:
+        _draw(arguments, timer, mesh, prompts, jobs, size, tile, out, single=single)
+    report.message(timer.summary())
+    return 0
+
+
+def _draw(
+    arguments: argparse.Namespace,
+    timer: Timer,
+    mesh: "Mesh | None",
+    prompts: list[str],
+    jobs: list[Job],
+    size: tuple[int, int] | None,
+    tile: tuple[int, int] | None,
+    out: Path,
+    *,
+    single: bool,
+) -> None:
     from functional_sd3.cli import records, session, writer
 
-    opened = session.open_session(arguments, timer)
+    opened = session.open_session(arguments, timer, mesh)
     start = inputs.prepare(arguments, opened, size)
     size = (start.images.shape[-1], start.images.shape[-2]) if start else size
     size = session.image_size(opened, size, bounded=tile is None)
@@ -99,6 +125,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
         record = records.recorder(opened, arguments)
         images = session.draw(opened, map(request, groups), arguments.batch, offload=arguments.offload)
+        if mesh is not None and mesh.rank:
+            for _ in images:  # They are the first process's to write.
+                pass
+            return
         writer.write(
             images,
             jobs,
@@ -107,8 +137,6 @@ def run(arguments: argparse.Namespace) -> int:
             single=single,
             timer=timer,
         )
-    report.message(timer.summary())
-    return 0
 
 
 def _groups(jobs: list[Job], arguments: argparse.Namespace) -> list[list[Job]]:

@@ -76,7 +76,7 @@ def prepare(
 
     What it cannot write is noted once, and the run goes on. Raises ValueError for decoders that do not fit the model.
     """
-    if arguments.preview is None:
+    if arguments.preview is None or not report.is_first_process():
         return lambda info: None
     from functional_sd3 import pipeline
     from functional_sd3.cli import runtime

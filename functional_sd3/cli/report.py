@@ -31,11 +31,15 @@ class Report(NamedTuple):
 
 @contextmanager
 def printing(*, quiet: bool) -> Iterator[None]:
-    """Within it the notes of all rooms are printed; `quiet`: none, and neither progress nor Python's warnings."""
+    """Within it the notes of all rooms are printed; `quiet`: none, and neither progress nor Python's warnings.
+
+    Of several processes the first alone prints, but for errors.
+    """
     import warnings
 
     from functional_sd3.formats import notes
 
+    quiet = quiet or not is_first_process()
     token = _QUIET.set(quiet)
     try:
         with warnings.catch_warnings() if quiet else notes.printed():
@@ -46,9 +50,20 @@ def printing(*, quiet: bool) -> Iterator[None]:
         _QUIET.reset(token)
 
 
+def has_launcher() -> bool:
+    """True in a process that torchrun, or something that sets the same variables, has started."""
+    return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def is_first_process() -> bool:
+    """True in the one of several processes that prints and writes, and without others."""
+    return not has_launcher() or int(os.environ["RANK"]) == 0
+
+
 def say(text: object) -> None:
     """Print one line of a command's result on standard output, at once."""
-    _print(sys.stdout, printable.escape(text))
+    if is_first_process():
+        _print(sys.stdout, printable.escape(text))
 
 
 def message(text: object) -> None:
@@ -63,17 +78,19 @@ def note(text: object) -> None:
 
 
 def error(text: object) -> None:
-    """Print a text of one or more lines on standard error."""
-    _print(sys.stderr, printable.escape(text, keep="\n"))
+    """Print a text of one or more lines on standard error; of several processes each prints its own."""
+    words = "" if is_first_process() else f"process {os.environ['RANK']}: "
+    _print(sys.stderr, words + printable.escape(text, keep="\n"))
 
 
 def emit(path: str | None, report: Report) -> None:
     """Prints the report, or its JSON where `path` is -; writes the JSON to any other path."""
     content = as_json(report.data)
     if path == "-":
-        _print(sys.stdout, content)
+        if is_first_process():
+            _print(sys.stdout, content)
         return
-    if path:
+    if path and is_first_process():
         from functional_sd3.formats import files
 
         files.write_atomic(path, (content + "\n").encode())
@@ -147,7 +164,8 @@ def _print(stream: TextIO | None, text: str) -> None:
     if stream is None:  # Standard output that was closed.
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    # At once: lines of several processes do not mix.
+    print(text.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", file=stream, flush=True)
 
 
 def _json_escape(letter: str) -> str:

@@ -12,19 +12,23 @@ from functional_sd3 import pipeline, weights
 from functional_sd3.cli import controls, distilled, guidance, lora_options, report, runtime
 from functional_sd3.cli.opened_model import Session
 from functional_sd3.cli.timing import Timer
-from functional_sd3.core import prng, transform
+from functional_sd3.core import prng, transform, tree
+from functional_sd3.core.types import Params
 from functional_sd3.flow import ode
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import require
+from functional_sd3.layouts.components import Config, require
+from functional_sd3.parallel import tensor
+from functional_sd3.parallel.mesh import Mesh
 from functional_sd3.pipeline import Components, Prepared, Request, SamplingOptions, TextOptions
 from functional_sd3.text.completeness import check_encoders
+from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.control import Control
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Tokenizers
 
 
-def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
-    """The model of the options.
+def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None = None) -> Session:
+    """The model of the options; mesh: of the processes that draw with it together.
 
     Raises ValueError for options that make no sense, WeightsError for weights that cannot be read.
     """
@@ -43,23 +47,71 @@ def open_session(arguments: argparse.Namespace, timer: Timer) -> Session:
     dtype = runtime.dtype(arguments.dtype)
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
     components: Components
-    if arguments.offload:
+    place = torch.device("cpu") if mesh is not None and mesh.size("tensor") > 1 else device
+    if arguments.offload or mesh is not None:
+        options["device"] = place
         model, components = weights.outline(source, variant=arguments.variant), weights.fetcher(source, **options)
     else:
         model = weights.load(source, **options)
         components = model.params
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    if mesh is not None:
+        _check_mesh(arguments, model.config, mesh)
     model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
     components = lora_options.with_interval(components, model.config)
     distilled.apply_defaults(arguments, model.config)
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
-    loras, words = lora_options.load(arguments.lora, model.config, device), runtime.words(arguments.embedding)
+    loras, words = lora_options.load(arguments.lora, model.config, place), runtime.words(arguments.embedding)
     components, config, tokenizers = pipeline.adapted(components, model.config, model.tokenizers, loras, words)
     # A tree is adapted once for the run, not for each batch.
     fetch = components if callable(components) else dict(components).__getitem__
+    if mesh is not None:
+        config = pipeline.with_mesh(config, mesh)
+        fetch = _own_parts(fetch, config, mesh, device, keep=not arguments.offload)
     opened = Session(config, tokenizers, fetch, device, dtype, timer, loras=loras, words=words)
     return opened._replace(guidance=guidance.prepare(arguments, opened))
+
+
+def _check_mesh(arguments: argparse.Namespace, config: Config, mesh: Mesh) -> None:
+    """Raise ValueError for a mesh over which this run cannot be divided."""
+    tensor.check_heads(require(config, "transformer").heads, mesh.size("tensor"))
+    guided = 1 if arguments.cfg <= 1 and not arguments.guidance else 2
+    rows = guided * min(arguments.batch, arguments.count * max(1, len(arguments.prompt)))
+    if not arguments.prompts and rows < mesh.size("guidance"):
+        raise ValueError(
+            f"--mesh guidance={mesh.size('guidance')} divides the conditionings of all images drawn at once, here "
+            f"{rows}: one for each image and, with --cfg above 1, its negative prompt"
+        )
+    if arguments.compile and mesh.size("sequence", "tensor") > 1:
+        raise ValueError(
+            "--compile compiles the transformer's blocks, within which processes communicate where the mesh has "
+            "sequence or tensor: leave it out, or use --mesh guidance=2"
+        )
+
+
+def _own_parts(
+    fetch: Callable[[str], Params], config: Config, mesh: Mesh, device: torch.device, *, keep: bool
+) -> Callable[[str], Params]:
+    """Components of which a process computes a part: of the transformer's heads its own, on the device.
+
+    keep: each is read once, when it is first needed; a process that never needs a text encoder never reads it.
+    """
+    read: dict[str, Params] = {}
+
+    def own(name: str) -> Params:
+        if name in read:
+            return read[name]
+        params = fetch(name)
+        if name == "transformer":
+            network = require(config, "transformer")
+            params = tensor.cut(params, mmdit.spec(network), mesh, heads=network.heads)
+        params = tree.to(params, device)
+        if keep:
+            read[name] = params
+        return params
+
+    return own
 
 
 def image_size(session: Session, size: tuple[int, int] | None, *, bounded: bool = True) -> tuple[int, int]:
@@ -136,6 +188,9 @@ def _draw_parts(session: Session, parts: Sequence[Prepared]) -> Iterator[Tensor]
         session.timer.done("sampling", session.device)
     # Dropped before the next is read.
     params = {}
+    mesh = pipeline.mesh_of(session.config)
+    if mesh is not None and mesh.rank:
+        return  # The first process decodes the images, which it writes.
     params = {"vae": session.fetch("vae")}
     session.timer.done("load", session.device)
     for part, each in zip(parts, latents, strict=True):

@@ -1,8 +1,9 @@
 """Mesh of processes: named axes, over which data, parameters, the sequence and heads are divided.
 
 The axes are, from the outermost to the innermost: data (whole parameters, different rows of a batch), fsdp (parameters
-sharded too), sequence (different tokens of one image), tensor (different heads and hidden units). Neighbouring ranks
-differ in the innermost axis, so that what communicates most stays within a machine.
+sharded too), guidance (different conditionings of one image), sequence (different tokens of one image), tensor
+(different heads and hidden units). Neighbouring ranks differ in the innermost axis, so that what communicates most
+stays within a machine.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from functional_sd3.parallel.transport import Group
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "guidance", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
 """The axes over which the rows of a batch are divided."""
 
@@ -89,15 +90,16 @@ def init(sizes: Mapping[str, int] | None = None) -> Mesh:
     return Mesh(whole, dist.get_rank(), groups)
 
 
-def parse(text: str) -> dict[str, int]:
-    """Sizes from "data=2,fsdp=4". Raises ValueError naming the part that is not axis=size, or an axis given twice."""
+def parse(text: str, axes: Sequence[str] = AXES) -> dict[str, int]:
+    """Sizes from "data=2,fsdp=4". Raises ValueError naming the part that is not axis=size of one of `axes`, or an axis
+    given twice."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, equals, size = (word.strip() for word in part.partition("="))
-        if not equals or axis not in AXES or not (size.isascii() and size.isdigit()) or int(size) < 1:
+        if not equals or axis not in axes or not (size.isascii() and size.isdigit()) or int(size) < 1:
             raise ValueError(
-                f"{part!r} in the mesh {text!r} must be axis=size, the axis one of {', '.join(AXES)} and the size at "
-                "least 1: data=2,fsdp=4"
+                f"{part!r} in the mesh {text!r} must be axis=size, the axis one of {', '.join(axes)} and the size at "
+                f"least 1: {axes[0]}=2,{axes[1]}=4"
             )
         if axis in sizes:
             raise ValueError(f"axis {axis} is twice in the mesh {text!r}")

@@ -8,6 +8,7 @@ same everywhere, and so is every gradient, of every argument: no other sum over 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def part_sizes(count: int, group: Group) -> tuple[int, ...]:
 
 def enter(tree: Tree, group: Group) -> Tree:
     """The tree (or None), for a function that is divided over the group: cotangents are summed over the processes."""
-    if group is None or tree is None:
+    if group is None or tree is None or not torch.is_grad_enabled():  # Forwards it is the identity, tangents too.
         return tree
 
     def entered(leaf: Any) -> Any:
@@ -44,7 +45,7 @@ def take(x: Tensor, group: Group, dim: int, sizes: Sequence[int] | None = None) 
     if group is None:
         return x
     sizes = sizes or part_sizes(x.shape[dim], group)
-    return own_part(collectives.broadcast(x, group), group, dim, sizes)
+    return own_part(enter(x, group), group, dim, sizes)
 
 
 def own_part(x: Tensor, group: Group, dim: int, sizes: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ from functional_sd3.core.blend import slerp
 from functional_sd3.pipeline.adapters import Adapted, adapted, with_loras
 from functional_sd3.pipeline.blending import Region, blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components
+from functional_sd3.pipeline.dividing import mesh_of, with_mesh
 from functional_sd3.pipeline.draw import decode_latents, draw, sample_latents
 from functional_sd3.pipeline.edits import (
     edit_field,
@@ -107,6 +108,7 @@ __all__ = [
     "latent_mask",
     "latent_size",
     "lerp",
+    "mesh_of",
     "mix_conditions",
     "outpaint",
     "prepare",
@@ -134,4 +136,5 @@ __all__ = [
     "velocities",
     "velocity",
     "with_loras",
+    "with_mesh",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor
 from functional_sd3.core.types import Params
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.components import Components, encoder_names, fetch
+from functional_sd3.pipeline.dividing import divide_encoders
 from functional_sd3.pipeline.fields import Conditions
 from functional_sd3.pipeline.request import TextOptions
 from functional_sd3.text import conditioning
@@ -91,12 +92,14 @@ def encode_groups(
     pairs = [(list(group), _negatives(len(group), options.negative)) for group in groups]
     texts = list(dict.fromkeys(text for pair in pairs for half in pair for text in half))
     row = {text: index for index, text in enumerate(texts)}
+    names = encoder_names(components, config)
     table = conditioning.apply_from(
         lambda name: fetch(components, name),
         config,
         tokenizers,
         texts,
-        names=encoder_names(components, config),
+        names=names,
+        encode_each=divide_encoders(config, names),
         **_options(tokenizers, options),
     )
     return [EncodedPrompts(table, *(_index(row[text] for text in half) for half in pair)) for pair in pairs]

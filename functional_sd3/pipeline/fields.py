@@ -14,6 +14,8 @@ from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow.guidance import Branch, Guidance, Velocities
 from functional_sd3.flow.stepwise import RunVelocity, Stepwise, map_steps
 from functional_sd3.layouts.components import Config, require
+from functional_sd3.parallel.transport import Group
+from functional_sd3.pipeline.dividing import divide_rows, rows_group
 from functional_sd3.pipeline.modulation_table import Table, concat_batches, lookup, mask_invalid, split_steps
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
@@ -193,6 +195,7 @@ def velocities(
     intervals = None if ends is None or not by_step else torch.cat(by_step) - torch.cat(_listed(ends))
     end = ends if isinstance(ends, Tensor) and not by_step else None
     tables = _tables(params, config, needs, conditionings, by_step, intervals, control)
+    rows = rows_group(config)
     fields: list[tuple[Callable[..., Velocities], Sequence[Table | None]]] = []
     for group in groups:
         branch = needs[group[0]]
@@ -203,7 +206,7 @@ def velocities(
             "attend": attend,
             **dict(branch.options),
         }
-        evaluate = _network(*_model(branch, params, config), options, control, image_prompt, implementation, end)
+        evaluate = _network(*_model(branch, params, config), options, control, image_prompt, implementation, end, rows)
         arguments = {}
         for name in group:
             own_features = no_features if needs[name].conditioning == "negative" else features
@@ -228,15 +231,25 @@ def _network(
     image_prompt: ImagePrompt | None,
     implementation: Implementation,
     end: Tensor | None,
+    group: Group,
 ) -> Callable[..., Tensor]:
     """One evaluation: (x, t, then conditioning and images of each row of the batch, table) -> dx/dt."""
 
-    def evaluate(
-        x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, images: Tree, features: Tree, *, table: Table | None
+    def network(
+        params: Tree,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        pooled: Tensor,
+        images: Tree,
+        features: Tree,
+        modulations: Tree,
+        interval: Tensor | None,
     ) -> Tensor:
-        row = None if table is None else lookup(table, t)
-        modulations = {"transformer": None, "control": None} if row is None else row.modulations
-        active = [one._replace(**image) for one, image in zip(control, images, strict=True)]
+        weights, nets, adapter = params
+        pairs = zip(control, nets, images, strict=True)
+        active = [one._replace(params=net, **image) for one, net, image in pairs]
+        prompt = image_prompt and image_prompt._replace(params=adapter)
         added = controls.residuals(
             active,
             weights,
@@ -248,7 +261,7 @@ def _network(
             modulations=modulations["control"],
             implementation=implementation,
         )
-        velocity = mmdit.apply(
+        return mmdit.apply(
             weights,
             sizes,
             x,
@@ -258,11 +271,20 @@ def _network(
             modulations=modulations["transformer"],
             residuals=added.residuals,
             residual_after_last=added.after_last,
-            interval=None if end is None else _interval(t, end, len(x)),
-            image_prompt=ip_adapter.prompt(image_prompt, features, t, sizes, implementation=implementation),
+            interval=interval,
+            image_prompt=ip_adapter.prompt(prompt, features, t, sizes, implementation=implementation),
             implementation=implementation,
             **options,
         )
+
+    params = (weights, [one.params for one in control], image_prompt.params if image_prompt else {})
+    of_rows = divide_rows(network, group)
+
+    def evaluate(x: Tensor, t: Tensor, *rows: Tree, table: Table | None) -> Tensor:
+        row = None if table is None else lookup(table, t)
+        modulations = {"transformer": None, "control": None} if row is None else row.modulations
+        interval = None if end is None else _interval(t, end, len(x))
+        velocity = of_rows(params, x, t, *rows, modulations, interval)
         return velocity if row is None else mask_invalid(velocity, row)
 
     return evaluate
@@ -326,10 +348,10 @@ def _tables(
                 break
         else:
             pooled = conditionings[name].pooled
-            materialize = None if branch.model else computation.of(config, "transformer").materialize
-            model = _model(branch, params, config)
+            computed = computation.PLAIN if branch.model else computation.of(config, "transformer")
+            stored = {name: value for name, value in computed.options.items() if name != "block_transform"}
             made = {
-                "transformer": mmdit.modulations(*model, times, pooled, intervals, materialize=materialize),
+                "transformer": mmdit.modulations(*_model(branch, params, config), times, pooled, intervals, **stored),
                 "control": controls.modulations(control, times, pooled),
             }
             tables[name] = Table(times, made)

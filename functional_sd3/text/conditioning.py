@@ -81,12 +81,14 @@ def apply_from(
     names: Sequence[str] | None = None,
     clip_skip: int = 0,
     implementation: Implementation = "sdpa",
+    encode_each: Callable[[Sequence[str], Callable[[str], Conditioning]], list[Conditioning]] | None = None,
     **text_options: Any,
 ) -> Conditioning:
     """Conditioning of prompts with one encoder in memory at a time; `text_options` are the other options of `apply`.
 
     `fetch` gives the parameters of "clip_l", "clip_g" and "t5". It is called once for each of `names`, by default for
-    those that the config has, after the previous encoder has been released.
+    those that the config has, after the previous encoder has been released. encode_each: how the parts of the encoders
+    are computed, from their names and a function of one; by default one after the other.
     """
     if names is None:
         names = [name for name in Ids._fields if getattr(config, name) is not None]
@@ -95,8 +97,12 @@ def apply_from(
     ids, emphasis = tokenize_prompts(config, tokenizers, prompts, **text_options)
     _check_known(encoders, config, ids)
     options = {"clip_skip": clip_skip, "implementation": implementation}
+
+    def encode_one(name: str) -> Conditioning:
+        return _encode_alone(fetch, config, name, (ids, emphasis), options)
+
+    parts = encode_each(encoders, encode_one) if encode_each else [encode_one(name) for name in encoders]
     # The encoders fill disjoint blocks, so summing is exact.
-    parts = [_encode_alone(fetch, config, name, (ids, emphasis), options) for name in encoders]
     return Conditioning(*(sum(part[1:], start=part[0]) for part in zip(*parts, strict=True)))
 
 

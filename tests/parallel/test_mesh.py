@@ -21,14 +21,14 @@ def positions(sizes):
 def test_the_innermost_axis_has_neighbouring_ranks(processes):
     results = processes(4, positions, {"tensor": 2, "data": 2})
     for rank, (indices, ranks) in enumerate(results):
-        assert indices == [rank // 2, 0, 0, rank % 2, rank // 2, rank]
+        assert indices == [rank // 2, 0, 0, 0, rank % 2, rank // 2, rank]
         row, column = [rank - rank % 2, rank - rank % 2 + 1], [rank % 2, rank % 2 + 2]
-        assert ranks == [column, [rank], [rank], row, column, [0, 1, 2, 3]]
+        assert ranks == [column, [rank], [rank], [rank], row, column, [0, 1, 2, 3]]
 
 
 def test_rows_of_a_batch_are_divided_over_data_and_fsdp(processes):
     results = processes(4, positions, {"data": 2, "fsdp": 2})
-    assert [indices[4] for indices, _ in results] == [0, 1, 2, 3]
+    assert [indices[-2] for indices, _ in results] == [0, 1, 2, 3]
     assert [ranks[1] for _, ranks in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
@@ -46,7 +46,7 @@ def test_a_mesh_that_does_not_fit_the_processes_is_refused(processes):
         assert messages == [
             "the mesh data=3 is for 3 processes, but there are 2",
             "the mesh data=2,tensor=2 is for 4 processes, but there are 2",
-            "mesh axes ['rows'] must be among data, fsdp, sequence, tensor",
+            "mesh axes ['rows'] must be among data, fsdp, guidance, sequence, tensor",
             "sizes {'data': 0} of a mesh must be at least 1",
         ]
 
