@@ -12,6 +12,7 @@ from functional_sd3.core import spec as spec
 from functional_sd3.core import transform as transform
 from functional_sd3.core import tree as tree
 from functional_sd3.flow import guidance as guidance
+from functional_sd3.flow import loss_weights as loss_weights
 from functional_sd3.flow import ode as ode
 from functional_sd3.flow import path as path
 from functional_sd3.flow import schedule as schedule
@@ -28,6 +29,7 @@ from functional_sd3.flow.ode import dense as dense
 from functional_sd3.flow.ode import fixed_point as fixed_point
 from functional_sd3.flow.ode import reversible as reversible
 from functional_sd3.flow.ode import stochastic as stochastic
+from functional_sd3.image import canny as canny
 from functional_sd3.image import clip_pixels as clip_pixels
 from functional_sd3.image import files as files
 from functional_sd3.image import folders as image_folders

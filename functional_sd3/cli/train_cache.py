@@ -23,7 +23,8 @@ from functional_sd3.weights.model import Model, Tokenizers
 
 ENCODED = (*tasks.ENCODERS, "vae")
 """The components that a cache is made by."""
-_OF_IMAGES = {"caption": "--caption", "follow": "--follow"}
+_OF_IMAGES = ("caption", "follow", "masks", "control", "inversion", "prior_data", "prior_images")
+"""Options that need the images or the encoders of --data."""
 
 
 class Held(NamedTuple):
@@ -45,8 +46,9 @@ def opened(arguments: argparse.Namespace, source: Sequence[Path]) -> Held | None
         return None
     if arguments.part == "vae":
         raise ValueError(f"--data {arguments.data} is a cache of latents, and --part vae learns from images")
-    for name, option in _OF_IMAGES.items():
+    for name in _OF_IMAGES:
         if getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is for images; --data {arguments.data} is a cache, made by the command cache")
     if view_options.given(arguments):
         raise ValueError(
@@ -56,6 +58,8 @@ def opened(arguments: argparse.Namespace, source: Sequence[Path]) -> Held | None
     held = cache.open_cache(arguments.data)
     manifest = held.manifest
     _check_model(arguments, source, manifest)
+    if arguments.validation is not None and not arguments.validation.isdecimal():
+        raise ValueError(f"--validation {arguments.validation}: of a cache give a number of images to hold out")
     if arguments.size is not None and manifest.options.get("size") != arguments.size:
         raise ValueError(
             f"--size {arguments.size}: --data {arguments.data} is a cache of images of {_size_words(manifest)}; leave "

@@ -1,13 +1,14 @@
 """Checks of a `train` command line, its data and its folder, before anything is loaded."""
 
 import argparse
+import importlib.util
 import math
 import shutil
 from pathlib import Path
 
-from functional_sd3.cli import memory_options, options, train_objective, view_options
+from functional_sd3.cli import memory_options, options, train_objective, train_subjects, view_options
 
-OURS = ("checkpoints", "samples", "log.csv")
+OURS = ("checkpoints", "samples", "log.csv", "prior", "tensorboard")
 """Files in the folder of a run that has not ended."""
 _MIN = {
     "steps": 1,
@@ -17,6 +18,7 @@ _MIN = {
     "save_every": 1,
     "log_every": 1,
     "sample_every": 0,
+    "validate_every": 1,
 }
 
 
@@ -47,6 +49,8 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.part == "transformer" and value != default:
             raise ValueError(f"{option} belongs to --part vae")
     train_objective.check(arguments)
+    train_subjects.check(arguments)
+    _check_record(arguments)
     if arguments.caption is not None and arguments.part == "vae":
         raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
     if arguments.force and not arguments.resume:
@@ -71,6 +75,19 @@ def check_images(arguments: argparse.Namespace) -> None:
     options.check_params(arguments.params)
     if arguments.data != "shapes":
         check_data(arguments.data)
+
+
+def _check_record(arguments: argparse.Namespace) -> None:
+    text = arguments.validation
+    if text is not None and not text.isdecimal() and not Path(text).is_dir():
+        raise ValueError(f"--validation {text} is neither a number of images to hold out nor a folder that exists")
+    if text is not None and text.isdecimal() and not 1 <= int(text) < 2**31:
+        raise ValueError(f"--validation {text} must hold out at least 1 image, or be a folder of images")
+    if arguments.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "--tensorboard needs the package tensorboard, which is not installed: pip install tensorboard, or "
+            "'functional_sd3[tensorboard]'; without it the same numbers are in log.csv"
+        )
 
 
 def check_folder(arguments: argparse.Namespace) -> None:

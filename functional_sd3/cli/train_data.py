@@ -42,13 +42,8 @@ Say = Callable[[str], None]
 
 def images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages:
     """The images of --data; what was skipped, and what else is worth knowing, is said."""
-    if arguments.part == "vae":
-        side = arguments.size or require(model.config, "vae").sample_size
-    else:
-        factor = vae.factor(require(model.config, "vae"))
-        side = pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * factor
     if arguments.data == "shapes":
-        return dataset(prng.key(arguments.seed), arguments.pictures, side)
+        return dataset(prng.key(arguments.seed), arguments.pictures, side(arguments, model))
     index = datasets.image_folder(
         arguments.data, template=arguments.template, caption=arguments.caption, follow=arguments.follow
     )
@@ -59,7 +54,15 @@ def images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.Train
         say(f"skipped {escape(path)}: {escape(reason)}")
     if len(index.skipped) > 10:
         say(f"skipped {len(index.skipped) - 10} more, {len(index.skipped)} in all")
-    return tasks.folder_images(index, side)
+    return tasks.folder_images(index, side(arguments, model))
+
+
+def side(arguments: argparse.Namespace, model: Model) -> int:
+    """Side of the images in pixels. Raises ValueError for one that the model has no latents for."""
+    if arguments.part == "vae":
+        return arguments.size or require(model.config, "vae").sample_size
+    factor = vae.factor(require(model.config, "vae"))
+    return pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * factor
 
 
 def tokens(model: Model, captions: Sequence[str]) -> conditioning.Ids:
@@ -80,14 +83,20 @@ def training_data(
     ids: conditioning.Ids | None,
     settings: dict[str, Any],
     say: Say,
+    *,
+    with_ids: bool = False,
+    file: str = ENCODED,
+    contents: str = "the data",
 ) -> training_set.TrainingSet:
     """Latents and text of the images. Captions of encoders that do not learn are encoded once, where all of them take
-    at most `TEXT_BYTES`; else at every step, from `ids`."""
+    at most `TEXT_BYTES`; else, and `with_ids`, at every step, from `ids`. file, contents: as of `latents`."""
     if view_options.given(arguments):
         encoded = _viewed_latents(arguments, model, images, settings, say)
     else:
-        encoded = training_set.resident(latents(arguments, model, images, settings, say))
-    if settings["text-encoders"] == "frozen" and (text := _resident_text(model, images)) is not None:
+        resident = latents(arguments, model, images, settings, say, file=file, contents=contents)
+        encoded = training_set.resident(resident)
+    is_frozen = settings["text-encoders"] == "frozen" and not with_ids
+    if is_frozen and (text := _resident_text(model, images)) is not None:
         return training_set.TrainingSet(encoded, text)
     empty = tokens(model, [""])
     ids = tokens(model, images.captions) if ids is None else ids
@@ -133,37 +142,64 @@ def _viewed_latents(
     captions = torch.zeros(len(images.captions), dtype=torch.int64, device="cpu")
     params = tree.cast(model.params["vae"], torch.float32)
     cache_writing.write_latents(
-        folder, manifest, images, views, captions, params, require(model.config, "vae"), track=_track
+        folder, manifest, images, views, captions, params, require(model.config, "vae"), track=_bar("encoding")
     )
     return cache.latents(cache.open_cache(folder))
 
 
-def _track(parts: Iterable[Any]) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(parts, desc="encoding", leave=False, disable=not report.has_bars())
-
-
 def latents(
-    arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, settings: dict[str, Any], say: Say
+    arguments: argparse.Namespace,
+    model: Model,
+    images: tasks.TrainingImages,
+    settings: dict[str, Any],
+    say: Say,
+    *,
+    file: str = ENCODED,
+    contents: str = "the data",
 ) -> torch.Tensor:
-    """The latents of all images: computed once for a run, and read again while images and autoencoder are the same."""
-    path = Path(arguments.out) / "checkpoints" / ENCODED
-    names = [continuing.CONTENTS + name for name in ("the data", "the vae of the model")]
+    """The latents of all images: computed once for a run, and read again while images and autoencoder are the same.
+
+    file: where they are kept, beside the checkpoints. contents: the name of the images' digest in `settings`.
+    """
+    names = [continuing.CONTENTS + name for name in (contents, "the vae of the model")]
+
+    def encode() -> torch.Tensor:
+        # Latents are what all else is learned from: float32, whatever the autoencoder is stored in.
+        params = {**model.params, "vae": tree.cast(model.params["vae"], torch.float32)}
+        return datasets.encode_all(
+            params, model.config, model.tokenizers, images.captions, images.load,
+            batch=views.images_at_once(images.side, images.side), t5_length=t5_length(model), track=_bar("encoding"),
+        )["latents"]  # fmt: skip
+
     of = digests.combined(settings[name] for name in names)
+    return kept(arguments, file, of, len(images.captions), encode, say)
+
+
+def kept(
+    arguments: argparse.Namespace, file: str, of: str, count: int, encode: Callable[[], torch.Tensor], say: Say
+) -> torch.Tensor:
+    """`encode()`, kept in a file beside the checkpoints, or what it holds already of the contents with the digest `of`:
+    float32 latents of `count` images."""
+    path = Path(arguments.out) / "checkpoints" / file
     if arguments.resume and path.exists():
         try:
-            return _kept_latents(path, of, len(images.captions))
+            return _kept_latents(path, of, count)
         except WeightsError as error:
             say(f"note: the images are encoded again: {error}")
-    # Latents are what all else is learned from: float32, whatever the autoencoder is stored in.
-    params = {**model.params, "vae": tree.cast(model.params["vae"], torch.float32)}
-    latents = datasets.encode_all(
-        params, model.config, model.tokenizers, images.captions, images.load,
-        batch=views.images_at_once(images.side, images.side), t5_length=t5_length(model), track=_track,
-    )["latents"]  # fmt: skip
+    latents = encode()
     files.write_atomic(path, {"latents": latents}, metadata={"contents": of})
     return latents
+
+
+def track(count: int, words: str, batch: int = 16) -> Iterable[range]:
+    """Ranges of `batch` rows, with a progress bar on a terminal."""
+    return _bar(words)([range(start, min(start + batch, count)) for start in range(0, count, batch)])
+
+
+def _bar(words: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    from tqdm import tqdm
+
+    return lambda rows: tqdm(rows, desc=words, leave=False, disable=not report.has_bars())
 
 
 def _kept_latents(path: Path, of: str, count: int) -> torch.Tensor:

@@ -35,8 +35,10 @@ def load(
     needed = ("transformer", "vae") if arguments.part == "transformer" and only is None else only or ("vae",)
     runtime.require(stored, needed, " and ".join(map(str, source)))
     names, dtype = trained(arguments, stored), None
+    # Where the transformer does not learn, or by a LoRA alone.
+    adapts = bool(arguments.lora or getattr(arguments, "control", None) or getattr(arguments, "inversion", None))
     if arguments.part != "vae":
-        dtype = _adapted_dtype(stored.params["transformer"], device) if arguments.lora else None
+        dtype = _adapted_dtype(stored.params["transformer"], device) if adapts else None
     learned = getattr(torch, getattr(arguments, "weights", "float32"))
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else dtype
     if learned != torch.float32:
@@ -48,7 +50,7 @@ def load(
             params[name] = frozen_base.place(arguments, name, stored.params[name], dtype or torch.float32, device)
             continue
         if name in names:
-            chosen = learned
+            chosen = dtype or torch.float32 if adapts else learned
         else:
             chosen = _computed_dtype(stored.params[name], device)
         params[name] = _computed(stored.params[name], chosen, device)
@@ -67,10 +69,10 @@ def rest(arguments: argparse.Namespace, source: Sequence[Path], stored: Model) -
 
 
 def trained(arguments: argparse.Namespace, model: Model) -> tuple[str, ...]:
-    """The components that learn, with the base of a LoRA."""
+    """The components that learn, with the base of a LoRA or ControlNet, and those through which a word learns."""
     if arguments.part == "vae":
         return ("vae",)
-    with_text = text_encoders(vars(arguments)) == "train"
+    with_text = text_encoders(vars(arguments)) == "train" or getattr(arguments, "inversion", None) is not None
     return tuple(name for name in model.params if name == "transformer" or (with_text and name in tasks.ENCODERS))
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import memory_options, options, train_objective, view_options
+from functional_sd3.cli import memory_options, options, train_objective, train_subjects, view_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +55,7 @@ def _add_objective(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--dropout", type=float, default=0.1, help="share of captions emptied, for guidance (default 0.1)")
     train_objective.add_arguments(group)
+    train_subjects.add_arguments(group)
     add("--decoder-only", action="store_true", help="leave the autoencoder's encoder alone, so that latents stay")
     add("--edges", type=float, default=0.0, help="weight of the differences of edges in the autoencoder (default 0)")
     add(
@@ -80,4 +81,8 @@ def _add_record(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--save-every", type=int, default=250, help="steps between checkpoints (default 250)")
     add("--log-every", type=int, default=10, help="steps between rows of log.csv (default 10)")
+    held_out = "hold out N of the images, or read a folder of others, and log their loss at fixed times and noise"
+    add("--validation", metavar="N|DIR", help=held_out)
+    add("--validate-every", type=int, default=250, help="steps between validations (default 250)")
+    add("--tensorboard", action="store_true", help="write OUT/tensorboard too; needs the package tensorboard")
     add("--sample-every", type=int, default=250, help="steps between sample images, 0 for none (default 250)")

@@ -13,17 +13,20 @@ from functional_sd3.cli import (
     memory_options,
     train_cache,
     train_data,
+    train_extras,
     train_model,
     train_objective,
     train_options,
+    train_results,
+    train_subjects,
     training_run,
 )
 from functional_sd3.cli.training_run import Setup
 from functional_sd3.core import prng
 from functional_sd3.layouts.components import SPECS
-from functional_sd3.text import conditioning
+from functional_sd3.text import conditioning, textual_inversion
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import continuing, digests, tasks
+from functional_sd3.training import continuing, digests, flow_learners, tasks
 from functional_sd3.training.step import TrainState
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Model
@@ -41,6 +44,8 @@ _FREE = (
     "save_every",
     "log_every",
     "sample_every",
+    "validate_every",
+    "tensorboard",
 )
 """The options that a checkpoint does not keep: they may change, or digests stand for what they say."""
 
@@ -59,10 +64,16 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
         check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     if arguments.fused_update:
         say("note: with --fused-update gradients are not clipped, as no step has all of them at once")
+    options = _options(arguments, model, dtype)
+    reader = model if options.inversion is None else flow_learners.with_tokens(model, options.inversion)
     images = held or train_data.images(arguments, model, say)
-    options = _options(arguments, dtype)
-    ids = None if arguments.part == "vae" or held else train_data.tokens(model, images.captions)
-    settings = _settings(arguments, source, stored, images, ids)
+    ids = None if arguments.part == "vae" or held else train_data.tokens(reader, images.captions)
+    if options.inversion is not None and ids is not None:
+        _check_word(options.inversion, model, ids, say)
+    extras = train_extras.NONE
+    if not isinstance(images, train_cache.Held):
+        extras = train_extras.gather(arguments, model, images, say)
+    settings = _settings(arguments, source, stored, images, ids, extras.contents)
     settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
@@ -71,21 +82,44 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
 
     def setup(task: tasks.TrainingTask) -> Setup:
         step_note = lambda saved, state: _step_note(saved, options, state)  # noqa: E731
-        return Setup(task, stored, settings, differences, bool(options.lora), step_note)
+        save = train_results.saver(options, stored)
+        return Setup(task, stored, settings, differences, bool(options.lora), step_note, save=save)
 
     if isinstance(images, train_cache.Held):
         model = train_cache.without_encoder(model)
         data = train_cache.training_data(images, model, options.text_encoders)
+        data, captions, held_out = train_extras.hold_out(arguments, data, images.captions)
         generate = pipeline.generate if options.text_encoders else train_cache.generate(images)
-        task = tasks.flow_task(key, model, images.captions, data, options, generate=generate)
+        task = tasks.flow_task(key, model, captions, data, options, generate=generate, held_out=held_out)
         return setup(task)._replace(rest=lambda: train_model.rest(arguments, source, stored))
     if arguments.part == "vae":
         return setup(tasks.vae_task(key, model, images, options))
-    data = train_data.training_data(arguments, model, images, ids, settings, say)
-    return setup(tasks.flow_task(key, model, images.captions, data, options, generate=pipeline.generate))
+    with_ids = options.text_encoders or options.inversion is not None
+    data, captions, prior, held_out = train_extras.training_sets(
+        arguments, reader, images, extras, options.control, settings, say, with_ids=with_ids
+    )
+    return setup(
+        tasks.flow_task(key, model, captions, data, options, generate=pipeline.generate, prior=prior, held_out=held_out)
+    )
 
 
-def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tasks.Settings:
+def _check_word(inversion: flow_learners.Inversion, model: Model, ids: conditioning.Ids, say: Say) -> None:
+    """Raises ValueError where no caption holds the word; says of how many images they do not."""
+    name, first = next(iter(textual_inversion.first_ids(model.tokenizers, inversion.encoders).items()))
+    has_word = (getattr(ids, name) == first).any(-1)
+    if not has_word.any():
+        raise ValueError(
+            f"no caption of --data holds {inversion.token}, so nothing would be learned: write it into the captions, "
+            f"or give --caption 'a photo of {inversion.token}'"
+        )
+    if not has_word.all():
+        say(f"note: {int((~has_word).sum())} of {len(has_word)} captions do not hold {inversion.token}")
+
+
+def _options(arguments: argparse.Namespace, model: Model, dtype: torch.dtype | None) -> tasks.Settings:
+    control = None
+    if arguments.control is not None:
+        control = flow_learners.control_config(model, arguments.control, arguments.control_depth)
     return tasks.Settings(
         steps=arguments.steps,
         batch=arguments.batch_size,
@@ -98,6 +132,9 @@ def _options(arguments: argparse.Namespace, dtype: torch.dtype | None) -> tasks.
         density=train_objective.density(arguments.density),
         shift=arguments.shift,
         weight=train_objective.weight(arguments.loss_weight),
+        prior_weight=1.0 if arguments.prior_weight is None else arguments.prior_weight,
+        control=control,
+        inversion=train_subjects.inversion(arguments),
         scratch=arguments.scratch,
         lora=arguments.lora or 0,
         text_encoders=train_model.text_encoders(vars(arguments)) == "train",
@@ -116,16 +153,18 @@ def _settings(
     stored: Model,
     images: tasks.TrainingImages | train_cache.Held,
     ids: conditioning.Ids | None,
+    further: dict[str, str],
 ) -> dict[str, Any]:
-    """The settings in a checkpoint: the options of a run, and digests of its model and data."""
+    """The settings in a checkpoint: the options of a run, and digests of its model and data, `further` ones too."""
     options = {name.replace("_", "-"): getattr(arguments, name) for name in _defaults()}
     used = [name for name in SPECS if name in stored.params and (name == "vae" or arguments.part == "transformer")]
-    contents = {"the data": images.contents}
+    contents = {"the data": images.contents, **further}
     contents |= digests.model_digests({name: stored.params[name] for name in used})
     if ids is not None:
         contents["the tokens"] = digests.params_digest(ids._asdict())
     return {
         **options,
+        **train_extras.recorded(arguments),
         "text-encoders": train_model.text_encoders(vars(arguments)),
         "params": os.pathsep.join(str(path.resolve()) for path in source),
         "fingerprint of the data": images.fingerprint,

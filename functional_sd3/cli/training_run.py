@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from functional_sd3.cli import report, train_checks, train_model
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import pixels
-from functional_sd3.training import checkpoint, continuing, interruption, lock, loop
+from functional_sd3.training import checkpoint, continuing, interruption, lock, loop, tensorboard, validation
 from functional_sd3.training.rewards import RewardError
 from functional_sd3.weights.model import Model
 
@@ -24,6 +25,7 @@ KEEP = 3
 LORA = "pytorch_lora_weights.safetensors"
 """The name under which diffusers finds a LoRA in a folder."""
 Say = Callable[[str], None]
+OnRow = Callable[[int, dict[str, float]], None]
 State = Any
 
 
@@ -33,6 +35,7 @@ class Setup(NamedTuple):
     task: `tasks.TrainingTask`, `reward_task.RewardTask` or `distill_task.DistillTask`. stored: the model as its files
     have it. settings: what its checkpoints keep. differences: of the settings of a checkpoint from these. lora: whether
     a LoRA is trained. lora_metadata: of its file.
+    save: folder, state -> what is written of it, where that is neither a model nor a LoRA.
     step_note: a sentence on another number of steps than the checkpoint's settings planned, None for none.
     rest: the components of the stored model that the run does not need, read when the result is written.
     """
@@ -45,6 +48,7 @@ class Setup(NamedTuple):
     step_note: Callable[[dict[str, Any], State], str | None]
     lora_metadata: dict[str, str] = {}
     rest: Callable[[], dict[str, Any]] = dict
+    save: Callable[[Path, State], Path] | None = None
 
 
 def steps_note(steps: int, saved: dict[str, Any], state: State) -> str | None:
@@ -76,8 +80,13 @@ def run(arguments: argparse.Namespace, setup: Setup) -> int:
     first_step = int(state.step)
     samples = out / "samples"
 
+    board = tensorboard.open_writer(out, first_step) if getattr(arguments, "tensorboard", False) else None
+
     def on_sample(current, done: int) -> None:
-        save_image(samples / f"{done:08d}.png", task.sample(current))
+        images = task.sample(current)
+        save_image(samples / f"{done:08d}.png", images)
+        if board is not None:
+            board.image(done, images)
 
     progress = report.has_bars()
     try:
@@ -94,10 +103,12 @@ def run(arguments: argparse.Namespace, setup: Setup) -> int:
             on_sample=on_sample if arguments.sample_every else None,
             rollout=getattr(task, "rollout", None),
             unchanged_by=(RewardError,),
+            validate=getattr(task, "validate", None),
+            validate_every=getattr(arguments, "validate_every", 0),
             has_sample=lambda done: (samples / f"{done:08d}.png").exists(),
             keep=KEEP,
             progress=progress,
-            on_row=None if progress else _row_printer(first_step, arguments.steps),
+            on_row=_row_writer(None if progress else _row_printer(first_step, arguments.steps), board),
             note=say,
         )
     except KeyboardInterrupt:
@@ -137,6 +148,22 @@ def _save_unsaved(error, out: Path, setup) -> None:
     with contextlib.suppress(WeightsError):
         written = save_result(out, error.state, setup)
         say(f"note: the result of all steps is written to {written}; without their checkpoint no run goes on from it")
+
+
+def _row_writer(print_row: OnRow | None, board: tensorboard.Writer | None) -> OnRow:
+    """Prints what is validated, and passes every row on: to a line and to TensorBoard where they are wanted."""
+
+    def on_row(step: int, row: dict[str, float]) -> None:
+        if print_row is not None:
+            print_row(step, row)
+        if math.isfinite(row.get("validation", math.nan)):
+            names = zip(validation.TIMES, validation.NAMES[1:], strict=True)
+            at_times = ", ".join(f"{time:.2f}: {row[name]:.4f}" for time, name in names)
+            say(f"validation at step {step}: {row['validation']:.4f}; by t {at_times}")
+        if board is not None:
+            board.row(step, row)
+
+    return on_row
 
 
 def _row_printer(first_step: int, steps: int):
@@ -215,6 +242,8 @@ def save_result(out: Path, state: State, setup: Setup) -> Path:
 
     Returns what was written.
     """
+    if setup.save is not None:
+        return setup.save(out, state)
     if setup.lora:
         lora.save(out / LORA, state.ema, metadata=setup.lora_metadata, differences=True)
         return out / LORA

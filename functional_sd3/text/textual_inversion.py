@@ -101,7 +101,7 @@ def initial_vectors(
         ids = _tokens_of(getattr(tokenizers, name), text)
         if not ids:
             raise ValueError(f"{text!r} has no token of {name} to start from; name a word that it knows")
-        rows = params[name][_TABLE[name]]["weight"][torch.tensor(ids, dtype=torch.int64)].float()
+        rows = params[name][_TABLE[name]]["weight"][torch.tensor(ids, dtype=torch.int64, device="cpu")].float()
         one_each = len(ids) > 1 and count >= len(ids)
         mean = rows.mean(0, keepdim=True)
         vectors[name] = torch.cat([rows, mean.expand(count - len(ids), -1)]) if one_each else mean.repeat(count, 1)

@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 from functional_sd3.formats.printable import shorten
 
-FIXED = ("part", "lora", "scratch", "text-encoders", "decoder-only")
+FIXED = (
+    "part", "lora", "scratch", "text-encoders", "decoder-only", "control", "control-depth", "inversion", "vectors",
+    "inversion-t5",
+)  # fmt: skip
 """Options that decide which numbers a checkpoint holds."""
 CONTENTS = "contents of "
 """How the names of digests start: they are compared where the checkpoint has them."""

@@ -124,9 +124,6 @@ def word(model: Model, inversion: Inversion) -> FlowLearner:
 
     Raises ValueError where the word is a token already, its encoders are absent, or nothing is known to start from.
     """
-    absent = [name for name in inversion.encoders if name not in model.params]
-    if absent:
-        raise ValueError(f"the model has no {' and no '.join(absent)} to learn {inversion.token!r} in")
     start = textual_inversion.initial_vectors(
         model.params, model.tokenizers, inversion.initial, inversion.encoders, inversion.vectors
     )
@@ -148,6 +145,23 @@ def word(model: Model, inversion: Inversion) -> FlowLearner:
 
     spec = {name: Param(tuple(leaf.shape), specs.zeros, ("vocab", "width")) for name, leaf in start.items()}
     return FlowLearner({"word": start}, {"word": spec}, loss, with_word, has_encoders=True)
+
+
+def with_tokens(model: Model, inversion: Inversion) -> Model:
+    """The model whose tokenizers and config have the word, and whose parameters do not: what captions are read by.
+
+    Raises ValueError where the word is a token already, or an encoder of its is absent.
+    """
+    absent = [name for name in inversion.encoders if name not in model.params]
+    if absent:
+        raise ValueError(f"the model has no {' and no '.join(absent)} to learn {inversion.token!r} in")
+    tables = textual_inversion.empty_tables(model.config, inversion.encoders)
+    vectors = {
+        name: torch.zeros(inversion.vectors, getattr(model.config, name).width, dtype=torch.float32, device="meta")
+        for name in inversion.encoders
+    }
+    added = textual_inversion.add(tables, model.config, model.tokenizers, Word(inversion.token, vectors))
+    return model._replace(config=added.config, tokenizers=added.tokenizers)
 
 
 def initial_params(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:

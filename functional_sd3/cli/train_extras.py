@@ -1,0 +1,249 @@
+"""What `train` reads beside the images of --data: masks, control images, images of the class and those held out."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_sd3 import pipeline
+from functional_sd3.cli import train_data, train_subjects
+from functional_sd3.cli.train_data import Say
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Tree
+from functional_sd3.formats import files
+from functional_sd3.image import canny, pixels, vae
+from functional_sd3.image import files as image_files
+from functional_sd3.image.cuts import Cut
+from functional_sd3.layouts.components import require
+from functional_sd3.training import companions, continuing, digests, tasks, training_set
+from functional_sd3.training.training_set import TrainingSet
+from functional_sd3.transformer import controlnet
+from functional_sd3.weights.model import Model
+
+MASKS, CONTROL, PRIOR, HELD_OUT = "the masks", "the control images", "the images of the class", "the validation images"
+"""Names of contents in a checkpoint's settings."""
+_PATHS = ("masks", "control_data", "prior_data")
+"""Options of which a checkpoint keeps the digest of the contents, and not the path."""
+
+
+class Extras(NamedTuple):
+    """Images of the class and those held out, None for none; masks of the images' latents; files of control images."""
+
+    prior: tasks.TrainingImages | None
+    held_out: tasks.TrainingImages | None
+    masks: Tensor | None
+    control: list[Path] | None
+    contents: dict[str, str]
+
+
+NONE = Extras(None, None, None, None, {})
+"""Nothing beside the images."""
+
+
+def gather(arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, say: Say) -> Extras:
+    """Everything that the options name, found and read, with digests of it; images of the class are drawn if wanted.
+
+    Raises ValueError for what is missing or does not fit.
+    """
+    contents = {}
+    held_out = None
+    if arguments.validation is not None and arguments.validation.isdecimal():
+        _check_count(arguments, len(images.captions))
+    elif arguments.validation is not None:
+        if arguments.masks or arguments.control_data:
+            raise ValueError(
+                f"--validation {arguments.validation}: with --masks or --control-data give a number of images to hold "
+                "out, whose files are known"
+            )
+        held_out = _folder(arguments, model, arguments.validation, arguments.caption, say)
+        contents[HELD_OUT] = held_out.contents
+    masks = control = None
+    if arguments.masks is not None:
+        is_beside = Path(arguments.masks).samefile(arguments.data)
+        paths = companions.find(arguments.masks, images.names, "masks", own=not is_beside)
+        masks = _masks(arguments, model, images, paths)
+        contents[MASKS] = digests.combined(digests.file_digests(paths))
+    if arguments.control_data is not None:
+        control = companions.find(arguments.control_data, images.names, "control images")
+        contents[CONTROL] = digests.combined(digests.file_digests(control))
+    prior = _prior(arguments, model, say)
+    if prior is not None:
+        contents[PRIOR] = prior.contents
+    return Extras(prior, held_out, masks, control, contents)
+
+
+def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of this module as a checkpoint keeps them: paths as the word folder, as folders may move."""
+    folders = {name.replace("_", "-"): "folder" for name in _PATHS if getattr(arguments, name) is not None}
+    if arguments.validation is not None and not arguments.validation.isdecimal():
+        folders["validation"] = "folder"
+    return folders
+
+
+def training_sets(
+    arguments: argparse.Namespace,
+    model: Model,
+    images: tasks.TrainingImages,
+    extras: Extras,
+    net: controlnet.Config | None,
+    settings: dict[str, Any],
+    say: Say,
+    *,
+    with_ids: bool,
+) -> tuple[TrainingSet, tuple[str, ...], TrainingSet | None, TrainingSet | None]:
+    """The set that is learned from and its captions, that of the class, and that which is held out."""
+    data = train_data.training_data(arguments, model, images, None, settings, say, with_ids=with_ids)
+    further: dict[str, Tensor] = {}
+    if extras.masks is not None:
+        further["mask"] = extras.masks
+    if net is not None:
+        further["control"] = _control_latents(arguments, model, images, extras, net, settings, say)
+    if further:
+        data = data._replace(extra=lambda samples: _rows(further, samples))
+
+    def encoded(part: tasks.TrainingImages, file: str, contents: str) -> TrainingSet:
+        options: dict[str, Any] = {"file": file, "contents": contents, "with_ids": with_ids}
+        return train_data.training_data(arguments, model, part, None, settings, say, **options)
+
+    prior = None if extras.prior is None else encoded(extras.prior, "prior.safetensors", PRIOR)
+    if extras.held_out is not None:
+        held_out = encoded(extras.held_out, "validation.safetensors", HELD_OUT)
+        if net is not None:
+            inputs = arguments, model, extras.held_out, extras, net, settings, say
+            own = {"control": _control_latents(*inputs, HELD_OUT)}
+            held_out = held_out._replace(extra=lambda samples: _rows(own, samples))
+        return data, images.captions, prior, held_out
+    kept, captions, held = hold_out(arguments, data, images.captions)
+    return kept, captions, prior, held
+
+
+def hold_out(
+    arguments: argparse.Namespace, data: TrainingSet, captions: tuple[str, ...]
+) -> tuple[TrainingSet, tuple[str, ...], TrainingSet | None]:
+    """The set without the images that --validation N holds out, its captions, and the set of those images."""
+    if arguments.validation is None:
+        return data, captions, None
+    _check_count(arguments, len(captions))
+    order = prng.permutation(prng.fold_in(prng.key(arguments.seed), 4), len(captions)).tolist()
+    count = int(arguments.validation)
+    kept = sorted(order[count:])
+    held_out = training_set.subset(data, sorted(order[:count]))
+    return training_set.subset(data, kept), tuple(captions[row] for row in kept), held_out
+
+
+def _check_count(arguments: argparse.Namespace, count: int) -> None:
+    if int(arguments.validation) >= count:
+        raise ValueError(
+            f"--validation {arguments.validation} holds out all of the {count} images; leave some to learn from"
+        )
+
+
+def _rows(further: dict[str, Tensor], samples: Tensor) -> Tree:
+    return {name: part[samples] for name, part in further.items()}
+
+
+def _folder(
+    arguments: argparse.Namespace, model: Model, data: str, caption: str | None, say: Say
+) -> tasks.TrainingImages:
+    return train_data.images(argparse.Namespace(**{**vars(arguments), "data": data, "caption": caption}), model, say)
+
+
+def _masks(arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, paths: Sequence[Path]) -> Tensor:
+    """Weights of the latents (images, 1, height, width): the mask's where it is white, --mask-outside where black."""
+    factor, side = vae.factor(require(model.config, "vae")), train_data.side(arguments, model)
+    loaded = [companions.load_mask(path, size, Cut(side, side), factor)
+              for path, size in zip(paths, images.sizes, strict=True)]  # fmt: skip
+    masks, outside = torch.stack(loaded), arguments.mask_outside or 0.0
+    black = [images.names[row] for row in range(len(masks)) if not masks[row].any()]
+    if black and not outside:
+        raise ValueError(
+            f"--masks: {len(black)} masks are black everywhere, so nothing is learned of their images, the first "
+            f"{black[0]}: white is learned"
+        )
+    return outside + (1 - outside) * masks
+
+
+def _control_latents(
+    arguments: argparse.Namespace,
+    model: Model,
+    images: tasks.TrainingImages,
+    extras: Extras,
+    net: controlnet.Config,
+    settings: dict[str, Any],
+    say: Say,
+    contents: str = "the data",
+) -> Tensor:
+    """Control images as the ControlNet reads them, (images, channels, height, width); kept beside the checkpoints."""
+    side, device = train_data.side(arguments, model), tree.leaves(model.params)[0].device
+    params = {"vae": tree.cast(model.params["vae"], torch.float32)}
+    low, high = train_subjects.thresholds(arguments)
+
+    def control(rows: range) -> Tensor:
+        if extras.control is None:
+            return canny.edges(images.load(rows), low=low, high=high).expand(-1, 3, -1, -1)
+        paths = [(extras.control[row], images.sizes[row]) for row in rows]
+        return torch.stack([companions.load_control(path, size, Cut(side, side)) for path, size in paths])
+
+    def encode() -> Tensor:
+        parts = []
+        with torch.no_grad():
+            for rows in train_data.track(len(images.captions), "encoding control images"):
+                inputs = pixels.from_bytes(control(rows)).to(device)
+                parts.append(pipeline.control_latents(params, model.config, inputs, net).cpu())
+        return torch.cat(parts)
+
+    named = settings.get(continuing.CONTENTS + CONTROL) or f"canny {low} {high}"
+    name = "control.safetensors" if contents == "the data" else "validation-control.safetensors"
+    made_of = [settings[continuing.CONTENTS + part] for part in (contents, "the vae of the model")]
+    return train_data.kept(arguments, name, digests.combined([*made_of, named]), len(images.captions), encode, say)
+
+
+def _prior(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages | None:
+    """The images of the class; drawn first, as far as --prior-images are missing."""
+    if arguments.prior_data is None and arguments.prior_images is None:
+        return None
+    folder = Path(arguments.prior_data or Path(arguments.out) / "prior")
+    if arguments.prior_images is not None:
+        _draw(arguments, model, folder, say)
+    return _folder(arguments, model, str(folder), arguments.prior_prompt, say)
+
+
+def _draw(arguments: argparse.Namespace, model: Model, folder: Path, say: Say) -> None:
+    """Draw what a folder lacks of --prior-images, with the model as it is before training, each by a key of its own."""
+    suffixes = image_files.suffixes()
+    there = sum(path.suffix.lower() in suffixes for path in folder.rglob("*")) if folder.is_dir() else 0
+    missing = [index for index in range(arguments.prior_images) if not (folder / _name(index)).exists()]
+    missing = missing[: max(arguments.prior_images - there, 0)]
+    if not missing:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"drawing {len(missing)} images of the class into {folder}: {arguments.prior_prompt}")
+    side, key = train_data.side(arguments, model), prng.fold_in(prng.key(arguments.seed), 5)
+    levels = model.config.schedule
+    options: dict[str, Any] = {"cfg": 1.0, "steps": levels.distilled_steps} if levels and levels.distilled_steps else {}
+    with torch.no_grad():
+        for rows in train_data.track(len(missing), "drawing images of the class", 4):
+            some = [missing[row] for row in rows]
+            keys = torch.stack([prng.fold_in(key, index) for index in some])
+            drawn = pipeline.generate(
+                model.params, model.config, model.tokenizers, [arguments.prior_prompt] * len(some), keys,
+                height=side, width=side, t5_length=train_data.t5_length(model), **options,
+            )  # fmt: skip
+            for index, image in zip(some, pixels.to_pil(drawn.cpu()), strict=True):
+                files.write_atomic((folder / _name(index)).with_suffix(".txt"), arguments.prior_prompt.encode())
+                files.write_atomic(folder / _name(index), _png(image))
+
+
+def _name(index: int) -> str:
+    return f"drawn-{index:05d}.png"
+
+
+def _png(image) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,37 @@
+"""Results of `train` that are neither a model nor a LoRA: the folder of a ControlNet, the file of a word."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from functional_sd3 import weights
+from functional_sd3.cli import train_model
+from functional_sd3.text.textual_inversion import Word
+from functional_sd3.training import tasks
+from functional_sd3.weights.controlnets import ControlNet
+from functional_sd3.weights.model import Model
+
+WORD = "learned_embeds.safetensors"
+"""The name under which diffusers' scripts leave a textual inversion in a folder."""
+
+
+def saver(options: tasks.Settings, stored: Model) -> Callable[[Path, Any], Path] | None:
+    """A function of --out and the last state that writes the averaged parameters and returns what was written; None
+    where a model or a LoRA is."""
+    if (net := options.control) is not None:
+
+        def save_controlnet(out: Path, state: Any) -> Path:
+            params = train_model.as_stored(state.ema["controlnet"], stored.params["transformer"])
+            weights.save_controlnet(out, ControlNet(params, net))
+            return out
+
+        return save_controlnet
+    if (inversion := options.inversion) is not None:
+
+        def save_word(out: Path, state: Any) -> Path:
+            vectors = {name: vector.cpu() for name, vector in state.ema["word"].items()}
+            weights.save_inversion(out / WORD, Word(inversion.token, vectors))
+            return out / WORD
+
+        return save_word
+    return None

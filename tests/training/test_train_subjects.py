@@ -1,0 +1,279 @@
+"""`train` of a ControlNet, a word, a subject with its prior, and with masks; validation of held-out images."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from functional_sd3 import pipeline, weights
+from functional_sd3.cli import train_checks
+from functional_sd3.core import prng, tree
+from functional_sd3.text import textual_inversion
+from functional_sd3.training import checkpoint, log, validation
+
+# The model of these tests has no CLIP-G.
+pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a random model of three encoders whose residual blocks are open."""
+    from tests import models
+
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    weights.save(folder, models.random_model())
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five images of 64 pixels with captions in which <mine> stands, their masks and control images."""
+    for name in ("data", "masks", "control"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    for index in range(5):
+        name = f"sub/{index}" if index % 2 else str(index)
+        Image.new("RGB", (64, 64), (40 * index, 90, 200)).save(tmp_path / "data" / f"{name}.png")
+        (tmp_path / "data" / f"{name}.txt").write_text("a large <mine> circle on a white background")
+        mask = Image.new("L", (32, 32), 0)
+        mask.paste(255, (0, 0, 16, 32))
+        mask.save(tmp_path / "masks" / f"{name}.webp", lossless=True)
+        Image.new("RGB", (128, 128), (0, 20 * index, 0)).save(tmp_path / "control" / f"{name}.png")
+    return tmp_path
+
+
+def cut(command, out, *words):
+    """A run whose last checkpoint a kill took, resumed."""
+    assert command("--out", out, *words)[0] == 0
+    checkpoint.paths(out / "checkpoints")[-1].unlink()
+    status, messages = command("--out", out, *words, "--resume")
+    assert status == 0 and "resuming at step 3 of 6" in messages
+
+
+def last(out):
+    return checkpoint.paths(out / "checkpoints")[-1].read_bytes()
+
+
+def runs(data):
+    """Words of a run of each kind."""
+    return {
+        "control": ["--control", "canny", "--validation", "3"],
+        "control data": ["--data", data / "data", "--control", "depth", "--control-data", data / "control"],
+        "word": ["--data", data / "data", "--inversion", "<mine>", "--initial-word", "red", "--vectors", 2,
+                 "--inversion-t5", "--prior-prompt", "a circle", "--prior-images", "3", "--validation", "1"],
+        "subject": ["--data", data / "data", "--lora", "2", "--prior-data", data / "data", "--prior-weight", "0.5",
+                    "--masks", data / "masks", "--mask-outside", "0.1", "--accumulate", "2",
+                    "--density", "mode:0.5", "--shift", "2", "--loss-weight", "min-snr:3", "--loss-weight", "cosmap"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["control", "control data", "word", "subject"])
+def test_a_resumed_run_ends_in_the_same_bits(command, whole, data, name):
+    words = ["--params", whole, *runs(data)[name]]
+    assert command("--out", data / "straight", *words)[0] == 0
+    cut(command, data / "cut", *words)
+    assert last(data / "straight") == last(data / "cut")
+    rows, again = (log.read(data / out / "log.csv") for out in ("straight", "cut"))
+    timeless = [[{**row, "seconds": ""} for row in each] for each in (rows, again)]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_controlnet_is_a_folder_that_diffusers_and_generate_read(command, whole, data, tmp_path):
+    out = tmp_path / "out"
+    assert command("--params", whole, "--out", out, *runs(data)["control data"], "--sample-every", 3)[0] == 0
+    assert len(list((out / "samples").iterdir())) == 2
+    net, model = weights.load_controlnet(out), weights.load(whole)
+    assert net.config.kind == "depth" and net.config.depth == model.config.transformer.depth // 2
+    trained = tree.flatten_paths(net.params)
+    assert trained["residuals.0.weight"].abs().max() > 0 and trained["control_patch.weight"].abs().max() > 0
+    assert not (out / "transformer").exists()
+    theirs = pytest.importorskip("diffusers").SD3ControlNetModel.from_pretrained(out)
+    assert sum(leaf.numel() for leaf in theirs.parameters()) == sum(
+        leaf.numel() for name, leaf in trained.items() if not name.startswith("position")
+    )
+    from functional_sd3 import cli
+
+    drawn = ["generate", "a large red circle", "--params", whole, "--steps", 2, "--out", tmp_path / "drawn.png"]
+    control = ["--control", f"depth={data / 'control' / '0.png'}", "--controlnet", out]
+    assert cli.main([str(word) for word in (*drawn, *control)]) == 0
+
+
+def test_a_word_is_a_file_with_vectors_and_nothing_else_changed(command, whole, data, tmp_path):
+    out = tmp_path / "out"
+    status, messages = command("--params", whole, "--out", out, *runs(data)["word"])
+    assert status == 0 and "drawing 3 images of the class" in messages
+    word, model = weights.load_inversion(out / "learned_embeds.safetensors", token="<mine>"), weights.load(whole)
+    assert {name: len(vectors) for name, vectors in word.vectors.items()} == {"clip_l": 2, "clip_g": 2, "t5": 2}
+    start = textual_inversion.initial_vectors(model.params, model.tokenizers, "red", ["clip_l"], 2)["clip_l"]
+    assert not torch.equal(word.vectors["clip_l"], start)
+    assert torch.allclose(word.vectors["clip_l"], start, atol=0.2)
+    params, config, tokenizers = textual_inversion.add(*model, word)
+    options = {"steps": 2, "t5_length": 16}
+    pipeline.generate(params, config, tokenizers, "a <mine> circle", prng.key(0), **options)
+    # The checkpoint holds the vectors alone.
+    names = tree.flatten_paths(checkpoint.load(checkpoint.paths(out / "checkpoints")[-1], _state_like(out)))
+    assert {name for name in names if name.startswith("params.")} == {
+        f"params.word.{encoder}" for encoder in ("clip_l", "clip_g", "t5")
+    }
+    assert len(list((out / "prior").glob("*.png"))) == 3
+
+
+def _state_like(out):
+    from functional_sd3.formats import files
+
+    mapped = files.open_mapped(checkpoint.paths(out / "checkpoints")[-1])
+    nested: dict = {}
+    for name in mapped.header.tensors:
+        *parts, leaf = name.split(".")
+        place = nested
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[leaf] = files.tensor(mapped, name)
+    return nested
+
+
+def test_images_of_the_class_that_are_there_are_kept_and_the_rest_drawn_alike(command, whole, data, tmp_path):
+    words = ["--params", whole, "--data", data / "data", "--prior-prompt", "a circle", "--prior-images", "3"]
+    command("--out", tmp_path / "one", *words)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "one" / "prior").glob("*.png")}
+    shutil.copytree(tmp_path / "one" / "prior", tmp_path / "class")
+    (tmp_path / "class" / "drawn-00001.png").unlink()
+    status, messages = command("--out", tmp_path / "two", *words, "--prior-data", tmp_path / "class")
+    assert status == 0 and "drawing 1 images of the class" in messages
+    assert {path.name: path.read_bytes() for path in (tmp_path / "class").glob("*.png")} == kept
+    assert last(tmp_path / "one") is not None
+    rows = log.read(tmp_path / "two" / "log.csv")
+    assert float(rows[-1]["prior_loss"]) > 0 and float(rows[-1]["subject_loss"]) > 0
+
+
+def test_masks_of_ones_train_as_no_masks(command, data, tmp_path):
+    white = tmp_path / "white"
+    for path in (data / "data").rglob("*.png"):
+        target = white / path.relative_to(data / "data")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (64, 64), 255).save(target)
+    command("--out", tmp_path / "plain", "--data", data / "data")
+    command("--out", tmp_path / "white-run", "--data", data / "data", "--masks", white)
+    command("--out", tmp_path / "half", "--data", data / "data", "--masks", data / "masks")
+    plain, same, other = (weights.load(tmp_path / name).params for name in ("plain", "white-run", "half"))
+    assert not tree.diff(plain, same) and tree.diff(plain, other)
+
+
+def test_validation_is_in_the_log_and_said_and_does_not_change_the_run(command, data, tmp_path):
+    words = ["--data", data / "data", "--validate-every", "2"]
+    messages = command("--out", tmp_path / "out", *words, "--validation", data / "data")[1]
+    command("--out", tmp_path / "plain", "--data", data / "data")
+    assert not tree.diff(weights.load(tmp_path / "out").params, weights.load(tmp_path / "plain").params)
+    rows = log.read(tmp_path / "out" / "log.csv")
+    measured = [row["step"] for row in rows if math.isfinite(float(row["validation"]))]
+    assert measured == ["2", "4", "6"] and set(validation.NAMES) <= set(rows[0])
+    mean = sum(float(rows[-1][name]) for name in validation.NAMES[1:]) / 10
+    assert float(rows[-1]["validation"]) == pytest.approx(mean, rel=1e-5)
+    assert f"validation at step 6: {float(rows[-1]['validation']):.4f}; by t 0.05: " in messages
+    # A number of images is held out: they are not learned from.
+    command("--out", tmp_path / "held", *words, "--validation", "2")
+    assert tree.diff(weights.load(tmp_path / "held").params, weights.load(tmp_path / "plain").params)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--density", "normal"], "--density 'normal': 'normal' must be one of logit-normal, uniform, mode, cosmap"),
+        (["--density", "mode:2"], "its scale must be between -1 and"),
+        (["--density", "logit-normal:0,0"], "its std must be a positive number"),
+        (["--density", "uniform:1"], "uniform takes no number"),
+        (["--loss-weight", "min-snr:-1"], "its gamma must be a positive number"),
+        (["--loss-weight", "min-snr:x"], "its gamma 'x' must be a number"),
+        (["--part", "vae", "--shift", "3"], "--shift belongs to --part transformer"),
+        (["--part", "vae", "--control", "canny"], "--control belongs to --part transformer"),
+        (["--control", "depth"], "--control depth needs --control-data DIR"),
+        (["--control", "canny", "--lora", "2"], "--control trains a ControlNet .* so --lora does not go with it"),
+        (["--control", "canny", "--canny", "5"], "--canny '5' must be LOW,HIGH"),
+        (["--control", "canny", "--canny", "9,5"], "whole numbers with 0 <= LOW <= HIGH"),
+        (["--control", "canny", "--control-depth", "9"], "cannot be copied from a transformer of 1"),
+        (["--control-depth", "1"], "--control-depth belongs to --control, which is not given"),
+        (["--control", "canny", "--prior-images", "3", "--prior-prompt", "x"], "--control learns no subject"),
+        (["--inversion", "<x>"], "--inversion '<x>' needs --initial-word"),
+        (["--inversion", " x", "--initial-word", "red"], "must be a word, such as '<mine>', without white space"),
+        (["--inversion", "<x>", "--initial-word", "red", "--scratch"], "so --scratch does not go with it"),
+        (["--vectors", "2"], "--vectors belongs to --inversion"),
+        (["--prior-images", "3"], "--prior-images needs --prior-prompt"),
+        (["--prior-weight", "0.5"], "--prior-weight needs images of the class"),
+        (["--prior-data", "nowhere"], "--prior-data nowhere is not a folder that exists"),
+        (["--masks", "nowhere"], "--masks is for a folder of images"),
+        (["--mask-outside", "0.5"], "--mask-outside belongs to --masks"),
+        (["--control", "canny", "--flips"], "--control is of images cut to one square"),
+        (["--control", "canny", "--weights", "bfloat16"], "what --control trains is small and stays float32"),
+        (["--validation", "nowhere"], "--validation nowhere is neither a number"),
+        (["--validation", "12"], "--validation 12 holds out all of the 12 images"),
+        (["--validate-every", "0"], "--validate-every 0 must be at least 1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_runs(command, tmp_path, words, said):
+    with pytest.raises(ValueError, match=said):
+        command("--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_what_does_not_fit_the_images_is_named(command, whole, data, tmp_path):
+    base = ["--params", whole, "--out", tmp_path / "out", "--data", data / "data"]
+    (data / "masks" / "2.webp").unlink()
+    with pytest.raises(ValueError, match=r"has no masks for 1 of 5 images \(2.png\)"):
+        command(*base, "--masks", data / "masks")
+    Image.new("L", (64, 32), 255).save(data / "masks" / "2.png")
+    with pytest.raises(ValueError, match="2.png is 64 x 32, but its image 64 x 64"):
+        command(*base, "--masks", data / "masks")
+    Image.new("L", (64, 64), 0).save(data / "masks" / "2.png")
+    with pytest.raises(ValueError, match="1 masks are black everywhere"):
+        command(*base, "--masks", data / "masks")
+    with pytest.raises(ValueError, match=r"has no masks for 5 of 5 images"):
+        command(*base, "--masks", data / "data")
+    word = ["--initial-word", "red", "--inversion"]
+    with pytest.raises(ValueError, match="no caption of --data holds <other>"):
+        command(*base, *word, "<other>")
+    with pytest.raises(ValueError, match="is a token of clip_l already"):
+        command(*base, *word, "a</w>")
+    with pytest.raises(ValueError, match="the model has no clip_g to learn"):
+        command("--out", tmp_path / "out", "--data", data / "data", *word, "<mine>")
+
+
+def test_what_a_run_learns_beside_its_images_cannot_change_unsaid(command, whole, data, tmp_path):
+    words = ["--params", whole, *runs(data)["subject"]]
+    out = tmp_path / "out"
+    assert command("--out", out, *words)[0] == 0
+    Image.new("L", (64, 64), 200).save(data / "masks" / "0.webp")
+    with pytest.raises(ValueError, match="the contents of the masks changed"):
+        command("--out", out, *words, "--resume")
+    with pytest.raises(ValueError, match="density mode:0.5 -> uniform.*; shift 2.0 -> 3.0"):
+        command("--out", out, *words, "--density", "uniform", "--shift", "3", "--resume")
+    moved = shutil.move(data / "masks", data / "moved")
+    moved_words = [moved if word == data / "masks" else word for word in words]
+    assert command("--out", out, *moved_words, "--resume", "--force")[0] == 0
+    with pytest.raises(ValueError, match="control None -> canny.*Even with --force"):
+        command("--params", whole, "--out", out, "--control", "canny", "--resume", "--force")
+
+
+def test_tensorboard_is_an_extra(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--tensorboard needs the package tensorboard.*pip install"):
+        command("--out", tmp_path / "out", "--tensorboard")
+
+
+@pytest.mark.filterwarnings("default")
+def test_tensorboard_has_the_rows_of_the_log_and_the_samples(command, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    command("--out", out, "--tensorboard", "--sample-every", "3", "--validation", "2")
+    checkpoint.paths(out / "checkpoints")[-1].unlink()
+    command("--out", out, "--tensorboard", "--sample-every", "3", "--validation", "2", "--resume")
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    rows = log.read(out / "log.csv")
+    scalars = events.Scalars("loss")
+    assert [event.step for event in scalars] == [int(row["step"]) for row in rows]
+    assert [event.value for event in scalars] == pytest.approx([float(row["loss"]) for row in rows], rel=1e-5)
+    assert [event.step for event in events.Scalars("validation")] == [6]
+    assert "samples" in {name.partition("/")[0] for name in events.Tags()["images"]}
