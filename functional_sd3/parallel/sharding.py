@@ -26,16 +26,21 @@ from functional_sd3.core.spec import Elementwise, Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import collectives, transport
 from functional_sd3.parallel.mesh import BATCH_AXES, Mesh
+from functional_sd3.parallel.tensor import cut_of
 
 AXIS = "fsdp"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Shape of a whole leaf, and the dimension along which it is divided over "fsdp"; None: whole everywhere."""
+    """Shape of a whole leaf, and the dimension along which it is divided over "fsdp"; None: whole everywhere.
+
+    cut: True for a leaf of which `tensor.cut` has left this process's part over "tensor"; its shape is the part's.
+    """
 
     shape: tuple[int, ...]
     dim: int | None = None
+    cut: bool = False
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """Shape of this process's part."""
@@ -56,7 +61,8 @@ def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None) -> La
     """Where each leaf of a spec is divided: by the rules, else along its first axis that divides, else nowhere.
 
     rules: logical axis (`spec.AXES`) -> mesh axis, which is "fsdp": along which axis leaves that have it are divided
-    first. What else divides parameters (`tensor.part_spec`) is in the spec. Raises ValueError for another mesh axis.
+    first. With an axis "tensor" the spec is that of this process's part (`tensor.part_spec`). Raises ValueError for
+    another mesh axis.
     """
     rules = dict(rules or {})
     if others := sorted(set(rules.values()) - {AXIS}):
@@ -66,7 +72,8 @@ def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None) -> La
     def place(path: str, param: Param) -> Placement:
         fitting = [dim for dim, size in enumerate(param.shape) if size % count == 0 and size >= count]
         preferred = [dim for dim in fitting if param.axes[dim] in rules]
-        return Placement(param.shape, next(iter(preferred or fitting), None) if count > 1 else None)
+        dim = next(iter(preferred or fitting), None) if count > 1 else None
+        return Placement(param.shape, dim, mesh.size("tensor") > 1 and cut_of(param) is not None)
 
     return specs.map_params(place, spec)
 
@@ -173,13 +180,18 @@ def mean(values: Tree, mesh: Mesh) -> Tree:
 def norm(grads: Params, layout: Layout | None, mesh: Mesh) -> Tensor:
     """Global norm of summed gradients: sqrt of the sum of squares of all leaves of the whole, float32 ()."""
     placements = tree.flatten_paths(layout) if layout is not None else {}
-    flat = tree.flatten_paths(grads)
-    shards = [leaf for path, leaf in flat.items() if _is_sharded(placements.get(path))]
-    if not shards or mesh.group(AXIS) is None:
-        return leafwise.global_norm(list(flat.values()))
-    others = [leaf for path, leaf in flat.items() if not _is_sharded(placements.get(path))]
-    squares = collectives.psum(leafwise.global_norm(shards).square(), mesh.group(AXIS))
-    return (squares + leafwise.global_norm(others).to(squares.device).square()).sqrt()
+    kinds: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
+    for path, leaf in tree.flatten_paths(grads).items():
+        placement = placements.get(path)
+        kinds[_is_sharded(placement), placement is not None and placement.cut].append(leaf)
+    if set(kinds) == {(False, False)}:
+        return leafwise.global_norm(kinds[False, False])
+    squares = []
+    for (is_sharded, is_cut), leaves in sorted(kinds.items()):
+        own = leafwise.global_norm(leaves).square()
+        own = collectives.psum(own, mesh.group(AXIS)) if is_sharded else own
+        squares.append(collectives.psum(own, mesh.group("tensor")) if is_cut else own)
+    return torch.stack(squares).sum().sqrt()
 
 
 def state_layout(state: Tree, layout: Layout, mesh: Mesh) -> Layout:

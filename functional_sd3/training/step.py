@@ -88,14 +88,20 @@ def make_train_step(
     mesh: the processes that share a batch. Each takes its rows and keys of it, in the order of the axes data and fsdp,
     and gradients are those of the whole batch: to the bit those of one process that takes it in as many parts. layout:
     of the parameters (`parallel.sharding`), of which the state then has this process's part, and which the loss gathers
-    by `materialize`; None: whole on every process. own_rows: a batch has this process's rows alone.
+    by `materialize`; None: whole on every process. Processes along sequence and tensor have the same rows and keys: the
+    loss divides their work (`mmdit.apply`'s mesh). own_rows: a batch has this process's rows alone.
 
     Raises ValueError for a batch that does not divide, and for an optimiser without a form for parts of leaves.
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding {rounding!r} must be 'nearest' or 'stochastic'")
     mesh = mesh or ONE_PROCESS
-    layout = layout if mesh.size("fsdp") > 1 else None
+    if layout is None and mesh.size("tensor") > 1:
+        raise ValueError(
+            f"the mesh has tensor={mesh.size('tensor')}: make_train_step needs the layout of the parts, "
+            "sharding.layout(tensor.part_spec(spec, mesh, heads=heads), mesh), for the norm of their gradients"
+        )
+    layout = layout if mesh.size("fsdp", "tensor") > 1 else None
     optimizer = optimizer if layout is None else optim.sharded_rule(optimizer, layout, mesh)
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1")

@@ -204,7 +204,7 @@ def test_a_process_holds_its_part_and_one_block(processes):
 
 
 def test_rules_choose_the_dimension_and_what_does_not_divide_is_whole():
-    grid = mesh.Mesh({"data": 1, "fsdp": 2, "sequence": 1, "tensor": 1})
+    grid = mesh.Mesh({**dict.fromkeys(mesh.AXES, 1), "fsdp": 2})
     spec = {"w": Param((6, 4), specs.zeros, ("hidden", "width")), "b": Param((3,), specs.zeros, ("width",))}
     assert sharding.layout(spec, grid)["w"] == sharding.Placement((6, 4), 0)
     assert sharding.layout(spec, grid, {"width": "fsdp"})["w"] == sharding.Placement((6, 4), 1)
@@ -222,6 +222,6 @@ def test_shards_of_another_shape_are_refused_and_leaves_beside_the_spec_pass():
     with pytest.raises(ValueError, match=r"w has shape \[4, 2\]; the part of this process has shape \[4, 4\]"):
         gather({"w": torch.ones(4, 2)})
     layout = {"blocks": [{"w": sharding.Placement((4, 4), 0)}, {"w": sharding.Placement((2, 8), 1)}]}
-    two = mesh.Mesh({"data": 1, "fsdp": 2, "sequence": 1, "tensor": 1})
+    two = mesh.Mesh({**dict.fromkeys(mesh.AXES, 1), "fsdp": 2})
     with pytest.raises(ValueError, match="blocks.1.w has a part of shape"):
         sharding.materialize(layout, two)
