@@ -133,9 +133,14 @@ def check_disk(out: Path, state, model, keep: int) -> None:
 
 
 def check_data(data: str) -> None:
-    """Raises ValueError where --data names no folder."""
+    """Raises ValueError where --data names no folder and no tars."""
+    from functional_sd3.training import tar_shards
+
     path = Path(data)
     if path.is_dir():
+        return
+    if tar_shards.is_tars(data):
+        tar_shards.paths(data)
         return
     wanted = "give a folder of images, or the word shapes"
     if path.exists():

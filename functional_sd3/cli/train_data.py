@@ -24,8 +24,10 @@ from functional_sd3.training import (
     continuing,
     datasets,
     digests,
+    tar_shards,
     tasks,
     text_table,
+    training_images,
     training_set,
     views,
 )
@@ -44,8 +46,15 @@ def images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.Train
     """The images of --data; what was skipped, and what else is worth knowing, is said."""
     if arguments.data == "shapes":
         return dataset(prng.key(arguments.seed), arguments.pictures, side(arguments, model))
-    index = datasets.image_folder(
-        arguments.data, template=arguments.template, caption=arguments.caption, follow=arguments.follow
+    tars = None
+    if tar_shards.is_tars(arguments.data):
+        tars = tar_shards.tar_set(arguments.data, template=arguments.template, caption=arguments.caption)
+    index = (
+        tars.listing
+        if tars
+        else datasets.image_folder(
+            arguments.data, template=arguments.template, caption=arguments.caption, follow=arguments.follow
+        )
     )
     say(datasets.summary(index, captioned=arguments.part == "transformer"))
     for note in index.notes:
@@ -54,7 +63,8 @@ def images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.Train
         say(f"skipped {escape(path)}: {escape(reason)}")
     if len(index.skipped) > 10:
         say(f"skipped {len(index.skipped) - 10} more, {len(index.skipped)} in all")
-    return tasks.folder_images(index, side(arguments, model))
+    pixels = side(arguments, model)
+    return training_images.tar_images(tars, pixels) if tars else training_images.folder_images(index, pixels)
 
 
 def side(arguments: argparse.Namespace, model: Model) -> int:

@@ -14,7 +14,7 @@ from functional_sd3.text.conditioning import Ids
 from functional_sd3.training import cache, text_table
 from functional_sd3.training import views as image_views
 from functional_sd3.training.cache import Manifest
-from functional_sd3.training.tasks import TrainingImages
+from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.training.views import Views
 
 Track = Callable[[Iterable[Any]], Iterable[Any]]

@@ -129,9 +129,18 @@ def check_characters(text: str) -> None:
 
 
 def _read_sidecar(path: Path, where: str) -> str | None:
-    text: str | None = decode(path, where)
-    if path.suffix.lower() == ".json":
-        values = json_fields.parse(text or "", where)
+    return _sidecar_text(decode(path, where), path.suffix.lower(), where)
+
+
+def sidecar_text(content: bytes, suffix: str, where: str) -> str | None:
+    """The caption in the content of a sidecar file; None of a .json without one. Raises ValueError, naming `where`."""
+    return _sidecar_text(bounded.decode_text(content, where), suffix, where)
+
+
+def _sidecar_text(content: str, suffix: str, where: str) -> str | None:
+    text: str | None = content
+    if suffix == ".json":
+        values = json_fields.parse(content, where)
         present = [key for key in KEYS if isinstance(values, dict) and values.get(key) is not None]
         text = _one_text(values[present[0]]) if present else None
         if present and text is None:

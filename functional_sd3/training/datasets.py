@@ -73,7 +73,7 @@ def image_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images" if folder.exists() else f"{folder} does not exist")
-    _check_template(template)
+    check_template(template)
     listing = list_files(folder, follow=follow)
     gathered = _gather(listing, template)
     samples, sizes, skipped = [], [], [*gathered.skipped]
@@ -118,12 +118,16 @@ def load(index: Index, i: int, size: int) -> Tensor:
 
 def load_cut(index: Index, i: int, cut: cuts.Cut) -> Tensor:
     """Image `i` as uint8 (3, cut.height, cut.width): turned upright, over white, cut. Raises ValueError as `load`."""
+    return as_tensor(cuts.apply(open_image(index, i), cut))
+
+
+def open_image(index: Index, i: int) -> "Image":
+    """Image `i` in RGB, upright. Raises ValueError naming the file when it cannot be read any more."""
     path = index.folder / index.samples[i].path
     try:
-        image = files.read(path)
+        return files.read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return as_tensor(cuts.apply(image, cut))
 
 
 def as_tensor(image: "Image") -> Tensor:
@@ -175,7 +179,7 @@ def square(image: "Image", size: int) -> "Image":
     return cuts.apply(image, cuts.Cut(size, size))
 
 
-def _check_template(template: str) -> None:
+def check_template(template: str) -> None:
     """Raises ValueError unless `{}` occurs and no other brace does."""
     if "{}" not in template:
         raise ValueError(f"template {shorten(repr(template))} must contain {{}}, where the name of the class goes")

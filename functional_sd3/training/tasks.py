@@ -17,13 +17,10 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path
 from functional_sd3.flow.loss_weights import Weight
 from functional_sd3.image import pixels, vae
-from functional_sd3.image.cuts import Cut
 from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import (
-    datasets,
-    digests,
     flow_learners,
     loop,
     objectives,
@@ -34,6 +31,7 @@ from functional_sd3.training import (
     validation,
 )
 from functional_sd3.training.flow_learners import Inversion
+from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.training.training_set import TrainingSet
 from functional_sd3.training.update_rule import UpdateRule
 from functional_sd3.transformer import controlnet
@@ -41,24 +39,6 @@ from functional_sd3.transformer.control import Control
 from functional_sd3.weights.model import Model, Tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
-
-
-class TrainingImages(NamedTuple):
-    """Captioned images to train on.
-
-    side: in pixels. load: rows -> uint8 (len(rows), 3, side, side). fingerprint: digest of names and captions.
-    contents: digest of names, captions, the images' bytes and `side`. cut: (row, cut) -> uint8 (3, height, width), a
-    cut of the whole image. sizes: (width, height) of each image. names: of the images, for messages.
-    """
-
-    captions: tuple[str, ...]
-    load: Callable[[Sequence[int] | Tensor], Tensor]
-    fingerprint: str
-    contents: str
-    cut: Callable[[int, Cut], Tensor]
-    sizes: tuple[tuple[int, int], ...]
-    names: tuple[str, ...]
-    side: int
 
 
 class Generate(Protocol):
@@ -134,25 +114,6 @@ class Settings:
     dtype: torch.dtype | None = None
     compile: bool = False
     rule: UpdateRule = UpdateRule()
-
-
-def folder_images(index: datasets.Index, side: int) -> TrainingImages:
-    """The images of a folder, read when they are loaded, which raises WeightsError for one that is missing or broken by
-    then."""
-    captions = tuple(sample.caption for sample in index.samples)
-    load = lambda rows: datasets.load_batch(index, rows, side)  # noqa: E731
-    names = [f"{sample.path}\n{sample.caption}" for sample in index.samples]
-    contents = digests.file_digests(index.folder / sample.path for sample in index.samples)
-    return TrainingImages(
-        captions,
-        load,
-        digests.fingerprint(names),
-        digests.combined([str(side), *names, *contents]),
-        lambda row, cut: datasets.load_cut(index, row, cut),
-        index.sizes,
-        tuple(sample.path for sample in index.samples),
-        side,
-    )
 
 
 def flow_task(

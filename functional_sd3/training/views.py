@@ -12,7 +12,7 @@ from functional_sd3.image import vae
 from functional_sd3.image.cuts import Cut
 from functional_sd3.training import datasets
 from functional_sd3.training.buckets import Buckets
-from functional_sd3.training.tasks import TrainingImages
+from functional_sd3.training.training_images import TrainingImages
 
 _PIXELS = 2**22
 GROUP = 16

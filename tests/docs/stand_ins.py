@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import gguf
@@ -46,6 +47,7 @@ def make(top: Path) -> None:
     single_files(top, model)
     extras(top, model)
     metrics(top)
+    tars(top)
 
 
 def images(folder: Path, count: int, seed: int) -> None:
@@ -55,6 +57,15 @@ def images(folder: Path, count: int, seed: int) -> None:
     for index, (image, caption) in enumerate(zip(pixels.to_pil(pixels.from_bytes(drawn)), captions, strict=True)):
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption, encoding="utf-8")
+
+
+def tars(top: Path) -> None:
+    """Two tars of the images of a folder, in webdataset's layout."""
+    (top / "shards").mkdir()
+    for number in range(2):
+        with tarfile.open(top / "shards" / f"{number:04d}.tar", "w") as archive:
+            for path in sorted((top / IMAGES[0]).iterdir())[4 * number : 4 * number + 4]:
+                archive.add(path, path.name)
 
 
 def single_files(top: Path, model: weights.Model) -> None:

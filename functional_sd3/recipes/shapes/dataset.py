@@ -9,7 +9,7 @@ from functional_sd3.core.types import Key
 from functional_sd3.image import cuts, pixels
 from functional_sd3.recipes.shapes import world
 from functional_sd3.training import datasets, digests
-from functional_sd3.training.tasks import TrainingImages
+from functional_sd3.training.training_images import TrainingImages
 
 
 def dataset(key: Key, count: int, side: int) -> TrainingImages:
