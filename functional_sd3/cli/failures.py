@@ -27,6 +27,9 @@ def report_failure(error: BaseException, name: str, given: CommandLine | None) -
 
     name: of the command; given: its command line, None where that was not read to its end.
     """
+    if type(error).__name__ == "ElsewhereError" and _is_ours(error):
+        # Another process of the run says it.
+        return 1
     if given is not None and given.debug:
         report.error("".join(traceback.format_exception(error)).rstrip())
     notes = "; ".join(getattr(error, "__notes__", ()))

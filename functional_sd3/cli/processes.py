@@ -15,7 +15,7 @@ DRAWING = ("guidance", "sequence", "tensor")
 """Axes of the mesh of a command that draws."""
 
 
-def add_mesh(parser: argparse.ArgumentParser, help: str) -> None:  # noqa: A002
+def add_mesh(parser: argparse.ArgumentParser | argparse._ArgumentGroup, help: str) -> None:  # noqa: A002
     """The option --mesh."""
     parser.add_argument("--mesh", metavar="AXIS=N,...", help=help)
 

@@ -10,8 +10,13 @@ HELP = "train the transformer or the autoencoder of a model, or a LoRA"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from functional_sd3.cli import train_checks, train_setup, training_run
+    from functional_sd3.cli import mesh_options, train_checks, train_setup, training_run
 
-    train_checks.check(arguments)
-    with training_run.hold(arguments):
-        return training_run.run(arguments, train_setup.prepare(arguments, training_run.say))
+    with mesh_options.started(arguments) as processes:
+        processes.together(lambda: train_checks.check(arguments))
+        processes.together(lambda: mesh_options.check_batch(arguments, processes))
+        with training_run.hold(arguments, processes):
+            setup = mesh_options.prepared(
+                processes, lambda is_first: train_setup.prepare(arguments, training_run.say, processes.mesh, is_first)
+            )
+            return training_run.run(arguments, setup, processes)

@@ -2,7 +2,14 @@
 
 import argparse
 
-from functional_sd3.cli import memory_options, options, train_objective, train_subjects, view_options
+from functional_sd3.cli import (
+    memory_options,
+    mesh_options,
+    options,
+    train_objective,
+    train_subjects,
+    view_options,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_objective(parser.add_argument_group("objective"))
     _add_memory(parser.add_argument_group("memory and speed"))
     _add_record(parser.add_argument_group("record"))
+    mesh_options.add_arguments(parser.add_argument_group("processes"))
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:

@@ -24,6 +24,7 @@ from functional_sd3.cli import (
 from functional_sd3.cli.training_run import Setup
 from functional_sd3.core import prng
 from functional_sd3.layouts.components import SPECS
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text import conditioning, textual_inversion
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import continuing, digests, flow_learners, tasks
@@ -43,6 +44,7 @@ _FREE = (
     "device",
     "save_every",
     "log_every",
+    "mesh",
     "sample_every",
     "validate_every",
     "tensorboard",
@@ -50,8 +52,10 @@ _FREE = (
 """The options that a checkpoint does not keep: they may change, or digests stand for what they say."""
 
 
-def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
+def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, is_first: bool = True) -> Setup:
     """Model and images read, compared with those of the run that is resumed, and encoded.
+
+    mesh: the processes of the run; is_first: False in those that read what the first one encoded.
 
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
@@ -90,17 +94,20 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
         data = train_cache.training_data(images, model, options.text_encoders)
         data, captions, held_out = train_extras.hold_out(arguments, data, images.captions)
         generate = pipeline.generate if options.text_encoders else train_cache.generate(images)
-        task = tasks.flow_task(key, model, captions, data, options, generate=generate, held_out=held_out)
+        task = tasks.flow_task(key, model, captions, data, options, generate=generate, held_out=held_out, mesh=mesh)
         return setup(task)._replace(rest=lambda: train_model.rest(arguments, source, stored))
     if arguments.part == "vae":
-        return setup(tasks.vae_task(key, model, images, options))
+        return setup(tasks.vae_task(key, model, images, options, mesh=mesh))
     with_ids = options.text_encoders or options.inversion is not None
+    # What the first process has just encoded is read as that of a resumed run is.
+    reading = arguments if is_first else argparse.Namespace(**{**vars(arguments), "resume": True})
     data, captions, prior, held_out = train_extras.training_sets(
-        arguments, reader, images, extras, options.control, settings, say, with_ids=with_ids
+        reading, reader, images, extras, options.control, settings, say, with_ids=with_ids
     )
-    return setup(
-        tasks.flow_task(key, model, captions, data, options, generate=pipeline.generate, prior=prior, held_out=held_out)
+    task = tasks.flow_task(
+        key, model, captions, data, options, generate=pipeline.generate, prior=prior, held_out=held_out, mesh=mesh
     )
+    return setup(task)
 
 
 def _check_word(inversion: flow_learners.Inversion, model: Model, ids: conditioning.Ids, say: Say) -> None:

@@ -16,6 +16,7 @@ from functional_sd3.cli import report, train_checks, train_model
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import pixels
+from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.training import checkpoint, continuing, interruption, lock, loop, tensorboard, validation
 from functional_sd3.training.rewards import RewardError
 from functional_sd3.weights.model import Model
@@ -60,23 +61,32 @@ def steps_note(steps: int, saved: dict[str, Any], state: State) -> str | None:
 
 
 @contextlib.contextmanager
-def hold(arguments: argparse.Namespace) -> Iterator[None]:
-    """Context in which --out is this process's alone; a signal before the first step ends it as Ctrl-C does.
+def hold(arguments: argparse.Namespace, processes: Processes = ALONE) -> Iterator[None]:
+    """Context in which --out is these processes' alone; a signal before the first step ends it as Ctrl-C does.
 
     Raises ValueError where --out holds no run to resume, one that is not to be, or what no run left there.
     """
-    with interruption.terminated_like_interrupted(), lock.hold(arguments.out, say):
-        train_checks.check_folder(arguments)
+    with interruption.terminated_like_interrupted(), contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(lock.hold(arguments.out, say))
+            train_checks.check_folder(arguments)
+
+        processes.first(enter)
         yield
 
 
-def run(arguments: argparse.Namespace, setup: Setup) -> int:
-    """Train and write the result; the exit status. Reads the options that say where, how long and how often."""
+def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALONE) -> int:
+    """Train and write the result; the exit status. Reads the options that say where, how long and how often.
+
+    processes: that call this together; the first one writes.
+    """
     out, checkpoints = Path(arguments.out), Path(arguments.out) / "checkpoints"
     task, state = setup.task, setup.task.state
-    train_checks.check_disk(out, state, setup.stored, KEEP)
+    whole = task.whole if hasattr(task, "whole") else lambda state: state
+    processes.first(lambda: train_checks.check_disk(out, state, setup.stored, KEEP * processes.mesh.size("fsdp")))
     if arguments.resume:
-        state = resume(arguments, setup)
+        state = resume(arguments, setup, processes)
     first_step = int(state.step)
     samples = out / "samples"
 
@@ -110,11 +120,13 @@ def run(arguments: argparse.Namespace, setup: Setup) -> int:
             progress=progress,
             on_row=_row_writer(None if progress else _row_printer(first_step, arguments.steps), board),
             note=say,
+            processes=processes,
+            whole=whole,
         )
     except KeyboardInterrupt:
         say(f"stopped at once; {newest(checkpoints)}")
         return 130
-    except loop.UnsavedError as error:
+    except loop.UnsavedError as error:  # In the first process alone; `state` is whole.
         if int(error.state.step) == arguments.steps:
             _save_unsaved(error, out, setup)
         raise
@@ -132,8 +144,9 @@ def run(arguments: argparse.Namespace, setup: Setup) -> int:
         return 130
     if done == first_step:
         say(f"all {done} steps were done before: only the result is written again; a larger --steps goes on")
+    complete = whole(outcome.state)
     try:
-        report.say(save_result(out, outcome.state, setup))
+        report.say(processes.first(lambda: save_result(out, complete, setup)))
     except KeyboardInterrupt:
         say(f"stopped while the result was written; step {done} is saved, and the same command with --resume goes on")
         return 130
@@ -200,24 +213,33 @@ def say(text: str) -> None:
             report.message(line)
 
 
-def resume(arguments: argparse.Namespace, setup: Setup) -> State:
+def resume(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALONE) -> State:
     """The state of the newest checkpoint that can be read; what changed since, and what is passed over, is said.
 
     Raises ValueError where the settings differ and may not, WeightsError where there is no checkpoint that can be read.
     """
-    folder = Path(arguments.out) / "checkpoints"
+    folder, task = Path(arguments.out) / "checkpoints", setup.task
     allowed = lambda saved: continuing.check(setup.differences(saved), arguments.out, force=arguments.force)  # noqa: E731
-    resumed = checkpoint.load_newest(folder, setup.task.state, allowed)
-    for path, error in resumed.passed_over:
-        say(f"note: a checkpoint cannot be read: {error}")
-        say(f"note: it is set aside as {checkpoint.set_aside(path)}, and the one before is taken: {resumed.path.name}")
-    for sentence in continuing.notes(setup.differences(resumed.settings), resumed.settings, setup.settings):
-        say(f"note: {sentence}")
-    state = resumed.state
-    say(f"resuming at step {int(state.step)} of {arguments.steps}")
-    if note := setup.step_note(resumed.settings, state):
-        say(note)
-    return state
+    like = task.whole(task.state) if hasattr(task, "whole") else task.state
+    states: list[State] = []
+
+    def choose() -> Path:
+        resumed = checkpoint.load_newest(folder, like, allowed)
+        for path, error in resumed.passed_over:
+            aside = checkpoint.set_aside(path)
+            say(f"note: a checkpoint cannot be read: {error}")
+            say(f"note: it is set aside as {aside}, and the one before is taken: {resumed.path.name}")
+        for sentence in continuing.notes(setup.differences(resumed.settings), resumed.settings, setup.settings):
+            say(f"note: {sentence}")
+        say(f"resuming at step {int(resumed.state.step)} of {arguments.steps}")
+        if note := setup.step_note(resumed.settings, resumed.state):
+            say(note)
+        states.append(resumed.state)
+        return resumed.path
+
+    path = processes.first(choose)
+    state = processes.together(lambda: states[0] if states else checkpoint.load(path, like))
+    return task.shard(state) if hasattr(task, "shard") else state
 
 
 def newest(folder: Path) -> str:

@@ -78,12 +78,12 @@ def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None) -> La
     return specs.map_params(place, spec)
 
 
-def shard(params: Params, layout: Layout, mesh: Mesh) -> Params:
+def shard(params: Tree, layout: Layout, mesh: Mesh) -> Tree:
     """This process's part of whole parameters: copies, so that the whole can be freed."""
     return tree.map(lambda leaf, placement: _own(leaf, placement, mesh), params, layout)
 
 
-def whole(params: Params, layout: Layout, mesh: Mesh) -> Params:
+def whole(params: Tree, layout: Layout, mesh: Mesh) -> Tree:
     """The whole parameters, on every process; all of them call it."""
     group = mesh.group(AXIS)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Tree
 from functional_sd3.formats.errors import WeightsError, is_disk_full
+from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.training import checkpoint, interruption, log, validation
 from functional_sd3.training.interruption import Interruption
 from functional_sd3.training.objectives.types import Metrics
@@ -79,6 +80,8 @@ def run(
     on_row: Callable[[int, Row], None] | None = None,
     note: Note = print_note,
     summary: Summary | None = None,
+    processes: Processes = ALONE,
+    whole: Callable[[S], S] = lambda state: state,
 ) -> Outcome[S]:
     """Train from `state` until `state.step` is `steps`.
 
@@ -95,45 +98,65 @@ def run(
     sample, a row or a checkpoint that cannot be written is reported by `note`, and the run goes on, unless it is the
     last checkpoint. Raises DivergedError at a loss, gradient or state that is not finite, leaving the last good
     checkpoint, and UnsavedError when the disk refuses the last checkpoint.
+
+    processes: of the run, which all call this; the first one writes and samples, of `whole(state)`, the state put
+    together, for which all of them are needed. A signal to one stops them all after the same step, and an error of one
+    that is none of a training step ends them all, in the others as ElsewhereError; a rollout is not abandoned there.
     """
     from tqdm import tqdm
 
     done, folder = int(state.step), Path(out) / "checkpoints"
-    recorder = Recorder(log.resume(Path(out) / "log.csv", done), folder, done, summary or columns, on_row, note)
+    table = processes.first(lambda: log.resume(Path(out) / "log.csv", done))
+    own_table, own_row = (table, on_row) if processes.is_first else (None, None)
+    recorder = Recorder(own_table, folder, done, summary or columns, own_row, note)
     saved = done
 
     def is_sample_due() -> bool:
         return on_sample is not None and (done == steps or (sample_every > 0 and done % sample_every == 0))
 
+    def is_stopping() -> bool:
+        """Decided by all processes together, so it must be asked by all."""
+        return processes.any(stop.is_requested())
+
     def save(final: bool) -> bool:
+        processes.together(lambda: _check_finite(state, done, folder))
+        complete = whole(state)
         try:
-            return _save(folder, done, state, settings or {}, keep, note, final=final)
+            return processes.first(lambda: _save(folder, done, complete, settings or {}, keep, note, final=final))
         except UnsavedError as error:
-            error.state = state
+            error.state = complete
             raise
+
+    def sample() -> None:
+        complete = whole(state)
+        if processes.is_first:
+            _sample(on_sample, complete, done, stop, note)
+
+    def write_row(durable: bool) -> float:
+        return processes.together(lambda: recorder.write(done, durable=durable))
 
     def save_whole() -> None:
         """Save before an error: the state is complete, and the steps since the last checkpoint may be hours of work."""
         if done != saved:
-            recorder.write(done, durable=True)
+            write_row(durable=True)
             save(final=True)
 
     with interruption.catch() as stop, tqdm(initial=done, total=steps, disable=not progress, dynamic_ncols=True) as bar:
-        if done and is_sample_due() and not has_sample(done):
-            _sample(on_sample, state, done, stop, note)
-        while done < steps and not stop.is_requested():
+        if done and is_sample_due() and not processes.first(lambda: has_sample(done)):
+            sample()
+        while done < steps and not is_stopping():
             try:
-                batch = batch_of_step(done)
+                batch = processes.together(functools.partial(batch_of_step, done))
                 if rollout is not None:
-                    with stop.abortable():
-                        batch = None if stop.is_requested() else rollout(state, batch)
+                    with stop.abortable() if processes.is_alone else contextlib.nullcontext():
+                        batch = None if is_stopping() else rollout(state, batch)
             except BaseException:
                 # What a rollout runs may end by the signal that stops this run, in an error of its own.
-                if stop.is_requested():
+                if is_stopping():
                     break
                 save_whole()
                 raise
-            if rollout is not None and stop.is_requested():
+            if rollout is not None and is_stopping():
                 break
             try:
                 state, metrics = train_step(state, batch)
@@ -143,23 +166,26 @@ def run(
             done += 1
             validates = validate is not None and (done == steps or (validate_every > 0 and done % validate_every == 0))
             if validate is not None:
-                metrics = {**metrics, **(_validation(validate, state, stop) if validates else validation.ABSENT)}
+                metrics = {
+                    **metrics,
+                    **(_validation(validate, state, stop, processes) if validates else validation.ABSENT),
+                }
             recorder.add(metrics)
-            last = done == steps or stop.is_requested()
+            last = is_stopping() or done == steps
             saves = last or done % save_every == 0
             # A row before every checkpoint, where a resumed run restarts its means as this one does.
             if saves or validates or done % log_every == 0:
-                bar.set_postfix_str(f"loss {recorder.write(done, durable=saves):.4f}", refresh=False)
+                bar.set_postfix_str(f"loss {write_row(durable=saves):.4f}", refresh=False)
             if saves and save(final=last):
                 saved = done
             bar.update()
-            if is_sample_due() and not stop.is_requested():
-                _sample(on_sample, state, done, stop, note)
+            if is_sample_due() and not is_stopping():
+                sample()
         if done != saved:
             # The signal came after this step's decision not to save.
-            recorder.write(done, durable=True)
+            write_row(durable=True)
             save(final=True)
-        return Outcome(state, "interrupted" if stop.is_requested() else "done")
+        return Outcome(state, "interrupted" if is_stopping() else "done")
 
 
 def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
@@ -181,12 +207,16 @@ def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
     return indices
 
 
+def _check_finite(state: State, step: int, folder: Path) -> None:
+    """Raises DivergedError where a leaf of the state, or of this process's part, is not finite."""
+    if problem := checkpoint.not_finite(state):
+        raise diverged(problem, step, folder)
+
+
 def _save(
     folder: Path, step: int, state: State, settings: dict[str, Any], keep: int, note: Note, *, final: bool
 ) -> bool:
-    """True if the checkpoint of `step` is on the disk. Raises DivergedError, and UnsavedError where `final`."""
-    if problem := checkpoint.not_finite(state):
-        raise diverged(problem, step, folder)
+    """True if the checkpoint of `step` is on the disk. Raises UnsavedError where `final`."""
     least = 1 if final else checkpoint.MIN_KEPT
     try:
         checkpoint.save(folder, step, state, settings)
@@ -213,8 +243,12 @@ def _unsaved(error: Exception, folder: Path, step: int, note: Note, final: bool)
     return False
 
 
-def _validation(validate: Callable[[S], Metrics], state: S, stop: Interruption) -> Mapping[str, Any]:
+def _validation(
+    validate: Callable[[S], Metrics], state: S, stop: Interruption, processes: Processes
+) -> Mapping[str, Any]:
     """The columns of a validation; absent ones where a signal ends it, as the run does with the step that is done."""
+    if not processes.is_alone:
+        return validate(state)
     try:
         with stop.abortable():
             return validation.ABSENT if stop.is_requested() else validate(state)

@@ -20,11 +20,14 @@ class DivergedError(ArithmeticError):
 
 
 class Recorder:
-    """Rows of the log: metrics summed since the row before, on their device until the row is written."""
+    """Rows of the log: metrics summed since the row before, on their device until the row is written.
+
+    table: the log; None where another process writes it, and metrics, the same on all, are checked alone.
+    """
 
     def __init__(
         self,
-        table: log.Log,
+        table: log.Log | None,
         folder: Path,
         done: int,
         summary: Summary,
@@ -61,7 +64,8 @@ class Recorder:
         self._check_finite(means)
         row, elapsed = self._summary(means), time.monotonic() - self._started
         try:
-            self._table = log.append(self._table, done, row, elapsed, durable=durable)
+            if self._table is not None:
+                self._table = log.append(self._table, done, row, elapsed, durable=durable)
         except WeightsError as error:
             self._note(f"note: the row of step {done} is not in the log: {error}")
         if self._on_row:

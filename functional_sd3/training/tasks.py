@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng, tree
+from functional_sd3.core import computation, prng, tree
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import path
 from functional_sd3.flow.loss_weights import Weight
 from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import SPECS, Config, require
+from functional_sd3.parallel import sharding
+from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import (
@@ -63,7 +65,8 @@ class TrainingTask(NamedTuple):
 
     batch: step number -> batch. model: state -> the whole model with the averaged parameters. sample: state -> images
     (batch, 3, height, width) in [0, 1]. trained: names of the trained components, empty where the result is no model.
-    validate: state -> the losses of images that are held out, `validation.NAMES`.
+    validate: state -> the losses of images that are held out, `validation.NAMES`. whole, shard: from the state of this
+    process to the whole one, which all processes call, and back; `model` and `sample` are of whole states.
     """
 
     state: step.TrainState
@@ -73,6 +76,8 @@ class TrainingTask(NamedTuple):
     sample: Callable[[step.TrainState], Tensor]
     trained: tuple[str, ...]
     validate: Callable[[step.TrainState], objectives.Metrics] | None = None
+    whole: Callable[[step.TrainState], step.TrainState] = lambda state: state
+    shard: Callable[[step.TrainState], step.TrainState] = lambda state: state
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ def flow_task(
     generate: Generate,
     prior: TrainingSet | None = None,
     held_out: TrainingSet | None = None,
+    mesh: Mesh = ONE_PROCESS,
 ) -> TrainingTask:
     """Rectified-flow training of the transformer, and with `settings.text_encoders` of the encoders too; or of a LoRA,
     a ControlNet or a word's vectors, with the rest frozen.
@@ -134,13 +140,20 @@ def flow_task(
     held_out: of images that are validated on. Trained components of `model.params` are float32, the others of any
     dtype, in which they are used; the base of a LoRA, ControlNet or word is in `settings.dtype` (None: float32).
     Encoders that are not trained encode each batch without gradients; where `data` holds no ids none is needed.
-    generate: draws the samples, `pipeline.generate`.
+    generate: draws the samples, `pipeline.generate`. mesh: the processes that share every batch, of which this one
+    makes its own rows; with an axis "fsdp" whole components that learn are sharded over it.
     """
     if "ids" in data.text.empty:
         check_encoders([name for name in ENCODERS if name in model.params], model.tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4)
     learner = _learner(init_key, model, settings)
     start = learner.model(learner.params)
+    layout = None
+    if mesh.size("fsdp") > 1 and learner.trained:
+        layout = sharding.layout(learner.spec, mesh)
+        sharded = _with_gathering(model, layout, mesh)
+        loss_of = flow_learners.components(init_key, sharded, learner.trained, False).loss
+        learner = learner._replace(params=sharding.shard(learner.params, layout, mesh), loss=loss_of)
     config, tokenizers = start.config, start.tokenizers
     device = tree.leaves(model.params)[0].device
     frozen = {name: tensors for name, tensors in model.params.items() if name not in learner.trained}
@@ -173,9 +186,9 @@ def flow_task(
         dtype=settings.dtype,
     )
     order = training_set.sample_order(data, order_key, settings.batch)
-    batch = lambda number: inputs(data, order(number))  # noqa: E731
+    batch = lambda number: inputs(data, own_rows(order(number), mesh))  # noqa: E731
     if prior is not None:
-        batch = _with_prior(batch, prior, inputs, prng.fold_in(order_key, 1), settings.batch)
+        batch = _with_prior(batch, prior, inputs, prng.fold_in(order_key, 1), settings.batch, mesh)
 
     def sample(state: step.TrainState) -> Tensor:
         rows = [index * len(captions) // 4 for index in range(4)]
@@ -193,7 +206,7 @@ def flow_task(
 
     task = _task(
         run_key, learner.params, loss, settings, step.trainable(learner.spec), batch,
-        lambda state: learner.model(state.ema), sample, learner.trained,
+        lambda state: learner.model(state.ema), sample, learner.trained, mesh, layout,
     )  # fmt: skip
     if held_out is None:
         return task
@@ -216,28 +229,51 @@ def _learner(key: Key, model: Model, settings: Settings) -> flow_learners.FlowLe
     return flow_learners.components(key, model, names, settings.scratch)
 
 
+def own_rows(samples: Any, mesh: Mesh) -> Any:
+    """This process's part of the samples of a batch. Raises ValueError where they do not divide."""
+    count, index = mesh.size(*BATCH_AXES), mesh.index(*BATCH_AXES)
+    if len(samples) % count:
+        raise ValueError(f"a batch of {len(samples)} cannot be divided over {count} processes (data and fsdp)")
+    size = len(samples) // count
+    return samples[index * size : (index + 1) * size]
+
+
+def _with_gathering(model: Model, layout: sharding.Layout, mesh: Mesh) -> Model:
+    """The model with a config by which the blocks of sharded components are gathered, each before it is computed."""
+    computations = dict(model.config.computations)
+    for name, placements in layout.items():
+        computed = computation.of(model.config, name)
+        if computed.materialize is not None:
+            raise ValueError(f"the blocks of {name} are materialised otherwise already; they cannot be sharded too")
+        computations[name] = replace(computed, materialize=sharding.materialize(placements, mesh))
+    return model._replace(config=replace(model.config, computations=computations))
+
+
 def _with_prior(
     batch: Callable[[int], Tree],
     prior: TrainingSet,
     inputs: Callable[[TrainingSet, Tensor], Tree],
     key: Key,
     size: int,
+    mesh: Mesh,
 ) -> Callable[[int], Tree]:
     """Batches with as many images of `prior`, in turn with their own: equal parts of a batch have equal shares."""
     order = training_set.sample_order(prior, key, size)
 
     def interleaved(number: int) -> Tree:
-        subject, preserved = batch(number), inputs(prior, order(number))
+        subject, preserved = batch(number), inputs(prior, own_rows(order(number), mesh))
         if "mask" in subject:
             preserved["mask"] = torch.ones_like(subject["mask"])
         both = tree.map(lambda one, other: torch.stack([one, other], 1).flatten(0, 1), subject, preserved)
-        is_prior = torch.arange(2 * size, dtype=torch.int64, device=both["latents"].device) % 2
+        is_prior = torch.arange(len(both["latents"]), dtype=torch.int64, device=both["latents"].device) % 2
         return {**both, "prior": is_prior}
 
     return interleaved
 
 
-def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings) -> TrainingTask:
+def vae_task(
+    key: Key, model: Model, images: TrainingImages, settings: Settings, *, mesh: Mesh = ONE_PROCESS
+) -> TrainingTask:
     """Training of the autoencoder on images; from scratch, scaling and shift are measured by `TrainingTask.model`.
 
     A transformer needs the latents of the encoder it was trained with: `settings.decoder_only` freezes the encoder.
@@ -272,8 +308,8 @@ def vae_task(key: Key, model: Model, images: TrainingImages, settings: Settings)
 
     trainable = step.trainable(SPECS["vae"](sizes), "decoder.*" if settings.decoder_only else "*")
     loss = objectives.vae_loss(sizes, edges=settings.edges, noise=settings.latent_noise, dtype=settings.dtype)
-    batch = lambda number: {"images": load(order(number))}  # noqa: E731
-    return _task(run_key, params, loss, settings, trainable, batch, averaged_model, sample, ("vae",))
+    batch = lambda number: {"images": load(own_rows(order(number), mesh))}  # noqa: E731
+    return _task(run_key, params, loss, settings, trainable, batch, averaged_model, sample, ("vae",), mesh)
 
 
 def learning_rate(settings: Settings) -> optim.Schedule:
@@ -294,6 +330,8 @@ def _task(
     model: Callable[[step.TrainState], Model],
     sample: Callable[[step.TrainState], Tensor],
     trained: tuple[str, ...],
+    mesh: Mesh = ONE_PROCESS,
+    layout: sharding.Layout | None = None,
 ) -> TrainingTask:
     rate = learning_rate(settings)
     # A word's vectors are not pulled to zero.
@@ -308,8 +346,18 @@ def _task(
         ema_decay=settings.ema,
         accumulate=settings.accumulate,
         compile=settings.compile,
+        mesh=mesh,
+        layout=layout,
+        own_rows=True,
     )
     params = tree.cast(params, settings.rule.weights)
-    return TrainingTask(
+    task = TrainingTask(
         step.init(key, params, optimizer, trainable=trainable), train_step, batch, model, sample, trained
+    )
+    if layout is None:
+        return task
+    placements = sharding.state_layout(task.state, layout, mesh)
+    return task._replace(
+        whole=lambda state: sharding.whole(state, placements, mesh),
+        shard=lambda state: sharding.shard(state, placements, mesh),
     )

@@ -1,0 +1,92 @@
+"""--mesh: a run on the processes that torchrun started."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from functional_sd3.cli import processes
+
+if TYPE_CHECKING:
+    from functional_sd3.cli.training_run import Setup
+    from functional_sd3.parallel.processes import Processes
+
+AXES = ("data", "fsdp")
+"""The axes that training is divided along."""
+
+
+def add_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Option of the commands that train."""
+    processes.add_mesh(
+        group,
+        "the processes of torchrun: data=N divides the rows of a batch, fsdp=N the parameters too, or both; "
+        "torchrun --nproc-per-node 8 -m functional_sd3 train --mesh fsdp=8 ...",
+    )
+
+
+@contextlib.contextmanager
+def started(arguments: argparse.Namespace) -> "Iterator[Processes]":
+    """Context with the processes of the run.
+
+    Raises ValueError, in every process, for words that are no mesh and for one that does not fit the processes.
+    """
+    with processes.mesh(arguments.mesh, AXES, getattr(arguments, "subcommand", "train")) as mesh:
+        import torch
+
+        from functional_sd3.parallel.processes import ALONE, Processes
+
+        if mesh is None:
+            yield ALONE
+        else:
+            yield Processes(mesh, torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
+    """Raises ValueError where the batch, or its accumulated parts, do not divide over the processes, or where an option
+    works on one process alone."""
+    if team.is_alone:
+        return
+    count, size = team.mesh.size(*AXES), arguments.batch_size
+    if size % (count * arguments.accumulate):
+        parts = f", each in {arguments.accumulate} parts (--accumulate)" if arguments.accumulate > 1 else ""
+        raise ValueError(
+            f"--batch-size {size} cannot be divided over {count} processes{parts}: give a multiple of "
+            f"{count * arguments.accumulate}"
+        )
+    if getattr(arguments, "fused_update", False):
+        raise ValueError("--fused-update updates from the gradients of one process: it does not go with --mesh")
+
+
+def prepared(team: "Processes", prepare: "Callable[[bool], Setup]") -> "Setup":
+    """The run as `prepare(is_first)` puts it together: in the first process, then in the others, which read what that
+    one encoded.
+
+    Raises ValueError where a process has another program, other options, weights or images than the first.
+    """
+    setup = team.in_turn(prepare)
+    if not team.is_alone:
+        settings = {"the program": _program_digest(), **setup.settings}
+        theirs = team.gather(settings)
+        team.together(lambda: _check_same(theirs))
+    return setup
+
+
+def _check_same(settings: list[dict[str, Any]]) -> None:
+    for rank, other in enumerate(settings):
+        names = [name for name in {**settings[0], **other} if settings[0].get(name) != other.get(name)]
+        if names:
+            raise ValueError(
+                f"process {rank} has another value than process 0 of: {', '.join(map(str, names))}. All processes of a "
+                "run need the same program, options, weights and images"
+            )
+
+
+def _program_digest() -> str:
+    """Digest of the sources of this package."""
+    from functional_sd3.training import digests
+
+    package = Path(__file__).resolve().parents[1]
+    files = sorted(package.rglob("*.py"))
+    return digests.combined([*(os.fspath(file.relative_to(package)) for file in files), *digests.file_digests(files)])
