@@ -90,7 +90,8 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
     first_step = int(state.step)
     samples = out / "samples"
 
-    board = tensorboard.open_writer(out, first_step) if getattr(arguments, "tensorboard", False) else None
+    has_board = processes.is_first and getattr(arguments, "tensorboard", False)
+    board = tensorboard.open_writer(out, first_step) if has_board else None
 
     def on_sample(current, done: int) -> None:
         images = task.sample(current)

@@ -325,7 +325,9 @@ def test_the_word_tiny_is_the_shipped_model_in_any_folder(tmp_path, monkeypatch)
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     seen = {}
-    monkeypatch.setattr(train_setup.train_model, "load", lambda arguments, source: seen.update(source=source) or 1 / 0)
+    monkeypatch.setattr(
+        train_setup.train_model, "load", lambda arguments, source, *_: seen.update(source=source) or 1 / 0
+    )
     monkeypatch.chdir(tmp_path)
     for words in ([], ["--params", "tiny"]):
         with pytest.raises(ZeroDivisionError):
