@@ -15,7 +15,7 @@ from functional_sd3.cli.training_run import Setup, check_continuing, steps_note
 from functional_sd3.core import prng
 from functional_sd3.flow import schedule
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import continuing, digests, distill_methods, distill_task, tasks
+from functional_sd3.training import cache, continuing, digests, distill_methods, distill_task, tasks
 from functional_sd3.weights import metadata, shipped
 from functional_sd3.weights.model import Model
 
@@ -33,6 +33,8 @@ def check(arguments: argparse.Namespace) -> None:
     distill_options.check(arguments)
     if arguments.data != "shapes":
         train_checks.check_data(arguments.data)
+        if cache.is_cache(arguments.data):
+            raise ValueError(f"--data {arguments.data} is a cache, which train reads; distill takes its images")
 
 
 def prepare(arguments: argparse.Namespace, say: Say) -> Setup:

@@ -75,6 +75,7 @@ def check_images(arguments: argparse.Namespace) -> None:
     options.check_params(arguments.params)
     if arguments.data != "shapes":
         check_data(arguments.data)
+        _check_tars(arguments)
 
 
 def _check_record(arguments: argparse.Namespace) -> None:
@@ -130,6 +131,16 @@ def check_disk(out: Path, state, model, keep: int) -> None:
         raise ValueError(
             f"{out} has {free / 2**30:.2f} GiB free; the checkpoints and the model need {needed / 2**30:.2f} GiB"
         )
+
+
+def _check_tars(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for options of a folder of images where --data names tars."""
+    from functional_sd3.training import tar_shards
+
+    for name in ("follow", "masks", "control_data"):
+        if getattr(arguments, name, None) and tar_shards.is_tars(arguments.data):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for a folder of images, and --data {arguments.data} names tars")
 
 
 def check_data(data: str) -> None:

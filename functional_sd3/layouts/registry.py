@@ -131,6 +131,7 @@ _TRAINING_STATE = (
 )
 _FOREIGN = (
     *_TRAINING_STATE,
+    (r"crc$", "a shard of a training set that `cache` encoded, which `train --data CACHE` reads"),
     (
         r".*\.(weight\.)?(quant_state\.bitsandbytes__\w+|absmax|quant_map|nested_absmax|SCB)$",
         "quantized by bitsandbytes (nf4 or int8), which is not read: give the model it was made from; "

@@ -40,6 +40,9 @@ ROWS = 256
 _VERSION = 1
 _OPEN = 64
 """Shards that are kept mapped: each holds a descriptor, of which a process may have 1024."""
+_MOST_NAMED = 1000
+"""Shards that are missing and named one by one."""
+_MOST_ROWS = 2**40
 _AGAIN = "functional-sd3 cache with the options that made the cache writes what is missing"
 
 
@@ -108,7 +111,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     sizes = entries.items("sizes", kind=list)
     if not sizes or not all(len(size) == 2 and all(type(side) is int and side > 0 for side in size) for size in sizes):
         raise entries.error("sizes", "must be a list of pairs of sides")
-    model, whole = entries.mapping("model"), functools.partial(entries.integer, low=1)
+    model, whole = entries.mapping("model"), functools.partial(entries.integer, low=1, high=_MOST_ROWS)
     return Manifest(
         {name: model.text(name) for name in model.values},
         entries.text("data"),
@@ -116,7 +119,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
         dict(entries.mapping("options").values),
         tuple((height, width) for height, width in sizes),
         **{name: whole(name) for name in ("images", "views", "t5_length", "rows")},
-        texts=entries.integer("texts", low=0),
+        texts=entries.integer("texts", low=0, high=_MOST_ROWS),
     )
 
 
@@ -166,7 +169,9 @@ def write_latents(
         _check_finite(each, f"the latents of {shorten(name, 200)}")
     first = number * manifest.rows
     tensors = {str(first + index): each for index, each in enumerate(latents)}
-    tensors |= {"captions": captions, "buckets": _integers(buckets), "crc": _integers(map(_checksum, latents))}
+    numbers = torch.stack((captions, _integers(buckets)), dim=1)
+    checksums = [_checksum(each, pair) for each, pair in zip(latents, numbers, strict=True)]
+    tensors |= {"captions": captions, "buckets": numbers[:, 1].contiguous(), "crc": _integers(checksums)}
     _write(folder, manifest, "latents", number, tensors, {"names": json.dumps([shorten(each, 200) for each in names])})
 
 
@@ -176,6 +181,7 @@ def open_cache(folder: str | os.PathLike) -> Cache:
     Raises WeightsError naming every shard that is missing, damaged or of another cache, and what writes it again.
     """
     manifest = read_manifest(folder)
+    _check_count(folder, manifest)
     problems: list[str] = []
     captions, buckets = [], []
     for kind, count in (("text", manifest.texts), ("latents", manifest.images)):
@@ -193,6 +199,14 @@ def open_cache(folder: str | os.PathLike) -> Cache:
         if not 0 <= int(values.min()) <= int(values.max()) < most[name]:
             raise WeightsError(f"{folder}: the {name} of its images are not among the {most[name]} it has; {_AGAIN}")
     return cache
+
+
+def _check_count(folder: str | os.PathLike, manifest: Manifest) -> None:
+    """Raises WeightsError where the folder has fewer files than the manifest has shards, before they are listed."""
+    count = -(-manifest.images // manifest.rows) + -(-manifest.texts // manifest.rows)
+    there = sum(entry.name.endswith(".safetensors") for entry in os.scandir(folder))
+    if count > there + _MOST_NAMED:
+        raise WeightsError(f"{folder}: has {there:,} of the {count:,} shards that {MANIFEST} says; {_AGAIN}")
 
 
 def latents(cache: Cache, size: tuple[int, int] | None = None) -> Latents:
@@ -246,7 +260,8 @@ def _rows(cache: Cache, kind: str) -> Callable[[int], tuple[Tensor, ...]]:
         else:
             tensors = (files.tensor(file, str(number)),)
         if not verified[number]:
-            if _checksum(*tensors) != int(files.tensor(file, "crc")[place]):
+            numbers = [] if kind == "text" else [_integers((cache.captions[number], cache.buckets[number]))]
+            if _checksum(*tensors, *numbers) != int(files.tensor(file, "crc")[place]):
                 raise WeightsError(f"{file.path}: {_name(file, kind, place)} is damaged; delete the file: {_AGAIN}")
             verified[number] = 1
         return tensors

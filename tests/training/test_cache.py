@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,6 +201,20 @@ def damage_manifest(folder):
     (folder / cache.MANIFEST).write_text(json.dumps({**table, "images": "many"}))
 
 
+def claim(folder):
+    """A manifest of more shards than could be listed."""
+    table = json.loads((folder / cache.MANIFEST).read_text())
+    (folder / cache.MANIFEST).write_text(json.dumps({**table, "images": 2**39}))
+
+
+def exchange_captions(folder):
+    path = folder / "latents-00000.safetensors"
+    held = files.open_mapped(path)
+    tensors = {name: files.tensor(held, name).clone() for name in held.header.tensors}
+    tensors["captions"] = tensors["captions"].flip(0)
+    files.write_atomic(path, tensors, metadata=held.header.metadata)
+
+
 def flip(path, place=-5):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
@@ -212,6 +228,8 @@ def flip(path, place=-5):
         (lambda folder: os.truncate(folder / "text-00000.safetensors", 5000), "text-00000.safetensors: is truncated"),
         (exchange, "text-00000.*lacks"),
         (damage_manifest, "cache.json: images is 'many', not a number"),
+        (claim, "has 4 of the 34,359,738,370 shards that cache.json says"),
+        (exchange_captions, "latents-00000.*is damaged"),
         (lambda folder: flip(folder / "latents-00000.safetensors"), r"latents-00000.*row \d+ \('..\.png'\) is damaged"),
         (lambda folder: flip(folder / "text-00000.safetensors"), r"text-00000.*row \d+ \('.*'\) is damaged"),
     ],
@@ -220,6 +238,11 @@ def test_a_damaged_cache_is_refused_by_the_name_of_its_file(command, copied, tmp
     damage(copied)
     with pytest.raises(WeightsError, match=said):
         train(command, tmp_path / "out", copied)
+
+
+def test_a_shard_given_as_a_model_is_said_to_be_one(made):
+    with pytest.raises(WeightsError, match="text-00000.safetensors: is a shard of a training set that `cache` encoded"):
+        weights.load(made / "text-00000.safetensors")
 
 
 def test_a_damaged_shard_is_written_again(model_folder, made, images, copied):
@@ -257,6 +280,10 @@ def test_a_cache_of_other_images_or_options_is_not_written_over(model_folder, ma
     [
         (["--part", "vae"], "is a cache of latents, and --part vae learns from images"),
         (["--caption", "x"], "--caption is for images"),
+        (["--crops", "2"], "--buckets, --crops and --flips are for images"),
+        (["--prior-images", "2", "--prior-prompt", "a ring"], "--prior-images is for images"),
+        (["--inversion", "<x>", "--initial-word", "ring"], "--inversion is for images"),
+        (["--validation", "."], "--validation .: of a cache give a number"),
         (["--size", "8"], "--size 8: --data .* is a cache of images of 16 x 16 pixels"),
     ],
 )
@@ -313,3 +340,34 @@ def test_the_command_says_what_it_wrote(model_folder, images, tmp_path, capsys):
         "20 images, 18 captions" in said.out
         and f"functional-sd3 train --data {tmp_path / 'cache'} reads it" in said.out
     )
+
+
+KILLED = """
+import os, sys, signal
+from functional_sd3.cli import main
+from functional_sd3.formats import files
+write, done = files.write, []
+
+def write_and_die(path, tensors, **options):
+    write(path, tensors, **options)
+    done.append(path)
+    if len(done) == 3:
+        # The third shard is on the disk and has not been given its name.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+files.write = write_and_die
+main(sys.argv[1:])
+"""
+
+
+def test_a_cache_that_was_killed_is_made_further(model_folder, made, images, tmp_path):
+    out = tmp_path / "cache"
+    words = ["cache", "--params", model_folder, "--data", images, "--out", out, "--shard", 16]
+    script = [sys.executable, "-c", KILLED, *map(str, words)]
+    assert subprocess.run(script, capture_output=True, timeout=200).returncode == -signal.SIGKILL
+    whole = sorted(name for name in os.listdir(out) if not name.startswith("."))
+    assert whole == ["cache.json", "text-00000.safetensors", "text-00001.safetensors"]
+    assert make(model_folder, images, out) == 0
+    # Nothing is left of the one that was cut short.
+    assert sorted(os.listdir(out)) == sorted(os.listdir(made))
+    assert all((out / name).read_bytes() == (made / name).read_bytes() for name in os.listdir(made))

@@ -204,3 +204,11 @@ def test_other_bytes_in_a_tar_are_other_data(command, both, tmp_path):
     one = write(tmp_path / "other" / "000.tar", [("0.png", png()), ("0.txt", b"a red ring")])
     with pytest.raises(ValueError, match="the contents of the data changed"):
         command("--out", tmp_path / "out", "--data", one, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--follow"], "--follow is for a folder"), (["--masks", "."], "--masks is for a folder")]
+)
+def test_options_of_folders_are_refused_with_tars(command, both, tmp_path, words, said):
+    with pytest.raises(ValueError, match=said):
+        command("--out", tmp_path / "out", "--data", both / "tars", *words)
