@@ -26,6 +26,16 @@ def add_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> N
     )
 
 
+class _Estimate(argparse.Action):
+    """--estimate, without which nothing is trained, so that no data and no folder for a result are needed."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            if action.dest in ("data", "out"):
+                action.required = False
+
+
 def add_full_arguments(group: argparse._ArgumentGroup) -> None:
     """Options of `train` alone."""
     add = group.add_argument
@@ -37,6 +47,9 @@ def add_full_arguments(group: argparse._ArgumentGroup) -> None:
         help="update each parameter in the backward pass, so that gradients take no memory; without clipping",
     )
     add("--base", choices=("int8", "float8"), help="of --lora: weights of the base in one byte each, with --remat")
+    add(
+        "--estimate", action=_Estimate, nargs=0, default=False, help="print the memory that this and other choices need"
+    )
     swap = "of --lora: the last N blocks of the base stay on the host (on a CPU in their file), with --remat"
     add("--block-swap", type=int, metavar="N", help=swap)
 

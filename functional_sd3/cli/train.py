@@ -10,7 +10,14 @@ HELP = "train the transformer or the autoencoder of a model, or a LoRA"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from functional_sd3.cli import mesh_options, train_checks, train_setup, training_run
+    from functional_sd3.cli import train_checks
+
+    if arguments.estimate:
+        from functional_sd3.cli import train_estimate
+
+        train_checks.check_estimate(arguments, train_estimate.TRANSFORMERS)
+        return train_estimate.run(arguments)
+    from functional_sd3.cli import mesh_options, train_setup, training_run
 
     with mesh_options.started(arguments) as processes:
         processes.together(lambda: train_checks.check(arguments))

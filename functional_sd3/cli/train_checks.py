@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from functional_sd3.cli import memory_options, options, train_objective, train_subjects, view_options
@@ -59,9 +60,25 @@ def check(arguments: argparse.Namespace) -> None:
     view_options.check(arguments)
     if arguments.part == "vae" and view_options.given(arguments):
         raise ValueError("--buckets, --crops and --flips belong to --part transformer")
+    if arguments.estimate:
+        return
     check_images(arguments)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+
+
+def check_estimate(arguments: argparse.Namespace, names: Collection[str]) -> None:
+    """As `check`, of what --estimate reads: no data and no folder are needed, and --params may be one of `names`."""
+    check(arguments)
+    if arguments.size is not None and arguments.size < 1:
+        raise ValueError(f"--size {arguments.size} must be a side in pixels, such as 512")
+    if arguments.data not in (None, "shapes"):
+        check_data(arguments.data)
+    if not (arguments.params and len(arguments.params) == 1 and arguments.params[0] in names):
+        try:
+            options.check_params(arguments.params)
+        except ValueError as error:
+            raise ValueError(f"{error}; --estimate knows {', '.join(names)} by name") from error
 
 
 def check_images(arguments: argparse.Namespace) -> None:

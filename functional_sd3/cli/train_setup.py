@@ -39,6 +39,7 @@ _FREE = (
     "variant",
     "resume",
     "force",
+    "estimate",
     "caption",
     "follow",
     "device",

@@ -54,11 +54,14 @@ def components(key: Key, model: Model, names: Sequence[str], scratch: bool) -> F
     spec = {name: SPECS[name](getattr(model.config, name)) for name in names}
     frozen = {name: tensors for name, tensors in model.params.items() if name not in names}
 
+    # Without the parameters at the start, which a run would hold beside its own.
+    rest = model._replace(params=frozen)
+
     def loss(objective: Objective, **options) -> objectives.Loss:
-        return objective(model.config, **options)
+        return objective(rest.config, **options)
 
     def whole(learned: Params) -> Model:
-        return model._replace(params=in_order({**frozen, **learned}))
+        return rest._replace(params=in_order({**frozen, **learned}))
 
     params = initial_params(key, model, names, scratch)
     return FlowLearner(params, spec, loss, whole, tuple(names), len(names) > 1)

@@ -220,11 +220,15 @@ def _accumulated(differentiate: Gradient, parts: int) -> Gradient:
         size, total = len(keys) // parts, None
         for start in range(0, len(keys), size):
             part = tree.map(lambda leaf, start=start: leaf[start : start + size], batch)
-            result = differentiate(learned, fixed, part, keys[start : start + size])
-            total = result if total is None else tree.map(torch.add, total, result)
+            # Under no name: a part's gradients would be kept while the next ones are computed.
+            total = _sum(total, differentiate(learned, fixed, part, keys[start : start + size]))
         return tree.map(lambda leaf: leaf / parts, total)
 
     return accumulated
+
+
+def _sum(total: Tree | None, part: Tree) -> Tree:
+    return part if total is None else tree.map(torch.add, total, part)
 
 
 def _by_rows(differentiate: Gradient, rows: int) -> Gradient:
@@ -239,8 +243,7 @@ def _by_rows(differentiate: Gradient, rows: int) -> Gradient:
         total = None
         for start in range(0, count, rows):
             share = min(rows, count - start) / count
-            result = tree.map(lambda leaf, share=share: share * leaf, part(start))
-            total = result if total is None else tree.map(torch.add, total, result)
+            total = _sum(total, tree.map(lambda leaf, share=share: share * leaf, part(start)))
         assert total is not None
         return total
 

@@ -147,7 +147,9 @@ def flow_task(
         check_encoders([name for name in ENCODERS if name in model.params], model.tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4)
     learner = _learner(init_key, model, settings)
-    start = learner.model(learner.params)
+    # Closures take functions of the learner, not the learner, which would keep the parameters at the start.
+    whole, has_encoders = learner.model, learner.has_encoders
+    start = whole(learner.params)
     layout = None
     if mesh.size("fsdp") > 1 and learner.trained:
         layout = sharding.layout(learner.spec, mesh)
@@ -160,7 +162,7 @@ def flow_task(
 
     def text_inputs(text: Tree) -> Tree:
         text = tree.to(text, device)
-        if learner.has_encoders:
+        if has_encoders:
             return text
         with torch.no_grad():
             encoded = conditioning.encode(frozen, config, text["ids"])._asdict() if "ids" in text else text
@@ -200,13 +202,13 @@ def flow_task(
             options["control"] = [Control(state.ema["controlnet"], settings.control, latents)]
         with torch.no_grad():
             return generate(
-                learner.model(state.ema).params, config, tokenizers, [captions[row] for row in rows], sample_key,
+                whole(state.ema).params, config, tokenizers, [captions[row] for row in rows], sample_key,
                 height=height, width=width, t5_length=data.text.t5_length, **options,
             )  # fmt: skip
 
     task = _task(
         run_key, learner.params, loss, settings, step.trainable(learner.spec), batch,
-        lambda state: learner.model(state.ema), sample, learner.trained, mesh, layout,
+        lambda state: whole(state.ema), sample, learner.trained, mesh, layout,
     )  # fmt: skip
     if held_out is None:
         return task
