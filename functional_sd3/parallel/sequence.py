@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from functional_sd3.core.attention import Implementation, Stream, joint_attention
@@ -134,7 +133,6 @@ def ulysses_attention(
 
 
 def _exchange(stream: Stream, exchange: Callable[[Tensor], Tensor]) -> Stream:
-    """One exchange of the tensors of a stream, whose widths may differ."""
-    parts = [part for part in stream if part is not None]
-    *query, key, value = exchange(torch.cat(parts, -1)).split([part.shape[-1] for part in parts], -1)
-    return Stream(query[0] if query else None, key, value)
+    """Exchange of the tensors of a stream, one after the other: all in one would take three times the buffers."""
+    query = None if stream.query is None else exchange(stream.query)
+    return Stream(query, exchange(stream.key), exchange(stream.value))

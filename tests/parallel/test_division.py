@@ -1,8 +1,11 @@
 """The transformer divided over processes by heads and by tokens is the transformer, derivatives too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bench.timing import allocated_peak
 from functional_sd3 import mmdit
 from functional_sd3.core import transform, tree
 from functional_sd3.parallel import mesh as meshes
@@ -58,3 +61,35 @@ def test_a_divided_transformer_has_the_values_and_derivatives_of_one_process(pro
         assert errors.pop("cut") == 0
         assert errors.pop("velocity") < 1e-6, errors
         assert max(errors.values()) < 3e-6, errors
+
+
+def peaks(sizes):
+    """Bytes of a process: of its blocks, and beyond its arguments of a velocity and of gradients with remat."""
+    mesh = meshes.init(sizes)
+    own = tensor.cut(filled(SPEC), SPEC, mesh, heads=CONFIG.heads)
+    config = replace(CONFIG, position_size=32)
+    size = {"position": torch.zeros(1, config.position_size**2, config.width)}
+    arguments = inputs(batch=4, height=48, width=48)
+
+    def measured(params, mesh):
+        params = {**params, **size}
+
+        def loss(params):
+            velocity = mmdit.apply(params, config, *arguments, mesh=mesh, block_transform=transform.remat)
+            return velocity.square().mean()
+
+        with torch.no_grad():
+            forward = allocated_peak(lambda: mmdit.apply(params, config, *arguments, mesh=mesh))
+        return tree.nbytes(params["blocks"]), forward, allocated_peak(lambda: torch.func.grad(loss)(params))
+
+    return measured(filled(SPEC), None), measured(own, mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bounds"), [({"sequence": 2}, (1, 0.9, 0.65)), ({"tensor": 2}, (0.6, 0.97, 0.8))], ids=str
+)
+def test_a_process_needs_less_memory_than_one_alone(processes, sizes, bounds):
+    """Of parameters, a velocity and gradients; by Ulysses a velocity holds what is exchanged twice."""
+    for alone, divided in processes(2, peaks, sizes):
+        parts = [b / a for a, b in zip(alone, divided, strict=True)]
+        assert all(part <= bound for part, bound in zip(parts, bounds, strict=True)), (alone, divided, parts)
