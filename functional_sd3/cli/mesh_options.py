@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from functional_sd3.parallel.processes import Processes
 
 AXES = ("data", "fsdp")
-"""The axes that training is divided along."""
+"""The axes that a batch is divided along."""
 
 
 def add_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     """Option of the commands that train."""
     processes.add_mesh(
         group,
-        "the processes of torchrun: data=N divides the rows of a batch, fsdp=N the parameters too, or both; "
+        "the processes of torchrun: data=N divides the rows of a batch, fsdp=N the parameters too; of train sequence=N "
+        "the tokens of each image; or several; "
         "torchrun --nproc-per-node 8 -m functional_sd3 train --mesh fsdp=8 ...",
     )
 
@@ -32,7 +33,8 @@ def started(arguments: argparse.Namespace) -> "Iterator[Processes]":
 
     Raises ValueError, in every process, for words that are no mesh and for one that does not fit the processes.
     """
-    with processes.mesh(arguments.mesh, AXES, getattr(arguments, "subcommand", "train")) as mesh:
+    command = getattr(arguments, "subcommand", "train")
+    with processes.mesh(arguments.mesh, (*AXES, "sequence") if command == "train" else AXES, command) as mesh:
         import torch
 
         from functional_sd3.parallel.processes import ALONE, Processes
@@ -48,6 +50,8 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
     works on one process alone."""
     if team.is_alone:
         return
+    if team.mesh.size("sequence") > 1 and getattr(arguments, "part", None) == "vae":
+        raise ValueError("--mesh sequence divides the tokens of the transformer, and --part vae has none: use data")
     count, size = team.mesh.size(*AXES), arguments.batch_size
     if size % (count * arguments.accumulate):
         parts = f", each in {arguments.accumulate} parts (--accumulate)" if arguments.accumulate > 1 else ""

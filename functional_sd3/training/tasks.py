@@ -141,7 +141,8 @@ def flow_task(
     dtype, in which they are used; the base of a LoRA, ControlNet or word is in `settings.dtype` (None: float32).
     Encoders that are not trained encode each batch without gradients; where `data` holds no ids none is needed.
     generate: draws the samples, `pipeline.generate`. mesh: the processes that share every batch, of which this one
-    makes its own rows; with an axis "fsdp" whole components that learn are sharded over it.
+    makes its own rows; with an axis "fsdp" whole components that learn are sharded over it, and along "sequence" the
+    transformer's loss divides the tokens of every image.
     """
     if "ids" in data.text.empty:
         check_encoders([name for name in ENCODERS if name in model.params], model.tokenizers)
@@ -151,9 +152,13 @@ def flow_task(
     whole, has_encoders = learner.model, learner.has_encoders
     start = whole(learner.params)
     layout = None
+    # Samples are drawn by one process alone, so that the mesh is in the config of the loss only.
+    divided = model if mesh.size("sequence") == 1 else model._replace(config=_with_mesh(model.config, mesh))
+    if divided is not model:
+        learner = learner._replace(loss=_learner(init_key, divided, settings).loss)
     if mesh.size("fsdp") > 1 and learner.trained:
         layout = sharding.layout(learner.spec, mesh)
-        sharded = _with_gathering(model, layout, mesh)
+        sharded = _with_gathering(divided, layout, mesh)
         loss_of = flow_learners.components(init_key, sharded, learner.trained, False).loss
         learner = learner._replace(params=sharding.shard(learner.params, layout, mesh), loss=loss_of)
     config, tokenizers = start.config, start.tokenizers
@@ -238,6 +243,12 @@ def own_rows(samples: Any, mesh: Mesh) -> Any:
         raise ValueError(f"a batch of {len(samples)} cannot be divided over {count} processes (data and fsdp)")
     size = len(samples) // count
     return samples[index * size : (index + 1) * size]
+
+
+def _with_mesh(config: Config, mesh: Mesh) -> Config:
+    """The config by which the processes of the mesh compute the transformer together."""
+    computed = replace(computation.of(config, "transformer"), mesh=mesh)
+    return replace(config, computations={**config.computations, "transformer": computed})
 
 
 def _with_gathering(model: Model, layout: sharding.Layout, mesh: Mesh) -> Model:

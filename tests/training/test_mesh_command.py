@@ -66,7 +66,7 @@ def test_data_parallel_training_is_accumulated_training_to_the_bit(processes, mo
     assert left == sorted(path.relative_to(alone) for path in alone.rglob("*"))
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2", "sequence=2", "fsdp=2,sequence=2"])
 def test_sharded_training_equals_that_of_one_process(processes, model_folder, alone, tmp_path, mesh):
     results = processes(4 if "," in mesh else 2, train, model_folder, "--out", tmp_path / "run", "--mesh", mesh)
     assert [status for status, _, _ in results] == [0] * len(results), results[0][2]
@@ -100,7 +100,7 @@ def test_a_lora_and_an_autoencoder_train_on_a_mesh(processes, model_folder, tmp_
 REFUSED = {
     "data=3": "--mesh data=3 is for 3 processes, but there are 2: torchrun --nproc-per-node 3 -m functional_sd3 train",
     "data": "must be axis=size",
-    "sequence=2": "the axis one of data, fsdp",
+    "tensor=2": "the axis one of data, fsdp, sequence",
 }
 
 
@@ -116,6 +116,7 @@ def test_other_options_that_do_not_fit_are_one_error(processes, model_folder, al
         "--batch-size 3 cannot be divided over 2 processes": ["--batch-size", "3"],
         "give a multiple of 8": ["--accumulate", "4"],
         "--fused-update updates from the gradients of one process": ["--fused-update"],
+        "--mesh sequence divides the tokens of the transformer": ["--part", "vae", "--mesh", "sequence=2"],
     }
     for sentence, given in words.items():
         first, second = processes(2, train, model_folder, "--out", tmp_path / "run", "--mesh", "data=2", *given)
