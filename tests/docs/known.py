@@ -28,6 +28,7 @@ PLACEHOLDERS = {
     "--variation": {"SEED:AMOUNT": "3:0.5"},
     "--lora": {"OTHER": "style.safetensors"},
     "--soften": {"PX": "2"},
+    "--sampling-steps": {"N": "2"},
     "--overlap": {"PX": "16"},
 }
 """Option ("*": any place) -> what a word of the pages stands for after it."""
@@ -41,6 +42,8 @@ CAPS = {
     "--draws": 1,
     "--rank": 2,
     "--batch-size": 2,
+    "--prior-images": 2,
+    "--validation": 2,
 }
 """Option -> the largest number it is run with."""
 
@@ -142,10 +145,19 @@ MAKE = {
 }
 """Target of make -> what is run of its recipe."""
 
+_SHORT = ("--steps", "1", "--batch-size", "2", "--warmup", "0", "--sample-every", "0")
 OTHERS = {
     "pip install .": [],
     "python -m bench.likelihood": [
         ["python", "-m", "bench.likelihood", "--count", "1", "--steps", "1", "--draws", "1"],
+    ],
+    "python -m bench.objectives control --pictures 1024 --steps 400 --batch-size 16 --lr 1e-3 --schedule constant "
+    "--ema 0.98 --warmup 20": [
+        ["python", "-m", "bench.objectives", "control", "--count", "1", *_SHORT, "--pictures", "4"],
+    ],
+    "python -m bench.objectives word --steps 150 --batch-size 16 --lr 5e-3 --schedule constant "
+    "--ema 0.95 --warmup 10": [
+        ["python", "-m", "bench.objectives", "word", "--count", "1", *_SHORT],
     ],
     **{
         f"python -m bench.study {options}": [["python", "-m", "bench.study", "--help"]]

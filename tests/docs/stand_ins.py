@@ -37,6 +37,7 @@ def make(top: Path) -> None:
     shutil.copytree(ROOT / "docs", top / "docs")
     for place, name in enumerate(IMAGES):
         images(top / name, 4, place)
+    shutil.copytree(top / "my_images", top / "masks")
     for name in ("edges.png", "depth.png", "image.png", "MASK.png"):
         shutil.copy(top / "real" / "0.png", top / name)
     model = models.random_model()
