@@ -10,8 +10,14 @@ HELP = "train a student of a model that draws in few steps"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from functional_sd3.cli import distill_setup, training_run
+    from functional_sd3.cli import distill_setup, mesh_options, training_run
 
-    distill_setup.check(arguments)
-    with training_run.hold(arguments):
-        return training_run.run(arguments, distill_setup.prepare(arguments, training_run.say))
+    with mesh_options.started(arguments) as processes:
+        processes.together(lambda: distill_setup.check(arguments))
+        processes.together(lambda: mesh_options.check_batch(arguments, processes))
+        with training_run.hold(arguments, processes):
+            setup = mesh_options.prepared(
+                processes,
+                lambda is_first: distill_setup.prepare(arguments, training_run.say, processes.mesh, is_first),
+            )
+            return training_run.run(arguments, setup, processes)

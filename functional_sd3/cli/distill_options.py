@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from functional_sd3.cli import memory_options, options
+from functional_sd3.cli import memory_options, mesh_options, options
 
 METHODS = ("segments", "meanflow", "imeanflow", "shortcut", "scm", "rcm", "reflow")
 """Names of `training.distill_methods.METHODS`, known here without torch."""
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), help="of the student's computation (default float32)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     memory_options.add_arguments(parser)
+    mesh_options.add_arguments(parser)
 
 
 def check(arguments: argparse.Namespace) -> None:

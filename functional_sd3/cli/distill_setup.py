@@ -14,6 +14,7 @@ from functional_sd3.cli import distill_options, distill_pairs, memory_options, t
 from functional_sd3.cli.training_run import Setup, check_continuing, steps_note
 from functional_sd3.core import prng
 from functional_sd3.flow import schedule
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import cache, continuing, digests, distill_methods, distill_task, tasks
 from functional_sd3.weights import metadata, shipped
@@ -37,8 +38,10 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--data {arguments.data} is a cache, which train reads; distill takes its images")
 
 
-def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
+def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, is_first: bool = True) -> Setup:
     """Teacher and images read, compared with those of the run that is resumed, and encoded.
+
+    mesh: the processes of the run; is_first: False in those that read what the first one encoded.
 
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
@@ -54,13 +57,16 @@ def prepare(arguments: argparse.Namespace, say: Say) -> Setup:
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
         check_continuing(arguments, differences)
+    # What the first process has just encoded or drawn is read as that of a resumed run is.
+    reading = arguments if is_first else argparse.Namespace(**{**vars(arguments), "resume": True})
     if distill_methods.METHODS[options.method].has_pairs:
-        data = {**distill_pairs.pairs(arguments, model, ids, options, settings, say), "ids": ids}
+        data = {**distill_pairs.pairs(reading, model, ids, options, settings, say), "ids": ids}
     else:
-        data = {"latents": train_data.latents(arguments, model, images, settings, say), "ids": ids}
+        data = {"latents": train_data.latents(reading, model, images, settings, say), "ids": ids}
     task = distill_task.distill_task(
-        prng.fold_in(prng.key(arguments.seed), 3), model, images.captions, data, options, generate=pipeline.generate
-    )
+        prng.fold_in(prng.key(arguments.seed), 3), model, images.captions, data, options, generate=pipeline.generate,
+        mesh=mesh,
+    )  # fmt: skip
     student_config = distill_task.student_config(stored.config, options)
     changed = ("transformer",) if student_config.transformer != stored.config.transformer else ()
     student = metadata.write(student_config, changed)

@@ -12,6 +12,7 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
@@ -20,7 +21,7 @@ from functional_sd3.training.distill_methods import METHODS, Settings, with_defa
 from functional_sd3.training.fake_score import ScoreState, make_score_step
 from functional_sd3.training.objectives import points, policy, rcm
 from functional_sd3.training.objectives.segments import Teacher
-from functional_sd3.training.tasks import ENCODERS
+from functional_sd3.training.tasks import ENCODERS, own_rows
 from functional_sd3.weights.model import Model
 
 SAMPLES = 16
@@ -73,14 +74,22 @@ def student_config(config: Config, settings: Settings) -> Config:
 
 
 def distill_task(
-    key: Key, model: Model, captions: Sequence[str], data: Tree, settings: Settings, *, generate: Callable[..., Tensor]
+    key: Key,
+    model: Model,
+    captions: Sequence[str],
+    data: Tree,
+    settings: Settings,
+    *,
+    generate: Callable[..., Tensor],
+    mesh: Mesh = ONE_PROCESS,
 ) -> DistillTask:
     """Distillation of a model into a student that starts as its copy, with the parameters that its network has beyond
     them, or is a LoRA over it.
 
     model: as of `tasks.flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; of a method that
     has pairs the latents are those of `reflow.pairs`, and "noise" is beside them. settings: as of `student_settings`.
-    generate: draws the samples, `pipeline.generate`. Raises ValueError as `student_settings` does.
+    generate: draws the samples, `pipeline.generate`. mesh: the processes that share every batch, of which this one
+    makes its own rows; parameters are whole on each. Raises ValueError as `student_settings` does.
     """
     settings = student_settings(model.config, settings)
     config, tokenizers = model.config, model.tokenizers
@@ -104,7 +113,7 @@ def distill_task(
     order = loop.order(order_key, settings.batch, len(data["latents"]))
 
     def batch(number: int) -> Tree:
-        rows = order(number)
+        rows = own_rows(order(number), mesh)
         latents = data["latents"][rows].to(device)
         scales = {
             name: torch.full((len(latents),), value, dtype=torch.float32, device=device)
@@ -119,7 +128,7 @@ def distill_task(
         optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=settings.decay, b2=0.99)
         return optimizer, step.make_train_step(
             loss, optimizer, trainable=learns.trainable, ema_decay=ema, accumulate=settings.accumulate, donate=True,
-            rate=rate,
+            rate=rate, mesh=mesh, own_rows=True,
         )  # fmt: skip
 
     optimizer, train_step = update(lambda params, batch, keys: loss(learns.whole(params), batch, keys))

@@ -16,11 +16,11 @@ STEPS = ["--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size",
 SMALL = [*STEPS, "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
 
 
-def train(folder, *words, fault=None):
+def train(folder, *words, fault=None, command="train"):
     """Exit status, standard output and standard error of the command in this process."""
     from functional_sd3 import cli
 
-    words = ["train", "--params", str(folder), *SMALL, *map(str, words)]
+    words = [command, "--params", str(folder), *SMALL, *map(str, words)]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         # As torchrun does.
@@ -39,7 +39,7 @@ def tensors(out, step=6):
 
 def error(ours, theirs):
     assert ours.keys() == theirs.keys()
-    pairs = [(ours[name].double(), theirs[name].double()) for name in ours if name.startswith("params")]
+    pairs = [(ours[name].double(), theirs[name].double()) for name in ours if "params." in name]
     assert pairs
     return float((sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs)).sqrt())
 
@@ -95,6 +95,18 @@ def test_a_lora_and_an_autoencoder_train_on_a_mesh(processes, model_folder, tmp_
         assert [status for status, _, _ in results] == [0, 0], results[0][2]
         ours, theirs = tensors(tmp_path / f"{name}-2"), tensors(tmp_path / name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("method", ["meanflow", "rcm"])
+def test_distillation_on_a_mesh_is_that_of_one_process(processes, model_folder, tmp_path, method):
+    words = ["--method", method, "--to", "2", "--steps", "2", "--save-every", "2"]
+    alone = train(model_folder, "--out", tmp_path / "alone", *words, "--accumulate", "2", command="distill")
+    assert alone[0] == 0, alone[2]
+    results = processes(
+        2, train, model_folder, "--out", tmp_path / "run", *words, "--mesh", "data=2", command="distill"
+    )
+    assert [status for status, _, _ in results] == [0, 0], results[0][2]
+    assert error(tensors(tmp_path / "run", 2), tensors(tmp_path / "alone", 2)) < 1e-5
 
 
 REFUSED = {
