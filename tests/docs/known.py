@@ -167,6 +167,7 @@ OTHERS = {
         f"python -m bench {options}": [["python", "-m", "bench", "--list"]]
         for options in ("--list", "attention fewsteps", "attention fewsteps --cpu-time")
     },
+    "python -m bench.mesh_drill": [["python", "-m", "bench.mesh_drill", "--help"]],
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
     "python -m bench.gpu": [["python", "-m", "bench.gpu", "--help"]],
     "python bench/compare.py OLD.json NEW.json": [["python", "bench/compare.py", "--help"]],
