@@ -53,11 +53,14 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
     if team.mesh.size("sequence") > 1 and getattr(arguments, "part", None) == "vae":
         raise ValueError("--mesh sequence divides the tokens of the transformer, and --part vae has none: use data")
     count, size = team.mesh.size(*AXES), arguments.batch_size
-    if size % (count * arguments.accumulate):
-        parts = f", each in {arguments.accumulate} parts (--accumulate)" if arguments.accumulate > 1 else ""
+    # An update by rewards is divided by prompts, each with its group of images.
+    parts, option = (
+        (arguments.group, "--group") if hasattr(arguments, "group") else (arguments.accumulate, "--accumulate")
+    )
+    if size % (count * parts):
         raise ValueError(
-            f"--batch-size {size} cannot be divided over {count} processes{parts}: give a multiple of "
-            f"{count * arguments.accumulate}"
+            f"--batch-size {size} cannot be divided over {count} processes ({option} {parts}): give a multiple of "
+            f"{count * parts}"
         )
     if getattr(arguments, "fused_update", False):
         raise ValueError("--fused-update updates from the gradients of one process: it does not go with --mesh")

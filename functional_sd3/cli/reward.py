@@ -10,8 +10,11 @@ HELP = "train a model by rewards of its own images"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from functional_sd3.cli import reward_checks, reward_setup, training_run
+    from functional_sd3.cli import mesh_options, reward_checks, reward_setup, training_run
 
-    reward_checks.check(arguments)
-    with training_run.hold(arguments):
-        return training_run.run(arguments, reward_setup.prepare(arguments))
+    with mesh_options.started(arguments) as processes:
+        processes.together(lambda: reward_checks.check(arguments))
+        processes.together(lambda: mesh_options.check_batch(arguments, processes))
+        with training_run.hold(arguments, processes):
+            setup = mesh_options.prepared(processes, lambda is_first: reward_setup.prepare(arguments, processes))
+            return training_run.run(arguments, setup, processes)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import memory_options, options
+from functional_sd3.cli import memory_options, mesh_options, options
 
 METHODS = ("nft", "awm", "grpo", "dpo", "draft")
 """Names of `training.reward_settings.NAMES`, known here without torch."""
@@ -73,3 +73,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draw-dtype", choices=("float32", "bfloat16"), default="float32", help=drawn)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     memory_options.add_arguments(parser)
+    mesh_options.add_arguments(parser)

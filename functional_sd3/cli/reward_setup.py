@@ -27,6 +27,7 @@ from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import schedule
 from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import require
+from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.recipes.shapes import rewards as shapes_rewards
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import continuing, digests, reward_methods, reward_settings, reward_task, rewards
@@ -45,8 +46,8 @@ _RECORDED = (
 """The options that a checkpoint keeps."""
 
 
-def prepare(arguments: argparse.Namespace) -> Setup:
-    """Model, rewards and prompts read, and compared with those of the run that is resumed.
+def prepare(arguments: argparse.Namespace, processes: Processes = ALONE) -> Setup:
+    """Model, rewards and prompts read, and compared with those of the run that is resumed. processes: of the run.
 
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
@@ -106,6 +107,7 @@ def prepare(arguments: argparse.Namespace) -> Setup:
         decode=lambda params, latents: pipeline.decode(params, model.config, latents),
         pairs=pair_files.encode(model.params, model.config, entries, _side(arguments, model)) if entries else None,
         t5_length=_t5_length(model),
+        processes=processes,
     )
     if not entries:
         task = task._replace(model=partial(_with_sampling_steps, task.model, arguments.sampling_steps))

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 
@@ -88,6 +89,15 @@ def init(sizes: Mapping[str, int] | None = None) -> Mesh:
             if longer and longer not in groups:
                 groups[longer] = _own_group(whole, longer)
     return Mesh(whole, dist.get_rank(), groups)
+
+
+def own_rows(samples: Any, mesh: Mesh) -> Any:
+    """This process's part of the samples of a batch. Raises ValueError where they do not divide."""
+    count, index = mesh.size(*BATCH_AXES), mesh.index(*BATCH_AXES)
+    if len(samples) % count:
+        raise ValueError(f"a batch of {len(samples)} cannot be divided over {count} processes (data and fsdp)")
+    size = len(samples) // count
+    return samples[index * size : (index + 1) * size]
 
 
 def parse(text: str, axes: Sequence[str] = AXES) -> dict[str, int]:

@@ -12,7 +12,7 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.flow import schedule
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
-from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh, own_rows
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
@@ -21,7 +21,7 @@ from functional_sd3.training.distill_methods import METHODS, Settings, with_defa
 from functional_sd3.training.fake_score import ScoreState, make_score_step
 from functional_sd3.training.objectives import points, policy, rcm
 from functional_sd3.training.objectives.segments import Teacher
-from functional_sd3.training.tasks import ENCODERS, own_rows
+from functional_sd3.training.tasks import ENCODERS
 from functional_sd3.weights.model import Model
 
 SAMPLES = 16

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import copies, loop, rewards, rollouts
 from functional_sd3.training.copies import PairState, Round
@@ -42,6 +43,7 @@ class Setting(NamedTuple):
     decode: rollouts.Decode
     encode: Callable[[Sequence[str]], Conditioning]
     drawing_params: Callable[[Params], Params]
+    processes: Processes = ALONE
 
 
 class Rounds(NamedTuple):
@@ -69,7 +71,7 @@ def drawn(setting: Setting) -> Rounds:
                 params, prng.fold_in(draw_key, attempt), prompts, settings.group, source=setting.source,
                 encode=setting.encode, noise=setting.sampler.noise, draw=draw, decode=setting.decode,
                 reward=setting.reward, weights=settings.weights, default_weight=settings.default_weight,
-                same_noise=method.same_noise, at_once=settings.at_once,
+                same_noise=method.same_noise, at_once=settings.at_once, processes=setting.processes,
             )  # fmt: skip
 
         drawn = rollouts.gather(groups, prompts, settings.draws, scale=settings.spread)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers, prng, tree
 from functional_sd3.core.types import Key, Params
+from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
@@ -48,11 +49,13 @@ def reward_task(
     decode: rollouts.Decode,
     pairs: Pairs | None = None,
     t5_length: int = 256,
+    processes: Processes = ALONE,
 ) -> RewardTask:
     """Training of the transformer, or of a LoRA over it, by the rewards of its own images.
 
     model: as of `tasks.flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
-    `rewards` and `rollouts`. pairs: what "dpo" learns from instead of images that it draws and rewards. Raises
+    `rewards` and `rollouts`. pairs: what "dpo" learns from instead of images that it draws and rewards. processes: that
+    divide the prompts of a round and the rows of an update; parameters are whole on each. Raises
     ValueError for a method that there is not, and groups that do not make up the batch.
     """
     reward_settings.check(settings)
@@ -75,7 +78,7 @@ def reward_task(
         return {**whole, "transformer": layers.cast(whole["transformer"], settings.draw_dtype)}
 
     setting = reward_rounds.Setting(
-        config, settings, learns, round_key, reward, pairs, source, sampler, decode, encode, drawing_params
+        config, settings, learns, round_key, reward, pairs, source, sampler, decode, encode, drawing_params, processes
     )
     rounds = _rounds(setting)
     rate = optim.warmup_constant(settings.rate, settings.warmup)
@@ -84,9 +87,12 @@ def reward_task(
     def loss(params: Params, batch: Any, keys: Key) -> Any:
         return rounds.loss(learns.whole(params), batch, keys)
 
+    # On several processes rounds with fewer groups, whose rows do not divide, are a whole batch on each.
+    rows = settings.rows or (None if processes.is_alone else settings.batch)
     update = step.make_train_step(
-        loss, optimizer, trainable=learns.trainable, ema_decay=settings.ema, rows=settings.rows, donate=True, rate=rate
-    )
+        loss, optimizer, trainable=learns.trainable, ema_decay=settings.ema, rows=rows, donate=True, rate=rate,
+        mesh=processes.mesh,
+    )  # fmt: skip
 
     def sample(state: PairState) -> Tensor:
         prompts, _ = source(sample_key, SAMPLES)

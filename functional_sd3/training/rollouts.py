@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng
+from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel import collectives
+from functional_sd3.parallel.mesh import BATCH_AXES, own_rows
+from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import rewards
 from functional_sd3.training.objectives import Metrics
@@ -67,41 +70,52 @@ def draw_groups(
     default_weight: float = 0.0,
     same_noise: bool = False,
     at_once: int | None = None,
+    processes: Processes = ALONE,
 ) -> Groups:
     """`size` images of each of `prompts` prompts, and their rewards.
 
     params: the policy's, of a whole model. weights, default_weight: of `rewards.total`. at_once: images drawn and
     decoded together, by default all. noise: keys (batch, 2) -> the starting noise; same_noise: the images of a prompt
-    start from that of the first. An image depends on its own key and the policy alone. Raises RewardError for a
-    reward that raises or gives no number for an image.
+    start from that of the first. An image depends on its own key and the policy alone. processes: that divide the
+    prompts, each of which gets the groups of all. Raises RewardError for a reward that raises or gives no number for an
+    image, and ValueError where the prompts do not divide.
     """
     prompt_key, noise_key = prng.split(key).unbind(-2)
-    texts, facts = source(prompt_key, prompts)
-    count = prompts * size
-    keys = prng.fold_in(noise_key, torch.arange(count, dtype=torch.int64, device="cpu"))
-    at_once = count if at_once is None else at_once
-    with torch.no_grad():
-        encoded = encode(texts)
-        keys = keys.to(encoded.context.device)
-        starts = keys[::size].repeat_interleave(size, 0) if same_noise else keys
-        conditioning = Conditioning(*(part.repeat_interleave(size, 0) for part in encoded))
-        parts, images = [], []
-        for start in range(0, count, at_once):
-            part_rows = slice(start, start + at_once)
-            own = Conditioning(*(part[part_rows] for part in conditioning))
-            parts.append(draw(params, own, noise(starts[part_rows]), keys[part_rows]))
-            images.append(decode(params, parts[-1]["latents"]))
-        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        prompts_of_images = [text for text in texts for _ in range(size)]
-        facts_of_images = [fact for fact in facts for _ in range(size)]
-        scores = rewards.checked(reward)(torch.cat(images), prompts_of_images, facts_of_images)
-        scores = {name: score.to(rows["latents"].device) for name, score in scores.items()}
-        total = rewards.total(scores, weights, default_weight)
-        ones = {name: torch.ones_like(score[:1]) for name, score in scores.items()}
-        highest = float(rewards.total(ones, weights, default_weight))
-    rows |= {"context": conditioning.context, "pooled": conditioning.pooled}
-    grouped = {name: score.reshape(prompts, size) for name, score in scores.items()}
-    return Groups(rows, total.reshape(prompts, size), grouped, highest)
+    every = prng.fold_in(noise_key, torch.arange(prompts * size, dtype=torch.int64, device="cpu"))
+    texts, facts = (own_rows(part, processes.mesh) for part in source(prompt_key, prompts))
+    own_keys, count = own_rows(every, processes.mesh), len(texts) * size
+
+    def own_groups() -> Groups:
+        most = count if at_once is None else at_once
+        with torch.no_grad():
+            encoded = encode(texts)
+            keys = own_keys.to(encoded.context.device)
+            starts = keys[::size].repeat_interleave(size, 0) if same_noise else keys
+            conditioning = Conditioning(*(part.repeat_interleave(size, 0) for part in encoded))
+            parts, images = [], []
+            for start in range(0, count, most):
+                part_rows = slice(start, start + most)
+                own = Conditioning(*(part[part_rows] for part in conditioning))
+                parts.append(draw(params, own, noise(starts[part_rows]), keys[part_rows]))
+                images.append(decode(params, parts[-1]["latents"]))
+            rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            prompts_of_images = [text for text in texts for _ in range(size)]
+            facts_of_images = [fact for fact in facts for _ in range(size)]
+            scores = rewards.checked(reward)(torch.cat(images), prompts_of_images, facts_of_images)
+            scores = {name: score.to(rows["latents"].device) for name, score in scores.items()}
+            total = rewards.total(scores, weights, default_weight)
+            ones = {name: torch.ones_like(score[:1]) for name, score in scores.items()}
+            highest = float(rewards.total(ones, weights, default_weight))
+        rows |= {"context": conditioning.context, "pooled": conditioning.pooled}
+        grouped = {name: score.reshape(-1, size) for name, score in scores.items()}
+        return Groups(rows, total.reshape(-1, size), grouped, highest)
+
+    own = processes.together(own_groups)
+    group = processes.mesh.group(*BATCH_AXES)
+    rows, totals, scores = tree.map(
+        lambda leaf: collectives.all_gather(leaf, group), (own.rows, own.rewards, own.scores)
+    )
+    return Groups(rows, totals, scores, own.highest)
 
 
 def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: Any) -> Rollout:

@@ -91,7 +91,8 @@ def make_train_step(
     by `materialize`; None: whole on every process. Processes along sequence and tensor have the same rows and keys: the
     loss divides their work (`mmdit.apply`'s mesh). own_rows: a batch has this process's rows alone.
 
-    Raises ValueError for a batch that does not divide, and for an optimiser without a form for parts of leaves.
+    With `rows`, a batch that does not divide is computed whole by all. Raises ValueError for one without `rows`, and
+    for an optimiser without a form for parts of leaves.
     """
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding {rounding!r} must be 'nearest' or 'stochastic'")
@@ -113,11 +114,13 @@ def make_train_step(
     differentiate = _accumulated(whole, accumulate) if rows is None else _by_rows(whole, rows)
 
     def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Metrics]:
-        own, keys = _own_rows(state, batch, mesh, own_rows)
+        own, keys = _own_rows(state, batch, mesh, own_rows, undivided=rows is not None)
+        # All rows here: of a batch of no fixed size, which does not divide, every process takes the whole.
+        is_divided = mesh.size(*BATCH_AXES) > 1 and (own is not batch or own_rows)
         learned, fixed = tree.partition(state.params, trainable)
         grads, reported = differentiate(learned, fixed, own, keys)
         with torch.no_grad():
-            if mesh.size(*BATCH_AXES) > 1:
+            if is_divided:
                 inplace = bool(donate) and not overlapping(grads)
                 grads = sharding.sum_gradients(grads, layout, mesh, divisor=mesh.size(*BATCH_AXES), inplace=inplace)
                 reported = sharding.mean(reported, mesh)
@@ -132,13 +135,13 @@ def make_train_step(
     return train_step
 
 
-def _own_rows(state: TrainState, batch: Tree, mesh: Mesh, own_rows: bool) -> tuple[Tree, Key]:
-    """This process's rows of a batch, and their keys."""
+def _own_rows(state: TrainState, batch: Tree, mesh: Mesh, own_rows: bool, *, undivided: bool) -> tuple[Tree, Key]:
+    """This process's rows of a batch, and their keys. undivided: all of a batch that does not divide, not an error."""
     count, index = mesh.size(*BATCH_AXES), mesh.index(*BATCH_AXES)
     given = next(iter(tree.leaves(batch))).shape[0]
     size = given * count if own_rows else given
     keys = prng.split(prng.fold_in(state.key, state.step), size)
-    if count == 1:
+    if count == 1 or (undivided and size % count):
         return batch, keys
     if size % count:
         raise ValueError(f"a batch of {size} cannot be divided over {count} processes (data and fsdp)")

@@ -19,7 +19,7 @@ from functional_sd3.flow.loss_weights import Weight
 from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.parallel import sharding
-from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh, own_rows
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import (
@@ -234,15 +234,6 @@ def _learner(key: Key, model: Model, settings: Settings) -> flow_learners.FlowLe
     if settings.lora:
         return flow_learners.adapter(key, model, settings.lora, names)
     return flow_learners.components(key, model, names, settings.scratch)
-
-
-def own_rows(samples: Any, mesh: Mesh) -> Any:
-    """This process's part of the samples of a batch. Raises ValueError where they do not divide."""
-    count, index = mesh.size(*BATCH_AXES), mesh.index(*BATCH_AXES)
-    if len(samples) % count:
-        raise ValueError(f"a batch of {len(samples)} cannot be divided over {count} processes (data and fsdp)")
-    size = len(samples) // count
-    return samples[index * size : (index + 1) * size]
 
 
 def _with_mesh(config: Config, mesh: Mesh) -> Config:

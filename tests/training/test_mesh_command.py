@@ -16,11 +16,16 @@ STEPS = ["--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size",
 SMALL = [*STEPS, "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
 
 
+REWARD = ["--steps", "2", "--batch-size", "8", "--group", "2", "--sampling-steps", "2", "--times", "1", "--draws", "1"]
+REWARD += ["--save-every", "1", "--sample-every", "0", "--lr", "1e-2", "--warmup", "1"]
+
+
 def train(folder, *words, fault=None, command="train"):
     """Exit status, standard output and standard error of the command in this process."""
     from functional_sd3 import cli
 
-    words = [command, "--params", str(folder), *SMALL, *map(str, words)]
+    common = REWARD if command == "reward" else SMALL
+    words = [command, "--params", str(folder), *common, *map(str, words)]
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         # As torchrun does.
@@ -107,6 +112,44 @@ def test_distillation_on_a_mesh_is_that_of_one_process(processes, model_folder, 
     )
     assert [status for status, _, _ in results] == [0, 0], results[0][2]
     assert error(tensors(tmp_path / "run", 2), tensors(tmp_path / "alone", 2)) < 1e-5
+
+
+BRIGHT = """
+import torch
+
+seen = []
+
+def red(images, prompts, facts):
+    seen.append(len(images))
+    return images[:, 0].mean((1, 2))
+"""
+
+
+def rewarded(folder, *words):
+    """The command, and the numbers of images that this process has rewarded."""
+    import importlib
+    import sys
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(words[0]))
+        sys.modules.pop("bright", None)
+        result = train(folder, *words[1:], command="reward")
+        return result, importlib.import_module("bright").seen
+
+
+@pytest.mark.parametrize("method", ["grpo", "nft", "draft"])
+def test_rounds_of_rewards_are_divided_by_prompts(processes, model_folder, tmp_path, method):
+    (tmp_path / "bright.py").write_text(BRIGHT)
+    words = [tmp_path, "--reward", "bright:red", "--method", method, "--prompts", tmp_path / "prompts.txt"]
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na green ring\n")
+    alone, seen = rewarded(model_folder, *words, "--out", tmp_path / "alone")
+    assert alone[0] == 0, alone[2]
+    results = processes(2, rewarded, model_folder, *words, "--out", tmp_path / "run", "--mesh", "data=2")
+    for (status, _, err), own_seen in results:
+        assert status == 0, err
+        assert sum(own_seen) == sum(seen) / 2
+    ours, theirs = tensors(tmp_path / "run", 2), tensors(tmp_path / "alone", 2)
+    assert error(ours, theirs) < 1e-5
 
 
 REFUSED = {
