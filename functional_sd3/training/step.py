@@ -115,12 +115,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Metrics]:
         own, keys = _own_rows(state, batch, mesh, own_rows, undivided=rows is not None)
-        # All rows here: of a batch of no fixed size, which does not divide, every process takes the whole.
-        is_divided = mesh.size(*BATCH_AXES) > 1 and (own is not batch or own_rows)
         learned, fixed = tree.partition(state.params, trainable)
         grads, reported = differentiate(learned, fixed, own, keys)
         with torch.no_grad():
-            if is_divided:
+            if mesh.size(*BATCH_AXES) > 1:
                 inplace = bool(donate) and not overlapping(grads)
                 grads = sharding.sum_gradients(grads, layout, mesh, divisor=mesh.size(*BATCH_AXES), inplace=inplace)
                 reported = sharding.mean(reported, mesh)

@@ -113,6 +113,28 @@ def test_gradients_of_torch_func_are_of_the_whole_batch(processes):
         assert error(ours, state) < 1e-6 and error(our_metrics, metrics) < 1e-6
 
 
+def train_rows(sizes, size):
+    """A step on a batch of any size, in parts of at most three rows."""
+    grid = mesh.init(sizes)
+    layout = sharding.layout(SPEC, grid)
+    train_step = step.make_train_step(
+        loss(sharding.materialize(layout, grid)), RULES["adamw"](), trainable=step.trainable(SPEC), rows=3, mesh=grid,
+        layout=layout,
+    )  # fmt: skip
+    params = sharding.init(prng.key(0), SPEC, layout, grid)
+    state = step.init(prng.key(1), params, RULES["adamw"](), trainable=step.trainable(SPEC))
+    state, metrics = train_step(state, {"x": prng.normal(prng.key(2), (size, 4))})
+    return sharding.whole(state, sharding.state_layout(state, layout, grid), grid), metrics
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_with_rows_a_batch_that_does_not_divide_is_whole_on_all(processes, size):
+    state, metrics = train_rows({}, size)
+    for sizes in ({"data": 2}, {"fsdp": 2}):
+        for ours, our_metrics in processes(2, train_rows, sizes, size):
+            assert error(ours, state) < 1e-6 and error(our_metrics, metrics) < 1e-6
+
+
 def refused():
     grid = mesh.init({"fsdp": int(os.environ["WORLD_SIZE"])})
     layout = sharding.layout(SPEC, grid)
