@@ -120,7 +120,8 @@ def _resident_text(model: Model, images: tasks.TrainingImages) -> training_set.T
     encoders = {name: params for name, params in model.params.items() if name in tasks.ENCODERS}
     if len(captions.texts) * text_table.row_bytes(encoders, model.config, ids) > TEXT_BYTES:
         return None
-    return text_table.resident(text_table.encode(encoders, model.config, ids), captions.rows, length)
+    table = text_table.encode(encoders, model.config, ids, track=_bar("encoding captions"))
+    return text_table.resident(table, captions.rows, length)
 
 
 def _viewed_latents(

@@ -1,6 +1,9 @@
 """Training on images in several sizes and views, with a cache and without."""
 
 import argparse
+import contextlib
+import io
+import os
 from collections import Counter
 
 import pytest
@@ -81,6 +84,33 @@ def test_training_on_buckets_is_resumed_to_the_bit_and_the_same_from_a_cache(
     assert same(last_state(tmp_path / "whole"), last_state(tmp_path / "cached"))
     with pytest.raises(ValueError, match="--batch-size 8 is more than the images of a bucket"):
         command("--out", tmp_path / "large", "--data", tmp_path / "cache", "--batch-size", 8)
+
+
+def on_processes(words):
+    """The exit status of `functional-sd3 train` in this process of several."""
+    from functional_sd3 import cli
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        # As torchrun does.
+        patch.setenv("LOCAL_RANK", os.environ["RANK"])
+        return cli.main(["train", *map(str, words)]), said.getvalue()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes_take_the_batches_of_one(command, processes, model_folder, images, tmp_path, cached):
+    data, sized = images, [*BUCKETS, "--flips"]
+    if cached:
+        parser = argparse.ArgumentParser()
+        cache_command.add_arguments(parser)
+        made = ["--params", model_folder, "--data", images, "--out", tmp_path / "cache", *sized, "--bucket-least", 4]
+        assert cache_run.run(parser.parse_args([str(word) for word in made])) == 0
+        data, sized = tmp_path / "cache", []
+    words = ["--data", data, *sized, "--steps", 6, "--batch-size", 4, "--sample-every", 0, "--save-every", 6]
+    assert command("--out", tmp_path / "one", *words, "--accumulate", 2)[0] == 0
+    more = ["--params", model_folder, "--warmup", 2, "--lr", "1e-2", "--log-every", 2]
+    results = processes(2, on_processes, [*words, *more, "--out", tmp_path / "two", "--mesh", "data=2"])
+    assert [status for status, _ in results] == [0, 0], results[0][1]
+    assert same(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
 
 
 def test_images_of_buckets_smaller_than_a_batch_go_to_the_nearest(command, images, tmp_path, batches):
