@@ -3,73 +3,51 @@
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
-from functional_sd3.cli import memory_options, mesh_options, options
-
-METHODS = ("segments", "meanflow", "imeanflow", "shortcut", "scm", "rcm", "reflow")
-"""Names of `training.distill_methods.METHODS`, known here without torch."""
-OWN = {
-    "inner": ("segments",),
-    "equal": ("meanflow", "imeanflow", "shortcut"),
-    "tangent_warmup": ("meanflow", "imeanflow", "scm", "rcm"),
-    "fake_updates": ("rcm",),
-    "fake_rate": ("rcm",),
-    "teacher_steps": ("reflow",),
-}
-"""Options of some methods alone."""
+from functional_sd3.cli import memory_options, mesh_options, options, run_options
+from functional_sd3.training.distill_options import METHODS, OPTIONS, Option, foreign, listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--to", type=int, required=True, metavar="STEPS", help="steps that the student draws in")
-    add("--out", required=True, metavar="DIR", help="folder for the student, its log and checkpoints")
+    add("--to", type=int, required=True, metavar="STEPS", help="steps that the student draws in, at most 1,000")
+    run_options.add(parser, out=None)
     options.add_params(parser)
     add("--method", choices=METHODS, default="segments", help="what the student learns (default segments)")
-    add("--data", default="shapes", metavar="DIR|shapes", help="folder of images, or the built-in shapes (the default)")
-    add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
-    add("--steps", type=int, default=400, help="updates in all, those before --resume included (default 400)")
-    add("--batch-size", type=int, default=48, help="images an update (default 48)")
+    run_options.add(parser, data="shapes", lora=None, steps=400, batch_size=48)
     add("--cfg", type=float, help="guidance scale that is folded in, 1 for none (default 5; 1 where it is already)")
-    add("--inner", type=int, help="of segments: steps of the teacher in each of the student's (default 3)")
-    add(
-        "--equal",
-        type=float,
-        metavar="SHARE",
-        help="of mean velocities: part of a batch that learns the velocity at one "
-        "time, r = t (default 0.5; shortcut 0.875)",
-    )
-    add(
-        "--tangent-warmup",
-        type=int,
-        metavar="N",
-        help="of meanflow, scm and rcm: updates over which the derivative in t grows to its size (default 0; 50 of "
-        "scm and rcm)",
-    )
-    add("--fake-updates", type=int, metavar="N", help="of rcm: updates of the fake score for each one (default 4)")
-    add("--fake-rate", type=float, metavar="FACTOR", help="of rcm: its learning rate, as part of --lr (default 0.2)")
-    add("--teacher-steps", type=int, metavar="N", help="of reflow: steps of the runs that end its pairs (default 28)")
+    for name, option in OPTIONS.items():
+        words = {"action": "store_true", "default": None} if option.kind is bool else _valued(option)
+        add(f"--{name.replace('_', '-')}", help=_help(option), **words)
     add("--shift", type=float, help="of the student's even grid towards noise (default 3)")
-    add("--lr", type=float, default=2e-4, help="learning rate (default 2e-4)")
-    add("--warmup", type=int, default=20, help="updates up to the learning rate (default 20)")
-    add("--ema", type=float, default=0.98, help="decay of the averaged parameters, which are the result (default 0.98)")
-    add("--seed", type=int, default=0, help="of the data, the order and the noise (default 0)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, to the same bits")
-    add("--force", action="store_true", help="with --resume: go on although options, weights or images are others now")
-    add("--accumulate", type=int, default=1, help="parts that a batch is taken in, to save memory (default 1)")
-    add("--size", type=int, help="side of the images in pixels (default: the model's own)")
-    add("--template", default="a photo of a {}", help="caption of a class folder (default 'a photo of a {}')")
-    add("--caption", metavar="TEXT", help="the caption of every image of --data, in place of any that it has")
-    add("--follow", action="store_true", help="read what links and metadata name outside of --data too")
-    add("--pictures", type=int, default=4096, help="how many of the shapes (default 4096)")
-    add("--save-every", type=int, default=50, help="updates between checkpoints (default 50)")
-    add("--log-every", type=int, default=10, help="updates between rows of log.csv (default 10)")
-    add("--sample-every", type=int, default=50, help="updates between sample images, 0 for none (default 50)")
+    run_options.add(parser, lr=2e-4, warmup=20, ema=0.98, seed=None, resume=None, force=None, accumulate=None)
+    run_options.add_images(parser, pictures=4096)
+    run_options.add(parser, save_every=50, log_every=10, sample_every=50)
     computed = "of the teacher's computation (default: what the model is stored in where the device computes that well)"
     add("--teacher-dtype", choices=("float32", "bfloat16"), help=computed)
     add("--dtype", choices=("float32", "bfloat16"), help="of the student's computation (default float32)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    run_options.add(parser, device=None)
     memory_options.add_arguments(parser)
     mesh_options.add_arguments(parser)
+
+
+def _valued(option: Option) -> dict[str, Any]:
+    return {"type": option.kind, "metavar": option.metavar}
+
+
+def _help(option: Option) -> str:
+    """The methods that have the option, what it is, and its default."""
+    methods: dict[Any, list[str]] = {}
+    for method, default in option.defaults.items():
+        methods.setdefault(default, []).append(method)
+    names = ", ".join(option.defaults)
+    if option.kind is bool:
+        return f"of {names}: {option.help}"
+    each = "; ".join(
+        f"{default:g}" + (f" of {listed(of)}" if len(methods) > 1 else "") for default, of in methods.items()
+    )
+    return f"of {names}: {option.help} (default {each})"
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -78,16 +56,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--cfg {arguments.cfg} must be at least 1, which is no guidance")
     if arguments.batch_size % arguments.accumulate:
         raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
-    if arguments.caption is not None and arguments.data == "shapes":
-        raise ValueError("--caption is for a folder of images: the shapes have captions of their own")
+    run_options.check_images(arguments)
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
-    for name, methods in OWN.items():
-        if getattr(arguments, name) is not None and arguments.method not in methods:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is for --method {' and '.join(methods)}, not for {arguments.method}"
-            )
-    memory_options.check(arguments)
+    for name in foreign(arguments.method, vars(arguments)):
+        owners = listed(list(OPTIONS[name].defaults))
+        raise ValueError(f"--{name.replace('_', '-')} is for --method {owners}, not for {arguments.method}")
     options.check_params(arguments.params)
     if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
         raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")

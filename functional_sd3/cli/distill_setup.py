@@ -17,13 +17,14 @@ from functional_sd3.flow import schedule
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import cache, continuing, digests, distill_methods, distill_task, tasks
+from functional_sd3.training.distill_options import OPTIONS
 from functional_sd3.weights import metadata, shipped
 from functional_sd3.weights.model import Model
 
 Say = Callable[[str], None]
 _RECORDED = (
     "accumulate", "batch_size", "cfg", "data", "dtype", "ema", "lora", "lr", "method", "pictures", "seed", "shift",
-    "size", "steps", "teacher_dtype", "template", "to", "warmup", *distill_options.OWN,
+    "size", "steps", "teacher_dtype", "template", "to", "warmup", *OPTIONS,
     *memory_options.NAMES,
 )  # fmt: skip
 """The options that a checkpoint keeps."""
@@ -97,7 +98,7 @@ def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | 
         dtype=dtype,
         teacher_dtype=teacher_dtype or dtype,
         rule=memory_options.update_rule(arguments),
-        **{name: getattr(arguments, name) for name in distill_options.OWN},
+        **{name: getattr(arguments, name) for name in OPTIONS},
     )
     try:
         return distill_task.student_settings(stored.config, settings)
@@ -114,8 +115,10 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings in a checkpoint: the options of a run, and digests of its model and data."""
     given = {name.replace("_", "-"): getattr(arguments, name) for name in _RECORDED}
-    resolved = ("cfg", "shift", *distill_options.OWN)
+    resolved = ("cfg", "shift", *OPTIONS)
     given |= {name.replace("_", "-"): getattr(options, name) for name in resolved}
+    # Of methods that have no such option too: it decides which numbers a checkpoint holds.
+    given["log-variance"] = bool(options.log_variance)
     contents = {"the data": images.contents, **digests.model_digests(stored.params)}
     return {
         **given,
@@ -128,5 +131,13 @@ def _settings(
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
     parser = argparse.ArgumentParser()
     distill_options.add_arguments(parser)
-    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
-    return continuing.differences(saved, now, defaults)
+    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED} | {"log-variance": False}
+    return [_of_method(each) for each in continuing.differences(saved, now, defaults)]
+
+
+def _of_method(difference: continuing.Difference) -> continuing.Difference:
+    """The difference, which is fixed where it is of two methods whose states have other tensors."""
+    before, now = (distill_methods.METHODS.get(str(value)) for value in difference[1:3])
+    if difference.name != "method" or (before and now and distill_methods.has_state_of(before, now)):
+        return difference
+    return difference._replace(is_fixed=True)

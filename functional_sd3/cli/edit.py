@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_sd3.image import pixels
     from functional_sd3.pipeline import Request, StartImages
 
+    arguments.inverts = not arguments.direct
     opened = session.open_session(arguments, timer)
     image = inputs.fitted_image(arguments.image, opened, size)
     shown = session.image_size(opened, (image.shape[-1], image.shape[-2]))

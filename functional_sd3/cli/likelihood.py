@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_size(parser, "that of the image")
     options.add_words(parser)
     options.add_model(parser)
-    parser.set_defaults(guidance=[], compile=False)
+    parser.set_defaults(guidance=[], compile=False, measures_flow=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

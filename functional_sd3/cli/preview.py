@@ -84,6 +84,9 @@ def prepare(
 
     path, decoder = _path(out, single=single), _decoder(arguments, session)
     tile = None if getattr(arguments, "tile", None) is None else decoder.tile
+    if getattr(arguments, "strength", None) == 0:
+        report.note("--preview: with --strength 0 no step is drawn, so there are no previews")
+        return lambda info: None
     report.note(f"previews are written to {path}, {decoder.words}")
     ended = False
 

@@ -7,8 +7,11 @@ from pathlib import Path
 from functional_sd3.cli import memory_options, numbers, options
 from functional_sd3.cli.parser import suggestion
 from functional_sd3.formats.printable import shorten
+from functional_sd3.training.distill_options import listed
 
 _SHAPES = ("shapes", "colours")
+_AT_TIMES = ("nft", "awm", "dpo")
+"""Methods that learn from each image at --times."""
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -20,9 +23,9 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--group {group} is larger than --batch-size {batch}: an update learns from whole groups")
     if batch % group:
         raise ValueError(f"--batch-size {batch} must be a multiple of --group {group}, the images of a prompt")
-    if arguments.method not in ("grpo", "draft") and arguments.times > arguments.sampling_steps:
-        raise ValueError(f"--times {arguments.times} must be at most --sampling-steps {arguments.sampling_steps}")
     _check_methods(arguments)
+    if arguments.sampling_steps is not None:
+        check_sampling(arguments)
     if arguments.beta is not None and not 0 < arguments.beta < math.inf:
         raise ValueError(f"--beta {arguments.beta} must be a positive number")
     if arguments.kl is not None and not 0 <= arguments.kl < math.inf:
@@ -45,17 +48,26 @@ def check(arguments: argparse.Namespace) -> None:
 
 def _check_methods(arguments: argparse.Namespace) -> None:
     """Raises ValueError for an option of another method."""
-    method, steps = arguments.method, arguments.sampling_steps
+    method, given = arguments.method, getattr(arguments, "given", ())
     of = {"beta": ("nft", "dpo"), "form": ("grpo",), "noise": ("grpo",), "window": ("grpo",), "eps": ("grpo", "awm")}
     for name, methods in {**of, "last": ("draft",)}.items():
         if getattr(arguments, name) is not None and method not in methods:
-            raise ValueError(f"--{name} is for --method {' and '.join(methods)}, not for {method}")
-    if method in ("grpo", "draft") and arguments.sampler != "euler":
+            raise ValueError(f"--{name} is for --method {listed(methods)}, not for {method}")
+    if method in ("grpo", "draft") and "times" in given:
+        raise ValueError(f"--times is for --method {listed(_AT_TIMES)}, not for {method}")
+    if method in ("grpo", "draft") and arguments.sampler not in (None, "euler"):
         raise ValueError(f"--method {method} follows steps of its own: leave out --sampler {arguments.sampler}")
-    if method == "grpo" and steps < 2:
-        raise ValueError("--method grpo needs --sampling-steps of at least 2: the last step is not trained on")
     if method == "draft" and arguments.updates > 1:
         raise ValueError("--updates is not for --method draft, which draws its images anew in every update")
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for fewer --sampling-steps than the method needs."""
+    method, steps = arguments.method, arguments.sampling_steps
+    if method in _AT_TIMES and arguments.times > steps:
+        raise ValueError(f"--times {arguments.times} must be at most --sampling-steps {steps}")
+    if method == "grpo" and steps < 2:
+        raise ValueError("--method grpo needs --sampling-steps of at least 2: the last step is not trained on")
     if method == "draft" and arguments.last is not None and arguments.last > steps:
         raise ValueError(f"--last {arguments.last} must be at most --sampling-steps {steps}")
 

@@ -2,7 +2,8 @@
 
 import argparse
 
-from functional_sd3.cli import memory_options, mesh_options, options
+from functional_sd3.cli import memory_options, mesh_options, options, run_options
+from functional_sd3.cli.distilled import Given
 
 METHODS = ("nft", "awm", "grpo", "dpo", "draft")
 """Names of `training.reward_settings.NAMES`, known here without torch."""
@@ -27,15 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=NUMBER",
         help="of a score of the rewards; those not named have no weight (default: 1 of each score, of shapes right=1)",
     )
-    add("--out", required=True, metavar="DIR", help="folder for the trained model, its log and checkpoints")
+    run_options.add(parser, out=None)
     options.add_params(parser)
     add("--method", choices=METHODS, default="nft", help="how a policy learns from rewards (default nft)")
     pairs = "of dpo, instead of --reward: JSON lines with prompt, winner and loser, paths of images beside the file"
     add("--pairs", metavar="FILE", help=pairs)
     add("--prompts", metavar="FILE", help="a prompt a line (default: captions of the shapes)")
     add("--things", type=int, help="objects in the captions of the shapes, 1 or 2 (default: both)")
-    add("--lora", type=int, metavar="RANK", help="train a LoRA of the attentions, and leave it in --out as a file")
-    add("--steps", type=int, default=200, help="updates in all, those before --resume included (default 200)")
+    run_options.add(parser, lora=None, steps=200)
     add(
         "--batch-size",
         type=int,
@@ -45,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--group", type=int, default=8, help="images a prompt, which are compared with one another (default 8)")
     draws = "at most so many times as many images are drawn until all groups have some spread (default 4)"
     add("--draws", type=int, default=4, help=draws)
-    add("--sampling-steps", type=int, default=8, help="of the images it learns from (default 8)")
-    add("--sampler", default="euler", help="integrator of the images it learns from (default euler)")
+    steps = "of the images it learns from (default 8, or what a distilled model was made for)"
+    add("--sampling-steps", type=int, help=steps)
+    sampler = "integrator of the images it learns from (default euler, or a student's own)"
+    add("--sampler", help=sampler)
     add("--cfg", type=float, default=1.0, help="guidance scale of the images it learns from (default 1, none)")
-    add("--times", type=int, default=2, help="sampling times that each image is learned from (default 2)")
+    add("--times", type=int, default=2, action=Given, help="sampling times that each image is learned from (default 2)")
     add("--beta", type=float, help="of nft, 0.1 for sums of several rewards (default 1); of dpo (default 100)")
     add("--form", choices=FORMS, help="of grpo: transitions, trained steps and ratio (default flow)")
     add("--noise", type=float, help="of grpo: noise level of the steps (default: as published for the form)")
@@ -57,20 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--last", type=int, help="of draft: last steps that are differentiated (default 1)")
     add("--updates", type=int, default=1, help="gradient steps on the same images (default 1)")
     add("--kl", type=float, help="weight of the distance to the start (default: as published for the method)")
-    add("--size", type=int, help="side of the images in pixels (default: the model's own)")
-    add("--lr", type=float, default=1e-4, help="learning rate (default 1e-4)")
-    add("--warmup", type=int, default=0, help="updates up to the learning rate (default 0)")
-    add("--ema", type=float, default=0.9, help="decay of the averaged parameters, which are the result (default 0.9)")
-    add("--seed", type=int, default=0, help="of prompts and noise (default 0)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, to the same bits")
-    add("--force", action="store_true", help="with --resume: go on although options, weights or rewards are others now")
+    run_options.add(parser, size=None, lr=1e-4, warmup=0, ema=0.9, seed=None, resume=None, force=None)
     add("--clip", metavar="DIR", help="CLIP's two encoders, for --reward clip: a folder of transformers' CLIPModel")
-    add("--save-every", type=int, default=25, help="updates between checkpoints (default 25)")
-    add("--log-every", type=int, default=5, help="updates between rows of log.csv (default 5)")
-    add("--sample-every", type=int, default=25, help="updates between sample images, 0 for none (default 25)")
+    run_options.add(parser, save_every=25, log_every=5, sample_every=25)
     add("--at-once", type=int, default=64, help="images drawn, and points differentiated, at once (default 64)")
     drawn = "of the computation of the images it learns from (default float32; gradients are float32)"
     add("--draw-dtype", choices=("float32", "bfloat16"), default="float32", help=drawn)
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    run_options.add(parser, device=None)
     memory_options.add_arguments(parser)
     mesh_options.add_arguments(parser)

@@ -12,6 +12,7 @@ import torch
 
 from functional_sd3 import pipeline
 from functional_sd3.cli import (
+    distilled,
     inputs,
     memory_options,
     prompt_words,
@@ -54,6 +55,8 @@ def prepare(arguments: argparse.Namespace, processes: Processes = ALONE) -> Setu
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     loading = argparse.Namespace(**vars(arguments), part="transformer", dtype=None)
     stored, model, dtype = train_model.load(loading, source)
+    arguments = distilled.reward_defaults(arguments, stored.config)
+    reward_checks.check_sampling(arguments)
     model = memory_options.with_computations(arguments, model, ("transformer",))
     entries = [] if arguments.pairs is None else pair_files.read(arguments.pairs)
     prompts = [entry.prompt for entry in entries] or _prompts(arguments)
@@ -228,7 +231,9 @@ def _settings(
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
     parser = argparse.ArgumentParser()
     reward_options.add_arguments(parser)
-    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED}
+    # Those that a model has of its own were these before it had a say.
+    before = {"sampling-steps": 8, "sampler": "euler"}
+    defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED} | before
     return continuing.differences(saved, now, defaults)
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from functional_sd3.cli import memory_options, options, train_objective, train_subjects, view_options
+from functional_sd3.cli import memory_options, options, run_options, train_objective, train_subjects, view_options
 
 OURS = ("checkpoints", "samples", "log.csv", "prior", "tensorboard")
 """Files in the folder of a run that has not ended."""
@@ -53,7 +53,7 @@ def check(arguments: argparse.Namespace) -> None:
     train_subjects.check(arguments)
     _check_record(arguments)
     if arguments.caption is not None and arguments.part == "vae":
-        raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
+        raise ValueError("--caption belongs to --part transformer: an autoencoder reads no captions")
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
     memory_options.check_full(arguments)
@@ -87,8 +87,7 @@ def check_images(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--size {arguments.size} must be a side in pixels, such as 512")
     if arguments.pictures < 1:
         raise ValueError(f"--pictures {arguments.pictures} must be at least 1")
-    if arguments.caption is not None and arguments.data == "shapes":
-        raise ValueError("--caption is for a folder of images and --part transformer: nothing else has use for it")
+    run_options.check_images(arguments)
     options.check_params(arguments.params)
     if arguments.data != "shapes":
         check_data(arguments.data)

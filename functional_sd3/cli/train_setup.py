@@ -10,6 +10,7 @@ import torch
 
 from functional_sd3 import pipeline
 from functional_sd3.cli import (
+    distilled,
     memory_options,
     train_cache,
     train_data,
@@ -64,6 +65,8 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     held = train_cache.opened(arguments, source)
     stored, model, dtype = train_model.load(arguments, source, held and train_cache.components(arguments, held))
     model = memory_options.with_computations(arguments, model, train_model.trained(arguments, model))
+    if arguments.part != "vae":
+        distilled.check_training(stored.config)
     if arguments.part != "vae" and held is None:
         # Before images are drawn and encoded, which takes minutes.
         check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)

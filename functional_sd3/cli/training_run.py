@@ -16,6 +16,7 @@ from functional_sd3.cli import report, train_checks, train_model
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import pixels
+from functional_sd3.layouts.components import SPECS
 from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.training import checkpoint, continuing, interruption, lock, loop, tensorboard, validation
 from functional_sd3.training.rewards import RewardError
@@ -268,7 +269,9 @@ def save_result(out: Path, state: State, setup: Setup) -> Path:
     if setup.save is not None:
         return setup.save(out, state)
     if setup.lora:
-        lora.save(out / LORA, state.ema, metadata=setup.lora_metadata, differences=True)
+        # What an objective learns beside is no part of it.
+        adapters = {name: part for name, part in state.ema.items() if name in SPECS}
+        lora.save(out / LORA, adapters, metadata=setup.lora_metadata, differences=True)
         return out / LORA
     trained, stored = setup.task.model(state), setup.stored
     params = {name: train_model.as_stored(trained.params[name], stored.params[name]) for name in setup.task.trained}

@@ -21,7 +21,7 @@ Implementation = Literal["sdpa", "math"]
 
 BLOCK_SCORES = 1 << 18
 """Scores (rows x keys, all heads) of one block of the formula: 1 MiB of float32, which fits a core's cache."""
-LEAST_ROWS = 64
+MIN_ROWS = 64
 """Least rows of a block: products of few rows are slow (3 times the time with 8)."""
 
 
@@ -121,7 +121,7 @@ def attention_formula(
 def block_rows(query: Tensor, key: Tensor) -> int:
     """Queries of one block of `softmax_attention`."""
     scores_of_a_row = math.prod(query.shape[:-2]) * key.shape[-2]
-    return max(LEAST_ROWS, BLOCK_SCORES // max(1, scores_of_a_row))
+    return max(MIN_ROWS, BLOCK_SCORES // max(1, scores_of_a_row))
 
 
 def _attention_block(*inputs: Tensor, causal: bool, scale: float, first: int) -> tuple[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Weight = Callable[[Tensor], Tensor]
 """w(t) of times t (batch,) in [0, 1]; float32 (batch,)."""
-LEAST_TIME = 1e-3
+MIN_TIME = 1e-3
 """Times below count as this one in weights with a pole at 0; it is the first level of the models' training tables."""
 
 
@@ -29,7 +29,7 @@ def noise(t: Tensor) -> Tensor:
 
 def sigma_sqrt(t: Tensor) -> Tensor:
     """w(t) = t^-2, `sigma_sqrt` of diffusers' `compute_loss_weighting_for_sd3`; t below 0.001 counts as 0.001."""
-    return t.clamp_min(LEAST_TIME) ** -2
+    return t.clamp_min(MIN_TIME) ** -2
 
 
 def cosine_map(t: Tensor) -> Tensor:

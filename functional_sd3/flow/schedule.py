@@ -17,6 +17,9 @@ from functional_sd3.flow import distilled
 from functional_sd3.flow.spacing import Scalar, beta, exponential, karras, linear
 from functional_sd3.flow.times import is_readable
 
+MAX_STEPS = 1_000_000
+"""The most steps of a grid, as of `--steps`."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -219,9 +222,11 @@ def position(grid: Tensor, t: Tensor) -> Tensor:
 
 
 def check_steps(steps: int) -> None:
-    """Raise ValueError unless `steps` is a whole number of at least 1."""
+    """Raise ValueError unless `steps` is a whole number from 1 to `MAX_STEPS`."""
     if isinstance(steps, bool | str) or not isinstance(steps, SupportsInt) or steps != int(steps) or steps < 1:
         raise ValueError(f"steps {steps!r} must be a whole number of at least 1")
+    if steps > MAX_STEPS:
+        raise ValueError(f"steps {steps} must be at most {MAX_STEPS:,}: a grid holds the time of each")
 
 
 def check_levels(levels: Tensor) -> None:

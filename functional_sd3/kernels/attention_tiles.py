@@ -68,7 +68,7 @@ class Tiles:
     def __iter__(self) -> Iterator[Part]:
         """Many rows of few heads, in large products; all rows of a head in turn, whose keys then stay in the cache."""
         heads, tokens, others = len(self.q), self.q.shape[1], self.k.shape[1]
-        rows_at_once = min(tokens, max(attention.LEAST_ROWS, TILE_SCORES // max(1, others)))
+        rows_at_once = min(tokens, max(attention.MIN_ROWS, TILE_SCORES // max(1, others)))
         heads_at_once = max(1, TILE_SCORES // max(1, rows_at_once * others))
         for head in range(0, heads, heads_at_once):
             for row in range(0, tokens, rows_at_once):

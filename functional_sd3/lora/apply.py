@@ -1,6 +1,7 @@
 """A LoRA added to parameters: exactly, lazily beside the weights, or so that it can be taken out again."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ def spec(
 
     targets: of the linear and convolution weights, by path; query, key and value get adapters of their own. alpha: the
     rank by default, so that the scaling is 1; it is not trainable. `down` starts as PEFT's does, `up` at zero.
-    Raises ValueError for a rank below 1 or targets that choose nothing.
+    Raises ValueError for a rank below 1 or above that of every matrix, or targets that choose nothing.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")
@@ -46,6 +47,11 @@ def spec(
     chosen = {path: leaf for path, leaf in leaves.items() if lora_keys.adaptable(path, len(leaf.shape))}
     if not chosen:
         raise ValueError(f"targets {targets!r} choose no weight of a linear or convolution layer")
+    full = max(min(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in chosen.values())
+    if rank > full:
+        raise ValueError(
+            f"rank {rank} must be at most {full}, the rank that the largest adapted matrix itself can have"
+        )
     parts = lora_keys.parts(chosen)
     return adapters.build({path: _entry_spec(leaf, rank, parts[path], alpha or rank) for path, leaf in chosen.items()})
 

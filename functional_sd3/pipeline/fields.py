@@ -2,24 +2,25 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import computation
 from functional_sd3.core.attention import Implementation
-from functional_sd3.core.types import Params, Tree, Velocity
+from functional_sd3.core.types import Params, Velocity
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow.guidance import Branch, Guidance, Velocities
 from functional_sd3.flow.stepwise import RunVelocity, Stepwise, map_steps
 from functional_sd3.layouts.components import Config, require
-from functional_sd3.parallel.transport import Group
-from functional_sd3.pipeline.dividing import divide_rows, rows_group
-from functional_sd3.pipeline.modulation_table import Table, concat_batches, lookup, mask_invalid, split_steps
+from functional_sd3.pipeline import branches
+from functional_sd3.pipeline.branches import Conditions
+from functional_sd3.pipeline.dividing import rows_group
+from functional_sd3.pipeline.modulation_table import Table, concat_batches, split_steps
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
-from functional_sd3.transformer import ip_adapter, mmdit
+from functional_sd3.transformer import ip_adapter
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.transformer.mmdit import AttendBlocks
@@ -29,13 +30,6 @@ JointVelocities = Callable[[Tensor, Tensor], Velocities]
 
 Field = Callable[..., RunVelocity]
 """Makes a velocity, called as `velocity` is: (params, config, conditions, cfg, times, **options)."""
-
-
-class Conditions(NamedTuple):
-    """Conditioning of the prompts and of the negative prompts, both (batch, ...)."""
-
-    positive: Conditioning
-    negative: Conditioning
 
 
 def slice_batch(conditions: Conditions, index: slice | Tensor) -> Conditions:
@@ -189,12 +183,14 @@ def velocities(
     batch = len(conditions.positive.pooled)
     control_images, features = controls.per_sample(control, batch), ip_adapter.per_sample(image_prompt, batch)
     no_features = {**features, "features": torch.zeros_like(features["features"])} if features else {}
-    conditionings = {name: _conditioning(branch.conditioning, conditions, batch) for name, branch in needs.items()}
-    _check_lengths(groups := _groups(needs), conditionings)
+    conditionings = {
+        name: branches.conditioning_of(branch.conditioning, conditions, batch) for name, branch in needs.items()
+    }
+    branches.check_lengths(groups := branches.groups_of(needs), conditionings)
     by_step = [] if times is None else _listed(times)
     intervals = None if ends is None or not by_step else torch.cat(by_step) - torch.cat(_listed(ends))
     end = ends if isinstance(ends, Tensor) and not by_step else None
-    tables = _tables(params, config, needs, conditionings, by_step, intervals, control)
+    tables = branches.tables_of(params, config, needs, conditionings, by_step, intervals, control)
     rows = rows_group(config)
     fields: list[tuple[Callable[..., Velocities], Sequence[Table | None]]] = []
     for group in groups:
@@ -206,7 +202,8 @@ def velocities(
             "attend": attend,
             **dict(branch.options),
         }
-        evaluate = _network(*_model(branch, params, config), options, control, image_prompt, implementation, end, rows)
+        model = branches.model_of(branch, params, config)
+        evaluate = branches.network(*model, options, control, image_prompt, implementation, end, rows)
         arguments = {}
         for name in group:
             own_features = no_features if needs[name].conditioning == "negative" else features
@@ -223,145 +220,5 @@ def velocities(
     return at(0) if times is None or isinstance(times, Tensor) else Stepwise(at)
 
 
-def _network(
-    weights: Params,
-    sizes: mmdit.Config,
-    options: dict[str, Any],
-    control: Sequence[Control],
-    image_prompt: ImagePrompt | None,
-    implementation: Implementation,
-    end: Tensor | None,
-    group: Group,
-) -> Callable[..., Tensor]:
-    """One evaluation: (x, t, then conditioning and images of each row of the batch, table) -> dx/dt."""
-
-    def network(
-        params: Tree,
-        x: Tensor,
-        t: Tensor,
-        context: Tensor,
-        pooled: Tensor,
-        images: Tree,
-        features: Tree,
-        modulations: Tree,
-        interval: Tensor | None,
-    ) -> Tensor:
-        weights, nets, adapter = params
-        pairs = zip(control, nets, images, strict=True)
-        active = [one._replace(params=net, **image) for one, net, image in pairs]
-        prompt = image_prompt and image_prompt._replace(params=adapter)
-        added = controls.residuals(
-            active,
-            weights,
-            sizes,
-            x,
-            t,
-            context,
-            pooled,
-            modulations=modulations["control"],
-            implementation=implementation,
-        )
-        return mmdit.apply(
-            weights,
-            sizes,
-            x,
-            t,
-            context,
-            pooled,
-            modulations=modulations["transformer"],
-            residuals=added.residuals,
-            residual_after_last=added.after_last,
-            interval=interval,
-            image_prompt=ip_adapter.prompt(prompt, features, t, sizes, implementation=implementation),
-            implementation=implementation,
-            **options,
-        )
-
-    params = (weights, [one.params for one in control], image_prompt.params if image_prompt else {})
-    of_rows = divide_rows(network, group)
-
-    def evaluate(x: Tensor, t: Tensor, *rows: Tree, table: Table | None) -> Tensor:
-        row = None if table is None else lookup(table, t)
-        modulations = {"transformer": None, "control": None} if row is None else row.modulations
-        interval = None if end is None else _interval(t, end, len(x))
-        velocity = of_rows(params, x, t, *rows, modulations, interval)
-        return velocity if row is None else mask_invalid(velocity, row)
-
-    return evaluate
-
-
-def _interval(t: Tensor, end: Tensor, rows: int) -> Tensor:
-    """t - r, () or (rows,): `end` (batch,) is that of each sample, and the rows are the batch once for each branch."""
-    return t - (end.repeat(rows // len(end)) if end.ndim and len(end) < rows else end)
-
-
 def _listed(times: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [times] if isinstance(times, Tensor) else list(times)
-
-
-def _groups(needs: Mapping[str, Branch]) -> list[list[str]]:
-    """The names of branches that one evaluation of a network serves, in order."""
-    groups: list[list[str]] = []
-    for name, branch in needs.items():
-        for group in groups:
-            other = needs[group[0]]
-            if other.options == branch.options and guidances.same_model(other, branch):
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-    return groups
-
-
-def _model(branch: Branch, params: Params, config: Config) -> tuple[Params, mmdit.Config]:
-    """Parameters and config of a branch's transformer."""
-    weights, sizes = branch.model or (params["transformer"], None)
-    return weights, sizes or require(config, "transformer")
-
-
-def _conditioning(conditioning: Any, conditions: Conditions, batch: int) -> Conditioning:
-    if isinstance(conditioning, str):
-        return getattr(conditions, conditioning)
-    return Conditioning(*(part.expand(batch, *part.shape[1:]) for part in conditioning))
-
-
-def _tables(
-    params: Params,
-    config: Config,
-    needs: Mapping[str, Branch],
-    conditionings: Mapping[str, Conditioning],
-    by_step: Sequence[Tensor],
-    intervals: Tensor | None,
-    control: Sequence[Control],
-) -> dict[str, Table]:
-    """Modulations of each branch at all times: once for each conditioning and model."""
-    tables: dict[str, Table] = {}
-    if not by_step:
-        return tables
-    times = torch.cat(list(by_step))
-    times = times[:, None] if times.ndim == 1 else times
-    intervals = intervals[:, None] if intervals is not None and intervals.ndim == 1 else intervals
-    for name, branch in needs.items():
-        for other, table in tables.items():
-            if needs[other].conditioning is branch.conditioning and guidances.same_model(needs[other], branch):
-                tables[name] = table
-                break
-        else:
-            pooled = conditionings[name].pooled
-            computed = computation.PLAIN if branch.model else computation.of(config, "transformer")
-            stored = {name: value for name, value in computed.options.items() if name != "block_transform"}
-            made = {
-                "transformer": mmdit.modulations(*_model(branch, params, config), times, pooled, intervals, **stored),
-                "control": controls.modulations(control, times, pooled),
-            }
-            tables[name] = Table(times, made)
-    return tables
-
-
-def _check_lengths(groups: Sequence[Sequence[str]], conditionings: Mapping[str, Conditioning]) -> None:
-    for group in groups:
-        lengths = {name: conditionings[name].context.shape[1] for name in group}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(
-                f"conditionings that differ in their number of tokens: {lengths}; encode them to one length"
-            )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
+MAX_LENGTH = 2**20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -22,6 +23,14 @@ def text_batch(texts: str | Sequence[str], name: str = "text") -> list[str]:
         if not text.isascii() and _SURROGATE.search(text):
             raise ValueError(f"{name} {index} holds a lone surrogate, which UTF-8 cannot write: {text!r:.60}")
     return batch
+
+
+def check_length(length: int | None) -> None:
+    """Raise ValueError for a number of tokens that every text would be padded to in vain; None is no padding."""
+    if length is not None and length > MAX_LENGTH:
+        raise ValueError(
+            f"length {length} must be at most {MAX_LENGTH:,}, as every text is padded to it; None pads none"
+        )
 
 
 def _shown(value: Any) -> str:

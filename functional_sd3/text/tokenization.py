@@ -9,6 +9,8 @@ from torch import Tensor
 from functional_sd3.text import bpe, clip, t5, unigram, weighting
 from functional_sd3.text.batches import text_batch
 
+MAX_T5_LENGTH = 4096
+
 
 class Config(Protocol):
     """The encoders' configs (None where absent), and the transformer's, from which the widths of absent ones follow."""
@@ -85,6 +87,11 @@ def tokenize(
     """
     if t5_length < 1:
         raise ValueError(f"t5_length {t5_length} must be at least 1 (SD3 uses 77 to 512)")
+    if t5_length > MAX_T5_LENGTH:
+        raise ValueError(
+            f"t5_length {t5_length} must be at most {MAX_T5_LENGTH:,} (SD3 uses 77 to 512): every prompt is padded "
+            "to it, and T5's attention takes its square in memory"
+        )
     texts = _texts(prompts, prompts if prompts_2 is None else prompts_2, prompts if prompts_3 is None else prompts_3)
     length = _clip_length(config, tokenizers)
     return Ids(

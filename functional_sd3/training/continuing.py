@@ -7,7 +7,7 @@ from functional_sd3.formats.printable import shorten
 
 FIXED = (
     "part", "lora", "scratch", "text-encoders", "decoder-only", "control", "control-depth", "inversion", "vectors",
-    "inversion-t5",
+    "inversion-t5", "optimizer", "weights", "log-variance",
 )  # fmt: skip
 """Options that decide which numbers a checkpoint holds."""
 CONTENTS = "contents of "
@@ -16,11 +16,13 @@ _FREE = ("steps", "params", "data", "template")
 
 
 class Difference(NamedTuple):
-    """A setting, its value in the checkpoint and its value on the command line."""
+    """A setting, its value in the checkpoint and its value on the command line; is_fixed: the two decide which numbers
+    a checkpoint holds, as all values of those in `FIXED` do."""
 
     name: str
     before: Any
     now: Any
+    is_fixed: bool = False
 
     def __str__(self) -> str:
         if self.name.startswith(CONTENTS):
@@ -53,7 +55,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Map
 
 def check(changes: list[Difference], out: object, *, force: bool) -> None:
     """Raises ValueError where a difference is not allowed, naming each and what would be right."""
-    fixed = [each for each in changes if each.name in FIXED]
+    fixed = [each for each in changes if each.is_fixed or each.name in FIXED]
     if fixed:
         raise ValueError(
             f"the run in {out} was started with other settings: {_listed(fixed)}. "

@@ -8,33 +8,26 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
-from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.training.following import Following
 from functional_sd3.training.objectives import Metrics
 from functional_sd3.training.schedules import Schedule
 from functional_sd3.training.step import TrainState
 
 
-class PairState(NamedTuple):
+class _PairFields(NamedTuple):
+    train: TrainState
+    old: Params
+    step: Tensor
+
+
+class PairState(Following, _PairFields):
     """State of a run with a slow copy: the `TrainState`, the copy of its parameters, rounds done (int64 ()).
 
     A round is one batch and one or several updates on it, which `train.step` counts.
     """
 
-    train: TrainState
-    old: Params
-    step: Tensor
-
-    @property
-    def params(self) -> Params:
-        return self.train.params
-
-    @property
-    def ema(self) -> Params:
-        return self.train.ema
-
-    @property
-    def key(self) -> Key:
-        return self.train.key
+    __slots__ = ()
 
 
 def init(train: TrainState) -> PairState:

@@ -19,9 +19,10 @@ from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import learner, loop, objectives, optim, step, update_rule
 from functional_sd3.training.distill_methods import METHODS, Settings, with_defaults
 from functional_sd3.training.fake_score import ScoreState, make_score_step
-from functional_sd3.training.objectives import points, policy, rcm
+from functional_sd3.training.objectives import points, policy, rcm, scm, shortcut
 from functional_sd3.training.objectives.segments import Teacher
 from functional_sd3.training.tasks import ENCODERS
+from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Model
 
 SAMPLES = 16
@@ -48,7 +49,7 @@ def student_settings(config: Config, settings: Settings) -> Settings:
     """
     if settings.method not in METHODS:
         raise ValueError(f"method {settings.method!r} must be one of {', '.join(METHODS)}")
-    settings = with_defaults(METHODS, settings)
+    settings = with_defaults(settings)
     schedule.check_steps(settings.to)
     method, levels = METHODS[settings.method], config.schedule or schedule.Config()
     if levels.guidance_distilled and settings.cfg != 1:
@@ -97,6 +98,8 @@ def distill_task(
     init_key, run_key, order_key, sample_key = prng.split(key, 4).unbind(-2)
     drawn = student_config(config, settings)
     learns = learner.learner(init_key, model, rank=settings.lora, config=drawn)
+    if settings.log_variance:
+        learns = learner.with_extra(prng.fold_in(init_key, 2), learns, scm.LOG_VARIANCE, scm.log_variance_spec())
     device = tree.leaves(model.params["transformer"])[0].device
     length = data["ids"].t5.shape[1]
 
@@ -107,7 +110,7 @@ def distill_task(
         return tree.cast(encoded._asdict(), torch.float32)
 
     empty = Conditioning(**encode(conditioning.tokenize(config, tokenizers, [""], t5_length=length)))
-    teacher = guided_teacher(model, empty, settings.cfg, settings.teacher_dtype)
+    teacher = guided_teacher(model, empty, settings.cfg, settings.teacher_dtype, settings.attend)
     method = METHODS[settings.method]
     loss = method.loss(drawn, teacher, settings)
     order = loop.order(order_key, settings.batch, len(data["latents"]))
@@ -122,7 +125,7 @@ def distill_task(
         noise = {"noise": data["noise"][rows].to(device)} if method.has_pairs else {}
         return {"latents": latents, **noise, **encode(tree.map(lambda ids: ids[rows], data["ids"])), **scales}
 
-    def update(loss: objectives.Loss, factor: float = 1.0, ema: float = settings.ema) -> tuple[Any, Any]:
+    def update(loss: objectives.Loss, factor: float = 1.0, ema: float | None = settings.ema) -> tuple[Any, Any]:
         """The optimiser and the update of parameters by a loss of them, at `factor` times the learning rate."""
         rate = optim.warmup_constant(factor * settings.rate, settings.warmup)
         optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=settings.decay, b2=0.99)
@@ -132,6 +135,8 @@ def distill_task(
         )  # fmt: skip
 
     optimizer, train_step = update(lambda params, batch, keys: loss(learns.whole(params), batch, keys))
+    if method.takes_average:
+        train_step = _with_average(learns, loss, update)
     state = step.init(run_key, learns.params, optimizer, trainable=learns.trainable)
     if method.fake_score is not None:
         state, train_step = _with_fake_score(learns, loss, method.fake_score(drawn, settings), update, state, settings)
@@ -155,6 +160,20 @@ def distill_task(
     )
 
 
+def _with_average(
+    learns: learner.Learner, loss: objectives.Loss, update: Callable[..., tuple[Any, Any]]
+) -> Callable[[step.TrainState, Tree], tuple[step.TrainState, objectives.Metrics]]:
+    """The step of an objective that reads the average of the parameters beside them, as it is before the step."""
+
+    def train_step(state: step.TrainState, batch: Tree) -> tuple[step.TrainState, objectives.Metrics]:
+        average = {shortcut.AVERAGE: learns.whole(state.ema)}
+        return update(lambda params, batch, keys: loss({**learns.whole(params), **average}, batch, keys))[1](
+            state, batch
+        )
+
+    return train_step
+
+
 def _with_fake_score(
     learns: learner.Learner,
     loss: objectives.Loss,
@@ -165,7 +184,8 @@ def _with_fake_score(
 ) -> tuple[Any, Any]:
     """State and step of a student whose loss needs the score of its own images, which starts as the teacher's.
 
-    The score has parameters like the student's, so that beside a LoRA it is one too. It is used as it is, not averaged.
+    The score has parameters like the student's, so that beside a LoRA it is one too. It is used as it is: no average
+    of it is kept.
     """
 
     def student(fake: Params) -> Any:
@@ -178,18 +198,25 @@ def _with_fake_score(
         def loss_of_score(score: Params, batch: Tree, keys: Key) -> tuple[Tensor, objectives.Metrics]:
             return fake_loss({**whole, rcm.FAKE: learns.whole(score)["transformer"]}, batch, keys)
 
-        return update(loss_of_score, settings.fake_rate or 1.0, 0.0)[1]
+        return update(loss_of_score, settings.fake_rate or 1.0, None)[1]
 
     optimizer, _ = update(loss, settings.fake_rate or 1.0)
-    score = step.init(prng.fold_in(state.key, 1), learns.params, optimizer, trainable=learns.trainable)
+    key = prng.fold_in(state.key, 1)
+    score = step.init(key, learns.params, optimizer, trainable=learns.trainable, average=False)
     return ScoreState(state, score), make_score_step(student, fake, settings.fake_updates or 1)
 
 
-def guided_teacher(model: Model, empty: Conditioning, cfg: float, dtype: torch.dtype | None = None) -> Teacher:
+def guided_teacher(
+    model: Model,
+    empty: Conditioning,
+    cfg: float,
+    dtype: torch.dtype | None = None,
+    attend: mmdit.AttendBlocks | None = None,
+) -> Teacher:
     """The velocity of a model's prompts guided by `cfg` away from `empty` (1, ...), without gradients, computed in
-    `dtype` (None: the parameters')."""
+    `dtype` (None: the parameters'); attend: as of `mmdit.apply`."""
     params: Params = {"transformer": model.params["transformer"]}
     if dtype is not None:
         params = {"transformer": layers.cast(params["transformer"], dtype)}
-    guided = policy.guided_velocity(points.model_velocity(model.config, dtype=dtype), empty, cfg)
+    guided = policy.guided_velocity(points.model_velocity(model.config, dtype=dtype, attend=attend), empty, cfg)
     return lambda batch: guided(params, batch)

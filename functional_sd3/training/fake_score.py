@@ -5,34 +5,27 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.core.types import Params, Tree
+from functional_sd3.training.following import Following
 from functional_sd3.training.objectives import Metrics
 from functional_sd3.training.step import TrainState
 
 Update = Callable[[TrainState, Tree], tuple[TrainState, Metrics]]
 
 
-class ScoreState(NamedTuple):
-    """State of a run: that of the student, which counts the steps, and that of the fake score."""
-
+class _ScoreFields(NamedTuple):
     train: TrainState
     fake: TrainState
 
-    @property
-    def params(self) -> Params:
-        return self.train.params
 
-    @property
-    def ema(self) -> Params:
-        return self.train.ema
+class ScoreState(Following, _ScoreFields):
+    """State of a run: that of the student, which counts the steps, and that of the fake score, without an average."""
+
+    __slots__ = ()
 
     @property
     def step(self) -> Tensor:
         return self.train.step
-
-    @property
-    def key(self) -> Key:
-        return self.train.key
 
 
 def make_score_step(

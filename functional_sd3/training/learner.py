@@ -35,6 +35,22 @@ class Learner(NamedTuple):
         return step.trainable(self.spec)
 
 
+def with_extra(key: Key, learns: Learner, name: str, spec: Tree) -> Learner:
+    """The learner with the objective's own parameters `name`, which are in no model: in `whole`, not in `merged`."""
+    some = tree.leaves(learns.params)[0]
+    own = specs.init(key, spec, device=some.device)
+
+    def model_part(params: Params) -> Params:
+        return {part: leaves for part, leaves in params.items() if part != name}
+
+    return learns._replace(
+        params={**learns.params, name: own},
+        spec={**learns.spec, name: spec},
+        whole=lambda params: {**learns.whole(model_part(params)), name: params[name]},
+        merged=lambda params: learns.merged(model_part(params)),
+    )
+
+
 def extended(key: Key, model: Model, config: Config) -> Model:
     """The model with the config's transformer: parameters that it lacks are fresh, in the dtype of its others."""
     present, wanted = model.params["transformer"], SPECS["transformer"](config.transformer)

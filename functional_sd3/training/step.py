@@ -26,7 +26,7 @@ Gradient = Callable[[Params, Params, Tree, Key], tuple[Params, tuple[Tensor, Met
 class TrainState(NamedTuple):
     """State of a run: parameters, optimiser state, moving average of the parameters, steps done (int64 ()), key.
 
-    The optimiser's state covers the trainable leaves only; `ema` is a whole parameter tree.
+    The optimiser's state covers the trainable leaves only; `ema` is a whole parameter tree, or {} where none is kept.
     """
 
     params: Params
@@ -36,10 +36,16 @@ class TrainState(NamedTuple):
     key: Key
 
 
-def init(key: Key, params: Params, optimizer: optim.Optimizer, *, trainable: tree.Chooser = "*") -> TrainState:
-    """The state before the first step. Parameters are copied, so a donated step does not overwrite the caller's."""
+def init(
+    key: Key, params: Params, optimizer: optim.Optimizer, *, trainable: tree.Chooser = "*", average: bool = True
+) -> TrainState:
+    """The state before the first step. Parameters are copied, so a donated step does not overwrite the caller's.
+
+    average: whether `ema` is kept; without it is {}.
+    """
     device = next(iter(tree.leaves(params))).device
-    copies, ema = (tree.map(_copy, params) for _ in range(2))
+    copies = tree.map(_copy, params)
+    ema = tree.map(_copy, params) if average else {}
     learned, _ = tree.partition(copies, trainable)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     return TrainState(copies, optimizer.init(learned), ema, zero, key.to(device))
@@ -61,7 +67,7 @@ def make_train_step(
     optimizer: optim.Optimizer,
     *,
     trainable: tree.Chooser = "*",
-    ema_decay: float = 0.9999,
+    ema_decay: float | None = 0.9999,
     accumulate: int = 1,
     rows: int | None = None,
     compile: bool = False,
@@ -75,6 +81,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
     """`train_step(state, batch) -> (state, metrics)` of a loss and an optimiser.
 
+    ema_decay: of the average of the parameters; None for none, of a state that has none (`init(average=False)`).
     Sample i of step n draws from `split(fold_in(state.key, n), batch)[i]`. Metrics: loss, grad_norm, those of the loss,
     and the learning rate if `rate` is given.
 
@@ -154,7 +161,7 @@ def _advance(
     state: TrainState,
     learned: Params,
     fixed: Params,
-    ema_decay: float,
+    ema_decay: float | None,
     donate: bool | str,
     key: Key | None = None,
 ) -> TrainState:

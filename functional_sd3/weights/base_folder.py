@@ -27,15 +27,16 @@ def open_folder(named: Path, folder: Path, only: Collection[str], variant: str |
     named: the folder as it was given, to which the reference is relative; folder: where its content is. Problems are
     collected, not raised.
     """
-    own = diffusers.open_folder(folder, only, variant)
+    opened = diffusers.open_folder(folder, only, variant)
+    own = opened.contents
     base = reference(files.read_json(folder / diffusers_folder.INDEX), named)
     if base is None:
-        return own
+        return opened.checked(folder, variant)
     here = {piece.component for piece in own.pieces}
     lacking = {name for name in only if name not in here}
     without_tokenizer = {name for name in Tokenizers._fields if name in only and name not in own.tokenizers}
     if not lacking | without_tokenizer:
-        return own
+        return opened.checked(folder, variant)
     place = place_of(named, base)
     what = f"{named / diffusers_folder.INDEX}: {KEY} is {base!r}"
     if not os.path.lexists(atomic.current(place) / diffusers_folder.INDEX):
@@ -43,7 +44,7 @@ def open_folder(named: Path, folder: Path, only: Collection[str], variant: str |
             f"{what}, but {place} is no model folder, with {', '.join(sorted(lacking | without_tokenizer))}: {_HOW}"
         )
         return own._replace(problems=(*own.problems, problem))
-    rest, further = atomic.read_stable(
+    others, further = atomic.read_stable(
         place,
         lambda content: (
             diffusers.open_folder(content, lacking | without_tokenizer, variant),
@@ -51,6 +52,11 @@ def open_folder(named: Path, folder: Path, only: Collection[str], variant: str |
         ),
         diffusers_folder.OWNED,
     )
+    # One of the two has the variant, whose other components are then of none.
+    lacks = [opened.lacks_variant or not own.pieces, others.lacks_variant or not others.contents.pieces]
+    if variant and all(lacks):
+        own = opened._replace(lacks_variant=True).checked(folder, variant)
+    rest = others.contents
     problems = (*own.problems, *rest.problems)
     if further is not None:
         problems += (f"{what}, which refers to yet another, {further!r}: what is lacking must be in one folder",)

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,21 @@ BASE = "_base_model"
 """Key of the index: the folder, relative to this one, of what this one lacks (`base_folder`)."""
 
 
-def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Discovered:
+class Opened(NamedTuple):
+    """Contents of a folder, and whether none of the components there has weights of the variant that is wanted."""
+
+    contents: Discovered
+    lacks_variant: bool
+
+    def checked(self, folder: Path, variant: str | None) -> Discovered:
+        """The contents, with the lack of the variant as a problem."""
+        if not self.lacks_variant:
+            return self.contents
+        problem = f"{folder}: no component has weights of the variant {variant!r}"
+        return self.contents._replace(problems=(*self.contents.problems, problem))
+
+
+def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Opened:
     """Contents of a folder; arguments as of `weights.load`. Problems are collected, not raised."""
     index = files.read_json(folder / INDEX)
     problems: list[str] = []
@@ -56,10 +70,9 @@ def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Dis
         for name, tokenizer in TOKENIZERS.items()
         if name in only
     }
-    if variant and pieces and not any(variants):
-        problems.append(f"{folder}: no component has weights of the variant {variant!r}")
     present = {name: tables for name, tables in tokenizers.items() if tables is not None}
-    return Discovered(pieces, present, schedule, True, tuple(problems))
+    contents = Discovered(pieces, present, schedule, True, tuple(problems))
+    return Opened(contents, bool(variant and pieces and not any(variants)))
 
 
 def write(

@@ -143,6 +143,14 @@ def test_a_run_without_a_step_to_show_is_noted(folder, tmp_path, capsys):
     assert "ends before" not in capsys.readouterr().err
 
 
+def test_an_image_that_stays_as_it_is_has_no_previews(folder, tmp_path, capsys):
+    assert generate(folder, tmp_path / "x.png") == 0
+    words = ("--image", tmp_path / "x.png", "--strength", 0, "--preview")
+    assert generate(folder, tmp_path / "y.png", *words) == 0
+    said = capsys.readouterr().err
+    assert "with --strength 0 no step is drawn, so there are no previews" in said and "previews are written" not in said
+
+
 def test_other_commands_preview_too(folder, tmp_path):
     assert generate(folder, tmp_path / "x.png") == 0
     words = ("--params", folder / "plain", "--steps", 2, "--preview")

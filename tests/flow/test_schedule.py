@@ -183,6 +183,16 @@ def test_what_makes_no_grid_is_refused_by_name(call, message):
         call()
 
 
+def test_absurd_numbers_of_steps_are_refused_before_a_grid_is_made():
+    for call in (
+        lambda: schedule.sigmas(10**12),
+        lambda: schedule.even(10**12),
+        lambda: schedule.Config(distilled_steps=10**12, distillation="meanflow"),
+    ):
+        with pytest.raises(ValueError, match="steps 1000000000000 must be at most 1,000,000: a grid holds the time of"):
+            schedule.check_config(call())
+
+
 @pytest.mark.parametrize("steps", [None, "3", [3], 2.5, 0, -1, True])
 def test_steps_that_are_no_whole_number_of_at_least_1_are_refused(steps):
     with pytest.raises(ValueError, match=r"steps .* must be a whole number of at least 1"):

@@ -20,7 +20,7 @@ BATCH, HEADS, TOKENS, OTHERS, WIDTH = 2, 3, 13, 17, 8
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Blocks of four rows and tiles of eight, so that every loop here has several steps."""
-    monkeypatch.setattr(attention, "LEAST_ROWS", 4)
+    monkeypatch.setattr(attention, "MIN_ROWS", 4)
     monkeypatch.setattr(attention, "BLOCK_SCORES", 200)
     monkeypatch.setattr(attention_tiles, "TILE_SCORES", 150)
 
@@ -304,7 +304,7 @@ def test_tiles_of_any_size_cover_each_visible_score_once(scores, causal, monkeyp
     monkeypatch.setattr(attention_tiles, "TILE_SCORES", scores)
     covered = torch.zeros(BATCH * HEADS, TOKENS, OTHERS, dtype=torch.int64)
     for part in attention_tiles.Tiles(Q, K, V, None, causal, 1.0):
-        assert covered[tuple(part)].numel() <= max(scores, attention.LEAST_ROWS * OTHERS)
+        assert covered[tuple(part)].numel() <= max(scores, attention.MIN_ROWS * OTHERS)
         covered[tuple(part)] += 1
     visible = torch.ones(TOKENS, OTHERS, dtype=torch.bool).tril() if causal else torch.tensor(True)
     assert (covered[:, visible.expand(TOKENS, OTHERS)] == 1).all() and covered.max() == 1

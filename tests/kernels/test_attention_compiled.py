@@ -112,7 +112,7 @@ ORDERS = {
 def test_memory_is_linear_in_the_tokens(name, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_SCORES", 1 << 14)
     monkeypatch.setattr(attention_tiles, "TILE_SCORES", 1 << 14)
-    monkeypatch.setattr(attention, "LEAST_ROWS", 16)
+    monkeypatch.setattr(attention, "MIN_ROWS", 16)
     short, long = (
         allocated_peak(lambda tokens=tokens: ORDERS[name](random(1, 1, 1, tokens, 4))) for tokens in (256, 1024)
     )

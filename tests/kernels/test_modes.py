@@ -62,12 +62,12 @@ LAYERS = {
         )
         for name in layers.ACTIVATIONS
     },
-    "convolution by Winograd": (lambda: layers.conv2d(CONV, picture(), padding=1), 2 * 64 * 64 * 9 * 32 * 32),
-    "convolution of twice the size": (lambda: layers.upsample_conv2d(CONV, picture()), 2 * 64 * 64 * 9 * 64 * 64),
+    "convolution by Winograd": (lambda: layers.conv2d(CONV, large_image(), padding=1), 2 * 64 * 64 * 9 * 32 * 32),
+    "convolution of twice the size": (lambda: layers.upsample_conv2d(CONV, large_image()), 2 * 64 * 64 * 9 * 64 * 64),
 }
 
 
-def picture():
+def large_image():
     return drawn(1, 64, 32, 32, seed=5).contiguous(memory_format=torch.channels_last)
 
 

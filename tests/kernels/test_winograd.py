@@ -120,10 +120,10 @@ def test_group_norm_of_large_channels_last_pictures_is_as_accurate_as_of_others(
     assert (found - exact).norm() <= 2e-7 * exact.norm()
 
 
-def test_parameters_alone_can_be_learned_of_large_pictures():
+def test_parameters_alone_can_be_learned_of_large_images():
     weight, bias, x = drawn(0, 1, 64, 64, 96, 96)
     conv, norm = {"weight": weight, "bias": bias}, {"weight": torch.ones(64), "bias": torch.zeros(64)}
-    pictures = x.clone()
+    images = x.clone()
     for params, apply in (
         (conv, lambda params: layers.conv2d(params, x, padding=1)),
         (conv, lambda params: layers.upsample_conv2d(params, x)),
@@ -136,4 +136,4 @@ def test_parameters_alone_can_be_learned_of_large_pictures():
             (gradient,) = torch.autograd.grad(apply(learned).square().mean(), own)
             total = lambda leaf, name=name, params=params, apply=apply: apply(params | {name: leaf}).square().mean()  # noqa: E731
             torch.testing.assert_close(torch.func.grad(total)(params[name]), gradient)
-            assert gradient.norm() > 0 and torch.equal(x, pictures)
+            assert gradient.norm() > 0 and torch.equal(x, images)

@@ -161,6 +161,11 @@ def test_the_scale_may_depend_on_the_path():
     assert changed == {path for path in adapters.entries(one) if ".blocks.1." in path}
 
 
+def test_a_rank_above_that_of_every_matrix_is_refused_before_anything_is_made():
+    with pytest.raises(ValueError, match=r"rank 1000000000 must be at most \d+, the rank that the largest adapted"):
+        lora.spec(CONFIG, 10**9)
+
+
 @few
 @given(SEEDS)
 def test_extraction_at_full_rank_gives_the_difference(seed):

@@ -115,7 +115,7 @@ def test_the_released_layouts_have_exactly_transformers_names_and_shapes(config)
     assert rules.keys(LAYOUT, clip_dual.spec(config)) == expected
 
 
-def pictures() -> list[Image.Image]:
+def originals() -> list[Image.Image]:
     """Upright, wide, tiny, of the wanted size, with transparency, grey, a palette."""
     generator = numpy.random.default_rng(0)
 
@@ -133,7 +133,7 @@ def pictures() -> list[Image.Image]:
 def test_preprocessing_equals_the_processor_to_the_bit(index):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    img = pictures()[index]
+    img = originals()[index]
     for config in (clip_pixels.Config(), clip_pixels.Config(resize=60, crop=49, mean=(0.5, 0.4, 0.3))):
         processor = CLIPImageProcessorPil(
             size={"shortest_edge": config.resize}, crop_size={"height": config.crop, "width": config.crop},
@@ -177,10 +177,10 @@ def test_clip_score_of_a_folder_that_their_processor_wrote_equals_theirs(shared_
     transformers.CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(tmp_path)
     captions = ["a cat!", "two dogs left of a very big house", "x" * 400, "", "größe 漢字"]
     ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    images = processor(images=pictures()[:5], return_tensors="pt")["pixel_values"]
+    images = processor(images=originals()[:5], return_tensors="pt")["pixel_values"]
     expected = model(input_ids=ids, pixel_values=images)
     cosines = (expected.image_embeds * expected.text_embeds).sum(-1)
     ours = weights.load_clip(tmp_path)
-    actual = clip_images.scores(ours.params, ours.config, ours.tokenizer, ours.pixels, pictures()[:5], captions)
+    actual = clip_images.scores(ours.params, ours.config, ours.tokenizer, ours.pixels, originals()[:5], captions)
     assert actual.max() > 1
     torch.testing.assert_close(actual, 100 * cosines.clamp(min=0).double(), rtol=1e-4, atol=1e-4)

@@ -77,7 +77,7 @@ def run_theirs(root, names, noise, images, monkeypatch, **options):
 def test_pixels_equal_diffusers(made, names, monkeypatch):
     model, root, nets = made
     noise = prng.normal(prng.key(7), (2, 16, 8, 12))
-    pictures = [prng.uniform(prng.key(8 + index), (2, 3, 64, 96)) for index in range(len(names))]
+    control_images = [prng.uniform(prng.key(8 + index), (2, 3, 64, 96)) for index in range(len(names))]
     numbers = [(0.8, 0.0, 0.7), (0.5, 0.3, 1.0)][: len(names)]
     with torch.no_grad():
         controls = [
@@ -88,7 +88,7 @@ def test_pixels_equal_diffusers(made, names, monkeypatch):
                 start=start,
                 end=end,
             )
-            for name, img, (scale, start, end) in zip(names, pictures, numbers, strict=True)
+            for name, img, (scale, start, end) in zip(names, control_images, numbers, strict=True)
         ]
         options = {"noise": noise, "steps": 6, "cfg": 4.0}
         images = pipeline.generate(*parts(model), PROMPTS, prng.key(0), control=controls, **options)
@@ -99,7 +99,7 @@ def test_pixels_equal_diffusers(made, names, monkeypatch):
         root,
         names,
         noise,
-        [2 * img - 1 for img in pictures],
+        [2 * img - 1 for img in control_images],
         monkeypatch,
         controlnet_conditioning_scale=scale,
         control_guidance_start=start,

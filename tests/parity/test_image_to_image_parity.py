@@ -110,8 +110,8 @@ def test_the_latent_blend_of_inpainting_equals_diffusers(made, run_theirs, stren
         )
     assert float((ours - expected).abs().max()) < 1e-4
     # What they make images of is not shifted: theirs are those of other latents.
-    pictures = run_theirs("StableDiffusion3InpaintPipeline", noise, images, mask_image=mask, **options)
+    inpainted = run_theirs("StableDiffusion3InpaintPipeline", noise, images, mask_image=mask, **options)
     with torch.no_grad():
         unshifted = vae.decode(model.params["vae"], model.config.vae, latents / model.config.vae.scaling)
-    torch.testing.assert_close(pictures, (unshifted / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
-    assert float((pictures - expected).abs().max()) > 1e-3
+    torch.testing.assert_close(inpainted, (unshifted / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=0)
+    assert float((inpainted - expected).abs().max()) > 1e-3

@@ -187,6 +187,11 @@ def test_prompts_that_do_not_match_are_refused(tokenizers):
         conditioning.tokenize(REAL, tokenizers, [])
     with pytest.raises(ValueError, match="t5_length 0 must be at least 1"):
         conditioning.tokenize(REAL, tokenizers, "a", t5_length=0)
+    with pytest.raises(ValueError, match="t5_length 1000000000 must be at most 4,096 .*its square in memory"):
+        conditioning.tokenize(REAL, tokenizers, "a", t5_length=10**9)
+    for module, tables in ((bpe, tokenizers.clip_l), (unigram, tokenizers.t5)):
+        with pytest.raises(ValueError, match="length 1000000000 must be at most 1,048,576, as every text is padded"):
+            module.apply(tables, ["a"], length=10**9)
 
 
 def test_ids_of_the_shipped_tokenizers_are_those_of_each():

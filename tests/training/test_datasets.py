@@ -59,7 +59,7 @@ def test_broken_files_are_named_and_skipped(tmp_path):
     plain(tmp_path / "good.png")
     plain(tmp_path / "whole.jpg", size=(200, 200))
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:600])
-    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "text.png").write_text("this is no image")
     (tmp_path / "empty.gif").write_bytes(b"")
     (tmp_path / ".hidden.png").write_bytes(b"")
     (tmp_path / "notes.md").write_text("not looked at")
@@ -82,7 +82,7 @@ def test_a_folder_that_is_missing_or_has_no_image_is_refused(tmp_path):
         datasets.image_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images"):
         datasets.image_folder(tmp_path)
-    (tmp_path / "text.png").write_text("this is no picture")
+    (tmp_path / "text.png").write_text("this is no image")
     with pytest.raises(ValueError, match="1 files could not be read, the first: text.png"):
         datasets.image_folder(tmp_path)
     with pytest.raises(ValueError, match="is not a folder of images"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import distill, generate, numbers, training_run
+from functional_sd3.cli import distill, generate, likelihood, numbers, reward, run_options, train, training_run
 from functional_sd3.cli import lora as lora_command
 from functional_sd3.cli.report import printing
 from functional_sd3.core import prng, tree
@@ -154,14 +154,24 @@ def test_a_student_is_halved_and_nothing_else(command, student, tmp_path):
     assert (levels.distilled_steps, levels.shift, levels.guidance_distilled) == (2, 3.0, True)
 
 
-OWN = {"scm": ["--tangent-warmup", 3], "rcm": ["--fake-updates", 2], "reflow": ["--teacher-steps", 2]}
+OWN = {
+    "scm": ["--tangent-warmup", 3],
+    "scm, weighted": ["--log-variance"],
+    "rcm": ["--fake-updates", 2],
+    "reflow": ["--teacher-steps", 2],
+    "shortcut": ["--equal", 0.5],
+}
 
 
-@pytest.mark.parametrize(("method", "rank"), [("scm", 0), ("rcm", 0), ("rcm", 2), ("reflow", 0)])
+@pytest.mark.parametrize(
+    ("form", "rank"),
+    [("scm", 0), ("scm, weighted", 0), ("scm, weighted", 2), ("rcm", 0), ("rcm", 2), ("reflow", 0), ("shortcut", 2)],
+)
 def test_every_method_leaves_a_student_and_goes_on_to_the_same_bits(
-    command, draw, teacher_folder, tmp_path, method, rank
+    command, draw, teacher_folder, tmp_path, form, rank
 ):
-    words = ["--method", method, "--to", 2, *OWN[method], *(["--lora", rank] if rank else [])]
+    method = form.partition(",")[0]
+    words = ["--method", method, "--to", 2, *OWN[form], *(["--lora", rank] if rank else [])]
     for name in ("whole", "cut"):
         assert command(*words, "--out", tmp_path / name)[0] == 0
     checkpoint.paths(tmp_path / "cut" / "checkpoints")[-1].unlink()
@@ -171,17 +181,27 @@ def test_every_method_leaves_a_student_and_goes_on_to_the_same_bits(
     before, after = (checkpoint.paths(tmp_path / "whole" / "checkpoints")[index] for index in (0, 1))
     assert before.read_bytes() != after.read_bytes()
     row = log.read(tmp_path / "whole" / "log.csv")[-1]
-    assert {"scm": {"tangent", "dropped"}, "rcm": {"matching", "fake_loss"}, "reflow": set()}[method] <= row.keys()
+    columns = {"scm": {"tangent", "dropped"}, "rcm": {"matching", "fake_loss"}, "shortcut": {"bootstrap"}}
+    assert columns.get(method, set()) <= row.keys()
+    kept = files.read_header(after).tensors
+    # The fake score is used as it is, and the log-variance is in no model.
+    assert not any(name.startswith("fake.ema.") for name in kept)
+    assert ("params.log_variance.weight" in kept) == (form == "scm, weighted")
+    if form == "scm, weighted":
+        path = tmp_path / "whole" / (training_run.LORA if rank else "transformer/diffusion_pytorch_model.safetensors")
+        assert not any("variance" in name for name in files.read_header(path).tensors)
+        learned = files.tensor(files.open_mapped(after), "params.log_variance.weight")
+        assert learned.abs().min() > 0
 
     out = tmp_path / "whole"
     options = ["--params", teacher_folder, "--lora", out / training_run.LORA] if rank else ["--params", out]
     said = draw(*options, "--out", tmp_path / "a.png")
     assert "distilled for 2 steps and has guidance folded in: drawn in 2 steps, --cfg 1" in said
-    usual = "euler" if method == "reflow" else "euler_renoised"
+    usual = {"reflow": "euler", "shortcut": "meanflow"}.get(method, "euler_renoised")
     draw(*options, "--out", tmp_path / "b.png", "--method", usual)
     assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
     draw(*options, "--out", tmp_path / "c.png", "--steps", 3)
-    if method == "scm":
+    if form == "scm":
         levels = weights.load(out).config.schedule
         assert (levels.distillation, levels.stochastic_sampling) == ("consistency", True)
         draw(*options, "--out", tmp_path / "d.png", "--method", "euler")
@@ -195,6 +215,79 @@ def test_every_method_leaves_a_student_and_goes_on_to_the_same_bits(
         # Its velocity is that of a flow, which can be distilled again.
         again = ["--params", out, "--method", "scm", "--to", 1, "--steps", 1]
         assert command(*again, "--out", tmp_path / "again")[0] == 0
+
+
+def test_a_method_with_another_state_takes_another_folder(command, student, tmp_path):
+    """No checkpoint is taken for a broken one, and none is renamed."""
+    shutil.copytree(student, tmp_path / "out")
+    kept = sorted((tmp_path / "out" / "checkpoints").iterdir())
+    for method in ("rcm", "meanflow"):
+        with pytest.raises(ValueError, match=f"method segments -> {method}.*Even with --force that takes another"):
+            command("--to", 4, "--out", tmp_path / "out", "--resume", "--force", "--method", method)
+    assert sorted((tmp_path / "out" / "checkpoints").iterdir()) == kept
+    said = command("--to", 4, "--out", tmp_path / "out", "--resume", "--force", "--method", "scm", "--steps", 5)[1]
+    assert "changed by --force: " in said and "method segments -> scm" in said
+    with pytest.raises(ValueError, match="log-variance False -> True.*takes another folder"):
+        command("--to", 4, "--out", tmp_path / "out", "--resume", "--method", "scm", "--log-variance", "--steps", 5)
+
+
+def test_a_number_of_shapes_has_no_effect_on_a_folder(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    distill.add_arguments(parser)
+    words = ["--to", "2", "--out", "x", "--data", str(tmp_path), "--pictures", "8"]
+    with printing(quiet=False):
+        run_options.check_images(parser.parse_args(words))
+        run_options.check_images(parser.parse_args(words[:-2]))
+    assert capsys.readouterr().err.count("--pictures 8 is how many of the shapes") == 1
+
+
+def test_a_student_is_not_trained_as_a_flow(command, student, tmp_path):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    words = ["--params", student, "--data", "shapes", "--out", tmp_path / "flow"]
+    with pytest.raises(ValueError, match="--params is a student by segments, whose velocity is another"):
+        train.run(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sampling-steps", 3], "--sampling-steps 3: this model was distilled into 4 segments"),
+        (["--sampler", "heun"], "--sampler heun: this model is a student by segments"),
+        ([], "steps of the student"),
+    ],
+)
+def test_rewards_draw_a_student_in_its_own_steps(student, tmp_path, words, said):
+    parser = argparse.ArgumentParser()
+    reward.add_arguments(parser)
+    given = ["--params", student, "--reward", "shapes", "--out", tmp_path / "out", "--steps", 1, "--batch-size", 4]
+    parsed = parser.parse_args([str(word) for word in (*given, "--group", 2, "--sample-every", 0, *words)])
+    if words:
+        with pytest.raises(ValueError, match=said):
+            reward.run(parsed)
+        return
+    assert reward.run(parsed) == 0
+    saved = checkpoint.settings(checkpoint.paths(tmp_path / "out" / "checkpoints")[-1])
+    assert (saved["sampling-steps"], saved["sampler"]) == (4, "euler")
+
+
+def test_rewards_do_not_train_a_mean_velocity(mean_student, tmp_path):
+    parser = argparse.ArgumentParser()
+    reward.add_arguments(parser)
+    with pytest.raises(ValueError, match="--params is a student by meanflow, which is drawn by its mean velocity"):
+        words = ["--params", mean_student, "--reward", "shapes", "--out", tmp_path / "out"]
+        reward.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_a_student_has_no_likelihood(student, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    parser = argparse.ArgumentParser()
+    likelihood.add_arguments(parser)
+    with pytest.raises(ValueError, match="likelihood follows the velocity of a flow, and this model is a student by"):
+        words = [tmp_path / "a.png", "--prompt", "x", "--params", student]
+        likelihood.run(parser.parse_args([str(word) for word in words]))
 
 
 def test_pairs_are_the_teachers_runs_and_are_kept(command, teacher_folder, tmp_path):
@@ -227,10 +320,16 @@ def test_pairs_are_the_teachers_runs_and_are_kept(command, teacher_folder, tmp_p
         (["--to", 4, "--method", "scm", "--inner", 3], "--inner is for --method segments, not for scm"),
         (["--to", 4, "--method", "scm", "--fake-rate", 1], "--fake-rate is for --method rcm, not for scm"),
         (["--to", 4, "--method", "reflow", "--teacher-steps", 0], "--teacher-steps 0 must be at least 1"),
-        (["--to", 0], "--to 0 must be at least 1"),
+        (["--to", 0], "--to 0 must be between 1 and 1,000"),
+        (["--to", 10**9], "--to 1000000000 must be between 1 and 1,000"),
+        (["--to", 4, "--batch-size", 2**31 - 1], "--batch-size 2147483647 must be at most 1,000,000"),
+        (["--to", 4, "--log-variance"], "--log-variance is for --method scm, not for segments"),
+        (["--to", 4, "--equal", 0.5], "--equal is for --method meanflow, imeanflow or shortcut, not for segments"),
+        (["--to", 4, "--template", "a {}"], "--template is for a folder of images"),
+        (["--to", 4, "--follow"], "--follow is for a folder of images"),
         (["--to", 4, "--cfg", 0.5], "--cfg 0.5 must be at least 1"),
         (["--to", 4, "--cfg", "nan"], "--cfg nan must be a finite number"),
-        (["--to", 4, "--inner", 0], "--inner 0 must be at least 1"),
+        (["--to", 4, "--inner", 0], "--inner 0 must be between 1 and 1,000"),
         (["--to", 4, "--shift", -1], "--shift -1.0 must be above 0"),
         (["--to", 4, "--lr", "inf"], "--lr inf must be a positive number"),
         (["--to", 4, "--lora", 0], "--lora 0 must be a rank of at least 1"),
@@ -335,7 +434,7 @@ def test_a_mean_velocity_is_distilled_on_and_is_no_teacher_of_segments(command, 
         command("--params", student, "--to", 2, "--method", "meanflow", "--out", tmp_path / "no")
     with pytest.raises(ValueError, match="--inner is for --method segments, not for meanflow"):
         command("--to", 2, "--method", "meanflow", "--inner", 2, "--out", tmp_path / "no")
-    with pytest.raises(ValueError, match="--tangent-warmup is for --method meanflow .* rcm, not for segments"):
+    with pytest.raises(ValueError, match="--tangent-warmup is for --method meanflow, .* or rcm, not for segments"):
         command("--to", 2, "--tangent-warmup", 2, "--out", tmp_path / "no")
     words = ("--params", mean_student, "--to", 3, "--method", "shortcut", "--out", tmp_path / "three")
     assert command(*words)[0] == 0

@@ -1,39 +1,43 @@
 """Methods of distillation: their registry, their settings, and students with parameters that their teachers lack."""
 
+import argparse
 import dataclasses
 
 import pytest
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.cli import distill_options, train_model
+from functional_sd3.cli import distill_options as command_line
+from functional_sd3.cli import train_model
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import distilled
-from functional_sd3.training import distill_methods, learner
-from functional_sd3.training.distill_methods import METHODS, DistillMethod, Settings, with_defaults
+from functional_sd3.training import distill_methods, distill_options, learner
+from functional_sd3.training.distill_methods import METHODS, Settings, with_defaults
 from functional_sd3.transformer import mmdit
 
 
 def test_the_command_line_knows_the_methods_and_their_own_options():
-    assert set(distill_options.METHODS) == set(METHODS)
-    owners = {}
-    for name, method in METHODS.items():
-        assert method.kind in distilled.KINDS
-        for option in method.options:
-            owners.setdefault(option, []).append(name)
-    assert {name: set(methods) for name, methods in distill_options.OWN.items()} == {
-        name: set(methods) for name, methods in owners.items()
-    }
+    assert distill_options.METHODS == tuple(METHODS)
+    assert all(method.kind in distilled.KINDS for method in METHODS.values())
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    for name, option in distill_options.OPTIONS.items():
+        assert name in fields and set(option.defaults) <= set(METHODS)
+    parser = argparse.ArgumentParser()
+    command_line.add_arguments(parser)
+    known = vars(parser.parse_args(["--to", "4", "--out", "x"]))
+    assert all(known[name] is None for name in distill_options.OPTIONS)
+    said = parser.format_help().replace("\n", " ")
+    assert "default 0.5 of meanflow or imeanflow; 0.875 of shortcut" in " ".join(said.split())
 
 
 def test_settings_of_a_method_are_filled_in_and_those_of_others_are_errors():
-    loss = METHODS["segments"].loss
-    methods = {"segments": METHODS["segments"], "other": DistillMethod("meanflow", loss)}
-    assert with_defaults(methods, Settings(to=4)).inner == 3
-    assert with_defaults(methods, Settings(to=4, inner=5)).inner == 5
-    assert with_defaults(methods, Settings(to=4, method="other")).inner is None
-    with pytest.raises(ValueError, match="inner is for method segments, not for other"):
-        with_defaults(methods, Settings(to=4, method="other", inner=3))
+    assert with_defaults(Settings(to=4)).inner == 3
+    assert with_defaults(Settings(to=4, inner=5)).inner == 5
+    assert with_defaults(Settings(to=4, method="scm")).inner is None
+    with pytest.raises(ValueError, match="inner is for method segments, not for scm"):
+        with_defaults(Settings(to=4, method="scm", inner=3))
+    with pytest.raises(ValueError, match="equal is for method meanflow, imeanflow or shortcut, not for scm"):
+        with_defaults(Settings(to=4, method="scm", equal=0.5))
     assert distill_methods.Settings is Settings
 
 

@@ -217,6 +217,22 @@ def test_a_shortcut_learns_two_steps_of_half_its_length():
     torch.testing.assert_close(metrics["bootstrap"], errors[~is_equal].mean(), rtol=1e-9, atol=0)
 
 
+def test_a_shortcut_takes_its_steps_by_the_average_of_the_parameters_where_it_is_given():
+    loss = objectives.shortcut_loss(perceptron, equal=0.5, finest=8)
+    other = tree.map(lambda leaf: 0.5 * leaf + 0.1, PERCEPTRON)
+    gradient, (_, metrics) = grads({**PERCEPTRON, "average": other}, BATCH, KEYS, loss)
+    assert all(not leaf.any() for leaf in tree.leaves(gradient.pop("average")))
+    own, (_, same) = grads({**PERCEPTRON, "average": PERCEPTRON}, BATCH, KEYS, loss)
+    plain, (_, without) = grads(PERCEPTRON, BATCH, KEYS, loss)
+    own.pop("average")
+    assert tree.allclose(own, plain, rtol=0, atol=0) and torch.equal(same["error"], without["error"])
+    assert not tree.allclose(gradient, plain) and metrics["error"] != without["error"]
+
+
+def grads(params, batch, keys, loss):
+    return torch.func.grad_and_value(loss, has_aux=True)(params, batch, keys)
+
+
 @pytest.fixture(scope="module")
 def student(tiny):
     """`tiny` with an embedder of t - r whose output is not zero, and a batch."""

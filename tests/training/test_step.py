@@ -83,6 +83,19 @@ def test_a_donated_step_equals_the_pure_one(setting, tiny, donate):
     assert tree.allclose(pure.ema, donated.ema, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_without_an_average_keeps_none_and_is_the_same_otherwise(setting, tiny, donate):
+    loss, optimizer, learned, state = setting
+    alone = step.init(prng.key(0), tiny.params, optimizer, trainable=learned, average=False)
+    assert alone.ema == {}
+    without = (loss, optimizer, learned, alone._replace(key=state.key))
+    (ours, measured), (expected, same) = (
+        advance(setting, tiny.batch, donate=donate),
+        advance(without, tiny.batch, donate=donate, ema_decay=None),
+    )
+    assert expected.ema == {} and not tree.diff(ours.params, expected.params) and not tree.diff(measured, same)
+
+
 def test_a_donated_step_reuses_memory_and_never_the_callers(setting, tiny):
     loss, optimizer, learned, state = setting
     pointers = [leaf.data_ptr() for leaf in tree.leaves((state.params, state.ema))]

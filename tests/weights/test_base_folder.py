@@ -161,6 +161,16 @@ def test_the_other_folder_may_have_been_saved_halfway(folders, monkeypatch):
     assert all(not leaf.any() for leaf in tree.leaves(vae))
 
 
+@pytest.mark.parametrize("where", ["whole", "student"])
+def test_either_folder_may_have_the_variant(folders, where):
+    for path in list((folders[0].parent / where).rglob("*.safetensors")):
+        path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    model = weights.load(folders[1], variant="fp16")
+    assert {"vae", "transformer"} <= set(model.params)
+    (problem,) = [problem for problem in problems_of(folders[1], variant="bf16") if "variant 'bf16'" in problem][:1]
+    assert "no component has weights of the variant" in problem
+
+
 def test_the_shipped_names_are_folders():
     assert shipped.resolve("tiny") == shipped.folder()
     assert shipped.resolve("other").name == "other"

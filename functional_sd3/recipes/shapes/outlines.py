@@ -13,8 +13,8 @@ from torch import Tensor
 from functional_sd3.recipes.shapes import world
 from functional_sd3.recipes.shapes.prompts import Reading
 
-LEAST_PIXELS = 10
-LEAST_HOLE = 0.3
+MIN_PIXELS = 10
+MIN_HOLE = 0.3
 """Area of a hole over that of the region: 0.59 to 0.67 for rings, 0 for all others."""
 STAR, CROSS = 0.71, 0.87
 """Largest solidities: that of stars is 0.59 to 0.69, of crosses 0.73 to 0.78, of convex shapes 0.95 to 1."""
@@ -45,7 +45,7 @@ def read(image: Tensor) -> Reading:
     things = []
     for index in range(1, count + 1):
         mask = labels == index
-        if (area := int(mask.sum())) >= LEAST_PIXELS:
+        if (area := int(mask.sum())) >= MIN_PIXELS:
             things.append((area, _thing(mask, pixels, distance, palette, names, ground)))
     things.sort(key=lambda each: -each[0])
     return Reading(tuple(thing for _, thing in things), names[ground], (1.0,) * len(things))
@@ -83,7 +83,7 @@ def _kind(inside, rows, columns) -> tuple[str, str]:
     corners = numpy.concatenate([numpy.stack([columns + x, rows + y], 1) for x in (0, 1) for y in (0, 1)])
     solidity = filled / ConvexHull(corners).volume
     size = "large" if box**0.5 / _FINER >= LARGE else "small"
-    if filled - area > LEAST_HOLE * area:
+    if filled - area > MIN_HOLE * area:
         return size, "ring"
     if solidity < CROSS:
         return size, "star" if solidity < STAR else "cross"

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from functional_sd3.recipes.shapes import world
 
-LEAST_PIXELS = 20
+MIN_PIXELS = 20
 """Regions smaller than this (a small ring has 110, a small star 55) are ignored."""
-LEAST_OVERLAP = 0.6
+MIN_OVERLAP = 0.6
 """Intersection over union below which a region is no shape at all."""
 
 
@@ -72,7 +72,7 @@ def _read(image: Tensor, stencils: "_Stencils") -> Reading:
     named = []
     for index in range(1, count + 1):
         mask = regions == index
-        if mask.sum() < LEAST_PIXELS:
+        if mask.sum() < MIN_PIXELS:
             continue
         named.append((mask.sum(), *_name(mask, pixels, palette[ground], palette, names, stencils)))
     named.sort(key=lambda entry: -entry[0])
@@ -108,7 +108,7 @@ def _pixels(image: Tensor) -> numpy.ndarray:
 def judge(reading: Reading, scene: world.Scene) -> Verdict:
     """Compare a reading with the scene of the caption."""
     wanted, read = scene.things, reading.things
-    count = len(read) == len(wanted) and all(overlap >= LEAST_OVERLAP for overlap in reading.overlaps)
+    count = len(read) == len(wanted) and all(overlap >= MIN_OVERLAP for overlap in reading.overlaps)
     pairs = _pair_things(wanted, read)
     matched = len(pairs) == len(wanted)
 

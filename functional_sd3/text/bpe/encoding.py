@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from functional_sd3.text.batches import text_batch
+from functional_sd3.text.batches import check_length, text_batch
 from functional_sd3.text.bpe.merge import END_OF_WORD, merge, merge_first, symbols_of
 from functional_sd3.text.bpe.tables import Cuts, Tables, cuts_of
 from functional_sd3.text.bpe.words import WORDS, normalize, normalize_aligned, spans, words
@@ -75,6 +75,7 @@ def _check_length(length: Any) -> None:
         raise ValueError(f"length is {length!r:.60}; a whole number of at least 2 is right, or None for no padding")
     if length is not None and length < 2:
         raise ValueError(f"length {length} has no room for the start and the end token; at least 2 is right")
+    check_length(length)
 
 
 def _pad_id(tables: Tables, pad_token: str | int) -> int:

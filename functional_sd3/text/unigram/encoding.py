@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from functional_sd3.text.batches import text_batch
+from functional_sd3.text.batches import check_length, text_batch
 from functional_sd3.text.unigram.normalizer import Span, aligned_words, sentence, words
 from functional_sd3.text.unigram.tables import SPACE, WHITE_SPACE, AddedToken, Tables
 from functional_sd3.text.unigram.viterbi import boundaries, segment
@@ -115,6 +115,7 @@ def _room(length: Any) -> int | None:
         return None
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"length is {length!r:.60}; at least 1, the end token, is right, or None for no padding")
+    check_length(length)
     return length - 1
 
 

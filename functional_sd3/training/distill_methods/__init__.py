@@ -1,10 +1,10 @@
-"""Methods of distillation: objective, network and kind of the student, settings of its own."""
+"""Methods of distillation: objective, network and kind of the student."""
 
 from functional_sd3.training.distill_methods.consistency import RCM, SCM
 from functional_sd3.training.distill_methods.meanflow import MEANFLOW, SHORTCUT
 from functional_sd3.training.distill_methods.reflow import REFLOW
 from functional_sd3.training.distill_methods.segments import SEGMENTS
-from functional_sd3.training.distill_methods.types import DistillMethod, Settings, with_defaults
+from functional_sd3.training.distill_methods.types import DistillMethod, Settings, has_state_of, with_defaults
 
 METHODS: dict[str, DistillMethod] = {
     "segments": SEGMENTS,
@@ -15,6 +15,6 @@ METHODS: dict[str, DistillMethod] = {
     "rcm": RCM,
     "reflow": REFLOW,
 }
-"""Methods by name; `cli.distill_options.METHODS` has the same names."""
+"""Methods by name; `distill_options.METHODS` has the same names."""
 
-__all__ = ["METHODS", "DistillMethod", "Settings", "with_defaults"]
+__all__ = ["METHODS", "DistillMethod", "Settings", "has_state_of", "with_defaults"]

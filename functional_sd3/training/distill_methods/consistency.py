@@ -9,15 +9,17 @@ from functional_sd3.training.objectives.segments import Teacher
 
 
 def _scm(config: Any, teacher: Teacher, settings: Settings) -> Loss:
-    return scm_loss(config, teacher, dtype=settings.dtype)
+    return scm_loss(config, teacher, dtype=settings.dtype, attend=settings.attend)
 
 
 def _rcm(config: Any, teacher: Teacher, settings: Settings) -> Loss:
-    return rcm_loss(config, teacher, schedule.even(settings.to, settings.shift), dtype=settings.dtype)
+    times = schedule.even(settings.to, settings.shift)
+    return rcm_loss(config, teacher, times, dtype=settings.dtype, attend=settings.attend)
 
 
 def _fake_score(config: Any, settings: Settings) -> Loss:
-    return fake_score_loss(config, schedule.even(settings.to, settings.shift), dtype=settings.dtype)
+    times = schedule.even(settings.to, settings.shift)
+    return fake_score_loss(config, times, dtype=settings.dtype, attend=settings.attend)
 
 
 def _settings(levels: schedule.Config, settings: Settings) -> Settings:
@@ -34,14 +36,7 @@ def _tangent(settings: Settings, update: int) -> dict[str, float]:
     return {"tangent": min(1.0, update / settings.tangent_warmup)} if settings.tangent_warmup else {}
 
 
-SCM = DistillMethod("consistency", _scm, {"tangent_warmup": 50}, settings=_settings, scales=_tangent)
+SCM = DistillMethod("consistency", _scm, settings=_settings, scales=_tangent)
 """Consistency models of continuous time (`scm_loss`)."""
-RCM = DistillMethod(
-    "consistency",
-    _rcm,
-    {"tangent_warmup": 50, "fake_updates": 4, "fake_rate": 0.2},
-    settings=_settings,
-    scales=_tangent,
-    fake_score=_fake_score,
-)
+RCM = DistillMethod("consistency", _rcm, settings=_settings, scales=_tangent, fake_score=_fake_score)
 """The same with distribution matching (`rcm_loss`); numbers of updates and the ratio of the rates as in its code."""

@@ -18,18 +18,15 @@ def with_interval(network: mmdit.Config, settings: Settings) -> mmdit.Config:
     return replace(network, interval_size=network.interval_size or INTERVAL_SIZE)
 
 
-def _equal(settings: Settings) -> float:
-    return 0.5 if settings.equal is None else settings.equal
-
-
 def _meanflow(config: Any, teacher: Teacher, settings: Settings) -> Loss:
     return meanflow_loss(
         config,
         teacher=teacher,
-        equal=_equal(settings),
+        equal=0.5 if settings.equal is None else settings.equal,
         density=path.uniform,
         shift=settings.shift,
         dtype=settings.dtype,
+        attend=settings.attend,
         along="predicted" if settings.method == "imeanflow" else "target",
     )
 
@@ -38,10 +35,11 @@ def _shortcut(config: Any, teacher: Teacher, settings: Settings) -> Loss:
     return shortcut_loss(
         config,
         teacher=teacher,
-        equal=_equal(settings),
+        equal=0.5 if settings.equal is None else settings.equal,
         density=path.uniform,
         shift=settings.shift,
         dtype=settings.dtype,
+        attend=settings.attend,
     )
 
 
@@ -50,10 +48,8 @@ def _tangent(settings: Settings, update: int) -> dict[str, float]:
     return {"tangent": min(1.0, update / settings.tangent_warmup)} if settings.tangent_warmup else {}
 
 
-MEANFLOW = DistillMethod(
-    "meanflow", _meanflow, {"equal": 0.5, "tangent_warmup": 0}, network=with_interval, scales=_tangent
-)
+MEANFLOW = DistillMethod("meanflow", _meanflow, network=with_interval, scales=_tangent)
 """MeanFlow with the teacher's velocity in place of the data's (`meanflow_loss`); with the method "imeanflow" improved
 MeanFlow."""
-SHORTCUT = DistillMethod("meanflow", _shortcut, {"equal": 0.875}, network=with_interval)
+SHORTCUT = DistillMethod("meanflow", _shortcut, network=with_interval, takes_average=True)
 """Shortcut models with the teacher's velocity (`shortcut_loss`)."""

@@ -10,8 +10,8 @@ from functional_sd3.training.objectives.segments import Teacher
 
 def _loss(config: Any, teacher: Teacher, settings: Settings) -> Loss:
     """The teacher has drawn the batches' pairs, and is not evaluated again."""
-    return flow_loss(config, density=path.uniform, shift=settings.shift, dtype=settings.dtype)
+    return flow_loss(config, density=path.uniform, shift=settings.shift, dtype=settings.dtype, attend=settings.attend)
 
 
-REFLOW = DistillMethod("reflow", _loss, {"teacher_steps": 28}, has_pairs=True)
+REFLOW = DistillMethod("reflow", _loss, has_pairs=True)
 """Flow matching on pairs that the teacher drew (`training.reflow`)."""

@@ -12,7 +12,7 @@ from functional_sd3.training.objectives.segments import Teacher
 def _loss(config: Any, teacher: Teacher, settings: Settings) -> Loss:
     inner = settings.inner or 1
     times = schedule.even(settings.to * inner, settings.shift)
-    return segments_loss(config, teacher, times, inner=inner, dtype=settings.dtype)
+    return segments_loss(config, teacher, times, inner=inner, dtype=settings.dtype, attend=settings.attend)
 
 
 def _settings(levels: schedule.Config, settings: Settings) -> Settings:
@@ -31,5 +31,5 @@ def _settings(levels: schedule.Config, settings: Settings) -> Settings:
     return replace(settings, inner=inner, shift=levels.shift)
 
 
-SEGMENTS = DistillMethod("segments", _loss, {"inner": 3}, settings=_settings)
+SEGMENTS = DistillMethod("segments", _loss, settings=_settings)
 """Progressive distillation (`segments_loss`)."""

@@ -1,13 +1,14 @@
 """Types of the methods of distillation, and their hyperparameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from functional_sd3.flow import schedule
 from functional_sd3.layouts.components import Config
+from functional_sd3.training import distill_options
 from functional_sd3.training.objectives import Loss
 from functional_sd3.training.objectives.segments import Teacher
 from functional_sd3.training.update_rule import UpdateRule
@@ -23,11 +24,8 @@ class Settings:
     ema, decay, clip, accumulate, dtype: as of `tasks.Settings`. lora: rank of a LoRA that is trained instead of the
     transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters. rule: optimiser.
 
-    Of some methods alone, None for the method's default: inner (segments): steps of the teacher in each of the
-    student's. equal (meanflow, imeanflow, shortcut): share of a batch with r = t. tangent_warmup (meanflow, imeanflow,
-    scm, rcm): updates over which the part of the target that needs a derivative grows to its own size. fake_updates,
-    fake_rate (rcm): updates of the fake score for each of the student's, and its learning rate as a multiple of `rate`.
-    teacher_steps (reflow): steps of the teacher's run that ends each pair.
+    attend: as of `mmdit.apply`, of the student and its teacher. The others are of some methods alone, None for the
+    method's default: `distill_options.OPTIONS` says what each is.
     """
 
     to: int
@@ -45,9 +43,11 @@ class Settings:
     dtype: torch.dtype | None = None
     teacher_dtype: torch.dtype | None = None
     rule: UpdateRule = UpdateRule()
+    attend: mmdit.AttendBlocks | None = None
     inner: int | None = None
     equal: float | None = None
     tangent_warmup: int | None = None
+    log_variance: bool | None = None
     fake_updates: int | None = None
     fake_rate: float | None = None
     teacher_steps: int | None = None
@@ -72,31 +72,37 @@ class DistillMethod(NamedTuple):
     """What a student learns from its teacher, and how it differs from it.
 
     kind: `distillation` of its scheduler config (`flow.distilled.KINDS`), which says how it is drawn. loss: (the
-    student's config, teacher, settings) -> objective of batches {"latents", "context", "pooled"}. options: the settings
-    that are this method's own, with their defaults. network: the student's transformer, from the teacher's; parameters
-    that it has beyond those of the teacher are initialised as its `spec` says. settings: (the teacher's scheduler
-    config, settings) -> those for this teacher; ValueError, beginning with the setting, where it cannot be distilled
-    so. scales: (settings, update, 0 the first) -> numbers that its batch has by name, (batch,), such as a warmup's.
-    fake_score: (the student's config, settings) -> objective of a fake score, for methods that have one
-    (`training.fake_score`). has_pairs: the batches hold "noise" too, and latents that the teacher drew from it
-    (`training.reflow`).
+    student's config, teacher, settings) -> objective of batches {"latents", "context", "pooled"}. network: the
+    student's transformer, from the teacher's; parameters that it has beyond those of the teacher are initialised as
+    its `spec` says. settings: (the teacher's scheduler config, settings) -> those for this teacher; ValueError,
+    beginning with the setting, where it cannot be distilled so. scales: (settings, update, 0 the first) -> numbers
+    that its batch has by name, (batch,), such as a warmup's. fake_score: (the student's config, settings) ->
+    objective of a fake score, for methods that have one (`training.fake_score`). takes_average: the objective takes
+    the average of the parameters too, under the name `shortcut.AVERAGE`. has_pairs: the batches hold "noise" too,
+    and latents that the teacher drew from it (`training.reflow`).
     """
 
     kind: str
     loss: Callable[[Config, Teacher, Settings], Loss]
-    options: dict[str, Any] = {}
     network: Callable[[mmdit.Config, Settings], mmdit.Config] = unchanged
     settings: Callable[[schedule.Config, Settings], Settings] = from_teacher
     scales: Callable[[Settings, int], dict[str, float]] = no_scales
     fake_score: Callable[[Config, Settings], Loss] | None = None
+    takes_average: bool = False
     has_pairs: bool = False
 
 
-def with_defaults(methods: dict[str, DistillMethod], settings: Settings) -> Settings:
+def with_defaults(settings: Settings) -> Settings:
     """The settings with the defaults of their method; ValueError for settings that are of other methods alone."""
-    own = methods[settings.method].options
-    for field in fields(settings):
-        owners = [name for name, method in methods.items() if field.name in method.options]
-        if owners and field.name not in own and getattr(settings, field.name) is not None:
-            raise ValueError(f"{field.name} is for method {' and '.join(owners)}, not for {settings.method}")
-    return replace(settings, **{name: value for name, value in own.items() if getattr(settings, name) is None})
+    method = settings.method
+    given = {name: getattr(settings, name) for name in distill_options.OPTIONS}
+    for name in distill_options.foreign(method, given):
+        owners = distill_options.listed(list(distill_options.OPTIONS[name].defaults))
+        raise ValueError(f"{name} is for method {owners}, not for {method}")
+    defaults = distill_options.own_defaults(method)
+    return replace(settings, **{name: value for name, value in defaults.items() if given[name] is None})
+
+
+def has_state_of(first: DistillMethod, second: DistillMethod) -> bool:
+    """True if the states of two methods have the same tensors, without options that add some."""
+    return first.network is second.network and (first.fake_score is None) == (second.fake_score is None)

@@ -24,6 +24,8 @@ from functional_sd3.training.objectives.types import Loss, Metrics, check_keys
 from functional_sd3.transformer import mmdit
 
 METRICS = ("error", "bootstrap")
+AVERAGE = "average"
+"""The name of the averaged parameters among the parameters."""
 
 
 def shortcut_loss(
@@ -41,12 +43,13 @@ def shortcut_loss(
 ) -> Loss:
     """mean |u(x_t, t, r) - target|^2; no derivative, but errors add up over the halvings.
 
-    For the share `equal` of the samples (those of `meanflow_loss`) r = t, t is drawn from `density` moved by `shift`,
-    and the target is the velocity: the teacher's, or noise - x_0. For the others the target is the mean of two of the
-    network's own steps without gradients, each over half of the interval: u over [m, t] at x_t, and u over [r, m] where
-    that leads, clipped to +-clip. Intervals are even before the shift: of length d = 2^-k, k uniform, in 1 / d places;
-    halves of 1 / finest, a power of 2, are velocities of one time. The paper takes these steps by averaged parameters,
-    and guidance, where it is, only in the velocity: here that is the teacher's.
+    For the share `equal` of the samples (those of `meanflow_loss`) r = t, t is drawn from `density` moved by
+    `shift`, and the target is the velocity: the teacher's, or noise - x_0. For the others the target is the mean of
+    two of the network's own steps without gradients, by the averaged parameters params["average"] where they are
+    given, each over half of the interval: u over [m, t] at x_t, and u over [r, m] where that leads, clipped to
+    +-clip. Intervals are even before the shift: of length d = 2^-k, k uniform, in 1 / d places; halves of 1 /
+    finest, a power of 2, are velocities of one time. The paper takes these steps by averaged parameters. Guidance,
+    where it is, is in the velocity alone: here that is the teacher's.
 
     network, batch, keys, dtype, implementation, attend: as of `meanflow_loss`. Metrics: error, the mean, and bootstrap,
     that of the samples with r < t. Raises ValueError for a model without `interval_size`, and a `finest` that is no
@@ -72,7 +75,9 @@ def shortcut_loss(
         t, middle, r = (free.index_copy(0, rows, level[rows]) for level in levels)
         noise = prng.normal(noise_key, tuple(latents.shape[1:])).to(latents)
         x = path.interpolate(latents, noise, t)
-        frozen = tree.map(lambda leaf: leaf.detach(), params)
+        steps_by = params.get(AVERAGE, params)
+        frozen = tree.map(lambda leaf: leaf.detach(), steps_by)
+        params = {name: part for name, part in params.items() if name != AVERAGE}
         with torch.no_grad():
             v = path.target(latents, noise) if teacher is None else teacher(text)(x, t).to(x.dtype)
             part = {name: leaf[rows] for name, leaf in text.items()}

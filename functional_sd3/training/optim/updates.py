@@ -60,12 +60,14 @@ def ema_decay(decay: float, step: Tensor) -> Tensor:
 
 
 def ema_update(
-    ema: Params, params: Params, decay: float, step: Tensor, *, donate: bool = False, key: Key | None = None
+    ema: Params, params: Params, decay: float | None, step: Tensor, *, donate: bool = False, key: Key | None = None
 ) -> Params:
-    """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`.
+    """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`. No decay leaves `ema` as it is.
 
     key: rounds averages in bfloat16 stochastically, without which they would hardly move.
     """
+    if decay is None:
+        return ema
     means, ends, weight = tree.leaves(ema), tree.leaves(params), 1 - ema_decay(decay, step)
     if key is not None:
         moved = ema if donate else like(ema, [mean.clone() for mean in means])

@@ -48,7 +48,7 @@ def test_a_region_one_pixel_wide_at_an_edge_is_no_shape(edge, length):
     }
     reading = prompts.read(painted((245, 245, 245), [(*strip[edge], (220, 40, 40))]))
     (thing,), (overlap,) = reading.things, reading.overlaps
-    assert thing.colour == "red" and overlap < prompts.LEAST_OVERLAP
+    assert thing.colour == "red" and overlap < prompts.MIN_OVERLAP
     assert not prompts.judge(reading, SCENE).right
 
 
