@@ -114,8 +114,10 @@ def test_a_fresh_controlnet_leaves_the_loss_and_learns(tiny, net):
 
 def test_the_controlnets_loss_is_that_of_the_velocity_with_its_residuals(tiny, net):
     config, params = net
-    params = tree.map(lambda leaf: leaf + 0.05, params)
-    batch = {**encoded(tiny), "control": prng.normal(prng.key(6), (4, 16, 4, 4)), "t": torch.full((4,), 0.6)}
+    params = tree.map(lambda leaf: leaf + 0.3 * prng.normal(prng.key(1), leaf.shape), params)
+    pooled = prng.normal(prng.key(2), (4, 32))
+    control = prng.normal(prng.key(6), (4, 16, 4, 4))
+    batch = {**encoded(tiny), "pooled": pooled, "control": control, "t": torch.full((4,), 0.6)}
     value, _ = objectives.controlnet_loss(tiny.config, config)({**tiny.params, "controlnet": params}, batch, KEYS)
     noise = prng.normal(prng.split(KEYS, 3)[:, 1], (16, 4, 4))
     x = path.interpolate(batch["latents"], noise, 0.6)

@@ -277,3 +277,20 @@ def test_tensorboard_has_the_rows_of_the_log_and_the_samples(command, tmp_path):
     assert [event.value for event in scalars] == pytest.approx([float(row["loss"]) for row in rows], rel=1e-5)
     assert [event.step for event in events.Scalars("validation")] == [6]
     assert "samples" in {name.partition("/")[0] for name in events.Tags()["images"]}
+
+
+def test_what_the_guide_says_goes_together_runs(command, whole, data, tmp_path):
+    prior = ["--prior-data", data / "data", "--masks", data / "masks", "--validation", "1"]
+    for index, words in enumerate(
+        [
+            ["--text-encoders", "train", *prior],
+            ["--inversion", "<mine>", "--initial-word", "red", "--flips", "--validation", "1"],
+            ["--inversion", "<mine>", "--initial-word", "red", "--remat", "--masks", data / "masks"],
+            ["--control", "canny", "--masks", data / "masks", "--remat", "--dtype", "bfloat16", "--validation", "1"],
+        ]
+    ):
+        base = ["--params", whole, "--out", tmp_path / str(index), "--data", data / "data", "--steps", 1]
+        assert command(*base, *words)[0] == 0, words
+        (row,) = log.read(tmp_path / str(index) / "log.csv")
+        assert float(row["grad_norm"]) > 0
+        assert math.isfinite(float(row["validation"])) if "--validation" in words else "validation" not in row
