@@ -12,7 +12,7 @@ ALLOWED = {
     "kernels": {"core"},
     "parallel": {"core"},
     "formats": {"core"},
-    "text": {"core", "formats"},
+    "text": {"core", "parallel", "formats"},
     "image": {"core", "formats"},
     "transformer": {"core", "parallel"},
     "flow": {"core"},

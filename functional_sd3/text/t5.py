@@ -17,6 +17,9 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_ids
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel import tensor
+from functional_sd3.parallel.mesh import Mesh
+from functional_sd3.parallel.transport import Group, group_size
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,23 @@ def apply(
     implementation: Implementation = "sdpa",
     materialize: Callable[[Params], Params] | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    mesh: Mesh | None = None,
 ) -> Tensor:
     """Encodes token ids (batch, tokens), int64, each below config.vocab, to (batch, tokens, width).
 
     `mask` (batch, tokens), bool or int: tokens where it is zero are not attended to; None attends to all, padding too,
     as SD3 does. The output has the parameters' dtype; with 16-bit parameters the sums between blocks are float32
-    (T5-XXL's overflow float16). materialize, block_transform: as of `mmdit.apply`. Raises ValueError for ids or a mask
-    of another shape.
+    (T5-XXL's overflow float16). materialize, block_transform: as of `mmdit.apply`. mesh: of processes of which each
+    has part of the heads and hidden features (`parallel.tensor.cut`), by its axis tensor. Raises ValueError for ids or
+    a mask of another shape.
     """
     check_ids("ids", ids)
     if ids.ndim != 2 or ids.shape[1] < 1:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; T5 reads (batch, tokens) with at least one token")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, the ids {tuple(ids.shape)}; they must be the same")
+    group = None if mesh is None else mesh.group("tensor")
+    tensor.check_heads(config.heads, group_size(group))
     params = computation.materialize_rest(params, materialize)
     embedded = layers.embedding(params["embedding"], ids)
     dtype = embedded.dtype
@@ -113,17 +120,23 @@ def apply(
     x = embedded.to(torch.promote_types(dtype, torch.float32))
     apply_block = computation.block_function(_block, materialize, block_transform)
     for block in params["blocks"]:
-        x = apply_block(block, config, x, bias, dtype, implementation)
+        x = apply_block(block, config, x, bias, dtype, implementation, group)
     return layers.rms_norm(params["final_norm"], x, config.eps).to(dtype)
 
 
 def _block(
-    block: Params, config: Config, x: Tensor, bias: Tensor, dtype: torch.dtype, implementation: Implementation
+    block: Params,
+    config: Config,
+    x: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    implementation: Implementation,
+    group: Group,
 ) -> Tensor:
     normed = layers.rms_norm(block["norm1"], x, config.eps).to(dtype)
-    x = x + _attention(block["attention"], config, normed, bias, implementation)
+    x = x + _attention(block["attention"], config, normed, bias, implementation, group)
     normed = layers.rms_norm(block["norm2"], x, config.eps).to(dtype)
-    return x + _mlp(block["mlp"], normed)
+    return x + _mlp(block["mlp"], normed, group)
 
 
 def relative_bias(params: Params, config: Config, tokens: int) -> Tensor:
@@ -151,21 +164,24 @@ def relative_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor
     return torch.where(absolute < exact, absolute, logarithmic) + directed * (distance > 0)
 
 
-def _attention(params: Params, config: Config, x: Tensor, bias: Tensor, implementation: Implementation) -> Tensor:
-    qkv = layers.linear(params["qkv"], x).chunk(3, dim=-1)
-    query, key, value = (attention.split_heads(part, config.heads) for part in qkv)
+def _attention(
+    params: Params, config: Config, x: Tensor, bias: Tensor, implementation: Implementation, group: Group
+) -> Tensor:
+    qkv = layers.linear(tensor.columns(params["qkv"], group), tensor.enter(x, group)).chunk(3, dim=-1)
+    query, key, value = (attention.split_heads(part, config.heads // group_size(group)) for part in qkv)
     attended = attention.attention(query, key, value, mask=bias, scale=1.0, implementation=implementation)
-    return layers.linear(params["out"], attention.merge_heads(attended))
+    return tensor.linear_rows(params["out"], attention.merge_heads(attended), group)
 
 
-def _mlp(params: Params, x: Tensor) -> Tensor:
+def _mlp(params: Params, x: Tensor, group: Group) -> Tensor:
     """GEGLU with the tanh form of GELU (Shazeer 2020): (gelu(x W) * (x V)) W_2."""
-    gate_layer, value_layer = layers.split_outputs(params["in"], 2 * [params["in"]["weight"].shape[0] // 2])
+    both, x = tensor.columns(params["in"], group), tensor.enter(x, group)
+    gate_layer, value_layer = layers.split_outputs(both, 2 * [both["weight"].shape[0] // 2])
     gate, value = layers.linear_activation(gate_layer, x, "gelu_tanh"), layers.linear(value_layer, x)
     if x.dtype == torch.float16:
         # T5-XXL's outputs exceed float16's range: divide by a power of two before, multiply in float32 after.
-        return layers.linear(params["out"], gate * (value / 64)).float() * 64
-    return layers.linear(params["out"], value * gate)
+        return tensor.linear_rows(params["out"], gate * (value / 64), group).float() * 64
+    return tensor.linear_rows(params["out"], value * gate, group)
 
 
 def _qkv_init(config: Config) -> specs.Initializer:

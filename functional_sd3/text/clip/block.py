@@ -6,6 +6,8 @@ from functional_sd3.core import attention, layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.parallel import tensor
+from functional_sd3.parallel.transport import Group, group_size
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 
@@ -47,11 +49,16 @@ def apply(
     *,
     causal: bool,
     implementation: Implementation = "sdpa",
+    tensor_group: Group = None,
 ) -> Tensor:
-    """x (batch, tokens, width) -> the same shape; with `causal` a token attends to itself and those before it."""
+    """x (batch, tokens, width) -> the same shape; with `causal` a token attends to itself and those before it.
+
+    tensor_group: processes of which each has part of the heads and hidden features; `heads` is the number of all.
+    """
     normed = layers.layer_norm(params["norm1"], x, eps)
-    qkv = layers.linear(params["attention"]["qkv"], normed).chunk(3, dim=-1)
-    query, key, value = (attention.split_heads(part, heads) for part in qkv)
+    qkv_layer = tensor.columns(params["attention"]["qkv"], tensor_group)
+    qkv = layers.linear(qkv_layer, tensor.enter(normed, tensor_group)).chunk(3, dim=-1)
+    query, key, value = (attention.split_heads(part, heads // group_size(tensor_group)) for part in qkv)
     attended = attention.attention(query, key, value, causal=causal, implementation=implementation)
-    x = x + layers.linear(params["attention"]["out"], attention.merge_heads(attended))
-    return x + layers.mlp(params["mlp"], layers.layer_norm(params["norm2"], x, eps), activation)
+    x = x + tensor.linear_rows(params["attention"]["out"], attention.merge_heads(attended), tensor_group)
+    return x + tensor.mlp(params["mlp"], layers.layer_norm(params["norm2"], x, eps), activation, tensor_group)

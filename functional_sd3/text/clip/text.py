@@ -16,6 +16,9 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_ids
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel.mesh import Mesh
+from functional_sd3.parallel.tensor import check_heads
+from functional_sd3.parallel.transport import group_size
 from functional_sd3.text.clip import block as clip_block
 
 # The value of `eos_id` that in old configurations, all of SD3's among them, means pooling at the highest id.
@@ -91,18 +94,21 @@ def apply(
     implementation: Implementation = "sdpa",
     materialize: Callable[[Params], Params] | None = None,
     block_transform: Callable[[Callable], Callable] | None = None,
+    mesh: Mesh | None = None,
 ) -> Output:
     """Encodes token ids (batch, tokens), int64, tokens <= config.length, each id below config.vocab.
 
     `skip` more layers are left out of `penultimate` (clip skip): it is transformers' `hidden_states[-(skip + 2)]`. The
-    outputs have the parameters' dtype. materialize, block_transform: as of `mmdit.apply`. Raises ValueError for ids of
-    another shape and for a skip that leaves no layer.
+    outputs have the parameters' dtype. materialize, block_transform: as of `mmdit.apply`. mesh: as of `t5.apply`.
+    Raises ValueError for ids of another shape and for a skip that leaves no layer.
     """
     check_ids("ids", ids)
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= config.length:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; CLIP reads (batch, 1 to {config.length} tokens)")
     if not 0 <= skip < config.layers:
         raise ValueError(f"skip {skip} must be between 0 and {config.layers - 1}, one less than the layers")
+    group = None if mesh is None else mesh.group("tensor")
+    check_heads(config.heads, group_size(group))
     params = computation.materialize_rest(params, materialize)
     apply_block = computation.block_function(clip_block.apply, materialize, block_transform)
     positions = params["position_embedding"]["weight"][: ids.shape[1]]
@@ -111,8 +117,9 @@ def apply(
     for block in params["blocks"]:
         block_inputs.append(x)
         x = apply_block(
-            block, x, config.heads, config.activation, config.eps, causal=True, implementation=implementation
-        )
+            block, x, config.heads, config.activation, config.eps, causal=True, implementation=implementation,
+            tensor_group=group,
+        )  # fmt: skip
     last = layers.layer_norm(params["final_norm"], x, config.eps)
     pooled = torch.take_along_dim(last, _end(config, ids)[:, None, None], dim=1).squeeze(1)
     return Output(last, block_inputs[-1 - skip], pooled, layers.linear(params["projection"], pooled))
