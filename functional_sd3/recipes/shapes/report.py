@@ -13,7 +13,7 @@ from functional_sd3.core.types import Key
 from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import require
 from functional_sd3.recipes import model_card
-from functional_sd3.recipes.shapes import outlines, prompts, rewards, spread, world
+from functional_sd3.recipes.shapes import outlines, prompts, spread, world
 from functional_sd3.weights.model import Model
 
 RESPECTS = ("right", "count", "shape", "colour", "size", "background", "relation")
@@ -32,28 +32,13 @@ def held_out_images(
     listed = world.held_out_captions(things)
     count = min(count, len(listed))
     chosen = [listed[index * len(listed) // count] for index in range(count)] * noises
-    return _images(model, chosen, key, batch, options), [scene for _, scene in chosen]
-
-
-def validation_images(
-    model: Model, things: int, count: int, key: Key, *, batch: int = 25, **options
-) -> tuple[Tensor, list[world.Scene]]:
-    """As `held_out_images`, of random captions that are not held out: what choices can be made by."""
-    caption_key, noise_key = prng.split(key).unbind(-2)
-    captions, scenes = rewards.source(things)(caption_key, count)
-    return _images(model, list(zip(captions, scenes, strict=True)), noise_key, batch, options), scenes
-
-
-def _images(
-    model: Model, chosen: Sequence[tuple[str, world.Scene]], key: Key, batch: int, options: Mapping[str, Any]
-) -> Tensor:
     images = []
     with torch.no_grad():
         for start in range(0, len(chosen), batch):
             captions = [caption for caption, _ in chosen[start : start + batch]]
             keys = prng.fold_in(key, torch.arange(start, start + len(captions), dtype=torch.int64, device="cpu"))
             images.append(pipeline.generate(model.params, model.config, model.tokenizers, captions, keys, **options))
-    return torch.cat(images)
+    return torch.cat(images), [scene for _, scene in chosen]
 
 
 def prompt_following(
