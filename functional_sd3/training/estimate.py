@@ -170,8 +170,10 @@ def _peak(
     for current in reversed(range(sizes.depth)):
         gathered = 0 if rule.fused else sum(grads_of[current:])
         more = full[current] if remat else 0
-        temporary = largest * size + update if rule.fused else 0
-        moments.append((gathered + accumulated, around + sum(held[: current + 1]) + more + working + temporary))
+        moments.append((gathered + accumulated, around + sum(held[: current + 1]) + more + working))
+        if rule.fused:
+            # A parameter is updated when much of its block's activations is free again.
+            moments.append((0, around + sum(held[:current]) + inputs + more // 2 + largest * size + update))
     every = 0 if rule.fused else sum(grads_of) + outside * size
     lean = rule.optimizer == "adamw8bit" or rule.weights != torch.float32
     temporary = update if lean else 0

@@ -170,6 +170,7 @@ OTHERS = {
     "python -m bench.mesh_drill": [["python", "-m", "bench.mesh_drill", "--help"]],
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
     "python -m bench.gpu": [["python", "-m", "bench.gpu", "--help"]],
+    "python -m bench.training_memory": [["python", "-m", "bench.training_memory", "--help"]],
     "python bench/compare.py OLD.json NEW.json": [["python", "bench/compare.py", "--help"]],
 }
 """Command lines of other programs -> what is run in their place; those that take minutes only say how they are used."""
