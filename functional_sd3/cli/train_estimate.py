@@ -25,9 +25,12 @@ MIB = 2**20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table. Raises ValueError for --part vae, of which no estimate is made, and sizes that do not fit."""
+    """Print the table. Raises ValueError for what no estimate is made of, and sizes that do not fit."""
     if arguments.part == "vae":
         raise ValueError("--estimate is of --part transformer")
+    for name in ("control", "inversion"):
+        if getattr(arguments, name):
+            raise ValueError(f"--estimate is of the transformer or a LoRA of it: leave out --{name}")
     config, stored = _model(arguments)
     base = _choice(arguments, config, stored)
     depth = require(config, "transformer").depth

@@ -133,6 +133,10 @@ def test_an_estimate_of_a_folder_follows_its_options(estimated):
 def test_what_cannot_be_estimated_is_an_error(estimated):
     for words, said in (
         (["--part", "vae"], "--estimate is of --part transformer"),
+        (
+            ["--inversion", "zor", "--initial-word", "circle"],
+            "--estimate is of the transformer or a LoRA of it: leave out --inversion",
+        ),
         (["--params", "sd3.5-lage"], "there is no such file or folder.*--estimate knows sd3-medium, sd3.5-medium"),
         (["--params", "sd3.5-large", "--size", 1000], "--size 1000 must be a multiple of 16 pixels"),
         (["--params", "sd3.5-large", "--base", "int8"], "--base int8 is of the base of --lora"),
