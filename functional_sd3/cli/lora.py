@@ -82,7 +82,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     from functional_sd3.cli import runtime
     from functional_sd3.core import tree
     from functional_sd3.lora import keys as lora_keys
-    from functional_sd3.weights import merge
+    from functional_sd3.weights import merge, metadata
 
     device = runtime.device(arguments.device)
     paths, stored = (arguments.tuned, arguments.base), {"dtype": "stored", "variant": arguments.variant}
@@ -93,7 +93,11 @@ def _extract(arguments: argparse.Namespace) -> int:
             raise ValueError(f"the {name} of {arguments.base} is of other sizes than that of {arguments.tuned}")
     after, before = ({name: model.params[name] for name in names} for model in (tuned, base))
     extracted = lora.extract(tree.to(after, device), before, arguments.rank, targets=tuple(arguments.targets))
-    lora.save(arguments.out, tree.to(extracted, "cpu"), layout=arguments.layout, dtype=getattr(torch, arguments.dtype))
+    # A student's LoRA says how what it makes is drawn, as that of `distill --lora` does.
+    is_student = tuned.config.schedule is not None and tuned.config.schedule.distillation is not None
+    said = metadata.write(tuned.config, ()) if is_student and tuned.config.schedule != base.config.schedule else {}
+    options = {"layout": arguments.layout, "dtype": getattr(torch, arguments.dtype), "metadata": said}
+    lora.save(arguments.out, tree.to(extracted, "cpu"), **options)
     left = merge.diff(lora.apply(before, tree.to(extracted, "cpu")), after, group=merge.component)
     for whole, rest in zip(merge.diff(before, after, group=merge.component), left, strict=True):
         share = 1 - rest.relative / whole.relative if whole.relative else 1

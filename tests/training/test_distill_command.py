@@ -141,6 +141,20 @@ def test_a_lora_of_a_student_makes_the_model_one(command, draw, teacher_folder, 
     assert "distilled" not in draw("--params", teacher_folder, "--lora", f"{one}=0", "--out", tmp_path / "b.png")
 
 
+def test_a_lora_extracted_from_a_student_makes_the_model_one(student, teacher_folder, draw, tmp_path):
+    parser = argparse.ArgumentParser()
+    lora_command.add_arguments(parser)
+    words = ["extract", student, teacher_folder, "--rank", 2, "--out", tmp_path / "student.safetensors"]
+    assert lora_command.run(parser.parse_args([str(word) for word in words])) == 0
+    said = draw("--params", teacher_folder, "--lora", tmp_path / "student.safetensors", "--out", tmp_path / "a.png")
+    assert "distilled for 4 steps and has guidance folded in: drawn in 4 steps, --cfg 1" in said
+    words = ["extract", teacher_folder, student, "--rank", 2, "--out", tmp_path / "teacher.safetensors"]
+    assert lora_command.run(parser.parse_args([str(word) for word in words])) == 0
+    assert "distilled" not in draw(
+        "--params", teacher_folder, "--lora", tmp_path / "teacher.safetensors", "--out", tmp_path / "b.png"
+    )
+
+
 def test_a_student_is_halved_and_nothing_else(command, student, tmp_path):
     for to in (3, 4, 8):
         with pytest.raises(ValueError, match=f"--to {to}: this model is a student of 4 segments.*1 or 2"):
