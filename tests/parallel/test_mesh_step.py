@@ -83,11 +83,15 @@ def error(ours, theirs):
     return float((sum((x.double() - y.double()).square().sum() for x, y in pairs) / scale).sqrt())
 
 
-MESHES = [{"data": 2}, {"data": 4}, {"fsdp": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2}]
+CASES = [
+    *(("adamw", sizes) for sizes in ({"data": 2}, {"data": 4}, {"fsdp": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2})),
+    ("masked", {"fsdp": 2}),
+    # Three matrices a round of two or four processes, whose last is not full.
+    *(("muon", sizes) for sizes in ({"fsdp": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2})),
+]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=mesh.describe)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "sizes"), CASES, ids=[f"{rule}-{mesh.describe(sizes)}" for rule, sizes in CASES])
 def test_states_and_metrics_equal_those_of_one_process(processes, rule, sizes):
     count = mesh.math.prod(sizes.values())
     for donate, accumulate in ((True, 1), (False, 2)):
