@@ -204,7 +204,7 @@ def open_cache(folder: str | os.PathLike) -> Cache:
 def _check_count(folder: str | os.PathLike, manifest: Manifest) -> None:
     """Raises WeightsError where the folder has fewer files than the manifest has shards, before they are listed."""
     count = -(-manifest.images // manifest.rows) + -(-manifest.texts // manifest.rows)
-    there = sum(entry.name.endswith(".safetensors") for entry in os.scandir(folder))
+    there = sum(name.endswith(".safetensors") for name in os.listdir(folder))
     if count > there + _MOST_NAMED:
         raise WeightsError(f"{folder}: has {there:,} of the {count:,} shards that {MANIFEST} says; {_AGAIN}")
 
