@@ -179,7 +179,9 @@ def _peak(
     temporary = update if lean else 0
     if rule.optimizer == "muon":
         hidden = sum(
-            math.prod(p.shape) for path, p in trainable.items() if is_hidden(path, torch.empty(p.shape, device="meta"))
+            math.prod(p.shape)
+            for path, p in trainable.items()
+            if is_hidden(path, torch.empty(p.shape, dtype=torch.float32, device="meta"))
         )
         temporary += 5 * hidden * 4
     moments.append((every * (3 if choice.accumulate > 1 else 1), temporary))

@@ -64,7 +64,7 @@ def test_a_divided_transformer_has_the_values_and_derivatives_of_one_process(pro
 
 
 def peaks(sizes):
-    """Bytes of a process: of its blocks, and beyond its arguments of a velocity and of gradients with remat."""
+    """Bytes of a process: of its blocks, and beyond its arguments of gradients with remat."""
     mesh = meshes.init(sizes)
     own = tensor.cut(filled(SPEC), SPEC, mesh, heads=CONFIG.heads)
     config = replace(CONFIG, position_size=32)
@@ -78,18 +78,15 @@ def peaks(sizes):
             velocity = mmdit.apply(params, config, *arguments, mesh=mesh, block_transform=transform.remat)
             return velocity.square().mean()
 
-        with torch.no_grad():
-            forward = allocated_peak(lambda: mmdit.apply(params, config, *arguments, mesh=mesh))
-        return tree.nbytes(params["blocks"]), forward, allocated_peak(lambda: torch.func.grad(loss)(params))
+        return tree.nbytes(params["blocks"]), allocated_peak(lambda: torch.func.grad(loss)(params))
 
     return measured(filled(SPEC), None), measured(own, mesh)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "bounds"), [({"sequence": 2}, (1, 0.9, 0.65)), ({"tensor": 2}, (0.6, 0.97, 0.8))], ids=str
-)
+@pytest.mark.parametrize(("sizes", "bounds"), [({"sequence": 2}, (1, 0.65)), ({"tensor": 2}, (0.6, 0.8))], ids=str)
 def test_a_process_needs_less_memory_than_one_alone(processes, sizes, bounds):
-    """Of parameters, a velocity and gradients; by Ulysses a velocity holds what is exchanged twice."""
+    """Of parameters and gradients. A velocity alone is left out: the backend frees what it exchanged on threads of its
+    own, so that its peak, a few buffers, differs from run to run by more than is saved."""
     for alone, divided in processes(2, peaks, sizes):
         parts = [b / a for a, b in zip(alone, divided, strict=True)]
         assert all(part <= bound for part, bound in zip(parts, bounds, strict=True)), (alone, divided, parts)

@@ -16,7 +16,7 @@ STEPS = ["--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size",
 SMALL = [*STEPS, "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
 
 
-REWARD = ["--steps", "2", "--batch-size", "8", "--group", "2", "--sampling-steps", "2", "--times", "1", "--draws", "1"]
+REWARD = ["--steps", "2", "--batch-size", "8", "--group", "2", "--sampling-steps", "2", "--draws", "1"]
 REWARD += ["--save-every", "1", "--sample-every", "0", "--lr", "1e-2", "--warmup", "1"]
 
 
