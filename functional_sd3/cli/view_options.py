@@ -3,7 +3,7 @@
 import argparse
 
 _STEP, _RATIO = 64, 2.0
-NAMES = ("buckets", "bucket_step", "bucket_ratio", "bucket_least", "crops", "flips")
+NAMES = ("buckets", "bucket_step", "bucket_ratio", "bucket_min", "crops", "flips")
 
 
 def add_arguments(group) -> None:
@@ -17,7 +17,7 @@ def add_arguments(group) -> None:
     add("--bucket-step", type=int, metavar="PX", help=f"of which their sides are multiples (default {_STEP})")
     add("--bucket-ratio", type=float, metavar="RATIO", help=f"longest side by shortest at most (default {_RATIO:g})")
     least = "images that one has at least; those of smaller ones go to the nearest (default: a batch; in a cache 16)"
-    add("--bucket-least", type=int, metavar="N", help=least)
+    add("--bucket-min", type=int, metavar="N", help=least)
     add("--crops", type=int, default=1, metavar="N", help="parts of each image, the middle first (default 1)")
     add("--flips", action="store_true", help="mirror images too; captions that say left and right become wrong")
 
@@ -29,8 +29,8 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and arguments.buckets is None:
             raise ValueError(f"--{name.replace('_', '-')} is for --buckets, which is not given")
-    if arguments.bucket_least is not None and arguments.bucket_least < 1:
-        raise ValueError(f"--bucket-least {arguments.bucket_least} must be at least 1")
+    if arguments.bucket_min is not None and arguments.bucket_min < 1:
+        raise ValueError(f"--bucket-min {arguments.bucket_min} must be at least 1")
     if arguments.crops < 1:
         raise ValueError(f"--crops {arguments.crops} must be at least 1, which is the middle")
     if arguments.buckets is not None and arguments.size is not None:
@@ -52,7 +52,7 @@ def given(arguments: argparse.Namespace) -> bool:
 
 def views(arguments: argparse.Namespace, config, sizes: tuple[tuple[int, int], ...], side: int, least: int):
     """The `training.views.Views` of images of `sizes`; side: of all of them without --buckets. least: the default of
-    --bucket-least. Raises ValueError for buckets that the model does not take."""
+    --bucket-min. Raises ValueError for buckets that the model does not take."""
     from functional_sd3.image import vae
     from functional_sd3.layouts.components import require
     from functional_sd3.training import buckets as image_buckets
@@ -65,7 +65,7 @@ def views(arguments: argparse.Namespace, config, sizes: tuple[tuple[int, int], .
         areas(arguments),
         _STEP if arguments.bucket_step is None else arguments.bucket_step,
         _RATIO if arguments.bucket_ratio is None else arguments.bucket_ratio,
-        least if arguments.bucket_least is None else arguments.bucket_least,
+        least if arguments.bucket_min is None else arguments.bucket_min,
     )
     network = require(config, "transformer")
     patch = network.patch_size * vae.factor(require(config, "vae"))

@@ -103,7 +103,7 @@ def _check_rows(members: Sequence[Tensor], batch: int) -> None:
         raise ValueError(
             f"--batch-size {batch} is more than the images of a bucket ({', '.join(small[:_MAX_NAMED]) or 'none'}"
             f"{more}): a batch is of one bucket and holds no image twice. A smaller --batch-size, or a larger "
-            "--bucket-least where the buckets are made, lets every bucket fill a batch"
+            "--bucket-min where the buckets are made, lets every bucket fill a batch"
         )
 
 

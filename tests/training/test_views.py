@@ -78,7 +78,7 @@ def test_training_on_buckets_is_resumed_to_the_bit_and_the_same_from_a_cache(
     assert same(last_state(tmp_path / "whole"), last_state(tmp_path / "cut"))
     parser = argparse.ArgumentParser()
     cache_command.add_arguments(parser)
-    words = ["--params", model_folder, "--data", images, "--out", tmp_path / "cache", *BUCKETS, "--bucket-least", 4]
+    words = ["--params", model_folder, "--data", images, "--out", tmp_path / "cache", *BUCKETS, "--bucket-min", 4]
     assert cache_run.run(parser.parse_args([str(word) for word in words])) == 0
     assert command("--out", tmp_path / "cached", "--data", tmp_path / "cache", "--schedule", "constant")[0] == 0
     assert same(last_state(tmp_path / "whole"), last_state(tmp_path / "cached"))
@@ -102,7 +102,7 @@ def test_two_processes_take_the_batches_of_one(command, processes, model_folder,
     if cached:
         parser = argparse.ArgumentParser()
         cache_command.add_arguments(parser)
-        made = ["--params", model_folder, "--data", images, "--out", tmp_path / "cache", *sized, "--bucket-least", 4]
+        made = ["--params", model_folder, "--data", images, "--out", tmp_path / "cache", *sized, "--bucket-min", 4]
         assert cache_run.run(parser.parse_args([str(word) for word in made])) == 0
         data, sized = tmp_path / "cache", []
     words = ["--data", data, *sized, "--steps", 6, "--batch-size", 4, "--sample-every", 0, "--save-every", 6]
