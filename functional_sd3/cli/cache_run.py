@@ -15,6 +15,7 @@ from functional_sd3.image import vae
 from functional_sd3.layouts.components import require
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import cache, cache_writing, interruption, lock, tasks, text_table
+from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.training.views import Views
 from functional_sd3.weights import shipped, sketch
 from functional_sd3.weights.model import Model
@@ -95,7 +96,7 @@ def _manifest(
     arguments: argparse.Namespace,
     source: list[Path],
     outline: Model,
-    images: tasks.TrainingImages,
+    images: TrainingImages,
     views: Views,
     captions: text_table.Captions,
 ) -> cache.Manifest:

@@ -18,6 +18,7 @@ from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import cache, continuing, digests, distill_methods, distill_task, tasks
 from functional_sd3.training.distill_options import OPTIONS
+from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.weights import metadata, shipped
 from functional_sd3.weights.model import Model
 
@@ -110,7 +111,7 @@ def _settings(
     arguments: argparse.Namespace,
     source: list[Path],
     stored: Model,
-    images: tasks.TrainingImages,
+    images: TrainingImages,
     options: distill_task.Settings,
 ) -> dict[str, Any]:
     """The settings in a checkpoint: the options of a run, and digests of its model and data."""

@@ -28,7 +28,7 @@ _OF_IMAGES = ("caption", "follow", "masks", "control", "inversion", "prior_data"
 
 
 class Held(NamedTuple):
-    """A cache in place of `tasks.TrainingImages`."""
+    """A cache in place of `TrainingImages`."""
 
     cache: cache.Cache
     captions: tuple[str, ...]

@@ -31,6 +31,7 @@ from functional_sd3.training import (
     training_set,
     views,
 )
+from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.weights.model import Model
 
 ENCODED = "data.safetensors"
@@ -42,7 +43,7 @@ TEXT_BYTES = 2**29
 Say = Callable[[str], None]
 
 
-def images(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages:
+def images(arguments: argparse.Namespace, model: Model, say: Say) -> TrainingImages:
     """The images of --data; what was skipped, and what else is worth knowing, is said."""
     if arguments.data == "shapes":
         return dataset(prng.key(arguments.seed), arguments.pictures, side(arguments, model))
@@ -89,7 +90,7 @@ def t5_length(model: Model) -> int:
 def training_data(
     arguments: argparse.Namespace,
     model: Model,
-    images: tasks.TrainingImages,
+    images: TrainingImages,
     ids: conditioning.Ids | None,
     settings: dict[str, Any],
     say: Say,
@@ -113,7 +114,7 @@ def training_data(
     return training_set.TrainingSet(encoded, training_set.token_text(ids, empty))
 
 
-def _resident_text(model: Model, images: tasks.TrainingImages) -> training_set.Text | None:
+def _resident_text(model: Model, images: TrainingImages) -> training_set.Text | None:
     """The conditioning of all captions, or None where it would take too much memory."""
     captions, length = text_table.distinct(images.captions), t5_length(model)
     ids = tokens(model, captions.texts)
@@ -125,7 +126,7 @@ def _resident_text(model: Model, images: tasks.TrainingImages) -> training_set.T
 
 
 def _viewed_latents(
-    arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, settings: dict[str, Any], say: Say
+    arguments: argparse.Namespace, model: Model, images: TrainingImages, settings: dict[str, Any], say: Say
 ) -> training_set.Latents:
     """Latents in several sizes or views, in a cache beside the checkpoints that is made once for a run."""
     views = view_options.views(arguments, model.config, images.sizes, images.side, arguments.batch_size)
@@ -161,7 +162,7 @@ def _viewed_latents(
 def latents(
     arguments: argparse.Namespace,
     model: Model,
-    images: tasks.TrainingImages,
+    images: TrainingImages,
     settings: dict[str, Any],
     say: Say,
     *,

@@ -18,7 +18,8 @@ from functional_sd3.image import canny, pixels, vae
 from functional_sd3.image import files as image_files
 from functional_sd3.image.cuts import Cut
 from functional_sd3.layouts.components import require
-from functional_sd3.training import companions, continuing, digests, tasks, training_set
+from functional_sd3.training import companions, continuing, digests, training_set
+from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.training.training_set import TrainingSet
 from functional_sd3.transformer import controlnet
 from functional_sd3.weights.model import Model
@@ -32,8 +33,8 @@ _PATHS = ("masks", "control_data", "prior_data")
 class Extras(NamedTuple):
     """Images of the class and those held out, None for none; masks of the images' latents; files of control images."""
 
-    prior: tasks.TrainingImages | None
-    held_out: tasks.TrainingImages | None
+    prior: TrainingImages | None
+    held_out: TrainingImages | None
     masks: Tensor | None
     control: list[Path] | None
     contents: dict[str, str]
@@ -43,7 +44,7 @@ NONE = Extras(None, None, None, None, {})
 """Nothing beside the images."""
 
 
-def gather(arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, say: Say) -> Extras:
+def gather(arguments: argparse.Namespace, model: Model, images: TrainingImages, say: Say) -> Extras:
     """Everything that the options name, found and read, with digests of it; images of the class are drawn if wanted.
 
     Raises ValueError for what is missing or does not fit.
@@ -86,7 +87,7 @@ def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
 def training_sets(
     arguments: argparse.Namespace,
     model: Model,
-    images: tasks.TrainingImages,
+    images: TrainingImages,
     extras: Extras,
     net: controlnet.Config | None,
     settings: dict[str, Any],
@@ -104,7 +105,7 @@ def training_sets(
     if further:
         data = data._replace(extra=lambda samples: _rows(further, samples))
 
-    def encoded(part: tasks.TrainingImages, file: str, contents: str) -> TrainingSet:
+    def encoded(part: TrainingImages, file: str, contents: str) -> TrainingSet:
         options: dict[str, Any] = {"file": file, "contents": contents, "with_ids": with_ids}
         return train_data.training_data(arguments, model, part, None, settings, say, **options)
 
@@ -145,13 +146,11 @@ def _rows(further: dict[str, Tensor], samples: Tensor) -> Tree:
     return {name: part[samples] for name, part in further.items()}
 
 
-def _folder(
-    arguments: argparse.Namespace, model: Model, data: str, caption: str | None, say: Say
-) -> tasks.TrainingImages:
+def _folder(arguments: argparse.Namespace, model: Model, data: str, caption: str | None, say: Say) -> TrainingImages:
     return train_data.images(argparse.Namespace(**{**vars(arguments), "data": data, "caption": caption}), model, say)
 
 
-def _masks(arguments: argparse.Namespace, model: Model, images: tasks.TrainingImages, paths: Sequence[Path]) -> Tensor:
+def _masks(arguments: argparse.Namespace, model: Model, images: TrainingImages, paths: Sequence[Path]) -> Tensor:
     """Weights of the latents (images, 1, height, width): the mask's where it is white, --mask-outside where black."""
     factor, side = vae.factor(require(model.config, "vae")), train_data.side(arguments, model)
     loaded = [companions.load_mask(path, size, Cut(side, side), factor)
@@ -169,7 +168,7 @@ def _masks(arguments: argparse.Namespace, model: Model, images: tasks.TrainingIm
 def _control_latents(
     arguments: argparse.Namespace,
     model: Model,
-    images: tasks.TrainingImages,
+    images: TrainingImages,
     extras: Extras,
     net: controlnet.Config,
     settings: dict[str, Any],
@@ -201,7 +200,7 @@ def _control_latents(
     return train_data.kept(arguments, name, digests.combined([*made_of, named]), len(images.captions), encode, say)
 
 
-def _prior(arguments: argparse.Namespace, model: Model, say: Say) -> tasks.TrainingImages | None:
+def _prior(arguments: argparse.Namespace, model: Model, say: Say) -> TrainingImages | None:
     """The images of the class; drawn first, as far as --prior-images are missing."""
     if arguments.prior_data is None and arguments.prior_images is None:
         return None

@@ -28,8 +28,9 @@ from functional_sd3.layouts.components import SPECS
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text import conditioning, textual_inversion
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import continuing, digests, flow_learners, tasks
+from functional_sd3.training import continuing, digests, flow_learners, flow_task, tasks, vae_task
 from functional_sd3.training.step import TrainState
+from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.weights import shipped
 from functional_sd3.weights.model import Model
 
@@ -98,17 +99,17 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
         data = train_cache.training_data(images, model, options.text_encoders)
         data, captions, held_out = train_extras.hold_out(arguments, data, images.captions)
         generate = pipeline.generate if options.text_encoders else train_cache.generate(images)
-        task = tasks.flow_task(key, model, captions, data, options, generate=generate, held_out=held_out, mesh=mesh)
+        task = flow_task.flow_task(key, model, captions, data, options, generate=generate, held_out=held_out, mesh=mesh)
         return setup(task)._replace(rest=lambda: train_model.rest(arguments, source, stored))
     if arguments.part == "vae":
-        return setup(tasks.vae_task(key, model, images, options, mesh=mesh))
+        return setup(vae_task.vae_task(key, model, images, options, mesh=mesh))
     with_ids = options.text_encoders or options.inversion is not None
     # What the first process has just encoded is read as that of a resumed run is.
     reading = arguments if is_first else argparse.Namespace(**{**vars(arguments), "resume": True})
     data, captions, prior, held_out = train_extras.training_sets(
         reading, reader, images, extras, options.control, settings, say, with_ids=with_ids
     )
-    task = tasks.flow_task(
+    task = flow_task.flow_task(
         key, model, captions, data, options, generate=pipeline.generate, prior=prior, held_out=held_out, mesh=mesh
     )
     return setup(task)
@@ -162,7 +163,7 @@ def _settings(
     arguments: argparse.Namespace,
     source: list[Path],
     stored: Model,
-    images: tasks.TrainingImages | train_cache.Held,
+    images: TrainingImages | train_cache.Held,
     ids: conditioning.Ids | None,
     further: dict[str, str],
 ) -> dict[str, Any]:

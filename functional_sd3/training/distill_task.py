@@ -87,7 +87,7 @@ def distill_task(
     """Distillation of a model into a student that starts as its copy, with the parameters that its network has beyond
     them, or is a LoRA over it.
 
-    model: as of `tasks.flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; of a method that
+    model: as of `flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; of a method that
     has pairs the latents are those of `reflow.pairs`, and "noise" is beside them. settings: as of `student_settings`.
     generate: draws the samples, `pipeline.generate`. mesh: the processes that share every batch, of which this one
     makes its own rows; parameters are whole on each. Raises ValueError as `student_settings` does.

@@ -53,7 +53,7 @@ def reward_task(
 ) -> RewardTask:
     """Training of the transformer, or of a LoRA over it, by the rewards of its own images.
 
-    model: as of `tasks.flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
+    model: as of `flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
     `rewards` and `rollouts`. pairs: what "dpo" learns from instead of images that it draws and rewards. processes: that
     divide the prompts of a round and the rows of an update; parameters are whole on each. Raises
     ValueError for a method that there is not, and groups that do not make up the batch.

@@ -13,12 +13,12 @@ from PIL import Image
 
 from functional_sd3 import cli, weights
 from functional_sd3.cli import cache as command_module
-from functional_sd3.cli import cache_run, train_cache
+from functional_sd3.cli import cache_run
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import pixels
 from functional_sd3.recipes import shapes
-from functional_sd3.training import cache, checkpoint, training_set
+from functional_sd3.training import cache, checkpoint, flow_task, training_set
 from functional_sd3.weights import WeightsError
 
 # The model here has no CLIP-G, which is noted whenever prompts are encoded.
@@ -102,13 +102,13 @@ def test_training_from_a_cache_reads_neither_encoders_nor_the_encoder_of_the_vae
     def refuse(*_, **__):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(train_cache.tasks.conditioning, "encode", refuse)
+    monkeypatch.setattr(flow_task.conditioning, "encode", refuse)
     monkeypatch.setattr("functional_sd3.image.vae.encode", refuse)
     monkeypatch.setattr("functional_sd3.cli.train_model.weights.load", spy)
     seen = []
-    task = train_cache.tasks.flow_task
+    task = flow_task.flow_task
     monkeypatch.setattr(
-        train_cache.tasks,
+        flow_task,
         "flow_task",
         lambda key, model, *rest, **more: seen.append(model) or task(key, model, *rest, **more),
     )

@@ -233,13 +233,14 @@ def seen(monkeypatch):
     """The models and options that runs are made of, in order."""
     made = []
     for name in ("flow_task", "vae_task"):
-        original = getattr(train_setup.tasks, name)
+        module = getattr(train_setup, name)
+        original = getattr(module, name)
 
         def spy(key, model, *rest, original=original, **kwargs):
             made.append((model, rest[-1]))
             return original(key, model, *rest, **kwargs)
 
-        monkeypatch.setattr(train_setup.tasks, name, spy)
+        monkeypatch.setattr(module, name, spy)
     return made
 
 

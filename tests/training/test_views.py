@@ -48,7 +48,7 @@ def same(one, other):
 def batches(monkeypatch):
     """The shapes of the latents of the batches that runs take, in order."""
     taken = []
-    task = train_setup.tasks.flow_task
+    task = train_setup.flow_task.flow_task
 
     def spy(*parts, **options):
         made = task(*parts, **options)
@@ -59,7 +59,7 @@ def batches(monkeypatch):
 
         return made._replace(batch=batch)
 
-    monkeypatch.setattr(train_setup.tasks, "flow_task", spy)
+    monkeypatch.setattr(train_setup.flow_task, "flow_task", spy)
     return taken
 
 
