@@ -28,9 +28,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table. Raises ValueError for what no estimate is made of, and sizes that do not fit."""
     if arguments.part == "vae":
         raise ValueError("--estimate is of --part transformer")
-    for name in ("control", "inversion"):
+    for name in ("control", "inversion", "prior_data", "prior_prompt", "mesh"):
         if getattr(arguments, name):
-            raise ValueError(f"--estimate is of the transformer or a LoRA of it: leave out --{name}")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--estimate is of the transformer or a LoRA of it, on one process: leave out {flag}")
     config, stored = _model(arguments)
     base = _choice(arguments, config, stored)
     depth = require(config, "transformer").depth

@@ -135,8 +135,10 @@ def test_what_cannot_be_estimated_is_an_error(estimated):
         (["--part", "vae"], "--estimate is of --part transformer"),
         (
             ["--inversion", "zor", "--initial-word", "circle"],
-            "--estimate is of the transformer or a LoRA of it: leave out --inversion",
+            "--estimate is of the transformer or a LoRA of it, on one process: leave out --inversion",
         ),
+        (["--mesh", "fsdp=2"], "on one process: leave out --mesh"),
+        (["--prior-prompt", "a circle", "--prior-images", 4, "--prior-data", "class"], "leave out --prior-data"),
         (["--params", "sd3.5-lage"], "there is no such file or folder.*--estimate knows sd3-medium, sd3.5-medium"),
         (["--params", "sd3.5-large", "--size", 1000], "--size 1000 must be a multiple of 16 pixels"),
         (["--params", "sd3.5-large", "--base", "int8"], "--base int8 is of the base of --lora"),
