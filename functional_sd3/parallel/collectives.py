@@ -109,18 +109,22 @@ def broadcast_from(x: Tensor, group: Group, source: int = 0) -> Tensor:
     return transport.gather(x.detach()[None] if is_source else x.detach()[None][:0], group, 0, sizes)[0]
 
 
-class _AllGather(Function):
-    @staticmethod
-    def forward(
-        x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], reduce: torch.dtype, dtype: torch.dtype
-    ) -> Tensor:
-        return transport.gather(x.to(dtype), group, dim, sizes)
+class _Converted(Function):
+    """A collective whose last argument is the dtype of what it returns; its transpose returns that of its input."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *ctx.options, ctx.dtype = inputs
         ctx.source_dtype = x.dtype
         ctx.save_for_forward(x)
+
+
+class _AllGather(_Converted):
+    @staticmethod
+    def forward(
+        x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], reduce: torch.dtype, dtype: torch.dtype
+    ) -> Tensor:
+        return transport.gather(x.to(dtype), group, dim, sizes)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
@@ -135,18 +139,12 @@ class _AllGather(Function):
         return _AllGather.apply(x.movedim(in_dims[0], 0), group, dim + 1, *options), 0
 
 
-class _ReduceScatter(Function):
+class _ReduceScatter(_Converted):
     @staticmethod
     def forward(
         x: Tensor, group: Group, dim: int, sizes: tuple[int, ...], reduce: torch.dtype, dtype: torch.dtype
     ) -> Tensor:
         return transport.ordered_sum(transport.scatter(x, group, dim, sizes), dtype, reduce)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *ctx.options, ctx.dtype = inputs
-        ctx.source_dtype = x.dtype
-        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
