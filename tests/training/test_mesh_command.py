@@ -244,12 +244,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(processes, model_
 
 def failing(folder, *words, kind):
     """The second process reads a broken image in its fifth batch, or has an infinite gradient, or the disk is full."""
-    from functional_sd3.training import checkpoint, step, tasks
+    from functional_sd3.training import checkpoint, flow_task, step
 
     is_second = os.environ["RANK"] == "1"
 
     def batch(patch):
-        own = tasks.own_rows
+        own = flow_task.own_rows
         calls = []
 
         def broken(samples, mesh):
@@ -258,7 +258,7 @@ def failing(folder, *words, kind):
                 raise ValueError("image 7 is broken")
             return own(samples, mesh)
 
-        patch.setattr(tasks, "own_rows", broken)
+        patch.setattr(flow_task, "own_rows", broken)
 
     def state(patch):
         advance = step._advance
