@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,9 @@ torch.set_num_threads(1)
 # Inductor's cache does not tell instruction sets apart: code compiled under another ATEN_CPU_CAPABILITY gives garbage.
 _CACHE = f"torchinductor-tests-{torch.backends.cpu.get_cpu_capability()}-{torch.__version__}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _CACHE))
+# A shell that starts the suite in the background makes it ignore SIGINT, which the tests of interruption send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Wall time says nothing on a shared machine; derandomised so that every run tests the same examples.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
