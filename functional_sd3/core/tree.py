@@ -6,13 +6,15 @@ dots, "blocks.3.attention.qkv.weight"; order is always that of insertion. Nothin
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from functional_sd3.core.tree_paths import NODES, child_names, children, flatten_paths, join_path, walk
+from functional_sd3.core.tree_paths import unflatten_paths as unflatten_paths
 from functional_sd3.core.types import Tree
 
 Chooser = str | Sequence[str] | Callable[[str, Any], bool]
@@ -32,7 +34,7 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """As `map`, of `fn(path, leaf, *leaves of rest)`."""
-    paths = iter([path for path, _ in _walk("", tree)])
+    paths = iter([path for path, _ in walk("", tree)])
     return map(lambda *leaves: fn(next(paths), *leaves), tree, *rest)
 
 
@@ -43,41 +45,10 @@ def leaves(tree: Tree) -> list[Any]:
     return collected
 
 
-def flatten_paths(tree: Tree) -> dict[str, Any]:
-    """Every leaf by its dotted path. Empty dicts and lists hold no leaf and leave no trace.
-
-    Raises ValueError for names that would make a path ambiguous: empty, not strings, or with a dot.
-    """
-    return dict(_walk("", tree))
-
-
-def unflatten_paths(flat: dict[str, Any]) -> Tree:
-    """Nested dicts and lists from dotted paths: segments 0..n-1 become a list, whatever their order.
-
-    The inverse of `flatten_paths` for trees of dicts and lists; states of tuples come back as lists, and of NamedTuples
-    as dicts. Raises ValueError naming the path of a gap (`blocks.1 is missing`), of positions mixed with names, or of a
-    leaf that is also a branch.
-    """
-    root = _Branch()
-    for path, leaf in flat.items():
-        *branches, name = segments = path.split(".")
-        if "" in segments:
-            raise ValueError(f"path {path!r} has an empty name in it")
-        node = root
-        for depth, branch in enumerate(branches):
-            node = node.setdefault(branch, _Branch())
-            if not isinstance(node, _Branch):
-                raise ValueError(f"{'.'.join(branches[: depth + 1])} is both a leaf and the parent of {path}")
-        if name in node:
-            raise ValueError(f"{path} is both a leaf and the parent of other leaves")
-        node[name] = leaf
-    return _branches_to_lists(root, "")
-
-
 def select(tree: Tree, chooser: Chooser) -> dict[str, Any]:
     """The chosen leaves by dotted path, in order."""
     chosen = _predicate(chooser)
-    return {path: leaf for path, leaf in _walk("", tree) if chosen(path, leaf)}
+    return {path: leaf for path, leaf in walk("", tree) if chosen(path, leaf)}
 
 
 def partition(tree: Tree, chooser: Chooser) -> tuple[Tree, Tree]:
@@ -173,90 +144,34 @@ def _first_mismatch(path: str, tree: Tree, rest: Sequence[Tree]) -> str | None:
         if _outline(tree) != _outline(other):
             return _mismatch(path, tree, other)
     if isinstance(tree, dict):
-        children = [(name, child, [other[name] for other in rest]) for name, child in tree.items()]
+        below = [(name, child, [other[name] for other in rest]) for name, child in tree.items()]
     elif isinstance(tree, (list, tuple)):
         others = [list(column) for column in zip(*rest, strict=True)]
-        children = list(zip(_names(tree), tree, others, strict=True))
+        below = list(zip(child_names(tree), tree, others, strict=True))
     else:
         return None
-    mismatches = (_first_mismatch(_join(path, name), child, others) for name, child, others in children)
+    mismatches = (_first_mismatch(join_path(path, name), child, others) for name, child, others in below)
     return next(filter(None, mismatches), None)
 
 
-def _walk(path: str, tree: Tree) -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    _collect(path, tree, leaves)
-    return leaves
-
-
-def _collect(path: str, tree: Tree, leaves: list[tuple[str, Any]]) -> None:
-    # One list for the whole tree: nested generators would pass every leaf through every level.
-    if not isinstance(tree, _NODES):
-        leaves.append((path, tree))
-        return
-    prefix = f"{path}." if path else ""
-    for name, child in _children(path, tree):
-        if isinstance(child, _NODES):
-            _collect(prefix + name, child, leaves)
-        else:
-            leaves.append((prefix + name, child))
-
-
 def _gather(tree: Tree, leaves: list[Any]) -> None:
-    if not isinstance(tree, _NODES):
+    if not isinstance(tree, NODES):
         leaves.append(tree)
         return
     for child in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(child, _NODES):
+        if isinstance(child, NODES):
             _gather(child, leaves)
         else:
             leaves.append(child)
 
 
-def _children(path: str, tree: Tree) -> Iterable[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        return zip(_names(tree), tree, strict=True)
-    for name in tree:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"name {name!r} in {path or 'the root'} must be a non-empty string without dots")
-    return tree.items()
-
-
 def _partition(path: str, tree: Tree, is_chosen: Callable[[str, Any], bool]) -> tuple[Tree, Tree]:
-    if not isinstance(tree, _NODES):
+    if not isinstance(tree, NODES):
         return (tree, {}) if is_chosen(path, tree) else ({}, tree)
-    halves = [(name, *_partition(_join(path, name), child, is_chosen)) for name, child in _children(path, tree)]
+    halves = [(name, *_partition(join_path(path, name), child, is_chosen)) for name, child in children(path, tree)]
     if isinstance(tree, dict):
         return {name: chosen for name, chosen, _ in halves}, {name: rest for name, _, rest in halves}
     return _like(tree, [chosen for _, chosen, _ in halves]), _like(tree, [rest for _, _, rest in halves])
-
-
-_NODES = dict, list, tuple
-
-
-class _Branch(dict):
-    """A node under construction, to distinguish it from a leaf that is a dict."""
-
-
-def _branches_to_lists(node: Any, path: str) -> Tree:
-    """The tree of a `_Branch`: branches whose names are 0..n-1 become lists, others dicts."""
-    if not isinstance(node, _Branch):
-        return node
-    children = {name: _branches_to_lists(child, _join(path, name)) for name, child in node.items()}
-    names = [name for name in children if not _is_position(name)]
-    if len(names) == len(children):
-        return children
-    if names:
-        raise ValueError(f"{path or 'the root'} mixes positions with the name {names[0]!r}")
-    for index in range(len(children)):
-        if str(index) not in children:
-            last = max(int(name) for name in children)
-            raise ValueError(f"{_join(path, str(index))} is missing: {path or 'the root'} goes up to {last}")
-    return [children[str(index)] for index in range(len(children))]
-
-
-def _is_position(name: str) -> bool:
-    return name.isascii() and name.isdecimal() and (name == "0" or name[0] != "0")
 
 
 def _combine(path: str, first: Tree, second: Tree) -> Tree:
@@ -265,10 +180,10 @@ def _combine(path: str, first: Tree, second: Tree) -> Tree:
     if isinstance(second, dict) and not second:
         return map(lambda leaf: leaf, first)
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return {name: _combine(_join(path, name), first[name], second[name]) for name in first}
+        return {name: _combine(join_path(path, name), first[name], second[name]) for name in first}
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
-        columns = zip(_names(first), first, second, strict=True)
-        return _like(first, [_combine(_join(path, name), one, other) for name, one, other in columns])
+        columns = zip(child_names(first), first, second, strict=True)
+        return _like(first, [_combine(join_path(path, name), one, other) for name, one, other in columns])
     if not isinstance(first, (dict, list, tuple)) and not isinstance(second, (dict, list, tuple)):
         raise ValueError(f"{path or 'the root'} is a leaf of both trees; combine takes halves without a common leaf")
     raise ValueError(_mismatch(path, first, second))
@@ -303,18 +218,10 @@ def _predicate(chooser: Chooser) -> Callable[[str, Any], bool]:
     return lambda path, leaf: any(fnmatchcase(path, glob) for glob in globs)
 
 
-def _names(tree: Sequence[Any]) -> Sequence[str]:
-    return getattr(tree, "_fields", None) or [str(index) for index in range(len(tree))]
-
-
 def _like(tree: Sequence[Any], children: list[Any]) -> Tree:
     if isinstance(tree, list):
         return children
     return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else str(name)
 
 
 def _mismatch(path: str, ours: Tree, theirs: Tree) -> str:
