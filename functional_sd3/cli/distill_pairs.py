@@ -44,7 +44,7 @@ def pairs(
         transformer = layers.cast(transformer, options.teacher_dtype)
     params = {**model.params, "transformer": transformer}
     device, length = transformer["patch"]["weight"].device, train_data.t5_length(model)
-    height, width = pipeline.latent_size(model.config, arguments.size, arguments.size)
+    height = width = train_data.latent_side(arguments, model.config)
     run_key, noise_key = prng.split(prng.fold_in(prng.key(arguments.seed), 4)).unbind(-2)
     empty = conditioning.tokenize(model.config, model.tokenizers, [""], t5_length=length)
 

@@ -1,10 +1,15 @@
 """Make one model of several fine-tunings of the same one."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from functional_sd3.cli import numbers, options, report
+
+if TYPE_CHECKING:
+    from functional_sd3.weights.model import Model
 
 HELP = "make one model of several fine-tunings of the same one"
 METHODS = ("average", "slerp", "task", "ties")
@@ -36,8 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
     absent = [name for name in names if name not in first.params]
     if absent:
         raise ValueError(f"--part {absent[0]} is not in {arguments.models[0]}; it has {', '.join(first.params)}")
-    others = [_like(first, path, names, arguments.variant) for path in arguments.models[1:]]
-    base = _like(first, arguments.base, names, arguments.variant) if arguments.base else {}
+    models = {path: _like(first, path, names, arguments.variant) for path in arguments.models[1:]}
+    others = [model.params for model in models.values()]
+    base = _like(first, arguments.base, names, arguments.variant).params if arguments.base else {}
+    if "transformer" in names:
+        _note_schedules(arguments.models[0], first, models)
     merged = {}
     for name in names:
         trees = [first.params[name], *(other[name] for other in others)]
@@ -105,8 +113,21 @@ def _numbers(arguments: argparse.Namespace) -> list[float] | None:
     return values
 
 
-def _like(first, path: str, names: list[str], variant: str | None):
-    """The parameters of another model, which has to be of the same sizes."""
+def _note_schedules(path: str, first: "Model", others: "Mapping[str, Model]") -> None:
+    """Notes the models with another schedule than the first one's, which the merged model has."""
+    for other, model in others.items():
+        ours, theirs = ({} if each.config.schedule is None else asdict(each.config.schedule) for each in (first, model))
+        names = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
+        if names:
+            differing = ", ".join(f"{name} {ours.get(name)} and {theirs.get(name)}" for name in sorted(names))
+            report.note(
+                f"{path} and {other} are drawn otherwise ({differing}); the merged model is drawn as {path}: name the "
+                "model first whose schedule it should have"
+            )
+
+
+def _like(first, path: str, names: list[str], variant: str | None) -> "Model":
+    """Another model, which has to be of the same sizes."""
     from functional_sd3 import weights
     from functional_sd3.cli import runtime
 
@@ -116,4 +137,4 @@ def _like(first, path: str, names: list[str], variant: str | None):
         ours, theirs = getattr(first.config, name), getattr(other.config, name)
         if ours != theirs:
             raise ValueError(f"the {name} of {path} is another model's: {theirs}, not {ours}")
-    return other.params
+    return other

@@ -19,6 +19,7 @@ from functional_sd3.cli import (
     reward_checks,
     reward_options,
     runtime,
+    train_data,
     train_model,
     training_run,
 )
@@ -187,8 +188,7 @@ def _reward(name: str, arguments: argparse.Namespace, model: Model) -> Reward:
 
 def _side(arguments: argparse.Namespace, model: Model) -> int:
     """The side in pixels of the images that are drawn."""
-    factor = vae.factor(require(model.config, "vae"))
-    return arguments.size or require(model.config, "transformer").sample_size * factor
+    return train_data.latent_side(arguments, model.config) * vae.factor(require(model.config, "vae"))
 
 
 def _clip_reward(arguments: argparse.Namespace) -> Reward:

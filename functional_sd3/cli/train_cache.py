@@ -46,8 +46,9 @@ def opened(arguments: argparse.Namespace, source: Sequence[Path]) -> Held | None
         return None
     if arguments.part == "vae":
         raise ValueError(f"--data {arguments.data} is a cache of latents, and --part vae learns from images")
-    for name in _OF_IMAGES:
-        if getattr(arguments, name):
+    given = {*getattr(arguments, "given", ()), *(name for name in _OF_IMAGES if getattr(arguments, name))}
+    for name in (*_OF_IMAGES, "template"):
+        if name in given:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is for images; --data {arguments.data} is a cache, made by the command cache")
     if view_options.given(arguments):

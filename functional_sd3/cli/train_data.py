@@ -15,7 +15,7 @@ from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import require
+from functional_sd3.layouts.components import Config, require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
 from functional_sd3.training import (
@@ -72,8 +72,15 @@ def side(arguments: argparse.Namespace, model: Model) -> int:
     """Side of the images in pixels. Raises ValueError for one that the model has no latents for."""
     if arguments.part == "vae":
         return arguments.size or require(model.config, "vae").sample_size
-    factor = vae.factor(require(model.config, "vae"))
-    return pipeline.latent_size(model.config, arguments.size, arguments.size)[0] * factor
+    return latent_side(arguments, model.config) * vae.factor(require(model.config, "vae"))
+
+
+def latent_side(arguments: argparse.Namespace, config: Config) -> int:
+    """Side of the latents of the images. Raises ValueError for a --size that the model has none for."""
+    try:
+        return pipeline.latent_size(config, arguments.size, arguments.size, tiled=False)[0]
+    except ValueError as error:
+        raise ValueError(f"--size {arguments.size}: {error}") from None
 
 
 def tokens(model: Model, captions: Sequence[str]) -> conditioning.Ids:

@@ -135,7 +135,7 @@ def _check_inversion(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--inversion {shorten(repr(word))} must be a word, such as '<mine>', without white space around"
         )
-    if arguments.initial_word is None:
+    if not (arguments.initial_word or "").strip():
         raise ValueError(f"--inversion {shorten(repr(word))} needs --initial-word TEXT, such as the name of its class")
 
 

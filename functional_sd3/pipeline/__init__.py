@@ -9,6 +9,7 @@ from functional_sd3.pipeline.blending import Region, blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components
 from functional_sd3.pipeline.dividing import mesh_of, with_mesh
 from functional_sd3.pipeline.draw import decode_latents, draw, sample_latents
+from functional_sd3.pipeline.edit_images import edit, flow_edit
 from functional_sd3.pipeline.edits import (
     edit_field,
     edit_latents,
@@ -19,7 +20,7 @@ from functional_sd3.pipeline.edits import (
 )
 from functional_sd3.pipeline.encoding import encode, encode_from
 from functional_sd3.pipeline.fields import Conditions, slice_batch, velocities, velocity
-from functional_sd3.pipeline.from_images import edit, flow_edit, image_to_image, inpaint, outpaint
+from functional_sd3.pipeline.from_images import image_to_image, inpaint, outpaint
 from functional_sd3.pipeline.interpolation import interpolate, variations
 from functional_sd3.pipeline.latents import (
     control_latents,

@@ -104,12 +104,12 @@ def control_latents(
 
 
 def latent_size(
-    config: Config, height: int | None = None, width: int | None = None, *, bounded: bool = True
+    config: Config, height: int | None = None, width: int | None = None, *, bounded: bool = True, tiled: bool = True
 ) -> tuple[int, int]:
     """Height and width of the latents of an image of this size; ValueError where the model cannot draw one.
 
     `bounded`: by the table of positions, which one evaluation of the transformer has; a run in tiles
-    (`tiles`) has no bound.
+    (`tiles`) has no bound. `tiled`: whether there could be tiles, which an error then advises.
     """
     factor, sizes = vae.factor(require(config, "vae")), require(config, "transformer")
     step = factor * sizes.patch_size
@@ -118,10 +118,8 @@ def latent_size(
     for name, side in (("height", height), ("width", width)):
         side = _checked_side(name, sizes.sample_size * factor if side is None else side, step)
         if bounded and side > largest:
-            raise ValueError(
-                f"{name} {side} is beyond the {largest} pixels that the model has positions for; "
-                "a larger image can be drawn in tiles (--tile)"
-            )
+            advice = "a larger image can be drawn in tiles (--tile)" if tiled else f"the largest is {largest}"
+            raise ValueError(f"{name} {side} is beyond the {largest} pixels that the model has positions for; {advice}")
         sides.append(side // factor)
     return sides[0], sides[1]
 

@@ -304,10 +304,27 @@ def _write(
 
 
 def _differences(one: Manifest, other: Manifest) -> list[str]:
-    """Words for the fields that differ."""
-    words = {"model": "encoders", "data": "images or captions", "fingerprint": "images or captions"}
+    """Words for the fields that differ, with the values of options."""
     names = [each.name for each in fields(Manifest) if getattr(one, each.name) != getattr(other, each.name)]
-    return list(dict.fromkeys(words.get(name, "options") for name in names))
+    before, now = _option_values(one), _option_values(other)
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    options = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
+    words = [*(_WORDS[name] for name in names if name in _WORDS), *([f"options ({options})"] if changed else [])]
+    return list(dict.fromkeys(words)) or names
+
+
+_WORDS = {
+    "model": "encoders",
+    "t5_length": "encoders",
+    **dict.fromkeys(("data", "fingerprint", "images", "texts"), "images or captions"),
+}
+"""What differs by fields that are not options; the others follow from these."""
+
+
+def _option_values(manifest: Manifest) -> dict[str, Any]:
+    changes = manifest.options.get("changes")
+    values = {**manifest.options, **(changes if isinstance(changes, dict) else {}), "shard": manifest.rows}
+    return {name.replace("_", "-"): value for name, value in values.items() if name != "changes"}
 
 
 def _check_finite(value: Tensor, where: str) -> None:

@@ -18,6 +18,7 @@ from functional_sd3.weights.model import Tokenizers
 from functional_sd3.weights.read import Discovered
 
 KEY = diffusers.BASE
+_OPTIONAL = {"taesd"}
 _HOW = "put that model's folder there, or name its place in the index"
 
 
@@ -40,6 +41,9 @@ def open_folder(named: Path, folder: Path, only: Collection[str], variant: str |
     place = place_of(named, base)
     what = f"{named / diffusers_folder.INDEX}: {KEY} is {base!r}"
     if not os.path.lexists(atomic.current(place) / diffusers_folder.INDEX):
+        # A whole model needs no other: most have none of what is optional.
+        if not (lacking - _OPTIONAL or without_tokenizer or _OPTIONAL.issuperset(only)):
+            return opened.checked(folder, variant)
         problem = (
             f"{what}, but {place} is no model folder, with {', '.join(sorted(lacking | without_tokenizer))}: {_HOW}"
         )

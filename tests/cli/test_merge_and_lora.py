@@ -1,10 +1,13 @@
 """Merging models and LoRAs from the command line, and what it says of differences and of mistakes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from functional_sd3 import cli, lora, weights
 from functional_sd3.core import tree
+from functional_sd3.flow import schedule
 from functional_sd3.lora import tree as adapters
 from functional_sd3.weights import merge
 from tests import models
@@ -53,6 +56,17 @@ def test_an_average_of_two_models_has_the_rest_of_the_first(folders, base, tuned
     pair = [base.params["transformer"], tuned.params["transformer"]]
     assert close(merged.params["transformer"], merge.average(pair, [1, 3]))
     assert not tree.diff(merged.params["clip_l"], base.params["clip_l"]) and merged.tokenizers.t5 is not None
+
+
+def test_another_schedule_than_the_first_models_is_said(folders, base, tmp_path, capsys):
+    levels = schedule.Config(distilled_steps=4, distillation="segments", guidance_distilled=True)
+    weights.save(tmp_path / "student", base._replace(config=replace(base.config, schedule=levels)))
+    assert run("merge", folders / "base", tmp_path / "student", "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "distillation None and segments" in said and f"the merged model is drawn as {folders / 'base'}" in said
+    assert weights.load(tmp_path / "out", only="clip_l").config.schedule == base.config.schedule
+    assert run("merge", folders / "base", folders / "tuned", "--out", tmp_path / "same") == 0
+    assert "are drawn otherwise" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, method", [

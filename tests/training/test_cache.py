@@ -267,8 +267,8 @@ def test_a_cache_of_other_images_or_options_is_not_written_over(model_folder, ma
     shutil.copytree(images, tmp_path / "fewer", ignore=lambda *_: ["00.png"])
     before = {name: (copied / name).read_bytes() for name in os.listdir(copied)}
     for words, said in (
-        ([tmp_path / "fewer"], "holds a cache of other images or captions and options: name a new folder"),
-        ([images, "--text-dtype", "bfloat16"], "holds a cache of other options"),
+        ([tmp_path / "fewer"], "holds a cache of other images or captions: name a new folder"),
+        ([images, "--text-dtype", "bfloat16"], r"of other options \(text-dtype None, now bfloat16\): name"),
     ):
         with pytest.raises(WeightsError, match=said):
             make(model_folder, words[0], copied, *words[1:])
@@ -280,6 +280,7 @@ def test_a_cache_of_other_images_or_options_is_not_written_over(model_folder, ma
     [
         (["--part", "vae"], "is a cache of latents, and --part vae learns from images"),
         (["--caption", "x"], "--caption is for images"),
+        (["--template", "a {}"], "--template is for images"),
         (["--crops", "2"], "--buckets, --crops and --flips are for images"),
         (["--prior-images", "2", "--prior-prompt", "a ring"], "--prior-images is for images"),
         (["--inversion", "<x>", "--initial-word", "ring"], "--inversion is for images"),

@@ -85,6 +85,16 @@ def test_a_missing_folder_is_named_with_what_it_should_hold(folders):
     assert "clip_l" in problem and "vae" in problem and "transformer" not in problem
 
 
+def test_a_whole_model_needs_no_other(tmp_path, same):
+    shipped_model = weights.load(shipped.folder(), dtype="stored")
+    weights.save(tmp_path / "whole", shipped_model)
+    set_base(tmp_path / "whole", "../gone")
+    model = weights.load(tmp_path / "whole", dtype="stored")
+    assert same(model.params, shipped_model.params) and model.config.taesd is None
+    (problem,) = problems_of(tmp_path / "whole", only="taesd")
+    assert "'../gone'" in problem and "with taesd" in problem
+
+
 def test_a_fault_of_the_other_folder_is_named(folders):
     whole, folder = folders
     (whole / "vae" / "config.json").unlink()
