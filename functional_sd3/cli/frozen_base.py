@@ -8,15 +8,24 @@ import torch
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params
 from functional_sd3.parallel import offload
+from functional_sd3.training import division
 from functional_sd3.weights import quantize
 
 DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
-def place(arguments: argparse.Namespace, name: str, stored: Params, dtype: torch.dtype, device: torch.device) -> Params:
+def place(
+    arguments: argparse.Namespace,
+    name: str,
+    stored: Params,
+    dtype: torch.dtype,
+    device: torch.device,
+    part: division.Part | None = None,
+) -> Params:
     """Parameters of a component of the base on the device, in `dtype` or --base; --block-swap blocks stay on the host.
 
     Blocks are converted one at a time. Those that stay are as they are stored, mapped from their file, or in --base.
+    part: this process's part of the component, None for the whole; weights are cut after they are in --base.
     Raises ValueError for more blocks than there are, and for a device that has no such dtype.
     """
     count, depth = 0, len(stored["blocks"])
@@ -38,8 +47,12 @@ def place(arguments: argparse.Namespace, name: str, stored: Params, dtype: torch
             return block
         return quantize.quantize({"blocks": [block]}, DTYPES[base])["blocks"][0]
 
-    rest = {name: [] if name == "blocks" else tree.cast(part, dtype) for name, part in stored.items()}
     first = depth - count
-    blocks = [tree.to(converted(block), device) for block in stored["blocks"][:first]]
-    held = stored["blocks"][first:] if base is None else [converted(block) for block in stored["blocks"][first:]]
-    return offload.keep({**rest, "blocks": [*blocks, *held]}, count, device)
+    blocks = []
+    for number, block in enumerate(stored["blocks"]):
+        own = converted(block) if number < first or base is not None else block
+        own = own if part is None else part.block(number, own)
+        blocks.append(tree.to(own, device) if number < first else own)
+    rest = {name: leaves for name, leaves in stored.items() if name != "blocks"}
+    rest = tree.cast(rest if part is None else part.rest(rest), dtype)
+    return offload.keep({name: blocks if name == "blocks" else rest[name] for name in stored}, count, device)

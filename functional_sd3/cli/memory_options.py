@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from functional_sd3.parallel.mesh import Mesh
     from functional_sd3.training.update_rule import UpdateRule
     from functional_sd3.weights.model import Model
 
@@ -107,8 +108,26 @@ def update_rule(arguments: argparse.Namespace) -> "UpdateRule":
     return UpdateRule(arguments.optimizer, weights, getattr(arguments, "fused_update", False))
 
 
-def with_computations(arguments: argparse.Namespace, model: "Model", trained: tuple[str, ...]) -> "Model":
-    """The model with a config that says how the blocks of its components are computed; trained: those that learn."""
+def with_computations(
+    arguments: argparse.Namespace,
+    model: "Model",
+    trained: tuple[str, ...],
+    mesh: "Mesh | None" = None,
+    divided: tuple[str, ...] = (),
+) -> "Model":
+    """The model with a config that says how the blocks of its components are computed.
+
+    trained: those that learn, or are frozen in the loss; divided: those of them that are divided over the mesh.
+    """
+    model = _with_memory(arguments, model, trained)
+    if mesh is None or not divided:
+        return model
+    from functional_sd3.training import division
+
+    return model._replace(config=division.with_parts(model.config, divided, mesh))
+
+
+def _with_memory(arguments: argparse.Namespace, model: "Model", trained: tuple[str, ...]) -> "Model":
     from functional_sd3.core import transform
     from functional_sd3.core.computation import Computation
     from functional_sd3.parallel import offload

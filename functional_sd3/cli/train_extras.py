@@ -1,7 +1,7 @@
 """What `train` reads beside the images of --data: masks, control images, images of the class and those held out."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,11 @@ NONE = Extras(None, None, None, None, {})
 """Nothing beside the images."""
 
 
-def gather(arguments: argparse.Namespace, model: Model, images: TrainingImages, say: Say) -> Extras:
-    """Everything that the options name, found and read, with digests of it; images of the class are drawn if wanted.
+def gather(
+    arguments: argparse.Namespace, model: Model, images: TrainingImages, say: Say, drawing: Callable[[], Model]
+) -> Extras:
+    """Everything that the options name, found and read, with digests of it; images of the class are drawn if wanted, by
+    the model `drawing()`.
 
     Raises ValueError for what is missing or does not fit.
     """
@@ -70,7 +73,7 @@ def gather(arguments: argparse.Namespace, model: Model, images: TrainingImages, 
     if arguments.control_data is not None:
         control = companions.find(arguments.control_data, images.names, "control images")
         contents[CONTROL] = digests.combined(digests.file_digests(control))
-    prior = _prior(arguments, model, say)
+    prior = _prior(arguments, model, say, drawing)
     if prior is not None:
         contents[PRIOR] = prior.contents
     return Extras(prior, held_out, masks, control, contents)
@@ -200,17 +203,19 @@ def _control_latents(
     return train_data.kept(arguments, name, digests.combined([*made_of, named]), len(images.captions), encode, say)
 
 
-def _prior(arguments: argparse.Namespace, model: Model, say: Say) -> TrainingImages | None:
+def _prior(
+    arguments: argparse.Namespace, model: Model, say: Say, drawing: Callable[[], Model]
+) -> TrainingImages | None:
     """The images of the class; drawn first, as far as --prior-images are missing."""
     if arguments.prior_data is None and arguments.prior_images is None:
         return None
     folder = Path(arguments.prior_data or Path(arguments.out) / "prior")
     if arguments.prior_images is not None:
-        _draw(arguments, model, folder, say)
+        _draw(arguments, drawing, folder, say)
     return _folder(arguments, model, str(folder), arguments.prior_prompt, say)
 
 
-def _draw(arguments: argparse.Namespace, model: Model, folder: Path, say: Say) -> None:
+def _draw(arguments: argparse.Namespace, drawing: Callable[[], Model], folder: Path, say: Say) -> None:
     """Draw what a folder lacks of --prior-images, with the model as it is before training, each by a key of its own."""
     suffixes = image_files.suffixes()
     there = sum(path.suffix.lower() in suffixes for path in folder.rglob("*")) if folder.is_dir() else 0
@@ -220,6 +225,7 @@ def _draw(arguments: argparse.Namespace, model: Model, folder: Path, say: Say) -
         return
     folder.mkdir(parents=True, exist_ok=True)
     say(f"drawing {len(missing)} images of the class into {folder}: {arguments.prior_prompt}")
+    model = drawing()
     side, key = train_data.side(arguments, model), prng.fold_in(prng.key(arguments.seed), 5)
     levels = model.config.schedule
     options: dict[str, Any] = {"cfg": 1.0, "steps": levels.distilled_steps} if levels and levels.distilled_steps else {}

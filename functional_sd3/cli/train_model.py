@@ -9,22 +9,24 @@ from typing import Any
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.cli import frozen_base, runtime
+from functional_sd3.cli import frozen_base, runtime, train_subjects
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.formats import default_dtype, finite
 from functional_sd3.layouts.components import SPECS
-from functional_sd3.training import tasks
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.training import division, tasks
 from functional_sd3.weights.model import Model
 
 
 def load(
-    arguments: argparse.Namespace, source: Sequence[Path], only: Sequence[str] | None = None
+    arguments: argparse.Namespace, source: Sequence[Path], only: Sequence[str] | None = None, mesh: Mesh = ONE_PROCESS
 ) -> tuple[Model, Model, torch.dtype | None]:
     """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
 
     What learns is in --weights, float32 by default. The rest stays as it is stored, unless the device does not compute
-    that well. only: the components that are read, all by default; configs and tokenizers are of all.
+    that well. only: the components that are read, all by default; configs and tokenizers are of all. mesh: the
+    processes of the run, of which this one converts and moves its part alone of what is divided (`divided`).
     """
     device = runtime.device(arguments.device)
     if only is None:
@@ -44,17 +46,26 @@ def load(
     if learned != torch.float32:
         dtype = dtype or learned
     used = [name for name in stored.params if arguments.part == "transformer" or name == "vae"]
-    params = {}
+    params, in_parts = {}, divided(arguments, stored) if division.has_parts(mesh) else ()
     for name in used:
+        part = division.Part(name, getattr(stored.config, name), mesh) if name in in_parts else None
         if name in names and arguments.lora and name != "vae":
-            params[name] = frozen_base.place(arguments, name, stored.params[name], dtype or torch.float32, device)
+            params[name] = frozen_base.place(arguments, name, stored.params[name], dtype or torch.float32, device, part)
             continue
         if name in names:
             chosen = dtype or torch.float32 if adapts else learned
         else:
             chosen = _computed_dtype(stored.params[name], device)
-        params[name] = _computed(stored.params[name], chosen, device)
+        params[name] = _computed(part(stored.params[name]) if part else stored.params[name], chosen, device)
     return stored, stored._replace(params=params), None if dtype == learned == torch.float32 else dtype
+
+
+def divided(arguments: argparse.Namespace, model: Model) -> tuple[str, ...]:
+    """The components that a mesh divides: those that learn, or are frozen in the loss. The encoders of a new word stay
+    whole, as their tables get rows."""
+    inversion = train_subjects.inversion(arguments) if getattr(arguments, "inversion", None) else None
+    whole = inversion.encoders if inversion else ()
+    return tuple(name for name in trained(arguments, model) if name not in whole)
 
 
 def read(arguments: argparse.Namespace, source: Sequence[Path], only: Collection[str]) -> dict[str, Params]:

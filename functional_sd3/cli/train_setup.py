@@ -28,7 +28,7 @@ from functional_sd3.layouts.components import SPECS
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text import conditioning, textual_inversion
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import continuing, digests, flow_learners, flow_task, tasks, vae_task
+from functional_sd3.training import continuing, digests, division, flow_learners, flow_task, tasks, vae_task
 from functional_sd3.training.step import TrainState
 from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.weights import shipped
@@ -64,8 +64,11 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     """
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     held = train_cache.opened(arguments, source)
-    stored, model, dtype = train_model.load(arguments, source, held and train_cache.components(arguments, held))
-    model = memory_options.with_computations(arguments, model, train_model.trained(arguments, model))
+    only = held and train_cache.components(arguments, held)
+    stored, model, dtype = train_model.load(arguments, source, only, mesh)
+    model = memory_options.with_computations(
+        arguments, model, train_model.trained(arguments, model), mesh, train_model.divided(arguments, model)
+    )
     if arguments.part != "vae":
         distilled.check_training(stored.config)
     if arguments.part != "vae" and held is None:
@@ -81,7 +84,9 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
         _check_word(options.inversion, model, ids, say)
     extras = train_extras.NONE
     if not isinstance(images, train_cache.Held):
-        extras = train_extras.gather(arguments, model, images, say)
+        # Images of the class are drawn by the first process alone.
+        drawing = lambda: model if not division.is_joint(mesh) else train_model.load(arguments, source)[1]  # noqa: E731
+        extras = train_extras.gather(arguments, model, images, say, drawing)
     settings = _settings(arguments, source, stored, images, ids, extras.contents)
     settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
     differences = lambda saved: _differences(saved, settings)  # noqa: E731

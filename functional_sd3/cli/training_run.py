@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
 
     def on_sample(current, done: int) -> None:
         images = task.sample(current)
+        if not processes.is_first:
+            return
         save_image(samples / f"{done:08d}.png", images)
         if board is not None:
             board.image(done, images)
@@ -124,6 +126,7 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
             note=say,
             processes=processes,
             whole=whole,
+            samples_together=getattr(task, "samples_together", False),
         )
     except KeyboardInterrupt:
         say(f"stopped at once; {newest(checkpoints)}")

@@ -24,12 +24,14 @@ class Computation:
     materialize: applied to the parameters of one block inside the function that `block_transform` gets, and to those
     outside of blocks: sharded -> gathered, on the host -> on the device, stored -> computed. block_transform: applied
     to the function that applies one block, such as `transform.remat`. mesh: a `parallel.mesh.Mesh`, over whose axes
-    tensor and sequence the work of every block is divided.
+    tensor and sequence the work of every block is divided. layout: a `parallel.sharding.Layout` of the parameters where
+    they are parts, which `materialize` and `mesh` are for; no argument.
     """
 
     materialize: Materialize | None = None
     block_transform: Callable[[Callable], Callable] | None = None
     mesh: Any = None
+    layout: Any = None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,12 @@ def init(
 
 
 def apply(
-    params: Params, lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale] = 1.0, *, lazy: bool = False
+    params: Params,
+    lora: Lora | Sequence[Lora],
+    scale: Scale | Sequence[Scale] = 1.0,
+    *,
+    lazy: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Params:
     """The parameters W + scale * alpha / rank * up @ down, for one LoRA or the sum of several, each with its scale.
 
@@ -80,12 +85,14 @@ def apply(
     low-rank product to what they compute: the same but for rounding, right for training, for weights in int8 or float8,
     and for many LoRAs over one base (vmap over a stack of them: `in_axes=(None, 0)`). What is no low-rank product
     (LoHa, LoKr, DoRA, differences) is added to the weight all the same; beside a weight in int8 or float8 it stands as
-    a matrix of the scale's dtype. A DoRA's `scale` multiplies its whole difference from the weight.
+    a matrix of the scale's dtype. A DoRA's `scale` multiplies its whole difference from the weight. shapes: of whole
+    weights by path, where those of `params` are parts that are gathered when they are used (`parallel.sharding`), which
+    needs `lazy`.
 
     Raises ValueError naming what the parameters lack or what does not fit them.
     """
     given = _given(lora, scale)
-    _check(params, given)
+    _check(params, given, shapes or {})
     return _adapted("", params, given, lazy)
 
 
@@ -136,7 +143,7 @@ def _at(scale: Scale, path: str) -> float | Tensor:
     return scale(path) if callable(scale) and not isinstance(scale, Tensor) else scale
 
 
-def _check(params: Params, given: Given) -> None:
+def _check(params: Params, given: Given, shapes: Mapping[str, tuple[int, ...]]) -> None:
     leaves = tree.flatten_paths(params)
     problems = []
     for entries, _ in given:
@@ -144,7 +151,7 @@ def _check(params: Params, given: Given) -> None:
             if path not in leaves:
                 problems.append(f"{path}, which the LoRA adapts, is not among the parameters")
             else:
-                problems += adapters.check(path, entry, tuple(leaves[path].shape))
+                problems += adapters.check(path, entry, shapes.get(path, tuple(leaves[path].shape)))
     if not _pairs(given):
         raise ValueError("a LoRA without adapters cannot be applied")
     if problems:

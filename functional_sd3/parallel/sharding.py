@@ -26,7 +26,7 @@ from functional_sd3.core.spec import Elementwise, Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import collectives, transport
 from functional_sd3.parallel.mesh import BATCH_AXES, Mesh
-from functional_sd3.parallel.tensor import cut_of
+from functional_sd3.parallel.tensor import Cut, cut_of, join_leaf, own_leaf
 
 AXIS = "fsdp"
 
@@ -35,12 +35,12 @@ AXIS = "fsdp"
 class Placement:
     """Shape of a whole leaf, and the dimension along which it is divided over "fsdp"; None: whole everywhere.
 
-    cut: True for a leaf of which `tensor.cut` has left this process's part over "tensor"; its shape is the part's.
+    cut: how it is divided over "tensor" before that (`tensor.cut_of`), None for not at all; the shape is the part's.
     """
 
     shape: tuple[int, ...]
     dim: int | None = None
-    cut: bool = False
+    cut: Cut | None = None
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """Shape of this process's part."""
@@ -57,30 +57,44 @@ Layout = Tree
 """A tree of `Placement`, like the parameters."""
 
 
-def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None) -> Layout:
+def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None, *, is_cut: bool = True) -> Layout:
     """Where each leaf of a spec is divided: by the rules, else along its first axis that divides, else nowhere.
 
     rules: logical axis (`spec.AXES`) -> mesh axis, which is "fsdp": along which axis leaves that have it are divided
-    first. With an axis "tensor" the spec is that of this process's part (`tensor.part_spec`). Raises ValueError for
-    another mesh axis.
+    first. With an axis "tensor" the spec is that of this process's part (`tensor.part_spec`); is_cut: False for what is
+    whole along that axis, as text encoders are. Raises ValueError for another mesh axis.
     """
     rules = dict(rules or {})
     if others := sorted(set(rules.values()) - {AXIS}):
         raise ValueError(f"rules divide parameters over {others}; a layout divides them over {AXIS!r} alone")
-    count = mesh.size(AXIS)
+    count, is_cut = mesh.size(AXIS), is_cut and mesh.size("tensor") > 1
 
     def place(path: str, param: Param) -> Placement:
         fitting = [dim for dim, size in enumerate(param.shape) if size % count == 0 and size >= count]
         preferred = [dim for dim in fitting if param.axes[dim] in rules]
         dim = next(iter(preferred or fitting), None) if count > 1 else None
-        return Placement(param.shape, dim, mesh.size("tensor") > 1 and cut_of(param) is not None)
+        return Placement(param.shape, dim, cut_of(param) if is_cut else None)
 
     return specs.map_params(place, spec)
 
 
 def shard(params: Tree, layout: Layout, mesh: Mesh) -> Tree:
-    """This process's part of whole parameters: copies, so that the whole can be freed."""
-    return tree.map(lambda leaf, placement: _own(leaf, placement, mesh), params, layout)
+    """This process's part of whole parameters, over "tensor" and "fsdp": copies, so that the whole can be freed."""
+
+    def own(path: str, leaf: Tensor, placement: Placement) -> Tensor:
+        part = leaf if placement.cut is None else own_leaf(path, leaf, placement.cut, mesh)
+        return _own(part, placement, mesh)
+
+    return tree.map_with_path(own, params, layout)
+
+
+def shard_known(params: Tree, layout: Layout, mesh: Mesh) -> Tree:
+    """Parts over "fsdp" of parameters that are parts over "tensor" already (`tensor.cut`). Leaves that the layout does
+    not have, such as the scales of weights in int8, stay as they are."""
+    placements = tree.flatten_paths(layout)
+    return tree.map_with_path(
+        lambda path, leaf: _own(leaf, placements[path], mesh) if path in placements else leaf, params
+    )
 
 
 def whole(params: Tree, layout: Layout, mesh: Mesh) -> Tree:
@@ -88,7 +102,8 @@ def whole(params: Tree, layout: Layout, mesh: Mesh) -> Tree:
     group = mesh.group(AXIS)
 
     def join(leaf: Tensor, placement: Placement) -> Tensor:
-        return leaf if placement.dim is None else collectives.all_gather(leaf, group, placement.dim)
+        part = leaf if placement.dim is None else collectives.all_gather(leaf, group, placement.dim)
+        return part if placement.cut is None else join_leaf(part, placement.cut, mesh)
 
     return tree.map(join, params, layout)
 
@@ -183,7 +198,7 @@ def norm(grads: Params, layout: Layout | None, mesh: Mesh) -> Tensor:
     kinds: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
     for path, leaf in tree.flatten_paths(grads).items():
         placement = placements.get(path)
-        kinds[_is_sharded(placement), placement is not None and placement.cut].append(leaf)
+        kinds[_is_sharded(placement), placement is not None and placement.cut is not None].append(leaf)
     if set(kinds) == {(False, False)}:
         return leafwise.global_norm(kinds[False, False])
     squares = []

@@ -46,17 +46,22 @@ def cut(params: Params, spec: Tree, mesh: Mesh, *, heads: int) -> Params:
     return params if count == 1 else _map(lambda path, leaf, at: _own(path, leaf, at, index, count), params, spec)
 
 
+def own_leaf(path: str, leaf: Tensor, at: Cut, mesh: Mesh) -> Tensor:
+    """This process's part of a leaf. Raises ValueError, naming the path, where it does not divide."""
+    return _own(path, leaf, at, mesh.index("tensor"), mesh.size("tensor"))
+
+
+def join_leaf(leaf: Tensor, at: Cut, mesh: Mesh) -> Tensor:
+    """The whole leaf, on all processes, of which each has its part."""
+    parts = leaf.unflatten(at.dim, (at.parts, -1))
+    return collectives.all_gather(parts, mesh.group("tensor"), at.dim + 1).flatten(at.dim, at.dim + 1)
+
+
 def whole(params: Params, spec: Tree, mesh: Mesh) -> Params:
     """The whole parameters, on all processes, of which each has its part: the inverse of `cut`."""
-    group = mesh.group("tensor")
-    if group is None:
+    if mesh.size("tensor") == 1:
         return params
-
-    def joined(path: str, leaf: Tensor, at: Cut) -> Tensor:
-        parts = leaf.unflatten(at.dim, (at.parts, -1))
-        return collectives.all_gather(parts, group, at.dim + 1).flatten(at.dim, at.dim + 1)
-
-    return _map(joined, params, spec)
+    return _map(lambda path, leaf, at: join_leaf(leaf, at, mesh), params, spec)
 
 
 def part_spec(spec: Tree, mesh: Mesh, *, heads: int) -> Tree:

@@ -12,9 +12,12 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.layouts.components import SPECS, require
+from functional_sd3.parallel import sharding
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.sharding import Layout
 from functional_sd3.text import textual_inversion
 from functional_sd3.text.textual_inversion import Word
-from functional_sd3.training import objectives
+from functional_sd3.training import division, objectives
 from functional_sd3.transformer import controlnet
 from functional_sd3.weights import quantize
 from functional_sd3.weights.model import Model
@@ -38,7 +41,8 @@ class FlowLearner(NamedTuple):
 
     params, spec: of what is trained. loss: objective, its options -> loss of `params`. model: params -> the whole
     model, as it draws. trained: names of the trained components, empty where the result is no model. has_encoders:
-    whether a batch is of ids, since the conditioning depends on `params`.
+    whether a batch is of ids, since the conditioning depends on `params`. layout: of `params` where they are parts over
+    a mesh, None where they are whole on every process.
     """
 
     params: Params
@@ -47,10 +51,12 @@ class FlowLearner(NamedTuple):
     model: Callable[[Params], Model]
     trained: tuple[str, ...] = ()
     has_encoders: bool = False
+    layout: Layout | None = None
 
 
-def components(key: Key, model: Model, names: Sequence[str], scratch: bool) -> FlowLearner:
-    """Learner of whole components, the transformer and any encoders; scratch: fresh parameters."""
+def components(key: Key, model: Model, names: Sequence[str], scratch: bool, mesh: Mesh = ONE_PROCESS) -> FlowLearner:
+    """Learner of whole components, the transformer and any encoders; scratch: fresh parameters. mesh: over which the
+    model is divided (`division.divide`)."""
     spec = {name: SPECS[name](getattr(model.config, name)) for name in names}
     frozen = {name: tensors for name, tensors in model.params.items() if name not in names}
 
@@ -63,27 +69,34 @@ def components(key: Key, model: Model, names: Sequence[str], scratch: bool) -> F
     def whole(learned: Params) -> Model:
         return rest._replace(params=in_order({**frozen, **learned}))
 
-    params = initial_params(key, model, names, scratch)
-    return FlowLearner(params, spec, loss, whole, tuple(names), len(names) > 1)
+    params = initial_params(key, model, names, scratch, mesh)
+    layout = division.layouts(model.config, names)
+    return FlowLearner(params, spec, loss, whole, tuple(names), len(names) > 1, layout)
 
 
-def adapter(key: Key, model: Model, rank: int, names: Sequence[str]) -> FlowLearner:
-    """Learner of a fresh LoRA of the attentions of these components."""
+def adapter(key: Key, model: Model, rank: int, names: Sequence[str], mesh: Mesh = ONE_PROCESS) -> FlowLearner:
+    """Learner of a fresh LoRA of the attentions of these components. mesh: as of `components`."""
     # The frozen base stays out of the state: it needs no average and no copy in checkpoints.
     spec = {name: SPECS[name](getattr(model.config, name)) for name in names}
     spec = lora.spec(spec, rank, [f"{name}.blocks.*attention*" for name in names])
+    spec, layout = division.adapter_spec(spec, model.config, mesh)
+    shapes = division.shapes(model.config, model.params)
 
     def loss(objective: Objective, **options) -> objectives.Loss:
         own = objective(model.config, **options)
-        return lambda learned, batch, keys: own(lora.apply(model.params, learned, lazy=True), batch, keys)
+        return lambda learned, batch, keys: own(
+            lora.apply(model.params, learned, lazy=True, shapes=shapes), batch, keys
+        )
 
     params = specs.init(key, spec, device=_device(model))
     # Nothing is added to a weight that is stored with a scale, or elsewhere.
     lazy = any(
         quantize.is_quantized(model.params[name]) or computation.of(model.config, name).materialize for name in names
     )
-    merged = lambda learned: model._replace(params=lora.apply(model.params, learned, lazy=lazy))  # noqa: E731
-    return FlowLearner(params, spec, loss, merged, has_encoders=len(names) > 1)
+    merged = lambda learned: model._replace(  # noqa: E731
+        params=lora.apply(model.params, learned, lazy=lazy, shapes=shapes)
+    )
+    return FlowLearner(params, spec, loss, merged, has_encoders=len(names) > 1, layout=layout)
 
 
 def control_config(model: Model, kind: str, depth: int | None = None) -> controlnet.Config:
@@ -108,18 +121,29 @@ def control_config(model: Model, kind: str, depth: int | None = None) -> control
     )
 
 
-def control(key: Key, model: Model, net: controlnet.Config) -> FlowLearner:
-    """Learner of a ControlNet copied from the transformer, its new layers zero (`controlnet.from_transformer`)."""
-    params = controlnet.from_transformer(
-        key, net, tree.cast(model.params["transformer"], torch.float32), require(model.config, "transformer")
+def control(key: Key, model: Model, net: controlnet.Config, mesh: Mesh = ONE_PROCESS) -> FlowLearner:
+    """Learner of a ControlNet copied from the transformer, its new layers zero (`controlnet.copy_transformer`). mesh:
+    as of `components`, of which "tensor" is not for ControlNets."""
+    described, device = controlnet.spec(net), _device(model)
+    is_divided = division.layouts(model.config, ["transformer"]) is not None
+    layout = sharding.layout(described, mesh) if is_divided else None
+    fresh = (
+        specs.init(key, described, device=device)
+        if layout is None
+        else (sharding.init(key, described, layout, mesh, device=device))
     )
+    params = controlnet.copy_transformer(
+        fresh, net, tree.cast(model.params["transformer"], torch.float32), require(model.config, "transformer")
+    )
+    computed = None if layout is None else sharding.materialize(layout, mesh)
 
     def loss(objective: Objective, **options) -> objectives.Loss:
-        own = objectives.controlnet_loss(model.config, net, objective=objective, **options)
+        own = objectives.controlnet_loss(model.config, net, objective=objective, materialize=computed, **options)
         transformer = {"transformer": model.params["transformer"]}
         return lambda learned, batch, keys: own({**transformer, **learned}, batch, keys)
 
-    return FlowLearner({"controlnet": params}, {"controlnet": controlnet.spec(net)}, loss, lambda learned: model)
+    layouts = None if layout is None else {"controlnet": layout}
+    return FlowLearner({"controlnet": params}, {"controlnet": described}, loss, lambda learned: model, layout=layouts)
 
 
 def word(model: Model, inversion: Inversion) -> FlowLearner:
@@ -167,15 +191,17 @@ def with_tokens(model: Model, inversion: Inversion) -> Model:
     return model._replace(config=added.config, tokenizers=added.tokenizers)
 
 
-def initial_params(key: Key, model: Model, names: Sequence[str], scratch: bool) -> dict[str, Params]:
+def initial_params(
+    key: Key, model: Model, names: Sequence[str], scratch: bool, mesh: Mesh = ONE_PROCESS
+) -> dict[str, Params]:
     """The model's parameters of these components, or fresh ones."""
     if not scratch:
         return {name: model.params[name] for name in names}
     device = _device(model)
-    described = {name: SPECS[name](getattr(model.config, name)) for name in names}
     keys = prng.split(key, len(names))
     return {
-        name: specs.init(name_key, described[name], device=device) for name_key, name in zip(keys, names, strict=True)
+        name: division.init(name_key, name, model.config, mesh, device=device)
+        for name_key, name in zip(keys, names, strict=True)
     }
 
 

@@ -2,16 +2,15 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import computation, prng, tree
-from functional_sd3.core.types import Key, Tree
+from functional_sd3.core import prng, tree
+from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.image import vae
-from functional_sd3.layouts.components import Config, require
+from functional_sd3.layouts.components import require
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh, own_rows
 from functional_sd3.text import conditioning
@@ -42,26 +41,15 @@ def flow_task(
     dtype, in which they are used; the base of a LoRA, ControlNet or word is in `settings.dtype` (None: float32).
     Encoders that are not trained encode each batch without gradients; where `data` holds no ids none is needed.
     generate: draws the samples, `pipeline.generate`. mesh: the processes that share every batch, of which this one
-    makes its own rows; with an axis "fsdp" whole components that learn are sharded over it, and along "sequence" the
-    transformer's loss divides the tokens of every image.
+    makes its own rows; `model` is divided over it (`division.divide`): what learns and what is frozen.
     """
     if "ids" in data.text.empty:
         check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4)
-    learner = _learner(init_key, model, settings)
+    learner = _learner(init_key, model, settings, mesh)
     # Closures take functions of the learner, not the learner, which would keep the parameters at the start.
     whole, has_encoders = learner.model, learner.has_encoders
     start = whole(learner.params)
-    layout = None
-    # Samples are drawn by one process alone, so that the mesh is in the config of the loss only.
-    divided = model if mesh.size("sequence") == 1 else model._replace(config=_with_mesh(model.config, mesh))
-    if divided is not model:
-        learner = learner._replace(loss=_learner(init_key, divided, settings).loss)
-    if mesh.size("fsdp") > 1 and learner.trained:
-        layout = sharding.layout(learner.spec, mesh)
-        sharded = _with_gathering(divided, layout, mesh)
-        loss_of = flow_learners.components(init_key, sharded, learner.trained, False).loss
-        learner = learner._replace(params=sharding.shard(learner.params, layout, mesh), loss=loss_of)
     config, tokenizers = start.config, start.tokenizers
     device = tree.leaves(model.params)[0].device
     frozen = {name: tensors for name, tensors in model.params.items() if name not in learner.trained}
@@ -98,6 +86,11 @@ def flow_task(
     if prior is not None:
         batch = _with_prior(batch, prior, inputs, prng.fold_in(order_key, 1), settings.batch, mesh)
 
+    layout = learner.layout
+
+    def drawn_control(params: Params) -> Params:
+        return params if layout is None else sharding.whole(params, layout, mesh)
+
     def sample(state: step.TrainState) -> Tensor:
         rows = [index * len(captions) // 4 for index in range(4)]
         height, width = (side * vae.factor(require(config, "vae")) for side in data.latents.size)
@@ -105,7 +98,7 @@ def flow_task(
         if settings.control is not None:
             views = data.latents.views * torch.tensor(rows, dtype=torch.int64, device="cpu")
             latents = data.extra(views)["control"].to(device)
-            options["control"] = [Control(state.ema["controlnet"], settings.control, latents)]
+            options["control"] = [Control(drawn_control(state.ema)["controlnet"], settings.control, latents)]
         with torch.no_grad():
             return generate(
                 whole(state.ema).params, config, tokenizers, [captions[row] for row in rows], sample_key,
@@ -126,32 +119,15 @@ def flow_task(
     return task._replace(validate=lambda state: validate(state.ema))
 
 
-def _learner(key: Key, model: Model, settings: tasks.Settings) -> flow_learners.FlowLearner:
+def _learner(key: Key, model: Model, settings: tasks.Settings, mesh: Mesh) -> flow_learners.FlowLearner:
     if settings.control is not None:
-        return flow_learners.control(key, model, settings.control)
+        return flow_learners.control(key, model, settings.control, mesh)
     if settings.inversion is not None:
         return flow_learners.word(model, settings.inversion)
     names = [name for name in tasks.ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
     if settings.lora:
-        return flow_learners.adapter(key, model, settings.lora, names)
-    return flow_learners.components(key, model, names, settings.scratch)
-
-
-def _with_mesh(config: Config, mesh: Mesh) -> Config:
-    """The config by which the processes of the mesh compute the transformer together."""
-    computed = replace(computation.of(config, "transformer"), mesh=mesh)
-    return replace(config, computations={**config.computations, "transformer": computed})
-
-
-def _with_gathering(model: Model, layout: sharding.Layout, mesh: Mesh) -> Model:
-    """The model with a config by which the blocks of sharded components are gathered, each before it is computed."""
-    computations = dict(model.config.computations)
-    for name, placements in layout.items():
-        computed = computation.of(model.config, name)
-        if computed.materialize is not None:
-            raise ValueError(f"the blocks of {name} are materialised otherwise already; they cannot be sharded too")
-        computations[name] = replace(computed, materialize=sharding.materialize(placements, mesh))
-    return model._replace(config=replace(model.config, computations=computations))
+        return flow_learners.adapter(key, model, settings.lora, names, mesh)
+    return flow_learners.components(key, model, names, settings.scratch, mesh)
 
 
 def _with_prior(

@@ -82,6 +82,7 @@ def run(
     summary: Summary | None = None,
     processes: Processes = ALONE,
     whole: Callable[[S], S] = lambda state: state,
+    samples_together: bool = False,
 ) -> Outcome[S]:
     """Train from `state` until `state.step` is `steps`.
 
@@ -100,8 +101,10 @@ def run(
     checkpoint, and UnsavedError when the disk refuses the last checkpoint.
 
     processes: of the run, which all call this; the first one writes and samples, of `whole(state)`, the state put
-    together, for which all of them are needed. A signal to one stops them all after the same step, and an error of one
-    that is none of a training step ends them all, in the others as ElsewhereError; a rollout is not abandoned there.
+    together, for which all of them are needed. samples_together: all of them call `on_sample` instead, each with its
+    own state, and draw together; no signal ends that. A signal to one stops them all after the same step, and an error
+    of one that is none of a training step ends them all, in the others as ElsewhereError; a rollout is not abandoned
+    there.
     """
     from tqdm import tqdm
 
@@ -128,6 +131,10 @@ def run(
             raise
 
     def sample() -> None:
+        if samples_together:
+            own_note = note if processes.is_first else lambda text: None
+            _sample(on_sample, state, done, stop, own_note, can_end=processes.is_alone)
+            return
         complete = whole(state)
         if processes.is_first:
             _sample(on_sample, complete, done, stop, note)
@@ -256,11 +263,16 @@ def _validation(
         return validation.ABSENT
 
 
-def _sample(on_sample: Sampler[S] | None, state: S, done: int, stop: Interruption, note: Note) -> None:
-    """Make a sample; errors are noted and signals end it, neither of which may end the run."""
+def _sample(
+    on_sample: Sampler[S] | None, state: S, done: int, stop: Interruption, note: Note, *, can_end: bool = True
+) -> None:
+    """Make a sample; errors are noted and signals end it, neither of which may end the run.
+
+    can_end: False where other processes draw with this one, which a signal must not leave alone.
+    """
     try:
-        with stop.abortable():
-            if on_sample is not None and not stop.is_requested():
+        with stop.abortable() if can_end else contextlib.nullcontext():
+            if on_sample is not None and not (can_end and stop.is_requested()):
                 on_sample(state, done)
     except KeyboardInterrupt:
         pass

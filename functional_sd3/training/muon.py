@@ -66,7 +66,7 @@ def _scale_by_muon(momentum: float, orthogonalized: Orthogonalized) -> Optimizer
         return tree.map_with_path(lambda path, leaf: updates[path], nesterov), MuonState(averaged)
 
     def sharded(layout: Layout, mesh: Mesh) -> Optimizer:
-        if any(placement.cut for placement in tree.leaves(layout)):
+        if any(placement.cut is not None for placement in tree.leaves(layout)):
             raise ValueError(
                 f"Muon turns whole matrices, of which a mesh with tensor={mesh.size('tensor')} leaves each process a "
                 "part: use AdamW, or divide data, fsdp or sequence"

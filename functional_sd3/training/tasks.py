@@ -18,7 +18,7 @@ from functional_sd3.flow.loss_weights import Weight
 from functional_sd3.layouts.components import Config
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
-from functional_sd3.training import objectives, optim, step, update_rule
+from functional_sd3.training import division, objectives, optim, step, update_rule
 from functional_sd3.training.flow_learners import Inversion
 from functional_sd3.training.update_rule import UpdateRule
 from functional_sd3.transformer import controlnet
@@ -50,7 +50,8 @@ class TrainingTask(NamedTuple):
     batch: step number -> batch. model: state -> the whole model with the averaged parameters. sample: state -> images
     (batch, 3, height, width) in [0, 1]. trained: names of the trained components, empty where the result is no model.
     validate: state -> the losses of images that are held out, `validation.NAMES`. whole, shard: from the state of this
-    process to the whole one, which all processes call, and back; `model` and `sample` are of whole states.
+    process to the whole one, which all processes call, and back; `model` is of whole states. samples_together: whether
+    all processes call `sample`, of their own states; else one alone, of the whole state.
     """
 
     state: step.TrainState
@@ -62,6 +63,7 @@ class TrainingTask(NamedTuple):
     validate: Callable[[step.TrainState], objectives.Metrics] | None = None
     whole: Callable[[step.TrainState], step.TrainState] = lambda state: state
     shard: Callable[[step.TrainState], step.TrainState] = lambda state: state
+    samples_together: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,7 @@ def make_task(
         own_rows=True,
     )
     params = tree.cast(params, settings.rule.weights)
-    task = TrainingTask(
-        step.init(key, params, optimizer, trainable=trainable), train_step, batch, model, sample, trained
-    )
-    if layout is None:
-        return task
-    placements = sharding.state_layout(task.state, layout, mesh)
-    return task._replace(
-        whole=lambda state: sharding.whole(state, placements, mesh),
-        shard=lambda state: sharding.shard(state, placements, mesh),
-    )
+    state = step.init(key, params, optimizer, trainable=trainable)
+    task = TrainingTask(state, train_step, batch, model, sample, trained, samples_together=division.is_joint(mesh))
+    functions = division.state_functions(state, layout, mesh)
+    return task if functions is None else task._replace(whole=functions[0], shard=functions[1])

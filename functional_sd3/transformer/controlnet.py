@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core import layers
+from functional_sd3.core import computation, layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_floating
@@ -114,6 +114,7 @@ def apply(
     scale: float | Tensor = 1.0,
     *,
     modulations: Tree | None = None,
+    materialize: Callable[[Params], Params] | None = None,
     implementation: Implementation = "sdpa",
     block_transform: Callable[[Callable], Callable] | None = None,
 ) -> list[Tensor]:
@@ -123,10 +124,11 @@ def apply(
     tokens instead, `mmdit.embed_image`, (batch, tokens, width). t, context, pooled: as in `mmdit.apply`; without a
     context_width the context is not used and may be None. image_latents (batch or 1, in_channels + extra_channels,
     height, width): the encoded control image (`pipeline.control_latents`). scale: a number, or a tensor () or (batch,);
-    0 gives residuals of exactly 0. modulations, implementation, block_transform: as in `mmdit.apply`.
+    0 gives residuals of exactly 0. modulations, materialize, implementation, block_transform: as in `mmdit.apply`.
 
     Raises ValueError when a shape fits neither the config nor the other inputs, or an input is not floating.
     """
+    params = computation.materialize_rest(params, materialize)
     dtype = params["control_patch"]["weight"].dtype
     check_floating("latents", latents)
     check_floating("image_latents", image_latents)
@@ -136,7 +138,7 @@ def apply(
     if config.context_width is not None:
         streams["context"] = _embed_context(params, config.context_width, context, batch, dtype)
     modulation = resolve_modulations(modulations, partial(_conditions, params, config), t, pooled, batch)
-    apply_block = block_transform(joint_block.apply) if block_transform else joint_block.apply
+    apply_block = computation.block_function(joint_block.apply, materialize, block_transform)
     residuals = []
     for block, out, parts in zip(params["blocks"], params["residuals"], modulation["blocks"], strict=True):
         streams = apply_block(block, config.heads, streams, parts, implementation)
@@ -181,6 +183,13 @@ def from_transformer(key: Key, config: Config, transformer: Params, transformer_
 
     Raises ValueError when the two are of different widths, or the ControlNet is the deeper one.
     """
+    like = transformer["patch"]["weight"]
+    fresh = init(key, config, dtype=like.dtype, device=like.device)
+    return copy_transformer(fresh, config, transformer, transformer_config)
+
+
+def copy_transformer(fresh: Params, config: Config, transformer: Params, transformer_config: mmdit.Config) -> Params:
+    """`from_transformer` with fresh parameters of the ControlNet, or parts of both."""
     if config.context_width is None:
         raise ValueError("a ControlNet of the image alone has no blocks like the transformer's to start from")
     sizes = ("heads", "head_dim", "patch_size", "in_channels", "context_width", "pooled_width", "qk_norm")
@@ -194,8 +203,6 @@ def from_transformer(key: Key, config: Config, transformer: Params, transformer_
     dual = tuple(index for index in transformer_config.dual_attention_layers if index < config.depth)
     if config.dual_attention_layers != dual:
         raise ValueError(f"dual_attention_layers {config.dual_attention_layers} must be the transformer's {dual}")
-    like = transformer["patch"]["weight"]
-    fresh = init(key, config, dtype=like.dtype, device=like.device)
     copied: Params = {name: transformer[name] for name in ("patch", "time", "pooled", "context") if name in fresh}
     if config.position_size == transformer_config.position_size and "position" in fresh:
         copied["position"] = transformer["position"]

@@ -32,11 +32,11 @@ def train(sizes, count=3):
     train_step = step.make_train_step(
         loss, optimizer, trainable=step.trainable(SPEC), mesh=mesh, layout=layout, accumulate=1 if sizes else 2
     )
-    params = sharding.shard(tensor.cut(filled(SPEC), SPEC, mesh, heads=CONFIG.heads), layout, mesh)
+    params = sharding.shard(filled(SPEC), layout, mesh)
     state = step.init(prng.key(1), params, optimizer, trainable=step.trainable(SPEC))
     for _ in range(count):
         state, metrics = train_step(state, {"inputs": inputs(batch=4)})
-    return tensor.whole(sharding.whole(state.params, layout, mesh), SPEC, mesh), metrics
+    return sharding.whole(state.params, layout, mesh), metrics
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,15 @@ def controlnet_loss(
     net: controlnet.Config,
     *,
     objective: Callable[..., Loss] = flow_loss,
+    materialize: Callable[[Params], Params] | None = None,
     implementation: Implementation = "sdpa",
     **options: Any,
 ) -> Loss:
     """`objective` of params that hold a "controlnet" of config `net` beside the transformer.
 
     batch: that of `flow_loss` with "control" (batch, channels, height, width), the encoded control images
-    (`pipeline.control_latents`). `options` are flow_loss's, and its metrics.
+    (`pipeline.control_latents`). materialize: of the ControlNet's parameters, as of `controlnet.apply`. `options` are
+    flow_loss's, and its metrics.
     """
 
     def residuals(
@@ -42,7 +44,8 @@ def controlnet_loss(
         # Rematerialised as the transformer's blocks are.
         transform = computation.of(config, "transformer").block_transform
         return controlnet.apply(
-            params["controlnet"], net, *inputs, implementation=implementation, block_transform=transform
-        )
+            params["controlnet"], net, *inputs, materialize=materialize, implementation=implementation,
+            block_transform=transform,
+        )  # fmt: skip
 
     return objective(config, residuals=residuals, implementation=implementation, **options)

@@ -1,0 +1,102 @@
+"""What is frozen is divided too: a LoRA's base, the transformer under a ControlNet or a word, and the autoencoder."""
+
+import argparse
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from functional_sd3 import weights
+from functional_sd3.core import tree
+from functional_sd3.transformer import mmdit
+from tests.models import random_leaves
+from tests.training.mesh_runs import error, tensors, train
+
+SHORT = ["--steps", "2", "--save-every", "2", "--schedule", "constant", "--warmup", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder, tmp_path_factory):
+    """`model_folder` with a CLIP-G, and a transformer of two blocks whose velocity is not zero."""
+    model, path = weights.load(model_folder, dtype="stored"), tmp_path_factory.mktemp("random")
+    network = replace(model.config.transformer, depth=2)
+    config = replace(model.config, transformer=network, clip_g=model.config.clip_l)
+    leaves = tree.cast(random_leaves(mmdit.spec(network)), torch.float16)
+    params = {**model.params, "clip_g": model.params["clip_l"], "transformer": leaves}
+    tokenizers = model.tokenizers._replace(clip_g=model.tokenizers.clip_l)
+    weights.save(path, model._replace(config=config, params=params, tokenizers=tokenizers))
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folder of four images."""
+    path = tmp_path_factory.mktemp("images")
+    for index in range(4):
+        Image.new("RGB", (16, 16), (60 * index, 90, 200)).save(path / f"{index}.png")
+    return path
+
+
+RUNS = {
+    "lora": ["--lora", "2", "--sample-every", "2"],
+    "int8": ["--lora", "2", "--base", "int8", "--text-encoders", "train"],
+    "swapped": ["--lora", "2", "--block-swap", "1", "--remat"],
+    "control": ["--control", "canny", "--sample-every", "2", "--remat"],
+    "inversion": ["--inversion", "<hue>", "--initial-word", "red", "--caption", "a <hue> circle", "--data", "IMAGES"],
+    "vae": ["--part", "vae", "--sample-every", "2"],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_trains_beside_a_divided_model_learns_as_in_one_process(processes, folder, images, tmp_path, name):
+    words = [*SHORT, *(images if word == "IMAGES" else word for word in RUNS[name])]
+    alone = train(folder, "--out", tmp_path / "alone", *words, "--accumulate", "2")
+    assert alone[0] == 0, alone[2]
+    results = processes(2, train, folder, "--out", tmp_path / "run", *words, "--mesh", "fsdp=2")
+    assert [status for status, _, _ in results] == [0, 0], results[0][2] + results[1][2]
+    assert "note: no sample" not in results[0][2] and results[1][2] == ""
+    ours, theirs = tensors(tmp_path / "run", 2), tensors(tmp_path / "alone", 2)
+    assert error(ours, theirs) < 1e-5
+    # It has learned something: momenta of the loss's gradients.
+    assert any(leaf.abs().max() > 0 for path, leaf in theirs.items() if ".mean." in path)
+    drawn = list((tmp_path / "alone" / "samples").glob("*.png"))
+    assert len(drawn) == RUNS[name].count("--sample-every")
+    for path in drawn:
+        # A LoRA stands beside weights that are gathered, and is added to those that are whole.
+        image, own = (decoded(folder / path.name) for folder in (path.parent, tmp_path / "run" / "samples"))
+        assert (image - own).abs().max() <= 2
+
+
+def decoded(path):
+    with Image.open(path) as image:
+        return torch.from_numpy(numpy.array(image)).int()
+
+
+def loaded(folder, *words):
+    """Bytes in memory of the transformer's parameters in this process, and of its largest block once it is gathered."""
+    from functional_sd3.cli import train as command
+    from functional_sd3.cli import train_model
+    from functional_sd3.core import computation
+    from functional_sd3.parallel import mesh as meshes
+    from functional_sd3.training import division
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    arguments = parser.parse_args(["--params", str(folder), "--data", "shapes", "--out", "out", *words])
+    mesh = meshes.init({"fsdp": 2}) if "--mesh" in words else meshes.ONE_PROCESS
+    _, model, _ = train_model.load(arguments, [folder], mesh=mesh)
+    params = model.params["transformer"]
+    config = division.with_parts(model.config, train_model.divided(arguments, model), mesh)
+    gather = computation.of(config, "transformer").materialize or (lambda block: block)
+    block = max(tree.nbytes(gather(block)) for block in params["blocks"])
+    return sum(leaf.untyped_storage().nbytes() for leaf in tree.leaves(params)), block
+
+
+@pytest.mark.parametrize("words", [["--lora", "2", "--dtype", "float32"], ["--lora", "2", "--base", "int8"], []])
+def test_a_process_has_its_part_of_a_base_and_gathers_a_block(processes, folder, words):
+    whole, block = loaded(folder, *words)
+    for own, gathered in processes(2, loaded, folder, *words, "--mesh", "fsdp=2"):
+        # The scales of weights in int8 are whole on every process.
+        assert own < 0.6 * whole and gathered == block < 0.5 * whole
