@@ -16,7 +16,7 @@ from functional_sd3.core import prng
 from functional_sd3.flow import schedule
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import cache, continuing, digests, distill_methods, distill_task, tasks
+from functional_sd3.training import cache, continuing, digests, distill_methods, distill_task, division, tasks
 from functional_sd3.training.distill_options import OPTIONS
 from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.weights import metadata, shipped
@@ -49,8 +49,9 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     """
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     arguments = argparse.Namespace(**{**vars(arguments), "part": "transformer"})
-    stored, model, dtype = train_model.load(arguments, source)
-    model = memory_options.with_computations(arguments, model, ("transformer",))
+    stored, model, dtype = train_model.load(arguments, source, mesh=mesh)
+    divided = train_model.divided(arguments, model)
+    model = memory_options.with_computations(arguments, model, ("transformer",), mesh, divided)
     options = _options(arguments, stored, dtype)
     check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     images = train_data.images(arguments, model, say)
@@ -62,7 +63,10 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     # What the first process has just encoded or drawn is read as that of a resumed run is.
     reading = arguments if is_first else argparse.Namespace(**{**vars(arguments), "resume": True})
     if distill_methods.METHODS[options.method].has_pairs:
-        data = {**distill_pairs.pairs(reading, model, ids, options, settings, say), "ids": ids}
+        # The first process draws them alone.
+        drawing = model if not division.is_joint(mesh) else train_model.load(arguments, source)[1]
+        data = {**distill_pairs.pairs(reading, drawing, ids, options, settings, say), "ids": ids}
+        del drawing
     else:
         data = {"latents": train_data.latents(reading, model, images, settings, say), "ids": ids}
     task = distill_task.distill_task(

@@ -55,10 +55,12 @@ def prepare(arguments: argparse.Namespace, processes: Processes = ALONE) -> Setu
     """
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
     loading = argparse.Namespace(**vars(arguments), part="transformer", dtype=None)
-    stored, model, dtype = train_model.load(loading, source)
+    mesh = processes.mesh
+    stored, model, dtype = train_model.load(loading, source, mesh=mesh)
     arguments = distilled.reward_defaults(arguments, stored.config)
     reward_checks.check_sampling(arguments)
-    model = memory_options.with_computations(arguments, model, ("transformer",))
+    divided = train_model.divided(loading, model)
+    model = memory_options.with_computations(arguments, model, ("transformer",), mesh, divided)
     entries = [] if arguments.pairs is None else pair_files.read(arguments.pairs)
     prompts = [entry.prompt for entry in entries] or _prompts(arguments)
     settings = _settings(arguments, source, stored, prompts)

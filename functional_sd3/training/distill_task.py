@@ -16,7 +16,7 @@ from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh, own_rows
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import learner, loop, objectives, optim, step, update_rule
+from functional_sd3.training import division, learner, loop, objectives, optim, step, update_rule
 from functional_sd3.training.distill_methods import METHODS, Settings, with_defaults
 from functional_sd3.training.fake_score import ScoreState, make_score_step
 from functional_sd3.training.objectives import points, policy, rcm, scm, shortcut
@@ -38,6 +38,9 @@ class DistillTask(NamedTuple):
     model: Callable[[Any], Model]
     sample: Callable[[Any], Tensor]
     trained: tuple[str, ...]
+    whole: Callable[[Any], Any] = lambda state: state
+    shard: Callable[[Any], Any] = lambda state: state
+    samples_together: bool = False
 
 
 def student_settings(config: Config, settings: Settings) -> Settings:
@@ -90,14 +93,15 @@ def distill_task(
     model: as of `flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; of a method that
     has pairs the latents are those of `reflow.pairs`, and "noise" is beside them. settings: as of `student_settings`.
     generate: draws the samples, `pipeline.generate`. mesh: the processes that share every batch, of which this one
-    makes its own rows; parameters are whole on each. Raises ValueError as `student_settings` does.
+    makes its own rows; `model` is divided over it (`division.divide`), and so are student, fake score and averages.
+    Raises ValueError as `student_settings` does.
     """
     settings = student_settings(model.config, settings)
     config, tokenizers = model.config, model.tokenizers
     check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4).unbind(-2)
     drawn = student_config(config, settings)
-    learns = learner.learner(init_key, model, rank=settings.lora, config=drawn)
+    learns = learner.learner(init_key, model, rank=settings.lora, config=drawn, mesh=mesh)
     if settings.log_variance:
         learns = learner.with_extra(prng.fold_in(init_key, 2), learns, scm.LOG_VARIANCE, scm.log_variance_spec())
     device = tree.leaves(model.params["transformer"])[0].device
@@ -131,7 +135,7 @@ def distill_task(
         optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=settings.decay, b2=0.99)
         return optimizer, step.make_train_step(
             loss, optimizer, trainable=learns.trainable, ema_decay=ema, accumulate=settings.accumulate, donate=True,
-            rate=rate, mesh=mesh, own_rows=True,
+            rate=rate, mesh=mesh, layout=learns.layout, own_rows=True,
         )  # fmt: skip
 
     optimizer, train_step = update(lambda params, batch, keys: loss(learns.whole(params), batch, keys))
@@ -150,14 +154,17 @@ def distill_task(
                 height=side, width=side, t5_length=length,
             )  # fmt: skip
 
-    return DistillTask(
+    task = DistillTask(
         state,
         train_step,
         batch,
         lambda state: model._replace(params=learns.merged(state.ema), config=drawn),
         sample,
         learns.trained,
+        samples_together=division.is_joint(mesh),
     )
+    functions = division.state_functions(state, learns.layout, mesh)
+    return task if functions is None else task._replace(whole=functions[0], shard=functions[1])
 
 
 def _with_average(

@@ -7,7 +7,7 @@ objectives and pipeline compute with them as with whole ones, and nothing is who
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -21,7 +21,7 @@ from functional_sd3.parallel.mesh import Mesh
 from functional_sd3.parallel.sharding import Layout, Placement
 from functional_sd3.weights.model import Model
 
-TRANSFORMER = "transformer"
+TRANSFORMER: Final = "transformer"
 """The component that "tensor" and "sequence" divide."""
 
 

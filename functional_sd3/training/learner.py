@@ -8,7 +8,9 @@ from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.layouts.components import SPECS, Config, require
-from functional_sd3.training import step
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.sharding import Layout
+from functional_sd3.training import division, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Model
 
@@ -19,7 +21,8 @@ class Learner(NamedTuple):
     params: at the start: {"transformer": ...}, or the tree of a LoRA. whole: params -> those of the whole model; of a
     LoRA with the adapters beside the weights, for training and drawing. merged: params -> those of the whole model,
     adapters added to the weights, for saving. start: the whole model's at the start, the LoRA off: the reference.
-    trained: names of the trained components, () for a LoRA.
+    trained: names of the trained components, () for a LoRA. layout: of `params` where they are parts over a mesh, None
+    where they are whole on every process.
     """
 
     params: Params
@@ -28,6 +31,7 @@ class Learner(NamedTuple):
     merged: Callable[[Params], Params]
     start: Params
     trained: tuple[str, ...]
+    layout: Layout | None = None
 
     @property
     def trainable(self) -> tree.Chooser:
@@ -61,12 +65,14 @@ def extended(key: Key, model: Model, config: Config) -> Model:
     return model._replace(params={**model.params, "transformer": transformer}, config=config)
 
 
-def learner(key: Key, model: Model, *, rank: int = 0, config: Config | None = None) -> Learner:
+def learner(
+    key: Key, model: Model, *, rank: int = 0, config: Config | None = None, mesh: Mesh = ONE_PROCESS
+) -> Learner:
     """Learner of a model's transformer; with a `rank`, of a fresh LoRA of its attentions instead.
 
     config: of the learner, by default the model's; what its transformer has beyond the model's is fresh, and of a LoRA
     a difference from zeros. The trained transformer is float32; other components are used as they are. `model` is not
-    written to.
+    written to. mesh: over which it is divided (`division.divide`); what the config has beyond it is whole.
     """
     config = config or model.config
     spec = {"transformer": SPECS["transformer"](config.transformer)}
@@ -79,9 +85,12 @@ def learner(key: Key, model: Model, *, rank: int = 0, config: Config | None = No
     if not rank:
         params = {"transformer": start["transformer"]}
         together = lambda learned: {**start, **learned}  # noqa: E731
-        return Learner(params, spec, together, together, start, ("transformer",))
+        layout = division.layouts(model.config, ["transformer"])
+        return Learner(params, spec, together, together, start, ("transformer",), layout)
     spec = lora.spec(spec, rank, lora.ATTENTION)
+    spec, layout = division.adapter_spec(spec, config, mesh)
     spec["transformer"] |= specs.map_params(lambda path, leaf: {"diff": leaf}, absent)
     params = specs.init(prng.fold_in(key, 0), spec, device=tree.leaves(start["transformer"])[0].device)
-    lazily = lambda learned: lora.apply(start, learned, lazy=True)  # noqa: E731
-    return Learner(params, spec, lazily, lambda learned: lora.apply(start, learned), start, ())
+    shapes = division.shapes(model.config, model.params)
+    lazily = lambda learned: lora.apply(start, learned, lazy=True, shapes=shapes)  # noqa: E731
+    return Learner(params, spec, lazily, lambda learned: lora.apply(start, learned), start, (), layout)

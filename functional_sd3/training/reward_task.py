@@ -12,7 +12,17 @@ from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import copies, learner, optim, reward_rounds, reward_settings, rollouts, step, update_rule
+from functional_sd3.training import (
+    copies,
+    division,
+    learner,
+    optim,
+    reward_rounds,
+    reward_settings,
+    rollouts,
+    step,
+    update_rule,
+)
 from functional_sd3.training.copies import PairState, Round
 from functional_sd3.training.pairs import Pairs
 from functional_sd3.training.reward_methods import Sampler
@@ -36,6 +46,9 @@ class RewardTask(NamedTuple):
     model: Callable[[PairState], Model]
     sample: Callable[[PairState], Tensor]
     trained: tuple[str, ...]
+    whole: Callable[[PairState], PairState] = lambda state: state
+    shard: Callable[[PairState], PairState] = lambda state: state
+    samples_together: bool = False
 
 
 def reward_task(
@@ -55,14 +68,16 @@ def reward_task(
 
     model: as of `flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
     `rewards` and `rollouts`. pairs: what "dpo" learns from instead of images that it draws and rewards. processes: that
-    divide the prompts of a round and the rows of an update; parameters are whole on each. Raises
+    divide the prompts of a round and the rows of an update, and over whose mesh `model` is divided (`division.divide`):
+    policies and reference. Raises
     ValueError for a method that there is not, and groups that do not make up the batch.
     """
     reward_settings.check(settings)
     config = model.config
     check_encoders([name for name in ENCODERS if name in model.params], model.tokenizers)
     init_key, run_key, round_key, sample_key = prng.split(key, 4).unbind(-2)
-    learns = learner.learner(init_key, model, rank=settings.lora)
+    mesh = processes.mesh
+    learns = learner.learner(init_key, model, rank=settings.lora, mesh=mesh)
     device = tree.leaves(model.params["transformer"])[0].device
 
     def encode(prompts: Sequence[str]) -> Conditioning:
@@ -91,7 +106,7 @@ def reward_task(
     rows = settings.rows or (None if processes.is_alone else settings.batch)
     update = step.make_train_step(
         loss, optimizer, trainable=learns.trainable, ema_decay=settings.ema, rows=rows, donate=True, rate=rate,
-        mesh=processes.mesh,
+        mesh=mesh, layout=learns.layout,
     )  # fmt: skip
 
     def sample(state: PairState) -> Tensor:
@@ -101,15 +116,19 @@ def reward_task(
             policy = drawing_params(state.ema)
             return decode(policy, sampler.draw(policy, encode(prompts), sampler.noise(keys), keys)["latents"])
 
-    return RewardTask(
-        copies.init(step.init(run_key, learns.params, optimizer, trainable=learns.trainable)),
+    state = copies.init(step.init(run_key, learns.params, optimizer, trainable=learns.trainable))
+    task = RewardTask(
+        state,
         copies.make_round_step(update, rounds.decay, updates=settings.updates, names=(*rounds.metrics, "rate")),
         lambda number: number,
         rounds.rollout,
         lambda state: model._replace(params=learns.merged(state.ema)),
         sample,
         learns.trained,
+        samples_together=division.is_joint(mesh),
     )
+    functions = division.state_functions(state, learns.layout, mesh)
+    return task if functions is None else task._replace(whole=functions[0], shard=functions[1])
 
 
 def _rounds(setting: reward_rounds.Setting) -> reward_rounds.Rounds:

@@ -74,6 +74,37 @@ def decoded(path):
         return torch.from_numpy(numpy.array(image)).int()
 
 
+DISTIL = ["--to", "2", "--sample-every", "2"]
+OTHERS = {
+    "segments": ("distill", [*DISTIL, "--method", "segments"]),
+    "lora of a mean flow": ("distill", [*DISTIL, "--method", "meanflow", "--lora", "2"]),
+    "mean flow": ("distill", [*DISTIL, "--method", "meanflow", "--remat"]),
+    "fake score": ("distill", [*DISTIL, "--method", "rcm"]),
+    "pairs": ("distill", [*DISTIL, "--method", "reflow"]),
+    "nft": ("reward", ["--reward", "colours", "--sample-every", "2"]),
+    "lora of grpo": ("reward", ["--reward", "colours", "--method", "grpo", "--lora", "2"]),
+    "draft": ("reward", ["--reward", "psnr:IMAGE", "--prompts", "PROMPTS", "--method", "draft", "--kl", "0.1"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_teachers_and_references_are_divided_as_students_and_policies_are(processes, folder, images, tmp_path, name):
+    command, words = OTHERS[name]
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na green ring\n")
+    replaced = {"PROMPTS": tmp_path / "prompts.txt", "psnr:IMAGE": f"psnr:{images / '1.png'}"}
+    words = ["--steps", "2", "--save-every", "2", "--warmup", "0", *(replaced.get(word, word) for word in words)]
+    parts = ["--accumulate", "2"] if command == "distill" else []
+    alone = train(folder, "--out", tmp_path / "alone", *words, *parts, command=command)
+    assert alone[0] == 0, alone[2]
+    results = processes(2, train, folder, "--out", tmp_path / "run", *words, "--mesh", "fsdp=2", command=command)
+    assert [status for status, _, _ in results] == [0, 0], results[0][2] + results[1][2]
+    assert "note: no sample" not in results[0][2] and results[1][2] == ""
+    ours, theirs = tensors(tmp_path / "run", 2), tensors(tmp_path / "alone", 2)
+    assert error(ours, theirs) < 1e-5
+    assert any(leaf.abs().max() > 0 for path, leaf in theirs.items() if ".mean." in path)
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == words.count("--sample-every")
+
+
 def loaded(folder, *words):
     """Bytes in memory of the transformer's parameters in this process, and of its largest block once it is gathered."""
     from functional_sd3.cli import train as command
