@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from functional_sd3 import pipeline
 from functional_sd3.cli import train_model, view_options
 from functional_sd3.cli.train_data import tokens
 from functional_sd3.core import prng
-from functional_sd3.core.types import Key, Params
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.layouts.components import Config, require
+from functional_sd3.layouts.components import require
 from functional_sd3.pipeline.encoding import EncodedPrompts
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import cache, digests, tasks, training_set
 from functional_sd3.weights import sketch
-from functional_sd3.weights.model import Model, Tokenizers
+from functional_sd3.weights.model import Model
 
 ENCODED = (*tasks.ENCODERS, "vae")
 """The components that a cache is made by."""
@@ -118,17 +116,7 @@ def generate(held: Held) -> tasks.Generate:
     first_image = {caption: index for index, caption in reversed(list(enumerate(held.captions)))}
     text = cache.text(held.cache)
 
-    def draw(
-        params: Params,
-        config: Config,
-        tokenizers: Tokenizers,
-        prompts: Sequence[str],
-        key: Key,
-        *,
-        height: int,
-        width: int,
-        t5_length: int,
-    ) -> Tensor:
+    def draw(params, config, tokenizers, prompts, key, *, height, width, t5_length):
         used = list(dict.fromkeys(prompts))
         parts = [
             text.empty,

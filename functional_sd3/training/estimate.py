@@ -184,7 +184,9 @@ def _peak(
             if is_hidden(path, torch.empty(p.shape, dtype=torch.float32, device="meta"))
         )
         temporary += 5 * hidden * 4
-    moments.append((every * (3 if choice.accumulate > 1 else 1), temporary))
+    # Parts are summed leaf by leaf.
+    gathered = every if choice.accumulate == 1 else 2 * every + largest * size
+    moments.append((gathered, temporary))
     return max(moments, key=sum)
 
 

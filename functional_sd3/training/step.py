@@ -225,34 +225,63 @@ def _accumulated(differentiate: Gradient, parts: int) -> Gradient:
     def accumulated(learned: Params, fixed: Params, batch: Tree, keys: Key) -> tuple[Params, tuple[Tensor, Metrics]]:
         if len(keys) % parts:
             raise ValueError(f"a batch of {len(keys)} cannot be accumulated in {parts} equal parts")
-        size, total = len(keys) // parts, None
-        for start in range(0, len(keys), size):
-            part = tree.map(lambda leaf, start=start: leaf[start : start + size], batch)
-            # Under no name: a part's gradients would be kept while the next ones are computed.
-            total = _sum(total, differentiate(learned, fixed, part, keys[start : start + size]))
-        return tree.map(lambda leaf: leaf / parts, total)
+        size = len(keys) // parts
+
+        def part(start: int) -> Tree:
+            some = slice(start, start + size)
+            return differentiate(learned, fixed, tree.map(lambda leaf: leaf[some], batch), keys[some])
+
+        sums, outline = _taken(part(0))
+        for start in range(size, len(keys), size):
+            sums = _added(sums, _taken(part(start))[0])
+        return _filled(outline, _popped(sums, lambda leaf: leaf / parts))
 
     return accumulated
 
 
-def _sum(total: Tree | None, part: Tree) -> Tree:
-    return part if total is None else tree.map(torch.add, total, part)
-
-
 def _by_rows(differentiate: Gradient, rows: int) -> Gradient:
     def weighted(learned: Params, fixed: Params, batch: Tree, keys: Key) -> tuple[Params, tuple[Tensor, Metrics]]:
-        def part(start: int) -> tuple[Params, tuple[Tensor, Metrics]]:
+        def part(start: int) -> Tree:
             some = slice(start, start + rows)
             return differentiate(learned, fixed, tree.map(lambda leaf: leaf[some], batch), keys[some])
 
         count = len(keys)
         if count <= rows:
             return part(0)
-        total = None
-        for start in range(0, count, rows):
+
+        def scaled(start: int) -> tuple[list[Tensor], Tree]:
             share = min(rows, count - start) / count
-            total = _sum(total, tree.map(lambda leaf, share=share: share * leaf, part(start)))
-        assert total is not None
-        return total
+            leaves, outline = _taken(part(start))
+            return _popped(leaves, lambda leaf: share * leaf), outline
+
+        sums, outline = scaled(0)
+        for start in range(rows, count, rows):
+            sums = _added(sums, scaled(start)[0])
+        return _filled(outline, sums)
 
     return weighted
+
+
+# Gradients are summed leaf by leaf, and each is let go of once it is added: three trees of them are never held at once.
+
+
+def _taken(value: Tree) -> tuple[list[Tensor], Tree]:
+    """The leaves of a tree that nothing else holds, and the tree without them."""
+    return tree.leaves(value), tree.map(lambda leaf: None, value)
+
+
+def _popped(leaves: list[Tensor], fn: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """fn of each leaf; `leaves` is emptied."""
+    leaves.reverse()
+    return [fn(leaves.pop()) for _ in range(len(leaves))]
+
+
+def _added(sums: list[Tensor], part: list[Tensor]) -> list[Tensor]:
+    """sum + part of each leaf; both lists are emptied."""
+    part.reverse()
+    return _popped(sums, lambda leaf: leaf + part.pop())
+
+
+def _filled(outline: Tree, leaves: list[Tensor]) -> Tree:
+    values = iter(leaves)
+    return tree.map(lambda _: next(values), outline)

@@ -33,6 +33,8 @@ def vae_task(
     whole: Callable[[Params], Params] = lambda params: params  # noqa: E731
     if layout is not None:
         whole = lambda params: sharding.whole(params, layout, mesh)  # noqa: E731
+    # Without the parameters at the start, which a run would hold beside its own.
+    rest = model._replace(params={name: part for name, part in model.params.items() if name != "vae"})
     device = tree.leaves(params)[0].device
     order = loop.order(order_key, settings.batch, len(images.captions))
 
@@ -41,9 +43,8 @@ def vae_task(
 
     def averaged_model(state: step.TrainState) -> Model:
         vae_config = _with_measured_scaling(state.ema) if settings.scratch else sizes
-        return model._replace(
-            config=replace(config, vae=vae_config), params=flow_learners.in_order({**model.params, "vae": state.ema})
-        )
+        params = flow_learners.in_order({**rest.params, "vae": state.ema})
+        return rest._replace(config=replace(config, vae=vae_config), params=params)
 
     def _with_measured_scaling(params: Params) -> vae.Config:
         with torch.no_grad():

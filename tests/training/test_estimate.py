@@ -148,7 +148,8 @@ def test_what_cannot_be_estimated_is_an_error(estimated):
             estimated(*words)
 
 
-def test_a_run_does_not_keep_the_parameters_that_it_started_from(tmp_path):
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_run_does_not_keep_the_parameters_that_it_started_from(tmp_path, part):
     import gc
     import weakref
 
@@ -157,12 +158,13 @@ def test_a_run_does_not_keep_the_parameters_that_it_started_from(tmp_path):
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     words = ["--data", "shapes", "--pictures", "8", "--batch-size", "4", "--out", str(tmp_path), "--device", "cpu"]
+    words += ["--part", part]
     kept: list = []
     load = train_setup.train_model.load
 
     def watched(*arguments):
         stored, model, dtype = load(*arguments)
-        kept.extend(weakref.ref(leaf) for leaf in tree.leaves(model.params["transformer"]))
+        kept.extend(weakref.ref(leaf) for leaf in tree.leaves(model.params[part]))
         return stored, model, dtype
 
     with pytest.MonkeyPatch.context() as patch:

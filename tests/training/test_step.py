@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.timing import allocated_peak
 from functional_sd3 import weights
 from functional_sd3.core import prng, tree
 from functional_sd3.core.transform import compiler_available
@@ -69,6 +70,18 @@ def test_a_batch_taken_in_parts_gives_the_step_of_the_whole(setting, tiny, parts
     (whole, measured), (summed, expected) = (advance(setting, tiny.batch, accumulate=n) for n in (1, parts))
     assert tree.allclose(whole.params, summed.params, rtol=1e-4, atol=1e-5)
     assert tree.allclose(measured, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 3}, {"rows": 1}])
+def test_three_parts_hold_two_trees_of_gradients(options):
+    params = {str(index): torch.ones(128, 128) for index in range(64)}
+    loss = lambda params, batch, keys: (sum((leaf * batch["x"].mean()).sum() for leaf in params.values()), {})  # noqa: E731
+    optimizer = optim.adamw(1e-3)
+    train_step = step.make_train_step(loss, optimizer, ema_decay=None, donate=True, **options)
+    state = step.init(prng.key(0), params, optimizer, average=False)
+    train_step(state, {"x": torch.ones(3, 4)})
+    state = step.init(prng.key(0), params, optimizer, average=False)
+    assert allocated_peak(lambda: train_step(state, {"x": torch.ones(3, 4)})) < 2.2 * tree.nbytes(params)
 
 
 def test_a_batch_that_does_not_part_evenly_is_refused(setting, tiny):
