@@ -67,8 +67,19 @@ def mesh(text: str | None, axes: Sequence[str], command: str) -> "Iterator[Mesh 
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     is_ours = not dist.is_initialized()
     if is_ours:
+        _check_port()
         dist.init_process_group("nccl" if has_cuda else "gloo")
     yield meshes.init(sizes)
     # Not after an error: the others may wait in a collective, and torchrun ends them.
     if is_ours:
         dist.destroy_process_group()
+
+
+def _check_port() -> None:
+    """Raises ValueError for a port at which the processes would wait for one another for ever."""
+    port = os.environ.get("MASTER_PORT", "")
+    if not (port.isascii() and port.isdigit() and 1 <= int(port) < 2**16):
+        raise ValueError(
+            f"MASTER_PORT is {port!r}, where the processes meet, and must be a free port from 1 to 65535: torchrun "
+            "--master-port 29500; without --master-port, or with --standalone, torchrun chooses one"
+        )

@@ -92,3 +92,22 @@ def test_a_mesh_needs_its_processes(folder, tmp_path, capsys):
     words = ["generate", PROMPTS[0], "--params", str(folder), "--out", str(tmp_path / "a.png")]
     assert cli.main([*words, "--mesh", "guidance=2"]) == 1
     assert "is for 2 processes, but there is 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "", "x", "65536"])
+def test_a_port_at_which_nobody_meets_is_an_error_and_no_hang(folder, tmp_path, capsys, monkeypatch, port):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: pytest.fail("waits for ever"))
+    words = [
+        "generate",
+        "a red circle",
+        "--params",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--mesh",
+        "guidance=2",
+    ]
+    assert cli.main(words) == 1
+    assert f"MASTER_PORT is {port!r}" in capsys.readouterr().err and not (tmp_path / "out").exists()
