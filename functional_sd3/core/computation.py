@@ -6,11 +6,12 @@ pipeline have, so that none of them needs arguments for it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from functional_sd3.core import layers
+from functional_sd3.core import layers, rematerialise
 from functional_sd3.core.types import Params
 
 Materialize = Callable[[Params], Params]
@@ -85,9 +86,16 @@ def block_function(
     materialize: Materialize | None,
     block_transform: Callable[[Callable], Callable] | None,
 ) -> Callable[..., Any]:
-    """`apply(block, ...)` with the block's parameters materialised inside, and all of that transformed."""
-    stored = apply if materialize is None else _materialized(apply, materialize)
-    return block_transform(stored) if block_transform else stored
+    """`apply(block, ...)` with the block's parameters materialised inside, and all of that transformed.
+
+    What was materialised is not kept for the backward pass: a transform that recomputes materialises it again, and
+    without a transform `rematerialise` does.
+    """
+    if materialize is None:
+        return block_transform(apply) if block_transform else apply
+    if block_transform is None:
+        return partial(rematerialise.call, apply, materialize)
+    return block_transform(_materialized(apply, materialize))
 
 
 def _materialized(apply: Callable[..., Any], materialize: Materialize) -> Callable[..., Any]:

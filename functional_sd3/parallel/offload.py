@@ -42,11 +42,12 @@ def materialize(
 ) -> Callable[[Params], Params]:
     """The function from a block's parameters, wherever they are, to those on `device`.
 
-    For `materialize=` of the networks, with `block_transform=transform.remat`, without which the backward pass keeps
-    the copies. Leaves that require gradients get them where they are. dtype: of floats of 16 or more bits, None for
-    their own. ahead: whether the block that comes next, of `blocks` in the direction of the last two calls, is copied
-    while one is computed, by a stream of its own: by default on a GPU. Only leaves without gradients are, outside of
-    the transforms of torch.func; at most one block is.
+    For `materialize=` of the networks, with `block_transform=transform.remat` or without: the backward pass copies
+    again, but under a transform of torch.func it keeps the copies unless blocks are rematerialised. Leaves that require
+    gradients get them where they are. dtype: of floats of 16 or more bits, None for their own. ahead: whether the block
+    that comes next, of `blocks` in the direction of the last two calls, is copied while one is computed, by a stream of
+    its own: by default on a GPU. Only leaves without gradients are, outside of the transforms of torch.func; at most
+    one block is.
     """
     device = torch.device(device)
     return _Copies(blocks, device, dtype, device.type == "cuda" if ahead is None else ahead)
