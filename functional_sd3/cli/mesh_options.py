@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 AXES = ("data", "fsdp")
 """The axes that a batch is divided along."""
+WITHIN = ("sequence", "tensor")
+"""Those that one image is divided along."""
 
 
 def add_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     """Option of the commands that train."""
     processes.add_mesh(
         group,
-        "the processes of torchrun: data=N divides the rows of a batch, fsdp=N the parameters too; of train sequence=N "
-        "the tokens of each image; or several; "
+        "the processes of torchrun: data=N divides the rows of a batch, fsdp=N the parameters too, sequence=N the "
+        "tokens of each image, tensor=N the transformer's heads; or several, as data=2,fsdp=4; "
         "torchrun --nproc-per-node 8 -m functional_sd3 train --mesh fsdp=8 ...",
     )
 
@@ -34,7 +36,7 @@ def started(arguments: argparse.Namespace) -> "Iterator[Processes]":
     Raises ValueError, in every process, for words that are no mesh and for one that does not fit the processes.
     """
     command = getattr(arguments, "subcommand", "train")
-    with processes.mesh(arguments.mesh, (*AXES, "sequence") if command == "train" else AXES, command) as mesh:
+    with processes.mesh(arguments.mesh, (*AXES, *WITHIN), command) as mesh:
         import torch
 
         from functional_sd3.parallel.processes import ALONE, Processes
@@ -50,8 +52,11 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
     works on one process alone."""
     if team.is_alone:
         return
-    if team.mesh.size("sequence") > 1 and getattr(arguments, "part", None) == "vae":
-        raise ValueError("--mesh sequence divides the tokens of the transformer, and --part vae has none: use data")
+    for axis, what in (("sequence", "tokens"), ("tensor", "heads")):
+        if team.mesh.size(axis) > 1 and getattr(arguments, "part", None) == "vae":
+            raise ValueError(f"--mesh {axis} divides the {what} of the transformer, and --part vae has none: use data")
+    if team.mesh.size("tensor") > 1:
+        _check_tensor(arguments)
     count, size = team.mesh.size(*AXES), arguments.batch_size
     # An update by rewards is divided by prompts, each with its group of images.
     parts, option = (
@@ -64,6 +69,19 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
         )
     if getattr(arguments, "fused_update", False):
         raise ValueError("--fused-update updates from the gradients of one process: it does not go with --mesh")
+
+
+def _check_tensor(arguments: argparse.Namespace) -> None:
+    if getattr(arguments, "control", None):
+        raise ValueError(
+            "--mesh tensor divides the heads of the transformer, and --control copies whole blocks of it: use data, "
+            "fsdp or sequence"
+        )
+    if arguments.optimizer == "muon":
+        raise ValueError(
+            "--optimizer muon turns whole matrices, of which --mesh tensor leaves each process a part: use fsdp, or "
+            "--optimizer adamw"
+        )
 
 
 def prepared(team: "Processes", prepare: "Callable[[bool], Setup]") -> "Setup":

@@ -40,6 +40,7 @@ class DistillTask(NamedTuple):
     trained: tuple[str, ...]
     whole: Callable[[Any], Any] = lambda state: state
     shard: Callable[[Any], Any] = lambda state: state
+    placements: Tree | None = None
     samples_together: bool = False
 
 
@@ -163,8 +164,7 @@ def distill_task(
         learns.trained,
         samples_together=division.is_joint(mesh),
     )
-    functions = division.state_functions(state, learns.layout, mesh)
-    return task if functions is None else task._replace(whole=functions[0], shard=functions[1])
+    return task._replace(**division.of_state(state, learns.layout, mesh)._asdict())
 
 
 def _with_average(

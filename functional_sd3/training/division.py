@@ -7,7 +7,7 @@ objectives and pipeline compute with them as with whole ones, and nothing is who
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -140,15 +140,22 @@ def adapter_spec(spec: Tree, config: Config, mesh: Mesh) -> tuple[Tree, Layout |
     return own, specs.map_params(place, own)
 
 
-def state_functions(
-    state: Any, layout: Layout | None, mesh: Mesh
-) -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
-    """From this process's part of a state to the whole one, which all processes call, and back; None where it is
-    whole."""
+class StateDivision(NamedTuple):
+    """From this process's part of a state to the whole one, which all processes call, and back; placements: of its
+    leaves, None where every process has all of them."""
+
+    whole: Callable[[Any], Any] = lambda state: state
+    shard: Callable[[Any], Any] = lambda state: state
+    placements: Tree | None = None
+
+
+def of_state(state: Any, layout: Layout | None, mesh: Mesh) -> StateDivision:
+    """How a state is divided; layout: of the parameters that learn, None where they are whole on every process."""
     if layout is None or not has_parts(mesh):
-        return None
+        return StateDivision()
     placements = sharding.state_layout(state, layout, mesh)
-    return (
+    return StateDivision(
         lambda state: sharding.whole(state, placements, mesh),
         lambda state: sharding.shard(state, placements, mesh),
+        placements,
     )

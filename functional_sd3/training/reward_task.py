@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import layers, prng, tree
-from functional_sd3.core.types import Key, Params
+from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
@@ -48,6 +48,7 @@ class RewardTask(NamedTuple):
     trained: tuple[str, ...]
     whole: Callable[[PairState], PairState] = lambda state: state
     shard: Callable[[PairState], PairState] = lambda state: state
+    placements: Tree | None = None
     samples_together: bool = False
 
 
@@ -127,8 +128,7 @@ def reward_task(
         learns.trained,
         samples_together=division.is_joint(mesh),
     )
-    functions = division.state_functions(state, learns.layout, mesh)
-    return task if functions is None else task._replace(whole=functions[0], shard=functions[1])
+    return task._replace(**division.of_state(state, learns.layout, mesh)._asdict())
 
 
 def _rounds(setting: reward_rounds.Setting) -> reward_rounds.Rounds:

@@ -50,7 +50,8 @@ class TrainingTask(NamedTuple):
     batch: step number -> batch. model: state -> the whole model with the averaged parameters. sample: state -> images
     (batch, 3, height, width) in [0, 1]. trained: names of the trained components, empty where the result is no model.
     validate: state -> the losses of images that are held out, `validation.NAMES`. whole, shard: from the state of this
-    process to the whole one, which all processes call, and back; `model` is of whole states. samples_together: whether
+    process to the whole one, which all processes call, and back; placements: of its
+    leaves, None where each process has all; `model` is of whole states. samples_together: whether
     all processes call `sample`, of their own states; else one alone, of the whole state.
     """
 
@@ -63,6 +64,7 @@ class TrainingTask(NamedTuple):
     validate: Callable[[step.TrainState], objectives.Metrics] | None = None
     whole: Callable[[step.TrainState], step.TrainState] = lambda state: state
     shard: Callable[[step.TrainState], step.TrainState] = lambda state: state
+    placements: Tree | None = None
     samples_together: bool = False
 
 
@@ -153,5 +155,4 @@ def make_task(
     params = tree.cast(params, settings.rule.weights)
     state = step.init(key, params, optimizer, trainable=trainable)
     task = TrainingTask(state, train_step, batch, model, sample, trained, samples_together=division.is_joint(mesh))
-    functions = division.state_functions(state, layout, mesh)
-    return task if functions is None else task._replace(whole=functions[0], shard=functions[1])
+    return task._replace(**division.of_state(state, layout, mesh)._asdict())

@@ -39,8 +39,9 @@ def tensors(out, step=6):
     return {name: files.tensor(mapped, name) for name in mapped.header.tensors}
 
 
-def error(ours, theirs):
+def error(ours, theirs, kind="params."):
+    """Relative difference of all leaves of a kind together."""
     assert ours.keys() == theirs.keys()
-    pairs = [(ours[name].double(), theirs[name].double()) for name in ours if "params." in name]
+    pairs = [(ours[name].double(), theirs[name].double()) for name in ours if kind in name]
     assert pairs
     return float((sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs)).sqrt())

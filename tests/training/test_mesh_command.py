@@ -33,7 +33,7 @@ def test_data_parallel_training_is_accumulated_training_to_the_bit(processes, mo
     assert left == sorted(path.relative_to(alone) for path in alone.rglob("*"))
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2", "sequence=2", "fsdp=2,sequence=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2", "sequence=2", "fsdp=2,sequence=2", "data=2,tensor=2"])
 def test_sharded_training_equals_that_of_one_process(processes, model_folder, alone, tmp_path, mesh):
     results = processes(4 if "," in mesh else 2, train, model_folder, "--out", tmp_path / "run", "--mesh", mesh)
     assert [status for status, _, _ in results] == [0] * len(results), results[0][2]
@@ -117,7 +117,7 @@ def test_rounds_of_rewards_are_divided_by_prompts(processes, model_folder, tmp_p
 REFUSED = {
     "data=3": "--mesh data=3 is for 3 processes, but there are 2: torchrun --nproc-per-node 3 -m functional_sd3 train",
     "data": "must be axis=size",
-    "tensor=2": "the axis one of data, fsdp, sequence",
+    "guidance=2": "the axis one of data, fsdp, sequence, tensor",
 }
 
 
@@ -134,10 +134,15 @@ def test_other_options_that_do_not_fit_are_one_error(processes, model_folder, al
         "give a multiple of 8": ["--accumulate", "4"],
         "--fused-update updates from the gradients of one process": ["--fused-update"],
         "--mesh sequence divides the tokens of the transformer": ["--part", "vae", "--mesh", "sequence=2"],
+        "--mesh tensor divides the heads of the transformer, and --part vae": ["--part", "vae", "--mesh", "tensor=2"],
+        "and --control copies whole blocks": ["--control", "canny", "--mesh", "tensor=2"],
+        "--optimizer muon turns whole matrices": ["--optimizer", "muon", "--mesh", "tensor=2"],
     }
     for sentence, given in words.items():
         first, second = processes(2, train, model_folder, "--out", tmp_path / "run", "--mesh", "data=2", *given)
         assert first[0] == second[0] == 1 and sentence in first[2] and second[2] == ""
+    heads = processes(4, train, model_folder, "--out", tmp_path / "run", "--mesh", "tensor=4")
+    assert [status for status, _, _ in heads] == [1] * 4 and "the 2 heads of the attention divide" in heads[0][2]
     # A folder that holds a run; and processes without a mesh, which would have written into one folder.
     first, second = processes(2, train, model_folder, "--out", alone, "--mesh", "data=2")
     assert first[0] == second[0] == 1 and "holds a run already" in first[2] and second[2] == ""

@@ -74,6 +74,34 @@ def decoded(path):
         return torch.from_numpy(numpy.array(image)).int()
 
 
+MESHES = [
+    (2, "tensor=2", "train", []),
+    (4, "fsdp=2,tensor=2", "train", ["--text-encoders", "train", "--remat"]),
+    (4, "data=2,tensor=2", "train", ["--lora", "2", "--base", "int8", "--sample-every", "2"]),
+    (4, "data=2,fsdp=2", "train", ["--optimizer", "muon", "--accumulate", "2"]),
+    (4, "data=2,fsdp=2", "train", ["--lora", "2", "--accumulate", "2"]),
+    (2, "tensor=2", "distill", ["--to", "2", "--method", "meanflow", "--remat"]),
+    (2, "sequence=2", "reward", ["--reward", "colours", "--method", "grpo", "--remat"]),
+]
+
+
+@pytest.mark.parametrize(("count", "mesh", "command", "words"), MESHES, ids=[f"{each[1]} {each[2]}" for each in MESHES])
+def test_training_with_divided_heads_or_tokens_or_on_several_machines_is_that_of_one_process(
+    processes, folder, tmp_path, count, mesh, command, words
+):
+    words = [*(SHORT if command == "train" else SHORT[:4]), "--batch-size", "8", *words]
+    alone = [] if command == "reward" else ["--accumulate", 2 * count if "--accumulate" in words else count]
+    status, _, err = train(folder, "--out", tmp_path / "alone", *words, *alone, command=command)
+    assert status == 0, err
+    results = processes(count, train, folder, "--out", tmp_path / "run", *words, "--mesh", mesh, command=command)
+    assert [status for status, _, _ in results] == [0] * count, results[0][2] + results[1][2]
+    assert "note: no sample" not in results[0][2] and results[1][2] == ""
+    ours, theirs = tensors(tmp_path / "run", 2), tensors(tmp_path / "alone", 2)
+    # The moments: AdamW makes a step of the rounding of a gradient that is zero, as that of CLIP's keys' biases is.
+    assert error(ours, theirs, ".mean." if "muon" not in words else ".momentum.") < 1e-5
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == words.count("--sample-every")
+
+
 DISTIL = ["--to", "2", "--sample-every", "2"]
 OTHERS = {
     "segments": ("distill", [*DISTIL, "--method", "segments"]),
