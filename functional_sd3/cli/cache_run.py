@@ -1,6 +1,7 @@
 """A run of `cache`: images and captions read, the manifest written or compared, and what is missing encoded."""
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from functional_sd3.core import tree
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import require
 from functional_sd3.text.completeness import check_encoders
-from functional_sd3.training import cache, cache_writing, interruption, lock, tasks, text_table
+from functional_sd3.training import cache, cache_writing, datasets, interruption, lock, tasks, text_table
 from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.training.views import Views
 from functional_sd3.weights import shipped, sketch
@@ -80,9 +81,9 @@ def _write(arguments: argparse.Namespace) -> str:
         stored = train_model.read(arguments, source, ["vae"])["vae"]
         # Latents are what all else is learned from: float32, whatever the autoencoder is stored in.
         params = tree.to(tree.cast(stored, torch.float32), device)
-        sizes = require(outline.config, "vae")
+        encode = functools.partial(datasets.encode_images, params, require(outline.config, "vae"))
         cache_writing.write_latents(
-            arguments.out, manifest, images, views, captions.rows, params, sizes, _track("encoding images")
+            arguments.out, manifest, images, views, captions.rows, encode, _track("encoding images")
         )
     written = sum(path.stat().st_size for path in Path(arguments.out).glob("*.safetensors"))
     shown = f" in {manifest.views} views" if manifest.views > 1 else ""

@@ -1,7 +1,6 @@
 """Options that `train`, `reward` and `distill` share: each described once, each command with its own defaults."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from functional_sd3.cli import report
@@ -72,5 +71,6 @@ def check_images(arguments: argparse.Namespace) -> None:
         for name in ("template", "caption", "follow"):
             if name in given:
                 raise ValueError(f"--{name} is for a folder of images: --data shapes has captions of its own")
-    elif "pictures" in given and Path(arguments.data).is_dir():
-        report.note(f"--pictures {arguments.pictures} is how many of the shapes: of a folder all images are read")
+    elif "pictures" in given:
+        report.note(f"--pictures {arguments.pictures} is how many of the shapes: of --data {arguments.data} all images "
+                    "are read")  # fmt: skip

@@ -1,6 +1,7 @@
 """Images that `train` and `distill` learn from: read, tokenized, encoded once for a run."""
 
 import argparse
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from functional_sd3.formats import files, finite
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import escape
 from functional_sd3.image import vae
+from functional_sd3.image.cuts import Cut
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
@@ -132,24 +134,49 @@ def _resident_text(model: Model, images: TrainingImages) -> training_set.Text | 
     return text_table.resident(table, captions.rows, length)
 
 
+def image_views(arguments: argparse.Namespace, model: Model, images: TrainingImages) -> views.Views:
+    """The cuts of the images that are learned from."""
+    return view_options.views(arguments, model.config, images.sizes, images.side, arguments.batch_size)
+
+
 def _viewed_latents(
     arguments: argparse.Namespace, model: Model, images: TrainingImages, settings: dict[str, Any], say: Say
 ) -> training_set.Latents:
-    """Latents in several sizes or views, in a cache beside the checkpoints that is made once for a run."""
-    views = view_options.views(arguments, model.config, images.sizes, images.side, arguments.batch_size)
-    for line in view_options.words(views):
+    """Latents in several sizes or views."""
+    for line in view_options.words(image_views(arguments, model, images)):
         say(line)
-    folder = Path(arguments.out) / "checkpoints" / VIEWS
+    params = tree.cast(model.params["vae"], torch.float32)
+    encode = functools.partial(datasets.encode_images, params, require(model.config, "vae"))
+    return kept_views(arguments, VIEWS, images.contents, model, images, settings, encode, say)
+
+
+def kept_views(
+    arguments: argparse.Namespace,
+    name: str,
+    contents: str,
+    model: Model,
+    images: TrainingImages,
+    settings: dict[str, Any],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    say: Say,
+    image_cut: Callable[[int, Cut], torch.Tensor] | None = None,
+) -> training_set.Latents:
+    """Latents in several sizes or views, in a cache beside the checkpoints that is made once for a run.
+
+    name: of its folder. contents: digest of what is encoded. encode, image_cut: as of `cache_writing.write_latents`.
+    """
+    cuts = image_views(arguments, model, images)
+    folder = Path(arguments.out) / "checkpoints" / name
     factor = vae.factor(require(model.config, "vae"))
     manifest = cache.Manifest(
         {"vae": settings[f"{continuing.CONTENTS}the vae of the model"]},
-        images.contents,
+        contents,
         images.fingerprint,
         {"changes": view_options.recorded(arguments)},
-        tuple((height // factor, width // factor) for width, height in views.buckets.sizes),
+        tuple((height // factor, width // factor) for width, height in cuts.buckets.sizes),
         len(images.captions),
         0,
-        views.count,
+        cuts.count,
         t5_length(model),
     )
     try:
@@ -159,10 +186,7 @@ def _viewed_latents(
         shutil.rmtree(folder)
         cache.begin(folder, manifest)
     captions = torch.zeros(len(images.captions), dtype=torch.int64, device="cpu")
-    params = tree.cast(model.params["vae"], torch.float32)
-    cache_writing.write_latents(
-        folder, manifest, images, views, captions, params, require(model.config, "vae"), track=_bar("encoding")
-    )
+    cache_writing.write_latents(folder, manifest, images, cuts, captions, encode, _bar("encoding"), image_cut)
     return cache.latents(cache.open_cache(folder))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline
-from functional_sd3.cli import train_data, train_subjects
+from functional_sd3.cli import train_data, train_subjects, view_options
 from functional_sd3.cli.train_data import Say
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Tree
@@ -18,7 +18,7 @@ from functional_sd3.image import canny, pixels, vae
 from functional_sd3.image import files as image_files
 from functional_sd3.image.cuts import Cut
 from functional_sd3.layouts.components import require
-from functional_sd3.training import companions, continuing, digests, training_set
+from functional_sd3.training import companions, continuing, digests, training_set, views
 from functional_sd3.training.training_images import TrainingImages
 from functional_sd3.training.training_set import TrainingSet
 from functional_sd3.transformer import controlnet
@@ -28,14 +28,19 @@ MASKS, CONTROL, PRIOR, HELD_OUT = "the masks", "the control images", "the images
 """Names of contents in a checkpoint's settings."""
 _PATHS = ("masks", "control_data", "prior_data")
 """Options of which a checkpoint keeps the digest of the contents, and not the path."""
+Fetch = Callable[[Tensor], Tensor]
+"""Samples, as of `training_set.Latents.fetch` -> what belongs to them."""
+CONTROL_VIEWS = "control"
+"""The folder beside the checkpoints that keeps control images of several sizes or views."""
 
 
 class Extras(NamedTuple):
-    """Images of the class and those held out, None for none; masks of the images' latents; files of control images."""
+    """Images of the class and those held out, None for none; masks of the latents of every sample; files of control
+    images."""
 
     prior: TrainingImages | None
     held_out: TrainingImages | None
-    masks: Tensor | None
+    masks: list[Tensor] | None
     control: list[Path] | None
     contents: dict[str, str]
 
@@ -100,9 +105,9 @@ def training_sets(
 ) -> tuple[TrainingSet, tuple[str, ...], TrainingSet | None, TrainingSet | None]:
     """The set that is learned from and its captions, that of the class, and that which is held out."""
     data = train_data.training_data(arguments, model, images, None, settings, say, with_ids=with_ids)
-    further: dict[str, Tensor] = {}
+    further: dict[str, Fetch] = {}
     if extras.masks is not None:
-        further["mask"] = extras.masks
+        further["mask"] = _stacked(extras.masks)
     if net is not None:
         further["control"] = _control_latents(arguments, model, images, extras, net, settings, say)
     if further:
@@ -145,27 +150,36 @@ def _check_count(arguments: argparse.Namespace, count: int) -> None:
         )
 
 
-def _rows(further: dict[str, Tensor], samples: Tensor) -> Tree:
-    return {name: part[samples] for name, part in further.items()}
+def _rows(further: dict[str, Fetch], samples: Tensor) -> Tree:
+    return {name: fetch(samples) for name, fetch in further.items()}
+
+
+def _stacked(parts: Sequence[Tensor] | Tensor) -> Fetch:
+    return lambda samples: torch.stack([parts[sample] for sample in samples.tolist()])
 
 
 def _folder(arguments: argparse.Namespace, model: Model, data: str, caption: str | None, say: Say) -> TrainingImages:
     return train_data.images(argparse.Namespace(**{**vars(arguments), "data": data, "caption": caption}), model, say)
 
 
-def _masks(arguments: argparse.Namespace, model: Model, images: TrainingImages, paths: Sequence[Path]) -> Tensor:
-    """Weights of the latents (images, 1, height, width): the mask's where it is white, --mask-outside where black."""
-    factor, side = vae.factor(require(model.config, "vae")), train_data.side(arguments, model)
-    loaded = [companions.load_mask(path, size, Cut(side, side), factor)
-              for path, size in zip(paths, images.sizes, strict=True)]  # fmt: skip
-    masks, outside = torch.stack(loaded), arguments.mask_outside or 0.0
-    black = [images.names[row] for row in range(len(masks)) if not masks[row].any()]
+def _masks(arguments: argparse.Namespace, model: Model, images: TrainingImages, paths: Sequence[Path]) -> list[Tensor]:
+    """Weights of the latents of every sample, (1, height, width): the mask's where it is white, --mask-outside where
+    black."""
+    factor, cuts = vae.factor(require(model.config, "vae")), train_data.image_views(arguments, model, images)
+    masks = [
+        companions.load_mask(path, size, views.cut(cuts, row, view), factor)
+        for row, (path, size) in enumerate(zip(paths, images.sizes, strict=True))
+        for view in range(cuts.count)
+    ]
+    outside = arguments.mask_outside or 0.0
+    black = [name for row, name in enumerate(images.names)
+             if not any(mask.any() for mask in masks[row * cuts.count : (row + 1) * cuts.count])]  # fmt: skip
     if black and not outside:
         raise ValueError(
             f"--masks: {len(black)} masks are black everywhere, so nothing is learned of their images, the first "
             f"{black[0]}: white is learned"
         )
-    return outside + (1 - outside) * masks
+    return [outside + (1 - outside) * mask for mask in masks]
 
 
 def _control_latents(
@@ -177,30 +191,34 @@ def _control_latents(
     settings: dict[str, Any],
     say: Say,
     contents: str = "the data",
-) -> Tensor:
-    """Control images as the ControlNet reads them, (images, channels, height, width); kept beside the checkpoints."""
+) -> Fetch:
+    """Control images as the ControlNet reads them, by their samples; kept beside the checkpoints."""
     side, device = train_data.side(arguments, model), tree.leaves(model.params)[0].device
     params = {"vae": tree.cast(model.params["vae"], torch.float32)}
     low, high = train_subjects.thresholds(arguments)
+    paths = extras.control
 
-    def control(rows: range) -> Tensor:
-        if extras.control is None:
-            return canny.edges(images.load(rows), low=low, high=high).expand(-1, 3, -1, -1)
-        paths = [(extras.control[row], images.sizes[row]) for row in rows]
-        return torch.stack([companions.load_control(path, size, Cut(side, side)) for path, size in paths])
+    def control(row: int, cut: Cut) -> Tensor:
+        if paths is None:
+            return canny.edges(images.cut(row, cut)[None], low=low, high=high)[0].expand(3, -1, -1)
+        return companions.load_control(paths[row], images.sizes[row], cut)
 
-    def encode() -> Tensor:
-        parts = []
+    def encode(some: Tensor) -> Tensor:
         with torch.no_grad():
-            for rows in train_data.track(len(images.captions), "encoding control images"):
-                inputs = pixels.from_bytes(control(rows)).to(device)
-                parts.append(pipeline.control_latents(params, model.config, inputs, net).cpu())
-        return torch.cat(parts)
+            return pipeline.control_latents(params, model.config, pixels.from_bytes(some).to(device), net).cpu()
+
+    def encode_all() -> Tensor:
+        track = train_data.track(len(images.captions), "encoding control images")
+        return torch.cat([encode(torch.stack([control(row, Cut(side, side)) for row in rows])) for rows in track])
 
     named = settings.get(continuing.CONTENTS + CONTROL) or f"canny {low} {high}"
-    name = "control.safetensors" if contents == "the data" else "validation-control.safetensors"
     made_of = [settings[continuing.CONTENTS + part] for part in (contents, "the vae of the model")]
-    return train_data.kept(arguments, name, digests.combined([*made_of, named]), len(images.captions), encode, say)
+    of = digests.combined([*made_of, named])
+    if view_options.given(arguments):
+        options = arguments, CONTROL_VIEWS, of, model, images, settings, encode, say, control
+        return train_data.kept_views(*options).fetch
+    name = "control.safetensors" if contents == "the data" else "validation-control.safetensors"
+    return _stacked(train_data.kept(arguments, name, of, len(images.captions), encode_all, say))
 
 
 def _prior(

@@ -73,7 +73,7 @@ def check(arguments: argparse.Namespace) -> None:
         for name in (each for each in others if _given(arguments, owner) and _given(arguments, each)):
             raise ValueError(f"{_flag(owner)} {why}, so {_flag(name)} does not go with it; train one, then the other")
     if view_options.given(arguments):
-        named = ("masks", "control", "prior_data", "prior_images")
+        named = ("prior_data", "prior_images")
         for name in (each for each in named if _given(arguments, each)):
             raise ValueError(f"{_flag(name)} is of images cut to one square; leave out --buckets, --crops and --flips")
         if arguments.validation is not None and not arguments.validation.isdecimal():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Params
-from functional_sd3.image import vae
+from functional_sd3.image.cuts import Cut
 from functional_sd3.layouts.components import Config
 from functional_sd3.text.conditioning import Ids
 from functional_sd3.training import cache, text_table
@@ -53,16 +53,16 @@ def write_latents(
     images: TrainingImages,
     views: Views,
     captions: Tensor,
-    params: Params,
-    config: vae.Config,
+    encode: Callable[[Tensor], Tensor],
     track: Track = iter,
+    image_cut: Callable[[int, Cut], Tensor] | None = None,
 ) -> None:
-    """Write the shards of latents that a cache lacks. captions: of every image the row of its text; params: the
-    autoencoder."""
+    """Write the shards of latents that a cache lacks. captions: of every image the row of its text; encode, image_cut:
+    as of `views.encode`, of the images themselves by default."""
     parts = cache.shards(manifest.images, manifest.rows)
     for number in track(cache.missing(folder, manifest, "latents")):
         rows = parts[number]
-        latents = image_views.encode(params, config, images, views, rows)
+        latents = image_views.encode(encode, image_cut or images.cut, views, rows)
         buckets = [views.buckets.of_image[row] for row in rows]
         names = images.names[rows.start : rows.stop]
         cache.write_latents(folder, manifest, number, latents, captions[rows.start : rows.stop], buckets, names)

@@ -47,7 +47,7 @@ class Index(NamedTuple):
     """The samples of a folder in the order of their paths, and the files that were skipped.
 
     `sources` counts where captions came from; `notes` are sentences on what was left out or stands in conflict;
-    `sizes`: (width, height) in pixels of each image, upright.
+    `sizes`: (width, height) in pixels of each image, upright; `advice`: where captions are read from.
     """
 
     folder: Path
@@ -56,6 +56,7 @@ class Index(NamedTuple):
     sources: tuple[tuple[str, int], ...] = ()
     notes: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    advice: str = _ADVICE
 
 
 def image_folder(
@@ -105,7 +106,7 @@ def summary(index: Index, *, captioned: bool = True) -> str:
     start = f"{count} images in {escape(index.folder)}, "
     if not empty:
         return f"{start}all with captions ({sources})"
-    return f"{start}{empty} of {count} images have no caption{f' ({sources})' if sources else ''}; {_ADVICE}"
+    return f"{start}{empty} of {count} images have no caption{f' ({sources})' if sources else ''}; {index.advice}"
 
 
 def load(index: Index, i: int, size: int) -> Tensor:

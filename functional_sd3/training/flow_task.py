@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,13 +91,15 @@ def flow_task(
         return params if layout is None else sharding.whole(params, layout, mesh)
 
     def sample(state: step.TrainState) -> Tensor:
-        rows = [index * len(captions) // 4 for index in range(4)]
-        height, width = (side * vae.factor(require(config, "vae")) for side in data.latents.size)
-        options: dict[str, Any] = {}
+        rows, size, options = _evenly(range(len(captions))), data.latents.size, {}
         if settings.control is not None:
+            # Control images are of the sizes of their buckets.
+            rows = _evenly(training_set.commonest(data.latents.buckets))
             views = data.latents.views * torch.tensor(rows, dtype=torch.int64, device="cpu")
             latents = data.extra(views)["control"].to(device)
+            size = (latents.shape[-2], latents.shape[-1])
             options["control"] = [Control(drawn_control(state.ema)["controlnet"], settings.control, latents)]
+        height, width = (side * vae.factor(require(config, "vae")) for side in size)
         with torch.no_grad():
             return generate(
                 whole(state.ema).params, config, tokenizers, [captions[row] for row in rows], sample_key,
@@ -117,6 +118,11 @@ def flow_task(
         views=held_out.latents.views,
     )  # fmt: skip
     return task._replace(validate=lambda state: validate(state.ema))
+
+
+def _evenly(images: Sequence[int]) -> list[int]:
+    """Four of the images, at even distances."""
+    return [images[index * len(images) // 4] for index in range(4)]
 
 
 def _learner(key: Key, model: Model, settings: tasks.Settings, mesh: Mesh) -> flow_learners.FlowLearner:

@@ -34,7 +34,16 @@ if TYPE_CHECKING:
 
 CAPTIONS = ("txt", "caption", "json", "cls")
 """Extensions of a sample's caption, in order of precedence."""
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_ADVICE = (
+    "the caption of 000123.jpg is read from 000123.txt, 000123.caption, 000123.json or 000123.cls in its tar; "
+    "--caption TEXT is one for all"
+)
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _MOST_FILES = 2**17
@@ -119,7 +128,7 @@ def tar_set(data: str, *, template: str = "a photo of a {}", caption: str | None
     notes = (f"{len(tars)} tars in webdataset's layout",)
     index = Index(
         Path(data), tuple(samples[number] for number in kept), tuple(skipped), tuple(sources.items()), notes,
-        tuple(sizes.values()),
+        tuple(sizes.values()), _ADVICE,
     )  # fmt: skip
     return TarSet(index, tuple(places[number] for number in kept))
 
@@ -225,11 +234,11 @@ class _Bounded:
 
 def _check_kind(path: Path, file: BinaryIO) -> None:
     start = file.read(8)
-    for magic, kind in _COMPRESSED.items():
+    for magic, (kind, tool) in _COMPRESSED.items():
         if start.startswith(magic):
             raise ValueError(
-                f"{path} is compressed ({kind}), so that its members cannot be read at random: decompress it; images "
-                "are compressed already"
+                f"{path} is compressed ({kind}), so that its members cannot be read at random: decompress it ({tool}); "
+                "images are compressed already"
             )
 
 

@@ -3,6 +3,7 @@
 Where latents and text are, in memory or in files, is a function of each: `fetch`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -84,6 +85,12 @@ def batch_of(data: TrainingSet, samples: Tensor) -> Tree:
     """{"latents", and "ids" or "context" and "pooled", and what is extra} of samples, on the CPU."""
     images = samples if data.latents.views == 1 else torch.div(samples, data.latents.views, rounding_mode="floor")
     return {"latents": data.latents.fetch(samples)} | data.text.fetch(images) | data.extra(samples)
+
+
+def commonest(buckets: Sequence[int]) -> list[int]:
+    """The images of the bucket that most of them have; buckets: the number of every image's."""
+    most = max(sorted(set(buckets)), key=Counter(buckets).__getitem__)
+    return [image for image, bucket in enumerate(buckets) if bucket == most]
 
 
 def subset(data: TrainingSet, images: Sequence[int]) -> TrainingSet:

@@ -1,18 +1,14 @@
 """Views of the images of a set: the crops and mirror images of each that become latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import prng
-from functional_sd3.core.types import Params
-from functional_sd3.image import vae
 from functional_sd3.image.cuts import Cut
-from functional_sd3.training import datasets
 from functional_sd3.training.buckets import Buckets
-from functional_sd3.training.training_images import TrainingImages
 
 _PIXELS = 2**22
 GROUP = 16
@@ -53,12 +49,15 @@ def images_at_once(width: int, height: int) -> int:
 
 
 def encode(
-    params: Params, config: vae.Config, images: TrainingImages, views: Views, rows: Sequence[int]
+    encode_images: Callable[[Tensor], Tensor],
+    image_cut: Callable[[int, Cut], Tensor],
+    views: Views,
+    rows: Sequence[int],
 ) -> list[Tensor]:
-    """Normalised latents of all views of some images, each (views, channels, height, width), float32, on the CPU.
+    """Latents of all views of some images, each (views, channels, height, width).
 
-    Images of one size are encoded `images_at_once` together, in the order of `rows`. Latents are the means of their
-    posteriors.
+    encode_images: images (batch, 3, height, width), as `image_cut` (row, cut) makes each -> their latents. Images of
+    one size are encoded `images_at_once` together, in the order of `rows`.
     """
     by_size: dict[int, list[int]] = {}
     for row in rows:
@@ -69,9 +68,7 @@ def encode(
         for start in range(0, len(members), at_once):
             some = members[start : start + at_once]
             shown = [
-                datasets.encode_images(
-                    params, config, torch.stack([images.cut(row, cut(views, row, view)) for row in some])
-                )
+                encode_images(torch.stack([image_cut(row, cut(views, row, view)) for row in some]))
                 for view in range(views.count)
             ]
             encoded |= dict(zip(some, torch.stack(shown, 1), strict=True))

@@ -1,17 +1,19 @@
 """`train` of a ControlNet, a word, a subject with its prior, and with masks; validation of held-out images."""
 
+import argparse
 import math
 import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import train_checks
+from functional_sd3.cli import train, train_checks, train_data, train_setup
 from functional_sd3.core import prng, tree
 from functional_sd3.text import textual_inversion
-from functional_sd3.training import checkpoint, log, validation
+from functional_sd3.training import checkpoint, log, training_set, validation, views
 
 # The model of these tests has no CLIP-G.
 pytestmark = pytest.mark.filterwarnings("ignore:the text encoder CLIP-G is missing")
@@ -66,6 +68,19 @@ def runs(data):
                     "--masks", data / "masks", "--mask-outside", "0.1", "--accumulate", "2",
                     "--density", "mode:0.5", "--shift", "2", "--loss-weight", "min-snr:3", "--loss-weight", "cosmap"],
     }  # fmt: skip
+
+
+def grey(folder):
+    """Six grey images of two shapes."""
+    folder.mkdir()
+    for index in range(6):
+        image = Image.linear_gradient("L").rotate(30 * index).resize((128 if index % 3 else 64, 64))
+        image.convert("RGB").save(folder / f"{index}.png")
+    return folder
+
+
+VIEWED = ["--caption", "a circle", "--buckets", "64", "--bucket-step", "16", "--bucket-min", "2", "--batch-size", "2",
+          "--crops", "2", "--flips"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["control", "control data", "word", "subject"])
@@ -160,6 +175,41 @@ def test_masks_of_ones_train_as_no_masks(command, data, tmp_path):
     assert not tree.diff(plain, same) and tree.diff(plain, other)
 
 
+def test_masks_and_control_images_have_the_cuts_of_their_images(whole, tmp_path):
+    """Control images of a ControlNet without pooled embedding are encoded as images are, but for the shift."""
+    folders = [grey(tmp_path / name) for name in ("images", "masks", "control")]
+    words = ["--data", folders[0], "--masks", folders[1], "--control-data", folders[2]]
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    words = ["--params", whole, "--out", tmp_path / "out", "--control", "depth", *words, *VIEWED]
+    arguments = parser.parse_args([str(word) for word in words])
+    sets = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_setup.flow_task, "flow_task", lambda *given, **options: sets.append(given[3]))
+        train_setup.prepare(arguments, lambda text: None)
+    (learned,) = sets
+    model = weights.outline(whole)
+    images = train_data.images(arguments, model, lambda text: None)
+    cuts = train_data.image_views(arguments, model, images)
+    assert len(set(learned.latents.buckets)) == 2 and learned.latents.views == 4
+    for sample in range(24):
+        batch = training_set.batch_of(learned, torch.tensor([sample]))
+        shift = model.config.vae.scaling * model.config.vae.shift
+        assert torch.allclose(batch["control"], batch["latents"] + shift, atol=1e-5)
+        image = images.cut(sample // 4, views.cut(cuts, sample // 4, sample % 4))
+        assert torch.allclose(batch["mask"][0], F.avg_pool2d(image[:1] / 255, 8), atol=1 / 255)
+
+
+def test_a_controlnet_on_buckets_resumes_to_the_bit_and_draws_samples(command, whole, tmp_path):
+    words = ["--params", whole, "--data", grey(tmp_path / "images"), "--control", "canny", *VIEWED, "--sample-every", 6]
+    assert command("--out", tmp_path / "straight", *words)[0] == 0
+    cut(command, tmp_path / "cut", *words)
+    assert last(tmp_path / "straight") == last(tmp_path / "cut")
+    # Of the commonest bucket, whose control images the samples are drawn with: four of 80 x 48 in a row.
+    with Image.open(tmp_path / "straight" / "samples" / "00000006.png") as sheet:
+        assert sheet.size == (4 * 80 + 3 * 2, 48)
+
+
 def test_validation_is_in_the_log_and_said_and_does_not_change_the_run(command, data, tmp_path):
     words = ["--data", data / "data", "--validate-every", "2"]
     messages = command("--out", tmp_path / "out", *words, "--validation", data / "data")[1]
@@ -204,7 +254,7 @@ def test_validation_is_in_the_log_and_said_and_does_not_change_the_run(command, 
         (["--prior-data", "nowhere"], "--prior-data nowhere is not a folder that exists"),
         (["--masks", "nowhere"], "--masks is for a folder of images"),
         (["--mask-outside", "0.5"], "--mask-outside belongs to --masks"),
-        (["--control", "canny", "--flips"], "--control is of images cut to one square"),
+        (["--prior-data", ".", "--flips"], "--prior-data is of images cut to one square"),
         (["--control", "canny", "--weights", "bfloat16"], "what --control trains is small and stays float32"),
         (["--validation", "nowhere"], "--validation nowhere is neither a number"),
         (["--validation", "12"], "--validation 12 holds out all of the 12 images"),
