@@ -67,8 +67,6 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
             f"--batch-size {size} cannot be divided over {count} processes ({option} {parts}): give a multiple of "
             f"{count * parts}"
         )
-    if getattr(arguments, "fused_update", False):
-        raise ValueError("--fused-update updates from the gradients of one process: it does not go with --mesh")
 
 
 def _check_tensor(arguments: argparse.Namespace) -> None:

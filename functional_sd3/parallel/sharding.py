@@ -46,6 +46,13 @@ class Placement:
         """Shape of this process's part."""
         return self.shape if self.dim is None else tuple(self.part(mesh))
 
+    def whole_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """Shape of the leaf before it is divided over "tensor" too."""
+        return tuple(
+            size * mesh.size("tensor") if self.cut is not None and dim == self.cut.dim else size
+            for dim, size in enumerate(self.shape)
+        )
+
     def part(self, mesh: Mesh) -> prng.Part:
         """Which part of the whole this process has."""
         assert self.dim is not None
@@ -180,6 +187,13 @@ def sum_gradients(
     return tree.map_with_path(lambda path, leaf: summed[path], grads)
 
 
+def sum_gradient(gradient: Tensor, placement: Placement | None, mesh: Mesh, *, divisor: int = 1) -> Tensor:
+    """`sum_gradients` of one leaf, whose placement is None where the layout does not have it."""
+    group = mesh.group("data") if _is_sharded(placement) else mesh.group(*BATCH_AXES)
+    total = gradient if group is None else transport.total(gradient, group)
+    return total / divisor if divisor > 1 else total
+
+
 def mean(values: Tree, mesh: Mesh) -> Tree:
     """Means of float tensors over the parts of the batch, summed in the order of the processes as gradients are."""
     group, count = mesh.group(*BATCH_AXES), mesh.size(*BATCH_AXES)
@@ -212,7 +226,8 @@ def norm(grads: Params, layout: Layout | None, mesh: Mesh) -> Tensor:
 def state_layout(state: Tree, layout: Layout, mesh: Mesh) -> Layout:
     """The placements of the leaves of a training state: of its parameters, and of what has a leaf for each of them.
 
-    A leaf belongs to the parameter whose path its own ends with, where it has the shape of its part.
+    A leaf belongs to the parameter whose path its own ends with, where it has the shape of its part; or, one name less,
+    that of a moment in 8 bits: codes, and scales (rows, blocks a row) or (blocks,), of blocks that no part cuts.
     """
     placements = tree.flatten_paths(layout)
 
@@ -222,9 +237,23 @@ def state_layout(state: Tree, layout: Layout, mesh: Mesh) -> Layout:
             placement = placements.get(".".join(names[start:]))
             if placement is not None and tuple(leaf.shape) == placement.local_shape(mesh):
                 return placement
+            stored = placements.get(".".join(names[start:-1]))
+            if stored is not None and names[-1] == "codes":
+                return stored
+            if stored is not None and names[-1] == "scale":
+                return _of_scales(stored, tuple(leaf.shape), mesh)
         return Placement(tuple(leaf.shape))
 
     return tree.map_with_path(place, state)
+
+
+def _of_scales(placement: Placement, part: tuple[int, ...], mesh: Mesh) -> Placement:
+    """Where the scales of a divided leaf are: along its rows or, within a row, along the blocks; part: their shape."""
+    last = len(part) - 1
+    dim = None if placement.dim is None else min(placement.dim, last)
+    cut = None if placement.cut is None else placement.cut._replace(dim=min(placement.cut.dim, last))
+    count = mesh.size(AXIS)
+    return Placement(tuple(size * count if at == dim else size for at, size in enumerate(part)), dim, cut)
 
 
 def _own(leaf: Tensor, placement: Placement, mesh: Mesh) -> Tensor:

@@ -142,9 +142,11 @@ def distill_task(
     optimizer, train_step = update(lambda params, batch, keys: loss(learns.whole(params), batch, keys))
     if method.takes_average:
         train_step = _with_average(learns, loss, update)
-    state = step.init(run_key, learns.params, optimizer, trainable=learns.trainable)
+    state = step.init(run_key, learns.params, optimizer, trainable=learns.trainable, mesh=mesh, layout=learns.layout)
     if method.fake_score is not None:
-        state, train_step = _with_fake_score(learns, loss, method.fake_score(drawn, settings), update, state, settings)
+        state, train_step = _with_fake_score(
+            learns, loss, method.fake_score(drawn, settings), update, state, settings, mesh
+        )
 
     def sample(state: Any) -> Tensor:
         prompts = [captions[index * len(captions) // SAMPLES] for index in range(min(SAMPLES, len(captions)))]
@@ -188,6 +190,7 @@ def _with_fake_score(
     update: Callable[..., tuple[Any, Any]],
     state: step.TrainState,
     settings: Settings,
+    mesh: Mesh,
 ) -> tuple[Any, Any]:
     """State and step of a student whose loss needs the score of its own images, which starts as the teacher's.
 
@@ -209,7 +212,9 @@ def _with_fake_score(
 
     optimizer, _ = update(loss, settings.fake_rate or 1.0)
     key = prng.fold_in(state.key, 1)
-    score = step.init(key, learns.params, optimizer, trainable=learns.trainable, average=False)
+    score = step.init(
+        key, learns.params, optimizer, trainable=learns.trainable, average=False, mesh=mesh, layout=learns.layout
+    )
     return ScoreState(state, score), make_score_step(student, fake, settings.fake_updates or 1)
 
 

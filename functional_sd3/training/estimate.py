@@ -122,8 +122,8 @@ def _moments(optimizer: str, trainable: dict[str, specs.Param]) -> int:
     total = 0
     for path, param in trainable.items():
         count = math.prod(param.shape)
-        if optimizer == "adamw8bit" and count >= adam8.MIN_SIZE:
-            total += 2 * (count + 4 * -(-count // blockwise.BLOCK))
+        if optimizer == "adamw8bit" and adam8.is_stored(param.shape):
+            total += 2 * (count + 4 * math.prod(blockwise.scale_shape(param.shape, blockwise.row_block(param.shape))))
         elif optimizer == "muon" and "blocks" in path.split(".") and len(param.shape) >= 2:
             total += 4 * count
         else:

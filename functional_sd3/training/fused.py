@@ -11,6 +11,9 @@ from torch import Tensor
 
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Params, Tree
+from functional_sd3.parallel import sharding
+from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
+from functional_sd3.parallel.sharding import Layout
 from functional_sd3.training import optim, step
 from functional_sd3.training.objectives import Loss, Metrics
 from functional_sd3.training.step import TrainState
@@ -24,12 +27,21 @@ def make_fused_step(
     ema_decay: float = 0.9999,
     rate: optim.Schedule | None = None,
     rounding: str = "nearest",
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    own_rows: bool = False,
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
     """As `step.make_train_step` with `donate=True`, without the memory of the gradients.
 
     The given state is updated in place, and must not be used after. Metrics are the same: the norm is that of all
-    gradients, of which only the norms are kept. Raises ValueError for an optimiser that needs all gradients at once.
+    gradients, of which only the norms are kept. mesh, layout, own_rows: as of `make_train_step`; a gradient is summed
+    over the processes when it is complete, in the order of the backward pass, which is the same on all of them. Raises
+    ValueError for an optimiser that needs all gradients at once.
     """
+    mesh = mesh or ONE_PROCESS
+    count = mesh.size(*BATCH_AXES)
+    placements = {} if layout is None else tree.flatten_paths(layout)
+    optimizer = step.on_parts(optimizer, layout, mesh)
     if optimizer.by_leaf is None:
         raise ValueError(
             "the optimiser needs all gradients at once, as clipping by the global norm and Muon do: only one that has "
@@ -38,8 +50,7 @@ def make_fused_step(
     by_leaf = optimizer.by_leaf
 
     def fused_step(state: TrainState, batch: Tree) -> tuple[TrainState, Metrics]:
-        size = next(iter(tree.leaves(batch))).shape[0]
-        keys = prng.split(prng.fold_in(state.key, state.step), size)
+        batch, keys = step.rows_and_keys(state, batch, mesh, own_rows, undivided=False)
         learned, fixed = tree.partition(state.params, trainable)
         optim.check_donated({"params": learned, "ema": state.ema, "optimizer": state.optimizer})
         weights_key, ema_key = None, None
@@ -50,12 +61,14 @@ def make_fused_step(
 
         def update(path: str, gradient: Tensor) -> None:
             with torch.no_grad():
+                gradient = sharding.sum_gradient(gradient, placements.get(path), mesh, divisor=count)
                 norms[path] = optim.global_norm(gradient)
                 update_leaf(path, gradient, None, weights_key)
 
         value, reported = _backward(loss, learned, fixed, batch, keys, update)
         with torch.no_grad():
-            norm = torch.stack([norms[path] for path in tree.flatten_paths(learned)]).norm()
+            norm = sharding.norm(tree.map_with_path(lambda path, leaf: norms[path], learned), layout, mesh)
+            value, reported = sharding.mean((value, reported), mesh)
             metrics = {"loss": value, "grad_norm": norm, **reported}
             if rate is not None:
                 metrics["rate"] = rate(state.step)

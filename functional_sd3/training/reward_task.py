@@ -117,7 +117,9 @@ def reward_task(
             policy = drawing_params(state.ema)
             return decode(policy, sampler.draw(policy, encode(prompts), sampler.noise(keys), keys)["latents"])
 
-    state = copies.init(step.init(run_key, learns.params, optimizer, trainable=learns.trainable))
+    state = copies.init(
+        step.init(run_key, learns.params, optimizer, trainable=learns.trainable, mesh=mesh, layout=learns.layout)
+    )
     task = RewardTask(
         state,
         copies.make_round_step(update, rounds.decay, updates=settings.updates, names=(*rounds.metrics, "rate")),

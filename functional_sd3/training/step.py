@@ -37,12 +37,21 @@ class TrainState(NamedTuple):
 
 
 def init(
-    key: Key, params: Params, optimizer: optim.Optimizer, *, trainable: tree.Chooser = "*", average: bool = True
+    key: Key,
+    params: Params,
+    optimizer: optim.Optimizer,
+    *,
+    trainable: tree.Chooser = "*",
+    average: bool = True,
+    mesh: Mesh | None = None,
+    layout: Layout | None = None,
 ) -> TrainState:
     """The state before the first step. Parameters are copied, so a donated step does not overwrite the caller's.
 
-    average: whether `ema` is kept; without it is {}.
+    average: whether `ema` is kept; without it is {}. mesh, layout: as of `make_train_step`, for optimisers whose state
+    depends on whole shapes, as adamw8bit's does.
     """
+    optimizer = on_parts(optimizer, layout, mesh or ONE_PROCESS)
     device = next(iter(tree.leaves(params))).device
     copies = tree.map(_copy, params)
     ema = tree.map(_copy, params) if average else {}
@@ -110,7 +119,7 @@ def make_train_step(
             "sharding.layout(tensor.part_spec(spec, mesh, heads=heads), mesh), for the norm of their gradients"
         )
     layout = layout if mesh.size("fsdp", "tensor") > 1 else None
-    optimizer = optimizer if layout is None else optim.sharded_rule(optimizer, layout, mesh)
+    optimizer = on_parts(optimizer, layout, mesh)
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1")
     if rows is not None and (rows < 1 or accumulate > 1):
@@ -121,7 +130,7 @@ def make_train_step(
     differentiate = _accumulated(whole, accumulate) if rows is None else _by_rows(whole, rows)
 
     def train_step(state: TrainState, batch: Tree) -> tuple[TrainState, Metrics]:
-        own, keys = _own_rows(state, batch, mesh, own_rows, undivided=rows is not None)
+        own, keys = rows_and_keys(state, batch, mesh, own_rows, undivided=rows is not None)
         learned, fixed = tree.partition(state.params, trainable)
         grads, reported = differentiate(learned, fixed, own, keys)
         with torch.no_grad():
@@ -140,7 +149,13 @@ def make_train_step(
     return train_step
 
 
-def _own_rows(state: TrainState, batch: Tree, mesh: Mesh, own_rows: bool, *, undivided: bool) -> tuple[Tree, Key]:
+def on_parts(optimizer: optim.Optimizer, layout: Layout | None, mesh: Mesh) -> optim.Optimizer:
+    """The rule on this process's parts of leaves."""
+    has_parts = layout is not None and mesh.size("fsdp", "tensor") > 1
+    return optim.sharded_rule(optimizer, layout, mesh) if has_parts else optimizer
+
+
+def rows_and_keys(state: TrainState, batch: Tree, mesh: Mesh, own_rows: bool, *, undivided: bool) -> tuple[Tree, Key]:
     """This process's rows of a batch, and their keys. undivided: all of a batch that does not divide, not an error."""
     count, index = mesh.size(*BATCH_AXES), mesh.index(*BATCH_AXES)
     given = next(iter(tree.leaves(batch))).shape[0]

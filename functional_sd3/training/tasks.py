@@ -153,6 +153,6 @@ def make_task(
         own_rows=True,
     )
     params = tree.cast(params, settings.rule.weights)
-    state = step.init(key, params, optimizer, trainable=trainable)
+    state = step.init(key, params, optimizer, trainable=trainable, mesh=mesh, layout=layout)
     task = TrainingTask(state, train_step, batch, model, sample, trained, samples_together=division.is_joint(mesh))
     return task._replace(**division.of_state(state, layout, mesh)._asdict())

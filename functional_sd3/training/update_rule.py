@@ -51,12 +51,10 @@ def train_step(
     common["rounding"] = "stochastic" if rule.weights == torch.bfloat16 else "nearest"
     if not rule.fused:
         return step.make_train_step(loss, optimizer, donate=True, **common, **options)
-    mesh = options.get("mesh")
-    if mesh is not None and mesh.size() > 1:
-        raise ValueError("fused updates are of one process: its gradients are not summed over others (--mesh)")
     if options.get("accumulate", 1) > 1 or options.get("rows") or options.get("compile"):
         raise ValueError("fused updates need the whole batch at once, and are not compiled: accumulate, rows, compile")
-    return fused.make_fused_step(loss, optimizer, **common)
+    on_mesh = {name: options[name] for name in ("mesh", "layout", "own_rows") if name in options}
+    return fused.make_fused_step(loss, optimizer, **common, **on_mesh)
 
 
 def is_matrix(path: str, leaf: Tensor) -> bool:

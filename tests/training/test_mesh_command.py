@@ -132,7 +132,6 @@ def test_other_options_that_do_not_fit_are_one_error(processes, model_folder, al
     words = {
         "--batch-size 3 cannot be divided over 2 processes": ["--batch-size", "3"],
         "give a multiple of 8": ["--accumulate", "4"],
-        "--fused-update updates from the gradients of one process": ["--fused-update"],
         "--mesh sequence divides the tokens of the transformer": ["--part", "vae", "--mesh", "sequence=2"],
         "--mesh tensor divides the heads of the transformer, and --part vae": ["--part", "vae", "--mesh", "tensor=2"],
         "and --control copies whole blocks": ["--control", "canny", "--mesh", "tensor=2"],

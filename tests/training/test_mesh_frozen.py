@@ -80,6 +80,7 @@ MESHES = [
     (4, "data=2,tensor=2", "train", ["--lora", "2", "--base", "int8", "--sample-every", "2"]),
     (4, "data=2,fsdp=2", "train", ["--optimizer", "muon", "--accumulate", "2"]),
     (4, "data=2,fsdp=2", "train", ["--lora", "2", "--accumulate", "2"]),
+    (2, "fsdp=2", "train", ["--optimizer", "adamw8bit", "--fused-update"]),
     (2, "tensor=2", "distill", ["--to", "2", "--method", "meanflow", "--remat"]),
     (2, "sequence=2", "reward", ["--reward", "colours", "--method", "grpo", "--remat"]),
 ]
@@ -90,7 +91,11 @@ def test_training_with_divided_heads_or_tokens_or_on_several_machines_is_that_of
     processes, folder, tmp_path, count, mesh, command, words
 ):
     words = [*(SHORT if command == "train" else SHORT[:4]), "--batch-size", "8", *words]
-    alone = [] if command == "reward" else ["--accumulate", 2 * count if "--accumulate" in words else count]
+    alone = (
+        []
+        if command == "reward" or "--fused-update" in words
+        else ["--accumulate", 2 * count if "--accumulate" in words else count]
+    )
     status, _, err = train(folder, "--out", tmp_path / "alone", *words, *alone, command=command)
     assert status == 0, err
     results = processes(count, train, folder, "--out", tmp_path / "run", *words, "--mesh", mesh, command=command)

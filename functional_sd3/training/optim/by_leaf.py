@@ -84,8 +84,10 @@ def update_inplace(
     if not weight.is_contiguous():
         raise ValueError(f"{path} has gaps in memory, or another order than its moments; make it contiguous")
     weights, gradients = weight.view(-1), gradient.detach().reshape(-1)
-    for start in range(0, len(weights), PART):
-        part = slice(start, start + PART)
+    block = 1 if isinstance(mean, Tensor) else blockwise.block_of(mean)
+    size = max(PART // block, 1) * block
+    for start in range(0, len(weights), size):
+        part = slice(start, start + size)
         grad = gradients[part].to(torch.promote_types(weight.dtype, torch.float32))
         direction, means, squares = _adam(grad, _read(mean, part, True), _read(square, part, False), step)
         _write(mean, part, means, signed=True)
@@ -114,10 +116,11 @@ def adam(grad: Tensor, mean: Tree, square: Tree, step: AdamStep) -> tuple[Tensor
     """Direction and both moments as they are stored, of a whole leaf, as new tensors."""
     if isinstance(mean, Tensor):
         return _adam(grad, mean, square, step)
-    parts = slice(0, grad.numel())
+    parts, block = slice(0, grad.numel()), blockwise.block_of(mean)
     direction, means, squares = _adam(grad.reshape(-1), _read(mean, parts, True), _read(square, parts, False), step)
     stored = [
-        _shaped(blockwise.quantize(values, signed=signed), grad) for values, signed in ((means, True), (squares, False))
+        _shaped(blockwise.quantize(values, signed=signed, block=block), mean)
+        for values, signed in ((means, True), (squares, False))
     ]
     return direction.reshape(grad.shape), *stored
 
@@ -144,23 +147,25 @@ def at(nested: Tree, path: str) -> Tree:
 def _read(moment: Tree, part: slice, signed: bool) -> Tensor:
     if isinstance(moment, Tensor):
         return moment.view(-1)[part]
-    return blockwise.dequantize(_part(moment, part), signed=signed)
+    return blockwise.dequantize(_part(moment, part), signed=signed, block=blockwise.block_of(moment))
 
 
 def _write(moment: Tree, part: slice, values: Tensor, *, signed: bool) -> None:
     if isinstance(moment, Tensor):
         moment.view(-1)[part] = values
         return
-    stored, place = blockwise.quantize(values, signed=signed), _part(moment, part)
+    stored = blockwise.quantize(values, signed=signed, block=blockwise.block_of(moment))
+    place = _part(moment, part)
     for name, leaf in stored.items():
         place[name].copy_(leaf)
 
 
 def _part(moment: Tree, part: slice) -> Tree:
     """Views of the codes and scales of some numbers, which begin and end with blocks."""
-    first, last = part.start // blockwise.BLOCK, -(-part.stop // blockwise.BLOCK)
-    return {"codes": moment["codes"].view(-1)[part], "scale": moment["scale"][first:last]}
+    block = blockwise.block_of(moment)
+    first, last = part.start // block, -(-part.stop // block)
+    return {"codes": moment["codes"].view(-1)[part], "scale": moment["scale"].view(-1)[first:last]}
 
 
-def _shaped(stored: Tree, like: Tensor) -> Tree:
-    return {**stored, "codes": stored["codes"].reshape(like.shape)}
+def _shaped(stored: Tree, like: Tree) -> Tree:
+    return {name: leaf.reshape(like[name].shape) for name, leaf in stored.items()}
