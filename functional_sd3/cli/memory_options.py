@@ -90,6 +90,7 @@ def check_full(arguments: argparse.Namespace) -> None:
         ("accumulate", arguments.accumulate > 1),
         ("compile", arguments.compile),
         ("optimizer muon", arguments.optimizer == "muon"),
+        ("inversion, or --lora", arguments.inversion is not None and arguments.lora),
     ):
         if is_given:
             raise ValueError(

@@ -1,11 +1,13 @@
-"""Results of `train` that are neither a model nor a LoRA: the folder of a ControlNet, the file of a word."""
+"""Results of `train` that are neither a model nor a LoRA alone: the folder of a ControlNet, the file of a word."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from functional_sd3 import weights
+from functional_sd3 import lora, weights
 from functional_sd3.cli import train_model
+from functional_sd3.cli.training_run import LORA
+from functional_sd3.layouts.components import SPECS
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.training import tasks
 from functional_sd3.weights.controlnets import ControlNet
@@ -31,7 +33,11 @@ def saver(options: tasks.Settings, stored: Model) -> Callable[[Path, Any], Path]
         def save_word(out: Path, state: Any) -> Path:
             vectors = {name: vector.cpu() for name, vector in state.ema["word"].items()}
             weights.save_inversion(out / WORD, Word(inversion.token, vectors))
-            return out / WORD
+            if not options.lora:
+                return out / WORD
+            adapters = {name: part for name, part in state.ema.items() if name in SPECS}
+            lora.save(out / LORA, adapters, differences=True)
+            return out
 
         return save_word
     return None

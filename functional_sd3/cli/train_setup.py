@@ -152,6 +152,7 @@ def _options(arguments: argparse.Namespace, model: Model, dtype: torch.dtype | N
         prior_weight=1.0 if arguments.prior_weight is None else arguments.prior_weight,
         control=control,
         inversion=train_subjects.inversion(arguments),
+        word_rate=arguments.word_lr,
         scratch=arguments.scratch,
         lora=arguments.lora or 0,
         text_encoders=train_model.text_encoders(vars(arguments)) == "train",

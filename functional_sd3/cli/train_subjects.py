@@ -1,6 +1,7 @@
 """Options of `train` on ControlNets, new words, prior preservation and masks."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,12 @@ KINDS = ("blur", "canny", "depth", "pose", "tile", "inpaint")
 """`controlnet.KINDS`, known here without torch."""
 _DRAWN = "canny"
 """The kind whose control images are computed from the images themselves."""
-_OTHERS = {"control": "trains a ControlNet beside a frozen model", "inversion": "trains a word's vectors alone"}
+_OTHERS = {"control": "trains a ControlNet beside a frozen model", "inversion": "trains a word's vectors"}
+_WITH: dict[str, tuple[str, ...]] = {"control": (), "inversion": ("lora",)}
+"""What else may learn with these."""
 _BELONGS = {
     "control": ("control_data", "control_depth", "canny"),
-    "inversion": ("initial_word", "vectors", "inversion_t5"),
+    "inversion": ("initial_word", "vectors", "inversion_t5", "word_lr"),
     "masks": ("mask_outside",),
 }
 """Option -> those that mean something with it alone."""
@@ -32,9 +35,14 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "the edges of the images)")  # fmt: skip
     add("--control-depth", type=int, metavar="N", help="its blocks, copied from the transformer's first (default half)")
     add("--canny", metavar="LOW,HIGH", help="thresholds of the edges (default 100,200)")
-    add("--inversion", metavar="WORD", help="learn a new word: embedding vectors of CLIP-L and CLIP-G, nothing else")
+    add(
+        "--inversion",
+        metavar="WORD",
+        help="learn a new word: embedding vectors of CLIP-L and CLIP-G, alone or with --lora",
+    )
     add("--initial-word", metavar="TEXT", help="what the word starts from, such as the name of its class")
     add("--vectors", type=int, metavar="N", help="vectors of the word, each a token of a prompt (default 1)")
+    add("--word-lr", type=float, metavar="LR", help="peak learning rate of the vectors, with --lora (default --lr)")
     add("--inversion-t5", action="store_true", help="the word gets vectors of T5 too")
     add("--prior-data", metavar="DIR", help="images of the class that are learned beside those of --data (DreamBooth)")
     add("--prior-prompt", metavar="TEXT", help="their caption, and the prompt of those that are drawn")
@@ -69,7 +77,11 @@ def check(arguments: argparse.Namespace) -> None:
         for name in (each for each in names if _given(arguments, each)):
             raise ValueError(f"{_flag(name)} belongs to --part transformer")
     for owner, why in _OTHERS.items():
-        others = ("lora", "scratch", "text_encoders", *(name for name in _OTHERS if name != owner))
+        others = (
+            "scratch",
+            "text_encoders",
+            *(name for name in ("lora", *_OTHERS) if name not in (owner, *_WITH[owner])),
+        )
         for name in (each for each in others if _given(arguments, owner) and _given(arguments, each)):
             raise ValueError(f"{_flag(owner)} {why}, so {_flag(name)} does not go with it; train one, then the other")
     if view_options.given(arguments):
@@ -135,6 +147,10 @@ def _check_inversion(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--inversion {shorten(repr(word))} must be a word, such as '<mine>', without white space around"
         )
+    if arguments.word_lr is not None and not arguments.lora:
+        raise ValueError("--word-lr is for --inversion with --lora; of a word alone --lr is the rate")
+    if arguments.word_lr is not None and not 0 < arguments.word_lr < math.inf:
+        raise ValueError(f"--word-lr {arguments.word_lr} must be a positive number, such as 1e-3")
     if not (arguments.initial_word or "").strip():
         raise ValueError(f"--inversion {shorten(repr(word))} needs --initial-word TEXT, such as the name of its class")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from functional_sd3 import lora
 from functional_sd3.core import computation, prng, tree
@@ -14,7 +15,7 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.layouts.components import SPECS, require
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
-from functional_sd3.parallel.sharding import Layout
+from functional_sd3.parallel.sharding import Layout, Placement
 from functional_sd3.text import textual_inversion
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.training import division, objectives
@@ -172,6 +173,44 @@ def word(model: Model, inversion: Inversion) -> FlowLearner:
 
     spec = {name: Param(tuple(leaf.shape), specs.zeros, ("vocab", "width")) for name, leaf in start.items()}
     return FlowLearner({"word": start}, {"word": spec}, loss, with_word, has_encoders=True)
+
+
+def adapter_and_word(
+    key: Key, model: Model, rank: int, names: Sequence[str], inversion: Inversion, mesh: Mesh = ONE_PROCESS
+) -> FlowLearner:
+    """Learner of a fresh LoRA and of the vectors of a new word at once, as `adapter` and `word` have them ("pivotal
+    tuning"): the word names what the LoRA learns to draw."""
+    of_lora, of_word = adapter(key, model, rank, names, mesh), word(model, inversion)
+    shapes = division.shapes(model.config, model.params)
+    first = textual_inversion.first_ids(model.tokenizers, inversion.encoders)
+    extended = with_tokens(model, inversion)
+
+    def parts(learned: Params) -> tuple[Params, Params]:
+        return {name: part for name, part in learned.items() if name != "word"}, learned["word"]
+
+    def loss(objective: Objective, **options) -> objectives.Loss:
+        # Without the autoencoder, which no loss reads.
+        read = {name: part for name, part in model.params.items() if name not in ("vae", "taesd")}
+        own = objective(extended.config, **options)
+
+        def of_both(learned: Params, batch: Tree, keys: Key) -> tuple[Tensor, objectives.Metrics]:
+            adapters, vectors = parts(learned)
+            adapted = lora.apply(read, adapters, lazy=True, shapes=shapes)
+            return own(textual_inversion.with_vectors(adapted, vectors, first), batch, keys)
+
+        return of_both
+
+    def whole(learned: Params) -> Model:
+        adapters, vectors = parts(learned)
+        adapted = of_lora.model(adapters)
+        added = textual_inversion.add(*adapted, Word(inversion.token, vectors))
+        return adapted._replace(**added._asdict())
+
+    params, spec = {**of_lora.params, **of_word.params}, {**of_lora.spec, **of_word.spec}
+    layout = of_lora.layout
+    if layout is not None:
+        layout = {**layout, **specs.map_params(lambda path, param: Placement(param.shape, None), of_word.spec)}
+    return FlowLearner(params, spec, loss, whole, has_encoders=True, layout=layout)
 
 
 def with_tokens(model: Model, inversion: Inversion) -> Model:

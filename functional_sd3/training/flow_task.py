@@ -128,9 +128,11 @@ def _evenly(images: Sequence[int]) -> list[int]:
 def _learner(key: Key, model: Model, settings: tasks.Settings, mesh: Mesh) -> flow_learners.FlowLearner:
     if settings.control is not None:
         return flow_learners.control(key, model, settings.control, mesh)
-    if settings.inversion is not None:
+    if settings.inversion is not None and not settings.lora:
         return flow_learners.word(model, settings.inversion)
     names = [name for name in tasks.ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
+    if settings.inversion is not None:
+        return flow_learners.adapter_and_word(key, model, settings.lora, names, settings.inversion, mesh)
     if settings.lora:
         return flow_learners.adapter(key, model, settings.lora, names, mesh)
     return flow_learners.components(key, model, names, settings.scratch, mesh)

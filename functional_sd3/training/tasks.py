@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -77,8 +77,9 @@ class Settings:
     norm of a gradient. dropout: probability of the empty prompt. density, shift (None: the model's), weight: of the
     training times and their losses, as `objectives.flow_loss` says. prior_weight: of images that preserve the prior.
     scratch: start from fresh parameters. lora: rank of a LoRA that is trained instead of the parameters, 0 for none;
-    control: config of a ControlNet that is; inversion: a word whose vectors are. edges, latent_noise: of the
-    autoencoder's objective, as `objectives.vae_loss` says of `edges` and `noise`. dtype: of the computation, None for
+    control: config of a ControlNet that is; inversion: a word whose vectors are, with a LoRA or alone. word_rate:
+    `rate` of the vectors beside a LoRA, None for that of the LoRA. edges, latent_noise: of the autoencoder's objective,
+    as `objectives.vae_loss` says of `edges` and `noise`. dtype: of the computation, None for
     float32. rule: optimiser and dtype of what learns.
     """
 
@@ -104,6 +105,7 @@ class Settings:
     lora: int = 0
     control: controlnet.Config | None = None
     inversion: Inversion | None = None
+    word_rate: float | None = None
     dtype: torch.dtype | None = None
     compile: bool = False
     rule: UpdateRule = UpdateRule()
@@ -136,9 +138,13 @@ def make_task(
     of `params` are on them.
     """
     rate = learning_rate(settings)
-    # A word's vectors are not pulled to zero.
-    decay = 0.0 if settings.inversion is not None else settings.decay
-    optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=decay, b2=0.99)
+    groups = {}
+    if settings.inversion is not None and settings.lora:
+        word_rate = settings.rate if settings.word_rate is None else settings.word_rate
+        groups["word"] = learning_rate(replace(settings, rate=word_rate))
+    optimizer = update_rule.optimizer(
+        settings.rule, rate, clip=settings.clip, decay=settings.decay, b2=0.99, groups=groups
+    )
     train_step = update_rule.train_step(
         settings.rule,
         loss,

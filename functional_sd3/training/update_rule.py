@@ -1,7 +1,7 @@
 """How the parameters of a run are updated: its optimiser by name, the dtype of the weights, updates in the backward
 pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,25 @@ class UpdateRule:
 
 
 def optimizer(
-    rule: UpdateRule, rate: float | optim.Schedule, *, clip: float, decay: float, b2: float = 0.999
+    rule: UpdateRule,
+    rate: float | optim.Schedule,
+    *,
+    clip: float,
+    decay: float,
+    b2: float = 0.999,
+    groups: Mapping[str, optim.Schedule] | None = None,
 ) -> optim.Optimizer:
     """The optimiser of a run: clipped to a global norm (not where updates are fused), decay of matrices alone.
 
-    Raises ValueError for a name that is not in `OPTIMIZERS`.
+    groups: the rates of parts of the parameters, by the first name of their paths, that have their own. Raises
+    ValueError for a name that is not in `OPTIMIZERS`.
     """
     if rule.optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer {rule.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
     named = OPTIMIZERS[rule.optimizer](rate, decay, b2)
+    if groups:
+        parts = {name: OPTIMIZERS[rule.optimizer](own, decay, b2) for name, own in groups.items()}
+        named = optim.partitioned({"others": named, **parts}, lambda path, _: _group(path, parts))
     return optim.chain(named) if rule.fused else optim.chain(optim.clip_by_global_norm(clip), named)
 
 
@@ -58,8 +68,13 @@ def train_step(
 
 
 def is_matrix(path: str, leaf: Tensor) -> bool:
-    """True for what weight decay is for: no biases, norms and other vectors."""
-    return leaf.ndim >= 2
+    """True for what weight decay is for: no biases, norms and other vectors, and not those of a new word."""
+    return leaf.ndim >= 2 and path.partition(".")[0] != "word"
+
+
+def _group(path: str, groups: Collection[str]) -> str:
+    first = path.partition(".")[0]
+    return first if first in groups else "others"
 
 
 def is_hidden(path: str, leaf: Tensor) -> bool:

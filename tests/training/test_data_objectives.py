@@ -11,6 +11,7 @@ from functional_sd3.text import conditioning
 from functional_sd3.training import flow_learners, objectives, validation
 from functional_sd3.transformer import controlnet, mmdit
 from functional_sd3.weights.model import Model
+from tests import models
 
 KEYS = prng.split(prng.key(3), 4)
 
@@ -152,6 +153,27 @@ def test_the_loss_of_a_words_vectors_is_that_of_the_model_with_the_word(tiny):
     stacked = tree.map(lambda leaf: torch.stack([leaf, 2 * leaf]), vectors)
     both = torch.func.vmap(lambda own: loss(own, tiny.batch, KEYS)[0])(stacked)
     torch.testing.assert_close(both[0], value)
+
+
+def test_a_lora_and_a_word_have_the_gradients_that_each_has_alone():
+    model, inversion = models.random_model(), flow_learners.Inversion("<x>", "red", 1, ("clip_l", "t5"))
+    reader = flow_learners.with_tokens(model, inversion)
+    ids = conditioning.tokenize(reader.config, reader.tokenizers, ["a <x> circle", "a circle"], t5_length=8)
+    batch = {"latents": prng.normal(prng.key(2), (2, 16, 4, 4)), "ids": ids}
+    both = flow_learners.adapter_and_word(prng.key(1), model, 2, ["transformer"], inversion)
+    grads = tree.flatten_paths(
+        torch.func.grad(lambda p: both.loss(objectives.flow_loss)(p, batch, KEYS[:2])[0])(both.params)
+    )
+    word = flow_learners.word(model, inversion)
+    of_word = torch.func.grad(lambda p: word.loss(objectives.flow_loss)(p, batch, KEYS[:2])[0])(word.params)
+    adapter = flow_learners.adapter(prng.key(1), word.model(word.params), 2, ["transformer"])
+    of_lora = torch.func.grad(lambda p: adapter.loss(objectives.flow_loss)(p, batch, KEYS[:2])[0])(adapter.params)
+    alone = tree.flatten_paths({**of_lora, **of_word})
+    assert grads.keys() == alone.keys() and grads["word.clip_l"].abs().max() > 0
+    for path_of_leaf, expected in alone.items():
+        torch.testing.assert_close(grads[path_of_leaf], expected, rtol=1e-4, atol=1e-6, msg=path_of_leaf)
+    drawn = both.model(both.params)
+    assert not tree.diff(drawn.params["clip_l"], word.model(word.params).params["clip_l"])
 
 
 def test_objectives_compose(tiny, net):

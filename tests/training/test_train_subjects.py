@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from functional_sd3 import pipeline, weights
+from functional_sd3 import lora, pipeline, weights
 from functional_sd3.cli import train, train_checks, train_data, train_setup
 from functional_sd3.core import prng, tree
 from functional_sd3.text import textual_inversion
@@ -148,6 +148,31 @@ def _state_like(out):
     return nested
 
 
+def test_a_lora_and_a_word_learn_together(command, whole, data, tmp_path):
+    """Each as alone where the other has changed nothing yet; both files make the model that samples are drawn with."""
+    words = ["--params", whole, "--data", data / "data", "--inversion", "<mine>", "--initial-word", "red", "--lora", 2]
+    status, _ = command("--out", tmp_path / "both", *words, "--word-lr", "1e-3", "--ema", "0")
+    assert status == 0
+    cut(command, tmp_path / "cut", *words, "--word-lr", "1e-3", "--ema", "0")
+    assert last(tmp_path / "both") == last(tmp_path / "cut")
+    files = {path.name for path in (tmp_path / "both").iterdir() if path.is_file()}
+    assert {"learned_embeds.safetensors", "pytorch_lora_weights.safetensors"} <= files
+    model = weights.load(whole)
+    word = weights.load_inversion(tmp_path / "both" / "learned_embeds.safetensors", token="<mine>")
+    start = textual_inversion.initial_vectors(model.params, model.tokenizers, "red", ["clip_l"], 1)["clip_l"]
+    # Adam's steps are at most the rate, 1e-3 at its peak, whatever that of the LoRA is, ten times it.
+    assert 0 < (word.vectors["clip_l"] - start).abs().max() <= 6e-3
+    adapters = lora.load(tmp_path / "both" / "pytorch_lora_weights.safetensors", model.config)
+    grown = [leaf for path, leaf in tree.flatten_paths(adapters).items() if ".up" in path]
+    assert max(leaf.abs().max() for leaf in grown) > 6e-3
+    from functional_sd3 import cli
+
+    drawn = ["generate", "a <mine> circle", "--params", whole, "--steps", 1, "--out", tmp_path / "drawn.png"]
+    both = ["--lora", tmp_path / "both" / "pytorch_lora_weights.safetensors",
+            "--embedding", f"<mine>={tmp_path / 'both' / 'learned_embeds.safetensors'}"]  # fmt: skip
+    assert cli.main([str(each) for each in (*drawn, *both)]) == 0
+
+
 def test_images_of_the_class_that_are_there_are_kept_and_the_rest_drawn_alike(command, whole, data, tmp_path):
     words = ["--params", whole, "--data", data / "data", "--prior-prompt", "a circle", "--prior-images", "3"]
     command("--out", tmp_path / "one", *words)
@@ -245,6 +270,13 @@ def test_validation_is_in_the_log_and_said_and_does_not_change_the_run(command, 
         (["--control-depth", "1"], "--control-depth belongs to --control, which is not given"),
         (["--control", "canny", "--prior-images", "3", "--prior-prompt", "x"], "--control learns no subject"),
         (["--inversion", "<x>"], "--inversion '<x>' needs --initial-word"),
+        (["--inversion", "<x>", "--initial-word", "red", "--word-lr", "1"], "--word-lr is for --inversion with --lora"),
+        (["--lora", "2", "--word-lr", "1"], "--word-lr belongs to --inversion"),
+        (["--inversion", "<x>", "--initial-word", "red", "--lora", "2", "--word-lr", "nan"], "--word-lr nan must be"),
+        (
+            ["--inversion", "<x>", "--initial-word", "red", "--lora", "2", "--fused-update"],
+            "leave out --inversion, or --lora",
+        ),
         (["--inversion", "<x>", "--initial-word", " "], "--inversion '<x>' needs --initial-word"),
         (["--inversion", " x", "--initial-word", "red"], "must be a word, such as '<mine>', without white space"),
         (["--inversion", "<x>", "--initial-word", "red", "--scratch"], "so --scratch does not go with it"),
