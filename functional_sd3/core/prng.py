@@ -66,6 +66,12 @@ class Part(tuple[int, ...]):
         part.whole, part.dim, part.start = tuple(whole), dim, start
         return part
 
+    def positions(self, numbers: Tensor) -> Tensor:
+        """Positions in the whole of elements of the part, by their own ones."""
+        inner = math.prod(self.whole[self.dim + 1 :])
+        own = inner * self[self.dim]
+        return numbers // own * (inner * self.whole[self.dim]) + self.start * inner + numbers % own
+
     def counters(self, device: torch.device) -> Tensor:
         """Positions of its elements in the whole, int64 (elements,)."""
         inner = math.prod(self.whole[self.dim + 1 :])

@@ -4,6 +4,9 @@ Gupta et al. 2015, "Deep learning with limited numerical precision", equation 3.
 unit in the last place of a weight are lost by rounding to nearest, and only rarely applied, but then whole, by this.
 """
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,14 +17,43 @@ _KEPT = -(1 << 16)
 """Mask of the 16 bits of a float32 that bfloat16 has."""
 
 
-def stochastic_bfloat16(key: Key, values: Tensor, start: int = 0) -> Tensor:
+Positions = Callable[[Tensor], Tensor]
+"""Flat positions in a part of a leaf -> those in the whole, int64."""
+
+
+class LeafRounding(NamedTuple):
+    """The key by which a leaf is rounded, and where in the whole a part of it is; None for a whole leaf."""
+
+    key: Key
+    positions: Positions | None = None
+
+
+class Rounding(NamedTuple):
+    """The key by which the leaves of a tree are rounded; positions: of those that are parts, by path."""
+
+    key: Key
+    positions: Mapping[str, Positions] = {}
+
+    def leaf(self, number: int, path: str) -> LeafRounding:
+        """That of leaf `number` of the tree."""
+        return LeafRounding(prng.fold_in(self.key, number), self.positions.get(path))
+
+
+def as_rounding(key: "Key | Rounding") -> Rounding:
+    """A key as that of whole leaves."""
+    return key if isinstance(key, Rounding) else Rounding(key)
+
+
+def stochastic_bfloat16(key: Key, values: Tensor, start: int = 0, positions: Positions | None = None) -> Tensor:
     """float32 values -> bfloat16, up or down with probabilities of which the mean is the value: exactly so, as the 16
     bits that are dropped are compared with 16 random ones.
 
     start: number of the first value, where `values` is a part of a tensor that is rounded in parts: value i is rounded
-    by element `start + i` of `prng.bits(key, ...)`. Infinities and NaN stay.
+    by element `start + i` of `prng.bits(key, ...)`. positions: where these numbers are in a whole of which the tensor
+    is a part, which is then rounded as the whole is. Infinities and NaN stay.
     """
     counter = torch.arange(start, start + values.numel(), dtype=torch.int64, device=values.device)
+    counter = counter if positions is None else positions(counter)
     words = key.to(values.device, torch.int32)
     first, second = prng.threefry(words[0], words[1], counter.to(torch.int32), (counter >> 32).to(torch.int32))
     return round_by(values, (first ^ second).reshape(values.shape))

@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from functional_sd3.core import leafwise, prng, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.core.rounding import Positions
 from functional_sd3.core.spec import Elementwise, Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import collectives, transport
@@ -45,6 +47,11 @@ class Placement:
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """Shape of this process's part."""
         return self.shape if self.dim is None else tuple(self.part(mesh))
+
+    @property
+    def is_divided(self) -> bool:
+        """True where a process has a part."""
+        return self.dim is not None or self.cut is not None
 
     def whole_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """Shape of the leaf before it is divided over "tensor" too."""
@@ -221,6 +228,24 @@ def norm(grads: Params, layout: Layout | None, mesh: Mesh) -> Tensor:
         own = collectives.psum(own, mesh.group(AXIS)) if is_sharded else own
         squares.append(collectives.psum(own, mesh.group("tensor")) if is_cut else own)
     return torch.stack(squares).sum().sqrt()
+
+
+def positions(layout: Layout | None, mesh: Mesh) -> dict[str, Positions]:
+    """Path -> where the numbers of this process's part of a leaf are in the whole, of leaves that are divided."""
+    placements = {} if layout is None else tree.flatten_paths(layout)
+    divided = {path: placement for path, placement in placements.items() if placement.is_divided}
+    return {path: partial(_positions, placement, mesh) for path, placement in divided.items()}
+
+
+def _positions(placement: Placement, mesh: Mesh, numbers: Tensor) -> Tensor:
+    if placement.dim is not None:
+        numbers = placement.part(mesh).positions(numbers)
+    if placement.cut is not None:
+        (dim, matrices), shape = placement.cut, placement.shape
+        size = shape[dim] // matrices
+        whole = (*shape[:dim], matrices, size * mesh.size("tensor"), *shape[dim + 1 :])
+        numbers = prng.Part(whole, dim + 1, mesh.index("tensor") * size, size).positions(numbers)
+    return numbers
 
 
 def state_layout(state: Tree, layout: Layout, mesh: Mesh) -> Layout:

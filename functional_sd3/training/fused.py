@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from functional_sd3.core import prng, tree
+from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
@@ -40,6 +40,7 @@ def make_fused_step(
     """
     mesh = mesh or ONE_PROCESS
     count = mesh.size(*BATCH_AXES)
+    positions = sharding.positions(layout, mesh)
     placements = {} if layout is None else tree.flatten_paths(layout)
     optimizer = step.on_parts(optimizer, layout, mesh)
     if optimizer.by_leaf is None:
@@ -53,9 +54,8 @@ def make_fused_step(
         batch, keys = step.rows_and_keys(state, batch, mesh, own_rows, undivided=False)
         learned, fixed = tree.partition(state.params, trainable)
         optim.check_donated({"params": learned, "ema": state.ema, "optimizer": state.optimizer})
-        weights_key, ema_key = None, None
-        if rounding == "stochastic":
-            weights_key, ema_key = prng.split(step.rounding_key(state)).unbind(-2)
+        is_stochastic = rounding == "stochastic"
+        weights_key, ema_key = step.step_roundings(state, positions) if is_stochastic else (None, None)
         update_leaf, optimizer_state = by_leaf(state.optimizer, learned)
         norms: dict[str, Tensor] = {}
 

@@ -3,13 +3,14 @@
 Objectives draw from one key a sample, so a batch computed in parts gives the gradient of the whole batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import prng, transform, tree
+from functional_sd3.core.rounding import Positions, Rounding
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
@@ -119,7 +120,7 @@ def make_train_step(
             "sharding.layout(tensor.part_spec(spec, mesh, heads=heads), mesh), for the norm of their gradients"
         )
     layout = layout if mesh.size("fsdp", "tensor") > 1 else None
-    optimizer = on_parts(optimizer, layout, mesh)
+    optimizer, positions = on_parts(optimizer, layout, mesh), sharding.positions(layout, mesh)
     if accumulate < 1:
         raise ValueError(f"accumulate {accumulate} must be at least 1")
     if rows is not None and (rows < 1 or accumulate > 1):
@@ -143,8 +144,8 @@ def make_train_step(
             metrics = {"loss": value, "grad_norm": norm, **others}
             if rate is not None:
                 metrics["rate"] = rate(state.step)
-            key = rounding_key(state) if rounding == "stochastic" else None
-            return _advance(optimizer, grads, norm, state, learned, fixed, ema_decay, donate, key), metrics
+            roundings = step_roundings(state, positions) if rounding == "stochastic" else (None, None)
+            return _advance(optimizer, grads, norm, state, learned, fixed, ema_decay, donate, roundings), metrics
 
     return train_step
 
@@ -178,9 +179,9 @@ def _advance(
     fixed: Params,
     ema_decay: float | None,
     donate: bool | str,
-    key: Key | None = None,
+    roundings: tuple[Rounding, Rounding] | tuple[None, None] = (None, None),
 ) -> TrainState:
-    weights_key, ema_key = (None, None) if key is None else prng.split(key).unbind(-2)
+    weights_key, ema_key = roundings
     if not donate:
         updates, optimizer_state = optimizer.update(grads, state.optimizer, learned)
         params = tree.combine(optim.apply_updates(learned, updates, weights_key), fixed)
@@ -200,9 +201,12 @@ def _advance(
     return advanced
 
 
-def rounding_key(state: TrainState) -> Key:
-    """The key of a step's stochastic rounding: of no sample, as no run reaches step 2^32 - 1, which is folded in."""
-    return prng.fold_in(prng.fold_in(state.key, 2**32 - 1), state.step)
+def step_roundings(state: TrainState, positions: Mapping[str, Positions]) -> tuple[Rounding, Rounding]:
+    """How a step rounds parameters and averages stochastically: by keys of no sample, as no run reaches step 2^32 - 1,
+    which is folded in. positions: of leaves of which this process has a part."""
+    key = prng.fold_in(prng.fold_in(state.key, 2**32 - 1), state.step)
+    weights_key, ema_key = prng.split(key).unbind(-2)
+    return Rounding(weights_key, positions), Rounding(ema_key, positions)
 
 
 _GRADIENTS = ("autograd", "func")

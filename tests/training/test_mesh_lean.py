@@ -7,6 +7,7 @@ import torch
 
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.core import spec as specs
+from functional_sd3.core.rounding import Rounding
 from functional_sd3.core.spec import Param
 from functional_sd3.parallel import mesh as meshes
 from functional_sd3.parallel import sharding, tensor
@@ -17,6 +18,7 @@ BLOCK = {
     "out": Param((96, 512), specs.normal(0.1), ("width", "hidden")),
 }
 SPEC = {
+    "qkv": Param((96, 32), specs.normal(0.1), ("qkv", "width")),
     "blocks": [BLOCK, BLOCK],
     "table": Param((1, 64, 96), specs.normal(0.1), (None, None, "width")),
     "scale": Param((96,), specs.ones, ("width",)),
@@ -27,11 +29,12 @@ SPEC = {
 def loss(gather):
     def whole(params, batch, keys):
         def block(params, x):
-            params = gather(params)
+            params = tree.cast(gather(params), torch.float32)
             return x + torch.tanh(x @ params["in"].T) @ params["out"].T
 
         rest = gather({name: part for name, part in params.items() if name != "blocks"})
-        x = batch["x"] + prng.normal(keys, (96,)) + rest["table"][0, :4].sum(0)
+        rest = tree.cast(rest, torch.float32)
+        x = batch["x"] + prng.normal(keys, (96,)) + rest["table"][0, :4].sum(0) + rest["qkv"].mean()
         for weights in params["blocks"]:
             x = transform.remat(block)(weights, x)
         return (x * rest["scale"]).square().mean(), {}
@@ -106,6 +109,35 @@ def test_8_bit_moments_of_parts_are_the_parts_of_those_of_the_whole_to_the_bit(s
             own_updates, own_state = rule.update(sharding.shard(each, layout, grid), own_state, own)
         assert not tree.diff(own_state, sharding.shard(state, placements, grid))
         assert not tree.diff(own_updates, sharding.shard(updates, layout, grid))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}], ids=meshes.describe)
+def test_parts_are_rounded_stochastically_as_the_whole_is(sizes):
+    params = tree.cast(specs.init(prng.key(0), SPEC), torch.bfloat16)
+    updates = tree.map(lambda leaf: 1e-3 * prng.normal(prng.key(3), leaf.shape), params)
+    key, weight = prng.key(7), torch.tensor(0.5)
+    whole = optim.apply_updates(params, updates, key)
+    average = optim.ema_update(params, whole, 0.5, weight, key=key)
+    for rank in range(4):
+        grid = meshes.Mesh(dict.fromkeys(meshes.AXES, 1) | sizes, rank)
+        layout = sharding.layout(tensor.part_spec(SPEC, grid, heads=4), grid)
+        rounding = Rounding(key, sharding.positions(layout, grid))
+        start, moves = (sharding.shard(each, layout, grid) for each in (params, updates))
+        own = optim.apply_updates(start, moves, rounding)
+        assert not tree.diff(own, sharding.shard(whole, layout, grid))
+        own_average = optim.ema_update(start, own, 0.5, weight, key=rounding)
+        assert not tree.diff(own_average, sharding.shard(average, layout, grid))
+
+
+def test_weights_in_bfloat16_learn_on_parts_as_on_the_whole(processes):
+    """But for gradients that are rounded once, or in each part of the batch."""
+    rule = update_rule.UpdateRule("adamw8bit", torch.bfloat16)
+    alone, _, _ = run(meshes.ONE_PROCESS, rule, False, 2)
+    start = specs.init(prng.key(0), SPEC)
+    moved = error(alone.params, start)
+    for (plain, _, _), (fused, _, _) in processes(2, both, {"fsdp": 2}, rule):
+        assert not tree.diff(fused, plain) and {leaf.dtype for leaf in tree.leaves(plain.params)} == {torch.bfloat16}
+        assert error(plain.params, alone.params) < 0.05 * moved
 
 
 def test_parts_that_cut_blocks_are_refused():

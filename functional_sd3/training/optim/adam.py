@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
+from functional_sd3.core.rounding import Rounding
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.training.donation import check_strides, overlapping, with_strides_of
 from functional_sd3.training.optim import by_leaf
@@ -70,7 +71,7 @@ def adamw(
     parts = by_leaf.adamw_rule(rate, b1, b2, eps, decay, mask)
 
     def donate(
-        gradients: ScaledGradients, state: tuple, params: Params, key: Key | None = None
+        gradients: ScaledGradients, state: tuple, params: Params, key: Key | Rounding | None = None
     ) -> tuple[Params, tuple]:
         if any(leaf.dtype != torch.float32 for leaf in tree.leaves(params)):
             return by_leaf.donated(parts)(gradients, state, params, key)

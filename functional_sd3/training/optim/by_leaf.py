@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core import leafwise, prng, tree
-from functional_sd3.core.rounding import stochastic_bfloat16
+from functional_sd3.core import leafwise, tree
+from functional_sd3.core.rounding import LeafRounding, Rounding, as_rounding, stochastic_bfloat16
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.training.optim import blockwise
 from functional_sd3.training.optim.types import CountState, ScaledGradients, UpdateLeaf
@@ -47,9 +47,11 @@ def adamw_rule(
         numbers = {path: number for number, path in enumerate(weights)}
         now = schedule(counted.count)
 
-        def update_leaf(path: str, gradient: Tensor, scale: Tensor | None = None, key: Key | None = None) -> None:
+        def update_leaf(
+            path: str, gradient: Tensor, scale: Tensor | None = None, key: Key | Rounding | None = None
+        ) -> None:
             step = AdamStep(count, now, b1, b2, eps, decay if path in decayed else 0.0, scale)
-            own = None if key is None else prng.fold_in(key, numbers[path])
+            own = None if key is None else as_rounding(key).leaf(numbers[path], path)
             update_inplace(
                 path, weights[path], gradient, at(adam_state.mean, path), at(adam_state.square, path), step, own
             )
@@ -61,10 +63,12 @@ def adamw_rule(
 
 def donated(
     by_leaf: Callable[[Any, Params], tuple[UpdateLeaf, Any]],
-) -> Callable[[ScaledGradients, Any, Params, Key | None], tuple[Params, Any]]:
+) -> Callable[[ScaledGradients, Any, Params, Key | Rounding | None], tuple[Params, Any]]:
     """`Optimizer.donate` of a rule that updates one leaf after the other."""
 
-    def donate(gradients: ScaledGradients, state: Any, params: Params, key: Key | None = None) -> tuple[Params, Any]:
+    def donate(
+        gradients: ScaledGradients, state: Any, params: Params, key: Key | Rounding | None = None
+    ) -> tuple[Params, Any]:
         update_leaf, after = by_leaf(state, params)
         for path, gradient in tree.flatten_paths(gradients.tree).items():
             update_leaf(path, gradient, gradients.scale, key)
@@ -74,7 +78,13 @@ def donated(
 
 
 def update_inplace(
-    path: str, weight: Tensor, gradient: Tensor, mean: Tree, square: Tree, step: AdamStep, key: Key | None = None
+    path: str,
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Tree,
+    square: Tree,
+    step: AdamStep,
+    key: LeafRounding | None = None,
 ) -> None:
     """weight <- weight - rate (direction + decay weight), and both moments, written into their memory.
 
@@ -96,7 +106,7 @@ def update_inplace(
         weights[part] = rounded(old * (1 - step.rate * step.decay) - step.rate * direction, weight.dtype, key, start)
 
 
-def average_inplace(average: Tensor, end: Tensor, weight: Tensor, key: Key | None = None) -> None:
+def average_inplace(average: Tensor, end: Tensor, weight: Tensor, key: LeafRounding | None = None) -> None:
     """average <- average + weight (end - average), in float32 and rounded once; weight ()."""
     averages, ends = average.view(-1), end.reshape(-1)
     for start in range(0, len(averages), PART):
@@ -105,11 +115,11 @@ def average_inplace(average: Tensor, end: Tensor, weight: Tensor, key: Key | Non
         averages[part] = rounded(mixed, average.dtype, key, start)
 
 
-def rounded(values: Tensor, dtype: torch.dtype, key: Key | None, start: int = 0) -> Tensor:
+def rounded(values: Tensor, dtype: torch.dtype, key: LeafRounding | None, start: int = 0) -> Tensor:
     """Values in `dtype`; with a key stochastically where that is bfloat16, else to nearest."""
     if key is None or dtype != torch.bfloat16:
         return values.to(dtype)
-    return stochastic_bfloat16(key, values.float(), start)
+    return stochastic_bfloat16(key.key, values.float(), start, key.positions)
 
 
 def adam(grad: Tensor, mean: Tree, square: Tree, step: AdamStep) -> tuple[Tensor, Tree, Tree]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from functional_sd3.core import tree
+from functional_sd3.core.rounding import Rounding
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import Mesh
@@ -45,7 +46,7 @@ def chain(*optimizers: Optimizer, norm: Callable[[Tree], Tensor] = global_norm) 
         return Optimizer(init, update, sharded=sharded)
 
     def donate(
-        gradients: ScaledGradients, state: tuple, params: Params, key: Key | None = None
+        gradients: ScaledGradients, state: tuple, params: Params, key: Key | Rounding | None = None
     ) -> tuple[Params, tuple]:
         states = []
         for optimizer, optimizer_state in zip(optimizers[:-1], state, strict=False):

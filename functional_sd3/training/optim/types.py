@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import leafwise, tree
+from functional_sd3.core.rounding import Rounding
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel.mesh import Mesh
 from functional_sd3.parallel.sharding import Layout
@@ -25,7 +26,9 @@ class UpdateLeaf(Protocol):
     """Updates one leaf of the parameters and its part of the state in place: path, gradient, factor on the gradient,
     and the key of the step, which rounds leaves in bfloat16 stochastically."""
 
-    def __call__(self, path: str, gradient: Tensor, scale: Tensor | None = None, key: Key | None = None) -> None: ...
+    def __call__(
+        self, path: str, gradient: Tensor, scale: Tensor | None = None, key: Key | Rounding | None = None
+    ) -> None: ...
 
 
 class Optimizer(NamedTuple):

@@ -3,22 +3,24 @@
 import torch
 from torch import Tensor
 
-from functional_sd3.core import leafwise, prng, tree
+from functional_sd3.core import leafwise, tree
+from functional_sd3.core.rounding import Rounding, as_rounding
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.training.donation import check_donated
 from functional_sd3.training.optim import by_leaf
 from functional_sd3.training.optim.types import Optimizer, ScaledGradients, like
 
 
-def apply_updates(params: Params, updates: Tree, key: Key | None = None) -> Params:
-    """params + updates, in the parameters' dtypes; with a key those in bfloat16 are rounded stochastically."""
+def apply_updates(params: Params, updates: Tree, key: Key | Rounding | None = None) -> Params:
+    """params + updates, in the parameters' dtypes; with a key those in bfloat16 are rounded stochastically (with a
+    `Rounding` parts of leaves as the whole is)."""
     pairs = list(zip(tree.leaves(params), tree.leaves(updates), strict=True))
     if key is None:
         added = leafwise.add(*([list(column) for column in zip(*pairs, strict=True)] or ([], [])))
         return like(params, [new.to(old.dtype) for new, (old, _) in zip(added, pairs, strict=True)])
     # In float32 first, where updates are of the weights' dtype too. Leaf i is rounded by fold_in(key, i).
     sums = [torch.add(old.to(torch.promote_types(old.dtype, torch.float32)), update) for old, update in pairs]
-    keys = [prng.fold_in(key, number) for number in range(len(pairs))]
+    keys = [as_rounding(key).leaf(number, path) for number, path in enumerate(tree.flatten_paths(params))]
     return like(
         params, [by_leaf.rounded(new, old.dtype, own) for new, (old, _), own in zip(sums, pairs, keys, strict=True)]
     )
@@ -32,7 +34,7 @@ def donate(
     *,
     norm: Tensor | None = None,
     checked: bool = False,
-    key: Key | None = None,
+    key: Key | Rounding | None = None,
 ) -> tuple[Params, Tree]:
     """One step in place: `params` and `state` are overwritten, and the returned trees share their memory.
 
@@ -60,7 +62,13 @@ def ema_decay(decay: float, step: Tensor) -> Tensor:
 
 
 def ema_update(
-    ema: Params, params: Params, decay: float | None, step: Tensor, *, donate: bool = False, key: Key | None = None
+    ema: Params,
+    params: Params,
+    decay: float | None,
+    step: Tensor,
+    *,
+    donate: bool = False,
+    key: Key | Rounding | None = None,
 ) -> Params:
     """ema + (1 - ema_decay(decay, step)) * (params - ema); `donate` writes into `ema`. No decay leaves `ema` as it is.
 
@@ -71,8 +79,8 @@ def ema_update(
     means, ends, weight = tree.leaves(ema), tree.leaves(params), 1 - ema_decay(decay, step)
     if key is not None:
         moved = ema if donate else like(ema, [mean.clone() for mean in means])
-        for number, (mean, end) in enumerate(zip(tree.leaves(moved), ends, strict=True)):
-            by_leaf.average_inplace(mean, end, weight, prng.fold_in(key, number))
+        for number, ((path, mean), end) in enumerate(zip(tree.flatten_paths(moved).items(), ends, strict=True)):
+            by_leaf.average_inplace(mean, end, weight, as_rounding(key).leaf(number, path))
         return moved
     if donate:
         leafwise.lerp_inplace(means, ends, weight)
