@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 """Names of `training.update_rule.OPTIMIZERS`, known here without torch."""
-NAMES = ("remat", "optimizer")
+NAMES = ("remat", "optimizer", "weights")
 """The options of every command, all of which a checkpoint keeps."""
 
 
@@ -25,6 +25,8 @@ def add_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> N
         default="adamw",
         help="adamw, adamw8bit (moments of one byte a number) or muon for matrices of blocks (default adamw)",
     )
+    learned = "of the parameters that learn; bfloat16 ones are rounded stochastically (default float32)"
+    add("--weights", choices=("float32", "bfloat16"), default="float32", help=learned)
 
 
 class _Estimate(argparse.Action):
@@ -40,8 +42,6 @@ class _Estimate(argparse.Action):
 def add_full_arguments(group: argparse._ArgumentGroup) -> None:
     """Options of `train` alone."""
     add = group.add_argument
-    learned = "of the parameters that learn; bfloat16 ones are rounded stochastically (default float32)"
-    add("--weights", choices=("float32", "bfloat16"), default="float32", help=learned)
     add(
         "--fused-update",
         action="store_true",
@@ -61,16 +61,16 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--remat computes blocks of the transformer again: it belongs to --part transformer")
     if arguments.remat and getattr(arguments, "compile", False):
         raise ValueError("--remat has no effect with --compile, whose compiler decides what it keeps: leave out one")
-
-
-def check_full(arguments: argparse.Namespace) -> None:
-    """`check`, of the options of `train` alone too."""
-    check(arguments)
     if arguments.weights != "float32" and arguments.lora:
         raise ValueError(
             f"--weights {arguments.weights} is of all parameters that learn; a LoRA's are few and stay float32, and "
             "its base is computed in --dtype"
         )
+
+
+def check_full(arguments: argparse.Namespace) -> None:
+    """`check`, of the options of `train` alone too."""
+    check(arguments)
     for option in ("base", "block_swap"):
         value, name = getattr(arguments, option), f"--{option.replace('_', '-')}"
         if value is not None and not arguments.lora:

@@ -1,14 +1,16 @@
 """A second copy of trained parameters that follows them slowly: the old policy of rewards, the teacher of a student."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from functional_sd3.core import leafwise, tree
-from functional_sd3.core.types import Params, Tree
+from functional_sd3.core import leafwise, prng, tree
+from functional_sd3.core.rounding import Positions, Rounding
+from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.training import optim
 from functional_sd3.training.following import Following
 from functional_sd3.training.objectives import Metrics
 from functional_sd3.training.schedules import Schedule
@@ -36,8 +38,11 @@ def init(train: TrainState) -> PairState:
     return PairState(train, old, torch.zeros_like(train.step))
 
 
-def soft_update(old: Params, new: Params, decay: Tensor) -> Params:
-    """decay old + (1 - decay) new; decay () from 0 (the new) to 1 (the old)."""
+def soft_update(old: Params, new: Params, decay: Tensor, rounding: Rounding | None = None) -> Params:
+    """decay old + (1 - decay) new; decay () from 0 (the new) to 1 (the old). rounding: of leaves in bfloat16, which
+    would hardly move where they are rounded to nearest."""
+    if rounding is not None:
+        return optim.average(old, new, 1 - decay, rounding)
     ends = iter(leafwise.lerp(tree.leaves(old), tree.leaves(new), 1 - decay))
     return tree.map(lambda leaf: next(ends), old)
 
@@ -67,12 +72,15 @@ def make_round_step(
     *,
     updates: int = 1,
     names: Sequence[str] = (),
+    positions: Mapping[str, Positions] | None = None,
 ) -> Callable[[PairState, Round], tuple[PairState, dict[str, Any]]]:
     """`round_step(state, round) -> (state, metrics)`: `updates` steps of `update` on the batch, then the copy's.
 
     update: of `step.make_train_step`. decay: of `soft_update`, by the number of rounds done, this one included. The
     metrics are those of the last update and of the round. A round without a batch changes nothing but the count; its
-    loss and gradient are 0, and the metrics of `names`, those of the objective, are NaN: not measured.
+    loss and gradient are 0, and the metrics of `names`, those of the objective, are NaN: not measured. positions: of
+    leaves of which this process has a part (`sharding.positions`), for a copy in bfloat16, which is rounded
+    stochastically; None for one in float32.
     """
     if updates < 1:
         raise ValueError(f"updates {updates} must be at least 1")
@@ -86,7 +94,13 @@ def make_round_step(
         for _ in range(updates):
             train, metrics = update(train, rollout.batch)
         with torch.no_grad():
-            old = soft_update(state.old, train.params, decay(done))
+            rounding = None if positions is None else Rounding(_rounding_key(train.key, done), positions)
+            old = soft_update(state.old, train.params, decay(done), rounding)
         return PairState(train, old, done), {**metrics, **rollout.metrics}
 
     return round_step
+
+
+def _rounding_key(key: Key, rounds: Tensor) -> Key:
+    """Of a round's copy: of no sample and no step, as no run reaches 2^32 - 2 steps, which is folded in."""
+    return prng.fold_in(prng.fold_in(key, 2**32 - 2), rounds)

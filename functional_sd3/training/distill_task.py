@@ -103,6 +103,7 @@ def distill_task(
     init_key, run_key, order_key, sample_key = prng.split(key, 4).unbind(-2)
     drawn = student_config(config, settings)
     learns = learner.learner(init_key, model, rank=settings.lora, config=drawn, mesh=mesh)
+    learns = learner.with_weights(learns, settings.rule.weights)
     if settings.log_variance:
         learns = learner.with_extra(prng.fold_in(init_key, 2), learns, scm.LOG_VARIANCE, scm.log_variance_spec())
     device = tree.leaves(model.params["transformer"])[0].device
@@ -136,7 +137,7 @@ def distill_task(
         optimizer = update_rule.optimizer(settings.rule, rate, clip=settings.clip, decay=settings.decay, b2=0.99)
         return optimizer, step.make_train_step(
             loss, optimizer, trainable=learns.trainable, ema_decay=ema, accumulate=settings.accumulate, donate=True,
-            rate=rate, mesh=mesh, layout=learns.layout, own_rows=True,
+            rate=rate, mesh=mesh, layout=learns.layout, own_rows=True, rounding=update_rule.rounding(settings.rule),
         )  # fmt: skip
 
     optimizer, train_step = update(lambda params, batch, keys: loss(learns.whole(params), batch, keys))

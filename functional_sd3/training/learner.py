@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from functional_sd3 import lora
 from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
@@ -63,6 +65,12 @@ def extended(key: Key, model: Model, config: Config) -> Model:
     fresh = specs.init(prng.fold_in(key, 1), absent, dtype=some.dtype, device=some.device)
     transformer = {name: present.get(name, fresh.get(name)) for name in wanted}
     return model._replace(params={**model.params, "transformer": transformer}, config=config)
+
+
+def with_weights(learns: Learner, dtype: torch.dtype) -> Learner:
+    """The learner whose trained components are in `dtype`; what an objective learns beside them is as it is."""
+    params = {name: tree.cast(part, dtype) if name in learns.trained else part for name, part in learns.params.items()}
+    return learns._replace(params=params)
 
 
 def learner(

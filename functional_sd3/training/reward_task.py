@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers, prng, tree
 from functional_sd3.core.types import Key, Params, Tree
+from functional_sd3.parallel import sharding
 from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
@@ -79,6 +80,7 @@ def reward_task(
     init_key, run_key, round_key, sample_key = prng.split(key, 4).unbind(-2)
     mesh = processes.mesh
     learns = learner.learner(init_key, model, rank=settings.lora, mesh=mesh)
+    learns = learner.with_weights(learns, settings.rule.weights)
     device = tree.leaves(model.params["transformer"])[0].device
 
     def encode(prompts: Sequence[str]) -> Conditioning:
@@ -107,7 +109,7 @@ def reward_task(
     rows = settings.rows or (None if processes.is_alone else settings.batch)
     update = step.make_train_step(
         loss, optimizer, trainable=learns.trainable, ema_decay=settings.ema, rows=rows, donate=True, rate=rate,
-        mesh=mesh, layout=learns.layout,
+        mesh=mesh, layout=learns.layout, rounding=update_rule.rounding(settings.rule),
     )  # fmt: skip
 
     def sample(state: PairState) -> Tensor:
@@ -122,7 +124,13 @@ def reward_task(
     )
     task = RewardTask(
         state,
-        copies.make_round_step(update, rounds.decay, updates=settings.updates, names=(*rounds.metrics, "rate")),
+        copies.make_round_step(
+            update,
+            rounds.decay,
+            updates=settings.updates,
+            names=(*rounds.metrics, "rate"),
+            positions=sharding.positions(learns.layout, mesh) if settings.rule.weights == torch.bfloat16 else None,
+        ),
         lambda number: number,
         rounds.rollout,
         lambda state: model._replace(params=learns.merged(state.ema)),

@@ -3,7 +3,7 @@ pass."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,11 @@ def optimizer(
     return optim.chain(named) if rule.fused else optim.chain(optim.clip_by_global_norm(clip), named)
 
 
+def rounding(rule: UpdateRule) -> Literal["nearest", "stochastic"]:
+    """How parameters and averages are rounded (`step.make_train_step`)."""
+    return "stochastic" if rule.weights == torch.bfloat16 else "nearest"
+
+
 def train_step(
     rule: UpdateRule,
     loss: objectives.Loss,
@@ -58,7 +63,7 @@ def train_step(
 ) -> Callable[[Any, Tree], tuple[Any, objectives.Metrics]]:
     """`step.make_train_step` of a run, in place; options: its others, for updates that are not fused."""
     common: dict[str, Any] = {"trainable": trainable, "ema_decay": ema_decay, "rate": rate}
-    common["rounding"] = "stochastic" if rule.weights == torch.bfloat16 else "nearest"
+    common["rounding"] = rounding(rule)
     if not rule.fused:
         return step.make_train_step(loss, optimizer, donate=True, **common, **options)
     if options.get("accumulate", 1) > 1 or options.get("rows") or options.get("compile"):

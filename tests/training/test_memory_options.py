@@ -71,6 +71,8 @@ RUNS = [
     ("train", "--lora", "2", "--base", "int8", "--sample-every", "4"),
     ("train", "--lora", "2", "--block-swap", "1", "--dtype", "bfloat16"),
     ("distill", "--optimizer", "adamw8bit"),
+    ("distill", "--weights", "bfloat16"),
+    ("reward", "--weights", "bfloat16"),
 ]
 
 
@@ -86,7 +88,8 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, words):
     assert newest(tmp_path / "whole").read_bytes() == newest(tmp_path / "cut").read_bytes()
     leaves = files.open_mapped(newest(tmp_path / "whole")).header.tensors
     assert any(name.endswith("weight.codes") for name in leaves) == ("adamw8bit" in words)
-    learned = {entry.dtype for name, entry in leaves.items() if name.startswith(("params.transformer", "ema."))}
+    parts = ("params.transformer", "ema.", "old.")
+    learned = {entry.dtype for name, entry in leaves.items() if name.removeprefix("train.").startswith(parts)}
     assert torch.bfloat16 not in learned if "--weights" not in words else learned == {torch.bfloat16}
 
 

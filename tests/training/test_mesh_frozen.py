@@ -138,6 +138,22 @@ def test_teachers_and_references_are_divided_as_students_and_policies_are(proces
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == words.count("--sample-every")
 
 
+@pytest.mark.parametrize("command", ["train", "distill", "reward"])
+def test_parts_in_bfloat16_learn_as_the_whole_does(processes, folder, tmp_path, command):
+    """But for gradients that are rounded once, or in each part of the batch, and so for last places of weights."""
+    own = {"train": [], "distill": ["--to", "2"], "reward": ["--reward", "colours"]}[command]
+    words = ["--steps", "2", "--save-every", "2", "--warmup", "0", "--weights", "bfloat16", *own]
+    parts = ["--accumulate", "2"] if command != "reward" else []
+    assert train(folder, "--out", tmp_path / "alone", *words, *parts, command=command)[0] == 0
+    results = processes(2, train, folder, "--out", tmp_path / "run", *words, "--mesh", "fsdp=2", command=command)
+    assert [status for status, _, _ in results] == [0, 0], results[0][2] + results[1][2]
+    ours, theirs = tensors(tmp_path / "run", 2), tensors(tmp_path / "alone", 2)
+    # Images that are drawn in bfloat16 have other rewards, whose signs are AdamW's first steps.
+    assert error(ours, theirs) < (0.1 if command == "reward" else 2e-3)
+    assert command == "reward" or error(ours, theirs, ".mean.") < 0.1
+    assert all(leaf.dtype == torch.bfloat16 for path, leaf in ours.items() if "params.transformer" in path)
+
+
 def loaded(folder, *words):
     """Bytes in memory of the transformer's parameters in this process, and of its largest block once it is gathered."""
     from functional_sd3.cli import train as command

@@ -23,7 +23,7 @@ from functional_sd3.training.optim.types import (
     sharded_rule,
     zeros_like,
 )
-from functional_sd3.training.optim.updates import apply_updates, donate, ema_decay, ema_update
+from functional_sd3.training.optim.updates import apply_updates, average, donate, ema_decay, ema_update
 from functional_sd3.training.schedules import Schedule, constant, trapezoid, warmup_constant, warmup_cosine
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "adamw8bit",
     "add_decayed_weights",
     "apply_updates",
+    "average",
     "chain",
     "check_donated",
     "clip_by_global_norm",

@@ -78,11 +78,16 @@ def ema_update(
         return ema
     means, ends, weight = tree.leaves(ema), tree.leaves(params), 1 - ema_decay(decay, step)
     if key is not None:
-        moved = ema if donate else like(ema, [mean.clone() for mean in means])
-        for number, ((path, mean), end) in enumerate(zip(tree.flatten_paths(moved).items(), ends, strict=True)):
-            by_leaf.average_inplace(mean, end, weight, as_rounding(key).leaf(number, path))
-        return moved
+        return average(ema, params, weight, as_rounding(key), donate=donate)
     if donate:
         leafwise.lerp_inplace(means, ends, weight)
         return ema
     return like(ema, leafwise.lerp(means, ends, weight))
+
+
+def average(old: Params, new: Params, weight: Tensor, rounding: Rounding, *, donate: bool = False) -> Params:
+    """old + weight (new - old), leaves in bfloat16 rounded stochastically; `donate` writes into `old`."""
+    moved = old if donate else like(old, [leaf.clone() for leaf in tree.leaves(old)])
+    for number, ((path, leaf), end) in enumerate(zip(tree.flatten_paths(moved).items(), tree.leaves(new), strict=True)):
+        by_leaf.average_inplace(leaf, end, weight, rounding.leaf(number, path))
+    return moved
