@@ -18,7 +18,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,47 +30,31 @@ from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.header import Header
 from functional_sd3.formats.printable import shorten
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.training import digests
+from functional_sd3.training.cache_manifest import MANIFEST, Manifest, begin, is_cache, read_manifest
 from functional_sd3.training.training_set import Latents, Text
 
-MANIFEST = "cache.json"
-ROWS = 256
-"""Images, or captions, of a shard."""
-_VERSION = 1
+__all__ = [
+    "MANIFEST",
+    "Cache",
+    "Manifest",
+    "begin",
+    "is_cache",
+    "latents",
+    "missing",
+    "open_cache",
+    "read_manifest",
+    "shard_path",
+    "shards",
+    "text",
+    "texts",
+    "write_latents",
+    "write_text",
+]
 _OPEN = 64
 """Shards that are kept mapped: each holds a descriptor, of which a process may have 1024."""
 _MOST_NAMED = 1000
 """Shards that are missing and named one by one."""
-_MOST_ROWS = 2**40
 _AGAIN = "functional-sd3 cache with the options that made the cache writes what is missing"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a cache was made of.
-
-    model: `weights.sketch` of the autoencoder and of every text encoder. data: digest of the images' bytes and
-    captions. fingerprint: of names and captions. options: "size" of all
-    images where they have one, and "changes", the options by which training differs from training without a cache.
-    sizes: (height, width) of the latents of each bucket. images, texts: rows of latents and of text (0: latents alone).
-    rows: of a shard.
-    """
-
-    model: dict[str, str]
-    data: str
-    fingerprint: str
-    options: dict[str, Any]
-    sizes: tuple[tuple[int, int], ...]
-    images: int
-    texts: int
-    views: int
-    t5_length: int
-    rows: int = ROWS
-
-    @property
-    def contents(self) -> str:
-        """Digest of all fields, which every shard names."""
-        return digests.combined([json.dumps(asdict(self), sort_keys=True)])
 
 
 class Cache(NamedTuple):
@@ -81,46 +64,6 @@ class Cache(NamedTuple):
     manifest: Manifest
     captions: Tensor
     buckets: Tensor
-
-
-def is_cache(folder: str | os.PathLike) -> bool:
-    """True for a folder that holds a cache, or the beginning of one."""
-    return (Path(folder) / MANIFEST).is_file()
-
-
-def begin(folder: str | os.PathLike, manifest: Manifest) -> None:
-    """Write the manifest of a new cache; of one that was begun nothing is changed.
-
-    Raises WeightsError where the folder holds a cache of something else, naming what differs.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.exists():
-        content = json.dumps({"version": _VERSION, **asdict(manifest)}, indent=1, sort_keys=True)
-        files.write_atomic(path, (content + "\n").encode())
-        return
-    if different := _differences(read_manifest(folder), manifest):
-        raise WeightsError(f"{folder} holds a cache of other {' and '.join(different)}: name a new folder with --out")
-
-
-def read_manifest(folder: str | os.PathLike) -> Manifest:
-    """The manifest of a cache. Raises WeightsError, naming the field, where it cannot be read."""
-    path = Path(folder) / MANIFEST
-    entries = json_fields.read(path)
-    if entries.integer("version") != _VERSION:
-        raise entries.error("version", f"must be {_VERSION}: a cache of another version is made anew")
-    sizes = entries.items("sizes", kind=list)
-    if not sizes or not all(len(size) == 2 and all(type(side) is int and side > 0 for side in size) for size in sizes):
-        raise entries.error("sizes", "must be a list of pairs of sides")
-    model, whole = entries.mapping("model"), functools.partial(entries.integer, low=1, high=_MOST_ROWS)
-    return Manifest(
-        {name: model.text(name) for name in model.values},
-        entries.text("data"),
-        entries.text("fingerprint"),
-        dict(entries.mapping("options").values),
-        tuple((height, width) for height, width in sizes),
-        **{name: whole(name) for name in ("images", "views", "t5_length", "rows")},
-        texts=entries.integer("texts", low=0, high=_MOST_ROWS),
-    )
 
 
 def shards(count: int, rows: int) -> list[range]:
@@ -301,30 +244,6 @@ def _write(
 ) -> None:
     path = shard_path(folder, kind, number)
     files.write_atomic(path, tensors, metadata={**notes, "contents": manifest.contents})
-
-
-def _differences(one: Manifest, other: Manifest) -> list[str]:
-    """Words for the fields that differ, with the values of options."""
-    names = [each.name for each in fields(Manifest) if getattr(one, each.name) != getattr(other, each.name)]
-    before, now = _option_values(one), _option_values(other)
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    options = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
-    words = [*(_WORDS[name] for name in names if name in _WORDS), *([f"options ({options})"] if changed else [])]
-    return list(dict.fromkeys(words)) or names
-
-
-_WORDS = {
-    "model": "encoders",
-    "t5_length": "encoders",
-    **dict.fromkeys(("data", "fingerprint", "images", "texts"), "images or captions"),
-}
-"""What differs by fields that are not options; the others follow from these."""
-
-
-def _option_values(manifest: Manifest) -> dict[str, Any]:
-    changes = manifest.options.get("changes")
-    values = {**manifest.options, **(changes if isinstance(changes, dict) else {}), "shard": manifest.rows}
-    return {name.replace("_", "-"): value for name, value in values.items() if name != "changes"}
 
 
 def _check_finite(value: Tensor, where: str) -> None:

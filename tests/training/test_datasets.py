@@ -180,7 +180,7 @@ def test_images_in_ten_class_folders_all_load(tmp_path):
     index = datasets.image_folder(tmp_path, template="{}")
     assert len(index.samples) == 50 and not index.skipped
     assert len({sample.caption for sample in index.samples}) == 10
-    batch = datasets.load_batch(index, [0, 25, 49], 16)
+    batch = torch.stack([datasets.load(index, row, 16) for row in (0, 25, 49)])
     assert batch.shape == (3, 3, 16, 16) and batch.dtype == torch.uint8 and batch.float().std() > 10
 
 
@@ -195,11 +195,11 @@ def test_latents_are_those_of_each_image_whatever_the_batch(tmp_path, model_fold
         *model[:2],
         model.tokenizers,
         texts,
-        lambda rows: datasets.load_batch(index, rows, 16),
+        lambda rows: torch.stack([datasets.load(index, row, 16) for row in rows]),
         batch=2,
         t5_length=16,
     )
     assert data["latents"].shape == (5, 16, 2, 2) and data["ids"].t5.shape == (5, 16)
-    images = pixels.to_signed(pixels.from_bytes(datasets.load_batch(index, [3], 16)))
+    images = pixels.to_signed(pixels.from_bytes(datasets.load(index, 3, 16)[None]))
     alone = vae.normalize(model.config.vae, vae.encode(model.params["vae"], model.config.vae, images).mean)
     torch.testing.assert_close(data["latents"][3:4], alone, rtol=1e-4, atol=1e-5)
