@@ -11,6 +11,8 @@ from functional_sd3.core import prng as prng
 from functional_sd3.core import spec as spec
 from functional_sd3.core import transform as transform
 from functional_sd3.core import tree as tree
+from functional_sd3.flow import caches as caches
+from functional_sd3.flow import caching as caching
 from functional_sd3.flow import guidance as guidance
 from functional_sd3.flow import loss_weights as loss_weights
 from functional_sd3.flow import ode as ode
@@ -80,6 +82,7 @@ from functional_sd3.training import rewards as rewards
 from functional_sd3.training import rollouts as rollouts
 from functional_sd3.training import schedules as schedules
 from functional_sd3.training import step as step
+from functional_sd3.transformer import block_cache as block_cache
 from functional_sd3.transformer import control as control
 from functional_sd3.transformer import controlnet as controlnet
 from functional_sd3.transformer import ip_adapter as ip_adapter

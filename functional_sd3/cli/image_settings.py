@@ -23,9 +23,10 @@ _POSITIONAL = ("subcommand", "picture", "prompts")
 _DRAWING = ("generate", "edit", "interpolate")
 _UNRECORDED = {
     "help", "out", "prompts", "batch", "offload", "device", "compile", "preview", "preview_decoder", "quiet", "debug",
+    "fast",
 }  # fmt: skip
-"""Options that settings never hold: where images go and what the machine was like. A command line that was found
-in a file must not write where that file says."""
+"""Options that settings never hold: where images go, what the machine was like, and a preset whose words stand in
+another option. A command line that was found in a file must not write where that file says."""
 
 Record = dict[str, Any]
 """The content of an image's metadata, as JSON: "request", the `pipeline.describe` of what was drawn; "command",

@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from functional_sd3.cli import controls, distilled, guidance, image_settings, lora_options, preview
+from functional_sd3.cli import caching, controls, distilled, guidance, image_settings, lora_options, preview
 from functional_sd3.cli.parser import suggestion as nearest
 from functional_sd3.formats.printable import shorten
 
 BATCH = 16
 _RECORDED = (
     "negative", "steps", "cfg", "method", "rtol", "atol", "dtype", "params", "variant",
-    "embedding", "weighted", "long", "lora",
+    "embedding", "weighted", "long", "lora", "cache",
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int | None = 28, cfg: flo
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer's blocks first: for large images and many"
     )
+    caching.add_arguments(parser)
     preview.add_arguments(parser)
     guidance.add_arguments(parser)
     controls.add_arguments(parser)
@@ -140,6 +141,7 @@ def check_run(arguments: argparse.Namespace) -> None:
     if method not in ADAPTIVE and (arguments.rtol is not None or arguments.atol is not None):
         raise ValueError(f"--rtol and --atol are for {', '.join(ADAPTIVE)}, not for --method {method}")
     check_params(arguments.params)
+    caching.check(arguments, ADAPTIVE)
     guidance.check(arguments)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import controls, distilled, guidance, lora_options, report, runtime
+from functional_sd3.cli import caching, controls, distilled, guidance, lora_options, report, runtime
 from functional_sd3.cli.opened_model import Session
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform, tree
@@ -60,6 +60,7 @@ def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None 
     model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
     components = lora_options.with_interval(components, model.config)
     distilled.apply_defaults(arguments, model.config)
+    caching.check_steps(arguments, arguments.method or pipeline.default_method(model.config))
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     loras, words = lora_options.load(arguments.lora, model.config, place), runtime.words(arguments.embedding)
@@ -148,6 +149,7 @@ def sampling_options(
         on_step,
         control=control,
         block_transform=transform.compile if arguments.compile else None,
+        cache=arguments.cache,
     )
 
 

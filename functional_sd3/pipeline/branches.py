@@ -1,6 +1,7 @@
 """Branches of guidance: which one evaluation of a network serves, and their conditionings and modulations."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from functional_sd3.pipeline.modulation_table import Table, lookup, mask_invalid
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import ip_adapter, mmdit
+from functional_sd3.transformer.block_cache import BlockTransform
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 
@@ -39,7 +41,11 @@ def network(
     end: Tensor | None,
     group: Group,
 ) -> Callable[..., Tensor]:
-    """One evaluation: (x, t, then conditioning and images of each row of the batch, table) -> dx/dt."""
+    """One evaluation: (x, t, then conditioning and images of each row of the batch, table) -> dx/dt.
+
+    around: of one call, a transform of the block function outside of the `block_transform` of the options, for one
+    process (`block_cache`).
+    """
 
     def one_network(
         params: Tree,
@@ -51,6 +57,7 @@ def network(
         features: Tree,
         modulations: Tree,
         interval: Tensor | None,
+        around: "BlockTransform | None" = None,
     ) -> Tensor:
         weights, nets, adapter = params
         pairs = zip(control, nets, images, strict=True)
@@ -80,20 +87,28 @@ def network(
             interval=interval,
             image_prompt=ip_adapter.prompt(prompt, features, t, sizes, implementation=implementation),
             implementation=implementation,
-            **options,
+            **(options if around is None else {**options, "block_transform": _outermost(around, options)}),
         )
 
     params = (weights, [one.params for one in control], image_prompt.params if image_prompt else {})
     of_rows = divide_rows(one_network, group)
 
-    def evaluate(x: Tensor, t: Tensor, *rows: Tree, table: Table | None) -> Tensor:
+    def evaluate(
+        x: Tensor, t: Tensor, *rows: Tree, table: Table | None, around: "BlockTransform | None" = None
+    ) -> Tensor:
         row = None if table is None else lookup(table, t)
         modulations = {"transformer": None, "control": None} if row is None else row.modulations
         interval = None if end is None else _interval(t, end, len(x))
-        velocity = of_rows(params, x, t, *rows, modulations, interval)
+        evaluated = of_rows if around is None else partial(one_network, around=around)
+        velocity = evaluated(params, x, t, *rows, modulations, interval)
         return velocity if row is None else mask_invalid(velocity, row)
 
     return evaluate
+
+
+def _outermost(around: BlockTransform, options: Mapping[str, Any]) -> BlockTransform:
+    inner = options.get("block_transform")
+    return around if inner is None else lambda apply: around(inner(apply))
 
 
 def _interval(t: Tensor, end: Tensor, rows: int) -> Tensor:

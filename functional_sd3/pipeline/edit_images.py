@@ -10,6 +10,7 @@ from torch import Tensor
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key
 from functional_sd3.flow import ode
+from functional_sd3.flow.caches import Cache
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode.method import Method
 from functional_sd3.layouts.components import Config
@@ -70,6 +71,7 @@ def edit(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
     posterior_key: Key | None = None,
 ) -> Tensor:
@@ -87,7 +89,7 @@ def edit(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     source, target, images = _broadcast(source, target, images)
     request = Request(
@@ -128,6 +130,7 @@ def flow_edit(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
     posterior_key: Key | None = None,
 ) -> Tensor:
@@ -142,7 +145,7 @@ def flow_edit(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     source, target, images = _broadcast(source, target, images)
     start, flow = StartImages(images, strength, posterior_key=posterior_key), FlowEdit(source, source_cfg, averages)

@@ -21,6 +21,7 @@ from functional_sd3.pipeline.modulation_table import Table, concat_batches, spli
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.transformer import control as controls
 from functional_sd3.transformer import ip_adapter
+from functional_sd3.transformer.block_cache import BlockTransform
 from functional_sd3.transformer.control import Control
 from functional_sd3.transformer.ip_adapter import ImagePrompt
 from functional_sd3.transformer.mmdit import AttendBlocks
@@ -212,8 +213,14 @@ def velocities(
         fields.append((guidances.batch_fields(evaluate, arguments), of_steps))
 
     def at(step: int) -> JointVelocities:
-        def evaluate_all(x: Tensor, t: Tensor) -> Velocities:
-            return {name: v for field, of_steps in fields for name, v in field(x, t, table=of_steps[step]).items()}
+        # around: a transform of the block function for each evaluation of a network, by its index (`cached_steps`);
+        # a compiler does not evaluate its annotation.
+        def evaluate_all(x: Tensor, t: Tensor, around: "Callable[[int], BlockTransform] | None" = None) -> Velocities:
+            by_name: dict[str, Tensor] = {}
+            for index, (field, of_steps) in enumerate(fields):
+                options = {} if around is None else {"around": around(index)}
+                by_name |= field(x, t, table=of_steps[step], **options)
+            return by_name
 
         return evaluate_all
 

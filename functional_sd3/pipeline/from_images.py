@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key
+from functional_sd3.flow.caches import Cache
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.components import Components
@@ -59,6 +60,7 @@ def image_to_image(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
     posterior_key: Key | None = None,
 ) -> Tensor:
@@ -76,7 +78,7 @@ def image_to_image(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     prompts, images = broadcast_prompts(prompts, images)
     start = StartImages(images, strength, posterior_key=posterior_key)
@@ -112,6 +114,7 @@ def inpaint(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
     posterior_key: Key | None = None,
 ) -> Tensor:
@@ -130,7 +133,7 @@ def inpaint(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     prompts, images = broadcast_prompts(prompts, images)
     start = StartImages(images, strength, mask.to(images), soften, restore, posterior_key)
@@ -170,6 +173,7 @@ def outpaint(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
     posterior_key: Key | None = None,
 ) -> Tensor:
@@ -181,7 +185,7 @@ def outpaint(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     images, mask = extend_canvas(images, left=left, right=right, top=top, bottom=bottom, overlap=overlap)
     prompts, images = broadcast_prompts(prompts, images)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key
+from functional_sd3.flow.caches import Cache
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.components import Components
@@ -57,6 +58,7 @@ def variations(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
 ) -> Tensor:
     """Images near those of a key: (batch, 3, height, width) in [0, 1], float32.
@@ -67,7 +69,7 @@ def variations(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     prompts = prompt_list(prompts)
     count = max(len(prompts), *(len(each) for each in (key, towards) if each.ndim > 1), 1)
@@ -104,6 +106,7 @@ def interpolate(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
 ) -> Tensor:
     """Images on the way from prompt to prompt, or seed to seed, or both: (frames, 3, height, width) in [0, 1].
@@ -116,7 +119,7 @@ def interpolate(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     request = Request(prompts, keys, text, run, height=height, width=width, frames=Frames(frames, mix), loras=loras)
     return draw(params, config, prepare(params, config, tokenizers, request), batch=batch)

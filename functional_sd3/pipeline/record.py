@@ -18,8 +18,8 @@ from torch import Tensor
 
 from functional_sd3.core import attention, attention_variants, blend, transform, tree
 from functional_sd3.core.checks import function_name
+from functional_sd3.flow import caches, ode
 from functional_sd3.flow import guidance as guidances
-from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode import fixed_point
 from functional_sd3.flow.ode.method import Method
@@ -37,6 +37,7 @@ _PARTS: dict[str, type] = {
     for kind in (
         Request, Region, request.AppliedLora, request.TextOptions, request.SamplingOptions, request.StartImages,
         request.Variation, request.Tiling, request.InversionEdit, request.FlowEdit, request.Frames, attention.Stream,
+        caches.Extrapolate, caches.Tolerance, caches.FirstBlock, caches.TeaCache,
     )
 }  # fmt: skip
 _FUNCTIONS: dict[str, Callable] = {

@@ -9,7 +9,8 @@ from torch import Tensor
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_channels
 from functional_sd3.core.types import Key
-from functional_sd3.flow import ode
+from functional_sd3.flow import caches, ode
+from functional_sd3.flow.caches import Cache
 from functional_sd3.flow.guidance import Guidance, check_scale
 from functional_sd3.flow.ode.method import Method, StepInfo
 from functional_sd3.lora.apply import Scale
@@ -85,9 +86,13 @@ class SamplingOptions:
     block_transform: BlockTransform | None = None
     attend: AttendBlocks | None = None
     implementation: Implementation = "sdpa"
+    cache: Cache | str | None = None
+    """None to compute every step; words are read (`caches.parse`)."""
 
     def __post_init__(self) -> None:
         check_scale(self.cfg, "cfg")
+        if isinstance(self.cache, str):
+            object.__setattr__(self, "cache", caches.parse(self.cache))
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +254,10 @@ class Request:
             ignored.append(f"strength {start.strength}")
         if self.frames is not None and self.variation is not None:
             ignored.append("variation")
+        if self.sampling.cache is not None and isinstance(self.edit, FlowEdit):
+            raise ValueError("cache: FlowEdit draws new noise in every step, so no velocity says anything of the next")
+        if self.sampling.cache is not None and isinstance(self.edit, InversionEdit) and self.edit.inversion:
+            raise ValueError("cache: an exact inversion solves each step for its start, which needs its velocities")
         if ignored:
             kind = "frames" if self.frames is not None else f"an edit by {type(self.edit).__name__}"
             raise ValueError(f"{', '.join(ignored)} would have no effect on {kind}: leave out what it does not use")

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree, Velocity
+from functional_sd3.flow import caching, ode, path, schedule
 from functional_sd3.flow import guidance as guidances
-from functional_sd3.flow import ode, path, schedule
+from functional_sd3.flow.caches import Cache, is_of_blocks
 from functional_sd3.flow.guidance import Guidance, StatefulVelocity
 from functional_sd3.flow.ode.method import Method, StepInfo, no_carry
 from functional_sd3.layouts.components import Config, require
+from functional_sd3.pipeline import cached_steps
 from functional_sd3.pipeline.fields import Conditions, Field, velocities, velocity
 from functional_sd3.pipeline.latents import step_keys
 from functional_sd3.transformer import control as controls
@@ -56,6 +58,7 @@ def sample(
     field: Field | None = None,
     transform: Callable[[Velocity], Velocity] | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
 ) -> Tensor:
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
@@ -66,9 +69,10 @@ def sample(
     times: the grid, (n + 1,) or (n + 1, batch), instead of the config's for `steps`: `noise` is then the state at its
     first time, and the result for a grid of one time. It may ascend, from data to noise. field: makes the velocity,
     called as `velocity` is, which it is by default; `conditions` may be whatever it takes. transform: of the guided
-    velocity (`keep_masked` of a mask, for instance). implementation: of attention, as of `velocities`. Raises
-    ValueError for a cfg that is not finite, a field with a guidance that carries a state, and where a key is needed and
-    none is given.
+    velocity (`keep_masked` of a mask, for instance). implementation: of attention, as of `velocities`. cache:
+    of `flow.caches`, or its words, such as "extrapolate:every=2": steps in which the velocity is not computed. Raises
+    ValueError for a cfg that is not finite, a field with a guidance that carries a state, a cache with an adaptive
+    method or one of mean velocities, and where a key is needed and none is given.
 
     The velocity of a step, its guidance, ControlNets and modulations, is chosen by the step's index (`Stepwise`).
     """
@@ -81,6 +85,10 @@ def sample(
         raise ValueError("a guidance that carries a state cannot be given to a field of its own: choose one without")
     times = sigmas(config, noise, steps) if times is None else times
     runner = guidances.with_carry(method, guidance) if guidance is not None and has_carry else method
+    cache = cached_steps.chosen(cache)
+    if cache is not None:
+        cached_steps.check(cache, config, has_field=field is not None)
+        runner = cached_steps.cached_method(runner, cache)
     state = ode.start(runner, noise, times[0])
     grid = torch.as_tensor(times, dtype=state.t.dtype, device=state.t.device)
     if len(grid) == 1:
@@ -94,12 +102,21 @@ def sample(
         options |= {} if implementation == "sdpa" else {"implementation": implementation}
         options |= {} if attend is None else {"attend": attend}
         options |= {} if ends is None else {"ends": ends[steps]}
+        of_blocks = cache is not None and is_of_blocks(cache)
+        if cache is not None and (has_carry or of_blocks):
+            guiding = guidances.cfg(cfg) if guidance is None else guidance
+            fields: Any = velocities(params, config, conditions, guiding.needs, times, **options)
+            last = partial(_transform_stateful, transform) if transform is not None and has_carry else transform
+            branches = partial(cached_steps.step_of_branches, has_carry=has_carry)
+            return ode.map_steps(lambda step: branches(step, guiding, cache, len(noise), last), fields)
         if guidance is not None and has_carry:
-            fields: Any = velocities(params, config, conditions, guidance.needs, times, **options)
+            fields = velocities(params, config, conditions, guidance.needs, times, **options)
             stateful = ode.map_steps(partial(guidances.guided_with_carry, guidance), fields)
             return stateful if transform is None else ode.map_steps(partial(_transform_stateful, transform), stateful)
         options |= {} if guidance is None else {"guidance": guidance}
         guided = (field or velocity)(params, config, conditions, cfg, times, **options)
+        if cache is not None:
+            return ode.map_steps(lambda velocity: cached_steps.step_of(velocity, transform), guided)
         return guided if transform is None else ode.map_steps(transform, guided)
 
     # The times that an adaptive method evaluates at are not known before.
@@ -107,11 +124,15 @@ def sample(
     ends = _ends(config, method, grid, len(noise))
     by_step: list[Any] = []
     # One velocity for each segment, so that ControlNets and guidance terms cost nothing in the steps without them.
-    for first, stop, active, step_guidance in _segments(control, guidance, len(grid) - 1):
+    segments = _segments(control, guidance, len(grid) - 1)
+    for first, stop, active, step_guidance in segments:
         of_segment = segment_velocity(active, step_guidance, slice(first, stop))
         by_step += [ode.at_step(of_segment, step) for step in range(stop - first)]
     by_step = by_step if ends is None else [ode.ignore_end(each) for each in by_step]
-    return ode.run(runner, ode.Stepwise(by_step.__getitem__), state, grid, on_step=on_step).x
+    by_index = ode.Stepwise(by_step.__getitem__)
+    if cache is not None:
+        by_index = caching.cached_steps(cache, by_step, [first for first, *_ in segments])
+    return ode.run(runner, by_index, state, grid, on_step=on_step).x
 
 
 def _ends(config: Config, method: Method | ode.Adaptive, grid: Tensor, count: int) -> list[Tensor] | None:

@@ -14,6 +14,7 @@ from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key
+from functional_sd3.flow.caches import Cache
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.layouts.components import Config
@@ -64,6 +65,7 @@ def generate(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
     offload: bool = False,
     device: torch.device | str | None = None,
@@ -81,8 +83,9 @@ def generate(
     attend: replaces the transformer's joint attention in every block or in some (`mmdit.apply`), in every evaluation,
     not that of ControlNets; its streams have the rows of all that guidance evaluates at once, those of the prompts
     first (docs/differentiation.md, "Attention of one's own").
-    implementation: of the transformer's attention, as of `mmdit.apply`. loras: (LoRA, scale) of those added to the
-    model, lazily and component by component (`lora.apply`).
+    implementation: of the transformer's attention, as of `mmdit.apply`. cache: steps in which the velocity is not
+    computed, of `flow.caches` or its words: "extrapolate:every=2", "fast" (docs/sampling.md, "Caches"). loras: (LoRA,
+    scale) of those added to the model, lazily and component by component (`lora.apply`).
 
     offload: one component at a time: each text encoder, the transformer, the VAE, read when it is needed and dropped
     before the next, so that the peak is that of the largest. `params` may then also be a function from a component's
@@ -102,7 +105,7 @@ def generate(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, loras=loras)
     return draw(params, config, prepare(params, config, tokenizers, request))
@@ -135,6 +138,7 @@ def generate_from(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
 ) -> Tensor:
     """`generate` of the model at a path, with one component in memory at a time and without gradients.
@@ -145,7 +149,7 @@ def generate_from(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, loras=loras)
     outline = weights.outline(path, variant=variant)
@@ -181,6 +185,7 @@ def regional(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
 ) -> Tensor:
     """Images of prompts with prompts of their own in regions: (batch, 3, height, width) in [0, 1], float32.
@@ -194,7 +199,7 @@ def regional(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     request = Request(
         prompts,
@@ -238,6 +243,7 @@ def tiled(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
 ) -> Tensor:
     """Images of any size, larger than the table of positions too: (batch, 3, height, width) in [0, 1], float32.
@@ -248,7 +254,7 @@ def tiled(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     tiling = Tiling(tile, overlap)
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, tiling=tiling, loras=loras)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key
+from functional_sd3.flow.caches import Cache
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.components import Components
@@ -55,6 +56,7 @@ def trajectory(
     block_transform: BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
+    cache: Cache | str | None = None,
     loras: Loras = (),
 ) -> Tensor:
     """The steps of `generate`: (steps, batch, 3, height, width) in [0, 1], float32, decoded step by step.
@@ -65,7 +67,7 @@ def trajectory(
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
         steps, cfg, guidance, method, on_step, skip_layers, control, image_prompt, block_transform, attend,
-        implementation,
+        implementation, cache,
     )  # fmt: skip
     request = Request(prompts, key, text, run, height=height, width=width, noise=noise, loras=loras, show=show)
     return draw(params, config, prepare(params, config, tokenizers, request))

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 import torch
 
 from functional_sd3 import lora, pipeline
 from functional_sd3.core import attention_variants, prng, transform, tree
-from functional_sd3.flow import guidance, ode
+from functional_sd3.flow import caches, guidance, ode
 from functional_sd3.flow.ode import fixed_point
 from functional_sd3.pipeline import (
     FlowEdit,
@@ -88,8 +89,12 @@ def changes(model) -> dict[type, dict[str, object]]:
             "steps": 2, "cfg": torch.tensor([2.0]), "guidance": guidance.cfg(2.0), "method": "heun",
             "skip_layers": [1], "control": [control], "image_prompt": image_prompt,
             "block_transform": transform.compile, "implementation": "math", "on_step": print,
-            "attend": attention_variants.windowed((4, 4), 1),
+            "attend": attention_variants.windowed((4, 4), 1), "cache": "hold",
         },
+        caches.Extrapolate: {"every": 3, "order": 2, "warmup": 0.25, "final": 2},
+        caches.Tolerance: {"tolerance": 0.1, "order": 0, "longest": 2, "warmup": 5, "final": 2},
+        caches.FirstBlock: {"threshold": 0.2, "warmup": 5, "final": 2},
+        caches.TeaCache: {"threshold": 0.2, "polynomial": (2.0, 0.0), "warmup": 5, "final": 2},
         StartImages: {"images": IMAGES * 0.5, "strength": 0.5, "mask": MASK, "soften": 1.0, "restore": True,
                       "posterior_key": KEY},
         Variation: {"key": prng.key(1), "amount": 0.3},
@@ -114,6 +119,7 @@ USUAL = {
 def test_every_field_of_every_part_of_a_request_is_recorded(model):
     """So that a field added later cannot be forgotten: without a value of it in `changes` this fails."""
     ours = {kind for kind in vars(requests).values() if dataclasses.is_dataclass(kind) and isinstance(kind, type)}
+    ours |= set(get_args(caches.Cache))
     assert set(changes(model)) == ours == {kind for kind in record._PARTS.values() if dataclasses.is_dataclass(kind)}
     for kind, others in changes(model).items():
         names = {field.name for field in dataclasses.fields(kind)}
