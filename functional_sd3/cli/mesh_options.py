@@ -52,11 +52,9 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
     works on one process alone."""
     if team.is_alone:
         return
-    for axis, what in (("sequence", "tokens"), ("tensor", "heads")):
-        if team.mesh.size(axis) > 1 and getattr(arguments, "part", None) == "vae":
-            raise ValueError(f"--mesh {axis} divides the {what} of the transformer, and --part vae has none: use data")
-    if team.mesh.size("tensor") > 1:
-        _check_tensor(arguments)
+    for axis in (*AXES, *WITHIN):
+        if team.mesh.size(axis) > 1 and (reason := refusal(arguments, axis)):
+            raise ValueError(reason)
     count, size = team.mesh.size(*AXES), arguments.batch_size
     # An update by rewards is divided by prompts, each with its group of images.
     parts, option = (
@@ -69,17 +67,27 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
         )
 
 
-def _check_tensor(arguments: argparse.Namespace) -> None:
-    if getattr(arguments, "control", None):
-        raise ValueError(
+def refusal(arguments: argparse.Namespace, axis: str) -> str | None:
+    """Why options of a command do not go with an axis of the mesh, None where they do: docs/guides/scale.md."""
+    if axis in WITHIN and getattr(arguments, "part", None) == "vae":
+        what = {"sequence": "tokens", "tensor": "heads"}[axis]
+        return f"--mesh {axis} divides the {what} of the transformer, and --part vae has none: use data or fsdp"
+    if axis != "data" and getattr(arguments, "compile", False):
+        return (
+            f"--compile makes one graph of a step, within which processes cannot communicate, as --mesh {axis} has "
+            "them do: use data, or leave out --compile"
+        )
+    if axis == "tensor" and getattr(arguments, "control", None):
+        return (
             "--mesh tensor divides the heads of the transformer, and --control copies whole blocks of it: use data, "
             "fsdp or sequence"
         )
-    if arguments.optimizer == "muon":
-        raise ValueError(
+    if axis == "tensor" and arguments.optimizer == "muon":
+        return (
             "--optimizer muon turns whole matrices, of which --mesh tensor leaves each process a part: use fsdp, or "
             "--optimizer adamw"
         )
+    return None
 
 
 def prepared(team: "Processes", prepare: "Callable[[bool], Setup]") -> "Setup":

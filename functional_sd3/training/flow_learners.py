@@ -147,8 +147,8 @@ def control(key: Key, model: Model, net: controlnet.Config, mesh: Mesh = ONE_PRO
     return FlowLearner({"controlnet": params}, {"controlnet": described}, loss, lambda learned: model, layout=layouts)
 
 
-def word(model: Model, inversion: Inversion) -> FlowLearner:
-    """Learner of the vectors of a new word, started from the embeddings of another.
+def word(model: Model, inversion: Inversion, mesh: Mesh = ONE_PROCESS) -> FlowLearner:
+    """Learner of the vectors of a new word, started from the embeddings of another. mesh: as of `components`.
 
     Raises ValueError where the word is a token already, its encoders are absent, or nothing is known to start from.
     """
@@ -172,7 +172,10 @@ def word(model: Model, inversion: Inversion) -> FlowLearner:
         return lambda learned, batch, keys: own(learned["word"], batch, keys)
 
     spec = {name: Param(tuple(leaf.shape), specs.zeros, ("vocab", "width")) for name, leaf in start.items()}
-    return FlowLearner({"word": start}, {"word": spec}, loss, with_word, has_encoders=True)
+    layout = None
+    if mesh.size("tensor") > 1:
+        layout = {"word": specs.map_params(lambda path, param: Placement(param.shape), spec)}
+    return FlowLearner({"word": start}, {"word": spec}, loss, with_word, has_encoders=True, layout=layout)
 
 
 def adapter_and_word(
@@ -180,7 +183,7 @@ def adapter_and_word(
 ) -> FlowLearner:
     """Learner of a fresh LoRA and of the vectors of a new word at once, as `adapter` and `word` have them ("pivotal
     tuning"): the word names what the LoRA learns to draw."""
-    of_lora, of_word = adapter(key, model, rank, names, mesh), word(model, inversion)
+    of_lora, of_word = adapter(key, model, rank, names, mesh), word(model, inversion, mesh)
     shapes = division.shapes(model.config, model.params)
     first = textual_inversion.first_ids(model.tokenizers, inversion.encoders)
     extended = with_tokens(model, inversion)
@@ -207,9 +210,7 @@ def adapter_and_word(
         return adapted._replace(**added._asdict())
 
     params, spec = {**of_lora.params, **of_word.params}, {**of_lora.spec, **of_word.spec}
-    layout = of_lora.layout
-    if layout is not None:
-        layout = {**layout, **specs.map_params(lambda path, param: Placement(param.shape, None), of_word.spec)}
+    layout = None if of_lora.layout is None else {**of_lora.layout, **(of_word.layout or {})}
     return FlowLearner(params, spec, loss, whole, has_encoders=True, layout=layout)
 
 

@@ -129,7 +129,7 @@ def _learner(key: Key, model: Model, settings: tasks.Settings, mesh: Mesh) -> fl
     if settings.control is not None:
         return flow_learners.control(key, model, settings.control, mesh)
     if settings.inversion is not None and not settings.lora:
-        return flow_learners.word(model, settings.inversion)
+        return flow_learners.word(model, settings.inversion, mesh)
     names = [name for name in tasks.ENCODERS if name in model.params and settings.text_encoders] + ["transformer"]
     if settings.inversion is not None:
         return flow_learners.adapter_and_word(key, model, settings.lora, names, settings.inversion, mesh)

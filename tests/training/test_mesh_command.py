@@ -1,7 +1,11 @@
 """`train --mesh` on several processes: the run of one process, its files written once, its errors said once."""
 
+import argparse
+import itertools
 import os
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +260,29 @@ def test_an_error_of_one_process_ends_all_and_loses_nothing(processes, model_fol
     assert first[0] == second[0] == 1 and "holds an infinity at step 6" in first[2] + second[2]
     first, second = processes(2, failing, model_folder, "--out", tmp_path / "disk", "--mesh", "data=2", kind="disk")
     assert first[0] == second[0] == 1 and "could not be written" in first[2] and second[2] == ""
+
+
+def rows():
+    """Words of a command line and the four cells of each row of the guide's table of what goes with what."""
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "scale.md").read_text()
+    lines = guide[guide.index("| command and options |") :].splitlines()[2:]
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
+        words, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        first, *others = re.findall("`([^`]+)`", words)
+        yield from ((f"{first} {other}".split(), cells) for other in ("", *others))
+
+
+def test_the_guide_says_what_goes_with_which_axis():
+    from functional_sd3.cli import distill, mesh_options, reward, train
+
+    commands = {"train": train, "distill": distill, "reward": reward}
+    needed = {"train": ["--data", "shapes", "--out", "out"], "distill": ["--to", "2", "--out", "out"]}
+    seen = set()
+    for (command, *words), cells in rows():
+        parser = argparse.ArgumentParser()
+        commands[command].add_arguments(parser)
+        arguments = parser.parse_args([*needed.get(command, ["--out", "out"]), *words])
+        refused = [mesh_options.refusal(arguments, axis) for axis in ("data", "fsdp", "sequence", "tensor")]
+        assert cells == ["yes" if reason is None else "no" for reason in refused], (command, words)
+        seen |= {*filter(None, refused)}
+    assert len(seen) == 7  # Each refusal, by axis, is in the table.

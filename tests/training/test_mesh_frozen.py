@@ -81,6 +81,7 @@ MESHES = [
     (4, "data=2,fsdp=2", "train", ["--optimizer", "muon", "--accumulate", "2"]),
     (4, "data=2,fsdp=2", "train", ["--lora", "2", "--accumulate", "2"]),
     (2, "fsdp=2", "train", ["--optimizer", "adamw8bit", "--fused-update"]),
+    (2, "tensor=2", "train", ["--inversion", "<hue>", "--initial-word", "red", "--caption", "a <hue> circle"]),
     (2, "tensor=2", "distill", ["--to", "2", "--method", "meanflow", "--remat"]),
     (2, "sequence=2", "reward", ["--reward", "colours", "--method", "grpo", "--remat"]),
 ]
@@ -88,9 +89,10 @@ MESHES = [
 
 @pytest.mark.parametrize(("count", "mesh", "command", "words"), MESHES, ids=[f"{each[1]} {each[2]}" for each in MESHES])
 def test_training_with_divided_heads_or_tokens_or_on_several_machines_is_that_of_one_process(
-    processes, folder, tmp_path, count, mesh, command, words
+    processes, folder, images, tmp_path, count, mesh, command, words
 ):
     words = [*(SHORT if command == "train" else SHORT[:4]), "--batch-size", "8", *words]
+    words += ["--data", images] if "--caption" in words else []
     alone = (
         []
         if command == "reward" or "--fused-update" in words
