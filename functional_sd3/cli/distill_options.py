@@ -55,7 +55,9 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.cfg is not None and not 1 <= arguments.cfg < math.inf:
         raise ValueError(f"--cfg {arguments.cfg} must be at least 1, which is no guidance")
     if arguments.batch_size % arguments.accumulate:
-        raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
+        raise ValueError(
+            f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts (--accumulate)"
+        )
     run_options.check_images(arguments)
     if arguments.force and not arguments.resume:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")

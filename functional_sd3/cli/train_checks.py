@@ -34,7 +34,9 @@ def check(arguments: argparse.Namespace) -> None:
         if not 0 <= getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 0 and below 1")
     if arguments.batch_size % arguments.accumulate:
-        raise ValueError(f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts")
+        raise ValueError(
+            f"--batch-size {arguments.batch_size} cannot be taken in {arguments.accumulate} equal parts (--accumulate)"
+        )
     if arguments.lora is not None and arguments.lora < 1:
         raise ValueError(f"--lora {arguments.lora} must be a rank of at least 1, such as 16; leave it out to train all")
     if arguments.lora and (arguments.scratch or arguments.part == "vae"):

@@ -13,7 +13,8 @@ from functional_sd3.cli import train_data, train_subjects, view_options
 from functional_sd3.cli.train_data import Say
 from functional_sd3.core import prng, tree
 from functional_sd3.core.types import Tree
-from functional_sd3.formats import files
+from functional_sd3.formats import bounded, files
+from functional_sd3.formats.printable import shorten
 from functional_sd3.image import canny, pixels, vae
 from functional_sd3.image import files as image_files
 from functional_sd3.image.cuts import Cut
@@ -239,6 +240,7 @@ def _draw(arguments: argparse.Namespace, drawing: Callable[[], Model], folder: P
     there = sum(path.suffix.lower() in suffixes for path in folder.rglob("*")) if folder.is_dir() else 0
     missing = [index for index in range(arguments.prior_images) if not (folder / _name(index)).exists()]
     missing = missing[: max(arguments.prior_images - there, 0)]
+    _check_drawn(arguments, folder)
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,6 +260,17 @@ def _draw(arguments: argparse.Namespace, drawing: Callable[[], Model], folder: P
             for index, image in zip(some, pixels.to_pil(drawn.cpu()), strict=True):
                 files.write_atomic((folder / _name(index)).with_suffix(".txt"), arguments.prior_prompt.encode())
                 files.write_atomic(folder / _name(index), _png(image))
+
+
+def _check_drawn(arguments: argparse.Namespace, folder: Path) -> None:
+    """Raises ValueError where a folder holds images that were drawn of another prompt."""
+    for path in sorted(folder.glob("drawn-*.txt")):
+        prompt = bounded.read_text(path, 2**18)
+        if path.with_suffix(".png").exists() and prompt != arguments.prior_prompt:
+            raise ValueError(
+                f"--prior-prompt {shorten(arguments.prior_prompt, 60)}: {path.with_suffix('.png')} was drawn of "
+                f"{shorten(repr(prompt), 60)}: name another folder with --prior-data, or delete what was drawn"
+            )
 
 
 def _name(index: int) -> str:

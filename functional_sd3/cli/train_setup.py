@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +82,18 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     ids = None if arguments.part == "vae" or held else train_data.tokens(reader, images.captions)
     if options.inversion is not None and ids is not None:
         _check_word(options.inversion, model, ids, say)
+    settings = _settings(arguments, source, stored, images, ids)
+    settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+    differences = lambda saved: _differences(saved, settings)  # noqa: E731
+    if arguments.resume:
+        # Before images of the class are drawn, which would be others than those of the run.
+        training_run.check_continuing(arguments, differences)
     extras = train_extras.NONE
     if not isinstance(images, train_cache.Held):
         # Images of the class are drawn by the first process alone.
         drawing = lambda: model if not division.is_joint(mesh) else train_model.load(arguments, source)[1]  # noqa: E731
         extras = train_extras.gather(arguments, model, images, say, drawing)
-    settings = _settings(arguments, source, stored, images, ids, extras.contents)
-    settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
-    differences = lambda saved: _differences(saved, settings)  # noqa: E731
+    settings |= _digests(extras.contents)
     if arguments.resume:
         training_run.check_continuing(arguments, differences)
     key = prng.fold_in(prng.key(arguments.seed), 1)
@@ -171,12 +175,11 @@ def _settings(
     stored: Model,
     images: TrainingImages | train_cache.Held,
     ids: conditioning.Ids | None,
-    further: dict[str, str],
 ) -> dict[str, Any]:
-    """The settings in a checkpoint: the options of a run, and digests of its model and data, `further` ones too."""
+    """The settings in a checkpoint: the options of a run, and digests of its model and data."""
     options = {name.replace("_", "-"): getattr(arguments, name) for name in _defaults()}
     used = [name for name in SPECS if name in stored.params and (name == "vae" or arguments.part == "transformer")]
-    contents = {"the data": images.contents, **further}
+    contents = {"the data": images.contents}
     contents |= digests.model_digests({name: stored.params[name] for name in used})
     if ids is not None:
         contents["the tokens"] = digests.params_digest(ids._asdict())
@@ -186,8 +189,12 @@ def _settings(
         "text-encoders": train_model.text_encoders(vars(arguments)),
         "params": os.pathsep.join(str(path.resolve()) for path in source),
         "fingerprint of the data": images.fingerprint,
-        **{continuing.CONTENTS + name: digest for name, digest in contents.items()},
+        **_digests(contents),
     }
+
+
+def _digests(contents: Mapping[str, str]) -> dict[str, str]:
+    return {continuing.CONTENTS + name: digest for name, digest in contents.items()}
 
 
 def _defaults() -> dict[str, Any]:

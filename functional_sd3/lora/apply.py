@@ -50,7 +50,7 @@ def spec(
     full = max(min(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in chosen.values())
     if rank > full:
         raise ValueError(
-            f"rank {rank} must be at most {full}, the rank that the largest adapted matrix itself can have"
+            f"rank {rank} (--lora) must be at most {full}, the rank that the largest adapted matrix itself can have"
         )
     parts = lora_keys.parts(chosen)
     return adapters.build({path: _entry_spec(leaf, rank, parts[path], alpha or rank) for path, leaf in chosen.items()})

@@ -170,10 +170,12 @@ def square(image: "Image", size: int) -> "Image":
 def check_template(template: str) -> None:
     """Raises ValueError unless `{}` occurs and no other brace does."""
     if "{}" not in template:
-        raise ValueError(f"template {shorten(repr(template))} must contain {{}}, where the name of the class goes")
+        raise ValueError(
+            f"template {shorten(repr(template))} (--template) must contain {{}}, where the name of the class goes"
+        )
     other = re.search(r"\{[^{}]*\}?|\}", template.replace("{}", ""))
     if other:
         raise ValueError(
-            f"template {shorten(repr(template))} holds {shorten(repr(other[0]), 40)}; {{}}, for the name of the class, "
-            "is all that is filled in, and other braces mean nothing"
+            f"template {shorten(repr(template))} (--template) holds {shorten(repr(other[0]), 40)}; {{}}, for the name "
+            "of the class, is all that is filled in, and other braces mean nothing"
         )

@@ -109,8 +109,8 @@ def control_config(model: Model, kind: str, depth: int | None = None) -> control
     depth = max(1, sizes.depth // 2) if depth is None else depth
     if not 1 <= depth < sizes.depth:
         raise ValueError(
-            f"a ControlNet of {depth} blocks cannot be copied from a transformer of {sizes.depth}: give 1 to "
-            f"{sizes.depth - 1}, as its last block has no context to go on with"
+            f"a ControlNet of {depth} blocks (--control-depth) cannot be copied from a transformer of {sizes.depth}: "
+            f"give 1 to {sizes.depth - 1}, as its last block has no context to go on with"
         )
     names = ("heads", "head_dim", "patch_size", "in_channels", "context_width", "pooled_width", "position_size",
              "sample_size", "qk_norm")  # fmt: skip

@@ -162,7 +162,7 @@ def test_the_scale_may_depend_on_the_path():
 
 
 def test_a_rank_above_that_of_every_matrix_is_refused_before_anything_is_made():
-    with pytest.raises(ValueError, match=r"rank 1000000000 must be at most \d+, the rank that the largest adapted"):
+    with pytest.raises(ValueError, match=r"rank 1000000000 \(--lora\) must be at most \d+, the rank that"):
         lora.spec(CONFIG, 10**9)
 
 

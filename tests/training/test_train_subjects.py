@@ -187,6 +187,19 @@ def test_images_of_the_class_that_are_there_are_kept_and_the_rest_drawn_alike(co
     assert float(rows[-1]["prior_loss"]) > 0 and float(rows[-1]["subject_loss"]) > 0
 
 
+def test_a_run_that_may_not_go_on_draws_no_images_of_the_class(command, whole, data, tmp_path):
+    words = ["--params", whole, "--data", data / "data", "--out", tmp_path / "out", "--prior-prompt", "a circle"]
+    command(*words, "--prior-images", "2")
+    with pytest.raises(ValueError, match="prior-images 2 -> 3"):
+        command(*words, "--prior-images", "3", "--resume")
+    # The run itself is as it was, and goes on.
+    status, messages = command(*words, "--prior-images", "2", "--resume", "--steps", "7")
+    assert status == 0 and "drawing" not in messages and len(list((tmp_path / "out" / "prior").glob("*.png"))) == 2
+    fresh = [*words[:5], tmp_path / "fresh", "--prior-data", tmp_path / "out" / "prior", "--prior-images", "3"]
+    with pytest.raises(ValueError, match="a square: .*drawn-00000.png was drawn of 'a circle': name another folder"):
+        command(*fresh, "--prior-prompt", "a square")
+
+
 def test_masks_of_ones_train_as_no_masks(command, data, tmp_path):
     white = tmp_path / "white"
     for path in (data / "data").rglob("*.png"):
