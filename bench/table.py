@@ -117,9 +117,9 @@ def groups() -> list[str]:
 
 
 def rows_of_file(path: Path) -> Iterator[Template]:
-    """The rows that a file measures, read off its calls of `versus` and `versus.record`."""
+    """The rows that a file measures, read off its calls of `versus`, `versus.record` and `versus.compare`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("versus", "versus.record"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("versus", "versus.record", "versus.compare"):
             yield _template(node.args[0])
 
 

@@ -1,5 +1,6 @@
 """Timing two ways of doing the same, fairly: one process, interleaved, warm, the same threads, outputs equal first."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -88,6 +89,14 @@ class Versus:
         """A row of figures that are not times of two sides; `facts` as `__call__` writes them."""
         self.benchmark.pedantic(lambda: None, rounds=1)
         self._finish(row=name, theirs=[], **facts)
+
+    def compare(self, name: str, ours: list[float], theirs: list[float], *, peer: str, **facts: Any) -> None:
+        """A row of seconds that were measured elsewhere, in other processes."""
+        self.benchmark.pedantic(lambda: None, rounds=1)
+        first, median, third = statistics.quantiles(ours, n=4) if len(ours) > 1 else ours * 3
+        facts = {"row": name, "peer": peer, "theirs": theirs, **facts}
+        self.benchmark.extra_info.update(facts)
+        self.on_row({"extra_info": facts, "stats": {"median": median, "iqr": third - first}})
 
     def _finish(self, **facts: Any) -> None:
         self.benchmark.extra_info.update(facts)

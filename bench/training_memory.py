@@ -16,7 +16,7 @@ from functional_sd3 import weights
 from functional_sd3.cli import train, train_setup
 from functional_sd3.core import tree
 from functional_sd3.training import estimate
-from functional_sd3.training.estimate import Choice
+from functional_sd3.training.memory_choice import Choice
 from functional_sd3.training.update_rule import UpdateRule
 from functional_sd3.weights import shipped
 

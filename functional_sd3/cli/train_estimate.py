@@ -7,14 +7,18 @@ from dataclasses import replace
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.cli import report, runtime
+from functional_sd3.cli import mesh_options, report, runtime, train_subjects
 from functional_sd3.formats import default_dtype
 from functional_sd3.formats.printable import shorten
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
+from functional_sd3.parallel import mesh as meshes
+from functional_sd3.parallel import tensor
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.processes import Processes
 from functional_sd3.text import clip, t5
-from functional_sd3.training import cache, estimate
-from functional_sd3.training.estimate import Choice
+from functional_sd3.training import cache, estimate, flow_learners
+from functional_sd3.training.memory_choice import Choice
 from functional_sd3.training.update_rule import UpdateRule
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import shipped
@@ -25,13 +29,7 @@ MIB = 2**20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table. Raises ValueError for what no estimate is made of, and sizes that do not fit."""
-    if arguments.part == "vae":
-        raise ValueError("--estimate is of --part transformer")
-    for name in ("control", "inversion", "prior_data", "prior_prompt", "mesh"):
-        if getattr(arguments, name):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--estimate is of the transformer or a LoRA of it, on one process: leave out {flag}")
+    """Print the table. Raises ValueError for a mesh and sizes that do not fit."""
     config, stored = _model(arguments)
     base = _choice(arguments, config, stored)
     depth = require(config, "transformer").depth
@@ -39,10 +37,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"--block-swap {base.swapped} is more than the {depth} blocks of this transformer: give 1 to {depth}"
         )
-    rows = [("this command", base), *_others(base, depth)]
+    rows = [("this command", base)]
+    if not (base.autoencoder or base.control or base.word):
+        rows += _others(base, depth)
     named = " ".join(arguments.params or [shipped.NAME])
-    side = base.side * vae.factor(require(config, "vae"))
-    report.say(f"{named}: {base.batch} images of {side} x {side} a step, in MiB")
+    side = base.side * (1 if base.autoencoder else vae.factor(require(config, "vae")))
+    processes = f", on one process of {base.mesh.size()}" if base.mesh.size() > 1 else ""
+    report.say(f"{named}: {base.batch} images of {side} x {side} a step, in MiB{processes}")
     columns = ("learned", "frozen", "average", "optimizer", "gradients", "activations", "total")
     width = max(len(name) for name, _ in rows)
     report.say(" ".join([" " * width, *(f"{name:>11}" for name in columns)]))
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         needed = estimate.memory(config, choice, measured)
         numbers = [*needed, needed.total]
         report.say(" ".join([f"{name:<{width}}", *(f"{number / MIB:>11,.0f}" for number in numbers)]))
+    if base.autoencoder:
+        return 0
     sizes = require(config, "transformer")
     latents = sizes.in_channels * base.side**2 * 4
     text = (base.tokens * sizes.context_width + sizes.pooled_width) * 4
@@ -59,6 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"every 1,000 captions {1000 * text / MIB:,.0f} MiB"
     )
     return 0
+
+
+def choice_of(arguments: argparse.Namespace) -> Choice:
+    """What a command line computes."""
+    return _choice(arguments, *_model(arguments))
 
 
 def _model(arguments: argparse.Namespace) -> tuple[Config, torch.dtype]:
@@ -78,8 +86,9 @@ def _choice(arguments: argparse.Namespace, config: Config, stored: torch.dtype) 
     factor = vae.factor(require(config, "vae"))
     sizes = require(config, "transformer")
     pixels = arguments.size or sizes.sample_size * factor
-    if pixels % (factor * sizes.patch_size):
-        raise ValueError(f"--size {pixels} must be a multiple of {factor * sizes.patch_size} pixels")
+    multiple = factor * (1 if arguments.part == "vae" else sizes.patch_size)
+    if pixels % multiple:
+        raise ValueError(f"--size {pixels} must be a multiple of {multiple} pixels")
     length = config.clip_l.length if config.clip_l else config.clip_g.length if config.clip_g else 0
     text = 256 if config.t5 is not None else 0
     if config.t5 is not None and (arguments.params or [shipped.NAME])[0] not in TRANSFORMERS:
@@ -87,11 +96,17 @@ def _choice(arguments: argparse.Namespace, config: Config, stored: torch.dtype) 
         text = min(256, tokenizers.t5.model_max_length) if tokenizers.t5 else 256
     learned = getattr(torch, arguments.weights)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    if dtype is None and arguments.lora:
+    word = train_subjects.inversion(arguments)
+    if dtype is None and (arguments.lora or arguments.control or word):
         dtype = torch.bfloat16 if stored.itemsize == 2 else torch.float32
+    prior = arguments.prior_data or arguments.prior_prompt
+    control = None
+    if arguments.control is not None:
+        control = flow_learners.control_config(config, arguments.control, arguments.control_depth)
     return Choice(
-        batch=arguments.batch_size,
-        side=pixels // factor,
+        # As many images that preserve the prior are in every batch.
+        batch=arguments.batch_size * (2 if prior else 1),
+        side=pixels if arguments.part == "vae" else pixels // factor,
         tokens=length + text,
         accumulate=arguments.accumulate,
         rule=UpdateRule(arguments.optimizer, learned, arguments.fused_update),
@@ -99,11 +114,30 @@ def _choice(arguments: argparse.Namespace, config: Config, stored: torch.dtype) 
         stored=stored,
         lora=arguments.lora or 0,
         text_encoders=arguments.text_encoders == "train" or (arguments.scratch and arguments.text_encoders is None),
+        control=control,
+        word=dict.fromkeys(word.encoders, word.vectors) if word else {},
+        autoencoder=arguments.part == "vae",
+        decoder_only=arguments.decoder_only,
         remat=arguments.remat,
         base=arguments.base is not None,
         swapped=arguments.block_swap or 0,
         encoders=arguments.data is None or arguments.data == "shapes" or not cache.is_cache(arguments.data),
+        mesh=_mesh(arguments, sizes),
     )
+
+
+def _mesh(arguments: argparse.Namespace, sizes: mmdit.Config) -> Mesh:
+    """The sizes of --mesh, which need no processes here. Raises ValueError for those that do not fit."""
+    if arguments.mesh is None:
+        return ONE_PROCESS
+    try:
+        given = meshes.parse(arguments.mesh, (*mesh_options.AXES, *mesh_options.WITHIN))
+    except ValueError as error:
+        raise ValueError(f"--mesh: {error}") from None
+    mesh = Mesh({axis: given.get(axis, 1) for axis in meshes.AXES})
+    mesh_options.check_batch(arguments, Processes(mesh, torch.device("cpu")))
+    tensor.check_heads(sizes.heads, mesh.size("tensor"))
+    return mesh
 
 
 def _others(base: Choice, depth: int) -> Iterator[tuple[str, Choice]]:

@@ -140,7 +140,7 @@ def _check_word(inversion: flow_learners.Inversion, model: Model, ids: condition
 def _options(arguments: argparse.Namespace, model: Model, dtype: torch.dtype | None) -> tasks.Settings:
     control = None
     if arguments.control is not None:
-        control = flow_learners.control_config(model, arguments.control, arguments.control_depth)
+        control = flow_learners.control_config(model.config, arguments.control, arguments.control_depth)
     return tasks.Settings(
         steps=arguments.steps,
         batch=arguments.batch_size,

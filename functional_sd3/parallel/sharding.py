@@ -357,14 +357,14 @@ def _dim(placements: Placements, path: str, leaf: Tensor) -> int | None:
     return known[tuple(leaf.shape)].dim
 
 
-_BUCKET = 1 << 25
+BUCKET = 1 << 25
 """Elements that are summed at once: few messages, and a bounded copy."""
 
 
 def _buckets(paths: list[str], flat: dict[str, Tensor]) -> Iterator[list[str]]:
     some: list[str] = []
     for path in chain(paths, [None]):
-        if some and (path is None or sum(flat[one].numel() for one in some) + flat[path].numel() > _BUCKET):
+        if some and (path is None or sum(flat[one].numel() for one in some) + flat[path].numel() > BUCKET):
             yield some
             some = []
         if path is not None:

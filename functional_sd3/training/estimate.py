@@ -1,47 +1,32 @@
-"""Memory of a training step, from the specs of a model alone.
+"""Memory of a training step, from the specs of a model alone, of one process of a mesh.
 
-Parameters, gradients, moments and averages are counted. Activations are measured on one block of each kind with two
-heads, by what autograd keeps of it, and scaled: every one of them has a size of samples x tokens x width, or samples x
-width. The backward pass is then followed block by block, since gradients grow while activations are freed.
+Parameters, gradients, moments and averages are counted, by the layouts of the mesh. What autograd keeps of blocks is
+measured on small ones (`activations`). The backward pass is then followed block by block, since gradients grow while
+activations are freed, and blocks are gathered and their gradients sent.
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from functional_sd3 import lora
-from functional_sd3.core import prng, tree
 from functional_sd3.core import spec as specs
-from functional_sd3.core.types import Params, Tree
+from functional_sd3.core import tree
+from functional_sd3.core.spec import Param
+from functional_sd3.core.types import Tree
 from functional_sd3.layouts.components import SPECS, Config, require
+from functional_sd3.parallel import sharding
+from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
+from functional_sd3.training import division
+from functional_sd3.training import step_segments as segments
+from functional_sd3.training.activations import Measured
+from functional_sd3.training.memory_choice import Choice
 from functional_sd3.training.optim import adam8, blockwise, by_leaf
-from functional_sd3.training.update_rule import UpdateRule, is_hidden
-from functional_sd3.transformer import joint_block, mmdit
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a run computes. batch: images of a step, in `accumulate` parts. side: of the latents. tokens: of the
-    context. rule, dtype, lora, text_encoders: as of `tasks.Settings`. stored: dtype of what is frozen. remat, base (a
-    dtype of one byte), swapped (blocks that stay on the host): of the options --remat, --base and --block-swap.
-    encoders: whether frozen text encoders are in memory."""
-
-    batch: int
-    side: int
-    tokens: int
-    accumulate: int = 1
-    rule: UpdateRule = UpdateRule()
-    dtype: torch.dtype | None = None
-    stored: torch.dtype = torch.bfloat16
-    lora: int = 0
-    text_encoders: bool = False
-    remat: bool = False
-    base: bool = False
-    swapped: int = 0
-    encoders: bool = True
+from functional_sd3.training.step_segments import Segment
+from functional_sd3.training.update_rule import is_hidden
+from functional_sd3.transformer import controlnet
 
 
 class Memory(NamedTuple):
@@ -60,71 +45,96 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-Measured = dict[tuple, list[float]]
-"""Bytes per sample and image token, per sample and context token, and per sample, of width 1, by kinds of blocks."""
-
-
 def memory(config: Config, choice: Choice, measured: Measured | None = None) -> Memory:
-    """The memory of a step of the flow loss at its peak. measured: of earlier calls, to which this one adds."""
-    names = ["transformer"]
-    if choice.text_encoders:
-        names += [name for name in ("clip_l", "clip_g", "t5") if getattr(config, name) is not None]
-    whole = {name: SPECS[name](getattr(config, name)) for name in names}
-    spec = whole
+    """The memory of a step of one process at its peak. measured: of earlier calls, to which this one adds."""
+    spec, is_divided = _learned(config, choice)
+    local = _local(spec, choice.mesh if is_divided else ONE_PROCESS)
+    size = torch.float32.itemsize if choice.is_base_frozen else choice.rule.weights.itemsize
+    learned = sum(map(math.prod, local.values())) * size
+    chosen = "vae.decoder." if choice.decoder_only else ""
+    trainable = {
+        path: local[path] for path, param in specs.paths(spec).items() if param.trainable and path.startswith(chosen)
+    }
+    if choice.autoencoder:
+        parts, held = segments.of_autoencoder(config, choice, spec, trainable, size)
+    else:
+        parts = segments.of_blocks(config, choice, spec, trainable, size, {} if measured is None else measured)
+        held = segments.around(config, choice, size)
+    gradients, working = _peak(choice, parts, held, trainable, size, is_divided)
+    moments = _moments(choice.rule.optimizer, trainable)
+    return Memory(learned, _frozen(config, choice), learned, moments, gradients, working)
+
+
+def _learned(config: Config, choice: Choice) -> tuple[Tree, bool]:
+    """Spec of what learns, of a process's part over "tensor", and whether it is divided over "fsdp" too."""
+    if choice.autoencoder:
+        return {"vae": SPECS["vae"](require(config, "vae"))}, True
+    if choice.control:
+        return {"controlnet": controlnet.spec(choice.control)}, True
+    names = segments.in_loss(config, choice)
+    if not choice.is_base_frozen:
+        return {name: division.part_spec(name, getattr(config, name), choice.mesh) for name in names}, True
+    spec: Tree = {}
     if choice.lora:
-        spec = lora.spec(whole, choice.lora, [f"{name}.blocks.*attention*" for name in names])
-    learned_size = torch.float32.itemsize if choice.lora else choice.rule.weights.itemsize
-    learned = specs.count(spec) * learned_size
-    trainable = {path: param for path, param in specs.paths(spec).items() if param.trainable}
-    gradients, activations = _peak(config, choice, trainable, learned_size, {} if measured is None else measured)
-    return Memory(
-        learned,
-        _frozen(config, choice, names),
-        learned,
-        _moments(choice.rule.optimizer, trainable),
-        gradients,
-        activations,
-    )
+        adapted = names if choice.text_encoders else ["transformer"]
+        whole = {name: SPECS[name](getattr(config, name)) for name in adapted}
+        spec = lora.spec(whole, choice.lora, [f"{name}.blocks.*attention*" for name in adapted])
+        spec = division.adapter_spec(spec, config, choice.mesh)[0]
+    if choice.word:
+        shapes = {name: (count, getattr(config, name).width) for name, count in choice.word.items()}
+        vectors = {name: Param(shape, specs.zeros, ("vocab", "width")) for name, shape in shapes.items()}
+        spec = {**spec, "word": vectors}
+    return spec, False
 
 
-def _frozen(config: Config, choice: Choice, learning: list[str]) -> int:
+def _local(spec: Tree, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """Shapes of a process's part of leaves by their paths."""
+    placements = tree.flatten_paths(sharding.layout(spec, mesh))
+    return {path: placement.local_shape(mesh) for path, placement in placements.items()}
+
+
+def _frozen(config: Config, choice: Choice) -> int:
     """Bytes of what is on the device and does not learn."""
-    total = 0
+    total, in_loss = 0, [] if choice.autoencoder else segments.in_loss(config, choice)
     for name, make in SPECS.items():
         sizes = getattr(config, name)
-        is_encoder = name in ("clip_l", "clip_g", "t5")
-        if sizes is None or name == "taesd" or (is_encoder and not choice.encoders and name not in learning):
+        if sizes is None or name == "taesd" or (choice.autoencoder and name == "vae"):
             continue
-        if name not in learning:
+        if choice.autoencoder or (name in segments.ENCODERS and not choice.encoders and name not in in_loss):
+            continue
+        if name not in in_loss:
             total += specs.count(make(sizes)) * choice.stored.itemsize
-        elif choice.lora:
-            total += _base(make(sizes), choice, choice.swapped if name == "transformer" else 0)
+        elif choice.is_base_frozen:
+            # The encoders of a word stay whole, as their tables get rows.
+            mesh = ONE_PROCESS if name in choice.word else choice.mesh
+            swapped = choice.swapped if name == "transformer" else 0
+            total += _base(division.part_spec(name, sizes, mesh), choice, swapped, mesh)
     return total
 
 
-def _base(spec: Tree, choice: Choice, swapped: int) -> int:
-    """Bytes of the base of a LoRA: with `base` weights of matrices in blocks of one byte, and a scale for each row."""
-    size = (choice.dtype or torch.float32).itemsize
+def _base(spec: Tree, choice: Choice, swapped: int, mesh: Mesh) -> int:
+    """Bytes of what is frozen in the loss: with `base` weights of matrices in blocks of one byte, and a scale for each
+    row."""
+    size = choice.computed.itemsize
     total, depth = 0, len(spec["blocks"])
-    for path, param in specs.paths(spec).items():
-        parts = path.split(".")
-        if "blocks" in parts and int(parts[parts.index("blocks") + 1]) >= depth - swapped:
+    for path, shape in _local(spec, mesh).items():
+        block = segments.block_of(path)
+        if block is not None and block >= depth - swapped:
             continue
-        count = math.prod(param.shape)
-        if choice.base and "blocks" in parts and path.endswith("weight") and len(param.shape) >= 2:
-            total += count + param.shape[0] * size
+        if choice.base and block is not None and path.endswith("weight") and len(shape) >= 2:
+            total += math.prod(shape) + shape[0] * size
         else:
-            total += count * size
+            total += math.prod(shape) * size
     return total
 
 
-def _moments(optimizer: str, trainable: dict[str, specs.Param]) -> int:
+def _moments(optimizer: str, trainable: Mapping[str, tuple[int, ...]]) -> int:
     total = 0
-    for path, param in trainable.items():
-        count = math.prod(param.shape)
-        if optimizer == "adamw8bit" and adam8.is_stored(param.shape):
-            total += 2 * (count + 4 * math.prod(blockwise.scale_shape(param.shape, blockwise.row_block(param.shape))))
-        elif optimizer == "muon" and "blocks" in path.split(".") and len(param.shape) >= 2:
+    for path, shape in trainable.items():
+        count = math.prod(shape)
+        if optimizer == "adamw8bit" and adam8.is_stored(shape):
+            total += 2 * (count + 4 * math.prod(blockwise.scale_shape(shape, blockwise.row_block(shape))))
+        elif optimizer == "muon" and segments.block_of(path) is not None and len(shape) >= 2:
             total += 4 * count
         else:
             total += 8 * count
@@ -132,122 +142,54 @@ def _moments(optimizer: str, trainable: dict[str, specs.Param]) -> int:
 
 
 def _peak(
-    config: Config, choice: Choice, trainable: dict[str, specs.Param], size: int, measured: Measured
+    choice: Choice,
+    parts: list[Segment],
+    around: tuple[int, int],
+    trainable: Mapping[str, tuple[int, ...]],
+    size: int,
+    is_divided: bool,
 ) -> tuple[int, int]:
     """Bytes of gradients and of all else at the moment at which a step holds most."""
-    sizes = require(config, "transformer")
-    batch, rule = choice.batch // choice.accumulate, choice.rule
-    computed = _computed(choice).itemsize
-    image, context = (choice.side // sizes.patch_size) ** 2, choice.tokens
-    of_blocks = [0] * sizes.depth
-    outside = 0
-    for path, param in trainable.items():
-        parts, count = path.split("."), math.prod(param.shape)
-        if parts[0] == "transformer" and "blocks" in parts:
-            of_blocks[int(parts[parts.index("blocks") + 1])] += count
-        else:
-            outside += count
-    largest = max(math.prod(param.shape) for param in trainable.values())
-    kinds = [(index in sizes.dual_attention_layers, index == sizes.depth - 1) for index in range(sizes.depth)]
-    kept = {kind: _kept(sizes, choice, kind, (batch, image, context), measured) for kind in set(kinds)}
-    # Copies of weights in another dtype, or dequantised ones, live as long as the activations of their block.
-    is_cast = choice.base or (not choice.lora and computed != size)
-    weights = [specs.count(block) * computed for block in mmdit.spec(sizes)["blocks"]]
-    swaps = [index >= sizes.depth - choice.swapped for index in range(sizes.depth)]
-    copies = [weight if is_cast or swap else 0 for weight, swap in zip(weights, swaps, strict=True)]
-    inputs = batch * (image + context) * sizes.width * computed
-    full = [kept[kind] + copy for kind, copy in zip(kinds, copies, strict=True)]
-    remat = choice.remat or choice.base or choice.swapped > 0
-    held = [inputs] * sizes.depth if remat else full
-    # Text and its projection, latents and noise in float32 and in the dtype of the computation, embedded patches.
-    around = batch * (context * sizes.context_width * (4 + computed) + 10 * sizes.in_channels * choice.side**2 * 4)
-    around += batch * (image * 3 + context) * sizes.width * computed
-    working = batch * (image + context) * sizes.width * 2 * computed
-    grads_of = [count * size for count in of_blocks]
-    accumulated = sum(grads_of) + outside * size if choice.accumulate > 1 else 0
+    rule, (held, forward) = choice.rule, around
+    largest = max(map(math.prod, trainable.values()))
+    total = sum(map(math.prod, trainable.values())) * size
+    accumulated = total if choice.accumulate > 1 else 0
     update = min(largest, by_leaf.PART) * 4 * (_PARTS + (_ROUNDING if rule.weights == torch.bfloat16 else 0))
-    moments: list[tuple[int, int]] = []
-    for current in reversed(range(sizes.depth)):
-        gathered = 0 if rule.fused else sum(grads_of[current:])
-        more = full[current] if remat else 0
-        moments.append((gathered + accumulated, around + sum(held[: current + 1]) + more + working))
+    stays = [segment.stays for segment in parts]
+    moments: list[tuple[int, int]] = [(accumulated, held + forward + sum(stays))]
+    for number in reversed(range(len(parts))):
+        segment = parts[number]
+        later = sum(each.gradients for each in parts[number + 1 :])
+        own = 0 if segment.sent else segment.gradients
+        gathered = 0 if rule.fused else later + own
+        moments.append((gathered + accumulated, held + sum(stays[: number + 1]) + segment.works))
+        moments.append((gathered + accumulated, held + sum(stays[:number]) + segment.sent))
         if rule.fused:
             # A parameter is updated when much of its block's activations is free again.
-            moments.append((0, around + sum(held[:current]) + inputs + more // 2 + largest * size + update))
-    every = 0 if rule.fused else sum(grads_of) + outside * size
+            freed = held + sum(stays[:number]) + segment.works // 2
+            moments.append((0, freed + largest * size + update))
+    every = 0 if rule.fused else total
     lean = rule.optimizer == "adamw8bit" or rule.weights != torch.float32
     temporary = update if lean else 0
     if rule.optimizer == "muon":
-        hidden = sum(
-            math.prod(p.shape)
-            for path, p in trainable.items()
-            if is_hidden(path, torch.empty(p.shape, dtype=torch.float32, device="meta"))
-        )
-        temporary += 5 * hidden * 4
+        temporary += 5 * 4 * sum(
+            math.prod(shape) for path, shape in trainable.items()
+            if is_hidden(path, torch.empty(shape, dtype=torch.float32, device="meta"))
+        )  # fmt: skip
     # Parts are summed leaf by leaf.
     gathered = every if choice.accumulate == 1 else 2 * every + largest * size
     moments.append((gathered, temporary))
+    moments.append((every, _summing(choice.mesh, every, size, is_divided)))
     return max(moments, key=sum)
+
+
+def _summing(mesh: Mesh, gradients: int, size: int, is_divided: bool) -> int:
+    """Bytes of a sum of gradients over processes, at most `sharding.BUCKET` numbers at once: what is sent, what comes
+    back, which gloo holds twice, and the sum of a part."""
+    axes = ("data",) if is_divided and mesh.size("fsdp") > 1 else BATCH_AXES
+    count = mesh.size(*axes)
+    return 0 if count == 1 else int(min(gradients, sharding.BUCKET * size) * (3 + 1 / count))
 
 
 _PARTS, _ROUNDING = 6, 7
 """Parts of `by_leaf.PART` numbers in float32 that an update by leaf holds at once, and random words for rounding."""
-_PROBES = ((2, 64, 32), (2, 144, 32), (2, 64, 96))
-"""Samples, image and context tokens of three measurements, from which the three factors follow."""
-
-
-def _kept(
-    sizes: mmdit.Config,
-    choice: Choice,
-    kind: tuple[bool, bool],
-    counts: tuple[int, int, int],
-    measured: Measured,
-) -> int:
-    """Bytes that autograd keeps of a block for its backward pass, parameters not counted; counts: samples, tokens of
-    the image and of the context."""
-    name = (kind, sizes.head_dim, sizes.qk_norm, _computed(choice), choice.lora)
-    if name not in measured:
-        small = replace(sizes, heads=2)
-        rows = torch.tensor([[b * i, b * c, b] for b, i, c in _PROBES], dtype=torch.float64, device="cpu")
-        kept = [_measured(small, choice, *kind, *probe) for probe in _PROBES]
-        sums = torch.tensor(kept, dtype=torch.float64, device="cpu")
-        measured[name] = (torch.linalg.solve(rows, sums) / small.width).tolist()
-    batch, image, context = counts
-    per_image, per_context, per_sample = measured[name]
-    return int(batch * (image * per_image + context * per_context + per_sample) * sizes.width)
-
-
-def _computed(choice: Choice) -> torch.dtype:
-    return choice.dtype or (torch.float32 if choice.lora else choice.rule.weights)
-
-
-def _measured(sizes: mmdit.Config, choice: Choice, dual: bool, last: bool, batch: int, image: int, context: int) -> int:
-    dtype = _computed(choice)
-    spec = joint_block.spec(sizes.width, sizes.head_dim, qk_norm=sizes.qk_norm, dual=dual, last=last)
-    nested = {"transformer": {"blocks": [spec]}}
-    params = tree.cast(specs.init(prng.key(0), nested), dtype)
-    learned: Params = params
-    if choice.lora:
-        learned = specs.init(prng.key(1), lora.spec(nested, choice.lora, "*.blocks.*attention*"))
-    learned = tree.map(lambda leaf: leaf.requires_grad_(), learned)
-    block = (lora.apply(params, learned, lazy=True) if choice.lora else learned)["transformer"]["blocks"][0]
-    own = {leaf.untyped_storage().data_ptr() for leaf in tree.leaves([params, learned])}
-    saved: dict[int, int] = {}
-    held: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    def stream(tokens: int) -> Tensor:
-        return torch.zeros(batch, tokens, sizes.width, dtype=dtype, device="cpu").requires_grad_()
-
-    streams = {"image": stream(image), "context": stream(context)}
-    # What the modulations are computed from learns with the transformer, not with a LoRA of its attentions.
-    condition = torch.zeros(batch, sizes.width, dtype=dtype, device="cpu").requires_grad_(not choice.lora)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        joint_block.apply(block, sizes.heads, streams, condition)
-    return sum(saved.values())

@@ -12,7 +12,7 @@ from functional_sd3.core import computation, prng, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Key, Params, Tree
-from functional_sd3.layouts.components import SPECS, require
+from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.parallel.sharding import Layout, Placement
@@ -100,12 +100,12 @@ def adapter(key: Key, model: Model, rank: int, names: Sequence[str], mesh: Mesh 
     return FlowLearner(params, spec, loss, merged, has_encoders=len(names) > 1, layout=layout)
 
 
-def control_config(model: Model, kind: str, depth: int | None = None) -> controlnet.Config:
+def control_config(config: Config, kind: str, depth: int | None = None) -> controlnet.Config:
     """Config of a ControlNet of joint blocks like the transformer's first `depth`, by default half of them.
 
     Raises ValueError for a depth that is not from 1 to one block less than the transformer has: its last one differs.
     """
-    sizes = require(model.config, "transformer")
+    sizes = require(config, "transformer")
     depth = max(1, sizes.depth // 2) if depth is None else depth
     if not 1 <= depth < sizes.depth:
         raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bench.__main__ as command
-from bench import gpu_attention, table
+from bench import gpu_attention, gpu_training, table
 
 PAGE = (table.HERE / "RESULTS.md").read_text(encoding="utf-8")
 TEMPLATES = [row for name in table.groups() for row in table.rows_of_file(table.HERE / f"bench_{name}.py")]
@@ -61,3 +61,11 @@ def test_the_rows_for_a_gpu_run_in_a_small_size(tmp_path, capsys):
     assert len(lines) == 7 and "MeanFlow step" in lines[-1]
     differences = [float(line.split(" | ")[4]) for line in lines[:-1]]
     assert max(differences) < 0.05
+
+
+def test_the_training_rows_for_a_gpu_run_in_a_small_size(tmp_path):
+    out = tmp_path / "table.md"
+    assert gpu_training.main(["--device", "cpu", "--size", "small", "--rounds", "1", "--out", str(out)]) == 0
+    lines = out.read_text(encoding="utf-8").splitlines()[6:]
+    assert len(lines) == len(gpu_training.FULL) + 1 and lines[-1].startswith("| LoRA of rank 16")
+    assert all(float(line.split(" | ")[3].strip("*")) > 0 for line in lines)

@@ -148,6 +148,7 @@ MAKE = {
 _SHORT = ("--steps", "1", "--batch-size", "2", "--warmup", "0", "--sample-every", "0")
 OTHERS = {
     "pip install .": [],
+    "python -m bench.cards": [["python", "-m", "bench.cards", "--help"]],
     "python -m bench.likelihood": [
         ["python", "-m", "bench.likelihood", "--count", "1", "--steps", "1", "--draws", "1"],
     ],

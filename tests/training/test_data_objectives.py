@@ -215,14 +215,14 @@ def test_validation_is_the_loss_of_each_row_at_fixed_times_whatever_the_batch(ti
 
 def test_a_controlnet_is_copied_from_the_transformers_first_blocks(tiny):
     model = Model(tiny.params, tiny.config)
-    net = flow_learners.control_config(model, "canny")
+    net = flow_learners.control_config(model.config, "canny")
     learner = flow_learners.control(prng.key(0), model, net)
     copied, source = learner.params["controlnet"], tiny.params["transformer"]
     assert net.depth == 1 and not tree.diff(copied["blocks"], source["blocks"][:1])
     assert not any(leaf.any() for leaf in tree.leaves([copied["residuals"], copied["control_patch"]]))
     for depth in (0, 2):
         with pytest.raises(ValueError, match=f"a ControlNet of {depth} blocks cannot be copied .* give 1 to 1"):
-            flow_learners.control_config(model, "canny", depth)
+            flow_learners.control_config(model.config, "canny", depth)
 
 
 def test_added_rows_of_an_embedding_follow_its_table():

@@ -14,7 +14,7 @@ from functional_sd3.core.computation import Computation
 from functional_sd3.core.types import Params
 from functional_sd3.parallel import offload
 from functional_sd3.training import estimate, objectives, optim, step, update_rule
-from functional_sd3.training.estimate import Choice
+from functional_sd3.training.memory_choice import Choice
 from functional_sd3.training.update_rule import UpdateRule
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import quantize
@@ -132,13 +132,9 @@ def test_an_estimate_of_a_folder_follows_its_options(estimated):
 
 def test_what_cannot_be_estimated_is_an_error(estimated):
     for words, said in (
-        (["--part", "vae"], "--estimate is of --part transformer"),
-        (
-            ["--inversion", "zor", "--initial-word", "circle"],
-            "--estimate is of the transformer or a LoRA of it, on one process: leave out --inversion",
-        ),
-        (["--mesh", "fsdp=2"], "on one process: leave out --mesh"),
-        (["--prior-prompt", "a circle", "--prior-images", 4, "--prior-data", "class"], "leave out --prior-data"),
+        (["--mesh", "fsdp=3", "--batch-size", 4], "--batch-size 4 cannot be divided over 3 processes"),
+        (["--mesh", "width=2"], "--mesh: 'width=2' in the mesh"),
+        (["--params", "sd3.5-large", "--mesh", "tensor=4"], "the 38 heads of the attention divide over 1, 2, 19, 38"),
         (["--params", "sd3.5-lage"], "there is no such file or folder.*--estimate knows sd3-medium, sd3.5-medium"),
         (["--params", "sd3.5-large", "--size", 1000], "--size 1000 must be a multiple of 16 pixels"),
         (["--params", "sd3.5-large", "--base", "int8"], "--base int8 is of the base of --lora"),
