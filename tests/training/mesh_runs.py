@@ -40,8 +40,9 @@ def tensors(out, step=6):
 
 
 def error(ours, theirs, kind="params."):
-    """Relative difference of all leaves of a kind together."""
+    """Relative difference of all leaves of a kind together; averages are parameters too."""
     assert ours.keys() == theirs.keys()
-    pairs = [(ours[name].double(), theirs[name].double()) for name in ours if kind in name]
+    kinds = (kind, "ema.") if kind == "params." else (kind,)
+    pairs = [(ours[name].double(), theirs[name].double()) for name in ours if any(each in name for each in kinds)]
     assert pairs
     return float((sum((x - y).square().sum() for x, y in pairs) / sum(y.square().sum() for _, y in pairs)).sqrt())

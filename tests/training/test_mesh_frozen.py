@@ -40,9 +40,8 @@ def images(tmp_path_factory):
 
 
 RUNS = {
-    "lora": ["--lora", "2", "--sample-every", "2"],
+    "lora": ["--lora", "2", "--block-swap", "1", "--remat", "--sample-every", "2"],
     "int8": ["--lora", "2", "--base", "int8", "--text-encoders", "train"],
-    "swapped": ["--lora", "2", "--block-swap", "1", "--remat"],
     "control": ["--control", "canny", "--sample-every", "2", "--remat"],
     "inversion": ["--inversion", "<hue>", "--initial-word", "red", "--caption", "a <hue> circle", "--data", "IMAGES"],
     "vae": ["--part", "vae", "--sample-every", "2"],
@@ -75,8 +74,7 @@ def decoded(path):
 
 
 MESHES = [
-    (2, "tensor=2", "train", []),
-    (4, "fsdp=2,tensor=2", "train", ["--text-encoders", "train", "--remat"]),
+    (4, "fsdp=2,tensor=2", "train", ["--text-encoders", "train"]),
     (4, "data=2,tensor=2", "train", ["--lora", "2", "--base", "int8", "--sample-every", "2"]),
     (4, "data=2,fsdp=2", "train", ["--optimizer", "muon", "--accumulate", "2"]),
     (4, "data=2,fsdp=2", "train", ["--lora", "2", "--accumulate", "2"]),
@@ -111,9 +109,7 @@ def test_training_with_divided_heads_or_tokens_or_on_several_machines_is_that_of
 
 DISTIL = ["--to", "2", "--sample-every", "2"]
 OTHERS = {
-    "segments": ("distill", [*DISTIL, "--method", "segments"]),
     "lora of a mean flow": ("distill", [*DISTIL, "--method", "meanflow", "--lora", "2"]),
-    "mean flow": ("distill", [*DISTIL, "--method", "meanflow", "--remat"]),
     "fake score": ("distill", [*DISTIL, "--method", "rcm"]),
     "pairs": ("distill", [*DISTIL, "--method", "reflow"]),
     "nft": ("reward", ["--reward", "colours", "--sample-every", "2"]),
@@ -140,10 +136,10 @@ def test_teachers_and_references_are_divided_as_students_and_policies_are(proces
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == words.count("--sample-every")
 
 
-@pytest.mark.parametrize("command", ["train", "distill", "reward"])
+@pytest.mark.parametrize("command", ["distill", "reward"])
 def test_parts_in_bfloat16_learn_as_the_whole_does(processes, folder, tmp_path, command):
     """But for gradients that are rounded once, or in each part of the batch, and so for last places of weights."""
-    own = {"train": [], "distill": ["--to", "2"], "reward": ["--reward", "colours"]}[command]
+    own = {"distill": ["--to", "2"], "reward": ["--reward", "colours"]}[command]
     words = ["--steps", "2", "--save-every", "2", "--warmup", "0", "--weights", "bfloat16", *own]
     parts = ["--accumulate", "2"] if command != "reward" else []
     assert train(folder, "--out", tmp_path / "alone", *words, *parts, command=command)[0] == 0

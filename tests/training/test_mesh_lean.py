@@ -82,6 +82,7 @@ def test_an_update_in_the_backward_pass_is_that_after_it(processes, sizes, name)
         # The fused kernel of float32 AdamW rounds otherwise.
         assert not tree.diff(fused, plain) if name == "adamw8bit" else error(fused, plain) < 1e-6
         assert tree.allclose(same, reported, rtol=1e-5) and tree.allclose(reported, metrics, rtol=1e-5)
+        assert {each.kind for each in tree.diff(plain, alone)} <= {"value"}
         assert error(plain.params, alone.params) < (1e-4 if name == "adamw8bit" else 1e-6)
         assert "data" in sizes or size < moments / count + 1500
 
@@ -137,6 +138,7 @@ def test_weights_in_bfloat16_learn_on_parts_as_on_the_whole(processes):
     moved = error(alone.params, start)
     for (plain, _, _), (fused, _, _) in processes(2, both, {"fsdp": 2}, rule):
         assert not tree.diff(fused, plain) and {leaf.dtype for leaf in tree.leaves(plain.params)} == {torch.bfloat16}
+        assert {each.kind for each in tree.diff(plain, alone)} <= {"value"}
         assert error(plain.params, alone.params) < 0.05 * moved
 
 
