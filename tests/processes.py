@@ -122,6 +122,7 @@ def _serve(connection: Connection, store: Path, rank: int, count: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count))
     limit = timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=limit)
+    _keep_groups()
     with contextlib.suppress(EOFError, OSError):
         while True:
             message = connection.recv_bytes()
@@ -133,3 +134,20 @@ def _serve(connection: Connection, store: Path, rank: int, count: int) -> None:
             connection.send_bytes(answer)
     # Without the teardown of the group, which waits for processes that may be gone.
     os._exit(0)
+
+
+def _keep_groups() -> None:
+    """Every process makes a group of the same members once: the threads of each wake a hundred times a second for as
+    long as a process is kept, and tests make hundreds of meshes."""
+    import torch.distributed as dist
+
+    groups: dict[tuple[int, ...], Any] = {}
+    new_group = dist.new_group
+
+    def kept(ranks: Any) -> Any:
+        key = tuple(ranks)
+        if key not in groups:
+            groups[key] = new_group(ranks)
+        return groups[key]
+
+    dist.new_group = kept

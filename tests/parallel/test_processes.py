@@ -43,3 +43,14 @@ def test_processes_are_kept_until_one_fails(processes):
         processes(2, hanging, timeout=0.2)
     fresh = processes(2, identity, "c")
     assert {pid for pid, _ in fresh}.isdisjoint({pid for pid, _ in first})
+
+
+def makes_meshes():
+    one, other = (mesh.init({"data": 2, "fsdp": 2}) for _ in range(2))
+    return (
+        all(one.group(axis) is other.group(axis) for axis in ("data", "fsdp")) and one.group("data") is not one.group()
+    )
+
+
+def test_groups_of_the_same_processes_are_made_once(processes):
+    assert processes(4, makes_meshes) == [True] * 4
