@@ -14,7 +14,7 @@ from functional_sd3.cli import distill_options, distill_pairs, memory_options, t
 from functional_sd3.cli.training_run import Setup, check_continuing, steps_note
 from functional_sd3.core import prng
 from functional_sd3.flow import schedule
-from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh, describe
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import cache, continuing, digests, distill_methods, distill_task, division, tasks
 from functional_sd3.training.distill_options import OPTIONS
@@ -56,7 +56,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     images = train_data.images(arguments, model, say)
     ids = train_data.tokens(model, images.captions)
-    settings = _settings(arguments, source, stored, images, options)
+    settings = _settings(arguments, source, stored, images, options) | {"mesh": describe(mesh.sizes)}
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
         check_continuing(arguments, differences)

@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = _jobs(prompts, arguments)
     prompt_words.note_missing_quotes(arguments.prompt)
 
-    with processes.mesh(arguments.mesh, processes.DRAWING, "generate") as mesh:
-        _draw(arguments, timer, mesh, prompts, jobs, size, tile, out, single=single)
+    with processes.team(arguments, processes.DRAWING, "generate") as team:
+        _draw(arguments, timer, team and team.mesh, prompts, jobs, size, tile, out, single=single)
     report.message(timer.summary())
     return 0
 

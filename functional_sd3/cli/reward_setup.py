@@ -29,6 +29,7 @@ from functional_sd3.core.types import Key, Params
 from functional_sd3.flow import schedule
 from functional_sd3.image import pixels, vae
 from functional_sd3.layouts.components import require
+from functional_sd3.parallel.mesh import describe
 from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.recipes.shapes import rewards as shapes_rewards
 from functional_sd3.text.conditioning import Conditioning
@@ -63,7 +64,7 @@ def prepare(arguments: argparse.Namespace, processes: Processes = ALONE) -> Setu
     model = memory_options.with_computations(arguments, model, ("transformer",), mesh, divided)
     entries = [] if arguments.pairs is None else pair_files.read(arguments.pairs)
     prompts = [entry.prompt for entry in entries] or _prompts(arguments)
-    settings = _settings(arguments, source, stored, prompts)
+    settings = _settings(arguments, source, stored, prompts) | {"mesh": describe(processes.mesh.sizes)}
     if entries:
         settings[continuing.CONTENTS + "the pairs"] = pair_files.digest(entries)
     differences = lambda saved: _differences(saved, settings)  # noqa: E731

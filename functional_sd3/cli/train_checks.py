@@ -139,12 +139,18 @@ def check_folder(arguments: argparse.Namespace) -> None:
         )
 
 
-def check_disk(out: Path, state, model, keep: int) -> None:
-    """Raises ValueError for a disk without room: a run that cannot save is better refused at once."""
+def check_disk(out: Path, checkpoints: int, model) -> None:
+    """Raises ValueError for a disk without room: a run that cannot save is better refused at once.
+
+    checkpoints: bytes of those that are kept and the one that is written beside them.
+    """
     from functional_sd3.core import tree
 
-    needed = (keep + 1) * tree.nbytes(state) + tree.nbytes(model.params)
-    free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in (out / "checkpoints").glob("step-*"))
+    needed = checkpoints + tree.nbytes(model.params)
+    saved = (
+        file for path in (out / "checkpoints").glob("step-*") for file in (path, *path.glob("*")) if file.is_file()
+    )
+    free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in saved)
     if free < needed:
         raise ValueError(
             f"{out} has {free / 2**30:.2f} GiB free; the checkpoints and the model need {needed / 2**30:.2f} GiB"

@@ -2,7 +2,7 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,16 @@ def _adapted_dtype(params: Tree, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def as_stored(params: Tree, stored: Tree) -> Tree:
+def as_stored(params: Params, stored: Params) -> Params:
     """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now.
 
     What was not stored, as a student can have it, is in the commonest dtype.
     """
+    return tree.map_with_path(stored_caster(stored), params)
+
+
+def stored_caster(stored: Params) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """The function of `as_stored` from the path and value of one leaf."""
     dtypes = {path: leaf.dtype for path, leaf in tree.flatten_paths(stored).items()}
     commonest = Counter(dtypes.values()).most_common(1)[0][0]
 
@@ -122,7 +127,7 @@ def as_stored(params: Tree, stored: Tree) -> Tree:
         narrow = leaf.to("cpu", torch.bfloat16 if old.itemsize < 2 else old)
         return leaf.cpu() if finite.nonfinite_kind(narrow) else narrow
 
-    return tree.map_with_path(cast, params)
+    return cast
 
 
 def text_encoders(options: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from functional_sd3.cli import (
 from functional_sd3.cli.training_run import Setup
 from functional_sd3.core import prng
 from functional_sd3.layouts.components import SPECS
-from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh, describe
 from functional_sd3.text import conditioning, textual_inversion
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.training import continuing, digests, division, flow_learners, flow_task, tasks, vae_task
@@ -83,7 +83,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     if options.inversion is not None and ids is not None:
         _check_word(options.inversion, model, ids, say)
     settings = _settings(arguments, source, stored, images, ids)
-    settings["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+    settings |= {"dtype": str(dtype or torch.float32).removeprefix("torch."), "mesh": describe(mesh.sizes)}
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
         # Before images of the class are drawn, which would be others than those of the run.

@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
+import functools
 import io
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3 import lora, weights
-from functional_sd3.cli import report, train_checks, train_model
+from functional_sd3.cli import mesh_options, report, restarts, run_rows, train_checks, train_model
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import pixels
 from functional_sd3.layouts.components import SPECS
 from functional_sd3.parallel.processes import ALONE, Processes
-from functional_sd3.training import checkpoint, continuing, interruption, lock, loop, tensorboard, validation
+from functional_sd3.training import checkpoint, continuing, interruption, lock, loop, tensorboard
 from functional_sd3.training.rewards import RewardError
 from functional_sd3.weights.model import Model
 
@@ -27,7 +27,6 @@ KEEP = 3
 LORA = "pytorch_lora_weights.safetensors"
 """The name under which diffusers finds a LoRA in a folder."""
 Say = Callable[[str], None]
-OnRow = Callable[[int, dict[str, float]], None]
 State = Any
 
 
@@ -65,15 +64,22 @@ def steps_note(steps: int, saved: dict[str, Any], state: State) -> str | None:
 def hold(arguments: argparse.Namespace, processes: Processes = ALONE) -> Iterator[None]:
     """Context in which --out is these processes' alone; a signal before the first step ends it as Ctrl-C does.
 
-    Raises ValueError where --out holds no run to resume, one that is not to be, or what no run left there.
+    A restart by torchrun sets --resume where its own run has a checkpoint. Raises ValueError where --out holds no run
+    to resume, one that is not to be, or what no run left there.
     """
     with interruption.terminated_like_interrupted(), contextlib.ExitStack() as stack:
 
-        def enter() -> None:
-            stack.enter_context(lock.hold(arguments.out, say))
+        def enter() -> bool:
+            out = Path(arguments.out)
+            stack.enter_context(lock.hold(out, say))
+            if restarts.is_restart(out) and has_checkpoint(out / "checkpoints"):
+                say("started again by torchrun")
+                arguments.resume = True
             train_checks.check_folder(arguments)
+            restarts.begin(out)
+            return arguments.resume
 
-        processes.first(enter)
+        arguments.resume = processes.first(enter)
         yield
 
 
@@ -85,7 +91,9 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
     out, checkpoints = Path(arguments.out), Path(arguments.out) / "checkpoints"
     task, state = setup.task, setup.task.state
     whole = task.whole if hasattr(task, "whole") else lambda state: state
-    processes.first(lambda: train_checks.check_disk(out, state, setup.stored, KEEP * processes.mesh.size("fsdp")))
+    placements = _placements(setup)
+    needed = (KEEP + 1) * checkpoint.nbytes(state, placements, processes.mesh)
+    processes.first(lambda: train_checks.check_disk(out, needed, setup.stored))
     if arguments.resume:
         state = resume(arguments, setup, processes)
     first_step = int(state.step)
@@ -122,14 +130,17 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
             has_sample=lambda done: (samples / f"{done:08d}.png").exists(),
             keep=KEEP,
             progress=progress,
-            on_row=_row_writer(None if progress else _row_printer(first_step, arguments.steps), board),
+            on_row=run_rows.writer(
+                say, None if progress else run_rows.printer(say, first_step, arguments.steps), board
+            ),
             note=say,
             processes=processes,
             whole=whole,
+            placements=placements,
             samples_together=getattr(task, "samples_together", False),
         )
     except KeyboardInterrupt:
-        say(f"stopped at once; {newest(checkpoints)}")
+        say(f"stopped at once; {mesh_options.newest_checkpoint(arguments.out)}")
         return 130
     except loop.UnsavedError as error:  # In the first process alone; `state` is whole.
         if int(error.state.step) == arguments.steps:
@@ -149,15 +160,16 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
         return 130
     if done == first_step:
         say(f"all {done} steps were done before: only the result is written again; a larger --steps goes on")
-    complete = whole(outcome.state)
     try:
-        report.say(processes.first(lambda: save_result(out, complete, setup)))
+        report.say(processes.first(lambda: save_result(out, _averaged(outcome.state, setup, checkpoints), setup)))
     except KeyboardInterrupt:
         say(f"stopped while the result was written; step {done} is saved, and the same command with --resume goes on")
         return 130
     except ValueError as error:
         saved = f"step {done} is saved in {checkpoints}; the same command with --resume writes the result"
         raise type(error)(f"{error}. {saved}") from error
+    if processes.is_first:
+        restarts.end(out)
     return 0
 
 
@@ -166,45 +178,6 @@ def _save_unsaved(error, out: Path, setup) -> None:
     with contextlib.suppress(WeightsError):
         written = save_result(out, error.state, setup)
         say(f"note: the result of all steps is written to {written}; without their checkpoint no run goes on from it")
-
-
-def _row_writer(print_row: OnRow | None, board: tensorboard.Writer | None) -> OnRow:
-    """Prints what is validated, and passes every row on: to a line and to TensorBoard where they are wanted."""
-
-    def on_row(step: int, row: dict[str, float]) -> None:
-        if print_row is not None:
-            print_row(step, row)
-        if math.isfinite(row.get("validation", math.nan)):
-            names = zip(validation.TIMES, validation.NAMES[1:], strict=True)
-            at_times = ", ".join(f"{time:.2f}: {row[name]:.4f}" for time, name in names)
-            say(f"validation at step {step}: {row['validation']:.4f}; by t {at_times}")
-        if board is not None:
-            board.row(step, row)
-
-    return on_row
-
-
-def _row_printer(first_step: int, steps: int):
-    """Prints a line for every row of the log: the loss, the rate, and how long the rest takes."""
-    import time
-
-    started = time.monotonic()
-    flat: list[int] = []
-
-    def on_row(step: int, row: dict[str, float]) -> None:
-        seconds = (time.monotonic() - started) / max(step - first_step, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (steps - step)))
-        shown = [f"{name} {row[name]:.3g}" for name in ("reward", "spread", "kl", "rate") if name in row]
-        words = [f"loss {row['loss']:.4f}", *shown, f"{1 / seconds:.3g} steps/s", f"{left} left"]
-        say(f"step {step} of {steps}: {', '.join(words)}")
-        if row.get("spread") == 0 and not flat:
-            flat.append(step)
-            say(
-                "note: the rewards of every group were equal, so nothing was learned: a reward with more grades, a "
-                "larger --group or more --draws find differences"
-            )
-
-    return on_row
 
 
 def say(text: str) -> None:
@@ -225,32 +198,40 @@ def resume(arguments: argparse.Namespace, setup: Setup, processes: Processes = A
     """
     folder, task = Path(arguments.out) / "checkpoints", setup.task
     allowed = lambda saved: continuing.check(setup.differences(saved), arguments.out, force=arguments.force)  # noqa: E731
-    like = task.whole(task.state) if hasattr(task, "whole") else task.state
-    states: list[State] = []
-
-    def choose() -> Path:
-        resumed = checkpoint.load_newest(folder, like, allowed)
-        for path, error in resumed.passed_over:
-            aside = checkpoint.set_aside(path)
-            say(f"note: a checkpoint cannot be read: {error}")
-            say(f"note: it is set aside as {aside}, and the one before is taken: {resumed.path.name}")
-        for sentence in continuing.notes(setup.differences(resumed.settings), resumed.settings, setup.settings):
-            say(f"note: {sentence}")
-        say(f"resuming at step {int(resumed.state.step)} of {arguments.steps}")
-        if note := setup.step_note(resumed.settings, resumed.state):
-            say(note)
-        states.append(resumed.state)
-        return resumed.path
-
-    path = processes.first(choose)
-    state = processes.together(lambda: states[0] if states else checkpoint.load(path, like))
-    return task.shard(state) if hasattr(task, "shard") else state
+    resumed = checkpoint.load_newest(folder, task.state, allowed, placements=_placements(setup), processes=processes)
+    for path, error in resumed.passed_over:
+        aside = processes.first(functools.partial(checkpoint.set_aside, path))
+        say(f"note: a checkpoint cannot be read: {error}")
+        say(f"note: it is set aside as {aside}, and the one before is taken: {resumed.path.name}")
+    for sentence in continuing.notes(setup.differences(resumed.settings), resumed.settings, setup.settings):
+        say(f"note: {sentence}")
+    say(f"resuming at step {int(resumed.state.step)} of {arguments.steps}")
+    if note := setup.step_note(resumed.settings, resumed.state):
+        say(note)
+    return resumed.state
 
 
-def newest(folder: Path) -> str:
-    """A sentence that names the newest checkpoint."""
-    paths = checkpoint.paths(folder)
-    return f"--resume goes on from the newest checkpoint, {paths[-1]}" if paths else "there is no checkpoint yet"
+def _placements(setup: Setup) -> Any:
+    """Placements of the leaves of a state of which each process has its part; None where each has all."""
+    return getattr(setup.task, "placements", None)
+
+
+def _averaged(state: State, setup: Setup, checkpoints: Path) -> State:
+    """The state with the average of the parameters alone, whole, in the dtypes in which it is saved.
+
+    Where each process has its part it is put together from the newest checkpoint, which holds this state, so that no
+    process has the whole in memory.
+    """
+    if _placements(setup) is None:
+        return state
+    casters = {name: train_model.stored_caster(setup.stored.params[name]) for name in setup.task.trained}
+
+    def cast(path: str, leaf: torch.Tensor) -> torch.Tensor:
+        component, _, rest = path.partition(".")
+        return casters[component](rest, leaf) if component in casters else leaf
+
+    ema = checkpoint.whole(checkpoint.paths(checkpoints)[-1], "ema", state.ema, cast)
+    return state._replace(params={}, optimizer={}, ema=ema)
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -6,12 +6,13 @@ decided together: an error of one would leave the others waiting for it. Of one 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
+from functional_sd3.parallel.watch import Watch
 
 T = TypeVar("T")
 
@@ -20,12 +21,25 @@ class ElsewhereError(ValueError):
     """An error of another process, which reports it."""
 
 
+def is_on_all(error: BaseException | None) -> bool:
+    """True for an error by which all processes end, or one that it caused: none of them waits for this one."""
+    while error is not None:
+        if isinstance(error, ElsewhereError) or getattr(error, _ON_ALL, False):
+            return True
+        error = error.__cause__
+    return False
+
+
+_ON_ALL = "is_on_all_processes"
+
+
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, on their mesh."""
+    """The processes of a run, on their mesh; watch: by which the others end when one is lost, None for none."""
 
     mesh: Mesh = ONE_PROCESS
     device: torch.device = torch.device("cpu")
+    watch: Watch | None = None
 
     @property
     def is_first(self) -> bool:
@@ -71,8 +85,21 @@ class Processes:
         failures = self.gather(None if error is None else str(error) or type(error).__name__)
         rank = next(index for index, failure in enumerate(failures) if failure is not None)
         if error is not None and rank == self.mesh.rank:
+            setattr(error, _ON_ALL, True)
             raise error
         raise ElsewhereError(f"process {rank}: {failures[rank]}") from error
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Raise an error that all have: in the first, which reports it, and in the others as ElsewhereError."""
+        if self.is_first:
+            setattr(error, _ON_ALL, True)
+            raise error
+        raise ElsewhereError(f"process 0: {error}") from error
+
+    def reached(self, step: int) -> None:
+        """Say to the watch that this process has done a step."""
+        if self.watch is not None:
+            self.watch.reached(step)
 
     def first(self, fn: Callable[[], T]) -> T:
         """fn() of process 0 on all of them, while they wait; its errors as `together`. The value is pickled."""

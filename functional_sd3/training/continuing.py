@@ -1,9 +1,11 @@
 """Differences between the settings of a resumed run and those of its checkpoint, and which are allowed."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from functional_sd3.formats.printable import shorten
+from functional_sd3.parallel import mesh
 
 FIXED = (
     "part", "lora", "scratch", "text-encoders", "decoder-only", "control", "control-depth", "inversion", "vectors",
@@ -12,7 +14,8 @@ FIXED = (
 """Options that decide which numbers a checkpoint holds."""
 CONTENTS = "contents of "
 """How the names of digests start: they are compared where the checkpoint has them."""
-_FREE = ("steps", "params", "data", "template")
+_FREE = ("steps", "params", "data", "template", "mesh")
+_ONE_PROCESS = mesh.describe({})
 
 
 class Difference(NamedTuple):
@@ -34,13 +37,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], defaults: Map
     """The settings that differ. One that the checkpoint lacks, as it is older than the option, had its default.
 
     The paths "params" and "data" are not compared where the checkpoint has digests of their contents; captions are
-    compared, not the template that some were made by.
+    compared, not the template that some were made by; and of "mesh" and "accumulate" the number of parts that a batch
+    is added up from, which is the same on 4 processes and in 4 accumulated parts.
     """
     old = {**defaults, **before}
+    free = {*_FREE, "accumulate"} if _parts(old) == _parts(now) else _FREE
     changes = [
         Difference(name, old[name], value)
         for name, value in now.items()
-        if name not in _FREE and name in old and old[name] != value
+        if name not in free and name in old and old[name] != value
     ]
     if any(each.name == CONTENTS + "the data" for each in changes):
         implied = ("fingerprint of the data", CONTENTS + "the tokens")
@@ -71,6 +76,12 @@ def check(changes: list[Difference], out: object, *, force: bool) -> None:
 def notes(changes: list[Difference], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Sentences on the settings that change and on those that cannot be compared."""
     sentences = [f"changed by --force: {_listed(changes)}"] if changes else []
+    if "mesh" in before and (meshes := [_mesh(settings) for settings in (before, now)])[0] != meshes[1]:
+        old, new = _parts(before), _parts(now)
+        parts = (
+            f"{old} parts as before" if old == new else f"{new} parts and not from {old}: sums are rounded otherwise"
+        )
+        sentences.append(f"mesh {meshes[0]} -> {meshes[1]}; a batch is added up from {parts}")
     unknown = [name for name in before if name not in now and name not in _FREE]
     if unknown:
         sentences.append(
@@ -81,6 +92,23 @@ def notes(changes: list[Difference], before: Mapping[str, Any], now: Mapping[str
             "the checkpoint has no digests of the weights and images it began with, so they are not compared"
         )
     return sentences
+
+
+def _parts(settings: Mapping[str, Any]) -> int:
+    """Number of parts that the gradient of a batch is the sum of."""
+    sizes, accumulate = mesh.parse(_mesh(settings)), settings.get("accumulate", 1)
+    return math.prod(sizes.get(axis, 1) for axis in mesh.BATCH_AXES) * (
+        accumulate if isinstance(accumulate, int) else 1
+    )
+
+
+def _mesh(settings: Mapping[str, Any]) -> str:
+    """The mesh of a run; that of one process where its checkpoint, which may be older, names none."""
+    text = settings.get("mesh")
+    try:
+        return mesh.describe(mesh.parse(text)) if isinstance(text, str) else _ONE_PROCESS
+    except ValueError:
+        return _ONE_PROCESS
 
 
 def _listed(changes: list[Difference]) -> str:

@@ -68,8 +68,12 @@ def hold(folder: str | os.PathLike, note: Callable[[str], None]) -> Iterator[Non
 
 def this_process() -> Holder:
     """This process, as the holder of a lock that it takes now."""
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    return Holder(os.getpid(), socket.gethostname(), _boot(), _tick(os.getpid()), now)
+    return process(os.getpid())
+
+
+def process(pid: int) -> Holder:
+    """A process of this machine, as of now."""
+    return Holder(pid, socket.gethostname(), _boot(), _tick(pid), time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 def is_running(holder: Holder) -> bool:

@@ -82,6 +82,7 @@ def run(
     summary: Summary | None = None,
     processes: Processes = ALONE,
     whole: Callable[[S], S] = lambda state: state,
+    placements: Tree | None = None,
     samples_together: bool = False,
 ) -> Outcome[S]:
     """Train from `state` until `state.step` is `steps`.
@@ -100,10 +101,11 @@ def run(
     last checkpoint. Raises DivergedError at a loss, gradient or state that is not finite, leaving the last good
     checkpoint, and UnsavedError when the disk refuses the last checkpoint.
 
-    processes: of the run, which all call this; the first one writes and samples, of `whole(state)`, the state put
-    together, for which all of them are needed. samples_together: all of them call `on_sample` instead, each with its
-    own state, and draw together; no signal ends that. A signal to one stops them all after the same step, and an error
-    of one that is none of a training step ends them all, in the others as ElsewhereError; a rollout is not abandoned
+    processes: of the run, which all call this; each writes what it owns of a checkpoint, and the first one the rest,
+    and samples of `whole(state)`, the state put together, for which all of them are needed. placements: of the leaves
+    of a state of which each has its part. samples_together: all of them call `on_sample` instead, each with its own
+    state, and draw together; no signal ends that. A signal to one stops them all after the same step, and an error of
+    one that is none of a training step ends them all, in the others as ElsewhereError; a rollout is not abandoned
     there.
     """
     from tqdm import tqdm
@@ -111,7 +113,10 @@ def run(
     done, folder = int(state.step), Path(out) / "checkpoints"
     table = processes.first(lambda: log.resume(Path(out) / "log.csv", done))
     own_table, own_row = (table, on_row) if processes.is_first else (None, None)
+    own_note = note if processes.is_first else lambda text: None
     recorder = Recorder(own_table, folder, done, summary or columns, own_row, note)
+    for step in processes.first(lambda: checkpoint.sweep(folder)):
+        own_note(f"note: the write of the checkpoint of step {step} was broken off; what it left is removed")
     saved = done
 
     def is_sample_due() -> bool:
@@ -123,12 +128,11 @@ def run(
 
     def save(final: bool) -> bool:
         processes.together(lambda: _check_finite(state, done, folder))
-        complete = whole(state)
         try:
-            return processes.first(lambda: _save(folder, done, complete, settings or {}, keep, note, final=final))
+            return _save(folder, done, state, settings or {}, keep, own_note, final, placements, processes)
         except UnsavedError as error:
-            error.state = complete
-            raise
+            error.state = whole(state)
+            processes.fail(error)
 
     def sample() -> None:
         if samples_together:
@@ -148,6 +152,7 @@ def run(
             write_row(durable=True)
             save(final=True)
 
+    processes.reached(done)
     with interruption.catch() as stop, tqdm(initial=done, total=steps, disable=not progress, dynamic_ncols=True) as bar:
         if done and is_sample_due() and not processes.first(lambda: has_sample(done)):
             sample()
@@ -171,6 +176,7 @@ def run(
                 save_whole()
                 raise
             done += 1
+            processes.reached(done)
             validates = validate is not None and (done == steps or (validate_every > 0 and done % validate_every == 0))
             if validate is not None:
                 metrics = {
@@ -221,22 +227,38 @@ def _check_finite(state: State, step: int, folder: Path) -> None:
 
 
 def _save(
-    folder: Path, step: int, state: State, settings: dict[str, Any], keep: int, note: Note, *, final: bool
+    folder: Path,
+    step: int,
+    state: State,
+    settings: dict[str, Any],
+    keep: int,
+    note: Note,
+    final: bool,
+    placements: Tree | None,
+    processes: Processes,
 ) -> bool:
-    """True if the checkpoint of `step` is on the disk. Raises UnsavedError where `final`."""
+    """True if the checkpoint of `step` is on the disk, on all processes. Raises UnsavedError where `final`."""
     least = 1 if final else checkpoint.MIN_KEPT
-    try:
-        checkpoint.save(folder, step, state, settings)
-    except WeightsError as error:
-        if not is_disk_full(error) or len(checkpoint.paths(folder)) <= least:
-            return _unsaved(error, folder, step, note, final)
-        # The oldest ones would go after this one was written; on a full disk they make room for it.
-        checkpoint.prune(folder, least)
+
+    def attempt() -> WeightsError | None:
         try:
-            checkpoint.save(folder, step, state, settings)
-        except WeightsError as again:
-            return _unsaved(again, folder, step, note, final)
-    checkpoint.prune(folder, max(keep, checkpoint.MIN_KEPT))
+            checkpoint.save(folder, step, state, settings, placements=placements, processes=processes)
+        except WeightsError as error:
+            return error
+        return None
+
+    def has_made_room() -> bool:
+        """The oldest ones would go after this one was written; on a full disk they make room for it."""
+        has_more = len(checkpoint.paths(folder)) > least
+        checkpoint.prune(folder, least)
+        return has_more
+
+    error = attempt()
+    if error is not None and is_disk_full(error) and processes.first(has_made_room):
+        error = attempt()
+    if error is not None:
+        return _unsaved(error, folder, step, note, final)
+    processes.first(lambda: checkpoint.prune(folder, max(keep, checkpoint.MIN_KEPT)))
     return True
 
 

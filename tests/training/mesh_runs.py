@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from functional_sd3.formats import files
+from functional_sd3.training import checkpoint, stored
 
 STEPS = ["--data", "shapes", "--pictures", "12", "--steps", "6", "--batch-size", "4", "--save-every", "3"]
 SMALL = [*STEPS, "--log-every", "2", "--sample-every", "0", "--warmup", "2", "--lr", "1e-2"]
@@ -35,8 +35,15 @@ def train(folder, *words, fault=None, command="train"):
 
 
 def tensors(out, step=6):
-    mapped = files.open_mapped(Path(out) / "checkpoints" / f"step-{step:08d}.safetensors")
-    return {name: files.tensor(mapped, name) for name in mapped.header.tensors}
+    """The leaves of a checkpoint of any number of processes."""
+    (path,) = (path for path in checkpoint.paths(Path(out) / "checkpoints") if checkpoint.step_of(path) == step)
+    opened = stored.open_stored(path)
+    return {name: stored.read(opened, name) for name in opened.leaves}
+
+
+def result(out):
+    """Bytes of the files of a written transformer."""
+    return {path.name: path.read_bytes() for path in (Path(out) / "transformer").iterdir()}
 
 
 def error(ours, theirs, kind="params."):

@@ -66,10 +66,10 @@ def test_a_signal_at_any_moment_ends_the_run_after_the_state_is_saved(tmp_path, 
             interrupt(number)
         return plain_step(state, given)
 
-    def save(folder, step, *rest):
+    def save(folder, step, *rest, **options):
         if moment == "checkpoint" and step == at:
             interrupt(number)
-        return original(folder, step, *rest)
+        return original(folder, step, *rest, **options)
 
     def on_sample(state, done):
         if moment.endswith("sample") and done == at:

@@ -4,15 +4,18 @@ import argparse
 import itertools
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from functional_sd3 import weights
+from functional_sd3.core import tree
 from functional_sd3.formats import files
 from functional_sd3.training import checkpoint
-from tests.training.mesh_runs import error, tensors, train
+from tests.training.mesh_runs import error, result, tensors, train
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +34,16 @@ def test_data_parallel_training_is_accumulated_training_to_the_bit(processes, mo
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = [(out / "log.csv").read_text().splitlines() for out in (tmp_path / "run", alone)]
     assert [row.split(",")[2:4] for row in rows[0]] == [row.split(",")[2:4] for row in rows[1]]
-    # The first process alone says something, and leaves the files of one run.
+    # The first process alone says something, and leaves the files of one run, but for those of a checkpoint.
     assert results[0][1] == f"{tmp_path / 'run'}\n" and "step 6 of 6" in results[0][2] and results[1][1:] == ("", "")
-    left = sorted(path.relative_to(tmp_path / "run") for path in (tmp_path / "run").rglob("*"))
-    assert left == sorted(path.relative_to(alone) for path in alone.rglob("*"))
+    left = [
+        sorted(path.relative_to(out) for path in out.rglob("*") if "step-" not in str(path))
+        for out in (tmp_path / "run", alone)
+    ]
+    assert left[0] == left[1] and result(tmp_path / "run") == result(alone)
+    newest = checkpoint.paths(tmp_path / "run" / "checkpoints")[-1]
+    sizes = [path.stat().st_size for path in newest.glob("process-*")]
+    assert len(sizes) == 2 and max(sizes) < 0.7 * sum(sizes)
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2", "data=2,fsdp=2", "sequence=2", "fsdp=2,sequence=2", "data=2,tensor=2"])
@@ -42,6 +51,14 @@ def test_sharded_training_equals_that_of_one_process(processes, model_folder, al
     results = processes(4 if "," in mesh else 2, train, model_folder, "--out", tmp_path / "run", "--mesh", mesh)
     assert [status for status, _, _ in results] == [0] * len(results), results[0][2]
     assert error(tensors(tmp_path / "run"), tensors(alone)) < 1e-5
+    # The result is written from the files of the checkpoint.
+    model = weights.load(tmp_path / "run", dtype=torch.float32, only=["transformer"])
+    average = {name.removeprefix("ema."): leaf for name, leaf in tensors(tmp_path / "run").items() if "ema." in name}
+    assert all(
+        torch.equal(leaf, average[f"transformer.{name}"].half().float())
+        for name, leaf in tree.flatten_paths(model.params["transformer"]).items()
+    )
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(processes, model_folder, alone, tmp_path):
@@ -57,6 +74,21 @@ def test_a_run_goes_on_with_another_number_of_processes(processes, model_folder,
     for steps in (3, 5, 6):
         assert train(model_folder, "--out", plain, "--steps", steps, *(["--resume"] if steps > 3 else []))[0] == 0
     assert error(tensors(out), tensors(plain)) < 1e-5
+
+
+def test_processes_go_on_as_accumulated_parts_without_force(processes, model_folder, alone, tmp_path):
+    out = tmp_path / "run"
+    assert processes(2, stopped, model_folder, "--out", out, "--mesh", "data=2")[0][0] == 130
+    status, _, err = train(model_folder, "--out", out, "--resume", "--accumulate", "2")
+    assert status == 0 and "note: mesh data=2 -> data=1; a batch is added up from 2 parts as before\n" in err
+    ours, theirs = tensors(out), tensors(alone)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and result(out) == result(alone)
+    # One part and not two is another number, whoever has it.
+    shutil.rmtree(checkpoint.paths(out / "checkpoints")[-1], ignore_errors=True)
+    status, _, err = train(model_folder, "--out", out, "--resume", "--accumulate", "4")
+    assert status == 1 and "accumulate 2 -> 4" in err
+    status, _, err = train(model_folder, "--out", out, "--resume", "--accumulate", "2", "--steps", "7")
+    assert status == 0 and "mesh" not in err
 
 
 def test_a_lora_and_an_autoencoder_train_on_a_mesh(processes, model_folder, tmp_path):
@@ -214,7 +246,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(processes, model_
 
 def failing(folder, *words, kind):
     """The second process reads a broken image in its fifth batch, or has an infinite gradient, or the disk is full."""
-    from functional_sd3.training import checkpoint, flow_task, step
+    from functional_sd3.training import flow_task, step
 
     is_second = os.environ["RANK"] == "1"
 
@@ -242,11 +274,15 @@ def failing(folder, *words, kind):
         patch.setattr(step, "_advance", poisoned)
 
     def disk(patch):
-        def full(*args):
-            raise files.WeightsError("no room")
+        write = files.write_atomic
 
-        if not is_second:
-            patch.setattr(checkpoint, "save", full)
+        def full(path, *args, **kwargs):
+            if path.name.startswith("process-"):
+                raise files.WeightsError(f"{path}: no room")
+            write(path, *args, **kwargs)
+
+        if is_second:
+            patch.setattr(files, "write_atomic", full)
 
     return train(folder, *words, fault={"batch": batch, "state": state, "disk": disk}[kind])
 
@@ -255,11 +291,12 @@ def test_an_error_of_one_process_ends_all_and_loses_nothing(processes, model_fol
     out = tmp_path / "batch"
     first, second = processes(2, failing, model_folder, "--out", out, "--mesh", "data=2", kind="batch")
     assert first[0] == second[0] == 1 and "image 7 is broken" in second[2] and "broken" not in first[2]
-    assert [path.name for path in checkpoint.paths(out / "checkpoints")][-1] == "step-00000004.safetensors"
+    assert [path.name for path in checkpoint.paths(out / "checkpoints")][-1] == "step-00000004"
     first, second = processes(2, failing, model_folder, "--out", tmp_path / "state", "--mesh", "data=2", kind="state")
     assert first[0] == second[0] == 1 and "holds an infinity at step 6" in first[2] + second[2]
     first, second = processes(2, failing, model_folder, "--out", tmp_path / "disk", "--mesh", "data=2", kind="disk")
     assert first[0] == second[0] == 1 and "could not be written" in first[2] and second[2] == ""
+    assert "process-00001-of-00002" in first[2] and not list((tmp_path / "disk" / "checkpoints").glob("step-*"))
 
 
 def rows():

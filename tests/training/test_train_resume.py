@@ -240,10 +240,10 @@ def test_a_result_for_which_there_is_room_is_written_even_where_the_last_checkpo
 ):
     original = checkpoint.save
 
-    def save(folder, step, *rest):
+    def save(folder, step, *rest, **options):
         if step == 6:
             raise WeightsError("no space left on device")
-        return original(folder, step, *rest)
+        return original(folder, step, *rest, **options)
 
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(WeightsError, match="step 6 could not be written, the newest one is step-00000003"):
