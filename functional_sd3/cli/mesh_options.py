@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from functional_sd3.cli import processes
+from functional_sd3.cli import processes, train_checks
 
 if TYPE_CHECKING:
     from functional_sd3.cli.training_run import Setup
@@ -36,7 +36,9 @@ def started(arguments: argparse.Namespace) -> "Iterator[Processes]":
     Raises ValueError, in every process, for words that are no mesh and for one that does not fit the processes.
     """
     command = getattr(arguments, "subcommand", "train")
-    with processes.team(arguments, (*AXES, *WITHIN), command, lambda: newest_checkpoint(arguments.out)) as team:
+    with processes.team(
+        arguments, (*AXES, *WITHIN), command, lambda: train_checks.newest_checkpoint(arguments.out)
+    ) as team:
         import torch
 
         from functional_sd3.parallel.processes import ALONE, Processes
@@ -46,14 +48,6 @@ def started(arguments: argparse.Namespace) -> "Iterator[Processes]":
         else:
             device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
             yield Processes(team.mesh, device, team.watch)
-
-
-def newest_checkpoint(out: str) -> str:
-    """A sentence that names the newest checkpoint of a run."""
-    from functional_sd3.training import checkpoint
-
-    paths = checkpoint.paths(Path(out) / "checkpoints")
-    return f"--resume goes on from the newest checkpoint, {paths[-1]}" if paths else "there is no checkpoint yet"
 
 
 def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:

@@ -187,3 +187,11 @@ def _checkpoints(arguments: argparse.Namespace) -> list[int]:
     from functional_sd3.training import checkpoint
 
     return [checkpoint.step_of(path) for path in checkpoint.paths(Path(arguments.out) / "checkpoints")]
+
+
+def newest_checkpoint(out: str) -> str:
+    """A sentence that names the newest checkpoint of a run."""
+    from functional_sd3.training import checkpoint
+
+    paths = checkpoint.paths(Path(out) / "checkpoints")
+    return f"--resume goes on from the newest checkpoint, {paths[-1]}" if paths else "there is no checkpoint yet"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from functional_sd3 import lora, weights
-from functional_sd3.cli import mesh_options, report, restarts, run_rows, train_checks, train_model
+from functional_sd3.cli import report, restarts, run_rows, train_checks, train_model
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import pixels
@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
             samples_together=getattr(task, "samples_together", False),
         )
     except KeyboardInterrupt:
-        say(f"stopped at once; {mesh_options.newest_checkpoint(arguments.out)}")
+        say(f"stopped at once; {train_checks.newest_checkpoint(arguments.out)}")
         return 130
     except loop.UnsavedError as error:  # In the first process alone; `state` is whole.
         if int(error.state.step) == arguments.steps:
