@@ -136,7 +136,6 @@ def run(
 
     def sample() -> None:
         if samples_together:
-            own_note = note if processes.is_first else lambda text: None
             _sample(on_sample, state, done, stop, own_note, can_end=processes.is_alone)
             return
         complete = whole(state)
@@ -221,7 +220,7 @@ def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
 
 
 def _check_finite(state: State, step: int, folder: Path) -> None:
-    """Raises DivergedError where a leaf of the state, or of this process's part, is not finite."""
+    """Raises DivergedError where a leaf of this process's part of the state is not finite."""
     if problem := checkpoint.not_finite(state):
         raise diverged(problem, step, folder)
 
