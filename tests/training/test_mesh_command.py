@@ -302,11 +302,10 @@ def test_an_error_of_one_process_ends_all_and_loses_nothing(processes, model_fol
 def rows():
     """Words of a command line and the four cells of each row of the guide's table of what goes with what."""
     guide = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "scale.md").read_text()
-    lines = guide[guide.index("| command and options |") :].splitlines()[2:]
+    lines = guide[guide.index("| command | options |") :].splitlines()[2:]
     for line in itertools.takewhile(lambda line: line.startswith("|"), lines):
-        words, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        first, *others = re.findall("`([^`]+)`", words)
-        yield from ((f"{first} {other}".split(), cells) for other in ("", *others))
+        command, options, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        yield from (([command, *words.split()], cells) for words in re.findall("`([^`]+)`", options))
 
 
 def test_the_guide_says_what_goes_with_which_axis():
