@@ -19,6 +19,7 @@ from functional_sd3.image import pixels
 from functional_sd3.layouts.components import SPECS
 from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.training import checkpoint, continuing, interruption, lock, loop, tensorboard
+from functional_sd3.training.following import Following
 from functional_sd3.training.rewards import RewardError
 from functional_sd3.weights.model import Model
 
@@ -230,8 +231,10 @@ def _averaged(state: State, setup: Setup, checkpoints: Path) -> State:
         component, _, rest = path.partition(".")
         return casters[component](rest, leaf) if component in casters else leaf
 
-    ema = checkpoint.whole(checkpoint.paths(checkpoints)[-1], "ema", state.ema, cast)
-    return state._replace(params={}, optimizer={}, ema=ema)
+    train, under = (state.train, "train.ema") if isinstance(state, Following) else (state, "ema")
+    ema = checkpoint.whole(checkpoint.paths(checkpoints)[-1], under, train.ema, cast)
+    train = train._replace(params={}, optimizer={}, ema=ema)
+    return state._replace(train=train) if isinstance(state, Following) else train
 
 
 def has_checkpoint(folder: Path) -> bool:
