@@ -31,13 +31,15 @@ Measured = dict[tuple, list[float]]
 
 
 class Kind(NamedTuple):
-    """A joint block: with a second attention, the last one; what learns of it, a LoRA of a rank too; the dtype of the
-    computation; and over how many processes its tokens and its heads are divided."""
+    """A joint block: with a second attention, the last one; what learns of it, a LoRA of a rank too; whether what its
+    modulations are computed from has gradients; the dtype of the computation; and over how many processes its tokens
+    and its heads are divided."""
 
     dual: bool
     last: bool
     learns: Literal["parameters", "lora", "nothing"]
     rank: int
+    is_conditioned: bool
     dtype: torch.dtype
     sequence: int = 1
     tensor: int = 1
@@ -137,9 +139,7 @@ def _joint_block(
         return torch.zeros(batch, tokens, width, dtype=dtype, device="cpu").requires_grad_()
 
     streams = {"image": stream(image), "context": stream(context)}
-    # What the modulations are computed from learns with the transformer, not with a LoRA of its attentions.
-    learns = kind.learns == "parameters"
-    condition = torch.zeros(batch, width, dtype=dtype, device="cpu").requires_grad_(learns)
+    condition = torch.zeros(batch, width, dtype=dtype, device="cpu").requires_grad_(kind.is_conditioned)
     attend = None if kind.sequence == 1 else partial(_exchanged, kind.sequence, divides)
     run = partial(joint_block.apply, block, heads // kind.tensor, streams, condition, attend=attend)
     return saved_bytes(run, tree.leaves([params, learned]))

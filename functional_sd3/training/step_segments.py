@@ -73,9 +73,16 @@ def of_blocks(
         inputs = samples * (image + choice.tokens) * sizes.width * computed
         for number in range(len(blocks)):
             kind = Kind(
-                number in sizes.dual_attention_layers, "mlp" not in blocks[number]["context"], learns, choice.lora,
-                choice.computed, mesh.size("sequence") if name == "transformer" else 1, mesh.size("tensor"),
-            )  # fmt: skip
+                number in sizes.dual_attention_layers,
+                "mlp" not in blocks[number]["context"],
+                learns,
+                choice.lora,
+                # The embeddings of time and pooled text learn with the transformer, not with a LoRA of its attentions.
+                learns == "parameters" or bool(choice.word) or choice.text_encoders,
+                choice.computed,
+                mesh.size("sequence") if name == "transformer" else 1,
+                mesh.size("tensor"),
+            )
             kept = activations.of_block(sizes, kind, (samples, image, choice.tokens), measured)
             # Before the first residual of a ControlNet nothing that learns is read.
             flows = not (choice.control and name == "transformer" and number == 0)

@@ -20,6 +20,9 @@ ALONE = [
 TOGETHER = [
     "--batch-size 8 --mesh data=2",
     "--batch-size 8 --mesh fsdp=2 --remat",
+    "--batch-size 4 --mesh fsdp=2 --lora 8",
+    "--batch-size 4 --mesh fsdp=2 --control canny",
+    "--batch-size 4 --mesh fsdp=2 --inversion <zor> --initial-word circle",
     "--batch-size 4 --mesh sequence=2",
 ]
 
