@@ -60,14 +60,20 @@ def check(arguments: argparse.Namespace, adaptive: tuple[str, ...]) -> None:
         )
 
 
-def check_steps(arguments: argparse.Namespace, method: str) -> None:
+def check_steps(arguments: argparse.Namespace, method: str, *, is_student: bool) -> None:
     """Raise ValueError for a model whose method has no steps to leave out; note a cache that leaves out none.
 
-    method: the method of the run, once what the model says of it is known, as --steps is then.
+    method: the method of the run, once what the model says of it is known, as --steps is then. is_student: True for a
+    model that was distilled to few steps.
     """
     if getattr(arguments, "cache", None) is None:
         return
     _check_mean(method, f"--cache {arguments.cache}")
+    if is_student:
+        raise ValueError(
+            f"--cache {arguments.cache}: the model was distilled to {arguments.steps} steps, each of which counts: "
+            "leave out --cache and --fast, or take fewer --steps that it was trained for"
+        )
     if all(caches.computed_steps(parse(arguments.cache), arguments.steps)):
         report.note(f"--cache {arguments.cache} leaves out none of {arguments.steps} steps")
 

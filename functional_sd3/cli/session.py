@@ -60,7 +60,8 @@ def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None 
     model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
     components = lora_options.with_interval(components, model.config)
     distilled.apply_defaults(arguments, model.config)
-    caching.check_steps(arguments, arguments.method or pipeline.default_method(model.config))
+    is_student = bool(model.config.schedule and model.config.schedule.distillation)
+    caching.check_steps(arguments, arguments.method or pipeline.default_method(model.config), is_student=is_student)
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     loras, words = lora_options.load(arguments.lora, model.config, place), runtime.words(arguments.embedding)

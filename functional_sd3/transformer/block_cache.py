@@ -135,12 +135,17 @@ def evaluate_polynomial(coefficients: Sequence[float], d: Tensor) -> Tensor:
 
 def fit(distances: Tensor, changes: Tensor, degree: int = 2) -> tuple[float, ...]:
     """Coefficients, the highest power first and 0 for the constant, of the least-squares polynomial from distances of
-    modulated inputs to relative changes of the output, both (n,). Raises ValueError for fewer than `degree` pairs."""
+    modulated inputs to relative changes of the output, both (n,); at least 0, so that it never falls.
+
+    Raises ValueError for fewer pairs than `degree`.
+    """
+    from scipy import optimize  # slow to import, and needed here alone
+
     if len(distances) < degree:
         raise ValueError(f"{len(distances)} pairs are too few for a polynomial of degree {degree}")
     d = distances.double().cpu()
     powers = torch.stack([d**power for power in range(degree, 0, -1)], 1)
-    solution = torch.linalg.lstsq(powers, changes.double().cpu()[:, None]).solution[:, 0]
+    solution, _ = optimize.nnls(powers.numpy(), changes.double().cpu().numpy())
     return (*solution.tolist(), 0.0)
 
 

@@ -112,3 +112,9 @@ def test_edits_whose_steps_need_every_velocity_refuse_it(folder, capsys, option)
 def test_a_cache_that_leaves_out_nothing_is_noted(folder, capsys):
     assert run(folder, "--fast", "--steps", 3) == 0
     assert "leaves out none of 3 steps" in capsys.readouterr().err
+
+
+def test_a_student_of_few_steps_refuses_it(folder, capsys):
+    out = folder / "student.png"
+    assert cli.main(["generate", PROMPT, "--params", "tiny-4", "--fast", "--out", str(out)]) != 0
+    assert "the model was distilled to 4 steps, each of which counts" in capsys.readouterr().err and not out.exists()

@@ -126,6 +126,18 @@ def test_a_velocity_without_error_is_left_out_as_long_as_is_allowed():
         assert len(calls) == expected, longest
 
 
+def test_the_measured_error_is_scaled_by_the_distance_to_the_power_of_the_order_and_one():
+    times, h = torch.linspace(1, 0, 11, dtype=torch.float64), 0.1
+
+    def velocity(x, t):
+        return torch.ones_like(x) * (100 + t**2)
+
+    # The line through two points h apart errs by 2 h^2 a step ahead: below the tolerance, and 4 times that is above.
+    counting, calls = counted(velocity)
+    run(Tolerance(2.5 * h**2 / 100), counting, times=times)
+    assert [round(10 * (1 - t.item())) for t in calls] == [0, 1, 2, 4, 6, 8, 9]
+
+
 def test_a_smaller_tolerance_takes_more_evaluations_and_has_a_smaller_error():
     times = torch.linspace(1, 0, 41, dtype=torch.float64)
     exact = ode.integrate(ode.EULER, gaussian_field, X, times)

@@ -136,9 +136,10 @@ def test_the_modulated_input_is_what_the_first_attention_projects(params, monkey
 
 def test_a_polynomial_is_fitted_to_changes_and_never_negative():
     d = torch.linspace(0, 1, 20)
-    coefficients = block_cache.fit(d, 3 * d**2 - 0.5 * d, 2)
-    close(torch.tensor(coefficients), torch.tensor([3.0, -0.5, 0.0]), rtol=1e-5, atol=1e-5)
-    assert block_cache.evaluate_polynomial(coefficients, torch.tensor([0.1])).item() == 0
+    close(torch.tensor(block_cache.fit(d, 3 * d**2 + 0.5 * d, 2)), torch.tensor([3.0, 0.5, 0.0]), rtol=1e-5, atol=1e-5)
+    # Changes that fall are fitted by a polynomial that does not.
+    assert min(block_cache.fit(d, 3 * d - 3 * d**2, 2)) == 0
+    assert block_cache.evaluate_polynomial((3.0, -0.5, 0.0), torch.tensor([0.1])).item() == 0
     close(block_cache.evaluate_polynomial((2.0, 1.0, 0.5), torch.tensor([3.0])), torch.tensor([21.5]))
     with pytest.raises(ValueError, match="1 pairs are too few"):
         block_cache.fit(d[:1], d[:1], 2)
