@@ -231,10 +231,11 @@ def _averaged(state: State, setup: Setup, checkpoints: Path) -> State:
         component, _, rest = path.partition(".")
         return casters[component](rest, leaf) if component in casters else leaf
 
-    train, under = (state.train, "train.ema") if isinstance(state, Following) else (state, "ema")
+    is_following = isinstance(state, Following)
+    train, under = (state.train, "train.ema") if is_following else (state, "ema")
     ema = checkpoint.whole(checkpoint.paths(checkpoints)[-1], under, train.ema, cast)
     train = train._replace(params={}, optimizer={}, ema=ema)
-    return state._replace(train=train) if isinstance(state, Following) else train
+    return state._replace(train=train) if is_following else train
 
 
 def has_checkpoint(folder: Path) -> bool:
