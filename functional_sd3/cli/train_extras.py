@@ -1,6 +1,7 @@
 """What `train` reads beside the images of --data: masks, control images, images of the class and those held out."""
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,10 +139,32 @@ def hold_out(
         return data, captions, None
     _check_count(arguments, len(captions))
     order = prng.permutation(prng.fold_in(prng.key(arguments.seed), 4), len(captions)).tolist()
-    count = int(arguments.validation)
-    kept = sorted(order[count:])
-    held_out = training_set.subset(data, sorted(order[:count]))
+    held = _held_out(order, data.latents.buckets, int(arguments.validation), arguments.batch_size)
+    kept = sorted(set(order) - set(held))
+    held_out = training_set.subset(data, sorted(held))
     return training_set.subset(data, kept), tuple(captions[row] for row in kept), held_out
+
+
+def _held_out(order: Sequence[int], buckets: Sequence[int], count: int, batch: int) -> list[int]:
+    """The first `count` images of an order that leave each of several buckets a batch.
+
+    Raises ValueError where there are fewer.
+    """
+    spare = Counter(buckets)
+    if len(spare) == 1:
+        return list(order[:count])
+    spare.subtract(dict.fromkeys(spare, batch))
+    held: list[int] = []
+    for image in order:
+        if len(held) < count and spare[buckets[image]] > 0:
+            spare[buckets[image]] -= 1
+            held.append(image)
+    if len(held) < count:
+        raise ValueError(
+            f"--validation {count}: {len(held)} images can be held out, as each bucket needs {batch} for a batch: give "
+            "fewer, a smaller --batch-size, or a larger --bucket-min where the buckets are made"
+        )
+    return held
 
 
 def _check_count(arguments: argparse.Namespace, count: int) -> None:

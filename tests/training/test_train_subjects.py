@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from functional_sd3 import lora, pipeline, weights
-from functional_sd3.cli import train, train_checks, train_data, train_setup
+from functional_sd3.cli import train, train_checks, train_data, train_extras, train_setup
 from functional_sd3.core import prng, tree
 from functional_sd3.text import textual_inversion
 from functional_sd3.training import checkpoint, log, training_set, validation, views
@@ -238,8 +238,17 @@ def test_masks_and_control_images_have_the_cuts_of_their_images(whole, tmp_path)
         assert torch.allclose(batch["mask"][0], F.avg_pool2d(image[:1] / 255, 8), atol=1 / 255)
 
 
+def test_images_are_held_out_where_their_bucket_has_more_than_a_batch():
+    buckets = [0, 0, 1, 1, 1, 1, 0]
+    assert train_extras._held_out([0, 1, 2, 3, 4, 5, 6], buckets, 3, 2) == [0, 2, 3]
+    with pytest.raises(ValueError, match="--validation 4: 3 images can be held out, as each bucket needs 2"):
+        train_extras._held_out([0, 1, 2, 3, 4, 5, 6], buckets, 4, 2)
+    assert train_extras._held_out([3, 1, 2, 0], [5] * 4, 3, 4) == [3, 1, 2]
+
+
 def test_a_controlnet_on_buckets_resumes_to_the_bit_and_draws_samples(command, whole, tmp_path):
-    words = ["--params", whole, "--data", grey(tmp_path / "images"), "--control", "canny", *VIEWED, "--sample-every", 6]
+    words = ["--params", whole, "--data", grey(tmp_path / "images"), "--control", "canny", *VIEWED, "--sample-every", 6,
+             "--validation", 1]  # fmt: skip
     assert command("--out", tmp_path / "straight", *words)[0] == 0
     cut(command, tmp_path / "cut", *words)
     assert last(tmp_path / "straight") == last(tmp_path / "cut")
