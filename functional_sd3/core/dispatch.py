@@ -154,6 +154,24 @@ def _tracked_by(tensors: Iterable[Tensor]) -> Tracking:
     return result
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """True if an operator without rules of its own may compute with these, inside of a function that has rules.
+
+    None aside they are ordinary tensors, or the compiler's stand-ins for them, that nothing differentiates or maps at
+    this level; transforms outside of the function may be active.
+    """
+    if _autocast():
+        return False
+    ordinary = _TRACED if torch.compiler.is_compiling() else () if in_mode() else _ORDINARY
+    differentiable = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (type(x) not in ordinary or _is_wrapped(x) or _is_mapped(x)):
+            return False
+        if x is not None and differentiable and x.requires_grad:
+            return False
+    return True
+
+
 def in_transform() -> bool:
     """True inside a transform of torch.func."""
     return _transforms() is not None
@@ -193,7 +211,17 @@ def _always(*_: Any) -> bool:
     return True
 
 
+def _compilers_tensors() -> tuple[type, ...]:
+    """The compiler's stand-ins for ordinary tensors."""
+    try:
+        from torch._subclasses.functional_tensor import FunctionalTensor
+    except ImportError:
+        return ()
+    return (FunctionalTensor,)
+
+
 _ORDINARY = (Tensor, torch.nn.Parameter)
+_TRACED = _compilers_tensors()
 _NUMBER = torch.zeros((), dtype=torch.float32, device="cpu")
 _transforms = private("torch._C._functorch.peek_interpreter_stack", missing=_always)
 _dispatch_modes = private("torch._C._len_torch_dispatch_stack", missing=_always)

@@ -31,7 +31,9 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "layers.linear": (
         Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),
+        Kernel(onednn.differentiable, onednn.fits_differentiable, DIFFERENTIABLE),
         Kernel(linear.in_graph, linear.fits, COMPILED),
+        Kernel(onednn.in_graph, onednn.fits_in_graph, COMPILED),
         Kernel(inductor.linear, inductor.fits_linear, COMPILED),
         Kernel(linear.differentiable, linear.fits, TRANSFORMS),
     ),

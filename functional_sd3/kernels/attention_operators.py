@@ -1,25 +1,12 @@
 """The functions of `attention_tiles` as operators of PyTorch: one node of a compiled graph instead of an unrolled loop.
 
-They have no derivatives of their own, which would silently be zero: only the functions of `attention_functions` call
-them, below autograd. Not by `torch.library.custom_op`, whose first call imports the compiler.
+Only the functions of `attention_functions` call them, below autograd.
 """
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
 from functional_sd3.kernels import attention_tiles
-
-_library = torch.library.Library("functional_sd3", "DEF")
-
-
-def _operator(name: str, signature: str, function: Callable[..., object], like: Callable[..., object]) -> Callable:
-    """The operator of a function; `like` gives empty tensors of its results' shapes for its arguments."""
-    _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"functional_sd3::{name}", like, lib=_library)
-    return getattr(torch.ops.functional_sd3, name)
+from functional_sd3.kernels.operators import define
 
 
 def _like_gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: object) -> list[Tensor]:
@@ -27,21 +14,21 @@ def _like_gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     return [x.new_empty(x.shape) for x in inputs]
 
 
-tangent = _operator(
+tangent = define(
     "attention_tangent",
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor o, Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, "
     "Tensor? mask_tangent, bool causal, float scale) -> Tensor",
     attention_tiles.tangent,
     lambda q, k, v, mask, o, *_: o.new_empty(o.shape),
 )
-gradients_tangent = _operator(
+gradients_tangent = define(
     "attention_gradients_tangent",
     "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor o, Tensor? g_tangent, Tensor? q_tangent, "
     "Tensor? k_tangent, Tensor? v_tangent, Tensor? mask_tangent, bool causal, float scale, bool of_mask) -> Tensor[]",
     attention_tiles.gradients_tangent,
     _like_gradients,
 )
-mask_gradient = _operator(
+mask_gradient = define(
     "attention_mask_gradient",
     "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor mask, Tensor o, bool causal, float scale) -> Tensor",
     attention_tiles.mask_gradient,

@@ -1,4 +1,5 @@
-"""Linear layers under forward-mode differentiation, without products with zeros.
+"""Linear layers as functions with every derivative: by the faster library, and in forward mode without products with
+zeros.
 
 The tangent of a product is a' b + a b'. Where one factor does not vary PyTorch 2.13 multiplies by a matrix of zeros all
 the same, and adds the zeros of a bias by a Python reference: the tangent of a layer along its input costs two products
@@ -7,9 +8,9 @@ instead of one, and 0.2 ms beside them. Here only what varies is multiplied, als
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sd3.kernels import products
 from functional_sd3.kernels.single_level import FlatFunction, first_mapped
 
 
@@ -23,7 +24,7 @@ class Linear(FlatFunction):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-        return (F.linear(x, weight, bias),)
+        return (products.linear(x, weight, bias),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
@@ -44,10 +45,10 @@ class Linear(FlatFunction):
     def jvp(ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None) -> Any:
         x, weight = ctx.saved_tensors
         if weight_tangent is not None:
-            tangent = F.linear(x, weight_tangent, bias_tangent)
-            return (tangent if x_tangent is None else tangent + F.linear(x_tangent, weight),)
+            tangent = products.linear(x, weight_tangent, bias_tangent)
+            return (tangent if x_tangent is None else tangent + products.linear(x_tangent, weight),)
         if x_tangent is not None:
-            return (F.linear(x_tangent, weight, bias_tangent),)
+            return (products.linear(x_tangent, weight, bias_tangent),)
         return (None if bias_tangent is None else bias_tangent.repeat(len(x), 1),)
 
     @staticmethod
@@ -64,7 +65,7 @@ class Product(FlatFunction):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> tuple[Tensor]:
-        return (a.mm(b),)
+        return (products.mm(a, b),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor]) -> None:
@@ -80,8 +81,8 @@ class Product(FlatFunction):
     @staticmethod
     def jvp(ctx: Any, a_tangent: Tensor | None, b_tangent: Tensor | None) -> Any:
         a, b = ctx.saved_tensors
-        parts = [] if a_tangent is None else [a_tangent.mm(b)]
-        parts += [] if b_tangent is None else [a.mm(b_tangent)]
+        parts = [] if a_tangent is None else [products.mm(a_tangent, b)]
+        parts += [] if b_tangent is None else [products.mm(a, b_tangent)]
         return (parts[0] + parts[1] if len(parts) == 2 else parts[0] if parts else None,)
 
     @staticmethod

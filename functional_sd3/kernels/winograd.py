@@ -15,7 +15,7 @@ from torch import Tensor
 
 from functional_sd3.core import layers
 from functional_sd3.core.types import Params
-from functional_sd3.kernels import norms
+from functional_sd3.kernels import norms, products
 
 TILE, KERNEL = 4, 3
 WINDOW = TILE + KERNEL - 1
@@ -71,7 +71,8 @@ _WINDOW, _KERNEL, _OUTPUT = _maps(POINTS)
 def fits_conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> bool:
     """3x3 convolutions of large float32 images on a CPU, where this is the faster way.
 
-    A GPU's library chooses for itself, and half precision would lose what the transforms' large constants need.
+    On processors of which `products` says so. A GPU's library chooses for itself, and half precision would lose what
+    the transforms' large constants need.
     """
     return stride == 1 and padding == 1 and _pays(params, x)
 
@@ -113,7 +114,7 @@ def residual_block(params: Params, x: Tensor, groups: int, eps: float) -> Tensor
 
 def _pays(params: Params, x: Tensor, scale: int = 1) -> bool:
     weight = params["weight"]
-    if "low_rank" in params or weight.shape[2:] != (3, 3) or not x.is_cpu or x.dtype is not torch.float32:
+    if not products.CHOICE.winograd or "low_rank" in params or weight.shape[2:] != (3, 3) or not products.fits(x):
         return False
     height, width = (scale * side for side in x.shape[-2:])
     wide = min(weight.shape[:2]) >= 64 and height * width >= 1024 and not (height % TILE or width % TILE)

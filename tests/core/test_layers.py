@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from functional_sd3.core import layers, prng
-from functional_sd3.kernels import onednn
+from tests import choices
 from tests.operations import counted
 
 
 @pytest.fixture(autouse=True)
 def small_layers_by_one_dnn(monkeypatch):
-    monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", 0)
+    choices.use(monkeypatch)
 
 
 MEANT = {

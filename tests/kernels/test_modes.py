@@ -8,17 +8,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from functional_sd3.core import dispatch, layers, prng, tree
 from functional_sd3.image import taesd, vae
-from functional_sd3.kernels import onednn
 from functional_sd3.metrics import inception
 from functional_sd3.text import clip, t5
 from functional_sd3.transformer import controlnet, mmdit
-from tests import models
+from tests import choices, models
 from tests.operations import counted
 
 
 @pytest.fixture(autouse=True)
 def small_layers_by_one_dnn(monkeypatch):
-    monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", 0)
+    choices.use(monkeypatch)
 
 
 def drawn(*shape, seed=0):

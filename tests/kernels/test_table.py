@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_sd3 import kernels
 from functional_sd3.core import attention, dispatch, layers, leafwise, prng, tree
-from functional_sd3.kernels import onednn
+from tests import choices
 
 
 @pytest.fixture(autouse=True)
 def small_layers_by_one_dnn(monkeypatch):
-    monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", 0)
+    choices.use(monkeypatch)
 
 
 OPERATIONS = {
@@ -75,6 +75,12 @@ EXAMPLES = {
     "attention.differentiable": ATTENTIONS,
     "onednn.linear": [(LAYER, drawn(2, 8, 16)), (LAYER, drawn(300, 16)), (LAYER, drawn(1, 600, 16))]
     + [({"weight": LAYER["weight"]}, drawn(rows, 16)) for rows in (20, 600)],
+    "onednn.differentiable": [
+        (LAYER, drawn(300, 16)),
+        ({**LAYER, "low_rank": {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}}, drawn(2, 8, 16)),
+        ({"weight": torch.arange(384, dtype=torch.int8).view(24, 16), "scale": drawn(24).abs()}, drawn(16, 16)),
+    ],
+    "onednn.in_graph": [(LAYER, drawn(2, 8, 16)), ({"weight": LAYER["weight"]}, drawn(20, 16))],
     "onednn.linear_activation": [
         (params, drawn(*shape, 16), activation)
         for activation in layers.ACTIVATIONS
@@ -128,6 +134,8 @@ EXAMPLES = {
 OPTIONS = {"winograd.conv2d": {"padding": 1}}
 NEEDS_NVIDIA = {"cuda.linear_activation", "cuda.threefry", "cuda.gaussian"}
 HAS_NVIDIA = torch.cuda.is_available() and torch.version.hip is None
+UNFIT = {name for name in KERNELS if name.startswith("cuda.")} | {"onednn.differentiable"}
+"""Kernels for other machines and other choices than those of these tests."""
 INTEGER = {"inductor.threefry", "cuda.threefry"}
 IN_FORWARD_MODE = ("convolution_functions", "linear", "norm_functions", "modulation_functions")
 """Modules of kernels that fit under forward mode alone."""
@@ -153,10 +161,12 @@ def test_every_kernel_has_an_example():
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_equals_its_formula_and_changes_only_what_the_formula_changes(name):
+def test_a_kernel_equals_its_formula_and_changes_only_what_the_formula_changes(name, monkeypatch):
     if name in NEEDS_NVIDIA and not HAS_NVIDIA:
         pytest.skip("needs a GPU of Nvidia's")
     operation, kernel = KERNELS[name]
+    if name in ("onednn.differentiable", "onednn.in_graph"):
+        choices.use(monkeypatch, choices.ALL)
     for example in EXAMPLES[name]:
         first, second = (moved(example, device_of(name)) for _ in range(2))
         options = OPTIONS.get(name, {})
@@ -267,7 +277,7 @@ def test_a_kernel_runs_only_for_those_who_may_be_given_it(watcher, monkeypatch):
         recorded = kernel._replace(
             run=lambda *given, run=kernel.run, called=called, **options: called.append(1) or run(*given, **options),
             # Whoever may not be given it is not given it whatever the sizes; some cannot even be asked for them.
-            fits=kernel.fits if tracking == "none" and not name.startswith("cuda.") else lambda *_, **__: True,
+            fits=kernel.fits if tracking == "none" and name not in UNFIT else lambda *_, **__: True,
         )
         monkeypatch.setitem(kernels.TABLE, operation, (recorded,))
         call = partial(OPERATIONS[operation], **OPTIONS.get(name, {}))

@@ -8,6 +8,12 @@ from hypothesis import strategies as st
 
 from functional_sd3.core import layers, prng
 from functional_sd3.kernels import winograd
+from tests import choices
+
+
+@pytest.fixture(autouse=True)
+def where_it_is_faster(monkeypatch):
+    choices.use(monkeypatch)
 
 
 def drawn(seed, batch, inputs, outputs, height, width):

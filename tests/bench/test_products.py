@@ -1,0 +1,56 @@
+"""bench.products: the choice that follows from times, and the whole command in miniature."""
+
+import pytest
+import torch
+
+from bench import products as measuring
+from functional_sd3.kernels import processor, products
+
+
+def times(ratio):
+    """Products of all sizes, by oneDNN in ratio(rows, size) of BLAS's time."""
+    return [
+        measuring.Product(rows, inputs, outputs, 1.0, ratio(rows, rows * inputs * outputs))
+        for rows in measuring.ROWS
+        for inputs, outputs in measuring.LAYERS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        (lambda rows, size: 0.5, products.Choice(range(1, products.ANY), 0, True)),
+        (lambda rows, size: 1.3, products.Choice(range(0), 0, True)),
+        (lambda rows, size: 0.8 if 16 <= rows <= 512 else 1.2, products.Choice(range(16, 513), 0, True)),
+        (lambda rows, size: 0.8 if size >= 1 << 22 else 1.5, products.Choice(range(1, products.ANY), 1 << 22, True)),
+    ],
+    ids=["oneDNN", "BLAS", "rows", "sizes"],
+)
+def test_the_choice_is_the_one_that_takes_least_time(ratio, expected):
+    found = measuring.best(times(ratio), True)
+    assert found == expected
+    assert measuring.share(times(ratio), found) <= 1.0
+
+
+def test_the_share_is_the_geometric_mean_under_the_choice():
+    measured = [measuring.Product(8, 4, 4, 2.0, 1.0), measuring.Product(4, 4, 4, 2.0, 1.0)]
+    assert measuring.share(measured, products.Choice(range(8, 9), 0, False)) == pytest.approx(0.5**0.5)
+    assert measuring.share(measured, products.Choice(range(1, 99), 65, False)) == pytest.approx(0.5**0.5)
+
+
+def test_the_command_prints_the_line_of_this_processor(monkeypatch, capsys):
+    for name, value in {"ROWS": (1, 2, 4, 8, 16, 32), "LAYERS": ((64, 64),), "CONVOLUTIONS": ((64, 32),)}.items():
+        monkeypatch.setattr(measuring, name, value)
+    monkeypatch.setattr(measuring, "ATTENTIONS", ((2, 300),))
+    monkeypatch.setattr(measuring, "SECONDS", 1e-5)
+    assert measuring.main(["--rounds", "1", "--cpu-time"]) == 0
+    printed = capsys.readouterr().out
+    assert repr(processor.identify()) in printed and "Choice(range(" in printed and "of BLAS's time" in printed
+    monkeypatch.setattr(products, "pointwise", lambda: None)
+    assert measuring.main([]) == 1
+
+
+def test_both_ways_of_attention_agree():
+    query, key, value = measuring._random(*((1, 2, 300, 64) for _ in range(3)))
+    fused, by_products = (way() for way in measuring.attention_ways(query, key, value, 128))
+    torch.testing.assert_close(by_products, fused, rtol=1e-4, atol=1e-5)

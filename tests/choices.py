@@ -1,0 +1,16 @@
+"""Choices of `kernels.products` for tests, on whatever machine they run."""
+
+from functional_sd3.kernels import onednn, products
+
+SMALL = products.Choice(range(16, 513), 0, True)
+"""oneDNN for 16 to 512 rows of any size, BLAS for others, and Winograd's algorithm."""
+ALL = products.Choice(range(1, products.ANY), 0, False)
+"""oneDNN for everything."""
+
+
+def use(monkeypatch, choice=SMALL):
+    """The table's choice, and no least size of a weight, in this test."""
+    monkeypatch.setattr(products, "CHOICE", choice)
+    monkeypatch.setattr(products, "SMALLEST_IN_GRAPH", 0)
+    monkeypatch.setattr(products, "SMALLEST_TRACKED", 0)
+    monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", 0)
