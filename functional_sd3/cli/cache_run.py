@@ -60,7 +60,7 @@ def _write(arguments: argparse.Namespace) -> str:
     check_encoders(encoders, outline.tokenizers)
     images = train_data.images(argparse.Namespace(**vars(arguments), part="transformer"), outline, say)
     views = view_options.views(arguments, outline.config, images.sizes, images.side, BUCKET_LEAST)
-    for line in view_options.words(views):
+    for line in view_options.describe(views):
         say(line)
     captions = text_table.distinct(images.captions)
     manifest = _manifest(arguments, source, outline, images, views, captions)
@@ -101,7 +101,7 @@ def _manifest(
     views: Views,
     captions: text_table.Captions,
 ) -> cache.Manifest:
-    changes = view_options.recorded(arguments)
+    changes = view_options.changes(arguments)
     if arguments.text_dtype:
         changes["text_dtype"] = arguments.text_dtype
     options: dict = {"changes": changes}

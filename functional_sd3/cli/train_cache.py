@@ -25,7 +25,7 @@ _OF_IMAGES = ("caption", "follow", "masks", "control", "inversion", "prior_data"
 """Options that need the images or the encoders of --data."""
 
 
-class Held(NamedTuple):
+class CachedImages(NamedTuple):
     """A cache in place of `TrainingImages`."""
 
     cache: cache.Cache
@@ -34,7 +34,7 @@ class Held(NamedTuple):
     contents: str
 
 
-def opened(arguments: argparse.Namespace, source: Sequence[Path]) -> Held | None:
+def open_images(arguments: argparse.Namespace, source: Sequence[Path]) -> CachedImages | None:
     """The cache that --data names, None where it names images.
 
     Raises WeightsError where the cache is not whole or another model made it, ValueError for options that it has no use
@@ -49,13 +49,13 @@ def opened(arguments: argparse.Namespace, source: Sequence[Path]) -> Held | None
         if name in given:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is for images; --data {arguments.data} is a cache, made by the command cache")
-    if view_options.given(arguments):
+    if view_options.has_views(arguments):
         raise ValueError(
             f"--buckets, --crops and --flips are for images; --data {arguments.data} is a cache: they are options of "
             "the command that made it"
         )
-    held = cache.open_cache(arguments.data)
-    manifest = held.manifest
+    whole = cache.open_cache(arguments.data)
+    manifest = whole.manifest
     _check_model(arguments, source, manifest)
     if arguments.validation is not None and not arguments.validation.isdecimal():
         raise ValueError(f"--validation {arguments.validation}: of a cache give a number of images to hold out")
@@ -64,16 +64,16 @@ def opened(arguments: argparse.Namespace, source: Sequence[Path]) -> Held | None
             f"--size {arguments.size}: --data {arguments.data} is a cache of images of {_size_words(manifest)}; leave "
             "--size out, or make a cache of that size with functional-sd3 cache"
         )
-    texts = cache.texts(held)
+    texts = cache.texts(whole)
     # With these options training from the images is the same to the bit.
     is_plain = not manifest.options.get("changes")
     contents = manifest.data if is_plain else digests.combined([manifest.data, manifest.contents])
-    return Held(held, tuple(texts[row] for row in held.captions.tolist()), manifest.fingerprint, contents)
+    return CachedImages(whole, tuple(texts[row] for row in whole.captions.tolist()), manifest.fingerprint, contents)
 
 
-def components(arguments: argparse.Namespace, held: Held) -> list[str]:
+def components(arguments: argparse.Namespace, images: CachedImages) -> list[str]:
     """The components that a run on a cache reads: the VAE for samples, encoders where they learn."""
-    encoders = [name for name in tasks.ENCODERS if name in held.cache.manifest.model]
+    encoders = [name for name in tasks.ENCODERS if name in images.cache.manifest.model]
     learn = encoders if train_model.text_encoders(vars(arguments)) == "train" else []
     return [*learn, "transformer", *(["vae"] if arguments.sample_every else [])]
 
@@ -85,36 +85,36 @@ def without_encoder(model: Model) -> Model:
     return model._replace(params={**model.params, "vae": {"decoder": model.params["vae"]["decoder"]}})
 
 
-def training_data(held: Held, model: Model, learns_text: bool) -> training_set.TrainingSet:
+def training_data(images: CachedImages, model: Model, learns_text: bool) -> training_set.TrainingSet:
     """Latents and text of a cache; learns_text: text as tokens, which the trained encoders read.
 
     Raises WeightsError where the transformer does not take them.
     """
-    latents, network = cache.latents(held.cache), require(model.config, "transformer")
-    text = cache.text(held.cache)
+    latents, network = cache.latents(images.cache), require(model.config, "transformer")
+    text = cache.text(images.cache)
     channels = latents.fetch(torch.zeros(1, dtype=torch.int64, device="cpu")).shape[1]
     theirs = (channels, text.empty["context"].shape[-1], text.empty["pooled"].shape[-1])
     ours = (network.in_channels, network.context_width, network.pooled_width)
     if theirs != ours:
         raise WeightsError(
-            f"{held.cache.folder}: holds latents of {theirs[0]} channels and text of widths {theirs[1]} and "
+            f"{images.cache.folder}: holds latents of {theirs[0]} channels and text of widths {theirs[1]} and "
             f"{theirs[2]}; the transformer of --params reads {ours[0]}, {ours[1]} and {ours[2]}"
         )
     longest, patch = network.position_size * network.patch_size, network.patch_size
-    if wrong := [size for size in held.cache.manifest.sizes if max(size) > longest or any(s % patch for s in size)]:
+    if wrong := [size for size in images.cache.manifest.sizes if max(size) > longest or any(s % patch for s in size)]:
         raise WeightsError(
-            f"{held.cache.folder}: holds latents of {wrong[0][0]} x {wrong[0][1]}; the transformer of --params reads "
+            f"{images.cache.folder}: holds latents of {wrong[0][0]} x {wrong[0][1]}; the transformer of --params reads "
             f"multiples of {patch} up to {longest}"
         )
     if learns_text:
-        text = training_set.token_text(tokens(model, held.captions), tokens(model, [""]))
+        text = training_set.token_text(tokens(model, images.captions), tokens(model, [""]))
     return training_set.TrainingSet(latents, text)
 
 
-def generate(held: Held) -> tasks.Generate:
+def generate(images: CachedImages) -> tasks.Generate:
     """Images of captions of the cache by their conditioning there, as `pipeline.generate` draws them."""
-    first_image = {caption: index for index, caption in reversed(list(enumerate(held.captions)))}
-    text = cache.text(held.cache)
+    first_image = {caption: index for index, caption in reversed(list(enumerate(images.captions)))}
+    text = cache.text(images.cache)
 
     def draw(params, config, tokenizers, prompts, key, *, height, width, t5_length):
         used = list(dict.fromkeys(prompts))

@@ -60,7 +60,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--force is for --resume: it lets a run go on with other options, weights or images")
     memory_options.check_full(arguments)
     view_options.check(arguments)
-    if arguments.part == "vae" and view_options.given(arguments):
+    if arguments.part == "vae" and view_options.has_views(arguments):
         raise ValueError("--buckets, --crops and --flips belong to --part transformer")
     if arguments.estimate:
         return

@@ -110,7 +110,7 @@ def training_data(
 ) -> training_set.TrainingSet:
     """Latents and text of the images. Captions of encoders that do not learn are encoded once, where all of them take
     at most `TEXT_BYTES`; else, and `with_ids`, at every step, from `ids`. file, contents: as of `latents`."""
-    if view_options.given(arguments):
+    if view_options.has_views(arguments):
         encoded = _viewed_latents(arguments, model, images, settings, say)
     else:
         resident = latents(arguments, model, images, settings, say, file=file, contents=contents)
@@ -143,14 +143,14 @@ def _viewed_latents(
     arguments: argparse.Namespace, model: Model, images: TrainingImages, settings: dict[str, Any], say: Say
 ) -> training_set.Latents:
     """Latents in several sizes or views."""
-    for line in view_options.words(image_views(arguments, model, images)):
+    for line in view_options.describe(image_views(arguments, model, images)):
         say(line)
     params = tree.cast(model.params["vae"], torch.float32)
     encode = functools.partial(datasets.encode_images, params, require(model.config, "vae"))
-    return kept_views(arguments, VIEWS, images.contents, model, images, settings, encode, say)
+    return stored_views(arguments, VIEWS, images.contents, model, images, settings, encode, say)
 
 
-def kept_views(
+def stored_views(
     arguments: argparse.Namespace,
     name: str,
     contents: str,
@@ -172,7 +172,7 @@ def kept_views(
         {"vae": settings[f"{continuing.CONTENTS}the vae of the model"]},
         contents,
         images.fingerprint,
-        {"changes": view_options.recorded(arguments)},
+        {"changes": view_options.changes(arguments)},
         tuple((height // factor, width // factor) for width, height in cuts.buckets.sizes),
         len(images.captions),
         0,
@@ -215,10 +215,10 @@ def latents(
         )["latents"]  # fmt: skip
 
     of = digests.combined(settings[name] for name in names)
-    return kept(arguments, file, of, len(images.captions), encode, say)
+    return stored_latents(arguments, file, of, len(images.captions), encode, say)
 
 
-def kept(
+def stored_latents(
     arguments: argparse.Namespace, file: str, of: str, count: int, encode: Callable[[], torch.Tensor], say: Say
 ) -> torch.Tensor:
     """`encode()`, kept in a file beside the checkpoints, or what it holds already of the contents with the digest `of`:
@@ -226,7 +226,7 @@ def kept(
     path = Path(arguments.out) / "checkpoints" / file
     if arguments.resume and path.exists():
         try:
-            return _kept_latents(path, of, count)
+            return _read_latents(path, of, count)
         except WeightsError as error:
             say(f"note: the images are encoded again: {error}")
     latents = encode()
@@ -245,7 +245,7 @@ def _bar(words: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
     return lambda rows: tqdm(rows, desc=words, leave=False, disable=not report.has_bars())
 
 
-def _kept_latents(path: Path, of: str, count: int) -> torch.Tensor:
+def _read_latents(path: Path, of: str, count: int) -> torch.Tensor:
     mapped = files.open_mapped(path)
     if mapped.header.metadata.get("contents") != of:
         raise WeightsError(f"{path}: holds the latents of other images or of another autoencoder")

@@ -86,7 +86,7 @@ def gather(
     return Extras(prior, held_out, masks, control, contents)
 
 
-def recorded(arguments: argparse.Namespace) -> dict[str, Any]:
+def option_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of this module as a checkpoint keeps them: paths as the word folder, as folders may move."""
     folders = {name.replace("_", "-"): "folder" for name in _PATHS if getattr(arguments, name) is not None}
     if arguments.validation is not None and not arguments.validation.isdecimal():
@@ -238,11 +238,11 @@ def _control_latents(
     named = settings.get(continuing.CONTENTS + CONTROL) or f"canny {low} {high}"
     made_of = [settings[continuing.CONTENTS + part] for part in (contents, "the vae of the model")]
     of = digests.combined([*made_of, named])
-    if view_options.given(arguments):
+    if view_options.has_views(arguments):
         options = arguments, CONTROL_VIEWS, of, model, images, settings, encode, say, control
-        return train_data.kept_views(*options).fetch
+        return train_data.stored_views(*options).fetch
     name = "control.safetensors" if contents == "the data" else "validation-control.safetensors"
-    return _stacked(train_data.kept(arguments, name, of, len(images.captions), encode_all, say))
+    return _stacked(train_data.stored_latents(arguments, name, of, len(images.captions), encode_all, say))
 
 
 def _prior(

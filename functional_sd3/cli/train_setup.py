@@ -63,23 +63,23 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     Raises ValueError where they, or the options, may not be used together or with that run.
     """
     source = [shipped.resolve(path) for path in arguments.params or [shipped.NAME]]
-    held = train_cache.opened(arguments, source)
-    only = held and train_cache.components(arguments, held)
+    cached = train_cache.open_images(arguments, source)
+    only = cached and train_cache.components(arguments, cached)
     stored, model, dtype = train_model.load(arguments, source, only, mesh)
     model = memory_options.with_computations(
         arguments, model, train_model.trained(arguments, model), mesh, train_model.divided(arguments, model)
     )
     if arguments.part != "vae":
         distilled.check_training(stored.config)
-    if arguments.part != "vae" and held is None:
+    if arguments.part != "vae" and cached is None:
         # Before images are drawn and encoded, which takes minutes.
         check_encoders([name for name in tasks.ENCODERS if name in model.params], model.tokenizers)
     if arguments.fused_update:
         say("note: with --fused-update gradients are not clipped, as no step has all of them at once")
     options = _options(arguments, model, dtype)
     reader = model if options.inversion is None else flow_learners.with_tokens(model, options.inversion)
-    images = held or train_data.images(arguments, model, say)
-    ids = None if arguments.part == "vae" or held else train_data.tokens(reader, images.captions)
+    images = cached or train_data.images(arguments, model, say)
+    ids = None if arguments.part == "vae" or cached else train_data.tokens(reader, images.captions)
     if options.inversion is not None and ids is not None:
         _check_word(options.inversion, model, ids, say)
     settings = _settings(arguments, source, stored, images, ids)
@@ -89,7 +89,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
         # Before images of the class are drawn, which would be others than those of the run.
         training_run.check_continuing(arguments, differences)
     extras = train_extras.NONE
-    if not isinstance(images, train_cache.Held):
+    if not isinstance(images, train_cache.CachedImages):
         # Images of the class are drawn by the first process alone.
         drawing = lambda: model if not division.is_joint(mesh) else train_model.load(arguments, source)[1]  # noqa: E731
         extras = train_extras.gather(arguments, model, images, say, drawing)
@@ -103,7 +103,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
         save = train_results.saver(options, stored)
         return Setup(task, stored, settings, differences, bool(options.lora), step_note, save=save)
 
-    if isinstance(images, train_cache.Held):
+    if isinstance(images, train_cache.CachedImages):
         model = train_cache.without_encoder(model)
         data = train_cache.training_data(images, model, options.text_encoders)
         data, captions, held_out = train_extras.hold_out(arguments, data, images.captions)
@@ -173,7 +173,7 @@ def _settings(
     arguments: argparse.Namespace,
     source: list[Path],
     stored: Model,
-    images: TrainingImages | train_cache.Held,
+    images: TrainingImages | train_cache.CachedImages,
     ids: conditioning.Ids | None,
 ) -> dict[str, Any]:
     """The settings in a checkpoint: the options of a run, and digests of its model and data."""
@@ -185,7 +185,7 @@ def _settings(
         contents["the tokens"] = digests.params_digest(ids._asdict())
     return {
         **options,
-        **train_extras.recorded(arguments),
+        **train_extras.option_settings(arguments),
         "text-encoders": train_model.text_encoders(vars(arguments)),
         "params": os.pathsep.join(str(path.resolve()) for path in source),
         "fingerprint of the data": images.fingerprint,

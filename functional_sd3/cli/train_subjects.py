@@ -84,7 +84,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
         for name in (each for each in others if _given(arguments, owner) and _given(arguments, each)):
             raise ValueError(f"{_flag(owner)} {why}, so {_flag(name)} does not go with it; train one, then the other")
-    if view_options.given(arguments):
+    if view_options.has_views(arguments):
         named = ("prior_data", "prior_images")
         for name in (each for each in named if _given(arguments, each)):
             raise ValueError(f"{_flag(name)} is of images cut to one square; leave out --buckets, --crops and --flips")

@@ -45,7 +45,7 @@ def areas(arguments: argparse.Namespace) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
-def given(arguments: argparse.Namespace) -> bool:
+def has_views(arguments: argparse.Namespace) -> bool:
     """True where images have several sizes or views."""
     return arguments.buckets is not None or arguments.crops > 1 or arguments.flips
 
@@ -74,7 +74,7 @@ def views(arguments: argparse.Namespace, config, sizes: tuple[tuple[int, int], .
     return Views(image_buckets.assign(sizes, options, longest), **more)
 
 
-def words(views) -> list[str]:
+def describe(views) -> list[str]:
     """A line for each bucket: its size and number of images."""
     counts = [views.buckets.of_image.count(index) for index in range(len(views.buckets.sizes))]
     pairs = zip(views.buckets.sizes, counts, strict=True)
@@ -82,7 +82,7 @@ def words(views) -> list[str]:
     return [f"{len(lines)} buckets", *lines] if len(lines) > 1 else lines
 
 
-def recorded(arguments: argparse.Namespace) -> dict[str, object]:
+def changes(arguments: argparse.Namespace) -> dict[str, object]:
     """The options that change what is encoded, by name; empty where each image has its middle square alone."""
     values = {name: getattr(arguments, name) for name in NAMES}
     usual = {**dict.fromkeys(NAMES), "crops": 1, "flips": False}
