@@ -1,9 +1,12 @@
-"""Line plots over two logarithmic or two linear axes, by Pillow alone."""
+"""Plots by Pillow alone: lines over two logarithmic or two linear axes, points and arrows, tiles, maps, bars."""
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 Points = Sequence[tuple[float, float]]
 
@@ -13,6 +16,122 @@ COLOURS = (
 )  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 420, 300, 52, 24, 10, 34
 LEGEND = 120
+
+LABEL = 13
+"""Height of a line of labels."""
+
+
+def save(image: Image.Image, path: str | Path) -> None:
+    """Writes a figure with a palette of 128 colours, a quarter of the size; folders that are missing are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    palette = image if image.mode == "P" else image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    palette.save(path, optimize=True)
+
+
+def tiles(
+    images: Sequence[Tensor], labels: Sequence[str] = (), *, columns: int | None = None, scale: int = 1, gap: int = 4
+) -> Image.Image:
+    """Images (3, height, width) in [0, 1], of any sizes, row by row with a label above each.
+
+    columns: by default all in one row; scale: side of the square that a pixel becomes.
+    """
+    columns = columns or len(images)
+    head = LABEL if labels else 0
+    # A label is as wide as 6 pixels a character.
+    widest = max((6 * len(label) for label in labels), default=0)
+    width = max(widest, scale * max(image.shape[-1] for image in images)) + gap
+    height = scale * max(image.shape[-2] for image in images) + gap + head
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        left, top = index % columns * width, index // columns * height
+        if labels:
+            pen.text((left, top), labels[index], fill="black")
+        levels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+        tile = Image.fromarray(levels.cpu().numpy())
+        size = (scale * tile.width, scale * tile.height)
+        sheet.paste(tile.resize(size, Image.Resampling.NEAREST), (left, top + head))
+    return sheet
+
+
+def heat(values: Tensor, largest: float | Tensor | None = None) -> Tensor:
+    """Numbers (..., height, width) as colours (..., 3, height, width): white is 0, red `largest`, blue minus it.
+
+    largest: by default the largest absolute value.
+    """
+    largest = values.abs().max().clamp_min(1e-12) if largest is None else largest
+    share = (values / largest).clamp(-1, 1)
+    positive, negative = share.clamp_min(0), (-share).clamp_min(0)
+    return torch.stack([1 - negative, 1 - share.abs(), 1 - positive], -3)
+
+
+def plane(
+    points: Mapping[str, Tensor],
+    *,
+    arrows: tuple[Tensor, Tensor] | None = None,
+    paths: Tensor | None = None,
+    side: int = 240,
+    extent: float = 3.0,
+    title: str = "",
+) -> Image.Image:
+    """Points of a plane, name -> (n, 2), each name in a colour, over [-extent, extent] on both axes.
+
+    arrows: where they start and end, (n, 2) each. paths: (steps, n, 2), n broken lines.
+    """
+    image = Image.new("RGB", (side, side + LABEL), "white")
+    pen = ImageDraw.Draw(image)
+
+    def place(point: Sequence[float]) -> tuple[float, float]:
+        x, y = point
+        return side * (x / extent + 1) / 2, LABEL + side * (1 - y / extent) / 2
+
+    pen.rectangle([0, LABEL, side - 1, side + LABEL - 1], outline=(200, 200, 200))
+    pen.text((4, 0), title, fill="black")
+    if paths is not None:
+        for line in paths.detach().transpose(0, 1).tolist():
+            pen.line([place(point) for point in line], fill=(170, 170, 170))
+    for index, (name, group) in enumerate(points.items()):
+        colour = COLOURS[(index + 1) % len(COLOURS)] if len(points) > 1 else COLOURS[6]
+        for x, y in map(place, group.detach().tolist()):
+            pen.rectangle([x - 1, y - 1, x, y], fill=colour)
+        if name:
+            pen.text((6, LABEL + 4 + LABEL * index), name, fill=colour)
+    if arrows is not None:
+        for start, end in zip(*(ends.detach().tolist() for ends in arrows), strict=True):
+            (x, y), (to_x, to_y) = place(start), place(end)
+            pen.line([(x, y), (to_x, to_y)], fill="black")
+            angle = math.atan2(to_y - y, to_x - x)
+            for turn in (2.6, -2.6):
+                tip = (to_x + 4 * math.cos(angle + turn), to_y + 4 * math.sin(angle + turn))
+                pen.line([(to_x, to_y), tip], fill="black")
+    return image
+
+
+def beside(images: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """Images in one row."""
+    width, height = (
+        sum(image.width for image in images) + gap * (len(images) - 1),
+        max(image.height for image in images),
+    )
+    sheet, left = Image.new("RGB", (width, height), "white"), 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width + gap
+    return sheet
+
+
+def bars(values: Mapping[str, float], unit: str = "") -> Image.Image:
+    """Horizontal bars, name -> value, each with its name before it and its value behind."""
+    names = 6 * max(map(len, values)) + 12
+    image = Image.new("RGB", (names + 420, 20 * len(values) + 4), "white")
+    pen = ImageDraw.Draw(image)
+    for index, (name, value) in enumerate(values.items()):
+        top, length = 20 * index + 4, 320 * value / max(values.values())
+        pen.text((4, top), name, fill="black")
+        pen.rectangle([names, top, names + length, top + 12], fill=COLOURS[6])
+        pen.text((names + length + 6, top), f"{value:,.4g} {unit}", fill="black")
+    return image
 
 
 def panels(

@@ -168,6 +168,7 @@ OTHERS = {
         f"python -m bench {options}": [["python", "-m", "bench", "--list"]]
         for options in ("--list", "attention fewsteps", "attention fewsteps --cpu-time")
     },
+    "python docs/learn/run.py": [["python", "docs/learn/run.py", "--help"]],
     "python -m bench.mesh_drill": [["python", "-m", "bench.mesh_drill", "--help"]],
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
     "python -m bench.gpu": [["python", "-m", "bench.gpu", "--help"]],

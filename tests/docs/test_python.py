@@ -1,4 +1,7 @@
-"""Every Python block of README.md and docs/*.md runs in a clean interpreter; every name that the pages use exists."""
+"""Every Python block of README.md and docs/ runs in a clean interpreter; every name that the pages use exists.
+
+Those of the course, docs/learn/, are run by test_learn.py.
+"""
 
 import json
 import os
@@ -14,6 +17,7 @@ from tests.docs import interpreter, markdown
 PROGRAMS = [
     pytest.param(page, blocks, id=f"{page.name}:{blocks[0].line}")
     for page in markdown.PAGES
+    if page.parent.name != "learn"
     for blocks in markdown.programs(page.read_text(encoding="utf-8"))
 ]
 _DOTTED = re.compile(r"(?<![\w./-])[a-z]\w*(?:\.[A-Za-z_]\w*)+(?![\w./-])")

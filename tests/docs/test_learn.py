@@ -1,0 +1,100 @@
+"""The course: every page of docs/learn/ runs, prints what it shows and makes its figures, and has the same form."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import functional_sd3 as sd3
+from tests.docs import markdown
+
+COURSE = markdown.ROOT / "docs" / "learn"
+PAGES = sorted(COURSE.glob("[0-9][0-9]-*.md"))
+RUNNER = COURSE / "run.py"
+
+
+def runner():
+    """The module docs/learn/run.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("run", RUNNER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def difference(first, second) -> float:
+    """Mean absolute difference of two figures, of 255; that of figures of different sizes is 255."""
+    with Image.open(first) as one, Image.open(second) as other:
+        if one.size != other.size:
+            return 255.0
+        pixels = [sd3.pixels.from_pil(image.convert("RGB")) for image in (one, other)]
+    return 255 * (pixels[0] - pixels[1]).abs().mean().item()
+
+
+def test_all_pages_run_in_order_and_make_their_figures_again(tmp_path):
+    paths = os.pathsep.join([str(markdown.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(RUNNER), "--figures", str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^\d\d-.*processor time$", done.stdout, re.MULTILINE)) == len(PAGES)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in runner().figures(text):
+            # What a training of fewer steps draws is another image of the same size.
+            limit = 255 if "  # the test takes " in text else 6
+            assert difference(tmp_path / name, COURSE / "figures" / name) < limit, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_has_a_prediction_two_exercises_a_figure_and_a_check(page):
+    text = page.read_text(encoding="utf-8")
+    blocks = runner().blocks(text)
+    assert re.search(r"^\[Index\]\(README\.md\).* · (?:[1-9]|1[0-5]) minutes", text, re.MULTILINE)
+    assert "**Predict.**" in text and runner().figures(text)
+    exercises, check = text.split("\n## Exercises\n")[1].split("\n## Check\n")
+    assert re.findall(r"^(\d)\. ", exercises, re.MULTILINE) == ["1", "2"]
+    assert exercises.count("<details><summary>Answer</summary>") == exercises.count("```python") == 2
+    assert text.count("<details>") == text.count("</details>")
+    assert check.count("```python") == 1 and "assert " in blocks[-1].code
+    assert max(len(block.code.splitlines()) for block in blocks) <= 25
+    assert all(path.stat().st_size < 100_000 for path in (COURSE / "figures").glob("*"))
+
+
+def test_every_term_that_the_pages_link_stands_in_the_glossary_in_order():
+    terms = re.findall(r"^### (.*)$", (COURSE / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert terms == sorted(terms, key=str.lower) and len(set(terms)) == len(terms) > 100
+    index = (COURSE / "README.md").read_text(encoding="utf-8")
+    assert all(f"]({page.name})" in index for page in PAGES)
+
+
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        ("```python\nprint(1 + 1)\n```\n\n```text\n2\n```\n", ""),
+        ("```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n", "but prints\n2"),
+        ("```python\nprint(0.5004)\n```\n\n```text\n0.500\n```\n", ""),
+        ("```python\nprint(0.52)\n```\n\n```text\n0.500\n```\n", "but prints\n0.52"),
+        ("```python\nprint('red')\n```\n\n```text\nblue\n```\n", "but prints\nred"),
+        ("```python\nx = 1\n```\n\nText.\n\n```python\nassert x == 2\n```\n", "AssertionError"),
+        ("![A figure](figures/absent.png)\n", "does not make it"),
+        ("```python\nsteps = 100  # the test takes 3\nprint(steps)\n```\n\n```text\n3\n```\n", ""),
+    ],
+)
+def test_the_runner_says_what_is_wrong(body, problem, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(body)
+    problems = "\n".join(runner().run(page, tmp_path / "figures"))
+    assert problem in problems and bool(problem) == bool(problems)
+
+
+def test_the_runner_writes_what_is_printed_into_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(2)\n```\n\n```text\n```\n\n```python\nprint(3)\n```\n\n```text\n4\n```\n")
+    assert not runner().run(page, tmp_path / "figures", update=True)
+    assert re.findall(r"^\d$", page.read_text(), re.MULTILINE) == ["2", "3"]
+    assert torch.is_grad_enabled()
