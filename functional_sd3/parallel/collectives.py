@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from functional_sd3.parallel import transport
+from functional_sd3.parallel import traced, transport
 from functional_sd3.parallel.transport import Group, group_index, group_size
 
 Sizes = Sequence[int] | None
@@ -42,7 +42,11 @@ def all_gather(
     """
     dim, sizes = _dim(x, dim), _own_sizes(x, group, dim, sizes)
     dtype = dtype or x.dtype
-    return x.to(dtype) if group_size(group) == 1 else _AllGather.apply(x, group, dim, sizes, reduce, dtype)
+    if group_size(group) == 1:
+        return x.to(dtype)
+    if torch.compiler.is_compiling() and len(set(sizes)) == 1:
+        return traced.all_gather(x, group, dim, dtype, reduce)
+    return _AllGather.apply(x, group, dim, sizes, reduce, dtype)
 
 
 def reduce_scatter(
@@ -88,7 +92,9 @@ def psum(x: Tensor, group: Group) -> Tensor:
     Summed in the order of the processes, in at least float32: the same bits everywhere. Raises ValueError for bool.
     """
     _check_summed(x)
-    return x if group_size(group) == 1 else _Psum.apply(x, group)
+    if group_size(group) == 1:
+        return x
+    return traced.psum(x, group) if torch.compiler.is_compiling() else _Psum.apply(x, group)
 
 
 def broadcast(x: Tensor, group: Group) -> Tensor:
@@ -96,7 +102,9 @@ def broadcast(x: Tensor, group: Group) -> Tensor:
 
     Nothing is sent; cotangents are summed. For the values of one process use `broadcast_from`.
     """
-    return x if group_size(group) == 1 else _Broadcast.apply(x, group)
+    if group_size(group) == 1:
+        return x
+    return traced.broadcast(x, group) if torch.compiler.is_compiling() else _Broadcast.apply(x, group)
 
 
 def broadcast_from(x: Tensor, group: Group, source: int = 0) -> Tensor:

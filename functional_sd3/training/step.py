@@ -126,7 +126,7 @@ def make_train_step(
     if rows is not None and (rows < 1 or accumulate > 1):
         raise ValueError(f"rows {rows} must be at least 1, and without accumulate {accumulate}")
     # The compiler does not follow collectives under torch.func.
-    default = "func" if compile and layout is None else "autograd"
+    default = "func" if compile and mesh.size("fsdp", "sequence", "tensor") == 1 else "autograd"
     whole = _gradient(loss, gradient or default, compile)
     differentiate = _accumulated(whole, accumulate) if rows is None else _by_rows(whole, rows)
 
