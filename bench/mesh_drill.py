@@ -2,8 +2,10 @@
 
     python -m bench.mesh_drill [--steps 200] [--mesh data=4] [--work DIR]
 
-Trains the transformer of params/tiny on shapes with torchrun, ends one process by SIGKILL twice, goes on with --resume
-each time, and compares the last checkpoint with that of one undisturbed process that takes each batch in four parts.
+torchrun trains the transformer of params/tiny on shapes with --max-restarts 2, one process is ended by SIGKILL twice,
+and nobody does anything: the run goes on from its last checkpoint each time. At nine tenths it is stopped, and one
+process goes on with it to the end. The result is compared with that of one undisturbed process that takes each
+batch in four parts.
 """
 
 import argparse
@@ -12,15 +14,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from functional_sd3.formats import files
 from functional_sd3.parallel import mesh as meshes
-from functional_sd3.training import checkpoint
+from functional_sd3.training import checkpoint, stored
 
 KILLED_AFTER = (0.3, 0.7)
 """Shares of the steps after which one process is killed."""
+STOPPED_AFTER = 0.9
+"""The share after which one process goes on."""
 
 
 def main() -> int:
@@ -42,32 +47,41 @@ def main() -> int:
     words += ["--save-every", "10", "--log-every", "10", "--sample-every", "0", "--lr", "1e-4"]
     disturbed, alone = work / "disturbed", work / "alone"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
-    launch += ["-m", "functional_sd3", *words, "--mesh", arguments.mesh, "--out", str(disturbed)]
-    resume: list[str] = []
-    for share in (*KILLED_AFTER, None):
-        run = subprocess.Popen([*launch, *resume], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        log(f"{count} processes started, --mesh {arguments.mesh} {' '.join(resume)}")
-        if share is not None:
+    launch += ["--max-restarts", str(len(KILLED_AFTER)), "-m", "functional_sd3", *words]
+    log(f"{count} processes started, --mesh {arguments.mesh}, --max-restarts {len(KILLED_AFTER)}")
+    command = [*launch, "--mesh", arguments.mesh, "--out", str(disturbed)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        reader = threading.Thread(target=report, args=(run, log))
+        reader.start()
+        for share in KILLED_AFTER:
             wait_for(disturbed / "checkpoints", int(share * arguments.steps), run)
-            victim = workers(run.pid)[1]
-            os.kill(victim, signal.SIGKILL)
-            killed = time.monotonic()
-            log(f"a process is killed (kill -9), after the checkpoint of step {newest(disturbed / 'checkpoints')}")
-        _, errors = run.communicate()
-        resume = ["--resume"]
-        if share is None:
-            log(f"done, status {run.returncode}")
-        else:
-            log(f"the others ended {time.monotonic() - killed:.1f} s later, status {run.returncode}")
-        for line in errors.splitlines():
-            if line.startswith(("resuming", "functional-sd3")):
-                log("  " + line)
-    command = [sys.executable, "-m", "functional_sd3", *words, "--accumulate", "4", "--out", str(alone)]
+            newest_step = newest(disturbed / "checkpoints")
+            os.kill(workers(run.pid)[1], signal.SIGKILL)
+            log(f"a process is killed (kill -9), after the checkpoint of step {newest_step}")
+            wait_for(disturbed / "checkpoints", newest_step + 1, run)
+        wait_for(disturbed / "checkpoints", int(STOPPED_AFTER * arguments.steps), run)
+        log("torchrun is stopped (SIGTERM)")
+        run.send_signal(signal.SIGTERM)
+        reader.join()
+    log(f"ended, status {run.returncode}; one process goes on, --accumulate {count} --resume")
+    command = [sys.executable, "-m", "functional_sd3", *words, "--accumulate", str(count), "--out", str(disturbed)]
+    with subprocess.Popen([*command, "--resume"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        report(run, log)
+    log(f"done, status {run.returncode}")
+    command = [sys.executable, "-m", "functional_sd3", *words, "--accumulate", str(count), "--out", str(alone)]
     subprocess.run(command, check=True, capture_output=True)
-    log("one process, undisturbed, --accumulate 4: done")
+    log(f"one process, undisturbed, --accumulate {count}: done")
     error, equal, leaves = difference(disturbed, alone)
     log(f"parameters differ by at most {error:.1e}, relative to a leaf; {equal} of {leaves} leaves have the same bits")
     return int(not error < 1e-5)
+
+
+def report(run: subprocess.Popen, log: Callable[[str], None]) -> None:
+    """Log the lines of a run that say how it goes on, until it ends."""
+    assert run.stderr is not None
+    for line in run.stderr:
+        if line.startswith(("resuming", "started again", "stopped", "functional-sd3", "note: mesh", "process ")):
+            log("  " + line.rstrip())
 
 
 def newest(folder: Path) -> int:
@@ -77,7 +91,7 @@ def newest(folder: Path) -> int:
 def wait_for(folder: Path, step: int, run: subprocess.Popen) -> None:
     while newest(folder) < step:
         if run.poll() is not None:
-            raise RuntimeError(f"the run ended before step {step}: {run.communicate()[1]}")
+            raise RuntimeError(f"the run ended before step {step}")
         time.sleep(0.05)
 
 
@@ -97,8 +111,8 @@ def difference(ours: Path, theirs: Path) -> tuple[float, int, int]:
     """Largest relative difference of a leaf's parameters, leaves of the state that are equal, all leaves."""
     states = []
     for out in (ours, theirs):
-        mapped = files.open_mapped(checkpoint.paths(out / "checkpoints")[-1])
-        states.append({name: files.tensor(mapped, name) for name in mapped.header.tensors})
+        opened = stored.open_stored(checkpoint.paths(out / "checkpoints")[-1])
+        states.append({name: stored.read(opened, name) for name in opened.leaves})
     first, second = states
     errors = [
         float((first[name] - second[name]).norm() / second[name].norm().clamp_min(1e-12))

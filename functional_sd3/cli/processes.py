@@ -90,7 +90,7 @@ def team(
     is_ours = not dist.is_initialized()
     if is_ours:
         _check_port()
-        dist.init_process_group("nccl" if has_cuda else "gloo", timeout=timeout)
+        _init_process_group("nccl" if has_cuda else "gloo", timeout)
     watch = Watch(lambda loss: _end(loss, command, advice))
     try:
         yield Team(meshes.init(sizes), watch)
@@ -107,6 +107,18 @@ def team(
     watch.close()
     if is_ours:
         dist.destroy_process_group()
+
+
+def _init_process_group(backend: str, timeout: timedelta) -> None:
+    """The process group of all, by addresses of this start: torchrun (2.13) keeps one store for all of its restarts, in
+    which those of the processes before would be found."""
+    import torch.distributed as dist
+
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # On several machines the counts of restarts differ (docs/guides/scale.md).
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _check_port() -> None:
