@@ -8,7 +8,7 @@ that are no command line), Ctrl-C in 130; a traceback is printed with --debug al
 import sys
 from collections.abc import Sequence
 
-from functional_sd3.cli import failures, parser, report
+from functional_sd3.cli import failures, parser, processes, report
 from functional_sd3.cli.parser import SUBCOMMANDS
 
 __all__ = ["SUBCOMMANDS", "main"]
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             given = parser.parse(words)
             with report.printing(quiet=given.quiet):
+                processes.check_command(given.options)
                 return given.options.run(given.options)
         except BrokenPipeError:
             # The reader of a pipe has gone (`| head`); the interpreter must not try to flush into it again.

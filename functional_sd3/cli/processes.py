@@ -40,6 +40,15 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if report.has_launcher() else 1
 
 
+def check_command(arguments: argparse.Namespace) -> None:
+    """Raises ValueError where torchrun has started several processes of a command that has no --mesh."""
+    if count() > 1 and not hasattr(arguments, "mesh"):
+        raise ValueError(
+            f"this command runs in one process, and torchrun has started {count()}, which would all do the same: start "
+            "it without torchrun; train, distill, reward and generate divide their work by --mesh"
+        )
+
+
 @contextmanager
 def team(
     arguments: argparse.Namespace, axes: Sequence[str], command: str, advice: Callable[[], str] | None = None

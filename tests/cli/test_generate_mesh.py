@@ -111,3 +111,12 @@ def test_a_port_at_which_nobody_meets_is_an_error_and_no_hang(folder, tmp_path, 
     ]
     assert cli.main(words) == 1
     assert f"MASTER_PORT is {port!r}" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["cache", "--data", "shapes", "--out"], ["merge", "tiny", "tiny", "--out"]])
+def test_commands_without_a_mesh_are_refused_in_several_processes(tmp_path, capsys, monkeypatch, words):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([*words, str(tmp_path / "out")]) == 1
+    assert "process 1: " in (said := capsys.readouterr().err) and "start it without torchrun" in said
+    assert not (tmp_path / "out").exists()
