@@ -17,21 +17,26 @@ class Extrapolate:
     """Velocity extrapolated between the steps that compute it: the polynomial in t through the last ones.
 
     every: between warm-up and end every n-th step is computed, on average: 2 is every other one, 2.5 two of five, 1
-    all. After the warm-up the distance grows by one step at a time, 2, 3, ... up to that, since a polynomial leads
-    little farther than its points are apart. order: of the polynomial, 0 to hold the last velocity, through order + 1
-    computed steps. warmup, final: the first and the last steps, which are computed: how many, or below 1 a share of the
-    run's; by default order + 1 and 1. The pattern depends on the number of steps alone.
+    all. Distances grow by one step at a time, 2, 3, ... up to that, since a polynomial leads little farther than its
+    points are apart, and above 2 are at most half of what is left. order: of the polynomial, 0 to hold the last
+    velocity, through order + 1 computed steps. fitted: the polynomial's difference to the last velocity is multiplied
+    by the share of it in [0, 1] that would have been best at the last computed step, of each sample. warmup, final: the
+    first and the last steps, which are computed: how many, or below 1 a share of the run's; by default order + 1, one
+    more where fitted, and 1. The pattern depends on the number of steps alone.
     """
 
     every: float = 2.0
     order: int = 1
     warmup: float | None = None
     final: float = 1
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         if not _is_number(self.every) or self.every < 1:
             raise ValueError(f"every {self.every!r} must be a number of at least 1: 2 computes every other step")
         _check_order(self.order)
+        if self.fitted and not self.order:
+            raise ValueError("fitted is of order 1 or 2: a velocity that is held has no slope to fit")
         _check_ends(self)
 
 
@@ -122,7 +127,8 @@ def computed_steps(cache: Cache, steps: int, starts: Sequence[int] = (0,)) -> li
         due = step - begun < first or step >= steps - final
         if isinstance(cache, Extrapolate) and not due:
             widest = math.floor((gaps + 1) * cache.every + 1e-9) - math.floor(gaps * cache.every + 1e-9)
-            if step - last == min(gap + 1, widest):
+            left = max(2, math.ceil((steps - 1 - last) / 2))
+            if step - last == min(gap + 1, widest, left):
                 due, gap, gaps = True, step - last, gaps + (gap + 1 >= widest)
         last = step if due else last
         computed.append(due)
@@ -150,7 +156,7 @@ def parse(text: str) -> Cache:
             raise ValueError(f"{option} must be given once, as {option}=VALUE")
         try:
             given[option] = readers[option](value)
-        except ValueError:
+        except (ValueError, KeyError):
             raise ValueError(f"{option} cannot be {value!r}, as in {_EXAMPLES[option]}") from None
     return make(**given)
 
@@ -168,6 +174,8 @@ def write(cache: Cache) -> str:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "/".join(map(_word, value)) if isinstance(value, tuple) else repr(value).removesuffix(".0")
 
 
@@ -179,13 +187,17 @@ def _fast() -> Extrapolate:
     return FAST
 
 
+def _yes_or_no(text: str) -> bool:
+    return {"yes": True, "no": False}[text]
+
+
 def _coefficients(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split("/")))
 
 
 _ENDS: Mapping[str, Callable[[str], Any]] = {"warmup": float, "final": float}
 KINDS: Mapping[str, tuple[Callable[..., Cache], Mapping[str, Callable[[str], Any]]]] = {
-    "extrapolate": (Extrapolate, {"every": float, "order": int, **_ENDS}),
+    "extrapolate": (Extrapolate, {"every": float, "order": int, "fitted": _yes_or_no, **_ENDS}),
     "hold": (_hold, {"every": float, **_ENDS}),
     "adaptive": (Tolerance, {"tolerance": float, "order": int, "longest": int, **_ENDS}),
     "first-block": (FirstBlock, {"threshold": float, **_ENDS}),
@@ -196,12 +208,13 @@ KINDS: Mapping[str, tuple[Callable[..., Cache], Mapping[str, Callable[[str], Any
 _EXAMPLES = {
     "every": "every=2", "order": "order=1", "warmup": "warmup=2", "final": "final=1", "tolerance": "tolerance=0.05",
     "longest": "longest=3", "threshold": "threshold=0.1", "polynomial": "polynomial=2.5/0.4/0",
+    "fitted": "fitted=yes",
 }  # fmt: skip
 
 
 def _least_warmup(cache: Cache) -> int:
     if isinstance(cache, Extrapolate):
-        return cache.order + 1
+        return cache.order + 1 + cache.fitted
     return cache.order + 2 if isinstance(cache, Tolerance) else 1
 
 
@@ -235,5 +248,5 @@ def _check_ends(cache: Cache) -> None:
         )
 
 
-FAST = Extrapolate(every=4, order=0, warmup=0.25, final=2)
+FAST = Extrapolate(every=5, order=1, warmup=0.25, fitted=True)
 """The preset `fast`: 14 of 28 steps computed (docs/sampling.md has its error beside that of half the steps)."""

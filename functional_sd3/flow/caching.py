@@ -155,9 +155,16 @@ _Running = tuple[Callable[[Tensor, Tensor], Any], Callable[[], Tree]]
 def _of_pattern(cache: Extrapolate, form: Form, step: CachedStep, state: Tree, t: Tensor, batch: int) -> _Running:
     points, kept = _points(state), cache.order + 1
     if not step.is_computed:
-        return _predicted(points, form), lambda: state
+        return _predicted(points, form, state.get("share")), lambda: state
     evaluate, first = _recorded(step.evaluate, form)
-    return evaluate, lambda: {"points": _stored([*first, *points][:kept])}
+
+    def next_state() -> Tree:
+        after: dict[str, Any] = {"points": _stored([*first, *points][:kept])}
+        if cache.fitted and len(points) == kept:
+            after["share"] = _best_share(points, first[0], batch)
+        return after
+
+    return evaluate, next_state
 
 
 def _of_tolerance(cache: Tolerance, form: Form, step: CachedStep, state: Tree, t: Tensor, batch: int) -> _Running:
@@ -167,7 +174,7 @@ def _of_tolerance(cache: Tolerance, form: Form, step: CachedStep, state: Tree, t
         reach = ((t - points[0].t).abs() / state["gap"]) ** kept
         skip = (state["error"] * reach < cache.tolerance) & (state["row"] < cache.longest)
         decided = decisions.read(skip)
-    predicted = _predicted(points, form)
+    predicted = _predicted(points, form, None)
     if decided.all:
         return predicted, lambda: {**state, "row": state["row"] + 1}
     evaluate, first = _recorded(step.evaluate, form)
@@ -197,8 +204,26 @@ def _of_blocks(cache: Cache, form: Form, step: CachedStep, state: Tree, t: Tenso
     return evaluate, lambda: state
 
 
-def _predicted(points: Sequence[Point], form: Form) -> Callable[[Tensor, Tensor], Tree]:
-    return lambda x, t: tree.map(lambda stored: form.velocity(stored, x, t), extrapolate(points, t))
+def _predicted(points: Sequence[Point], form: Form, share: Tensor | None) -> Callable[[Tensor, Tensor], Tree]:
+    """The velocity of the polynomial through the points; share (batch,): of its difference to the last one."""
+
+    def predicted(x: Tensor, t: Tensor) -> Tree:
+        stored = extrapolate(points, t)
+        if share is not None:
+            stored = tree.map(lambda far, last: last + broadcast(share, far) * (far - last), stored, points[0].value)
+        return tree.map(lambda each: form.velocity(each, x, t), stored)
+
+    return predicted
+
+
+def _best_share(points: Sequence[Point], point: Point, batch: int) -> Tensor:
+    """The share a in [0, 1] of the extrapolation, last + a (far - last), that is nearest to the point: (batch,)."""
+    along = squares = point.t.new_zeros(batch)
+    far = extrapolate(points, point.t)
+    for ahead, last, value in zip(*map(tree.leaves, (far, points[0].value, point.value)), strict=True):
+        difference = ahead - last
+        along, squares = along + dot(value - last, difference), squares + dot(difference, difference)
+    return (along / squares.clamp(min=1e-20)).clamp(0, 1).to(point.t.dtype)
 
 
 def _recorded(evaluate: Callable[[Tensor, Tensor], Tree], form: Form) -> tuple[Callable, list[Point]]:

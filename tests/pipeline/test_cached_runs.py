@@ -18,7 +18,7 @@ PROMPTS, STEPS = ["a red circle", "a blue star"], 8
 OFF = ["extrapolate:every=1", "adaptive:tolerance=0", "first-block:threshold=0", "teacache:threshold=0"]
 """Caches that leave out nothing."""
 ON = [
-    "extrapolate", "hold:every=3", "adaptive:tolerance=2,order=0", "first-block:threshold=0.7",
+    "extrapolate:fitted=yes", "hold:every=3", "adaptive:tolerance=2,order=0", "first-block:threshold=0.7",
     "teacache:threshold=0.9",
 ]  # fmt: skip
 """Those that leave out something with the random model."""

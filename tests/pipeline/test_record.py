@@ -91,7 +91,7 @@ def changes(model) -> dict[type, dict[str, object]]:
             "block_transform": transform.compile, "implementation": "math", "on_step": print,
             "attend": attention_variants.windowed((4, 4), 1), "cache": "hold",
         },
-        caches.Extrapolate: {"every": 3, "order": 2, "warmup": 0.25, "final": 2},
+        caches.Extrapolate: {"every": 3, "order": 2, "warmup": 0.25, "final": 2, "fitted": True},
         caches.Tolerance: {"tolerance": 0.1, "order": 0, "longest": 2, "warmup": 5, "final": 2},
         caches.FirstBlock: {"threshold": 0.2, "warmup": 5, "final": 2},
         caches.TeaCache: {"threshold": 0.2, "polynomial": (2.0, 0.0), "warmup": 5, "final": 2},
