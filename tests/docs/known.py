@@ -171,6 +171,7 @@ OTHERS = {
     "python docs/learn/run.py": [["python", "docs/learn/run.py", "--help"]],
     "python -m bench.mesh_drill": [["python", "-m", "bench.mesh_drill", "--help"]],
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
+    "python -m bench.caching": [["python", "-m", "bench.caching", "--help"]],
     "python -m bench.gpu": [["python", "-m", "bench.gpu", "--help"]],
     "python -m bench.training_memory": [["python", "-m", "bench.training_memory", "--help"]],
     "python bench/compare.py OLD.json NEW.json": [["python", "bench/compare.py", "--help"]],
