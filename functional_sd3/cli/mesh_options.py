@@ -75,10 +75,10 @@ def refusal(arguments: argparse.Namespace, axis: str) -> str | None:
     if axis in WITHIN and getattr(arguments, "part", None) == "vae":
         what = {"sequence": "tokens", "tensor": "heads"}[axis]
         return f"--mesh {axis} divides the {what} of the transformer, and --part vae has none: use data or fsdp"
-    if axis in WITHIN and getattr(arguments, "compile", False):
+    if axis == "sequence" and getattr(arguments, "compile", False):
         return (
-            "--compile makes one graph of a step, which gathers parameters (fsdp) but does not exchange what is "
-            f"between the layers, as --mesh {axis} does: use data or fsdp, or leave out --compile"
+            "--compile makes one graph of a step, in which parts of different lengths are not exchanged, as those of "
+            "--mesh sequence are: use data, fsdp or tensor, or leave out --compile"
         )
     if axis == "tensor" and getattr(arguments, "control", None):
         return (
