@@ -201,6 +201,8 @@ def measured(ways: Sequence[str], rounds: int) -> dict[str, Any]:
     allocator: Any = ctypes.CDLL(None)
     # What is freed is given back at once, so that resident memory is that of the tensors that are alive.
     allocator.mallopt(_MMAP_THRESHOLD, 1 << 16)
+    # Of biases, which the module draws itself.
+    torch.manual_seed(0)
     pair = peers.transformer(SIZES)
     with tempfile.TemporaryDirectory() as folder:
         runs = [made(way, pair, Path(folder)) for way in ways]
