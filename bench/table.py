@@ -16,7 +16,8 @@ the same versions, on one day. Spread is the middle half of our times. Trust the
 faster. *Products alone*: what the other side's matrix products, convolutions and attention take by themselves, as a share
 of its time; no ratio of the same arithmetic can be below it. *Peak*: the most bytes of tensors held at once beyond those
 that a call was given, ours / theirs. *Process bytes*: what one process holds at the peak of a step, with its parameters and
-moments and the buffers of the backend, ours / theirs; its time is the mean of the processes, *wall ratio* that of the wall.
+moments and the buffers of the backend, ours / theirs; its time is the mean of the processes, and *wall ratio* that of the wall,
+which other work on the machine changes.
 """  # noqa: E501
 COLUMNS = "| what | ours | theirs | ratio | spread | other side | more |\n|---|---|---|---|---|---|---|"
 
