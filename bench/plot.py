@@ -149,16 +149,16 @@ def panels(
     frame = [bound(scaled(point[axis]) for point in every) for axis in (0, 1) for bound in (min, max)]
     names = list(dict.fromkeys(name for lines in titles.values() for name in lines))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    rows = (len(titles) + 1) // 2
-    image = Image.new("RGB", (2 * WIDTH + LEGEND, rows * HEIGHT), "white")
+    rows, left = (len(titles) + 1) // 2, min(2, len(titles)) * WIDTH
+    image = Image.new("RGB", (left + LEGEND, rows * HEIGHT), "white")
     for index, (title, lines) in enumerate(titles.items()):
         panel = _panel(title, lines, colours, frame, across, upwards, linear)
         image.paste(panel, (index % 2 * WIDTH, index // 2 * HEIGHT))
     pen = ImageDraw.Draw(image)
     for index, name in enumerate(names):
         y = TOP + 6 + 16 * index
-        pen.line([(2 * WIDTH + 4, y), (2 * WIDTH + 22, y)], fill=colours[name], width=3)
-        pen.text((2 * WIDTH + 28, y - 6), name, fill="black")
+        pen.line([(left + 4, y), (left + 22, y)], fill=colours[name], width=3)
+        pen.text((left + 28, y - 6), name, fill="black")
     # A palette is a quarter of the size, and there are few colours.
     return image.quantize(64)
 

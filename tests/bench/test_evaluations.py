@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from bench import evaluations, plot
 from functional_sd3.flow import ode
@@ -56,7 +57,7 @@ def test_the_tables_have_every_error_in_percent_and_the_best_in_bold():
     assert "| euler | **50** | 25 |" in text and "| rk4 |  | **1.2** |" in text
     assert "| bosh3 | 1e-03 | 30: 0.1 |" in text
     image = evaluations.image(rows).convert("RGB")
-    assert image.size == (2 * plot.WIDTH + plot.LEGEND, plot.HEIGHT)
+    assert image.size == (plot.WIDTH + plot.LEGEND, plot.HEIGHT)
     assert {plot.COLOURS[0], plot.COLOURS[1], plot.COLOURS[2]} <= {colour for _, colour in image.getcolors(10_000)}
 
 
@@ -75,3 +76,21 @@ def test_only_what_stands_between_the_marks_is_written_anew():
     assert evaluations.with_section(page, "new") == f"before\n{MARKS[0]}\nnew\n{MARKS[1]}\nafter\n"
     with pytest.raises(ValueError, match="has no"):
         evaluations.with_section("no marks", "new")
+
+
+def test_labelled_tiles_maps_points_and_bars_stand_where_they_should(tmp_path):
+    red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 4, 6)
+    sheet = plot.tiles([red, 1 - red], ["a", "b"], scale=2, gap=4)
+    assert sheet.size == (2 * 12 + 4, plot.LABEL + 8)
+    assert sheet.getpixel((1, plot.LABEL)) == (255, 0, 0) and sheet.getpixel((17, plot.LABEL + 7)) == (0, 255, 255)
+    colours = plot.heat(torch.tensor([[0.0, 2.0, -2.0, 1.0]]))
+    assert colours[:, 0].T.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 1], [1, 0.5, 0.5]]
+    middle = 120, plot.LABEL + 120
+    assert plot.plane({"": torch.zeros(1, 2)}).getpixel((middle[0] - 1, middle[1] - 1)) == plot.COLOURS[6]
+    right = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+    assert plot.plane({}, arrows=right).getpixel((180, middle[1])) == (0, 0, 0)
+    both = plot.beside([plot.bars({"one": 1.0, "two": 2.0}), sheet])
+    assert both.getpixel((30 + 319, 30)) == plot.COLOURS[6] != both.getpixel((30 + 319, 10))
+    plot.save(both, tmp_path / "new" / "figure.png")
+    with Image.open(tmp_path / "new" / "figure.png") as written:
+        assert written.size == both.size
