@@ -38,8 +38,8 @@ def test_rows_are_compared_with_the_first(drawn):
     rows = caching.measure(drawn, scenes, listed, exact)
     assert [row.name for row in rows] == ["all", "hold"]
     assert rows[0].error == rows[0].to_converged == 0 and rows[0].blocks == rows[0].time == 1
-    # Steps 0, 2 and 5 of 6.
-    assert rows[1].evaluations == 3 and rows[1].blocks == 0.5
+    # Steps 0, 2, 4 and 5 of 6.
+    assert rows[1].evaluations == 4 and rows[1].blocks == pytest.approx(4 / 6)
     assert rows[1].error == pytest.approx(rows[1].to_converged, rel=1e-5) and rows[1].error > 0
     assert all(0 <= row.right <= 1 for row in rows)
 
