@@ -18,6 +18,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 bench: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,bench]"
 	$(BIN)/python -m bench
 
 tiny: $(VENV)/installed

@@ -1,7 +1,9 @@
-"""`python -m bench [NAME...] [--list] [--cpu-time] [pytest's options]`: times rows, written to RESULTS.md one by one.
+"""`python -m bench [NAME...] [-k ROW] [--list] [--cpu-time] [pytest's options]`: times rows and prints ours, theirs and
+their ratio; each is written to RESULTS.md as soon as it is measured.
 
-NAME: files bench/bench_NAME.py, all by default; `--list` prints them with their rows and runs nothing. `--cpu-time`:
-one thread and processor time, for machines that do other things too. `--quick` runs each row once and writes nothing.
+NAME: files bench/bench_NAME.py, all by default; `--list` prints them with their rows and runs nothing. `-k ROW`: rows
+whose test's name has this word, such as forward, decode or clip. `--cpu-time`: one thread and processor time, for
+machines that do other things too. `--quick` runs each row once and writes nothing.
 """
 
 import sys
@@ -31,7 +33,8 @@ def main(options: list[str]) -> int:
     if "--cpu-time" in rest:
         rest = ["--threads=1", "--benchmark-timer=time.process_time", *rest]
     fixed = ["-o", "python_files=bench_*.py", "-o", "addopts=--import-mode=importlib", "-W", "ignore", "-p", "no:xdist"]
-    quiet = ["-q", "--benchmark-columns=median,iqr,rounds", "--benchmark-disable-gc", "-p", "no:cacheprovider"]
+    # Its table has our times alone, under the names of the tests; conftest.py prints the rows instead.
+    quiet = ["-q", "--benchmark-quiet", "--benchmark-disable-gc", "-p", "no:cacheprovider"]
     # The folder, for its conftest.py, is the root of what pytest collects.
     return pytest.main([*map(str, files.values()), f"--rootdir={HERE.parent}", *fixed, *quiet, *written, *rest])
 

@@ -1,8 +1,9 @@
 """The autoencoder at its true size."""
 
 import pytest
+import torch
 
-from bench import peers
+from bench import openvino_peer, peers
 from functional_sd3.core import prng
 from functional_sd3.image import vae
 
@@ -31,6 +32,12 @@ def test_decode(versus, pair):
         lambda: pair.module.decode(latents, return_dict=False)[0],
         rounds=5,
         memory=True,
+        beside=openvino_peer.beside(
+            lambda latents: pair.module.decode(latents, return_dict=False)[0],
+            (latents,),
+            pair.module,
+            dtype=torch.float32,
+        ),
     )
 
 

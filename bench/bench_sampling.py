@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import timing
+from bench import openvino_peer, timing
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng
 from functional_sd3.transformer import mmdit
@@ -76,10 +76,13 @@ def test_eager_loop(versus, pair):
     times = pipeline.sigmas(model.config, noise, STEPS)
     context, pooled = (torch.cat(both) for both in zip(*conditions, strict=True))
 
-    def loop():
+    def velocity(x, t):
+        return theirs.transformer(x, context, pooled, t, return_dict=False)[0]
+
+    def loop(velocity=velocity):
         x = noise
         for t, later in zip(times, times[1:], strict=False):
-            both = theirs.transformer(x.repeat(2, 1, 1, 1), context, pooled, 1000 * t.repeat(2), return_dict=False)[0]
+            both = velocity(x.repeat(2, 1, 1, 1), 1000 * t.repeat(2))
             positive, negative = both.chunk(2)
             x = x + (later - t) * (negative + 5.0 * (positive - negative))
         return x
@@ -93,6 +96,9 @@ def test_eager_loop(versus, pair):
         rounds=7,
         memory=True,
         least=all_products(model, theirs, noise),
+        beside=openvino_peer.loops(
+            loop, velocity, (noise.repeat(2, 1, 1, 1), 1000 * times[:1].repeat(2)), theirs.transformer
+        ),
     )
 
 

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from bench import peers
+from bench import openvino_peer, peers
 from functional_sd3.core import prng
 from functional_sd3.recipes import shapes
 from functional_sd3.text import bpe, clip, t5, unigram
@@ -62,6 +63,9 @@ def test_clip(versus, name, config):
         rounds=11,
         memory=True,
         least=True,
+        beside=openvino_peer.beside(
+            lambda ids: pair.module(ids).last_hidden_state, (ids,), pair.module, dtype=torch.float32
+        ),
     )
 
 
@@ -76,4 +80,7 @@ def test_t5(versus):
         rounds=11,
         memory=True,
         least=True,
+        beside=openvino_peer.beside(
+            lambda ids: pair.module(ids).last_hidden_state, (ids,), pair.module, dtype=torch.float32
+        ),
     )

@@ -1,5 +1,6 @@
 """Joint attention, one block and the whole MMDiT, eager and compiled; its share of the machine's rate."""
 
+import copy
 import statistics
 from functools import partial
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import peers, timing
+from bench import openvino_peer, peers, timing
 from functional_sd3.core import attention, layers, prng, transform
 from functional_sd3.transformer import joint_block, mmdit
 
@@ -31,6 +32,9 @@ def model(heads, side, depth, dtype=torch.float32):
 @pytest.mark.parametrize("size", SIZES)
 def test_forward(versus, size, dtype):
     pair, (latents, t, context, pooled) = model(*SIZES[size], dtype)
+    inputs = latents, context, pooled, 1000 * t
+    # OpenVINO takes float32 and rounds by itself.
+    module = copy.deepcopy(pair.module).float()
     versus(
         f"MMDiT forward, width {size} patches, {str(dtype)[6:]}, eager",
         lambda: mmdit.apply(pair.params, pair.config, latents, t, context, pooled),
@@ -38,6 +42,9 @@ def test_forward(versus, size, dtype):
         tolerance=1e-4 if dtype == torch.float32 else 5e-2,
         memory=True,
         least=True,
+        beside=openvino_peer.beside(
+            lambda *given: module(*given, return_dict=False)[0], tuple(x.float() for x in inputs), module, dtype=dtype
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import time
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 from bench import table, timing
+from functional_sd3.kernels.processor import identify
+
+ROWS = pytest.StashKey()
+"""The rows of this run, in their order."""
 
 
 def pytest_addoption(parser):
@@ -38,12 +43,22 @@ def versus(benchmark, request):
     clock = time.process_time if option("--cpu-time") else time.perf_counter
 
     def write(row):
+        request.config.stash[ROWS].extend(table.rows_of(row))
         if path := option("--results"):
             page = path.read_text(encoding="utf-8") if path.exists() else ""
             path.write_text(table.updated(page, setting(request.config), row), encoding="utf-8")
 
     most = 1 if option("--quick") else option("--rounds")
     return timing.Versus(benchmark, most=most, clock=clock, on_row=write)
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash[ROWS]:
+        terminalreporter.write_line("\n" + table.printed(config.stash[ROWS]))
 
 
 def setting(config):
@@ -55,6 +70,13 @@ def setting(config):
 
 
 def processor():
+    """Its brand with family and instruction set, since one brand ("AMD EPYC") is of several generations."""
+    here = identify()
+    family = f" of family {here.family}" if here.family else ""
+    return f"{_brand()}{family} with {here.capability}"
+
+
+def _brand():
     try:
         import cpuinfo
 
@@ -64,7 +86,8 @@ def processor():
 
 
 def versions():
-    names = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "scipy")
+    names = ["torch", "diffusers", "transformers", "tokenizers", "numpy", "scipy"]
+    names += [name for name in ("openvino",) if importlib.util.find_spec(name)]
     return {name: importlib.metadata.version(name) for name in names}
 
 

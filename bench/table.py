@@ -3,7 +3,7 @@
 import ast
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ faster. *Products alone*: what the other side's matrix products, convolutions an
 of its time; no ratio of the same arithmetic can be below it. *Peak*: the most bytes of tensors held at once beyond those
 that a call was given, ours / theirs. *Process bytes*: what one process holds at the peak of a step, with its parameters and
 moments and the buffers of the backend, ours / theirs; its time is the mean of the processes, and *wall ratio* that of the wall,
-which other work on the machine changes.
+which other work on the machine changes. Rows of other processors are in [results](results).
 """  # noqa: E501
+AGAINST = ", against "
+"""Between the name of a row and that of a further peer."""
 COLUMNS = "| what | ours | theirs | ratio | spread | other side | more |\n|---|---|---|---|---|---|---|"
 
 
@@ -53,12 +55,22 @@ class Setting(NamedTuple):
 
 def rows(run: dict[str, Any]) -> list[Row]:
     """The rows of one run."""
-    return [row_of(each) for each in run["benchmarks"]]
+    return [row for each in run["benchmarks"] for row in rows_of(each)]
 
 
-def row_of(measured: dict[str, Any]) -> Row:
-    """A row from its facts and the statistics of our times."""
-    facts, stats = dict(measured["extra_info"]), measured["stats"]
+def rows_of(measured: dict[str, Any]) -> list[Row]:
+    """The row of what was measured, and one for each peer beside the first: "NAME, against PEER"."""
+    facts = dict(measured["extra_info"])
+    beside = facts.pop("beside", {})
+    shared = {name: facts[name] for name in ("repeat",) if name in facts}
+    more = [
+        _row({"row": f"{facts['row']}{AGAINST}{peer}", "peer": peer, **shared, **own}, measured["stats"])
+        for peer, own in beside.items()
+    ]
+    return [_row(facts, measured["stats"]), *more]
+
+
+def _row(facts: dict[str, Any], stats: dict[str, float]) -> Row:
     theirs, repeat = facts.pop("theirs"), facts.pop("repeat", 1)
     if least := facts.pop("least", None):
         facts["products_alone"] = f"{statistics.median(least) / statistics.median(theirs):.2f}"
@@ -81,13 +93,29 @@ def line(row: Row) -> str:
     return f"| {row.name} {times} {row.peer} | {_facts(row.facts)} |"
 
 
+def printed(rows: Iterable[Row]) -> str:
+    """Rows for a terminal: ours, theirs, their ratio and the other side."""
+    cells = [("ours", "theirs", "ratio", "row, other side")]
+    for row in rows:
+        if row.theirs is None:
+            cells.append(("", "", "", f"{row.name}: {_facts(row.facts)}"))
+        else:
+            name = row.name.split(AGAINST)[0]
+            cells.append((_time(row.ours), _time(row.theirs), f"{row.ratio:.2f}", f"{name}, {row.peer}"))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([*(cell.rjust(width) for cell, width in zip(own[:3], widths[:3], strict=True)), own[3]])
+        for own in cells
+    )
+
+
 def updated(page: str, setting: Setting, measured: dict[str, Any]) -> str:
-    """bench/RESULTS.md with this row in the table of its setting, and in no other."""
-    row = row_of(measured)
-    sections = read(page)
+    """bench/RESULTS.md with this row and those of its further peers in the table of its setting, and in no other."""
+    rows, sections = rows_of(measured), read(page)
+    names = {row.name for row in rows}
     for lines in sections.values():
-        lines[:] = [each for each in lines if name_of(each) != row.name]
-    sections.setdefault(setting.heading, []).append(line(row))
+        lines[:] = [each for each in lines if name_of(each) not in names]
+    sections.setdefault(setting.heading, []).extend(map(line, rows))
     tables = ["\n".join([heading, "", COLUMNS, *lines]) for heading, lines in sections.items() if lines]
     return "\n\n".join([INTRODUCTION.strip(), *tables]) + "\n"
 
@@ -123,6 +151,14 @@ def rows_of_file(path: Path) -> Iterator[Template]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("versus", "versus.record", "versus.compare"):
             yield _template(node.args[0])
+            if any(keyword.arg == "beside" for keyword in node.keywords):
+                yield _template(_plus(node.args[0], AGAINST))
+
+
+def _plus(name: ast.expr, end: str) -> ast.expr:
+    """The name followed by `end` and anything."""
+    anything = ast.FormattedValue(ast.Constant(""), -1)
+    return ast.JoinedStr([*(name.values if isinstance(name, ast.JoinedStr) else [name]), ast.Constant(end), anything])
 
 
 def _template(name: ast.expr) -> Template:

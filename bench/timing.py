@@ -2,13 +2,38 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Beside(NamedTuple):
+    """Another peer of a row. tolerance: as of `Versus`."""
+
+    run: Callable[[], Any]
+    tolerance: float
+
+
+class _More:
+    """What is measured of a `Beside`."""
+
+    def __init__(self, beside: Beside, clock: Callable[[], float]) -> None:
+        self.beside, self.clock = beside, clock
+        self.samples: list[float] = []
+        self.first_seconds = self.difference = 0.0
+
+    def compare(self, name: str, mine: Any) -> None:
+        """The first call, whose output must be ours to the tolerance."""
+        self.first_seconds, other = timed(self.beside.run, clock=self.clock)
+        self.difference = relative_difference(mine, other)
+        if not self.difference <= self.beside.tolerance:
+            raise ValueError(
+                f"{name}: the sides differ by {self.difference:.2e}, more than {self.beside.tolerance:.0e}"
+            )
 
 
 class Versus:
@@ -46,12 +71,13 @@ class Versus:
         memory: bool = False,
         grad: bool = False,
         least: bool | Callable[[], Any] = False,
+        beside: Mapping[str, Beside] | None = None,
         **facts: Any,
     ) -> None:
         """Times `rounds` rounds of `repeat` calls each. `tolerance`: the largest relative difference of the outputs, a
         tensor each; None where there is nothing to compare. `memory` measures both sides' peak of allocated bytes.
         `least` times the other side's products alone as well, or those given: what no way of writing the same can go
-        below.
+        below. `beside`: more peers by name, in the same rounds, each a row of its own.
         Raises ValueError when the outputs differ by more.
         """
         with torch.set_grad_enabled(grad):
@@ -65,10 +91,13 @@ class Versus:
                             f"{name}: the sides differ by {facts['difference']:.2e}, more than {tolerance:.0e}"
                         )
                 del other
-            del mine
             if memory:
                 facts["peak_bytes"] = allocated_peak(ours)
                 facts["theirs_peak_bytes"] = allocated_peak(theirs) if theirs else None
+            more = {peer: _More(each, self.clock) for peer, each in (beside or {}).items()}
+            for each in more.values():
+                each.compare(name, mine)
+            del mine
             samples: list[float] = []
             bare: Callable[[], Any] | None = (products(theirs) if theirs else None) if least is True else least or None
             alone: list[float] = []
@@ -78,11 +107,19 @@ class Versus:
                     samples.append(timed(theirs, repeat, self.clock)[0] / repeat)
                 if bare is not None:
                     alone.append(timed(bare, repeat, self.clock)[0] / repeat)
+                for each in more.values():
+                    each.samples.append(timed(each.beside.run, repeat, self.clock)[0] / repeat)
 
             rounds = min(rounds, self.most or rounds)
             self.benchmark.pedantic(lambda: [ours() for _ in range(repeat)], setup=other_side, rounds=rounds)
         if alone:
             facts["least"] = alone
+        others = {
+            peer: {"theirs": each.samples, "difference": each.difference, "theirs_first_seconds": each.first_seconds}
+            for peer, each in more.items()
+        }
+        if others:
+            facts["beside"] = others
         self._finish(row=name, peer=peer, repeat=repeat, theirs=samples, **facts)
 
     def record(self, name: str, **facts: Any) -> None:

@@ -9,6 +9,7 @@ REMEDIES = {
     "GPU": "run on a machine with an Nvidia GPU and a CUDA build of PyTorch",
     "C++ compiler": "install g++ or clang and the headers of Python",
     "could not import 'tensorboard'": "pip install '.[tensorboard]'",
+    "could not import 'openvino'": "pip install '.[bench]'",
     "could not import": "make test installs it; by hand: pip install '.[test]'",
     "AVIF": "install a Pillow with AVIF (those of its project for common systems have it)",
     "MKL": "use a build of PyTorch with MKL (those for x86 have it)",

@@ -1,12 +1,15 @@
 """bench/RESULTS.md: its rows are those of the code, one table a setting; rows are written one by one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import bench.__main__ as command
-from bench import gpu_attention, gpu_training, table
+from bench import gpu_attention, gpu_training, openvino_peer, table, timing
 
-PAGE = (table.HERE / "RESULTS.md").read_text(encoding="utf-8")
+PATHS = [table.HERE / "RESULTS.md", *sorted((table.HERE / "results").glob("*.md"))]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in PATHS}
 TEMPLATES = [row for name in table.groups() for row in table.rows_of_file(table.HERE / f"bench_{name}.py")]
 HERE, ELSEWHERE = (table.Setting(name, "1 thread, wall time, 2026-11-30", {"torch": "2"}) for name in ("A", "B"))
 
@@ -16,16 +19,23 @@ def measured(name, seconds):
     return {"extra_info": facts, "stats": {"median": seconds, "iqr": 0.0}}
 
 
-def test_every_row_of_the_results_is_one_that_the_code_measures():
-    names = [table.name_of(line) for lines in table.read(PAGE).values() for line in lines]
-    assert len(names) == len(set(names)) > 30
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_the_results_is_one_that_the_code_measures(page):
+    names = [table.name_of(line) for lines in table.read(PAGES[page]).values() for line in lines]
+    assert len(names) == len(set(names)) > 10
     assert [name for name in names if not any(row.pattern.fullmatch(name) for row in TEMPLATES)] == []
     assert not any(row.pattern.fullmatch("peak memory of sampling, with packed weights") for row in TEMPLATES)
 
 
-def test_every_table_says_where_and_when_it_was_measured():
-    for heading in table.read(PAGE):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_says_where_and_when_it_was_measured(page):
+    for heading in table.read(PAGES[page]):
         assert "thread" in heading and "time, 20" in heading and "torch " in heading and "Python " in heading
+
+
+def test_each_processor_has_its_page():
+    processors = [{heading.split(",")[0] for heading in table.read(page)} for page in PAGES.values()]
+    assert len(processors) > 1 and not set.intersection(*processors)
 
 
 def test_a_row_replaces_that_of_its_name_and_stands_in_the_table_of_its_setting():
@@ -37,6 +47,68 @@ def test_a_row_replaces_that_of_its_name_and_stands_in_the_table_of_its_setting(
     assert [[table.name_of(line) for line in lines] for lines in sections.values()] == [["two"], ["one"]]
     assert "| one | 250.0 ms | 1.00 s | **0.25** |" in page
     assert table.HERE / "RESULTS.md" and table.updated(page, HERE, measured("two", 0.7)) == page
+
+
+def test_further_peers_are_rows_of_their_own_with_the_same_seconds_of_ours():
+    several = measured("one", 0.5)
+    several["extra_info"] |= {"repeat": 2, "beside": {"OpenVINO": {"theirs": [0.5, 0.5], "difference": 1e-6}}}
+    first, second = table.rows_of(several)
+    assert (first.name, first.peer, first.ratio) == ("one", "peer", 0.25)
+    assert (second.name, second.peer, second.ratio) == ("one, against OpenVINO", "OpenVINO", 0.5)
+    assert second.facts == {"difference": 1e-6} and table.rows({"benchmarks": [several]}) == [first, second]
+    page = table.updated(table.updated("", HERE, several), HERE, several)
+    assert [table.name_of(line) for line in table.read(page)[HERE.heading]] == ["one", "one, against OpenVINO"]
+    text = [line.split() for line in table.printed([first, second]).splitlines()]
+    assert text == [
+        ["ours", "theirs", "ratio", "row,", "other", "side"],
+        ["250.0", "ms", "1.00", "s", "0.25", "one,", "peer"],
+        ["250.0", "ms", "500.0", "ms", "0.50", "one,", "OpenVINO"],
+    ]
+
+
+def test_further_peers_run_in_the_rounds_of_the_row_and_must_agree():
+    rows, calls = [], []
+
+    class Benchmark:
+        extra_info = {}
+        stats = SimpleNamespace(stats=SimpleNamespace(median=1.0, iqr=0.0))
+
+        def pedantic(self, run, setup=lambda: None, rounds=1):
+            for _ in range(rounds):
+                setup()
+                run()
+
+    versus = timing.Versus(Benchmark(), on_row=rows.append)
+    peer = timing.Beside(lambda: calls.append(1) or torch.ones(2) * 1.01, 0.1)
+    versus("row", lambda: torch.ones(2), lambda: torch.ones(2), rounds=3, beside={"third": peer})
+    (row,) = rows
+    third = row["extra_info"]["beside"]["third"]
+    assert len(third["theirs"]) == 3 and len(calls) == 4 and third["difference"] == pytest.approx(0.01, rel=0.02)
+    with pytest.raises(ValueError, match="the sides differ by 9.90e-03, more than 1e-03"):
+        versus("row", lambda: torch.ones(2), None, beside={"third": peer._replace(tolerance=1e-3)})
+
+
+def test_rows_with_further_peers_have_names_for_them():
+    labels = [row.label for row in TEMPLATES]
+    for start in ("MMDiT forward", "T5 forward", "VAE decode, 256x256", "28 steps with guidance, the latents alone"):
+        assert any(label.startswith(start) and table.AGAINST in label for label in labels)
+
+
+@pytest.mark.skipif(not openvino_peer.available(), reason="could not import 'openvino'")
+def test_openvino_computes_the_same_function():
+    layer, x = torch.nn.Linear(8, 4), torch.ones(3, 8)
+    (peer,) = openvino_peer.beside(lambda x: layer(x).tanh(), (x,), layer, dtype=torch.float32).values()
+    with torch.no_grad():
+        torch.testing.assert_close(peer.run(), layer(x).tanh(), rtol=1e-5, atol=1e-6)
+    loops = openvino_peer.loops(lambda call: call(call(x)[:, :1].expand(3, 8)), lambda x: layer(x), (x,), layer)
+    with torch.no_grad():
+        expected = layer(layer(x)[:, :1].expand(3, 8))
+    torch.testing.assert_close(next(iter(loops.values())).run(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_openvino_rows_have_no_further_peer(monkeypatch):
+    monkeypatch.setattr(openvino_peer, "available", lambda: False)
+    assert openvino_peer.beside(None, (), dtype=torch.float32) == openvino_peer.loops(None, None, ()) == {}
 
 
 def test_names_select_files_and_unknown_ones_are_refused(capsys):
