@@ -15,7 +15,8 @@ SPEC = {
 
 
 def gradients(sizes, compiled):
-    """The gradients of this process's part of an MLP that is gathered over fsdp and divided over tensor."""
+    """The gradients of this process's part of an MLP, which is gathered over fsdp and divided over tensor, and of its
+    input."""
     grid = meshes.init(sizes)
     layout = sharding.layout(tensor.part_spec(SPEC, grid, heads=4), grid)
     gather, group = sharding.materialize(layout, grid), grid.group("tensor")
@@ -28,8 +29,8 @@ def gradients(sizes, compiled):
 
     fn = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else loss
     leaves = [leaf.requires_grad_() for leaf in tree.leaves(params)]
-    value = fn(leaves, x)
-    return value.detach(), *torch.autograd.grad(value, leaves)
+    value = fn(leaves, x.requires_grad_())
+    return value.detach(), *torch.autograd.grad(value, [*leaves, x])
 
 
 def both(sizes):
