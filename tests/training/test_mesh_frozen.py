@@ -79,10 +79,11 @@ MESHES = [
     (4, "data=2,fsdp=2", "train", ["--optimizer", "muon", "--accumulate", "2"]),
     (4, "data=2,fsdp=2", "train", ["--lora", "2", "--accumulate", "2"]),
     (2, "fsdp=2", "train", ["--optimizer", "adamw8bit", "--fused-update"]),
-    (2, "tensor=2", "train", ["--inversion", "<hue>", "--initial-word", "red", "--caption", "a <hue> circle"]),
+    (2, "tensor=2", "train", ["--inversion", "<hue>", "--initial-word", "red", "--caption", "a <hue> circle",
+                              "--lora", "2", "--word-lr", "1e-3"]),
     (2, "tensor=2", "distill", ["--to", "2", "--method", "meanflow", "--remat"]),
     (2, "sequence=2", "reward", ["--reward", "colours", "--method", "grpo", "--remat"]),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("count", "mesh", "command", "words"), MESHES, ids=[f"{each[1]} {each[2]}" for each in MESHES])
