@@ -75,6 +75,7 @@ def test_every_command_line_of_the_page_runs(page, folder, monkeypatch, capsys):
 @pytest.mark.parametrize("page", markdown.PAGES, ids=lambda page: page.name)
 def test_every_option_that_the_page_names_is_one_of_the_programs(page):
     known = {option for leaf in parser.leaves(parser.build()) for option in leaf._option_string_actions}
+    known |= {"--nnodes", "--nproc-per-node", "--max-restarts", "--rdzv-id"}  # torchrun's
     spans = markdown.spans(page.read_text(encoding="utf-8"))
     named = {option for _, text in spans if not text.startswith("python ") for option in _OPTION.findall(text)}
     assert not named - known
