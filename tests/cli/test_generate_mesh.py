@@ -65,6 +65,18 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("cache", ["fast", "adaptive:tolerance=2,order=0"])
+def test_a_cache_leaves_out_the_same_steps_in_every_process(processes, folder, tmp_path, capsys, cache):
+    words = ["generate", PROMPTS[0], "--steps", "8", "--params", str(folder), "--cache", cache]
+    assert cli.main([*words, "--out", f"{tmp_path}/alone"]) == 0
+    capsys.readouterr()
+    results = processes(2, run, [*words, "--mesh", "guidance=2"], tmp_path)
+    assert [status for status, *_ in results] == [0, 0]
+    alone, divided = images(tmp_path / "alone"), images(tmp_path / "0")
+    assert alone.keys() == divided.keys()
+    assert all((alone[name] - divided[name]).abs().max() <= 1 for name in alone)
+
+
 @pytest.mark.parametrize("mesh", WRONG)
 def test_a_mesh_that_does_not_fit_is_one_error_in_every_process(processes, folder, tmp_path, mesh):
     words = ["generate", PROMPTS[0], "--params", str(folder), *(["--mesh", mesh] if mesh else [])]
