@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.parallel.mesh import Mesh
-from functional_sd3.parallel.sharding import AXIS, Placement
+from functional_sd3.parallel.placement import AXIS, Placement
 
 Range = tuple[int, int]
 """Start and stop of indices along a dimension."""

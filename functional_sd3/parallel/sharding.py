@@ -11,10 +11,8 @@ the axis "data" longer than 1 too it is their hybrid sharding (HSDP).
     velocity = mmdit.apply(params, config, x, t, context, pooled, materialize=gather, block_transform=transform.remat)
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain
 
@@ -27,48 +25,27 @@ from functional_sd3.core.rounding import Positions
 from functional_sd3.core.spec import Elementwise, Param
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import collectives, transport
+from functional_sd3.parallel.gathering import materialize
 from functional_sd3.parallel.mesh import BATCH_AXES, Mesh
-from functional_sd3.parallel.tensor import Cut, cut_of, join_leaf, own_leaf
+from functional_sd3.parallel.placement import AXIS, Layout, Placement, is_sharded
+from functional_sd3.parallel.tensor import cut_of, join_leaf, own_leaf
 
-AXIS = "fsdp"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Shape of a whole leaf, and the dimension along which it is divided over "fsdp"; None: whole everywhere.
-
-    cut: how it is divided over "tensor" before that (`tensor.cut_of`), None for not at all; the shape is the part's.
-    """
-
-    shape: tuple[int, ...]
-    dim: int | None = None
-    cut: Cut | None = None
-
-    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        """Shape of this process's part."""
-        return self.shape if self.dim is None else tuple(self.part(mesh))
-
-    @property
-    def is_divided(self) -> bool:
-        """True where a process has a part."""
-        return self.dim is not None or self.cut is not None
-
-    def whole_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        """Shape of the leaf before it is divided over "tensor" too."""
-        return tuple(
-            size * mesh.size("tensor") if self.cut is not None and dim == self.cut.dim else size
-            for dim, size in enumerate(self.shape)
-        )
-
-    def part(self, mesh: Mesh) -> prng.Part:
-        """Which part of the whole this process has."""
-        assert self.dim is not None
-        size = self.shape[self.dim] // mesh.size(AXIS)
-        return prng.Part(self.shape, self.dim, mesh.index(AXIS) * size, size)
-
-
-Layout = Tree
-"""A tree of `Placement`, like the parameters."""
+__all__ = [
+    "Layout",
+    "Placement",
+    "init",
+    "layout",
+    "materialize",
+    "mean",
+    "norm",
+    "positions",
+    "shard",
+    "shard_known",
+    "state_layout",
+    "sum_gradient",
+    "sum_gradients",
+    "whole",
+]
 
 
 def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None, *, is_cut: bool = True) -> Layout:
@@ -148,20 +125,6 @@ def init(
     return specs.map_params(draw, spec)
 
 
-def materialize(
-    layout: Layout, mesh: Mesh, *, dtype: torch.dtype | None = None, reduce: torch.dtype = torch.float32
-) -> Callable[[Params], Params]:
-    """The function from one block's shards, or those of all that is in no block, to its whole parameters.
-
-    For `materialize=` of `mmdit.apply` and the other networks: leaves of one block are sent together. The gradient of
-    a sharded leaf is summed over "fsdp", in the order of the processes; that of a whole leaf is each process's own
-    (`sum_gradients`). dtype: in which 16- and 32-bit floats are sent and returned, None for their own; cotangents are
-    then sent in it too, and added in `reduce` at least. Leaves that the layout does not have, such as those of a LoRA,
-    stay as they are. Raises ValueError for a leaf of another shape than its part.
-    """
-    return _Gather(_by_relative_path(layout, mesh), mesh.group(AXIS), dtype, reduce)
-
-
 def sum_gradients(
     grads: Params, layout: Layout | None, mesh: Mesh, *, divisor: int = 1, inplace: bool = False
 ) -> Params:
@@ -175,10 +138,10 @@ def sum_gradients(
     kinds: dict[tuple[torch.dtype, bool], list[str]] = defaultdict(list)
     flat = tree.flatten_paths(grads)
     for path, leaf in flat.items():
-        kinds[leaf.dtype, _is_sharded(placements.get(path))].append(path)
+        kinds[leaf.dtype, is_sharded(placements.get(path))].append(path)
     summed: dict[str, Tensor] = {}
-    for (_, is_sharded), paths in kinds.items():
-        group = mesh.group("data") if is_sharded else mesh.group(*BATCH_AXES)
+    for (_, has_part), paths in kinds.items():
+        group = mesh.group("data") if has_part else mesh.group(*BATCH_AXES)
         for some in _buckets(paths, flat):
             if group is None:
                 parts = [flat[path] for path in some]
@@ -196,7 +159,7 @@ def sum_gradients(
 
 def sum_gradient(gradient: Tensor, placement: Placement | None, mesh: Mesh, *, divisor: int = 1) -> Tensor:
     """`sum_gradients` of one leaf, whose placement is None where the layout does not have it."""
-    group = mesh.group("data") if _is_sharded(placement) else mesh.group(*BATCH_AXES)
+    group = mesh.group("data") if is_sharded(placement) else mesh.group(*BATCH_AXES)
     total = gradient if group is None else transport.total(gradient, group)
     return total / divisor if divisor > 1 else total
 
@@ -219,13 +182,13 @@ def norm(grads: Params, layout: Layout | None, mesh: Mesh) -> Tensor:
     kinds: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
     for path, leaf in tree.flatten_paths(grads).items():
         placement = placements.get(path)
-        kinds[_is_sharded(placement), placement is not None and placement.cut is not None].append(leaf)
+        kinds[is_sharded(placement), placement is not None and placement.cut is not None].append(leaf)
     if set(kinds) == {(False, False)}:
         return leafwise.global_norm(kinds[False, False])
     squares = []
-    for (is_sharded, is_cut), leaves in sorted(kinds.items()):
+    for (has_part, is_cut), leaves in sorted(kinds.items()):
         own = leafwise.global_norm(leaves).square()
-        own = collectives.psum(own, mesh.group(AXIS)) if is_sharded else own
+        own = collectives.psum(own, mesh.group(AXIS)) if has_part else own
         squares.append(collectives.psum(own, mesh.group("tensor")) if is_cut else own)
     return torch.stack(squares).sum().sqrt()
 
@@ -286,75 +249,6 @@ def _own(leaf: Tensor, placement: Placement, mesh: Mesh) -> Tensor:
         return leaf
     part = placement.part(mesh)
     return leaf.narrow(part.dim, part.start, part[part.dim]).clone(memory_format=torch.contiguous_format)
-
-
-def _is_sharded(placement: Placement | None) -> bool:
-    return placement is not None and placement.dim is not None
-
-
-# With slots, since transforms look for tensors in the attributes of what is called (`core.closures`): here are none.
-@dataclass(frozen=True, slots=True)
-class _Gather:
-    """`materialize`. placements: path within a block -> shape of the part -> placement."""
-
-    placements: "Placements"
-    group: transport.Group
-    dtype: torch.dtype | None
-    reduce: torch.dtype
-
-    def __call__(self, params: Params) -> Params:
-        flat = tree.flatten_paths(params)
-        sharded: dict[tuple[torch.dtype, torch.dtype], dict[str, int]] = defaultdict(dict)
-        gathered: dict[str, Tensor] = {}
-        for path, leaf in flat.items():
-            target = self.dtype if self.dtype and leaf.is_floating_point() and leaf.element_size() > 1 else leaf.dtype
-            dim = _dim(self.placements, path, leaf)
-            if dim is None or self.group is None:
-                gathered[path] = leaf.to(target)
-            else:
-                sharded[leaf.dtype, target][path] = dim
-        for (_, target), dims in sharded.items():
-            gathered |= self.together(flat, dims, target)
-        return tree.map_with_path(lambda path, leaf: gathered[path], params)
-
-    def together(self, flat: dict[str, Tensor], dims: dict[str, int], target: torch.dtype) -> dict[str, Tensor]:
-        """Whole leaves from shards of one dtype, sent as one tensor."""
-        moved = [flat[path].movedim(dim, 0) for path, dim in dims.items()]
-        sent = torch.cat([leaf.reshape(-1) for leaf in moved])[None]
-        received = collectives.all_gather(sent, self.group, 0, dtype=target, reduce=self.reduce)
-        parts = received.split([leaf.numel() for leaf in moved], 1)
-        return {
-            path: part.reshape(-1, *leaf.shape[1:]).movedim(0, dim)
-            for (path, dim), leaf, part in zip(dims.items(), moved, parts, strict=True)
-        }
-
-
-_BLOCK = re.compile(r"^(?:.*\.)?blocks\.\d+\.")
-
-Placements = dict[str, dict[tuple[int, ...], Placement]]
-
-
-def _by_relative_path(layout: Layout, mesh: Mesh) -> Placements:
-    """Path within its block -> shape of the part -> placement."""
-    placements: Placements = defaultdict(dict)
-    for path, placement in tree.flatten_paths(layout).items():
-        known, shape = placements[_BLOCK.sub("", path)], placement.local_shape(mesh)
-        if known.setdefault(shape, placement) != placement:
-            raise ValueError(
-                f"{path} has a part of shape {list(shape)}, as another block has at this path, but is divided otherwise"
-            )
-    return placements
-
-
-def _dim(placements: Placements, path: str, leaf: Tensor) -> int | None:
-    """The dimension along which a leaf is divided; None for one that is whole, or that the layout does not have."""
-    known = placements.get(path)
-    if known is None:
-        return None
-    if tuple(leaf.shape) not in known:
-        shapes = " or ".join(str(list(shape)) for shape in known)
-        raise ValueError(f"{path} has shape {list(leaf.shape)}; the part of this process has shape {shapes}")
-    return known[tuple(leaf.shape)].dim
 
 
 BUCKET = 1 << 25

@@ -21,7 +21,7 @@ from functional_sd3.core.types import Tree
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.parallel import pieces, sharding
 from functional_sd3.parallel.mesh import AXES, ONE_PROCESS, Mesh
-from functional_sd3.parallel.sharding import AXIS, Placement
+from functional_sd3.parallel.placement import AXIS, Placement
 from functional_sd3.training import sharded
 
 _INDEX = ".metadata"

@@ -18,7 +18,7 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.parallel import sharding, tensor
 from functional_sd3.parallel.mesh import Mesh
-from functional_sd3.parallel.sharding import Layout, Placement
+from functional_sd3.parallel.placement import Layout, Placement
 from functional_sd3.weights.model import Model
 
 TRANSFORMER: Final = "transformer"

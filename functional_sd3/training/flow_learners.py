@@ -15,7 +15,7 @@ from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
-from functional_sd3.parallel.sharding import Layout, Placement
+from functional_sd3.parallel.placement import Layout, Placement
 from functional_sd3.text import textual_inversion
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.training import division, objectives

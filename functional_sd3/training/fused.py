@@ -13,7 +13,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
-from functional_sd3.parallel.sharding import Layout
+from functional_sd3.parallel.placement import Layout
 from functional_sd3.training import optim, step
 from functional_sd3.training.objectives import Loss, Metrics
 from functional_sd3.training.step import TrainState

@@ -11,7 +11,7 @@ from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.layouts.components import SPECS, Config, require
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
-from functional_sd3.parallel.sharding import Layout
+from functional_sd3.parallel.placement import Layout
 from functional_sd3.training import division, step
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights.model import Model

@@ -18,7 +18,7 @@ from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.parallel import collectives
 from functional_sd3.parallel.mesh import Mesh
-from functional_sd3.parallel.sharding import AXIS, Layout, Placement
+from functional_sd3.parallel.placement import AXIS, Layout, Placement
 from functional_sd3.training.optim import Optimizer, Schedule, chain, scale_by_learning_rate, zeros_like
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -22,8 +22,8 @@ from functional_sd3.layouts import native
 from functional_sd3.parallel import mesh as meshes
 from functional_sd3.parallel import pieces
 from functional_sd3.parallel.pieces import Piece
+from functional_sd3.parallel.placement import Placement
 from functional_sd3.parallel.processes import Processes
-from functional_sd3.parallel.sharding import Placement
 from functional_sd3.training import digests, manifest
 from functional_sd3.training.stored import IDENTITY
 

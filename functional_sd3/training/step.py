@@ -14,7 +14,7 @@ from functional_sd3.core.rounding import Positions, Rounding
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import BATCH_AXES, ONE_PROCESS, Mesh
-from functional_sd3.parallel.sharding import Layout
+from functional_sd3.parallel.placement import Layout
 from functional_sd3.training import optim
 from functional_sd3.training.donation import overlapping
 from functional_sd3.training.objectives import Loss, Metrics, flow_loss, vae_loss

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from functional_sd3.parallel import pieces
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.parallel.pieces import Piece
-from functional_sd3.parallel.sharding import Placement
+from functional_sd3.parallel.placement import Placement
 from functional_sd3.parallel.tensor import Cut
 
 MESHES = [{}, {"data": 2}, {"fsdp": 2}, {"data": 2, "fsdp": 3}, {"tensor": 2}, {"fsdp": 2, "tensor": 3, "sequence": 2}]

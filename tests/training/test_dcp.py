@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from functional_sd3.core import prng, tree
 from functional_sd3.parallel import mesh, pieces
-from functional_sd3.parallel.sharding import Placement
+from functional_sd3.parallel.placement import Placement
 from functional_sd3.parallel.tensor import Cut
 from functional_sd3.training import dcp
 from functional_sd3.weights import WeightsError

@@ -12,8 +12,8 @@ import torch
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.parallel import mesh, pieces
+from functional_sd3.parallel.placement import Placement
 from functional_sd3.parallel.processes import Processes
-from functional_sd3.parallel.sharding import Placement
 from functional_sd3.parallel.tensor import Cut
 from functional_sd3.training import checkpoint, loop, manifest, sharded, step
 from functional_sd3.weights import WeightsError

@@ -13,7 +13,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.parallel.mesh import Mesh, describe
-from functional_sd3.parallel.sharding import Layout
+from functional_sd3.parallel.placement import Layout
 from functional_sd3.training.optim import blockwise, by_leaf
 from functional_sd3.training.optim.adam import AdamState
 from functional_sd3.training.optim.compose import chain

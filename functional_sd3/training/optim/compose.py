@@ -11,7 +11,7 @@ from functional_sd3.core.rounding import Rounding
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import Mesh
-from functional_sd3.parallel.sharding import Layout
+from functional_sd3.parallel.placement import Layout
 from functional_sd3.training.optim.types import (
     Optimizer,
     ScaledGradients,

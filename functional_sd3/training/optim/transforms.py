@@ -10,7 +10,7 @@ from functional_sd3.core import leafwise, tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.parallel import sharding
 from functional_sd3.parallel.mesh import Mesh
-from functional_sd3.parallel.sharding import Layout
+from functional_sd3.parallel.placement import Layout
 from functional_sd3.training.optim.types import CountState, Optimizer, global_norm, leafwise_rule, like, zero_count
 from functional_sd3.training.schedules import Schedule, as_schedule
 
