@@ -44,7 +44,7 @@ def all_gather(
     dtype = dtype or x.dtype
     if group_size(group) == 1:
         return x.to(dtype)
-    if torch.compiler.is_compiling() and len(set(sizes)) == 1:
+    if _is_compiled() and len(set(sizes)) == 1:
         return traced.all_gather(x, group, dim, dtype, reduce)
     return _AllGather.apply(x, group, dim, sizes, reduce, dtype)
 
@@ -94,7 +94,7 @@ def psum(x: Tensor, group: Group) -> Tensor:
     _check_summed(x)
     if group_size(group) == 1:
         return x
-    return traced.psum(x, group) if torch.compiler.is_compiling() else _Psum.apply(x, group)
+    return traced.psum(x, group) if _is_compiled() else _Psum.apply(x, group)
 
 
 def broadcast(x: Tensor, group: Group) -> Tensor:
@@ -104,7 +104,7 @@ def broadcast(x: Tensor, group: Group) -> Tensor:
     """
     if group_size(group) == 1:
         return x
-    return traced.broadcast(x, group) if torch.compiler.is_compiling() else _Broadcast.apply(x, group)
+    return traced.broadcast(x, group) if _is_compiled() else _Broadcast.apply(x, group)
 
 
 def broadcast_from(x: Tensor, group: Group, source: int = 0) -> Tensor:
@@ -256,6 +256,10 @@ def _mapped_like(tangent: Tensor, ctx: Any) -> Tensor:
     """
     (x,) = ctx.saved_tensors
     return tangent + (x[(slice(0, 0),) * x.ndim].sum() if x.ndim else torch.zeros_like(x)).to(tangent.dtype)
+
+
+def _is_compiled() -> bool:
+    return torch.compiler.is_compiling() and traced.is_available
 
 
 def _dim(x: Tensor, dim: int) -> int:

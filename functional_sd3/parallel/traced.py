@@ -7,11 +7,20 @@ for tangents and maps: outside of a compiled graph `collectives` are what has ev
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
 from functional_sd3.parallel.transport import Group, group_size, ordered_sum
+
+functional: Any
+try:
+    # PyTorch has no public collectives that its compiler keeps in a graph and differentiates through.
+    import torch.distributed._functional_collectives as functional
+except ImportError:
+    functional = None
+
+is_available = functional is not None
+"""Whether this PyTorch has them; without, `--compile` on a mesh fails in the compiler, and all else is as it is."""
 
 
 def all_gather(x: Tensor, group: Group, dim: int, dtype: torch.dtype, reduce: torch.dtype) -> Tensor:

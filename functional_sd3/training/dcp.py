@@ -101,7 +101,7 @@ def _at_edge(leaf: Tensor, placement: Placement, mesh: Mesh, devices: Any) -> An
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     along = [Shard(placement.dim) if axis == AXIS else Replicate() for axis in AXES]
-    stride = torch.empty(placement.shape, device="meta").stride()
+    stride = torch.empty(placement.shape, dtype=leaf.dtype, device="meta").stride()
     return DTensor.from_local(
         leaf.contiguous(), devices, along, run_check=False, shape=torch.Size(placement.shape), stride=stride
     )

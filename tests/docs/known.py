@@ -148,6 +148,7 @@ MAKE = {
 _SHORT = ("--steps", "1", "--batch-size", "2", "--warmup", "0", "--sample-every", "0")
 OTHERS = {
     "pip install .": [],
+    'pip install -e ".[bench]"': [],
     "python -m bench.cards": [["python", "-m", "bench.cards", "--help"]],
     "python -m bench.sharded": [["python", "-m", "bench.sharded", "--help"]],
     "python -m bench mesh --cpu-time": [["python", "-m", "bench", "mesh", "--list"]],
@@ -168,7 +169,7 @@ OTHERS = {
     },
     **{
         f"python -m bench {options}": [["python", "-m", "bench", "--list"]]
-        for options in ("--list", "attention fewsteps", "attention fewsteps --cpu-time")
+        for options in ("--list", "attention fewsteps", "attention fewsteps --cpu-time", "-k clip")
     },
     "python docs/learn/run.py": [["python", "docs/learn/run.py", "--help"]],
     "python -m bench.mesh_drill": [["python", "-m", "bench.mesh_drill", "--help"]],

@@ -22,10 +22,10 @@ def ending(lost, how):
         watches.dist.barrier()
         if rank == lost:
             if how == "dies":
-                # As the system does for a process that is killed.
+                # As the system does for a process that is killed, whose threads no longer run.
+                watch._is_closed = True
                 for peer in watch._peers.values():
                     peer.shutdown(watches.socket.SHUT_RDWR)
-                watch._is_closed = True
             elif how == "fails":
                 watch.failed(ValueError("image 7 is broken\nand more"))
             else:

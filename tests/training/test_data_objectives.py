@@ -221,7 +221,9 @@ def test_a_controlnet_is_copied_from_the_transformers_first_blocks(tiny):
     assert net.depth == 1 and not tree.diff(copied["blocks"], source["blocks"][:1])
     assert not any(leaf.any() for leaf in tree.leaves([copied["residuals"], copied["control_patch"]]))
     for depth in (0, 2):
-        with pytest.raises(ValueError, match=f"a ControlNet of {depth} blocks cannot be copied .* give 1 to 1"):
+        with pytest.raises(
+            ValueError, match=f"a ControlNet of {depth} blocks .--control-depth. cannot be copied .* give 1 to 1"
+        ):
             flow_learners.control_config(model.config, "canny", depth)
 
 

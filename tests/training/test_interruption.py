@@ -30,6 +30,16 @@ def interrupt(number=signal.SIGINT):
     os.kill(os.getpid(), number)
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_not_ignored():
+    """A suite started with nohup ignores SIGHUP, and so would the runs."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def newest_step(out):
     return checkpoint.step_of(checkpoint.paths(out / "checkpoints")[-1])
 
