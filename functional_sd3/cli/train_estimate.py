@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.cli import mesh_options, report, runtime, train_subjects
+from functional_sd3.cli import mesh_options, report, runtime, train_subjects, view_options
 from functional_sd3.formats import default_dtype
 from functional_sd3.formats.printable import shorten
 from functional_sd3.image import vae
@@ -85,8 +85,10 @@ def _model(arguments: argparse.Namespace) -> tuple[Config, torch.dtype]:
 def _choice(arguments: argparse.Namespace, config: Config, stored: torch.dtype) -> Choice:
     factor = vae.factor(require(config, "vae"))
     sizes = require(config, "transformer")
-    pixels = arguments.size or sizes.sample_size * factor
     multiple = factor * (1 if arguments.part == "vae" else sizes.patch_size)
+    # The images of the largest area need most.
+    largest = max(view_options.areas(arguments), default=0) // multiple * multiple
+    pixels = arguments.size or largest or sizes.sample_size * factor
     if pixels % multiple:
         raise ValueError(f"--size {pixels} must be a multiple of {multiple} pixels")
     length = config.clip_l.length if config.clip_l else config.clip_g.length if config.clip_g else 0

@@ -130,6 +130,12 @@ def test_an_estimate_of_a_folder_follows_its_options(estimated):
     assert plain["this command"] == plain["float32, adamw"]
 
 
+def test_an_estimate_of_buckets_is_of_their_largest_area(estimated):
+    rows, text = estimated("--batch-size", 2, "--buckets", "32,48")
+    assert "images of 48 x 48 a step" in text
+    assert rows == estimated("--batch-size", 2, "--size", 48)[0]
+
+
 def test_what_cannot_be_estimated_is_an_error(estimated):
     for words, said in (
         (["--mesh", "fsdp=3", "--batch-size", 4], "--batch-size 4 cannot be divided over 3 processes"),
