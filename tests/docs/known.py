@@ -150,7 +150,6 @@ OTHERS = {
     "pip install .": [],
     'pip install -e ".[bench]"': [],
     "python -m bench.cards": [["python", "-m", "bench.cards", "--help"]],
-    "python -m bench.sharded": [["python", "-m", "bench.sharded", "--help"]],
     "python -m bench mesh --cpu-time": [["python", "-m", "bench", "mesh", "--list"]],
     "python -m bench.likelihood": [
         ["python", "-m", "bench.likelihood", "--count", "1", "--steps", "1", "--draws", "1"],
