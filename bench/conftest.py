@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import time
@@ -87,7 +86,6 @@ def _brand():
 
 def versions():
     names = ["torch", "diffusers", "transformers", "tokenizers", "numpy", "scipy"]
-    names += [name for name in ("openvino",) if importlib.util.find_spec(name)]
     return {name: importlib.metadata.version(name) for name in names}
 
 

@@ -3,6 +3,7 @@
 An extra of its own (`pip install -e ".[bench]"`); rows go without it where it is not installed.
 """
 
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +24,11 @@ def available() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+def version() -> str:
+    """Of the package that is installed."""
+    return importlib.metadata.version("openvino")
+
+
 def beside(
     call: Callable[..., Tensor], inputs: tuple[Tensor, ...], *modules: torch.nn.Module, dtype: torch.dtype
 ) -> Mapping[str, Beside]:
@@ -34,7 +40,7 @@ def beside(
         return {}
     name, _, tolerance = PRECISIONS[dtype]
     network = compiled(call, inputs, *modules, dtype=dtype)
-    return {f"OpenVINO {name}": Beside(lambda: network(*inputs), tolerance)}
+    return {f"OpenVINO {name}": Beside(lambda: network(*inputs), tolerance, version())}
 
 
 def loops(
@@ -47,7 +53,7 @@ def loops(
     if not available():
         return {}
     network = compiled(call, inputs, *modules, dtype=torch.float32)
-    return {"OpenVINO float32 in this loop": Beside(lambda: loop(network), 1e-3)}
+    return {"OpenVINO float32 in this loop": Beside(lambda: loop(network), 1e-3, version())}
 
 
 def compiled(

@@ -12,10 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Beside(NamedTuple):
-    """Another peer of a row. tolerance: as of `Versus`."""
+    """Another peer of a row. tolerance: as of `Versus`. version: of its package, which stands in its rows alone, so
+    that rows without it are in the same table."""
 
     run: Callable[[], Any]
     tolerance: float
+    version: str = ""
 
 
 class _More:
@@ -116,6 +118,7 @@ class Versus:
             facts["least"] = alone
         others = {
             peer: {"theirs": each.samples, "difference": each.difference, "theirs_first_seconds": each.first_seconds}
+            | ({"version": each.beside.version} if each.beside.version else {})
             for peer, each in more.items()
         }
         if others:

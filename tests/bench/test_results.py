@@ -33,6 +33,12 @@ def test_every_table_says_where_and_when_it_was_measured(page):
         assert "thread" in heading and "time, 20" in heading and "torch " in heading and "Python " in heading
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_one_setting_has_one_table(page):
+    titles = [heading.split("\n")[0] for heading in table.read(PAGES[page])]
+    assert len(titles) == len(set(titles))
+
+
 def test_each_processor_has_its_page():
     processors = [{heading.split(",")[0] for heading in table.read(page)} for page in PAGES.values()]
     assert len(processors) > 1 and not set.intersection(*processors)
