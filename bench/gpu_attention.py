@@ -6,17 +6,15 @@ that of a plain step. Takes minutes. `--out FILE` keeps the table, row by row; `
 lines in seconds without such a machine, to see that they run.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import bench_attention, gpu, timing
+from bench import bench_attention, gpu, gpu_command, timing
 from functional_sd3.core import attention, prng, transform
 from functional_sd3.training import objectives
 from functional_sd3.transformer import mmdit
@@ -88,38 +86,16 @@ def compared(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; status 1 where there is no CUDA device and none other was named, or where a part failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_attention", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="true")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
-    parsed = parser.parse_args(arguments)
-    if parsed.device == "cuda" and not torch.cuda.is_available():
-        print("bench.gpu_attention needs a CUDA device and finds none; --device cpu --size small runs", file=sys.stderr)
-        return 1
-    size = SIZES[parsed.size]
-    place = gpu.Place(torch.device(parsed.device), parsed.rounds, {}, [])
-    machine = torch.cuda.get_device_name() if place.cuda else str(place.device)
-    lines = [
-        f"{machine}, torch {torch.__version__}; medians, interleaved; peaks beyond what is held before a call.",
-        "",
-        "| what | ours | other side | ratio | relative difference | more |",
-        "|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
-    failed = False
-    for part in (derivatives, meanflow):
-        try:
-            for row in part(place, size):
-                lines.append(row.line())
-                print(lines[-1], flush=True)
-                if parsed.out:
-                    parsed.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        except (RuntimeError, ValueError) as error:
-            failed = True
-            print(f"{part.__name__} failed: {type(error).__name__}: {str(error)[:800]}", flush=True)
-    return int(failed)
+    """`gpu_command.run` of these tables."""
+    parts = {each.__name__: partial(_lines, each) for each in (derivatives, meanflow)}
+    columns = ("what", "ours", "other side", "ratio", "relative difference", "more")
+    says = "; medians, interleaved; peaks beyond what is held before a call."
+    module = sys.modules[__name__]
+    return gpu_command.run(module, parts, says=says, columns=columns, rounds=5, arguments=arguments)
+
+
+def _lines(part: Callable[..., Iterator[gpu.Row]], place: gpu.Place, size: Any) -> Iterator[str]:
+    return (row.line() for row in part(place, size))
 
 
 if __name__ == "__main__":

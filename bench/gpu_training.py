@@ -6,17 +6,15 @@ module in bfloat16 by autocast or, frozen under peft's LoRA, in bfloat16; gradie
 It has been run on a CPU in the small size only: `--device cpu --size small`.
 """
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench import gpu, peers
+from bench import gpu, gpu_command, peers
 from functional_sd3 import lora
 from functional_sd3.core import prng, transform
 from functional_sd3.core import spec as specs
@@ -161,33 +159,14 @@ def line(what: str, ours: tuple[float, float], theirs: tuple[float, float]) -> s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; status 1 where there is no CUDA device and none other was named."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_training", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="true")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
-    parsed = parser.parse_args(arguments)
-    if parsed.device == "cuda" and not torch.cuda.is_available():
-        print("bench.gpu_training needs a CUDA device and finds none; --device cpu --size small runs", file=sys.stderr)
-        return 1
+    """`gpu_command.run` of this table."""
     import diffusers
 
-    place = gpu.Place(torch.device(parsed.device), parsed.rounds, {}, [])
-    machine = torch.cuda.get_device_name() if place.cuda else str(place.device)
-    lines = [
-        f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}; one image; medians; each alone.",
-        "",
-        "| what | ours | diffusers | ratio | peak, ours | diffusers | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines), flush=True)
-    for row in rows(place, SIZES[parsed.size]):
-        lines.append(row)
-        print(row, flush=True)
-        if parsed.out:
-            parsed.out.write_text("# Training on a GPU\n\n" + "\n".join(lines) + "\n")
-    return 0
+    columns = ("what", "ours", "diffusers", "ratio", "peak, ours", "diffusers", "ratio")
+    says = f", diffusers {diffusers.__version__}; one image; medians; each alone."
+    module, parts = sys.modules[__name__], {"training steps": rows}
+    given = {"says": says, "columns": columns, "rounds": 10, "arguments": arguments}
+    return gpu_command.run(module, parts, title="# Training on a GPU\n\n", **given)
 
 
 if __name__ == "__main__":
