@@ -3,9 +3,9 @@
 import argparse
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from functional_sd3.cli import (
     controls,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from functional_sd3.cli.opened_model import Session
     from functional_sd3.parallel.mesh import Mesh
     from functional_sd3.pipeline import Region, Request, SamplingOptions, StartImages, TextOptions
+    from functional_sd3.pipeline.request import OnStep
 
 HELP = "draw images of prompts"
 
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     out, single = output.destination(arguments.out)
     preview.check(arguments, out, single=single)
     prompts = prompt_words.listed(arguments.prompt, arguments.prompts)
-    jobs = _jobs(prompts, arguments)
+    jobs = jobs_of(prompts, arguments)
     prompt_words.note_missing_quotes(arguments.prompt)
 
     with processes.team(arguments, processes.DRAWING, "generate") as team:
@@ -95,34 +96,15 @@ def _draw(
     from functional_sd3.cli import records, session, writer
 
     opened = session.open_session(arguments, timer, mesh)
-    start = inputs.prepare(arguments, opened, size)
-    size = (start.images.shape[-1], start.images.shape[-2]) if start else size
-    size = session.image_size(opened, size, bounded=tile is None)
+    plan = plan_of(arguments, opened, prompts, size, tile)
     if single:
-        writer.check_fits(out, size, len(jobs))
-    control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
-    places = regions.prepare(arguments, size)
+        writer.check_fits(out, plan.size, len(jobs))
     show = preview.prepare(arguments, opened, out, single=single)
     timer.done("load")
-    texts = [*prompts, *(region.prompt for region in places), arguments.negative]
-    session.note_truncated(opened, texts, arguments)
-    prompt_words.note_unknown(arguments, texts)
-
-    settings = {
-        # An image is fitted again as it was: by its own size, or the one that was given.
-        **({"size": arguments.size or "x".join(map(str, size))} if arguments.size or not start else {}),
-        **options.settings(arguments),
-        **inputs.settings(arguments),
-        **regions.settings(arguments),
-    }
-    groups = _groups(jobs, arguments)
+    groups = grouped(jobs, arguments)
     batches = sum(-(-len(group) // arguments.batch) for group in groups)
     with progress(arguments.steps * batches) as bar:
-        run = session.sampling_options(opened, arguments, lambda info: (bar.update(), show(info)), control)
-        text = session.text_options(arguments)
-        request = functools.partial(
-            _request, opened=opened, text=text, run=run, size=size, start=start, places=places, tile=tile
-        )
+        request = functools.partial(plan.request, on_step=lambda info: (bar.update(), show(info)))
         record = records.recorder(opened, arguments)
         images = session.draw(opened, map(request, groups), arguments.batch, offload=arguments.offload)
         if mesh is not None and mesh.rank:
@@ -132,14 +114,62 @@ def _draw(
         writer.write(
             images,
             jobs,
-            lambda some: record(request(some), image_settings.joint_settings(some, settings)),
+            lambda some: record(request(some), image_settings.joint_settings(some, plan.settings)),
             out,
             single=single,
             timer=timer,
         )
 
 
-def _groups(jobs: list[Job], arguments: argparse.Namespace) -> list[list[Job]]:
+class Plan(NamedTuple):
+    """What the images of a run share.
+
+    size: width and height in pixels. settings: for their record. request: (jobs, on_step) -> the request of some.
+    """
+
+    size: tuple[int, int]
+    settings: image_settings.Settings
+    request: "Callable[[Sequence[Job], OnStep], Request]"
+
+
+def plan_of(
+    arguments: argparse.Namespace,
+    opened: "Session",
+    prompts: Sequence[str],
+    size: tuple[int, int] | None,
+    tile: tuple[int, int] | None,
+) -> Plan:
+    """The plan of the options, with start images, ControlNets' images and regions read; notes what prompts lose.
+
+    size, tile: of --size and --tile. Raises ValueError for files that are no images, and sizes that cannot be drawn.
+    """
+    from functional_sd3.cli import session
+
+    start = inputs.prepare(arguments, opened, size)
+    size = (start.images.shape[-1], start.images.shape[-2]) if start else size
+    size = session.image_size(opened, size, bounded=tile is None)
+    control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
+    places = regions.prepare(arguments, size)
+    texts = [*prompts, *(region.prompt for region in places), arguments.negative]
+    session.note_truncated(opened, texts, arguments)
+    prompt_words.note_unknown(arguments, texts)
+    settings = {
+        # An image is fitted again as it was: by its own size, or the one that was given.
+        **({"size": arguments.size or "x".join(map(str, size))} if arguments.size or not start else {}),
+        **options.settings(arguments),
+        **inputs.settings(arguments),
+        **regions.settings(arguments),
+    }
+    text = session.text_options(arguments)
+
+    def request(jobs: "Sequence[Job]", on_step: "OnStep") -> "Request":
+        run = session.sampling_options(opened, arguments, on_step, control)
+        return _request(jobs, opened=opened, text=text, run=run, size=size, start=start, places=places, tile=tile)
+
+    return Plan(size, settings, request)
+
+
+def grouped(jobs: list[Job], arguments: argparse.Namespace) -> list[list[Job]]:
     """The jobs that a request holds: one batch, or with --offload, where every component is read once, all.
 
     With --long never of two prompts, since the longest would lengthen the context of the others.
@@ -187,7 +217,8 @@ def _request(
     )
 
 
-def _jobs(prompts: list[str], arguments: argparse.Namespace) -> list[Job]:
+def jobs_of(prompts: list[str], arguments: argparse.Namespace) -> list[Job]:
+    """The images of --seed, --count and --variation, prompt by prompt. Raises ValueError for seeds out of range."""
     if arguments.variation is None:
         numbers.seed(arguments.seed + arguments.count - 1, f"--seed and --count {arguments.count}: the last seed")
         return [Job(prompt, arguments.seed + index) for prompt in prompts for index in range(arguments.count)]

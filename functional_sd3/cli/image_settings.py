@@ -71,7 +71,7 @@ def joint_settings(jobs: Sequence[Job], settings: Settings) -> Settings:
 
 def command(settings: Settings) -> str:
     """The command line that makes an image with these settings again: one line, whatever they hold."""
-    return " ".join(map(_quoted, _words(settings)))
+    return " ".join(map(_quoted, words(settings)))
 
 
 def read_record(path: Path) -> Record | None:
@@ -170,7 +170,8 @@ def _is_value(value: Any, action: "argparse.Action") -> bool:
     return action.choices is None or read in action.choices
 
 
-def _words(settings: Settings) -> list[str]:
+def words(settings: Settings) -> list[str]:
+    """The words of `command`, the program's name first."""
     subcommand, options = settings.get("subcommand", "generate"), []
     usual = {name: value for name, value in _DEFAULTS.items() if name != "cfg" or subcommand != "edit"}
     if settings.get("direct"):
@@ -182,11 +183,11 @@ def _words(settings: Settings) -> list[str]:
         for item in value if isinstance(value, list) else [value]:
             options += _option(option, item)
     places = [settings["picture"]] if "picture" in settings else []
-    words = [str(word) for word in (*places, *settings.get("prompts", []))]
+    positional = [str(word) for word in (*places, *settings.get("prompts", []))]
     start = ["functional-sd3", subcommand]
-    if any(word.startswith("-") for word in words):
-        return [*start, *options, "--", *words]
-    return [*start, *words, *options]
+    if any(word.startswith("-") for word in positional):
+        return [*start, *options, "--", *positional]
+    return [*start, *positional, *options]
 
 
 def _option(name: str, value: Any) -> list[str]:

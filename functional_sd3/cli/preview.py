@@ -82,7 +82,7 @@ def prepare(
     from functional_sd3.cli import runtime
     from functional_sd3.formats.errors import WeightsError
 
-    path, decoder = _path(out, single=single), _decoder(arguments, session)
+    path, decoder = _path(out, single=single), decoder_of(arguments, session)
     tile = None if getattr(arguments, "tile", None) is None else decoder.tile
     if getattr(arguments, "strength", None) == 0:
         report.note("--preview: with --strength 0 no step is drawn, so there are no previews")
@@ -114,7 +114,7 @@ def _path(out: Path, *, single: bool) -> Path:
     return out.with_name(f"{out.stem}.preview.png") if single else out / "preview.png"
 
 
-class _Decoder(NamedTuple):
+class Decoder(NamedTuple):
     """The decoder of previews: parameters by component, a config, words for messages; tile: of the VAE, in latents."""
 
     params: "dict[str, Params]"
@@ -123,7 +123,9 @@ class _Decoder(NamedTuple):
     tile: int
 
 
-def _decoder(arguments: argparse.Namespace, session: "Session") -> _Decoder:
+def decoder_of(arguments: argparse.Namespace, session: "Session") -> Decoder:
+    """The decoder of --preview-decoder, else the model's own TAESD, else its VAE. Raises ValueError where it does not
+    fit the model."""
     from dataclasses import replace
 
     from functional_sd3.layouts.components import require
@@ -142,11 +144,11 @@ def _decoder(arguments: argparse.Namespace, session: "Session") -> _Decoder:
         )
     else:
         words = f"decoded by the VAE; --preview-decoder with TAESD3 ({WHERE}) is faster"
-        return _Decoder({"vae": session.fetch("vae")}, config, words, transformer.sample_size)
+        return Decoder({"vae": session.fetch("vae")}, config, words, transformer.sample_size)
     channels, wanted = require(config, "taesd").latent_channels, transformer.out_channels
     if channels != wanted:
         raise ValueError(f"{where} decodes latents of {channels} channels, not this model's {wanted}: see {WHERE}")
-    return _Decoder(params, config, f"decoded by {where}", transformer.sample_size)
+    return Decoder(params, config, f"decoded by {where}", transformer.sample_size)
 
 
 def _read(paths: list[str], session: "Session") -> "tuple[dict[str, Params], Config]":

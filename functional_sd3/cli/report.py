@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MAX_NAMED = 10
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+_COLLECTED: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 class Report(NamedTuple):
@@ -50,6 +51,17 @@ def printing(*, quiet: bool) -> Iterator[None]:
         _QUIET.reset(token)
 
 
+@contextmanager
+def collected() -> Iterator[list[str]]:
+    """Within it messages and notes go into the list that it yields instead of standard error: for a page to show."""
+    lines: list[str] = []
+    token = _COLLECTED.set(lines)
+    try:
+        yield lines
+    finally:
+        _COLLECTED.reset(token)
+
+
 def has_launcher() -> bool:
     """True in a process that torchrun, or something that sets the same variables, has started."""
     return all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -68,7 +80,10 @@ def say(text: object) -> None:
 
 def message(text: object) -> None:
     """Print one line about the run on standard error, unless --quiet."""
-    if not _QUIET.get():
+    lines = _COLLECTED.get()
+    if lines is not None:
+        lines.append(str(text))
+    elif not _QUIET.get():
         _print(sys.stderr, printable.escape(text))
 
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.core.types import Params
 from functional_sd3.flow import ode
+from functional_sd3.formats.default_dtype import Default
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.parallel import tensor
@@ -24,7 +25,20 @@ from functional_sd3.text.completeness import check_encoders
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.control import Control
 from functional_sd3.weights import shipped
-from functional_sd3.weights.model import Tokenizers
+from functional_sd3.weights.model import Model, Tokenizers
+
+
+class ReadModel(NamedTuple):
+    """A model as --params, --dtype, --device and --offload read it, before a run adds LoRAs, words and guidance to it.
+
+    components: its parameters, or with --offload a function that reads them. place: the device of what is read.
+    """
+
+    model: Model
+    components: Components
+    device: torch.device
+    place: torch.device
+    dtype: torch.dtype | Default
 
 
 def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None = None) -> Session:
@@ -43,6 +57,14 @@ def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None 
     lora_options.check(arguments.lora)
     if arguments.compile:
         transform.check_compiler()
+    return adapted_session(arguments, timer, read_model(arguments, device, mesh), mesh)
+
+
+def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh | None = None) -> ReadModel:
+    """The model of --params on a device; over a mesh, and with --offload, a function that reads its components.
+
+    Raises WeightsError for weights that cannot be read, ValueError where the model cannot draw.
+    """
     source = arguments.params or shipped.folder()
     dtype = runtime.dtype(arguments.dtype)
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
@@ -55,6 +77,14 @@ def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None 
         model = weights.load(source, **options)
         components = model.params
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    # Before images are read and the first prompt is encoded, which checks it again.
+    check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
+    return ReadModel(model, components, device, place, dtype)
+
+
+def adapted_session(arguments: argparse.Namespace, timer: Timer, read: ReadModel, mesh: Mesh | None = None) -> Session:
+    """The model with the LoRAs, words and guidance of the options, and the defaults of distilled models in them."""
+    model, components, device, place, dtype = read
     if mesh is not None:
         _check_mesh(arguments, model.config, mesh)
     model = model._replace(config=lora_options.student_config(arguments.lora, model.config))
@@ -62,8 +92,6 @@ def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None 
     distilled.apply_defaults(arguments, model.config)
     is_student = bool(model.config.schedule and model.config.schedule.distillation)
     caching.check_steps(arguments, arguments.method or pipeline.default_method(model.config), is_student=is_student)
-    # Before images are read and the first prompt is encoded, which checks it again.
-    check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     loras, words = lora_options.load(arguments.lora, model.config, place), runtime.words(arguments.embedding)
     components, config, tokenizers = pipeline.adapted(components, model.config, model.tokenizers, loras, words)
     # A tree is adapted once for the run, not for each batch.
