@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -27,6 +28,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Wall time says nothing on a shared machine; derandomised so that every run tests the same examples.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
+
+
+def pytest_collection() -> None:
+    """No search for cycles while nine thousand tests are made, nearly all of which stay."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests are there to the end: later searches for cycles leave them out."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,8 @@ def samples() -> list[bytes]:
 
 
 def written_samples() -> list[bytes]:
-    noise = numpy.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=numpy.uint8)
+    # At least 16 on a side: of smaller ones Pillow before 13 writes an ICO file without an image.
+    noise = numpy.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=numpy.uint8)
     colours = Image.fromarray(noise)
     deep = Image.fromarray(noise[..., 0].astype(numpy.uint16) * 257)
     floats = Image.fromarray(noise[..., 0].astype(numpy.float32) / 255)

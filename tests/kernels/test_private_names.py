@@ -52,6 +52,9 @@ import torch._dynamo, torch._functorch.vmap, torch._functorch.eager_transforms
 from torch.autograd import forward_ad
 from torch.utils import _device, _python_dispatch
 
+# PyTorch scripts its own forward-mode derivatives when they are first used: once, before the processes are forked.
+torch.func.jvp(torch.sin, (torch.ones(1),), (torch.ones(1),))
+
 def smoke():
     """Layers, noise, gradients, transforms and an optimiser's step with what is left of PyTorch."""
     from functional_sd3.core import attention, layers, leafwise, prng, transform, tree
