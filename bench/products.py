@@ -2,7 +2,8 @@
 
 Times float32 products of many rows and sizes by PyTorch's BLAS and by oneDNN, 3x3 convolutions by Winograd's algorithm
 and directly, and attention by PyTorch's fused kernel and by oneDNN's products, all interleaved, and prints the line of
-`functional_sd3.kernels.products.TABLE` that follows for this processor, beside the one that is there.
+`functional_sd3.kernels.products.TABLE` that follows for this processor, beside the one that is there. Then MMDiTs in
+float32 and bfloat16, for that of `kernels.narrow.TABLE` (`--narrow`: these alone).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import narrow
 from functional_sd3.core import prng
 from functional_sd3.kernels import processor, products, winograd
 
@@ -53,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads (default 2)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each, of which the median counts (default 7)")
     parser.add_argument("--cpu-time", action="store_true", help="one thread and processor time, for busy machines")
+    parser.add_argument("--narrow", action="store_true", help="narrow numbers alone")
     parsed = parser.parse_args(arguments)
     if not products.is_enabled():
         print("this PyTorch has no oneDNN, or its private names have changed: nothing to choose", file=sys.stderr)
@@ -62,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1 if parsed.cpu_time else parsed.threads)
     try:
         with torch.no_grad():
-            report(parsed.rounds, clock)
+            if not parsed.narrow:
+                report(parsed.rounds, clock)
+            narrow.report(lambda ways: medians(ways, parsed.rounds, clock))
     finally:
         torch.set_num_threads(threads)
     return 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import lora, pipeline, weights
-from functional_sd3.cli import distilled, guidance, lora_options, report, runtime
+from functional_sd3.cli import distilled, guidance, lora_options, precision, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
 from functional_sd3.image import files as image_files
@@ -165,6 +165,9 @@ def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, str]:
     source = arguments.params or [str(shipped.folder())]
     device = runtime.device(arguments.device)
     options |= {"dtype": runtime.dtype(arguments.dtype), "device": device, "variant": arguments.variant}
+    if "only" not in options:
+        # What is measured is the images that `generate` draws; a VAE alone, how exact it is.
+        options["dtype"], arguments.dtype = precision.choose(arguments, source, device)
     model = weights.load(source, **options)
     return model, " and ".join(source)
 

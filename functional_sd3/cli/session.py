@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import caching, controls, distilled, guidance, lora_options, report, runtime
+from functional_sd3.cli import caching, controls, distilled, guidance, lora_options, precision, report, runtime
 from functional_sd3.cli.opened_model import Session
 from functional_sd3.cli.timing import Timer
 from functional_sd3.core import prng, transform, tree
@@ -32,6 +32,7 @@ class ReadModel(NamedTuple):
     """A model as --params, --dtype, --device and --offload read it, before a run adds LoRAs, words and guidance to it.
 
     components: its parameters, or with --offload a function that reads them. place: the device of what is read.
+    dtype_word: of --dtype, as images record it.
     """
 
     model: Model
@@ -39,6 +40,7 @@ class ReadModel(NamedTuple):
     device: torch.device
     place: torch.device
     dtype: torch.dtype | Default
+    dtype_word: str
 
 
 def open_session(arguments: argparse.Namespace, timer: Timer, mesh: Mesh | None = None) -> Session:
@@ -66,7 +68,7 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     Raises WeightsError for weights that cannot be read, ValueError where the model cannot draw.
     """
     source = arguments.params or shipped.folder()
-    dtype = runtime.dtype(arguments.dtype)
+    dtype, word = precision.choose(arguments, source, device)
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
     components: Components
     place = torch.device("cpu") if mesh is not None and mesh.size("tensor") > 1 else device
@@ -79,12 +81,14 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
-    return ReadModel(model, components, device, place, dtype)
+    return ReadModel(model, components, device, place, dtype, word)
 
 
 def adapted_session(arguments: argparse.Namespace, timer: Timer, read: ReadModel, mesh: Mesh | None = None) -> Session:
     """The model with the LoRAs, words and guidance of the options, and the defaults of distilled models in them."""
-    model, components, device, place, dtype = read
+    model, components, device, place, dtype, word = read
+    # Images record it, so that another machine makes them alike.
+    arguments.dtype = word
     if mesh is not None:
         _check_mesh(arguments, model.config, mesh)
     model = model._replace(config=lora_options.student_config(arguments.lora, model.config))

@@ -41,6 +41,14 @@ class TreePlan(NamedTuple):
     scales: dict[str, str]
 
 
+class Storage(NamedTuple):
+    """How a tree is stored. narrow: share of its numbers that take at most 16 bits each. width: the largest of its
+    matrices' shorter sides, of convolutions inputs and outputs: the width of a network."""
+
+    narrow: float
+    width: int
+
+
 def shapes(places: Mapping[str, Mapped]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor."""
     return {name: entry(places, name).shape for name in places}
@@ -76,6 +84,16 @@ def kinds(plan: TreePlan, quantized: bool = False) -> set[Kind]:
         if not (quantized and names and _stays(plan, source, names)):
             stored.update(_kind(plan, name) for name in names)
     return stored
+
+
+def storage(plan: TreePlan) -> Storage:
+    """How the tree is stored, from the headers of its files alone."""
+    held = [entry(plan.places, name) for name in plan.names.values()]
+    # Blocks take less than the dtype that they are decoded to.
+    narrow = sum(math.prod(one.shape) for one in held if one.blocks or one.dtype.itemsize <= 2)
+    params = [source.param for source in plan.sources.values() if source.path.endswith("weight")]
+    sides = [min(param.shape[:2]) for param in params if param is not None and len(param.shape) > 1]
+    return Storage(narrow / max(1, sum(math.prod(one.shape) for one in held)), max(sides, default=0))
 
 
 def load(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bool = True) -> Params:

@@ -14,7 +14,7 @@ import torch
 from functional_sd3.core import spec as specs
 from functional_sd3.core.types import Tree
 from functional_sd3.formats import trees
-from functional_sd3.formats.trees import TreePlan
+from functional_sd3.formats.trees import Storage, TreePlan
 from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.weights import assemble, extras
 from functional_sd3.weights.extras import Extra
@@ -77,6 +77,15 @@ def describe(
         {str(path): header.metadata for path, header in mapped.items() if header.metadata},
         missing(Model(config=Config(), params=dict.fromkeys(plans, {}), tokenizers=tokenizers)),
     )
+
+
+def storage(
+    path: str | os.PathLike | Sequence[str | os.PathLike], component: str, *, variant: str | None = None
+) -> Storage | None:
+    """How a component is stored; None where the path has none. Raises WeightsError for what does not load."""
+    paths = [path] if isinstance(path, (str, os.PathLike)) else path
+    _, plans = assemble.plan([Path(one) for one in paths], (component,), variant)
+    return trees.storage(plans[component].tree) if component in plans else None
 
 
 def _part(planned: LoadPlan, values: bool) -> Part:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench import narrow
 from bench import products as measuring
 from functional_sd3.kernels import processor, products
 
@@ -43,9 +44,12 @@ def test_the_command_prints_the_line_of_this_processor(monkeypatch, capsys):
         monkeypatch.setattr(measuring, name, value)
     monkeypatch.setattr(measuring, "ATTENTIONS", ((2, 300),))
     monkeypatch.setattr(measuring, "SECONDS", 1e-5)
+    monkeypatch.setattr(narrow, "WIDTHS", (64,))
+    monkeypatch.setattr(narrow, "SIZES", ((2, 4),))
     assert measuring.main(["--rounds", "1", "--cpu-time"]) == 0
     printed = capsys.readouterr().out
     assert repr(processor.identify()) in printed and "Choice(range(" in printed and "of BLAS's time" in printed
+    assert "bfloat16 pays from a width of" in printed
     monkeypatch.setattr(products, "pointwise", lambda: None)
     assert measuring.main([]) == 1
 
@@ -54,3 +58,15 @@ def test_both_ways_of_attention_agree():
     query, key, value = measuring._random(*((1, 2, 300, 64) for _ in range(3)))
     fused, by_products = (way() for way in measuring.attention_ways(query, key, value, 128))
     torch.testing.assert_close(by_products, fused, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ({64: [1.4, 0.8], 128: [0.8, 0.7], 256: [0.6]}, 128),
+        ({64: [0.8], 128: [0.9], 256: [0.6]}, 256),
+        ({64: [0.8], 128: [1.1]}, None),
+    ],
+)
+def test_bfloat16_pays_from_the_width_on_at_which_no_size_is_slow(ratios, expected):
+    assert narrow.least_width(ratios) == expected

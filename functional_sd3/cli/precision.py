@@ -1,0 +1,71 @@
+"""The dtype of --dtype auto: bfloat16 on a CPU that multiplies it in hardware, for models that are worth its rounding.
+
+Others are computed in float32 there, as are commands that solve or differentiate a velocity, where rounding shows.
+Elsewhere than on a CPU the default is that of `formats.default_dtype`.
+"""
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from functional_sd3.cli import report, runtime
+from functional_sd3.formats.default_dtype import Default
+from functional_sd3.formats.errors import WeightsError
+from functional_sd3.formats.trees import Storage
+from functional_sd3.kernels import narrow
+from functional_sd3.weights import describing
+
+MOSTLY = 0.9
+"""Least share of numbers stored in 16 bits or fewer: files of blocks keep norms and biases in float32."""
+_SOLVES = ("inverts", "measures_flow")
+"""Set by commands that solve a velocity for its start or differentiate it: `edit` without --direct, `likelihood`."""
+
+
+class Chosen(NamedTuple):
+    """dtype: to load with. word: of --dtype, for the record of an image; "auto" where every machine decides alike."""
+
+    dtype: torch.dtype | Default
+    word: str
+
+
+def choose(
+    arguments: argparse.Namespace,
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    device: torch.device,
+) -> Chosen:
+    """The dtype of --dtype for the model at `source`, whose transformer decides; says in a line if it is bfloat16.
+
+    Files that cannot be read decide nothing: loading them says what is wrong with them.
+    """
+    if arguments.dtype != "auto" or device.type != "cpu" or any(getattr(arguments, name, False) for name in _SOLVES):
+        return Chosen(runtime.dtype(arguments.dtype), arguments.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Loading notes it.
+        try:
+            stored = describing.storage(source, "transformer", variant=arguments.variant)
+        except (WeightsError, OSError, ValueError):
+            stored = None
+    if stored is None or not is_candidate(stored):
+        return Chosen(runtime.dtype("auto"), "auto")
+    if not pays(stored, narrow.here()):
+        return Chosen(runtime.dtype("auto"), "float32")
+    report.note(
+        f"computed in bfloat16, which this processor multiplies faster: the transformer is stored in 16 bits or fewer "
+        f"and {stored.width:,} wide; --dtype float32 is slower and rounds less"
+    )
+    return Chosen(torch.bfloat16, "bfloat16")
+
+
+def is_candidate(stored: Storage) -> bool:
+    """True if some processor would compute it in bfloat16, so that an image's record has to say what was done."""
+    widths = [line.bfloat16 for line in (narrow.MEASURED, *narrow.TABLE.values()) if line.bfloat16 is not None]
+    return stored.narrow >= MOSTLY and stored.width >= min(widths)
+
+
+def pays(stored: Storage, processor: narrow.Narrow) -> bool:
+    """True if bfloat16 is faster on the processor for a network stored so."""
+    return stored.narrow >= MOSTLY and processor.bfloat16 is not None and stored.width >= processor.bfloat16
