@@ -36,7 +36,7 @@ def report_failure(error: BaseException, name: str, given: CommandLine | None) -
     if isinstance(error, KeyboardInterrupt):
         report.error((f"\n{notes}" if notes else "") + "\nstopped")
         return 130
-    report.error(f"{name}: {_sentence(error, given)}" + (f"\n{notes}" if notes else ""))
+    report.error(f"{name}: {sentence(error, given)}" + (f"\n{notes}" if notes else ""))
     return 1
 
 
@@ -92,7 +92,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _sentence(error: BaseException, given: CommandLine | None) -> str:
+def sentence(error: BaseException, given: CommandLine | None = None) -> str:
+    """What went wrong, in words; given: the command line, whose options may be what to change."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if is_out_of_memory(error):
         advice = [words for option, words in _SAVING if given is not None and hasattr(given.options, option)]

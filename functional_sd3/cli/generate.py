@@ -1,7 +1,6 @@
 """Draw images of prompts."""
 
 import argparse
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,7 +103,10 @@ def _draw(
     groups = grouped(jobs, arguments)
     batches = sum(-(-len(group) // arguments.batch) for group in groups)
     with progress(arguments.steps * batches) as bar:
-        request = functools.partial(plan.request, on_step=lambda info: (bar.update(), show(info)))
+
+        def request(some: Sequence[Job]) -> "Request":
+            return plan.request(some, lambda info: (bar.update(), show(info)))
+
         record = records.recorder(opened, arguments)
         images = session.draw(opened, map(request, groups), arguments.batch, offload=arguments.offload)
         if mesh is not None and mesh.rank:

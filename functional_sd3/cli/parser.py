@@ -15,6 +15,7 @@ SUBCOMMANDS = (
     "generate",
     "edit",
     "interpolate",
+    "app",
     "cache",
     "train",
     "reward",

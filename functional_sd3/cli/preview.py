@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="after every EVERY steps (default 1) write the images that the run is heading for into OUT.preview.png, "
         "or into preview.png of a folder",
     )
+    add_decoder(parser)
+
+
+def add_decoder(parser: argparse.ArgumentParser) -> None:
+    """The option of what decodes previews."""
     parser.add_argument(
         "--preview-decoder",
         metavar="PATH",

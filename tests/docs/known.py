@@ -116,6 +116,11 @@ USAGES = {
     ],
     "functional-sd3 convert IN OUT --layout diffusers": ["convert ours.safetensors out/g --layout diffusers"],
     "functional-sd3 convert models/ OUT --layout diffusers": ["convert models/ out/h --layout diffusers"],
+    # It would be served until Ctrl-C; tests/cli/test_app.py does.
+    "functional-sd3 app": ["app --help"],
+    "functional-sd3 app --params MODEL --lora style.safetensors --max-count 8 --port 8000": [
+        "app --params MODEL --lora style.safetensors --max-count 8 --port 8000 --help"
+    ],
     "functional-sd3 generate --params A --params B": [
         f"generate '{PROMPT}' --params sd3.5_medium.safetensors --params clip_l.safetensors --params tokenizers"
     ],
@@ -149,6 +154,7 @@ _SHORT = ("--steps", "1", "--batch-size", "2", "--warmup", "0", "--sample-every"
 OTHERS = {
     "pip install .": [],
     'pip install -e ".[bench]"': [],
+    "pip install 'functional_sd3[app]'": [],
     "python -m bench.cards": [["python", "-m", "bench.cards", "--help"]],
     "python -m bench mesh --cpu-time": [["python", "-m", "bench", "mesh", "--list"]],
     "python -m bench.likelihood": [

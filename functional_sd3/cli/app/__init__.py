@@ -1,0 +1,52 @@
+"""A page in the browser that draws images of prompts (needs the extra `app`: Gradio)."""
+
+import argparse
+import importlib.util
+import tempfile
+
+from functional_sd3.cli import options, preview, report
+from functional_sd3.cli.app import limits, sharing
+
+HELP = "a page in the browser that draws images of prompts"
+PORT = 7860
+LOOPBACK = "127.0.0.1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--host",
+        default=LOOPBACK,
+        help=f"address to listen at (default {LOOPBACK}: this machine alone can see the page)",
+    )
+    parser.add_argument("--port", type=int, default=PORT, help=f"port to listen at, 0 for a free one (default {PORT})")
+    options.add_model(parser)
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="[WORD=]FILE",
+        help="a textual inversion, which prompts may use. May be repeated",
+    )
+    preview.add_decoder(parser)
+    limits.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options.check_params(arguments.params)
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError(
+            'the page needs Gradio, which is not installed: pip install "functional_sd3[app]"', name="gradio"
+        )
+    # Gradio keeps what is uploaded and made in a folder that all of its pages on a machine share; this one has its own.
+    with tempfile.TemporaryDirectory(prefix="functional-sd3-app-") as folder:
+        sharing.environment(folder)
+        from functional_sd3.cli.app import model, page, server
+
+        served = model.serve(arguments)
+        with server.listening(arguments.host, arguments.port) as socket:
+            with server.running(page.build(served), socket, folder, served.limits) as running:
+                for line in sharing.lines(arguments.host, running.url, list(served.loras)):
+                    report.message(line)
+                report.say(running.url)
+                running.wait()
+    return 0

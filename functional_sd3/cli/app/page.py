@@ -1,0 +1,276 @@
+"""The page: Gradio's components, made of the fields, and the events between them and `drawing`."""
+
+import inspect
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components.image_editor import EditorData
+
+import functional_sd3
+from functional_sd3.cli import failures, guidance
+from functional_sd3.cli.app import compare, drawing, examples, fields, view
+from functional_sd3.cli.app.drawing import Drawn, Progress, Upload
+from functional_sd3.cli.app.model import Served
+from functional_sd3.cli.app.streaming import stream
+from functional_sd3.cli.options import METHODS
+
+_TITLE = "functional_sd3"
+_FILES = "files, with their settings inside"
+_BY_DEFAULT = {"strength": "0.6, or 1 with a mask", "soften": "not at all"}
+"""What 0 stands for."""
+_QUEUE: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1, "preprocess": False}
+"""All that computes waits in one queue. The values come as they were sent: `fields.typed` checks them."""
+
+
+class _Recent(dict):
+    """A dict of the last keys alone: what browsers send ahead of a run and never ask for would be kept for ever."""
+
+    _MOST = 32
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self._MOST:
+            del self[next(iter(self))]
+
+
+def uploaded(editor: gr.ImageEditor, payload: Any) -> Upload:
+    """The image and the strokes of an editor's value, as the bytes that were uploaded: they are read by `image.files`.
+
+    (Gradio would read them by Pillow alone. No class is derived from the editor, as Gradio then writes a file beside
+    the module.)
+    """
+    if payload is None:
+        return Upload()
+    data = EditorData(**payload)
+    # A browser sends them ahead, under an id.
+    source = editor.blob_storage.pop(data.id, None) if data.id is not None else data
+    if source is None:
+        raise ValueError("the image has not arrived yet: try again")
+    layers = [_content(layer) for layer in source.layers]
+    return Upload(_content(source.background), [layer for layer in layers if layer])
+
+
+def _content(file: Any) -> bytes | None:
+    return Path(file.path).read_bytes() if hasattr(file, "path") else None if file is None else bytes(file)
+
+
+def build(served: Served) -> gr.Blocks:
+    """The page of a model."""
+    with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=False) as page:
+        gr.Markdown(f"# {_TITLE}\n{_about(served)}")
+        with gr.Tab("Draw"):
+            _draw_tab(served)
+        with gr.Tab("Compare"):
+            _compare_tab(served)
+    page.queue(max_size=served.limits.waiting, api_open=False, default_concurrency_limit=1)
+    return page
+
+
+def _about(served: Served) -> str:
+    limits = served.limits
+    return (
+        f"Stable Diffusion 3.5 as pure functions, version {functional_sd3.__version__}. Images of at most "
+        f"{limits.side} x {limits.side} pixels, {limits.steps} steps and {limits.count} at once."
+    )
+
+
+def _draw_tab(served: Served) -> None:
+    made: dict[str, Any] = {}
+    with gr.Row(elem_classes="sd3-draw"):
+        with gr.Column(elem_classes="sd3-words", min_width=0):
+            made |= _fields(served, ["prompts", "negative"])
+            with gr.Row():
+                draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
+                stop = gr.Button("Stop", elem_id="stop", min_width=80)
+            _examples(served, made["prompts"])
+        with gr.Column(elem_classes="sd3-result", min_width=0):
+            shown = gr.HTML(view.EMPTY, elem_id="view")
+            notes = gr.HTML(elem_id="notes", padding=False)
+            command = gr.Textbox(
+                label="command that draws it again", lines=2, buttons=["copy"], interactive=False, elem_id="command"
+            )
+            files = gr.File(label=_FILES, file_count="multiple", elem_id="files", height=110)
+        with gr.Column(elem_classes="sd3-settings", min_width=0):
+            for row in (["key", fields.COUNT, "steps", "cfg"], ["width", "height"], ["method", "guidance"]):
+                with gr.Row():
+                    made |= _fields(served, row)
+            made |= _fields(served, ["loras"])
+            with gr.Accordion("Start from an image", open=False):
+                made["start"] = start = _editor(served)
+                with gr.Row():
+                    made |= _fields(served, ["strength", "soften"])
+                made |= _fields(served, ["restore"])
+            with gr.Accordion("More", open=False):
+                made |= _fields(served, ["cache", "weighted", "long_prompts"])
+
+    def run(**values: Any) -> Iterator[tuple[Any, ...]]:
+        upload = values.pop("start", None)
+
+        def work(emit: Callable[[Progress | Drawn], None]) -> None:
+            emit(drawing.draw(served, values, uploaded(start, upload), emit))
+
+        for state in _streamed(work):
+            if isinstance(state, str):
+                yield gr.skip(), gr.skip(), gr.skip(), view.failed(state)
+            elif isinstance(state, Drawn):
+                yield _written(state.files), state.command, view.notes(state.notes), view.drawn(state)
+            else:
+                yield gr.skip(), gr.skip(), gr.skip(), view.progress(state)
+
+    started = gr.on(
+        [draw.click, made["prompts"].submit], _named(run, list(made)), inputs_kwargs=made,
+        outputs=[files, command, notes, shown],
+        api_name="generate", show_progress="minimal", show_progress_on=shown,
+        api_description="Draw images of prompts. Returns the PNG files, the command line that draws them again, notes "
+        "and HTML that shows them.", **_QUEUE,
+    )  # fmt: skip
+    _stops(stop, started, shown)
+
+
+def _compare_tab(served: Served) -> None:
+    made: dict[str, Any] = _fields(served, ["prompts", "negative"], place="compare")
+    with gr.Row():
+        made |= _fields(served, ["key", "width", "height"], place="compare")
+    with gr.Row():
+        for number, prefix in enumerate(("", compare.OTHER)):
+            with gr.Column(min_width=280):
+                gr.Markdown(f"### {'AB'[number]}")
+                made |= {prefix + name: part for name, part in _fields(served, compare.OWN, "compare", prefix).items()}
+    with gr.Row():
+        draw = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
+        stop = gr.Button("Stop", elem_id="compare-stop", min_width=80)
+    shown = gr.HTML(view.pair(view.EMPTY, view.EMPTY), elem_id="compare-view")
+    notes = gr.HTML(elem_id="compare-notes", padding=False)
+    with gr.Row():
+        commands = [
+            gr.Textbox(label=f"command of {letter}", lines=2, buttons=["copy"], interactive=False) for letter in "AB"
+        ]
+    files = gr.File(label=_FILES, file_count="multiple", height=110)
+
+    def run(**values: Any) -> Iterator[tuple[Any, ...]]:
+        sides = [view.EMPTY, view.EMPTY]
+
+        def work(emit: Callable[[tuple[int, Progress | Drawn] | compare.Compared], None]) -> None:
+            emit(compare.compare(served, values, lambda index, state: emit((index, state))))
+
+        for state in _streamed(work):
+            if isinstance(state, str):
+                yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), view.failed(state)
+                continue
+            if isinstance(state, compare.Compared):
+                both = state.first, state.second
+                named = {f"{letter}-{name}": each for letter, result in zip("ab", both, strict=True)
+                         for name, each in result.files.items()}  # fmt: skip
+                words = f"mean absolute difference of the pixels: {state.difference:.4f} (0 to 1)"
+                lines = [words, *dict.fromkeys([*state.first.notes, *state.second.notes])]
+                yield _written(named), *[result.command for result in both], view.notes(lines), view.pair(*sides)
+                continue
+            index, part = state
+            sides[index] = view.drawn(part) if isinstance(part, Drawn) else view.progress(part)
+            yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), view.pair(*sides)
+
+    started = draw.click(
+        _named(run, list(made)), inputs_kwargs=made, outputs=[files, *commands, notes, shown], api_name="compare",
+        show_progress="minimal", show_progress_on=shown, api_description="Draw one prompt and noise by two settings. "
+        "Returns the PNG files, both command lines, notes and HTML that shows them.", **_QUEUE,
+    )  # fmt: skip
+    _stops(stop, started, shown)
+
+
+def _stops(stop: gr.Button, started: Any, shown: gr.HTML) -> None:
+    """The button ends a run, which frees its place in the queue, and says so."""
+    status = f"document.querySelectorAll('#{shown.elem_id} .sd3-status').forEach(each => each.textContent = 'stopped')"
+    stop.click(None, cancels=[started], api_visibility="private")
+    stop.click(None, js=f"() => {{{status}}}", api_visibility="private")
+
+
+def _named(run: Callable[..., Iterator[Any]], names: Sequence[str]) -> Callable[..., Iterator[Any]]:
+    """`run` with its keyword arguments in its signature: those of an API, which may be left out but for the prompt."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    defaults = {name: inspect.Parameter.empty if name == "prompts" else None for name in names}
+    parameters = [inspect.Parameter(name, kind, default=default) for name, default in defaults.items()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _streamed(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+    """The states of a run. An error is a text, to be shown, and then raised in words for callers of the API."""
+    last = None
+    try:
+        for state in stream(work):
+            # Between two states the last again, so that a run is never waited for longer than that.
+            last = last if state is None else state
+            if last is not None:
+                yield last
+    except Exception as error:
+        words = failures.sentence(error)
+        yield words
+        raise gr.Error(words, visible=False, print_exception=False) from error
+
+
+def _fields(served: Served, names: Any, place: str = "draw", prefix: str = "") -> dict[str, Any]:
+    return {name: _component(served, name, f"{place}-{prefix}{name}") for name in names}
+
+
+def _component(served: Served, name: str, place: str) -> Any:
+    """The component of a field, with its option's description."""
+    kind, value = fields.EVERY[name].kind, served.defaults.get(name)
+    common: dict[str, Any] = {
+        "label": fields.label(name), "info": fields.description(served.generate, name), "elem_id": place,
+    }  # fmt: skip
+    if name == "prompts":
+        return gr.Textbox(**{**common, "info": "what to draw; each line is an image of its own"}, lines=2,
+                          placeholder=examples.FIRST if served.is_shipped else "", autofocus=True)  # fmt: skip
+    if name in ("width", "height"):
+        own = f"{served.side}, or the image's"
+        info = f"pixels, a multiple of {served.step}, at most {served.limits.side}; 0: {own}"
+        return gr.Number(0, precision=0, **{**common, "info": info})
+    if name == "method":
+        return gr.Dropdown(list(METHODS), value=value, **common)
+    if name == "guidance":
+        plain = [each for each, one in guidance.KINDS.items() if not one.required]
+        return gr.Dropdown(plain, value=[], multiselect=True, allow_custom_value=True, **common)
+    if name == "loras":
+        info = "those that are added; NAME=0.8 for another strength than 1"
+        return gr.Dropdown(list(served.loras), value=[], multiselect=True, allow_custom_value=True,
+                           visible=bool(served.loras), **{**common, "info": info})  # fmt: skip
+    if kind is bool:
+        return gr.Checkbox(False, **common)
+    if name in fields.BY_DEFAULT:
+        return gr.Number(0, **{**common, "info": f"{common['info']}; 0: {_BY_DEFAULT[name]}"})
+    if kind in (int, float):
+        return gr.Number(value, precision=0 if kind is int else None, **common)
+    return gr.Textbox(**common)
+
+
+def _editor(served: Served) -> gr.ImageEditor:
+    side = max(256, served.side)
+    editor = gr.ImageEditor(
+        label="start", sources=["upload", "clipboard"], type="filepath", format="png", layers=False,
+        brush=gr.Brush(default_color="#ffffff", colors=["#ffffff"], color_mode="fixed"), transforms=[],
+        canvas_size=(side, side), height=420, buttons=[], elem_id="start",
+        placeholder="Drop an image here\nthen draw over what is to be drawn anew",
+    )  # fmt: skip
+    editor.blob_storage = _Recent()
+    return editor
+
+
+def _examples(served: Served, prompt: Any) -> None:
+    if not served.is_shipped:
+        return
+    gr.HTML("Examples that the model knows", elem_classes="sd3-examples", padding=False)
+    for text in examples.PROMPTS:
+        button = gr.Button(text, size="sm", elem_classes="sd3-example")
+        button.click(None, None, prompt, js=f"() => {json.dumps(text)}", api_visibility="private")
+
+
+def _written(files: dict[str, bytes]) -> list[str]:
+    """The paths of the files, in a new folder that Gradio may copy from."""
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=Path(gr.utils.get_upload_folder())))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [str(folder / name) for name in files]
