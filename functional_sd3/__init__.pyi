@@ -1,5 +1,6 @@
 """The names of `import functional_sd3 as sd3`: editors read them here, and the package finds its modules by them."""
 
+from functional_sd3 import look as look
 from functional_sd3 import lora as lora
 from functional_sd3 import pipeline as pipeline
 from functional_sd3 import weights as weights

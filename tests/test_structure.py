@@ -24,6 +24,7 @@ ALLOWED = {
     "metrics": {"core", "formats", "text", "image"},
 }
 """Room -> the rooms it may import."""
+ALLOWED["look"] = NETWORKS | {"layouts", "lora", "weights", "pipeline"}
 ALLOWED["recipes"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED)
 

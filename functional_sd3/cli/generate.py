@@ -36,19 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", metavar="FILE", help="a text file with a prompt on each line; - for standard input"
     )
-    options.add_words(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image of a prompt (default 0)")
+    add_image(parser, "of the first image of a prompt", "; --count then gives more such seeds")
     parser.add_argument("--count", type=int, default=1, help="images of each prompt, with successive seeds")
-    parser.add_argument(
-        "--variation",
-        metavar="SEED:AMOUNT",
-        help="move the noise towards that of another seed, by an amount in [0, 1]; --count then gives more such seeds",
-    )
-    inputs.add_arguments(parser)
-    regions.add_arguments(parser)
-    options.add_size(parser, "that of --image, or the model's own")
-    options.add_run(parser)
-    options.add_model(parser)
     options.add_batch(parser)
     processes.add_mesh(
         parser,
@@ -61,6 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .png, .jpg or .webp file (several images become a grid), or a folder for one file an image "
         "(default: out/)",
     )
+
+
+def add_image(parser: argparse.ArgumentParser, seed: str = "", variation: str = "") -> None:
+    """Options of one image of one prompt; seed, variation: more words of these options' help."""
+    options.add_words(parser)
+    parser.add_argument("--seed", type=int, default=0, help=" ".join(filter(None, ("seed", seed, "(default 0)"))))
+    parser.add_argument(
+        "--variation",
+        metavar="SEED:AMOUNT",
+        help=f"move the noise towards that of another seed, by an amount in [0, 1]{variation}",
+    )
+    inputs.add_arguments(parser)
+    regions.add_arguments(parser)
+    options.add_size(parser, "that of --image, or the model's own")
+    options.add_run(parser)
+    options.add_model(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

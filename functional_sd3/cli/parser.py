@@ -13,6 +13,7 @@ from functional_sd3.formats.printable import escape, shorten
 
 SUBCOMMANDS = (
     "generate",
+    "look",
     "edit",
     "interpolate",
     "app",

@@ -186,13 +186,16 @@ def sampling_options(
     )
 
 
+def without_adapters(request: Request) -> Request:
+    """The request for components that have its LoRAs and words already, as those of a session do."""
+    return replace(request, loras=(), words=())
+
+
 @torch.no_grad()
 def prepare(session: Session, request: Request) -> Prepared:
     """`pipeline.prepare`, with its time taken."""
     session.timer.stage = "reading the prompts"
-    # The components of the session have them.
-    request = replace(request, loras=(), words=())
-    prepared = pipeline.prepare(session.fetch, session.config, session.tokenizers, request)
+    prepared = pipeline.prepare(session.fetch, session.config, session.tokenizers, without_adapters(request))
     session.timer.done("text", session.device)
     return prepared
 

@@ -8,7 +8,7 @@ from functional_sd3.pipeline.adapters import Adapted, adapted, with_loras
 from functional_sd3.pipeline.blending import Region, blend_fields, shares, tiles
 from functional_sd3.pipeline.components import Components
 from functional_sd3.pipeline.dividing import mesh_of, with_mesh
-from functional_sd3.pipeline.draw import decode_latents, draw, sample_latents
+from functional_sd3.pipeline.draw import decode_latents, draw, initial_state, sample_latents
 from functional_sd3.pipeline.edit_images import edit, flow_edit
 from functional_sd3.pipeline.edits import (
     edit_field,
@@ -102,6 +102,7 @@ __all__ = [
     "generate_from",
     "image_to_image",
     "initial_noise",
+    "initial_state",
     "inpaint",
     "interpolate",
     "invert_latents",

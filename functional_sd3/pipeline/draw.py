@@ -10,7 +10,7 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.blend import slerp
 from functional_sd3.core.types import Key, Params, Velocity
-from functional_sd3.flow.ode.method import StepInfo
+from functional_sd3.flow.ode.method import State, StepInfo
 from functional_sd3.layouts.components import Config
 from functional_sd3.pipeline.adapters import with_loras
 from functional_sd3.pipeline.blending import blend_fields, shares, tiles
@@ -58,6 +58,20 @@ def sample_latents(params: Params, config: Config, prepared: Prepared) -> Tensor
         params, config, conditions, start.x, times=start.times, transform=start.transform, field=field, key=key,
         **options,
     )  # fmt: skip
+
+
+def initial_state(params: Params, config: Config, prepared: Prepared) -> State:
+    """The state that `sample_latents` starts from: latents (samples, channels, height, width), float32, at time t.
+
+    Raises ValueError for edits, whose runs do not start from one state.
+    """
+    if prepared.request.edit is not None:
+        raise ValueError("an edit starts from no state of its own: it follows the images' flow back, or beside another")
+    _, noise, _ = _conditions_and_noise(config, prepared, device_of(params["transformer"]))
+    start = _start(config, prepared, noise)
+    times = sigmas(config, noise, prepared.request.sampling.steps) if start.times is None else start.times
+    x = start.x.to(torch.promote_types(start.x.dtype, torch.float32))
+    return State(x, times[0].to(x), [])
 
 
 def decode_latents(params: Params, config: Config, prepared: Prepared, latents: Tensor) -> Tensor:
