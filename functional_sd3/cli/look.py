@@ -1,4 +1,4 @@
-"""A page of how an image came to be: tokens, times, steps, attention of every word, norms, seconds."""
+"""A page of how an image came to be: tokens, times, steps, attention of every word, norms; or plots of logs."""
 
 import argparse
 import functools
@@ -18,12 +18,13 @@ from functional_sd3.cli import (
     regions,
     report,
 )
+from functional_sd3.cli.parser import subparser
 from functional_sd3.cli.timing import Timer, progress
 
 if TYPE_CHECKING:
     from functional_sd3.cli.image_settings import Job
 
-HELP = "a page of how an image came to be: tokens, steps, attention"
+HELP = "a page of how an image came to be: tokens, steps, attention; or plots of a training"
 OUT = "out/look"
 
 
@@ -40,7 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention-blocks", metavar="I,I,...", help="blocks of which the maps are computed, from 0 (default: all)"
     )
     parser.add_argument(
-        "--frames", type=int, metavar="N", help="steps that are shown as images, evenly spaced (default: all)"
+        "--image-steps", type=int, metavar="N", help="steps that are shown as images, evenly spaced (default: all)"
+    )
+    parser.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="instead of an image: plots of the log.csv of a training, or of the folder it is in; several are compared",
     )
     generate.add_image(parser)
     parser.set_defaults(count=1, batch=1)
@@ -52,13 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     timer = Timer()
     out = folder(arguments.out)
+    if arguments.log:
+        return _look_at_logs(arguments, out)
     blocks = attention_blocks(arguments.attention_blocks)
     if arguments.prompt is None:
         raise ValueError('no prompt; try: functional-sd3 look "a large red circle on a white background"')
-    if arguments.attention_steps < 0:
-        raise ValueError(f"--attention-steps {arguments.attention_steps} must be at least 0, which is no maps")
-    if arguments.frames is not None and arguments.frames < 1:
-        raise ValueError(f"--frames {arguments.frames} must be at least 1")
     size, tile = options.size(arguments.size), regions.check(arguments)
     inputs.check(arguments)
     options.check_run(arguments)
@@ -67,6 +73,20 @@ def run(arguments: argparse.Namespace) -> int:
     check_plots()
     _look(arguments, timer, job, size, tile, blocks, out)
     report.message(timer.summary())
+    return 0
+
+
+def _look_at_logs(arguments: argparse.Namespace, out: Path) -> int:
+    usual = vars(subparser("look").parse_args([]))
+    given = [name for name, value in vars(arguments).items() if name in usual and value != usual[name]]
+    if others := [name for name in given if name not in ("log", "out")]:
+        named = " and ".join("PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(f"--log plots logs and draws no image: leave out {named}, or --log")
+    check_plots()
+    from functional_sd3 import look
+
+    for path in look.save_logs(out, [look.read_log(path) for path in arguments.log]):
+        report.say(path)
     return 0
 
 
@@ -106,7 +126,7 @@ def _look(
             session.without_adapters(request),
             attention_steps=arguments.attention_steps,
             attention_blocks=blocks,
-            frames=arguments.frames,
+            image_steps=arguments.image_steps,
         )
     timer.done("drawing and maps", opened.device)
     timer.stage = "writing the page"

@@ -31,6 +31,7 @@ _POSITIVE = Range(0, above=True)
 RANGES = {
     "--accumulate": _COUNT,
     "--at-once": _COUNT,
+    "--attention-steps": Range(0, _MAX_INT),
     "--atol": _POSITIVE,
     "--batch": _COUNT,
     "--batch-size": Range(1, 1_000_000),
@@ -52,6 +53,7 @@ RANGES = {
     "--fps": Range(0, 100, above=True),
     "--frames": Range(2, _MAX_INT),
     "--group": Range(2, _MAX_INT),
+    "--image-steps": _COUNT,
     "--inner": Range(1, 1000),
     "--kl": Range(0),
     "--last": _COUNT,

@@ -3,9 +3,13 @@
     record = sd3.look.trace(params, config, tokenizers, "a large red circle", sd3.prng.key(0))
     sd3.look.save("look/", record)        # look/index.html and PNGs; as the last line of a notebook's cell: the page
 
-`trace` computes and returns tensors; drawing needs matplotlib, `pip install "functional_sd3[look]"`.
+`save_logs("look/", [read_log("params/mine")])` plots logs of training. `trace` computes and returns tensors; drawing
+needs matplotlib, `pip install "functional_sd3[look]"`.
 """
 
+from functional_sd3.look.log_page import log_page, save_logs
+from functional_sd3.look.logs import Log
+from functional_sd3.look.logs import read as read_log
 from functional_sd3.look.maps import WordMaps, word_maps
 from functional_sd3.look.markup import frame
 from functional_sd3.look.plotting import Missing
@@ -21,6 +25,7 @@ __all__ = [
     "Evaluation",
     "Frames",
     "Group",
+    "Log",
     "Missing",
     "Prompt",
     "Record",
@@ -28,9 +33,12 @@ __all__ = [
     "Trace",
     "WordMaps",
     "frame",
+    "log_page",
     "page",
     "pngs",
+    "read_log",
     "save",
+    "save_logs",
     "trace",
     "trace_request",
     "word_maps",

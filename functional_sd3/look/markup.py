@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from functional_sd3.look import sheets
@@ -35,7 +35,8 @@ summary { cursor: pointer; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th { text-align: left; font-weight: normal; color: var(--soft); padding: 2px 12px 2px 0; vertical-align: top;
   white-space: nowrap; }
-td { padding: 2px 0; }
+td { padding: 2px 12px 2px 0; }
+.wide { overflow-x: auto; }
 ol { list-style: none; margin: 0; padding: 0; }
 .tokens { display: flex; flex-wrap: wrap; gap: 4px; }
 .tokens li { display: flex; flex-direction: column; align-items: center; padding: 2px 8px; border-radius: 6px;
@@ -94,6 +95,13 @@ def table(facts: Mapping[str, str]) -> str:
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in facts.items()
     )
     return f"<table>{rows}</table>"
+
+
+def rows_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with a line of headings; it scrolls where it is wider than the page."""
+    cells = "".join(f"<th>{html.escape(each)}</th>" for each in head)
+    lines = ["".join(f"<td>{html.escape(each)}</td>" for each in row) for row in rows]
+    return f"<div class=wide><table><tr>{cells}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
 
 
 def card_row(charts: Iterable[Drawn]) -> str:

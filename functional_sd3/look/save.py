@@ -1,6 +1,7 @@
 """The page of a run and its images in a folder."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from functional_sd3.formats import files
@@ -19,10 +20,13 @@ def save(folder: str | os.PathLike[str], record: Record, *, image: bytes | None 
     images = {f"{name}.png": data for name, data in run_page.pngs(record).items()}
     images |= {} if image is None else {"image.png": image}
     contents = {INDEX: run_page.page(record).encode()} | images
-    paths = []
-    for name, data in contents.items():
-        path = Path(folder) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+    return write(folder, contents)
+
+
+def write(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files into a folder, which is made, each whole or not at all; returns their paths in order."""
+    paths = [Path(folder) / name for name in contents]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, data in zip(paths, contents.values(), strict=True):
         files.write_atomic(path, data)
-        paths.append(path)
     return paths

@@ -14,7 +14,7 @@ from functional_sd3.flow.caches import Cache
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
-from functional_sd3.look import markup, observe, page, tokens
+from functional_sd3.look import markup, observe, run_page, tokens
 from functional_sd3.look.clock import Clock, timed
 from functional_sd3.look.record import Attention, Frames, Record
 from functional_sd3.look.run import Run, follow
@@ -50,7 +50,7 @@ class Trace(Record):
     __slots__ = ()
 
     def _repr_html_(self) -> str:
-        return markup.frame(page.page(self))
+        return markup.frame(run_page.page(self))
 
 
 def trace(
@@ -62,7 +62,7 @@ def trace(
     *,
     attention_steps: int = ATTENTION_STEPS,
     attention_blocks: Collection[int] | None = None,
-    frames: int | None = None,
+    image_steps: int | None = None,
     negative: str | None = None,
     steps: int = 28,
     cfg: float | Tensor = 5.0,
@@ -91,9 +91,9 @@ def trace(
         sd3.look.save("look/", record)    # look/index.html and its PNGs; a notebook shows a record as this page
 
     attention_steps: of how many steps, evenly spaced with both ends, the maps of attention are computed, 0 for none:
-    each is one evaluation of the transformer more. attention_blocks: of which blocks, by default of all. frames: of how
-    many steps the state and the predicted data are decoded, by default of all. The rest as of `pipeline.generate`, for
-    one prompt; without gradients.
+    each is one evaluation of the transformer more. attention_blocks: of which blocks, by default of all.
+    image_steps: of how many steps the state and the predicted data are decoded, by default of all. The rest as of
+    `pipeline.generate`, for one prompt; without gradients.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
@@ -108,7 +108,7 @@ def trace(
         request,
         attention_steps=attention_steps,
         attention_blocks=attention_blocks,
-        frames=frames,
+        image_steps=image_steps,
     )
 
 
@@ -121,14 +121,14 @@ def trace_request(
     *,
     attention_steps: int = ATTENTION_STEPS,
     attention_blocks: Collection[int] | None = None,
-    frames: int | None = None,
+    image_steps: int | None = None,
 ) -> Trace:
     """As `trace`, for a request: from start images, with a mask, regions, tiles, LoRAs and words too.
 
     components: name -> parameters, a tree or a function that reads one at a time. Raises ValueError for a request of
     several images, of frames or of an edit, and for one without a step.
     """
-    _check(request, config, attention_steps, attention_blocks, frames)
+    _check(request, config, attention_steps, attention_blocks, image_steps)
     clock = Clock("tokens")
     components, config, tokenizers = adapted(components, config, tokenizers, request.loras, request.words)
     components, request = timed(components, clock), replace(request, loras=(), words=())
@@ -154,7 +154,7 @@ def trace_request(
     clock.begin("decoding")
     image = decode_latents(decoder, config, prepared, run.states[-1:])[0].cpu()
     clock.begin("decoding of the steps")
-    decoded = _frames(components, decoder, config, request, run, evenly(frames, len(run.denoised)))
+    decoded = _frames(components, decoder, config, request, run, evenly(image_steps, len(run.denoised)))
     clock.begin("")
     return Trace(
         prompt, _negative(request), image, run.times.cpu(), run.states.cpu(), run.denoised.cpu(), run.velocities.cpu(),
@@ -188,7 +188,7 @@ def _frames(
 
 
 def _check(
-    request: Request, config: Config, attention_steps: int, blocks: Collection[int] | None, frames: int | None
+    request: Request, config: Config, attention_steps: int, blocks: Collection[int] | None, image_steps: int | None
 ) -> None:
     if len(request.prompts) != 1 or request.frames is not None or request.edit is not None:
         what = f"{len(request.prompts)} prompts" if len(request.prompts) != 1 else "frames or an edit"
@@ -197,8 +197,8 @@ def _check(
         raise ValueError("show has no effect here: the states and the predictions of all steps are kept")
     if attention_steps < 0:
         raise ValueError(f"attention_steps {attention_steps} must be at least 0, which is no maps of attention")
-    if frames is not None and frames < 1:
-        raise ValueError(f"frames {frames} must be at least 1, or None for every step")
+    if image_steps is not None and image_steps < 1:
+        raise ValueError(f"image_steps {image_steps} must be at least 1, or None for every step")
     depth = require(config, "transformer").depth
     if absent := sorted(block for block in blocks or () if not 0 <= block < depth):
         raise ValueError(f"attention_blocks {absent} are not among the blocks 0 to {depth - 1}")

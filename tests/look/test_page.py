@@ -44,7 +44,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def record():
-    options = {"steps": 2, "t5_length": 16, "height": 64, "width": 80, "attention_steps": 2}
+    options = {"steps": 2, "t5_length": 16, "height": 64, "width": 80, "attention_steps": 2, "image_steps": 2}
     return look.trace(*parts(models.random_model()), PROMPT, prng.key(3), **options)
 
 
@@ -83,9 +83,10 @@ def test_a_notebook_shows_the_page_in_a_frame(record):
 def test_pngs_are_images(record, tmp_path):
     paths = look.save(tmp_path / "new" / "look", record)
     assert paths[0].name == "index.html" and {path.suffix for path in paths[1:]} == {".png"}
-    sizes = {path.stem: Image.open(path).size for path in paths[1:]}
+    images = {path.stem: Image.open(io.BytesIO(path.read_bytes())) for path in paths[1:]}
+    sizes = {name: image.size for name, image in images.items()}
     assert sizes["image"] == (80, 64) and {"steps", "words", "norms", "guidance", "shares", "seconds"} <= sizes.keys()
-    image = torch.frombuffer(bytearray(Image.open(paths[1]).tobytes()), dtype=torch.uint8).reshape(64, 80, 3)
+    image = torch.frombuffer(bytearray(images["image"].tobytes()), dtype=torch.uint8).reshape(64, 80, 3)
     assert torch.equal(image, (record.image.permute(1, 2, 0) * 255).round().to(torch.uint8))
 
 
