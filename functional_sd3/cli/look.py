@@ -1,20 +1,17 @@
 """A page of how an image came to be: tokens, times, steps, attention of every word, norms; or plots of logs."""
 
 import argparse
-import functools
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from functional_sd3.cli import (
-    controls,
     generate,
     image_settings,
     inputs,
     options,
     output,
     preview,
-    prompt_words,
     regions,
     report,
 )
@@ -104,24 +101,15 @@ def _look(
     from functional_sd3.look import sheets
 
     opened = session.open_session(arguments, timer)
-    start = inputs.prepare(arguments, opened, size)
-    size = (start.images.shape[-1], start.images.shape[-2]) if start else size
-    size = session.image_size(opened, size, bounded=tile is None)
-    control = controls.prepare(arguments, opened.config, opened.fetch, size, opened.dtype, opened.device)
-    places = regions.prepare(arguments, size)
+    plan = generate.plan_of(arguments, opened, [job.prompt], size, tile)
     show = preview.prepare(arguments, opened, out, single=False)
     timer.done("load")
-    texts = [job.prompt, *(region.prompt for region in places), arguments.negative]
-    session.note_truncated(opened, texts, arguments)
-    prompt_words.note_unknown(arguments, texts)
     with progress(arguments.steps) as bar:
-        run = session.sampling_options(opened, arguments, lambda info: (bar.update(), show(info)), control)
-        request = generate.request_of(
-            [job], opened=opened, text=session.text_options(arguments), run=run, size=size, start=start, places=places,
-            tile=tile,
-        )  # fmt: skip
-        trace = functools.partial(look.trace_request, opened.fetch, opened.config, opened.tokenizers)
-        made = trace(
+        request = plan.request([job], lambda info: (bar.update(), show(info)))
+        made = look.trace_request(
+            opened.fetch,
+            opened.config,
+            opened.tokenizers,
             # The components of the session have its LoRAs and words.
             session.without_adapters(request),
             attention_steps=arguments.attention_steps,
@@ -130,8 +118,7 @@ def _look(
         )
     timer.done("drawing and maps", opened.device)
     timer.stage = "writing the page"
-    settings = generate.settings_of(arguments, size, start)
-    record = records.recorder(opened, arguments)(request, image_settings.joint_settings([job], settings))
+    record = records.recorder(opened, arguments)(request, image_settings.joint_settings([job], plan.settings))
     image = output.encoded(sheets.to_pil(made.image), ".png", record)
     for path in look.save(out, made, image=image):
         report.say(path)

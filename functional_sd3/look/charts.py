@@ -87,7 +87,7 @@ def shares(record: Record) -> Drawn:
             parts[name] = attention.to_words[:, :, of].sum(2).mean((0, 2, 3))
 
     def draw(figure: Any) -> None:
-        axes, base = figure.add_subplot(), torch.zeros(len(attention.blocks))
+        axes, base = figure.add_subplot(), torch.zeros_like(parts["image"])
         colours = (COLOURS[-1], COLOURS[0], COLOURS[5], COLOURS[1], COLOURS[4])
         for (name, values), colour in zip(parts.items(), colours, strict=False):
             axes.bar(list(map(str, attention.blocks)), values.tolist(), bottom=base.tolist(), color=colour, label=name)

@@ -20,7 +20,7 @@ def linear_decoder(latents: Tensor, images: Tensor) -> Tensor:
     features, colours = features[::every], colours[::every]
     features, colours = features - features.mean(0), colours - colours.mean(0)
     square = features.T @ features
-    ridge = _RIDGE * square.diagonal().mean().clamp_min(1e-12) * torch.eye(len(square), dtype=square.dtype)
+    ridge = (_RIDGE * square.diagonal().mean().clamp_min(1e-12)).expand(len(square)).diag()
     return torch.linalg.solve(square + ridge, features.T @ colours).float()
 
 

@@ -128,7 +128,8 @@ def _chart(title: str, columns: Sequence[str], logs: Sequence[Log], every: Seque
             figure.legend(loc="outside lower center", ncols=1 if len(logs) > 1 else 2)
 
     ends = ", ".join(f"{label or title} {last(of_line):.4g}" for label, _, of_line in lines)
-    return Drawn(draw, f"{title_words} over the steps; at the end: {ends}.", (4.2, 2.7 + 0.16 * (len(lines) if len(lines) > 1 else 0)))
+    height = 2.7 + 0.16 * len(lines) if len(lines) > 1 else 2.7
+    return Drawn(draw, f"{title_words} over the steps; at the end: {ends}.", (4.2, height))
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
