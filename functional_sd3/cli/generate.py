@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image(parser, "of the first image of a prompt", "; --count then gives more such seeds")
     parser.add_argument("--count", type=int, default=1, help="images of each prompt, with successive seeds")
     options.add_batch(parser)
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print the memory that this and other options of it need, for --params sd3.5-large too, and draw nothing",
+    )
     processes.add_mesh(
         parser,
         "with torchrun: what several processes divide, such as guidance=2 (the prompt and the negative one), "
@@ -69,6 +74,10 @@ def add_image(parser: argparse.ArgumentParser, seed: str = "", variation: str = 
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.estimate:
+        from functional_sd3.cli import generate_estimate
+
+        return generate_estimate.run(arguments)
     timer = Timer()
     size, tile = options.size(arguments.size), regions.check(arguments)
     inputs.check(arguments)

@@ -38,6 +38,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="hold one part of the model in memory at a time: each text encoder, the transformer, the VAE",
     )
     parser.add_argument(
+        "--block-swap",
+        metavar="N",
+        type=int,
+        action=_Swap,
+        help="the last N blocks of the transformer and of each text encoder stay on the host (on a CPU in their file), "
+        "and so do weights that are used once; implies --offload",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
@@ -45,6 +53,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "and a wide model is stored in 16 bits; elsewhere what the weights are stored in)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+class _Swap(argparse.Action):
+    """--block-swap, which is of one component at a time."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.block_swap, namespace.offload = values, True
 
 
 def add_params(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +157,22 @@ def check_run(arguments: argparse.Namespace) -> None:
     if method not in ADAPTIVE and (arguments.rtol is not None or arguments.atol is not None):
         raise ValueError(f"--rtol and --atol are for {', '.join(ADAPTIVE)}, not for --method {method}")
     check_params(arguments.params)
+    check_swap(arguments)
     caching.check(arguments, ADAPTIVE)
     guidance.check(arguments)
+
+
+def check_swap(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for a --block-swap that makes no sense, alone or with another option."""
+    if arguments.block_swap is None:
+        return
+    if arguments.block_swap < 0:
+        raise ValueError(f"--block-swap {arguments.block_swap} must be a number of blocks, 0 or more")
+    if arguments.compile:
+        raise ValueError("--block-swap copies a block's weights when it is computed, which --compile does not: leave "
+                         "out one")  # fmt: skip
+    if getattr(arguments, "mesh", None):
+        raise ValueError("--block-swap is of one process, and --mesh divides a model over several: leave out one")
 
 
 def check_file(path: str, what: str) -> None:

@@ -78,6 +78,10 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     else:
         model = weights.load(source, **options)
         components = model.params
+    if arguments.block_swap is not None:
+        mapped = weights.fetcher(source, **{**options, "dtype": "stored", "device": "cpu"})
+        components, config = pipeline.swap_blocks(mapped, model.config, arguments.block_swap, device, dtype=dtype)
+        model = model._replace(config=config)
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)

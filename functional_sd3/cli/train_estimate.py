@@ -1,7 +1,7 @@
 """`train --estimate`: a table of the memory of a run and of the choices that change it, before anything is loaded."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -64,6 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def released_config(paths: Sequence[str]) -> Config | None:
+    """The config of a released model of which --params is the name; None for files."""
+    if len(paths) != 1 or paths[0] not in TRANSFORMERS:
+        return None
+    return Config(clip.CLIP_L, clip.CLIP_G, t5.T5_XXL, TRANSFORMERS[paths[0]], vae.SD3_VAE)
+
+
 def choice_of(arguments: argparse.Namespace) -> Choice:
     """What a command line computes."""
     return _choice(arguments, *_model(arguments))
@@ -73,9 +80,8 @@ def _model(arguments: argparse.Namespace) -> tuple[Config, torch.dtype]:
     """The config of --params, and the dtype that its frozen components have."""
     device = runtime.device(arguments.device)
     paths = arguments.params or [shipped.NAME]
-    if len(paths) == 1 and paths[0] in TRANSFORMERS:
-        config = Config(clip.CLIP_L, clip.CLIP_G, t5.T5_XXL, TRANSFORMERS[paths[0]], vae.SD3_VAE)
-        return config, torch.bfloat16
+    if (released := released_config(paths)) is not None:
+        return released, torch.bfloat16
     model = weights.load([shipped.resolve(path) for path in paths], dtype="stored", variant=arguments.variant)
     runtime.require(model, ("transformer", "vae"), shorten(" and ".join(map(str, paths)), 200))
     some = model.params["vae"]["decoder"]["conv_in"]["weight"].dtype

@@ -49,7 +49,7 @@ COMPILED: frozenset[Tracking] = frozenset({"compiler"})
 TRANSFORMED: frozenset[Tracking] = frozenset({"autograd", "other"})
 TRANSFORMS: frozenset[Tracking] = frozenset({"other"})
 # Module globals, which a compiler can read; `plain` in one thread costs the others speed, never a result.
-_plain_depth = 0
+_plain_depth = _watched_depth = 0
 _table: dict[str, tuple[Kernel, ...]] | None = None
 
 
@@ -96,6 +96,17 @@ def plain() -> Iterator[None]:
         yield
     finally:
         _plain_depth -= 1
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Context manager in which dispatch and function modes only watch: they do not change which kernels run."""
+    global _watched_depth
+    _watched_depth += 1
+    try:
+        yield
+    finally:
+        _watched_depth -= 1
 
 
 def private(path: str, *trial: Any, missing: Any = None, **options: Any) -> Any:
@@ -186,8 +197,11 @@ def in_mode() -> bool:
     """True if a dispatch mode (`FlopCounterMode`, a tracer) or a function mode is active, which must see PyTorch's own
     operations.
 
-    The function mode of a default device is none of these: it changes where tensors are created, no result.
+    The function mode of a default device is none of these: it changes where tensors are created, no result. Nor are
+    those under `watched`.
     """
+    if _watched_depth:
+        return False
     if _dispatch_modes():
         return True
     depth = _function_modes()

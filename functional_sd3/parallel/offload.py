@@ -18,19 +18,35 @@ from functional_sd3.core.dispatch import in_forward_mode, in_transform
 from functional_sd3.core.types import Params
 
 
-def keep(params: Params, count: int, device: torch.device | str) -> Params:
+def keep(
+    params: Params,
+    count: int,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype | None = None,
+    host: tree.Chooser = (),
+    pin: bool = True,
+) -> Params:
     """The parameters on `device`, but for the last `count` blocks, which stay where they are; where the device is a GPU
     in pinned memory, of which copies are faster and do not wait.
 
-    Raises ValueError for more blocks than there are.
+    dtype: of floats of 16 or more bits of what is moved, None for their own. host: leaves of any block that stay where
+    they are too, such as "*.modulation.*", which a run needs once; they are not pinned. pin: False for weights that are
+    copied once, which pinning would copy twice. Raises ValueError for more blocks than there are.
     """
     blocks = params["blocks"]
     if not 0 <= count <= len(blocks):
         raise ValueError(f"{count} blocks cannot stay on the host: the network has {len(blocks)}")
-    moved = {name: part if name == "blocks" else tree.to(part, device) for name, part in params.items()}
-    first = len(blocks) - count
-    hold: Callable[[Params], Params] = _pinned if torch.device(device).type == "cuda" else lambda block: block
-    return {**moved, "blocks": [*(tree.to(block, device) for block in blocks[:first]), *map(hold, blocks[first:])]}
+    stays, first = set(tree.select({"blocks": blocks}, host)), len(blocks) - count
+    holds: Callable[[Tensor], Tensor] = _pinned if pin and torch.device(device).type == "cuda" else lambda leaf: leaf
+
+    def place(path: str, leaf: Tensor) -> Tensor:
+        if path in stays:
+            return leaf
+        is_swapped = path.startswith("blocks.") and int(path.split(".")[1]) >= first
+        return holds(leaf) if is_swapped else _moved(leaf, device, dtype)
+
+    return tree.map_with_path(place, params)
 
 
 def materialize(
@@ -47,22 +63,31 @@ def materialize(
     gradients get them where they are. dtype: of floats of 16 or more bits, None for their own. ahead: whether the block
     that comes next, of `blocks` in the direction of the last two calls, is copied while one is computed, by a stream of
     its own: by default on a GPU. Only leaves without gradients are, outside of the transforms of torch.func; at most
-    one block is.
+    one block is, and of it the leaves that the last call had: a call may be of part of a block.
     """
     device = torch.device(device)
-    return _Copies(blocks, device, dtype, device.type == "cuda" if ahead is None else ahead)
+    copies = Copies(device, device.type == "cuda" if ahead is None else ahead)
+    copies.follow(blocks, dtype)
+    return copies
 
 
-class _Copies:
+class Copies:
+    """`materialize` of blocks that are known later, by `follow`, as those of a component that is read when needed."""
+
     # Slots: `closures` must not take the blocks of all calls for tensors that the function of one block reads.
     __slots__ = ("ahead", "blocks", "copies", "device", "dtype", "last", "numbers", "stream")
 
-    def __init__(self, blocks: Sequence[Params], device: torch.device, dtype: torch.dtype | None, ahead: bool) -> None:
-        self.blocks, self.device, self.dtype, self.ahead = blocks, device, dtype, ahead
+    def __init__(self, device: torch.device, ahead: bool) -> None:
+        self.device, self.ahead = device, ahead
+        self.stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
+        self.follow(())
+
+    def follow(self, blocks: Sequence[Params], dtype: torch.dtype | None = None) -> None:
+        """Copy these blocks from now on, in `dtype`; those before, and what was copied ahead of them, are dropped."""
+        self.blocks, self.dtype = blocks, dtype
         self.numbers = {leaf.data_ptr(): number for number, block in enumerate(blocks) for leaf in tree.leaves(block)}
         self.copies: dict[int, Tensor] = {}
         self.last = -1
-        self.stream = torch.cuda.Stream(device) if ahead and device.type == "cuda" else None
 
     def __call__(self, part: Params) -> Params:
         if not self.ahead or torch.compiler.is_compiling() or in_transform() or in_forward_mode():
@@ -74,7 +99,7 @@ class _Copies:
         if number is not None:
             following = number + (1 if number >= self.last else -1)
             self.last = number
-            self.prepare(following)
+            self.prepare(following, part)
         return current
 
     def take(self, leaf: Tensor) -> Tensor:
@@ -86,20 +111,25 @@ class _Copies:
             copied.record_stream(torch.cuda.current_stream(self.device))
         return copied
 
-    def prepare(self, number: int) -> None:
-        """Copy a block for the next call; copies that no call took are dropped."""
+    def prepare(self, number: int, like: Params) -> None:
+        """Copy the leaves of a block that `like` has, for the next call; copies that no call took are dropped."""
         self.copies.clear()
         if not 0 <= number < len(self.blocks):
             return
+        paths = tree.flatten_paths(like)
         with torch.no_grad(), torch.cuda.stream(self.stream):
-            for leaf in tree.leaves(self.blocks[number]):
-                if (copied := self.copy(leaf)) is not leaf:
+            for path, leaf in tree.flatten_paths(self.blocks[number]).items():
+                if path in paths and (copied := self.copy(leaf)) is not leaf:
                     self.copies[leaf.data_ptr()] = copied
 
     def copy(self, leaf: Tensor) -> Tensor:
-        is_wide = leaf.is_floating_point() and leaf.element_size() > 1
-        return leaf.to(self.device, self.dtype if self.dtype and is_wide else leaf.dtype, non_blocking=True)
+        return _moved(leaf, self.device, self.dtype)
 
 
-def _pinned(block: Params) -> Params:
-    return tree.map(lambda leaf: leaf.pin_memory() if leaf.device.type == "cpu" else leaf, block)
+def _moved(leaf: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+    is_wide = leaf.is_floating_point() and leaf.element_size() > 1
+    return leaf.to(device, dtype if dtype and is_wide else leaf.dtype, non_blocking=True)
+
+
+def _pinned(leaf: Tensor) -> Tensor:
+    return leaf.pin_memory() if leaf.device.type == "cpu" else leaf

@@ -57,6 +57,7 @@ from functional_sd3.pipeline.sampling import (
     sample,
     sigmas,
 )
+from functional_sd3.pipeline.swapping import swap_blocks
 from functional_sd3.pipeline.text_to_image import generate, generate_from, regional, tiled
 from functional_sd3.pipeline.trajectories import trajectory
 
@@ -130,6 +131,7 @@ __all__ = [
     "states",
     "step_keys",
     "step_window_times",
+    "swap_blocks",
     "tiled",
     "tiles",
     "trajectory",

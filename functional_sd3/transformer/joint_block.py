@@ -205,6 +205,18 @@ def modulate(block: Params, condition: Tensor, tensor_group: Group = None) -> di
     return {name: tensor.linear_joined(stream["modulation"], condition, tensor_group) for name, stream in block.items()}
 
 
+def modulation_layers(block: Params) -> Params:
+    """The part of a block that `modulate` reads."""
+    return {name: {"modulation": stream["modulation"]} for name, stream in block.items()}
+
+
+def without_modulation(block: Params) -> Params:
+    """The part of a block that `apply` reads where it is given modulations."""
+    return {
+        name: {layer: leaf for layer, leaf in stream.items() if layer != "modulation"} for name, stream in block.items()
+    }
+
+
 def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:
     """(batch, n * width) -> n tensors (batch, 1, width)."""
     return modulation.unsqueeze(-2).split(width, dim=-1)

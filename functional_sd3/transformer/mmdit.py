@@ -212,6 +212,9 @@ def apply(
             if group is not None:
                 own_attend = options.get("attend")
                 options["attend"] = attention_of(own_attend and joint_block.checked(own_attend), implementation)
+            if materialize is not None and not isinstance(block_modulation, Tensor):
+                # A third of a block would be copied for nothing.
+                block = joint_block.without_modulation(block)
             streams = {"image": image, "context": context}
             streams = apply_block(block, config.heads, streams, block_modulation, implementation, **options)
             image, context = streams["image"], streams["context"]
@@ -257,12 +260,14 @@ def modulations(
     like t, as of `apply`. Returns
     {"blocks": [{"image", "context"}, ...], "final"} of tensors ([steps,] batch, n * width); `at` takes one step out.
     A third of the parameters is used only here, so during a run they need not stay on the device. materialize, mesh: as
-    of `apply`.
+    of `apply`; it is applied to the layers of each block that make modulations alone.
     """
     group = None if mesh is None else mesh.group("tensor")
     params = computation.materialize_rest(params, materialize)
     condition = embed_condition(params, config.pooled_width, t, pooled, interval)
-    blocks = map(materialize, params["blocks"]) if materialize else params["blocks"]
+    blocks = params["blocks"]
+    if materialize is not None:
+        blocks = map(materialize, map(joint_block.modulation_layers, blocks))
     return {
         "blocks": modulate_blocks(blocks, condition, group),
         "final": linear_joined(params["final"]["modulation"], condition, group),
