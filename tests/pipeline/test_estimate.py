@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,11 +84,14 @@ def test_attention_holds_no_scores():
 
 
 def test_the_command_line_prints_it_for_a_device_that_is_not_here(capsys):
+    """As docs/guides/scale.md has it."""
     words = ["generate", "--estimate", "--params", "sd3.5-large", "--device", "cuda", "--block-swap", "24"]
     assert cli.main([*words, "--dtype", "bfloat16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("sd3.5-large: 1 of 1024 x 1024, bfloat16, computed by the device")
     device, host = gigabytes(replace(BASE, swapped=24))
+    guide = (Path(__file__).parents[2] / "docs/guides/scale.md").read_text(encoding="utf-8")
+    assert all(line in guide for line in lines[1:] if not line.startswith("this command"))
     this = next(line for line in lines if line.startswith("this command")).split()
     assert this[-3:-1] == [f"{device:.2f}", f"{host:.2f}"]
 
