@@ -54,17 +54,17 @@ class Way(NamedTuple):
     @property
     def name(self) -> str:
         where = {"diffusers": "diffusers' names", "native": "our names", "int8": "our names, int8"}[self.layout]
-        return f"{where}, `{self.options or 'no option'}`"
+        return f"{where}, `{self.options}`"
 
 
 WAYS = (
-    Way("diffusers", "", 2.0),
-    Way("diffusers", "--offload", 2.0),
+    Way("diffusers", "--dtype float32", 2.0),
+    Way("diffusers", "--offload --dtype float32", 2.0),
     Way("diffusers", "--offload --dtype bfloat16", 2.0),
-    Way("diffusers", "--block-swap 38", 2.0),
-    Way("native", "--offload", 1.0, True),
-    Way("native", "--block-swap 38", 1.0, True),
-    Way("int8", "--offload", 1.0, True),
+    Way("diffusers", "--block-swap 38 --dtype float32", 2.0),
+    Way("native", "--offload --dtype float32", 1.0, True),
+    Way("native", "--block-swap 38 --dtype float32", 1.0, True),
+    Way("int8", "--offload --dtype bfloat16", 1.0, True),
 )
 
 

@@ -155,6 +155,9 @@ def timed(run: Callable[[], Any], repeat: int = 1, clock: Callable[[], float] = 
 _ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", _ATTENTION}
 _PRODUCTS |= {"convolution_backward", f"{_ATTENTION}_backward"}
+# Of a GPU.
+_PRODUCTS |= {"_scaled_mm", "_addmm_activation"}
+_PRODUCTS |= {f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")}
 
 
 class _Recorder(TorchDispatchMode):

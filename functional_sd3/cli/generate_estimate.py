@@ -7,10 +7,13 @@ from dataclasses import replace
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import options, report, runtime, train_estimate
+from functional_sd3.cli import options, precision, report, runtime, train_estimate
 from functional_sd3.core import tree
 from functional_sd3.formats import default_dtype
+from functional_sd3.formats.default_dtype import Default
+from functional_sd3.formats.trees import Storage
 from functional_sd3.image import vae
+from functional_sd3.kernels import narrow
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.pipeline import estimate
 from functional_sd3.pipeline.estimate import Choice
@@ -47,7 +50,7 @@ def choice_of(arguments: argparse.Namespace, config: Config, stored: torch.dtype
     size = options.size(arguments.size)
     height, width = pipeline.latent_size(config, *(size[::-1] if size else ()))
     prompts = max(1, len(arguments.prompt))
-    computed = default_dtype.choose(runtime.dtype(arguments.dtype), {stored}, device)
+    computed = default_dtype.choose(_dtype(arguments, config, device), {stored}, device)
     return Choice(
         height,
         width,
@@ -62,6 +65,16 @@ def choice_of(arguments: argparse.Namespace, config: Config, stored: torch.dtype
         swapped=arguments.block_swap,
         on_device=device.type != "cpu",
     )
+
+
+def _dtype(arguments: argparse.Namespace, config: Config, device: torch.device) -> torch.dtype | Default:
+    """The dtype of --dtype, as `generate` chooses it."""
+    paths = arguments.params or [shipped.NAME]
+    if train_estimate.released_config(paths) is None:
+        return precision.choose(arguments, [shipped.resolve(path) for path in paths], device).dtype
+    stored = Storage(1.0, require(config, "transformer").width)
+    is_narrow = arguments.dtype == "auto" and device.type == "cpu" and precision.pays(stored, narrow.here())
+    return torch.bfloat16 if is_narrow else runtime.dtype(arguments.dtype)
 
 
 def _model(paths: list[str], variant: str | None) -> tuple[Config, torch.dtype, bool]:

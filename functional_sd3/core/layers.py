@@ -160,6 +160,16 @@ def patches_linear(params: Params) -> Params:
     return flat
 
 
+def channels_last(params: Params) -> Params:
+    """The tree with weights of convolutions in the memory format "channels_last", in which compiled code on a GPU and
+    convolutions on a CPU read them; values and shapes are the same."""
+
+    def leaf(value: Tensor) -> Tensor:
+        return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+    return tree.map(leaf, params)
+
+
 @op
 def image_layout(x: Tensor) -> Tensor:
     """x (batch, channels, height, width) in the memory format in which convolutions are fastest."""

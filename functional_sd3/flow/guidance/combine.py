@@ -53,7 +53,8 @@ def tangential_component(negative: Tensor, positive: Tensor) -> Tensor:
 def clip_norm(difference: Tensor, longest: Factor) -> Tensor:
     """The difference with its norm clipped to `longest` > 0."""
     squares = dot(difference, difference)
-    longest = torch.as_tensor(longest, dtype=squares.dtype, device=squares.device)
+    # A number is filled in on the device: a copy from the host is forbidden while a CUDA graph is captured.
+    longest = longest.to(squares) if isinstance(longest, Tensor) else squares.new_full((), longest)
     return broadcast(longest / torch.maximum(squares, longest.square()).sqrt(), difference) * difference
 
 
