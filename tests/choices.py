@@ -1,9 +1,9 @@
 """Choices of `kernels.products` for tests, on whatever machine they run."""
 
-from functional_sd3.kernels import onednn, products
+from functional_sd3.kernels import attention_products, onednn, products
 
-SMALL = products.Choice(range(16, 513), 0, True)
-"""oneDNN for 16 to 512 rows of any size, BLAS for others, and Winograd's algorithm."""
+SMALL = products.Choice(range(16, 513), 0, True, True)
+"""oneDNN for 16 to 512 rows of any size and attention in bfloat16, BLAS for others, and Winograd's algorithm."""
 ALL = products.Choice(range(1, products.ANY), 0, False)
 """oneDNN for everything."""
 
@@ -14,3 +14,4 @@ def use(monkeypatch, choice=SMALL):
     monkeypatch.setattr(products, "SMALLEST_IN_GRAPH", 0)
     monkeypatch.setattr(products, "SMALLEST_TRACKED", 0)
     monkeypatch.setattr(onednn, "SMALLEST_WEIGHT", 0)
+    monkeypatch.setattr(attention_products, "SMALLEST", 0)

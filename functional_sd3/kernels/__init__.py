@@ -8,6 +8,7 @@ of PyTorch are called once before they are relied on; a missing one costs speed 
 from functional_sd3.core.dispatch import COMPILED, DIFFERENTIABLE, TRANSFORMED, TRANSFORMS, UNTRACKED, Kernel
 from functional_sd3.kernels import (
     attention,
+    attention_products,
     convolution_functions,
     cuda,
     foreach,
@@ -26,11 +27,13 @@ _LISTS = DIFFERENTIABLE | COMPILED
 TABLE: dict[str, tuple[Kernel, ...]] = {
     "attention.softmax_attention": (
         Kernel(attention.in_graph, attention.fits, COMPILED),
+        Kernel(attention_products.untracked, attention_products.fits, UNTRACKED, 1e-2),
         Kernel(attention.untracked, attention.fits_always, UNTRACKED | COMPILED),
         Kernel(attention.differentiable, attention.fits, TRANSFORMED),
     ),
     "layers.linear": (
         Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),
+        Kernel(onednn.linear_bfloat16, onednn.fits_bfloat16, UNTRACKED, 1e-2),
         Kernel(onednn.differentiable, onednn.fits_differentiable, DIFFERENTIABLE),
         Kernel(linear.in_graph, linear.fits, COMPILED),
         Kernel(onednn.in_graph, onednn.fits_in_graph, COMPILED),
@@ -39,6 +42,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "layers.linear_activation": (
         Kernel(onednn.linear_activation, onednn.fits_linear_activation, UNTRACKED),
+        Kernel(onednn.linear_activation_bfloat16, onednn.fits_activation_bfloat16, UNTRACKED, 1e-2),
         Kernel(cuda.linear_activation, cuda.fits_linear_activation, UNTRACKED, 1e-3),
     ),
     "layers.cast_leaves": (Kernel(cuda.cast_leaves, cuda.fits_cast_leaves, DIFFERENTIABLE, 0.0),),

@@ -1,11 +1,15 @@
-"""Linear layers on CPUs by oneDNN and BLAS, for float32 tensors.
+"""Linear layers on CPUs by oneDNN and BLAS, for float32 tensors, and by oneDNN for those of bfloat16.
 
 oneDNN computes an activation while its input is in the cache, which PyTorch does not offer of eager code; on its GELU a
 CPU otherwise spends a third of the time of the product.
 """
 
+import functools
+
+import torch
 from torch import Tensor
 
+from functional_sd3.core.dispatch import private
 from functional_sd3.core.types import Params
 from functional_sd3.kernels import linear as functions
 from functional_sd3.kernels import products
@@ -74,6 +78,48 @@ def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:
         rows, bias = rows * scale, None if bias is None else bias * scale
     y = products.pointwise()(rows, params["weight"], bias, name, [], algorithm)
     return (y if scale == 1 else y.mul_(1 / scale)).unflatten(0, x.shape[:-1])
+
+
+def fits_bfloat16(params: Params, x: Tensor) -> bool:
+    """True for bfloat16 rows on a CPU and a layer of weight, bias and nothing else."""
+    return (
+        x.ndim > 1
+        and {"weight", "bias"} == params.keys()
+        and _is_large(params)
+        and all(each.is_cpu and each.dtype is torch.bfloat16 for each in (x, *params.values()))
+        and has_bfloat16()
+        and products.is_enabled()
+    )
+
+
+def linear_bfloat16(params: Params, x: Tensor) -> Tensor:
+    """`layers.linear` with the bias added in the product, which PyTorch copies to every row beforehand; it rounds once.
+
+    The product is oneDNN's in any case. 0.93 to 1 of the time for 512 to 2,048 rows of 256 to 2,048 numbers (Zen 4).
+    """
+    y = products.pointwise()(x.flatten(0, -2), params["weight"], params["bias"], "none", [], "")
+    return y.unflatten(0, x.shape[:-1])
+
+
+def fits_activation_bfloat16(params: Params, x: Tensor, activation: str) -> bool:
+    """As `fits_bfloat16`, for activations that need no factor, which would be rounded."""
+    return fits_bfloat16(params, x) and _FUSED[activation][2] == 1
+
+
+def linear_activation_bfloat16(params: Params, x: Tensor, activation: str) -> Tensor:
+    """`layers.linear_activation` with the activation of the product before it is rounded.
+
+    0.69 of the time for 512 and 666 rows of 256 -> 1,024, 0.76 for 2,048 of 512 -> 2,048 (Zen 4).
+    """
+    name, algorithm, _ = _FUSED[activation]
+    y = products.pointwise()(x.flatten(0, -2), params["weight"], params["bias"], name, [], algorithm)
+    return y.unflatten(0, x.shape[:-1])
+
+
+@functools.cache
+def has_bfloat16() -> bool:
+    """True where oneDNN multiplies bfloat16, if only by emulation: with AVX512 and more."""
+    return bool(private("torch.ops.mkldnn._is_mkldnn_bf16_supported", missing=lambda: False)())
 
 
 def _is_large(params: Params) -> bool:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_sd3 import kernels
 from functional_sd3.core import attention, dispatch, layers, leafwise, prng, tree
+from functional_sd3.kernels import onednn
 from tests import choices
 
 
@@ -68,13 +69,22 @@ ATTENTIONS = [
     (*QKV, drawn(2, 1, 13, 17) > -0.5, False, 0.3),
     (*QKV, drawn(3, 1, 17), False, 0.3),
 ]
+NARROW_LAYER = tree.cast(LAYER, torch.bfloat16)
+NARROW_QKV = tuple(drawn(2, 3, tokens, 8, seed=tokens).bfloat16() for tokens in (150, 37, 37))
 # Kernel -> several argument lists that it fits.
 EXAMPLES = {
     "attention.in_graph": ATTENTIONS,
     "attention.untracked": ATTENTIONS,
+    "attention_products.untracked": [(*NARROW_QKV, None, False, 0.3)],
     "attention.differentiable": ATTENTIONS,
     "onednn.linear": [(LAYER, drawn(2, 8, 16)), (LAYER, drawn(300, 16)), (LAYER, drawn(1, 600, 16))]
     + [({"weight": LAYER["weight"]}, drawn(rows, 16)) for rows in (20, 600)],
+    "onednn.linear_bfloat16": [(NARROW_LAYER, drawn(*shape, 16).bfloat16()) for shape in ((2, 8), (5,), (0,))],
+    "onednn.linear_activation_bfloat16": [
+        (NARROW_LAYER, drawn(*shape, 16).bfloat16(), activation)
+        for activation in ("gelu", "gelu_tanh")
+        for shape in ((2, 8), (5,), (0,))
+    ],
     "onednn.differentiable": [
         (LAYER, drawn(300, 16)),
         ({**LAYER, "low_rank": {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}}, drawn(2, 8, 16)),
@@ -133,6 +143,8 @@ EXAMPLES = {
 }
 OPTIONS = {"winograd.conv2d": {"padding": 1}}
 NEEDS_NVIDIA = {"cuda.linear_activation", "cuda.threefry", "cuda.gaussian"}
+NEEDS_BFLOAT16 = set() if onednn.has_bfloat16() else {"onednn.linear_bfloat16", "onednn.linear_activation_bfloat16"}
+"""Kernels of instructions that this processor lacks."""
 HAS_NVIDIA = torch.cuda.is_available() and torch.version.hip is None
 UNFIT = {name for name in KERNELS if name.startswith("cuda.")} | {"onednn.differentiable"}
 """Kernels for other machines and other choices than those of these tests."""
@@ -164,6 +176,8 @@ def test_every_kernel_has_an_example():
 def test_a_kernel_equals_its_formula_and_changes_only_what_the_formula_changes(name, monkeypatch):
     if name in NEEDS_NVIDIA and not HAS_NVIDIA:
         pytest.skip("needs a GPU of Nvidia's")
+    if name in NEEDS_BFLOAT16:
+        pytest.skip("needs a processor with AVX512")
     operation, kernel = KERNELS[name]
     if name in ("onednn.differentiable", "onednn.in_graph"):
         choices.use(monkeypatch, choices.ALL)
@@ -271,7 +285,7 @@ def test_a_kernel_runs_only_for_those_who_may_be_given_it(watcher, monkeypatch):
     tracking, watch = WATCHERS[watcher]
     for name, (operation, kernel) in KERNELS.items():
         writes = name in WRITES and watcher not in ("nothing", "plain", "a dispatch mode")
-        if name in INTEGER | NEEDS_NVIDIA or writes:
+        if name in INTEGER | NEEDS_NVIDIA | NEEDS_BFLOAT16 or writes:
             continue
         called = []
         recorded = kernel._replace(
@@ -306,7 +320,10 @@ def test_a_compiler_is_given_its_own_kernels_and_no_others(name, monkeypatch):
 @pytest.mark.parametrize("extra", ["low_rank", "scale"])
 def test_a_layer_with_something_beside_its_weight_is_not_computed_without_it(extra):
     beside = {"low_rank": {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}, "scale": drawn(24, seed=5).abs()}
-    for name in ("onednn.linear", "onednn.linear_activation", "cuda.linear_activation"):
+    for name in (
+        *("onednn.linear", "onednn.linear_activation", "cuda.linear_activation"),
+        *("onednn.linear_bfloat16", "onednn.linear_activation_bfloat16"),
+    ):
         _, kernel = KERNELS[name]
         params, *rest = EXAMPLES[name][0]
         assert not kernel.fits({**params, extra: beside[extra]}, *rest)
