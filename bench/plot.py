@@ -1,12 +1,15 @@
-"""Plots by Pillow alone: lines over two logarithmic or two linear axes, points and arrows, tiles, maps, bars."""
+"""Figures of the benchmarks and of the docs: lines, points with arrows and bars by matplotlib; tiles and maps."""
 
-import math
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from functional_sd3.look.plotting import Drawn
 
 Points = Sequence[tuple[float, float]]
 
@@ -14,8 +17,10 @@ COLOURS = (
     (0, 0, 0), (214, 39, 40), (255, 127, 14), (188, 150, 0), (44, 160, 44), (23, 160, 170), (31, 119, 180),
     (90, 60, 200), (148, 103, 189), (227, 90, 180), (140, 86, 75), (127, 127, 127), (120, 170, 60), (80, 80, 120),
 )  # fmt: skip
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 420, 300, 52, 24, 10, 34
-LEGEND = 120
+_COLOURS = [tuple(level / 255 for level in colour) for colour in COLOURS]
+WIDTH, HEIGHT, LEGEND = 420, 300, 130
+"""Pixels of a panel, and of the legend beside the panels."""
+_DPI = 100
 
 LABEL = 13
 """Height of a line of labels."""
@@ -79,33 +84,27 @@ def plane(
 
     arrows: where they start and end, (n, 2) each. paths: (steps, n, 2), n broken lines.
     """
-    image = Image.new("RGB", (side, side + LABEL), "white")
-    pen = ImageDraw.Draw(image)
+    height = side + 2 * LABEL
 
-    def place(point: Sequence[float]) -> tuple[float, float]:
-        x, y = point
-        return side * (x / extent + 1) / 2, LABEL + side * (1 - y / extent) / 2
+    def draw(figure: Any) -> None:
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0.01, 0.01, 0.98, side / height), xlim=(-extent, extent), ylim=(-extent, extent))
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, alpha=0.4)
+        axes.set_title(title, fontsize=8, loc="left")
+        if paths is not None:
+            axes.plot(*paths.detach().unbind(-1), color="0.65", linewidth=0.6)
+        for index, (name, group) in enumerate(points.items()):
+            colour = _COLOURS[(index + 1) % len(_COLOURS)] if len(points) > 1 else _COLOURS[6]
+            axes.plot(*group.detach().unbind(-1), "s", color=colour, markersize=1.2, label=name or None)
+        if any(points):
+            axes.legend(loc="upper left", frameon=True, fontsize=7, markerscale=3)
+        if arrows is not None:
+            start, end = (ends.detach() for ends in arrows)
+            options = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.004, "zorder": 3}
+            axes.quiver(*start.unbind(-1), *(end - start).unbind(-1), **options)
 
-    pen.rectangle([0, LABEL, side - 1, side + LABEL - 1], outline=(200, 200, 200))
-    pen.text((4, 0), title, fill="black")
-    if paths is not None:
-        for line in paths.detach().transpose(0, 1).tolist():
-            pen.line([place(point) for point in line], fill=(170, 170, 170))
-    for index, (name, group) in enumerate(points.items()):
-        colour = COLOURS[(index + 1) % len(COLOURS)] if len(points) > 1 else COLOURS[6]
-        for x, y in map(place, group.detach().tolist()):
-            pen.rectangle([x - 1, y - 1, x, y], fill=colour)
-        if name:
-            pen.text((6, LABEL + 4 + LABEL * index), name, fill=colour)
-    if arrows is not None:
-        for start, end in zip(*(ends.detach().tolist() for ends in arrows), strict=True):
-            (x, y), (to_x, to_y) = place(start), place(end)
-            pen.line([(x, y), (to_x, to_y)], fill="black")
-            angle = math.atan2(to_y - y, to_x - x)
-            for turn in (2.6, -2.6):
-                tip = (to_x + 4 * math.cos(angle + turn), to_y + 4 * math.sin(angle + turn))
-                pen.line([(to_x, to_y), tip], fill="black")
-    return image
+    return _drawn(draw, side, height)
 
 
 def beside(images: Sequence[Image.Image], gap: int = 8) -> Image.Image:
@@ -123,15 +122,18 @@ def beside(images: Sequence[Image.Image], gap: int = 8) -> Image.Image:
 
 def bars(values: Mapping[str, float], unit: str = "") -> Image.Image:
     """Horizontal bars, name -> value, each with its name before it and its value behind."""
-    names = 6 * max(map(len, values)) + 12
-    image = Image.new("RGB", (names + 420, 20 * len(values) + 4), "white")
-    pen = ImageDraw.Draw(image)
-    for index, (name, value) in enumerate(values.items()):
-        top, length = 20 * index + 4, 320 * value / max(values.values())
-        pen.text((4, top), name, fill="black")
-        pen.rectangle([names, top, names + length, top + 12], fill=COLOURS[6])
-        pen.text((names + length + 6, top), f"{value:,.4g} {unit}", fill="black")
-    return image
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        shown = axes.barh(list(values), list(values.values()), color=_COLOURS[6])
+        axes.bar_label(shown, [f" {value:,.4g} {unit}" for value in values.values()])
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set(xticks=[])
+        axes.spines["bottom"].set_visible(False)
+        axes.grid(visible=False)
+
+    return _drawn(draw, 560, 24 * len(values) + 16)
 
 
 def panels(
@@ -145,65 +147,27 @@ def panels(
     every = [point for lines in titles.values() for points in lines.values() for point in points]
     if not every:
         raise ValueError("no points to draw")
-    scaled = float if linear else math.log
-    frame = [bound(scaled(point[axis]) for point in every) for axis in (0, 1) for bound in (min, max)]
     names = list(dict.fromkeys(name for lines in titles.values() for name in lines))
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
-    rows, left = (len(titles) + 1) // 2, min(2, len(titles)) * WIDTH
-    image = Image.new("RGB", (left + LEGEND, rows * HEIGHT), "white")
-    for index, (title, lines) in enumerate(titles.items()):
-        panel = _panel(title, lines, colours, frame, across, upwards, linear)
-        image.paste(panel, (index % 2 * WIDTH, index // 2 * HEIGHT))
-    pen = ImageDraw.Draw(image)
-    for index, name in enumerate(names):
-        y = TOP + 6 + 16 * index
-        pen.line([(left + 4, y), (left + 22, y)], fill=colours[name], width=3)
-        pen.text((left + 28, y - 6), name, fill="black")
-    # A palette is a quarter of the size, and there are few colours.
-    return image.quantize(64)
+    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+    columns, rows = min(2, len(titles)), (len(titles) + 1) // 2
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        handles = {}
+        for axes, (title, lines) in zip(grid, titles.items(), strict=False):
+            for name, points in lines.items():
+                (handles[name],) = axes.plot(*zip(*sorted(points), strict=True), "o-", color=colours[name])
+            scale = "linear" if linear else "log"
+            axes.set(title=title, xlabel=across, ylabel=upwards, xscale=scale, yscale=scale)
+            axes.tick_params(labelbottom=True, labelleft=True)
+        for axes in grid[len(titles) :]:
+            axes.set_visible(False)
+        figure.legend([handles[name] for name in names], names, loc="outside right upper")
+
+    return _drawn(draw, columns * WIDTH + LEGEND, rows * HEIGHT).quantize(64)
 
 
-def _panel(title, lines, colours, frame, across, upwards, linear) -> Image.Image:
-    left, right, low, high = frame
-    scaled, unscaled = (float, float) if linear else (math.log, math.exp)
-    panel = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen = ImageDraw.Draw(panel)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            LEFT + (WIDTH - LEFT - RIGHT) * (scaled(x) - left) / max(right - left, 1e-9),
-            HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (scaled(y) - low) / max(high - low, 1e-9),
-        )
-
-    for value in _even(low, high) if linear else _powers(low, high):
-        y = place(unscaled(left), value)[1]
-        pen.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=(220, 220, 220))
-        pen.text((16, y - 6), f"{value:g}", fill="black")
-    ticks = sorted({round(x) for points in lines.values() if len(points) > 1 for x, _ in points if x == round(x)})
-    for x in ticks:
-        at = place(x, unscaled(low))[0]
-        pen.line([(at, HEIGHT - BOTTOM), (at, HEIGHT - BOTTOM + 4)], fill="black")
-        if linear or x in (ticks[0], ticks[-1]) or x in (8, 16, 28):
-            pen.text((at - 6, HEIGHT - BOTTOM + 6), str(x), fill="black")
-    pen.line([(LEFT, TOP), (LEFT, HEIGHT - BOTTOM), (WIDTH - RIGHT, HEIGHT - BOTTOM)], fill="black")
-    pen.text((LEFT + 6, 6), f"{title}: {upwards}", fill="black")
-    pen.text((WIDTH - RIGHT - 6 * len(across), HEIGHT - 14), across, fill="black")
-    for name, points in lines.items():
-        path = [place(x, y) for x, y in sorted(points)]
-        pen.line(path, fill=colours[name], width=2)
-        for x, y in path:
-            pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colours[name])
-    return panel
-
-
-def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten between two logarithms."""
-    return [10.0**power for power in range(math.ceil(low / math.log(10)), math.floor(high / math.log(10)) + 1)]
-
-
-def _even(low: float, high: float) -> list[float]:
-    """Up to eight multiples of 1, 2 or 5 times a power of ten from `low` to `high`."""
-    span = max(high - low, 1e-9)
-    power = 10.0 ** math.floor(math.log10(span / 8))
-    step = next(factor * power for factor in (1, 2, 5, 10, 20) if span / (factor * power) <= 8)
-    return [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def _drawn(draw: Callable[[Any], None], width: int, height: int) -> Image.Image:
+    """A figure of matplotlib of that many pixels, RGB."""
+    drawn = Drawn(draw, "", (width / _DPI, height / _DPI)).png(dpi=_DPI)
+    return Image.open(io.BytesIO(drawn)).convert("RGB")

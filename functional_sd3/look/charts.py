@@ -102,7 +102,8 @@ def shares(record: Record) -> Drawn:
 
 def seconds(record: Record) -> Drawn:
     """Wall time of each part."""
-    parts = {ENCODERS.get(name, name): value for name, value in record.seconds.items() if value >= 5e-4}
+    names = ENCODERS | {"transformer": "reading the transformer", "vae": "reading the VAE"}
+    parts = {names.get(name, name): value for name, value in record.seconds.items() if value >= 5e-4}
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -114,7 +115,7 @@ def seconds(record: Record) -> Drawn:
         axes.set(xlabel="seconds")
 
     said = ", ".join(f"{name} {value:.2f} s" for name, value in parts.items())
-    return Drawn(draw, f"Time of each part: {said}.", (4.2, 0.9 + 0.25 * len(parts)))
+    return Drawn(draw, f"Time of each part: {said}.", (4.2, 0.9 + 0.22 * len(parts)))
 
 
 def step_seconds(record: Record) -> Drawn:

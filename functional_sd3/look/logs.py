@@ -106,7 +106,7 @@ def _chart(title: str, columns: Sequence[str], logs: Sequence[Log], every: Seque
         if name in log.columns
     ]
     values = [value for _, _, of_line in lines for value in of_line if math.isfinite(value)]
-    is_log = bool(values) and min(values) > 0 and max(values) > 20 * min(values)
+    is_log = title != "seconds" and bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()

@@ -50,17 +50,18 @@ ol { list-style: none; margin: 0; padding: 0; }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 12px 8px; }
 .frames img { display: block; width: 100%; margin-top: 3px; border-radius: 3px; }
 .frames b { font-weight: normal; font-size: 0.85rem; }
-.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px; }
+.words { display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px; }
 .words > li { background: var(--card); border-radius: 8px; padding: 10px; }
 .pair { display: flex; gap: 8px; }
 figure { margin: 0; flex: 1 1 0; min-width: 0; }
 .pair img { display: block; width: 100%; border-radius: 3px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 16px;
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 16px;
   margin-top: 12px; }
-.charts svg { width: 100%; height: auto; display: block; }
+.charts svg { width: 100%; max-width: 560px; height: auto; display: block; }
 .charts text { font-family: inherit !important; }
 .sheet { display: grid; grid-template-columns: auto 1fr; gap: 2px 4px; font-size: 0.68rem; color: var(--soft);
   margin-bottom: 8px; }
+.words details p { margin: 8px 0 0; font-size: 0.8rem; }
 .sheet i { grid-column: 1 / 3; }
 .sheet .cols { grid-column: 2; display: flex; }
 .sheet .rows { grid-column: 1; display: flex; flex-direction: column; }

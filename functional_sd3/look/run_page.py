@@ -133,7 +133,9 @@ def _attention(record: Record, drawn: Mapping[str, Drawn]) -> str:
         "In every block the tokens of the image and of the prompt attend to one another: softmax(q kᵀ / √d). A place "
         "of the image is lit by the share of its attention that goes to the word: the mean over heads, over all "
         f"blocks, and over the states at t = {times}. The percentage is that of the word's brightest place; the "
-        "brightest of all words of an encoder is fully lit (the light is the square root of the share)."
+        "brightest of all words of an encoder is fully lit (the light is the square root of the share). Below, every "
+        "map: what the places of the image receive from the word, and what the word receives from them, black 0 and "
+        "white the largest of its table; grey where the prompt's tokens have no queries, in the last block."
     )
     if not maps:
         return section(title, intro, "<p class=note>No word of this prompt reaches the transformer.</p>")
@@ -204,7 +206,7 @@ def _norms(drawn: Mapping[str, Drawn]) -> str:
 
 def _time(drawn: Mapping[str, Drawn]) -> str:
     intro = (
-        "Seconds that passed in each part. Attention maps and the decoding of the steps are for this page alone; a "
-        "part named after a component includes reading it."
+        "Seconds that passed in each part, of an encoder with reading it. Attention maps and the decoding of the steps "
+        "are for this page alone."
     )
     return section("Time", intro, card_row([drawn["seconds"], drawn["step-seconds"]]))

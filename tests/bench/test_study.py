@@ -221,11 +221,13 @@ def test_the_plot_is_small_and_has_a_line_for_each_method(tmp_path):
 
 def test_linear_axes_place_values_evenly():
     points = [(0.0, 0.0), (1.0, 50.0), (4.0, 100.0)]
-    image = plot.panels({"one": {"line": points}}, "x", "y", linear=True).convert("RGB")
-    across = plot.LEFT + (plot.WIDTH - plot.LEFT - plot.RIGHT) / 4
-    middle = plot.HEIGHT - plot.BOTTOM - (plot.HEIGHT - plot.TOP - plot.BOTTOM) / 2
-    assert image.getpixel((round(across), round(middle))) == plot.COLOURS[0]
-    assert image.getpixel((round(across) + 60, round(middle) + 40)) == (255, 255, 255)
+    image = plot.panels({"one": {"": points[:1], "line": points}}, "x", "y", linear=True).convert("RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
+    # Below the legend.
+    rows, columns = (pixels[25:] == torch.tensor([214, 39, 40])).all(-1).nonzero().unbind(1)
+    middle = columns[(rows - (rows.min() + rows.max()) / 2).abs() < 2].float().mean()
+    assert abs(middle - columns.min() - (columns.max() - columns.min()) / 4) < 8
+    assert columns.max() - columns.min() > plot.WIDTH / 2 and rows.max() - rows.min() > plot.HEIGHT / 2
 
 
 def test_the_slow_copy_is_what_a_method_keeps_beside_a_plain_steps_state(start, tmp_path):
