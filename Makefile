@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PROMPT ?= a large red circle left of a small blue star on a white background
 
-.PHONY: demo test bench tiny lint clean
+.PHONY: demo test bench tiny docs lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -25,13 +25,17 @@ tiny: $(VENV)/installed
 	$(BIN)/python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 	$(BIN)/python -m functional_sd3.recipes.shapes.few_steps params/tiny-4 --start params/tiny --work out/tiny-4
 
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python docs/site
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out build site
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

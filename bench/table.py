@@ -17,7 +17,7 @@ faster. *Products alone*: what the other side's matrix products, convolutions an
 of its time; no ratio of the same arithmetic can be below it. *Peak*: the most bytes of tensors held at once beyond those
 that a call was given, ours / theirs. *Process bytes*: what one process holds at the peak of a step, with its parameters and
 moments and the buffers of the backend, ours / theirs; its time is the mean of the processes, and *wall ratio* that of the wall,
-which other work on the machine changes. Rows of other processors are in [results](results).
+which other work on the machine changes. Rows of other processors are in [results](results/intel-xeon.md).
 """  # noqa: E501
 AGAINST = ", against "
 """Between the name of a row and that of a further peer."""

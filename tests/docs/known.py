@@ -44,6 +44,8 @@ CAPS = {
     "--batch-size": 2,
     "--prior-images": 2,
     "--validation": 2,
+    "--pictures": 8,
+    "--warmup": 1,
 }
 """Option -> the largest number it is run with."""
 
@@ -146,6 +148,7 @@ MAKE = {
     "demo": lambda lines: [bounded(shlex.split(line)[1:]) for line in lines],
     "test": lambda lines: [],
     "bench": lambda lines: [],
+    "docs": lambda lines: [],
     "tiny": lambda lines: [["python", *shlex.split(line)[1:3], "--help"] for line in lines],
 }
 """Target of make -> what is run of its recipe."""
@@ -177,6 +180,7 @@ OTHERS = {
         for options in ("--list", "attention fewsteps", "attention fewsteps --cpu-time", "-k clip")
     },
     "python docs/learn/run.py": [["python", "docs/learn/run.py", "--help"]],
+    "python docs/gallery.py": [["python", "docs/gallery.py", "--help"]],
     "python -m bench.mesh_drill": [["python", "-m", "bench.mesh_drill", "--help"]],
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
     "python -m bench.caching": [["python", "-m", "bench.caching", "--help"]],

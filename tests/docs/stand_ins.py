@@ -27,7 +27,7 @@ from tests.docs.markdown import ROOT
 
 RELEASED = ("stable-diffusion-3.5-medium", "stable-diffusion-3.5-large", "stable-diffusion-3.5-large-turbo")
 MODELS = ("MODEL", "A", "B", *RELEASED, f"params/{RELEASED[0]}", f"params/{RELEASED[2]}")
-IMAGES = ("my_images", "real", "fake", "FOLDER")
+IMAGES = ("my_images", "real", "fake", "FOLDER", "out/gallery/purple")
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 
 
@@ -38,6 +38,8 @@ def make(top: Path) -> None:
     for place, name in enumerate(IMAGES):
         images(top / name, 4, place)
     shutil.copytree(top / "my_images", top / "masks")
+    for name in ("edges.png", "mask.png"):  # docs/gallery.md makes them by programs.
+        shutil.copy(ROOT / "docs" / "gallery" / name, top / "out" / "gallery")
     for name in ("edges.png", "depth.png", "image.png", "MASK.png"):
         shutil.copy(top / "real" / "0.png", top / name)
     model = models.random_model()

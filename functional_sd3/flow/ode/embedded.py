@@ -35,7 +35,7 @@ class Adaptive(NamedTuple):
     errors: tuple[float, ...]
     """b - b': h times the sum of the slopes with these weights is the estimated error of a step."""
     interpolant: tuple[tuple[float, ...], ...]
-    """Dense output: at t + theta h, the weight of slope i is sum_k interpolant[i][k] theta^(k + 1)."""
+    """Dense output: at t + theta h, the weight of slope i is the sum over k of interpolant[i, k] theta^(k + 1)."""
     rtol: float | Tensor = 1e-5
     """A step is accepted when the root of the mean of (error / (atol + rtol max(|x|, |x_next|)))^2 over the elements
     of a sample is at most 1. A number, or (batch,) a tolerance for each sample."""
