@@ -79,6 +79,7 @@ ADDED = {
 }
 """Subcommand -> the options it is given besides, where the page has not given them."""
 
+_TWO = "'a large red circle left of a small blue star on a white background'"
 _COMPONENTS = ("t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "t5xxl_scaled_fp8.safetensors")
 USAGES = {
     "functional-sd3 evaluate METRIC": [],  # A row for each metric stands below it.
@@ -132,6 +133,10 @@ USAGES = {
     "functional-sd3 edit IN --from PROMPT --to PROMPT [--eta 0.9] [--window 0-0.25] [--exact]": [
         f"edit image.png --from '{PROMPT}' --to '{PROMPT}' --eta 0.9 --window 0-0.25",
         f"edit image.png --from '{PROMPT}' --to '{PROMPT}' --exact --params MODEL",
+    ],
+    f"functional-sd3 edit out/gallery/two.png --exact --eta 0 --cfg 1 --from {_TWO} --to {_TWO} "
+    "--out out/gallery/inversion.png": [  # Two steps of the shipped model are too long to be solved.
+        f"edit image.png --exact --eta 0 --cfg 1 --from '{PROMPT}' --to '{PROMPT}' --params MODEL",
     ],
     "functional-sd3 generate PROMPT --preview [EVERY]": [
         f"generate '{PROMPT}' --preview",
