@@ -164,7 +164,8 @@ def panels(
             axes.set_visible(False)
         figure.legend([handles[name] for name in names], names, loc="outside right upper")
 
-    return _drawn(draw, columns * WIDTH + LEGEND, rows * HEIGHT).quantize(64)
+    # Fewer colours would make one of two lines' colours.
+    return _drawn(draw, columns * WIDTH + LEGEND, rows * HEIGHT).quantize(128, dither=Image.Dither.NONE)
 
 
 def _drawn(draw: Callable[[Any], None], width: int, height: int) -> Image.Image:

@@ -38,7 +38,7 @@ def image(rows: Sequence[Row]) -> Image.Image:
     whole = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
     for index, part in enumerate(parts):
         whole.paste(part.convert("RGB"), (0, sum(above.height for above in parts[:index])))
-    return whole.quantize(64)
+    return whole.quantize(128, dither=Image.Dither.NONE)
 
 
 def _right(row: Row) -> float | None:

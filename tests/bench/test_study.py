@@ -219,12 +219,18 @@ def test_the_plot_is_small_and_has_a_line_for_each_method(tmp_path):
     assert "old" not in guide.read_text() and guide.with_suffix(".png").stat().st_size < 60_000
 
 
+def test_every_line_has_a_colour_of_its_own():
+    lines = {f"line {index}": [(1, index + 1), (2, index + 3), (4, 2 * index + 4)] for index in range(14)}
+    drawn = plot.panels({"all": lines}, "x", "y").convert("RGB")
+    assert {*plot.COLOURS} <= {colour for _, colour in drawn.getcolors(10_000)}
+
+
 def test_linear_axes_place_values_evenly():
     points = [(0.0, 0.0), (1.0, 50.0), (4.0, 100.0)]
     image = plot.panels({"one": {"": points[:1], "line": points}}, "x", "y", linear=True).convert("RGB")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).reshape(image.height, image.width, 3)
-    # Below the legend.
-    rows, columns = (pixels[25:] == torch.tensor([214, 39, 40])).all(-1).nonzero().unbind(1)
+    # Left of the legend, where the line is too.
+    rows, columns = (pixels[:, :480] == torch.tensor(plot.COLOURS[1])).all(-1).nonzero().unbind(1)
     middle = columns[(rows - (rows.min() + rows.max()) / 2).abs() < 2].float().mean()
     assert abs(middle - columns.min() - (columns.max() - columns.min()) / 4) < 8
     assert columns.max() - columns.min() > plot.WIDTH / 2 and rows.max() - rows.min() > plot.HEIGHT / 2
