@@ -136,8 +136,8 @@ def watch(command: list[str], limit: float | None) -> Outcome:
     return Outcome(most, resident, usage.ru_utime + usage.ru_stime, process.returncode)
 
 
-def memory(process: int) -> dict[str, int]:
-    """Bytes of the fields in kB of /proc/PID/status."""
+def memory(process: int | str) -> dict[str, int]:
+    """Bytes of the fields in kB of /proc/PID/status; process: its number, or "self"."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
