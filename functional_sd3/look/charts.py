@@ -18,6 +18,7 @@ def time_grid(record: Record) -> Drawn:
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         axes.plot(range(len(times)), times, "o-", color=COLOURS[0])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.plot([0, len(times) - 1], [times[0], times[-1]], ":", color=COLOURS[-1], label="even steps")
         axes.set(xlabel="steps taken", ylabel="t (1: noise, 0: image)")
         axes.legend()

@@ -14,7 +14,9 @@ def linear_decoder(latents: Tensor, images: Tensor) -> Tensor:
     latents (n, channels, h, w); images (n, 3, H, W), decoded from them: their mean over the pixels of each latent is
     fitted by least squares with a small ridge.
     """
-    colours = F.adaptive_avg_pool2d(images.double(), latents.shape[-2:]).permute(0, 2, 3, 1).flatten(0, 2)
+    colours = (
+        F.adaptive_avg_pool2d(images.double(), (latents.shape[-2], latents.shape[-1])).permute(0, 2, 3, 1).flatten(0, 2)
+    )
     features = latents.double().permute(0, 2, 3, 1).flatten(0, 2)
     every = max(1, len(features) // _ROWS)
     features, colours = features[::every], colours[::every]

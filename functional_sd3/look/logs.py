@@ -121,6 +121,7 @@ def _chart(title: str, columns: Sequence[str], logs: Sequence[Log], every: Seque
             if many:
                 axes.plot(*zip(*smoothed(points), strict=True), color=colour, label=label)
         axes.set(xlabel="step", title=title_words)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if is_log:
             axes.set_yscale("log")
         if len(lines) > 1:

@@ -48,6 +48,7 @@ ol { list-style: none; margin: 0; padding: 0; }
 .tokens .cut, .tokens .unknown { background: none; border: 1px solid var(--cut); color: var(--cut); }
 .tokens .cut b { text-decoration: line-through; }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 12px 8px; }
+.frames.large { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 .frames img { display: block; width: 100%; margin-top: 3px; border-radius: 3px; }
 .frames b { font-weight: normal; font-size: 0.85rem; }
 .words { display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: 14px; }

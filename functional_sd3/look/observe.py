@@ -12,6 +12,7 @@ from functional_sd3.flow import guidance as guidances
 from functional_sd3.flow import ode
 from functional_sd3.flow.guidance import POSITIVE, Guidance, Velocities
 from functional_sd3.layouts.components import Config, require
+from functional_sd3.look import tokens
 from functional_sd3.look.maps import WordMaps, word_maps
 from functional_sd3.look.record import Attention, Group
 from functional_sd3.look.tokens import Prompt
@@ -42,7 +43,8 @@ def groups_of(prompt: Prompt) -> tuple[tuple[Group, ...], Tensor]:
     groups: list[Group] = []
     rows: list[Tensor] = []
     total = prompt.clip_tokens + prompt.t5_tokens
-    for stream, rest in (("clip", slice(0, prompt.clip_tokens)), ("t5", slice(prompt.clip_tokens, total))):
+    places: dict[tokens.Stream, slice] = {"clip": slice(0, prompt.clip_tokens), "t5": slice(prompt.clip_tokens, total)}
+    for stream, rest in places.items():
         left = torch.zeros(total, dtype=torch.float32, device="cpu")
         left[rest] = 1
         for word in range(len(prompt.words)):

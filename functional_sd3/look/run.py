@@ -1,7 +1,7 @@
 """The run of one request with everything that its steps pass through kept."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ def follow(transformer: Params, config: Config, prepared: Prepared, clock: Clock
     """The steps of an encoded request of one image. Raises ValueError where it has none (strength 0)."""
     request, sampling = prepared.request, prepared.request.sampling
     first = initial_state(transformer, config, prepared)
-    states, times, denoised = [first.x], [first.t], []
+    states, times = [first.x], [first.t]
+    denoised: list[Tensor] = []
     evaluations: list[Evaluation] = []
     seconds: list[float] = []
 
@@ -51,7 +52,7 @@ def follow(transformer: Params, config: Config, prepared: Prepared, clock: Clock
         if sampling.on_step is not None:
             sampling.on_step(info)
 
-    options = {"on_step": keep}
+    options: dict[str, Any] = {"on_step": keep}
     if request.field is None:
         guiding = guidances.cfg(sampling.cfg) if sampling.guidance is None else sampling.guidance
         options["guidance"] = observed(guiding, see)

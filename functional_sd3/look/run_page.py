@@ -112,15 +112,16 @@ def _steps(record: Record, drawn: Mapping[str, Drawn]) -> str:
     )
     if len(shown.labels) < count:
         intro += f" {len(shown.labels)} of {count} steps are shown."
-    kind = "WEBP"
+    # Large images show more in larger frames.
+    style = "frames large" if max(shown.rows["x_t"].shape[-2:]) > 96 else "frames"
     frames = []
     for index, label in enumerate(shown.labels):
         images = "".join(
-            inline(sheets.to_pil(part[index]), f"{name} at {label}", "pixels", kind)
+            inline(sheets.to_pil(part[index]), f"{name} at {label}", "pixels", "WEBP")
             for name, part in shown.rows.items()
         )
         frames.append(f"<li><b>{label}</b>{images}</li>")
-    return section("Step by step", intro, f"<ol class=frames>{''.join(frames)}</ol>")
+    return section("Step by step", intro, f"<ol class='{style}'>{''.join(frames)}</ol>")
 
 
 def _attention(record: Record, drawn: Mapping[str, Drawn]) -> str:

@@ -131,7 +131,7 @@ def words_sheet(image: Tensor, maps: Sequence[WordMap], columns: int = 8) -> "Im
     """The spotlights of all words in one image, labelled."""
     from PIL import Image, ImageDraw
 
-    shown = fit(image, SIDE)
+    shown = fit(image, SIDE // 2)
     scale = max(1, 64 // max(shown.shape[-2:]))
     height, width = (scale * side for side in shown.shape[-2:])
     columns, across, down = min(columns, len(maps)), max(width, 78) + 6, height + _LABEL + 4

@@ -10,6 +10,8 @@ from functional_sd3.text import bpe, unigram, weighting
 from functional_sd3.text.tokenization import Ids, tokenize_prompts
 from functional_sd3.weights.model import Tokenizers
 
+Stream = Literal["clip", "t5"]
+"""Tokens of the context: those of both CLIPs, which share their places, or those of T5."""
 Kind = Literal["start", "text", "unknown", "end", "padding", "cut"]
 
 _WORDS = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
@@ -48,7 +50,7 @@ class Prompt(NamedTuple):
     """Tokens of the context before those of T5."""
     t5_tokens: int
 
-    def positions(self, stream: Literal["clip", "t5"], word: int) -> tuple[int, ...]:
+    def positions(self, stream: Stream, word: int) -> tuple[int, ...]:
         """Places in the context of the tokens of a word: those of CLIP, which both CLIPs share, or those of T5."""
         names = ("t5",) if stream == "t5" else ("clip_l", "clip_g")
         first = self.clip_tokens if stream == "t5" else 0
@@ -100,7 +102,8 @@ def _tokens(name: str, tables: Any, chunks: list[list[int]], pairs: list[tuple[i
     for number, chunk in enumerate(chunks):
         inside = pairs[number * room : (number + 1) * room]
         for index, id in enumerate(chunk):
-            place, kind, word = index - first, "padding", None
+            place, word = index - first, None
+            kind: Kind = "padding"
             if place < 0:
                 kind = "start"
             elif place < len(inside):

@@ -242,7 +242,7 @@ def _settings(transformer: Params, config: Config, prepared: Prepared, run: Run)
         "steps": len(run.denoised),
         "guidance": f"cfg {_number(sampling.cfg)}" if sampling.guidance is None else own,
         "transformer": f"{sizes.depth} blocks, width {sizes.width}, {sizes.heads} heads, {count:,} parameters",
-        "dual attention": f"blocks {', '.join(map(str, sizes.dual_attention_layers)) or 'none'}",
+        "blocks with dual attention": ", ".join(map(str, sizes.dual_attention_layers)) or "none",
         "computed": f"{weight.dtype} on {weight.device}".removeprefix("torch."),
     }
 
@@ -252,4 +252,5 @@ def _number(scale: float | Tensor) -> str:
 
 
 def _on_cpu(attention: Attention) -> Attention:
-    return Attention(*(part.cpu() if isinstance(part, Tensor) else part for part in attention))
+    to_words, from_words, image = (part.cpu() for part in (attention.to_words, attention.from_words, attention.image))
+    return attention._replace(to_words=to_words, from_words=from_words, image=image)
