@@ -155,6 +155,9 @@ MAKE = {
     "bench": lambda lines: [],
     "docs": lambda lines: [],
     "tiny": lambda lines: [["python", *shlex.split(line)[1:3], "--help"] for line in lines],
+    "notebooks": lambda lines: [
+        ["python", *shlex.split(line)[1:], "--out", "notebooks"] for line in lines if " pip " not in line
+    ],
 }
 """Target of make -> what is run of its recipe."""
 
