@@ -1,13 +1,14 @@
 """Runs the pages of the course, compares what their blocks print with what the pages show, and remakes the figures.
 
-    python docs/learn/run.py              # all pages, about a minute of one core; figures into docs/learn/figures
+    python docs/learn/run.py              # all pages, half a minute of one core; figures into docs/learn/figures
     python docs/learn/run.py 4 5          # some pages
     python docs/learn/run.py 10 --whole   # page 10 with its training in full
     python docs/learn/run.py 5 --update   # writes into page 5 what it prints
 
 A page is one program: its Python blocks in order, in one namespace, answers of the exercises included. A fenced block
 of text that follows a Python block is what that block prints. A line `NAME = NUMBER  # the test takes OTHER` is run
-with the other number, except with --whole.
+with the other number, except with --whole; the figures of such a page then go into out/learn, where they replace none
+of the whole training's.
 """
 
 import argparse
@@ -67,6 +68,11 @@ def blocks(text: str) -> list[Block]:
     ]
 
 
+def shortened(code: str) -> str:
+    """The code with the numbers that the test takes."""
+    return _SHORTENED.sub(r"\1\3\2\3", code)
+
+
 def figures(text: str) -> set[str]:
     """The names of the figures that a page shows."""
     return set(re.findall(r"\]\(figures/([\w-]+\.png)\)", text))
@@ -105,7 +111,7 @@ def run(page: Path, made: Path, *, whole: bool = False, update: bool = False) ->
         os.chdir(folder)
         try:
             for block in blocks(text):
-                code = block.code if whole else _SHORTENED.sub(r"\1\3\2\3", block.code)
+                code = block.code if whole else shortened(block.code)
                 output = Echo() if whole else io.StringIO()
                 with contextlib.redirect_stdout(output):
                     exec(compile("\n" * (block.line - 1) + code, str(page), "exec"), namespace)
@@ -137,7 +143,7 @@ def run(page: Path, made: Path, *, whole: bool = False, update: bool = False) ->
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", type=int, metavar="PAGE", help="numbers of pages (default: all)")
-    parser.add_argument("--figures", type=Path, default=HERE / "figures", metavar="DIR", help="where figures go")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="where figures go")
     parser.add_argument("--whole", action="store_true", help="trainings in full")
     parser.add_argument("--update", action="store_true", help="write what is printed into the pages")
     options = parser.parse_args(arguments)
@@ -146,7 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     for page in pages():
         if not options.numbers or int(page.name[:2]) in options.numbers:
             started = os.times()
-            problems += run(page, options.figures, whole=options.whole, update=options.update)
+            text = page.read_text(encoding="utf-8")
+            is_whole = options.whole or shortened(text) == text
+            made = options.figures or (HERE / "figures" if is_whole else ROOT / MADE)
+            problems += run(page, made, whole=options.whole, update=options.update)
             print(f"{page.name}: {os.times().user - started.user:.1f} s of processor time", flush=True)
     print(*problems, sep="\n", end="")
     return int(bool(problems))

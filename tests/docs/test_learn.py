@@ -65,6 +65,55 @@ def test_a_page_has_a_prediction_two_exercises_a_figure_and_a_check(page):
     assert all(path.stat().st_size < 100_000 for path in (COURSE / "figures").glob("*"))
 
 
+EVERYDAY = {
+    "Block", "Density", "Emphasis", "Flow", "Key", "Leaf", "Mask", "Method", "Order", "Path", "Residual", "Sample",
+    "Sampler", "Score", "Shift", "State", "Step", "Trajectory", "Turbo", "Value", "Weight",
+}  # fmt: skip
+"""Terms that are everyday words too, or have several meanings: linked where they are explained, not at first use."""
+
+
+def prose(text: str) -> str:
+    """A page with all but its prose and its links to the glossary replaced by blanks, at the same offsets."""
+    other = (
+        r"(?s:^```.*?^```$)", r"^ {4}.*$", r"^#.*$", r"^\[Index\].*$", r"`[^`\n]+`", r"!\[[^\]]*\]\([^)]*\)",
+        r"<[^>]+>", r"\[[^\]]*\]\((?!glossary)[^)]*\)",
+    )  # fmt: skip
+    for pattern in other:
+        text = re.sub(pattern, lambda match: re.sub(r"[^\n]", " ", match[0]), text, flags=re.MULTILINE)
+    return text
+
+
+def first_uses(text: str, terms: list[str]) -> dict[str, tuple[int, int, bool]]:
+    """Term -> span of its first use in the prose of a page, and whether that is a link to the glossary."""
+    left, links = prose(text), {}
+    for link in re.finditer(r"\[[^\]]*\]\(glossary\.md#([\w-]+)\)", left):
+        links.setdefault(link[1], (*link.span(), True))
+        left = left[: link.start()] + " " * len(link[0]) + left[link.end() :]
+    uses = {}
+    # The longest first: "joint attention" is no use of "attention".
+    for term in sorted(terms, key=len, reverse=True):
+        case = 0 if re.search("[A-Z0-9]", term[1:]) else re.IGNORECASE
+        words = re.escape(term).replace(r"\ ", r"[\s-]")
+        plural = f"(?:{words}|{words[:-1]}ies)" if words.endswith("y") else f"{words}(?:e?s)?"
+        slug = re.sub(r"[^\w -]", "", term.lower()).replace(" ", "-")
+        candidates = [links[slug]] if slug in links else []
+        for match in re.finditer(rf"(?<![\w/.-]){plural}(?![\w/-])", left, case):
+            candidates.append((*match.span(), False))
+            left = left[: match.start()] + " " * len(match[0]) + left[match.end() :]
+        if candidates:
+            uses[term] = min(candidates)
+    return uses
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_links_every_term_of_the_glossary_where_it_first_uses_it(page):
+    terms = re.findall(r"^### (.*)$", (COURSE / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    text = page.read_text(encoding="utf-8")
+    uses = first_uses(text, [term for term in terms if term not in EVERYDAY])
+    assert len(uses) > 8
+    assert not [f"{term}: {text[start - 30 : end + 10]!r}" for term, (start, end, linked) in uses.items() if not linked]
+
+
 def test_every_term_that_the_pages_link_stands_in_the_glossary_in_order():
     terms = re.findall(r"^### (.*)$", (COURSE / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert terms == sorted(terms, key=str.lower) and len(set(terms)) == len(terms) > 100
