@@ -1,6 +1,5 @@
 """The course: every page of docs/learn/ runs, prints what it shows and makes its figures, and has the same form."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,18 +11,7 @@ from PIL import Image
 
 import functional_sd3 as sd3
 from tests.docs import markdown
-
-COURSE = markdown.ROOT / "docs" / "learn"
-PAGES = sorted(COURSE.glob("[0-9][0-9]-*.md"))
-RUNNER = COURSE / "run.py"
-
-
-def runner():
-    """The module docs/learn/run.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("run", RUNNER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.docs.course import COURSE, PAGES, RUNNER, runner
 
 
 def difference(first, second) -> float:

@@ -1,7 +1,6 @@
 """`make notebooks`: pages of the course as notebooks that run, with links that resolve and answers that are closed."""
 
 import contextlib
-import importlib.util
 import io
 import re
 import sys
@@ -11,15 +10,7 @@ import pytest
 import torch
 
 from tests.docs import markdown
-from tests.docs.test_learn import COURSE, PAGES, runner
-
-
-def notebooks():
-    """The module docs/learn/notebooks.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("notebooks", COURSE / "notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.docs.course import PAGES, program, runner
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +19,7 @@ def checkout(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
     for name in ("docs", "bench", "functional_sd3"):
         (root / name).symlink_to(markdown.ROOT / name)
-    notebooks().write(root / "out" / "notebooks")
+    program("notebooks").write(root / "out" / "notebooks")
     return root
 
 
@@ -97,5 +88,5 @@ def test_the_cells_of_a_notebook_run_where_a_kernel_starts_them(checkout, monkey
 
 def test_without_jupytext_a_message_names_the_extra(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "jupytext", None)
-    assert notebooks().main(["--out", str(tmp_path / "new")]) == 1
+    assert program("notebooks").main(["--out", str(tmp_path / "new")]) == 1
     assert 'pip install -e ".[docs]"' in capsys.readouterr().err and not (tmp_path / "new").exists()
