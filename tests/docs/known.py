@@ -188,6 +188,7 @@ OTHERS = {
         for options in ("--list", "attention fewsteps", "attention fewsteps --cpu-time", "-k clip")
     },
     "python docs/learn/run.py": [["python", "docs/learn/run.py", "--help"]],
+    "python docs/learn/run.py 10 --whole": [["python", "docs/learn/run.py", "--help"]],
     "python docs/gallery.py": [["python", "docs/gallery.py", "--help"]],
     "python -m bench.mesh_drill": [["python", "-m", "bench.mesh_drill", "--help"]],
     "python -m bench.evaluations": [["python", "-m", "bench.evaluations", "--help"]],
