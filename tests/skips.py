@@ -7,6 +7,7 @@ REMEDIES = {
     "repository on Hugging Face, and openai/clip-vit-large-patch14's tokenizer.json as clip-tokenizer.json, into "
     "../shared/data/tokenizers",
     "GPU": "run on a machine with an Nvidia GPU and a CUDA build of PyTorch",
+    "Chromium": "install Chromium (Debian: apt-get install chromium), or Chrome",
     "C++ compiler": "install g++ or clang and the headers of Python",
     "could not import 'tensorboard'": "pip install '.[tensorboard]'",
     "could not import 'openvino'": "pip install '.[bench]'",

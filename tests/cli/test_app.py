@@ -16,7 +16,7 @@ from PIL import Image
 
 from functional_sd3 import cli, lora, pipeline, weights
 from functional_sd3.cli import image_settings, options
-from functional_sd3.cli.app import compare, drawing, examples, fields, limits, model, sharing, streaming, view
+from functional_sd3.cli.app import compare, drawing, examples, fields, limits, looking, model, sharing, streaming, view
 from functional_sd3.core import tree
 from functional_sd3.image import pixels
 from functional_sd3.pipeline import request
@@ -54,7 +54,7 @@ def served(lora_file):
 
 @pytest.fixture(scope="module")
 def server(lora_file):
-    with serving("--lora", str(lora_file), "--max-steps", "3000", "--max-queue", "2", "--max-upload", "1") as running:
+    with serving("--lora", str(lora_file), "--max-steps", "2000", "--max-queue", "2", "--max-upload", "1") as running:
         yield running
 
 
@@ -243,6 +243,18 @@ def test_previews_by_the_vae_are_decoded_from_few_latents(served):
     torch.testing.assert_close(drawing.decode_preview(served.decoder, latents[..., :32, :32]), whole)
 
 
+def test_the_image_that_is_looked_into_is_the_one_that_is_drawn(served):
+    values = {**SHORT, "key": 2, "loras": ["mine"], "prompts": f"{PROMPT}\na small ring", "count": 2}
+    states = []
+    looked = looking.look(served, values, drawing.Upload(), states.append)
+    drawn, _ = draw(served, **{**values, "prompts": PROMPT, "count": 1})
+    assert looked.command == drawn.command
+    assert torch.equal(image_of(looked.files["image.png"]), image_of(next(iter(drawn.files.values()))))
+    assert looked.html.startswith("<!doctype html>") and looked.files["look.html"].decode() == looked.html
+    assert [state.words for state in states][-2:] == ["computes maps of attention", "writes the page"]
+    assert all(one.share <= other.share for one, other in zip(states, states[1:], strict=False))
+
+
 def test_two_settings_share_the_noise(served):
     emitted = []
     values = {**SHORT, "other_steps": 3, "other_cfg": 1.0, "key": 4}
@@ -395,7 +407,7 @@ def test_an_uploaded_image_with_a_mask_is_drawn_from(server, client, tmp_path):
     [
         ({"width": 20}, "20"),
         ({"height": 72}, "height 72 is above the limit of 64 pixels (--max-size 64"),
-        ({"steps": 4000}, "steps 4000 is above the limit of 3,000 steps (--max-steps 3000"),
+        ({"steps": 2001}, "steps 2001 is above the limit of 2,000 steps (--max-steps 2000"),
         ({"steps": "many"}, "steps 'many' must be a whole number"),
         ({"loras": ["/etc/passwd"]}, "must be NAME"),
         ({"guidance": ["auto:params=/etc/passwd"]}, "reads weights from a file"),
@@ -465,11 +477,11 @@ def test_bodies_beyond_the_limits_are_refused(server):
 
 
 def test_cancelling_ends_a_run_and_frees_the_queue(server, client):
-    job = client.submit(prompts=PROMPT, steps=3000, api_name="/generate")
+    job = client.submit(prompts=PROMPT, steps=2000, api_name="/generate")
     wait_for(lambda: len(job.outputs()) > 2, "a step of the run")
     assert job.cancel()
     wait_for(lambda: not computing() and not server.served.turn.locked(), "the end of the run")
-    assert len(job.outputs()) < 3000
+    assert len(job.outputs()) < 2000
     assert client.predict(**SHORT, api_name="/generate")[1].startswith("functional-sd3 generate")
 
 
@@ -478,7 +490,7 @@ def test_a_closed_tab_ends_its_run_and_those_that_wait(server):
     (index,) = [index for index, fn in server.page.fns.items() if fn.api_name == "generate"]
     data = [None] * len(server.page.fns[index].inputs)
     names = server.page.fns[index].input_keyword_names
-    data[names.index("prompts")], data[names.index("steps")] = PROMPT, 3000
+    data[names.index("prompts")], data[names.index("steps")] = PROMPT, 2000
     join = {"data": data, "fn_index": index, "session_hash": session}
     assert call(server, "queue/join", **join).status_code == 200
     with httpx.stream("GET", f"{server.url}gradio_api/queue/data?session_hash={session}", timeout=120) as stream:

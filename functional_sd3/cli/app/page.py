@@ -12,13 +12,15 @@ from gradio.components.image_editor import EditorData
 
 import functional_sd3
 from functional_sd3.cli import failures, guidance
-from functional_sd3.cli.app import compare, drawing, examples, fields, view
+from functional_sd3.cli.app import compare, drawing, examples, fields, looking, view
 from functional_sd3.cli.app.drawing import Drawn, Progress, Upload
+from functional_sd3.cli.app.looking import Looked
 from functional_sd3.cli.app.model import Served
 from functional_sd3.cli.app.streaming import stream
 from functional_sd3.cli.options import METHODS
 
 _TITLE = "functional_sd3"
+_COMMAND = "command that draws it again"
 _FILES = "files, with their settings inside"
 _BY_DEFAULT = {"strength": "0.6, or 1 with a mask", "soften": "not at all"}
 """What 0 stands for."""
@@ -63,7 +65,9 @@ def build(served: Served) -> gr.Blocks:
     with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=False) as page:
         gr.Markdown(f"# {_TITLE}\n{_about(served)}")
         with gr.Tab("Draw"):
-            _draw_tab(served)
+            made, start = _draw_tab(served)
+        with gr.Tab("Look"):
+            _look_tab(served, made, start)
         with gr.Tab("Compare"):
             _compare_tab(served)
     page.queue(max_size=served.limits.waiting, api_open=False, default_concurrency_limit=1)
@@ -78,7 +82,8 @@ def _about(served: Served) -> str:
     )
 
 
-def _draw_tab(served: Served) -> None:
+def _draw_tab(served: Served) -> tuple[dict[str, Any], gr.ImageEditor]:
+    """The tab; returns its fields by name, and the editor among them."""
     made: dict[str, Any] = {}
     with gr.Row(elem_classes="sd3-draw"):
         with gr.Column(elem_classes="sd3-words", min_width=0):
@@ -90,10 +95,8 @@ def _draw_tab(served: Served) -> None:
         with gr.Column(elem_classes="sd3-result", min_width=0):
             shown = gr.HTML(view.EMPTY, elem_id="view")
             notes = gr.HTML(elem_id="notes", padding=False)
-            command = gr.Textbox(
-                label="command that draws it again", lines=2, buttons=["copy"], interactive=False, elem_id="command"
-            )
-            files = gr.File(label=_FILES, file_count="multiple", elem_id="files", height=110)
+            command = gr.Textbox(label=_COMMAND, lines=2, buttons=["copy"], interactive=False, elem_id="command")
+            files = _files(_FILES, "files")
         with gr.Column(elem_classes="sd3-settings", min_width=0):
             for row in (["key", fields.COUNT, "steps", "cfg"], ["width", "height"], ["method", "guidance"]):
                 with gr.Row():
@@ -129,6 +132,43 @@ def _draw_tab(served: Served) -> None:
         "and HTML that shows them.", **_QUEUE,
     )  # fmt: skip
     _stops(stop, started, shown)
+    return made, start
+
+
+def _look_tab(served: Served, made: dict[str, Any], start: gr.ImageEditor) -> None:
+    gr.Markdown(
+        "How the image of the first tab comes to be: its tokens, the times of its steps, where each step is heading, "
+        "the attention of every word, norms and seconds. It is drawn again, by the same settings."
+    )
+    with gr.Row():
+        draw = gr.Button("Look", variant="primary", elem_id="look", min_width=80)
+        stop = gr.Button("Stop", elem_id="look-stop", min_width=80)
+    shown = gr.HTML(elem_id="look-view", padding=False)
+    notes = gr.HTML(elem_id="look-notes", padding=False)
+    command = gr.Textbox(label=_COMMAND, lines=2, buttons=["copy"], interactive=False)
+    files = _files("the page and the image", "look-files")
+
+    def run(**values: Any) -> Iterator[tuple[Any, ...]]:
+        upload = values.pop("start", None)
+
+        def work(emit: Callable[[Progress | Looked], None]) -> None:
+            emit(looking.look(served, values, uploaded(start, upload), emit))
+
+        for state in _streamed(work):
+            if isinstance(state, str):
+                yield gr.skip(), gr.skip(), gr.skip(), view.failed(state)
+            elif isinstance(state, Looked):
+                yield _written(state.files), state.command, view.notes(state.notes), view.framed(state.html)
+            else:
+                yield gr.skip(), gr.skip(), gr.skip(), view.progress(state)
+
+    started = draw.click(
+        _named(run, list(made)), inputs_kwargs=made, outputs=[files, command, notes, shown], api_name="look",
+        show_progress="minimal", show_progress_on=shown, api_description="How the image of a prompt comes to be. "
+        "Returns a page of HTML and the PNG, the command line that draws it again, notes and HTML that shows the page.",
+        **_QUEUE,
+    )  # fmt: skip
+    _stops(stop, started, shown)
 
 
 def _compare_tab(served: Served) -> None:
@@ -149,7 +189,7 @@ def _compare_tab(served: Served) -> None:
         commands = [
             gr.Textbox(label=f"command of {letter}", lines=2, buttons=["copy"], interactive=False) for letter in "AB"
         ]
-    files = gr.File(label=_FILES, file_count="multiple", height=110)
+    files = _files(_FILES, "compare-files")
 
     def run(**values: Any) -> Iterator[tuple[Any, ...]]:
         sides = [view.EMPTY, view.EMPTY]
@@ -182,10 +222,10 @@ def _compare_tab(served: Served) -> None:
 
 
 def _stops(stop: gr.Button, started: Any, shown: gr.HTML) -> None:
-    """The button ends a run, which frees its place in the queue, and says so."""
-    status = f"document.querySelectorAll('#{shown.elem_id} .sd3-status').forEach(each => each.textContent = 'stopped')"
+    """The button ends a run, which frees its place in the queue, and says so where the run is shown."""
     stop.click(None, cancels=[started], api_visibility="private")
-    stop.click(None, js=f"() => {{{status}}}", api_visibility="private")
+    say = r"""(html) => (html || '').replace(/(<div class="sd3-status">)[^<]*/g, '$1stopped')"""
+    stop.click(None, shown, shown, js=say, api_visibility="private")
 
 
 def _named(run: Callable[..., Iterator[Any]], names: Sequence[str]) -> Callable[..., Iterator[Any]]:
@@ -212,6 +252,10 @@ def _streamed(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
         raise gr.Error(words, visible=False, print_exception=False) from error
 
 
+def _files(label: str, place: str) -> gr.File:
+    return gr.File(label=label, file_count="multiple", interactive=False, elem_id=place, elem_classes="sd3-files")
+
+
 def _fields(served: Served, names: Any, place: str = "draw", prefix: str = "") -> dict[str, Any]:
     return {name: _component(served, name, f"{place}-{prefix}{name}") for name in names}
 
@@ -226,7 +270,7 @@ def _component(served: Served, name: str, place: str) -> Any:
         return gr.Textbox(**{**common, "info": "what to draw; each line is an image of its own"}, lines=2,
                           placeholder=examples.FIRST if served.is_shipped else "", autofocus=True)  # fmt: skip
     if name in ("width", "height"):
-        own = f"{served.side}, or the image's"
+        own = f"{served.side}, or the image's" if place.startswith("draw") else f"{served.side}"
         info = f"pixels, a multiple of {served.step}, at most {served.limits.side}; 0: {own}"
         return gr.Number(0, precision=0, **{**common, "info": info})
     if name == "method":
@@ -248,10 +292,11 @@ def _component(served: Served, name: str, place: str) -> Any:
 
 
 def _editor(served: Served) -> gr.ImageEditor:
-    side = max(256, served.side)
+    side = served.side
     editor = gr.ImageEditor(
-        label="start", sources=["upload", "clipboard"], type="filepath", format="png", layers=False,
-        brush=gr.Brush(default_color="#ffffff", colors=["#ffffff"], color_mode="fixed"), transforms=[],
+        label="image, and strokes over what is to be drawn anew", sources=["upload", "clipboard"], type="filepath",
+        format="png", layers=False,
+        brush=gr.Brush(max(2, side // 12), ["#ff00ff"], "#ff00ff", "fixed"), transforms=[],
         canvas_size=(side, side), height=420, buttons=[], elem_id="start",
         placeholder="Drop an image here\nthen draw over what is to be drawn anew",
     )  # fmt: skip

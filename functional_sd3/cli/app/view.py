@@ -20,13 +20,16 @@ CSS = """
 .sd3-words {grid-area: words} .sd3-result {grid-area: result} .sd3-settings {grid-area: settings}
 @media (max-width: 800px) {.sd3-draw {grid-template-columns: minmax(0, 1fr);
   grid-template-areas: "words" "result" "settings"}}
-.sd3-settings .form > .block > label {height: 100%; display: flex; flex-direction: column}
+.sd3-settings .form > .block > label:has(> input[type=number]) {height: 100%; display: flex;
+  flex-direction: column}
 .sd3-settings .form > .block > label > input {margin-top: auto}
 .sd3-examples {font-size: 0.85em; opacity: 0.8; margin-bottom: -8px}
 .sd3-example {text-align: left; justify-content: flex-start; font-weight: 400; white-space: normal;
   margin-bottom: -8px; background: transparent; border: 1px solid var(--border-color-primary);
   color: var(--body-text-color)}
 .sd3-result .error, #compare-view .error {display: none}
+.sd3-files .empty {min-height: 72px !important}
+.form .block-info, .form .info, .form .info-text {overflow-wrap: anywhere}
 .sd3-failed {border-left: 4px solid #c33; padding: 8px 12px; background: #c332; border-radius: 4px}
 .sd3-images {display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 160px), 1fr));
   justify-items: center}
