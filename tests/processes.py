@@ -25,9 +25,6 @@ _GRACE = 1.0
 """Seconds that the others have to finish after one has failed; then they wait for it in a collective for ever."""
 
 
-_PRELOADED = ("functional_sd3.kernels", "functional_sd3.training.step", "functional_sd3.transformer.mmdit")
-
-
 class ProcessError(AssertionError):
     """A function failed in a process, or did not return."""
 
@@ -37,8 +34,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # Imported once by the server, from which every process is forked; torch.func imports _dynamo when it is used.
-        self._context.set_forkserver_preload(["tests.processes", "torch._dynamo", *_PRELOADED])
+        self._context.set_forkserver_preload(["tests.preloaded"])
         self._groups: dict[int, list[tuple[Any, Connection]]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="processes-")
         self._started = 0
