@@ -41,6 +41,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Thousands of saves need not outlive a loss of power; `weights/test_atomic.py` counts the syncs of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", _checked)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real tokenizer files, kept beside the checkout because they are not the project's."""
@@ -80,6 +88,11 @@ def same():
         )
 
     return compare
+
+
+def _checked(descriptor: int) -> None:
+    """What is left of a sync: an error where the descriptor is none of an open file."""
+    os.fstat(descriptor)
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What every process of `tests.processes` would import and make for itself: done once, in the server that forks them."""
+"""What every process of `tests.processes` would import and make for itself, made once in the server that forks them."""
 
 import gc
 

@@ -1,8 +1,7 @@
 """Frechet statistics and distance: closed forms, and properties for any features and order of merging."""
 
 import math
-import subprocess
-import sys
+import os
 
 import numpy
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_sd3.core import prng
-from functional_sd3.metrics import frechet
+from functional_sd3.metrics import fid, frechet
 from tests.metrics import references
 
 few = pytest.mark.filterwarnings("ignore::functional_sd3.metrics.frechet.FewSamples")
@@ -196,24 +195,17 @@ def test_statistics_that_cannot_be_compared_are_refused_by_name():
         frechet.statistics(torch.zeros(3, 4, dtype=torch.int64))
 
 
-SCRIPT = """
-import sys, torch
-from functional_sd3 import fid, frechet
-from tests.metrics import references
-part, parts, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-features = references.features(101, 12, 1)[part::parts]
-fid.save(path, fid.Record(frechet.statistics(features), "clean", "any"))
-"""
+def save_part(folder, parts):
+    """The statistics of every `parts`-th row, in a file of this process."""
+    rank = int(os.environ["RANK"])
+    features = references.features(101, 12, 1)[rank::parts]
+    fid.save(folder / f"{rank}.npz", fid.Record(frechet.statistics(features), "clean", "any"))
 
 
-def test_processes_add_up_to_one(tmp_path):
-    from functional_sd3.metrics import fid
-
-    paths = [tmp_path / f"{part}.npz" for part in range(3)]
-    for part, path in enumerate(paths):
-        subprocess.run([sys.executable, "-c", SCRIPT, str(part), "3", str(path)], check=True)
-    records = [fid.load(path) for path in paths]
-    merged = fid.merge(fid.merge(records[2], records[0]), records[1])
+def test_processes_add_up_to_one(processes, tmp_path):
+    processes(4, save_part, tmp_path, 4)
+    records = [fid.load(tmp_path / f"{part}.npz") for part in range(4)]
+    merged = fid.merge(fid.merge(records[2], records[0]), fid.merge(records[3], records[1]))
     whole = fid.Record(frechet.statistics(references.features(101, 12, 1)), "clean", "any")
     close(merged.statistics, whole.statistics)
     assert fid.score(merged, whole).value < 1e-9

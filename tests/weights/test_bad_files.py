@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -217,7 +218,7 @@ def test_what_people_take_for_weights_is_named_as_what_it_is_whatever_was_to_be_
         LOADERS[name](tmp_path / "x.gguf")
 
 
-def test_the_command_that_converts_pickles_converts_them(saved, tmp_path):
+def test_the_command_that_converts_pickles_converts_them(saved, tmp_path, monkeypatch):
     tensors = load_file(saved)
     nested = {"image_proj": {"a": torch.ones(2)}, "b": torch.zeros(3)}
     told = shlex.split(magic.HOW_TO_CONVERT[magic.HOW_TO_CONVERT.index("python -c") :])
@@ -227,7 +228,13 @@ def test_the_command_that_converts_pickles_converts_them(saved, tmp_path):
     for name, state in states.items():
         pickled, converted = tmp_path / f"{name}.pt", tmp_path / f"{name}.safetensors"
         torch.save(state, pickled)
-        subprocess.run([sys.executable, "-W", "ignore", *told[1:3], pickled, converted], check=True)
+        if name == "flat":
+            subprocess.run([sys.executable, "-W", "ignore", *told[1:3], pickled, converted], check=True)
+        else:
+            # The same code: an interpreter of its own takes seconds to import PyTorch.
+            monkeypatch.setattr(sys, "argv", ["-c", str(pickled), str(converted)])
+            with warnings.catch_warnings(action="ignore"):
+                exec(told[2], {"__name__": "__main__"})
         expected = {
             "nested": {"image_proj.a": torch.ones(2), "b": torch.zeros(3)},
             "automatic1111": {"string_to_param.*": torch.ones(2, 4)},

@@ -24,7 +24,7 @@ from tests.weights.conftest import CONFIG
 from tests.weights.strategies import DTYPES, configs
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(configs(), st.sampled_from(DTYPES), st.sampled_from([None, 1, 300]), st.integers(0, 99))
 def test_load_of_save_is_the_model_bit_for_bit(make_model, same, tmp_path_factory, config, dtype, shard_bytes, seed):
     model = make_model(config, seed, dtype)

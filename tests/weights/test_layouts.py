@@ -67,7 +67,7 @@ def test_all_components_are_read_off_one_checkpoint():
     assert weights.infer_config({**whole, "text_encoders.clip_l.logit_scale": ()}) == expected
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(configs(), st.sampled_from(DTYPES), st.permutations(PLACES), st.integers(0, 99))
 def test_a_tree_goes_through_every_layout_and_comes_back_bit_for_bit(
     make_model, same, tmp_path_factory, config, dtype, places, seed

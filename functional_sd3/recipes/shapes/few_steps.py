@@ -12,6 +12,7 @@ it. After an interruption the same command continues. The result is the transfor
 """
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -111,12 +112,15 @@ def train(
     data_key, distill_key, reward_key = prng.split(root, 3).unbind(-2)
     task = distill_stage(distill_key, data_key, teacher, dtype=dtype)
 
-    def draw(student: Model, folder: Path, done: int) -> None:
+    @functools.cache
+    def captions() -> list[str]:
         listed = [world.held_out_captions(things) for things in (1, 2)]
-        captions = [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
+        return [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
+
+    def draw(student: Model, folder: Path, done: int) -> None:
         with torch.no_grad():
             images = pipeline.generate(
-                student.params, student.config, student.tokenizers, captions, prng.key(seed), steps=STEPS[0], cfg=1.0
+                student.params, student.config, student.tokenizers, captions(), prng.key(seed), steps=STEPS[0], cfg=1.0
             )
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         pixels.to_pil(pixels.grid(images, 4))[0].save(folder / "samples" / f"{done:06d}.png")

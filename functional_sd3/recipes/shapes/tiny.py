@@ -13,6 +13,7 @@ images, by rewards (`architecture`, `stages`, `rewarded`). After an interruption
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,12 +96,15 @@ def train(
     if start is None:
         sizes = stages.with_measured_scaling(sizes, data["latents"])
 
+    @functools.cache
+    def captions() -> list[str]:
+        listed = [world.held_out_captions(things) for things in (1, 2)]
+        return [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
+
     def draw(state: Any, done: int) -> None:
         whole = {**(params or {}), **state.ema, "vae": autoencoder}
-        listed = [world.held_out_captions(things) for things in (1, 2)]
-        captions = [pairs[index * len(pairs) // 8][0] for pairs in listed for index in range(8)]
         with torch.no_grad():
-            images = pipeline.generate(whole, sizes, tables, captions, prng.key(seed))
+            images = pipeline.generate(whole, sizes, tables, captions(), prng.key(seed))
         (work / "samples").mkdir(exist_ok=True)
         pixels.to_pil(pixels.grid(images, 4))[0].save(work / "samples" / f"{done:06d}.png")
 

@@ -43,6 +43,15 @@ def test_held_out_captions_are_never_drawn_and_are_a_tenth():
     assert 0.07 < share < 0.15
 
 
+@pytest.mark.parametrize("things", [1, 2])
+def test_listed_captions_are_those_of_all_held_out_scenes(things):
+    listed = dict(shapes.held_out_captions(things))
+    assert all(shapes.caption(scene) == text for text, scene in list(listed.items())[::7])
+    drawn = shapes.scenes(prng.key(3), 500, two=things - 1, hold_out=False)
+    assert [shapes.caption(scene) in listed for scene in drawn] == [shapes.is_held_out(scene) for scene in drawn]
+    assert 20 < sum(shapes.is_held_out(scene) for scene in drawn) < 120
+
+
 @given(st.integers(0, 2**31))
 def test_things_are_inside_apart_and_in_the_relation_of_the_caption(seed):
     (drawn,) = shapes.scenes(prng.key(seed), 1, two=1.0)
