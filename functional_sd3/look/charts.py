@@ -124,9 +124,9 @@ def step_seconds(record: Record) -> Drawn:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        axes.bar(
-            range(1, len(record.step_seconds) + 1), [1000 * value for value in record.step_seconds], color=COLOURS[0]
-        )
+        milliseconds = [1000 * value for value in record.step_seconds]
+        axes.bar(range(1, len(milliseconds) + 1), milliseconds, color=COLOURS[0])
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="x", visible=False)
         axes.set(xlabel="step", ylabel="milliseconds")
 

@@ -26,6 +26,7 @@ PLACEHOLDERS = {
     "--out": {"PATH": "out/result", "DIR": "out/result", "FILE": "out/result.png"},
     "--controlnet": {"A": "canny.safetensors", "B": "depth"},
     "--variation": {"SEED:AMOUNT": "3:0.5"},
+    "--log": {"FILE": "log.csv", "OTHER": "log.csv"},
     "--lora": {"OTHER": "style.safetensors"},
     "--soften": {"PX": "2"},
     "--sampling-steps": {"N": "2"},

@@ -38,6 +38,7 @@ def make(top: Path) -> None:
     for place, name in enumerate(IMAGES):
         images(top / name, 4, place)
     shutil.copytree(top / "my_images", top / "masks")
+    (top / "log.csv").write_text("step,seconds,loss,bin_0,bin_1\n1,0.5,2,1,3\n2,1,1,0.5,1.5\n")
     for name in ("edges.png", "mask.png"):  # docs/gallery.md makes them by programs.
         shutil.copy(ROOT / "docs" / "gallery" / name, top / "out" / "gallery")
     for name in ("edges.png", "depth.png", "image.png", "MASK.png"):
