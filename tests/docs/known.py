@@ -167,6 +167,7 @@ OTHERS = {
     "pip install .": [],
     'pip install -e ".[bench]"': [],
     "pip install 'functional_sd3[app]'": [],
+    'pip install "functional_sd3[look]"': [],
     "python -m bench.cards": [["python", "-m", "bench.cards", "--help"]],
     "python -m bench mesh --cpu-time": [["python", "-m", "bench", "mesh", "--list"]],
     "python -m bench.likelihood": [
