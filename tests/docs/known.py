@@ -81,6 +81,7 @@ ADDED = {
 """Subcommand -> the options it is given besides, where the page has not given them."""
 
 _TWO = "'a large red circle left of a small blue star on a white background'"
+_FEW = "--steps 2 --attention-steps 1 --image-steps 1"
 _COMPONENTS = ("t5xxl.safetensors", "t5xxl_fp8_e4m3fn.safetensors", "t5xxl_scaled_fp8.safetensors")
 USAGES = {
     "functional-sd3 evaluate METRIC": [],  # A row for each metric stands below it.
@@ -120,6 +121,9 @@ USAGES = {
     ],
     "functional-sd3 convert IN OUT --layout diffusers": ["convert ours.safetensors out/g --layout diffusers"],
     "functional-sd3 convert models/ OUT --layout diffusers": ["convert models/ out/h --layout diffusers"],
+    # The whole pages take seconds; an option of an image is refused beside --log, so they are not those of every look.
+    f"functional-sd3 look {_TWO} --seed 3 --out look/": [f"look {_TWO} --seed 3 --out look/ {_FEW}"],
+    f"functional-sd3 look '{PROMPT}' --out out/look/": [f"look '{PROMPT}' --out out/look/ {_FEW} --params MODEL"],
     # It would be served until Ctrl-C; tests/cli/test_app.py does.
     "functional-sd3 app": ["app --help"],
     "functional-sd3 app --params MODEL --lora style.safetensors --max-count 8 --port 8000": [
