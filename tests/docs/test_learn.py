@@ -135,3 +135,22 @@ def test_the_runner_writes_what_is_printed_into_the_page(tmp_path):
     assert not runner().run(page, tmp_path / "figures", update=True)
     assert re.findall(r"^\d$", page.read_text(), re.MULTILINE) == ["2", "3"]
     assert torch.is_grad_enabled()
+
+
+def test_the_figures_of_a_shortened_training_replace_none_of_the_whole_ones(tmp_path, monkeypatch):
+    module, course = runner(), tmp_path / "docs" / "learn"
+    (course / "figures").mkdir(parents=True)
+    monkeypatch.setattr(module, "HERE", course)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    save = (
+        "from pathlib import Path\nPath('out/learn').mkdir(parents=True)\nPath('out/learn/{}.png').write_text('{}')\n"
+    )
+    for name, line in (("01-whole", ""), ("02-short", "steps = 9  # the test takes 1\n")):
+        code = line + save.format(name, "new")
+        (course / f"{name}.md").write_text(f"```python\n{code}```\n\n![A figure](figures/{name}.png)\n")
+        (course / "figures" / f"{name}.png").write_text("old")
+    assert module.main([]) == 0
+    assert (course / "figures" / "01-whole.png").read_text() == "new"
+    assert (course / "figures" / "02-short.png").read_text() == "old"
+    assert (tmp_path / "out" / "learn" / "02-short.png").read_text() == "new"
