@@ -4,8 +4,12 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import shlex
+import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import httpx
@@ -368,7 +372,8 @@ def test_a_port_that_is_taken_is_named():
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {port} is taken"), server.listening("127.0.0.1", port):
             pass
-    with pytest.raises(ValueError, match="--host nowhere.invalid"), server.listening("nowhere.invalid", 0):
+    # Of documentation, and no machine's.
+    with pytest.raises(ValueError, match="--host 203.0.113.7"), server.listening("203.0.113.7", 0):
         pass
 
 
@@ -502,6 +507,26 @@ def test_a_closed_tab_ends_its_run_and_those_that_wait(server):
         assert "2 requests wait already" in full.json()["detail"] and "--max-queue 2" in full.json()["detail"]
     wait_for(lambda: not computing() and not server.served.turn.locked(), "the end of the run")
     wait_for(lambda: len(server.page._queue) == 0, "an empty queue")
+
+
+def test_the_command_prints_its_address_and_leaves_nothing_behind(tmp_path):
+    words = [sys.executable, "-m", "functional_sd3", "app", "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        url = process.stdout.readline().strip()
+        assert httpx.get(url, timeout=60).status_code == 200
+        assert list(tmp_path.glob("functional-sd3-app-*"))
+        process.terminate()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGTERM and "for this machine alone" in said and "Traceback" not in said
+    assert not list(tmp_path.glob("functional-sd3-app-*"))
+
+
+def test_options_of_weights_reach_the_model(tmp_path):
+    swapped = served_model("--block-swap", "1", "--dtype", "float32")
+    assert callable(swapped.read.components) and swapped.offload and swapped.settings["dtype"] == "float32"
+    drawn, _ = draw(swapped, steps=1)
+    assert "--dtype float32" in drawn.command
 
 
 def test_limits_follow_the_model():

@@ -48,7 +48,7 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def visit(server, chromium):
     """A visitor with a window of its own: `visit(width, scheme)` is the page; it asks no other machine for anything."""
     contexts, asked, complaints = [], [], []
@@ -72,9 +72,20 @@ def visit(server, chromium):
     assert not complaints
 
 
+@pytest.fixture(scope="module")
+def desk(visit):
+    """A page that several tests use one after the other."""
+    page = visit()
+    page.set_viewport_size({"width": 1280, "height": 2200})
+    return page
+
+
 def draw(page, prompt=PROMPT, **numbers):
+    """Fills the first tab and draws; the image before is taken away, so that what appears is the new one."""
+    page.get_by_role("tab", name="Draw").click()
     page.fill("#draw-prompts textarea", prompt)
-    for name, value in numbers.items():
+    page.evaluate("document.querySelectorAll('#view figcaption, #view [role]').forEach(each => each.remove())")
+    for name, value in {"key": 0, "steps": 28, "width": 0, **numbers}.items():
         page.fill(f"#draw-{name} input", str(value))
     page.click("#draw")
 
@@ -88,8 +99,8 @@ def png_of(page, place="#view"):
     return base64.b64decode(source.partition(",")[2])
 
 
-def test_a_prompt_that_is_typed_becomes_the_right_image_and_a_bad_size_is_said_in_words(visit, tmp_path):
-    page = visit()
+def test_a_prompt_that_is_typed_becomes_the_right_image_and_a_bad_size_is_said_in_words(desk, tmp_path):
+    page = desk
     draw(page, key=3)
     page.wait_for_selector("#view figcaption")
     page.screenshot(path=tmp_path / "drawn.png", full_page=True)
@@ -135,16 +146,15 @@ def test_a_run_is_stopped_and_one_of_a_closed_tab_ends(visit, server, tmp_path):
     wait_for(lambda: free(server), "the end of the closed tab's run")
 
 
-def test_strokes_on_an_image_are_what_is_drawn_anew(visit, tmp_path):
-    page = visit()
-    page.set_viewport_size({"width": 1280, "height": 2200})
+def test_strokes_on_an_image_are_what_is_drawn_anew(desk, tmp_path):
+    page = desk
+    page.get_by_role("tab", name="Draw").click()
     Image.new("RGB", (64, 64), (80, 80, 220)).save(tmp_path / "blue.png")
     page.get_by_text("Start from an image").click()
     page.wait_for_selector("#start canvas")
     page.locator("#start input[type=file]").first.set_input_files(tmp_path / "blue.png")
     page.wait_for_selector("#start button[aria-label=Brush]")
     page.get_by_label("restore").check()
-    page.fill("#draw-steps input", "2")
     for _ in range(10):
         # The editor says nowhere that it is ready: strokes that come too early are lost, and are drawn again.
         page.wait_for_timeout(500)
@@ -154,8 +164,7 @@ def test_strokes_on_an_image_are_what_is_drawn_anew(visit, tmp_path):
         page.mouse.down()
         page.mouse.move(x + 60, y, steps=4)
         page.mouse.up()
-        page.evaluate("document.querySelector('#view figcaption')?.remove()")
-        draw(page, examples.PROMPTS[1])
+        draw(page, examples.PROMPTS[1], steps=2)
         page.wait_for_selector("#view figcaption")
         if "--mask" in page.input_value("#command textarea"):
             break
@@ -166,8 +175,10 @@ def test_strokes_on_an_image_are_what_is_drawn_anew(visit, tmp_path):
     assert kept[:8].all() and not kept[28:36, 24:40].any()
 
 
-def test_the_image_is_looked_into_and_two_settings_are_compared(visit, tmp_path):
-    page = visit()
+def test_the_image_is_looked_into_and_two_settings_are_compared(desk, tmp_path):
+    page = desk
+    page.get_by_role("tab", name="Draw").click()
+    page.fill("#draw-width input", "0")
     page.fill("#draw-prompts textarea", PROMPT)
     page.fill("#draw-steps input", "3")
     page.get_by_role("tab", name="Look").click()

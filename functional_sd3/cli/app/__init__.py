@@ -2,7 +2,10 @@
 
 import argparse
 import importlib.util
+import signal
+import sys
 import tempfile
+import threading
 
 from functional_sd3.cli import options, preview, report
 from functional_sd3.cli.app import limits, sharing
@@ -37,6 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ModuleNotFoundError(
             'the page needs Gradio, which is not installed: pip install "functional_sd3[app]"', name="gradio"
         )
+    # As Ctrl-C does: what was uploaded is removed.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     # Gradio keeps what is uploaded and made in a folder that all of its pages on a machine share; this one has its own.
     with tempfile.TemporaryDirectory(prefix="functional-sd3-app-") as folder:
         sharing.environment(folder)

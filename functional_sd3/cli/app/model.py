@@ -15,6 +15,7 @@ from functional_sd3.image import vae
 from functional_sd3.layouts.components import require
 
 _OWN = ("params", "variant", "dtype", "embedding")
+_OTHERS = {"lora", "run", "leaf", "subcommand", "quiet", "debug"}
 
 
 class Served(NamedTuple):
@@ -48,7 +49,8 @@ def serve(arguments: argparse.Namespace) -> Served:
     lora_options.check(list(loras.values()))
     generate = fields.generate_parser()
     own = generate.parse_args([])
-    for name in (*_OWN, "device", "offload", "preview_decoder"):
+    # Whatever options of weights and devices both commands have.
+    for name in vars(own).keys() & vars(arguments).keys() - _OTHERS:
         setattr(own, name, getattr(arguments, name))
     read = session.read_model(own, runtime.device(arguments.device))
     opened = session.adapted_session(own, Timer(), read)

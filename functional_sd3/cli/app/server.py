@@ -1,6 +1,7 @@
 """The server of the page: a socket that is bound first, Gradio's app behind the guard, and its end."""
 
 import contextlib
+import errno
 import socket
 import threading
 import time
@@ -50,7 +51,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         except socket.gaierror:
             raise ValueError(f"--host {host} is no address of this machine") from None
         except OSError as error:
-            if error.errno == 98 or "in use" in str(error).lower():
+            if error.errno == errno.EADDRINUSE:
                 raise ValueError(f"--port {port} is taken by another program; --port 0 takes a free one") from None
             raise ValueError(f"--host {host} --port {port}: {error.strerror or error}") from None
         yield made
