@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Wall time says nothing on a shared machine; derandomised so that every run tests the same examples.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
+
+
+def pytest_configure(config) -> None:
+    """Removes libraries that a killed run left empty in inductor's cache, where they would fail every later run."""
+    if hasattr(config, "workerinput"):
+        return
+    for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).glob("*/*.so"):
+        # One that is being linked now is empty too.
+        if path.stat().st_size == 0 and time.time() - path.stat().st_mtime > 600:
+            path.unlink(missing_ok=True)
 
 
 def pytest_collection() -> None:
