@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from bench import openvino_peer, peers, timing
-from functional_sd3.core import attention, layers, prng, transform
+from functional_sd3.core import attention, layers, prng, transform, tree
 from functional_sd3.transformer import joint_block, mmdit
+from functional_sd3.weights import quantize
 
 TOKENS = 333
 SIZES = {"256, 16x16": (4, 32, 6), "512, 32x32": (8, 64, 8), "1024, 32x32": (16, 64, 3)}
@@ -44,6 +45,33 @@ def test_forward(versus, size, dtype):
         least=True,
         beside=openvino_peer.beside(
             lambda *given: module(*given, return_dict=False)[0], tuple(x.float() for x in inputs), module, dtype=dtype
+        ),
+    )
+
+
+@pytest.mark.parametrize("size", list(SIZES)[1:])
+def test_forward_int8(versus, size):
+    """Products of int8, all else in bfloat16, beside bfloat16 and float32 here and OpenVINO's bfloat16."""
+    pair, (latents, t, context, pooled) = model(*SIZES[size])
+    narrow = [x.to(torch.bfloat16) for x in (latents, context, pooled)]
+    wide = tree.cast(pair.params, torch.bfloat16)
+    params = quantize.quantize(wide, compute="int8")
+
+    def forward(params, x, context, pooled):
+        return lambda: mmdit.apply(params, pair.config, x, t, context, pooled)
+
+    versus(
+        f"MMDiT forward, width {size} patches, products of int8, eager",
+        forward(params, *narrow),
+        forward(wide, *narrow),
+        peer="bfloat16 here",
+        tolerance=5e-2,
+        beside={"float32 here": timing.Beside(forward(pair.params, latents, context, pooled), 5e-2)}
+        | openvino_peer.beside(
+            lambda *given: pair.module(*given, return_dict=False)[0],
+            (latents, context, pooled, 1000 * t),
+            pair.module,
+            dtype=torch.bfloat16,
         ),
     )
 

@@ -7,17 +7,19 @@ Elsewhere than on a CPU the default is that of `formats.default_dtype`.
 import argparse
 import os
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from functional_sd3 import weights
 from functional_sd3.cli import report, runtime
+from functional_sd3.core.types import Params
 from functional_sd3.formats.default_dtype import Default
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.trees import Storage
-from functional_sd3.kernels import narrow
-from functional_sd3.weights import describing
+from functional_sd3.kernels import int8, narrow
+from functional_sd3.weights import describing, quantize
 
 MOSTLY = 0.9
 """Least share of numbers stored in 16 bits or fewer: files of blocks keep norms and biases in float32."""
@@ -58,6 +60,21 @@ def choose(
         f"and {stored.width:,} wide; --dtype float32 is slower and rounds less"
     )
     return Chosen(torch.bfloat16, "bfloat16")
+
+
+def with_products_of(params: Params, device: torch.device) -> Params:
+    """Parameters without products of int8 where the device is slower at them; says so."""
+    if not quantize.has_products(params) or (device.type == "cpu" and int8.LEAST_SIZE is not None):
+        return params
+    what = "this processor has no instructions" if device.type == "cpu" else f"a device {device.type} has no kernels"
+    report.note(f"the weights were quantised for products of int8, for which {what} here: they are dequantised instead")
+    return quantize.without_products(params)
+
+
+def fetcher(place: torch.device, source: Any, /, **options: Any) -> Callable[[str], Params]:
+    """`weights.fetcher` with `with_products_of` of the device that computes, which need not be that of what is read."""
+    fetch = weights.fetcher(source, **options)
+    return lambda name: with_products_of(fetch(name), place)
 
 
 def is_candidate(stored: Storage) -> bool:

@@ -74,12 +74,13 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     place = torch.device("cpu") if mesh is not None and mesh.size("tensor") > 1 else device
     if arguments.offload or mesh is not None:
         options["device"] = place
-        model, components = weights.outline(source, variant=arguments.variant), weights.fetcher(source, **options)
+        model = weights.outline(source, variant=arguments.variant)
+        components = precision.fetcher(device, source, **options)
     else:
         model = weights.load(source, **options)
-        components = model.params
+        components = {name: precision.with_products_of(part, device) for name, part in model.params.items()}
     if arguments.block_swap is not None:
-        mapped = weights.fetcher(source, **{**options, "dtype": "stored", "device": "cpu"})
+        mapped = precision.fetcher(device, source, **{**options, "dtype": "stored", "device": "cpu"})
         components, config = pipeline.swap_blocks(mapped, model.config, arguments.block_swap, device, dtype=dtype)
         model = model._replace(config=config)
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from functional_sd3.core import layers
 from functional_sd3.core.types import Params
 
 
@@ -28,7 +29,7 @@ def check_dtype(name: str, x: Tensor, layer: Params) -> None:
     """Raises ValueError where x has another dtype than the weight of `layer`, the layer that reads it."""
     weight = layer["weight"]
     # A weight that is stored with a scale is dequantized to the dtype of x, and autocast chooses dtypes itself.
-    if "scale" in layer or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if layers.stored_scale(layer) is not None or weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return
     raise ValueError(f"{name} of dtype {x.dtype} must have the parameters' dtype, {weight.dtype}: {name}.to(...)")
 

@@ -5,6 +5,8 @@ where the input's dtype is narrower.
 
 Beside its weight a linear or convolution layer may hold
 - "scale" (outputs,): the weight is then stored in int8 or float8 and dequantised as scale times the weight;
+- "int8_scale" (outputs,), of a linear layer: as "scale", of a weight in int8 whose product is computed in int8, too,
+  for which the input is rounded by `round_rows`;
 - "low_rank", {"down": (rank, inputs, ...), "up": (outputs, rank)}: a LoRA, whose product is added to the layer's output
   without being added to the weight.
 An embedding may hold "added" (rows, width): rows that follow those of its table, as the vectors of new words.
@@ -42,8 +44,8 @@ def linear_spec(
 @op
 def linear(params: Params, x: Tensor) -> Tensor:
     """Linear layer: x (..., inputs) -> (..., outputs)."""
-    weight = dequantized_weight(params, x.dtype) if "scale" in params else params["weight"]
-    y = F.linear(x, weight, params.get("bias"))
+    weight = dequantized_weight(params, x.dtype)
+    y = F.linear(round_rows(x) if "int8_scale" in params else x, weight, params.get("bias"))
     if "low_rank" not in params:
         return y
     down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
@@ -63,10 +65,36 @@ def mlp(params: Params, x: Tensor, activation: str) -> Tensor:
 
 def dequantized_weight(params: Params, dtype: torch.dtype) -> Tensor:
     """The weight; dequantised and rounded once, to `dtype`, where it is stored with a scale."""
-    weight, scale = params["weight"], params.get("scale")
+    weight, scale = params["weight"], stored_scale(params)
     if scale is None:
         return weight
     return (weight.to(scale.dtype) * scale.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
+
+
+SCALES = ("scale", "int8_scale")
+"""Names of the scale that a weight is stored with."""
+
+
+def stored_scale(params: Params) -> Tensor | None:
+    """The scale (outputs,) that a layer's weight is stored with, if any."""
+    return next((params[name] for name in SCALES if name in params), None)
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """x (..., inputs), each row in 255 levels from minus to plus its largest absolute value: the input of a product in
+    int8 (Dettmers et al. 2022, "LLM.int8()", section 2).
+
+    Its gradient is that of x, as if nothing were rounded (Bengio et al. 2013, arXiv:1308.3432, "straight-through").
+    """
+    values = x.detach()
+    wide = values.to(torch.promote_types(x.dtype, torch.float32))
+    step = wide.abs().amax(-1, keepdim=True) / INT8_MAX
+    step = torch.where(step == 0, 1.0, step)
+    return x + ((wide / step).round() * step - wide).to(x.dtype)
+
+
+INT8_MAX = 127.0
+"""Largest absolute value of an int8 whose negative is one too."""
 
 
 def split_outputs(params: Params, sizes: Sequence[int]) -> list[Params]:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.core import layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.spec import Param
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.formats import default_dtype, files, finite, gguf, sources
+from functional_sd3.formats import default_dtype, files, finite, gguf, scaled_fp8, sources
 from functional_sd3.formats.default_dtype import Dtype, Kind
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
@@ -130,7 +131,8 @@ def read(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bo
             rows = source.transform.join([_rows(plan, name) for name in names])
             # By default a scale is widened with the rest, and never narrowed: it is a factor of whole rows.
             wide = scale_dtype or (torch.promote_types(rows.dtype, dtype) if dtype else None)
-            scales[path.removesuffix("weight") + "scale"] = rows.to(device=device, dtype=wide)
+            kind = "int8_scale" if plan.scales[names[0]].endswith(scaled_fp8.INT8_PRODUCT) else "scale"
+            scales[path.removesuffix("weight") + kind] = rows.to(device=device, dtype=wide)
             # As bytes: concatenation is not written for float8 everywhere.
             parts = [files.tensor(plan.places[name], name) for name in names]
             return source.transform.join([part.view(torch.int8) for part in parts]).view(parts[0].dtype).to(device)
@@ -216,7 +218,7 @@ def _with_scales(path: str, params: Tree, scales: Mapping[str, Tensor]) -> Tree:
     if not isinstance(params, dict):
         return params
     children = {name: _with_scales(f"{path}{name}.", child, scales) for name, child in params.items()}
-    return {**children, "scale": scales[path + "scale"]} if path + "scale" in scales else children
+    return children | {name: scales[path + name] for name in layers.SCALES if path + name in scales}
 
 
 def _decoded(plan: TreePlan, name: str, dtype: torch.dtype | None, check_finite: bool) -> Tensor:

@@ -13,6 +13,7 @@ from functional_sd3.kernels import (
     cuda,
     foreach,
     inductor,
+    int8,
     layouts,
     linear,
     modulation_functions,
@@ -32,6 +33,9 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel(attention.differentiable, attention.fits, TRANSFORMED),
     ),
     "layers.linear": (
+        Kernel(int8.linear, int8.fits, UNTRACKED),
+        Kernel(int8.differentiable, int8.fits_differentiable, TRANSFORMED),
+        Kernel(int8.in_graph, int8.fits_in_graph, COMPILED),
         Kernel(onednn.linear, onednn.fits_linear, UNTRACKED),
         Kernel(onednn.linear_bfloat16, onednn.fits_bfloat16, UNTRACKED, 1e-2),
         Kernel(onednn.differentiable, onednn.fits_differentiable, DIFFERENTIABLE),
@@ -41,6 +45,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel(linear.differentiable, linear.fits, TRANSFORMS),
     ),
     "layers.linear_activation": (
+        Kernel(int8.linear_activation, int8.fits_activation, UNTRACKED),
         Kernel(onednn.linear_activation, onednn.fits_linear_activation, UNTRACKED),
         Kernel(onednn.linear_activation_bfloat16, onednn.fits_activation_bfloat16, UNTRACKED, 1e-2),
         Kernel(cuda.linear_activation, cuda.fits_linear_activation, UNTRACKED, 1e-3),

@@ -29,9 +29,9 @@ def in_graph(params: Params, x: Tensor) -> Tensor:
 
 
 def _linear(of_rows: Callable[[Tensor, Tensor, Tensor | None], Tensor], params: Params, x: Tensor) -> Tensor:
-    weight = layers.dequantized_weight(params, x.dtype) if "scale" in params else params["weight"]
     rows = x.flatten(0, -2)
-    y = of_rows(rows, weight, params.get("bias"))
+    rounded = layers.round_rows(rows) if "int8_scale" in params else rows
+    y = of_rows(rounded, layers.dequantized_weight(params, x.dtype), params.get("bias"))
     if "low_rank" in params:
         down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
         y = y + of_rows(of_rows(rows, down, None), up, None)

@@ -180,15 +180,16 @@ Pairs = list[tuple[LoraEntry, float | Tensor]]
 def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
     """Entries that replace those of a layer: low-rank factors beside its weight; the rest is added to the weight or,
     if that is stored with a scale, stands beside it as a product with the identity."""
-    factors = [adapters.factors(entry) + (scale,) for entry, scale in pairs if adapters.is_low_rank(entry)]
-    dense = [(entry, scale) for entry, scale in pairs if not adapters.is_low_rank(entry)]
+    factors = [adapters.factors(entry) + (by,) for entry, by in pairs if adapters.is_low_rank(entry)]
+    dense = [(entry, by) for entry, by in pairs if not adapters.is_low_rank(entry)]
     changed = {}
-    if dense and "scale" in layer:
+    scale = layers_of_model.stored_scale(layer)
+    if dense and scale is not None:
         weight = layers_of_model.dequantized_weight(layer, torch.float32)
-        changes = [adapters.change(entry, weight, scale) for entry, scale in dense]
+        changes = [adapters.change(entry, weight, by) for entry, by in dense]
         change = functools.reduce(torch.add, changes)
-        identity = torch.eye(change[0].numel(), dtype=layer["scale"].dtype, device=change.device)
-        factors.append((identity.unflatten(1, change.shape[1:]), change.flatten(1).to(layer["scale"].dtype), 1.0))
+        identity = torch.eye(change[0].numel(), dtype=scale.dtype, device=change.device)
+        factors.append((identity.unflatten(1, change.shape[1:]), change.flatten(1).to(scale.dtype), 1.0))
     elif dense:
         changed["weight"] = _added(path, layer, "weight", dense)
     if not factors:
@@ -200,7 +201,7 @@ def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
 
 def _added(path: str, layer: Params, name: str, pairs: Pairs) -> Tensor:
     leaf = layer[name]
-    if name == "weight" and "scale" in layer:
+    if name == "weight" and layers_of_model.stored_scale(layer) is not None:
         raise ValueError(
             f"{path} is stored in {leaf.dtype} with a scale: apply the LoRA with lazy=True (`generate --lora`), or "
             f"dequantize first (`convert --dtype bfloat16`)"

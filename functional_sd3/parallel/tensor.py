@@ -38,7 +38,7 @@ class Cut(NamedTuple):
 def cut(params: Params, spec: Tree, mesh: Mesh, *, heads: int) -> Params:
     """This process's part of whole parameters, by the axis "tensor" of the mesh: copies of what is divided.
 
-    spec: of the network, or of a LoRA for it. Leaves that layers may have beside their spec ("scale", "low_rank") are
+    spec: of the network, or of a LoRA for it. Leaves that layers may have beside their spec (a scale, "low_rank") are
     divided with their weight. heads: of the network's attention. Raises ValueError where these or a leaf do not divide.
     """
     count, index = mesh.size("tensor"), mesh.index("tensor")
@@ -114,8 +114,7 @@ def linear_rows(params: Params, x: Tensor, group: Group) -> Tensor:
     if group is None:
         return layers.linear(params, x)
     own = {name: leaf for name, leaf in params.items() if name != "bias"}
-    if "scale" in own:
-        own["scale"] = enter(own["scale"], group)
+    own |= {name: enter(own[name], group) for name in layers.SCALES if name in own}
     if "low_rank" in own:
         own["low_rank"] = {**own["low_rank"], "up": enter(own["low_rank"]["up"], group)}
     y = collectives.psum(layers.linear(own, x), group)
@@ -183,7 +182,7 @@ def _beside_weight(weight: Param) -> Tree:
     """Specs of what a layer may have beside its weight, in their axes alone."""
     outputs, *inputs = weight.axes
     low_rank = {"down": _axes("rank", *inputs), "up": _axes(outputs, "rank")}
-    return {"bias": _axes(outputs), "scale": _axes(outputs), "low_rank": low_rank}
+    return {"bias": _axes(outputs), **dict.fromkeys(layers.SCALES, _axes(outputs)), "low_rank": low_rank}
 
 
 def _axes(*axes: str | None) -> Param:

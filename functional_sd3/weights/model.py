@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from functional_sd3.core import layers, tree
 from functional_sd3.core import spec as specs
-from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
 from functional_sd3.layouts.components import SPECS, WHERE, Config, spec
 
@@ -55,8 +55,8 @@ def check(model: Model) -> list[str]:
 
 
 def split_scales(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The leaves of a tree by path, and of these, apart, the scales of quantised weights ("x.scale" beside
-    "x.weight")."""
+    """The leaves of a tree by path, and of these, apart, the scales of quantised weights ("x.scale" or
+    "x.int8_scale" beside "x.weight")."""
     leaves = tree.flatten_paths(params)
     scales = {path: leaf for path, leaf in leaves.items() if _scaled_weight(path) in leaves}
     return {path: leaf for path, leaf in leaves.items() if path not in scales}, scales
@@ -65,7 +65,7 @@ def split_scales(params: Params) -> tuple[dict[str, Any], dict[str, Any]]:
 def _scaled_weight(path: str) -> str:
     """The path of the weight that a leaf at `path` is the scale of; an empty one for all other leaves."""
     layer, _, name = path.rpartition(".")
-    return f"{layer}.weight" if name == "scale" else ""
+    return f"{layer}.weight" if name in layers.SCALES else ""
 
 
 def _check_leaves(name: str, spec: Tree, params: Params) -> list[str]:

@@ -1,12 +1,16 @@
-"""Weights stored in one byte each: int8 or float8, with a scale for every output channel.
+"""Weights stored in one byte each: int8 or float8, with a scale for every output channel; and products of int8.
 
 The weights of the linear and convolution layers inside blocks, where nearly all parameters are, become {"weight": int8
 or float8_e4m3fn, "scale": (outputs,)}; scale times weight is what is meant, and every `apply` reads such trees
 unchanged: `layers` dequantise one weight at a time. The scale takes an output's largest weight to the largest number of
 the format (Dettmers et al. 2022, "LLM.int8()", section 2; Micikevicius et al. 2022, "FP8 formats for deep learning").
+
+With `compute="int8"` the scale of a linear layer is "int8_scale": the product itself is then of int8, of the weight and
+of the layer's input, each of whose rows is rounded by its own largest value when it comes (`layers.round_rows`).
+`product_errors` measures what that costs on inputs of one's own; `without_products` takes it back layer by layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -17,33 +21,70 @@ from functional_sd3.lora.keys import adaptable
 from functional_sd3.weights import merge
 from functional_sd3.weights.merge import Change
 
+_ENDINGS = tuple(f".{name}" for name in layers.SCALES)
 MAX_VALUE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Format -> its largest number."""
 
 
-def quantize(params: Params, dtype: torch.dtype = torch.int8, *, targets: tree.Chooser = "*") -> Params:
+SMALLEST_PRODUCT = 1 << 16
+"""Least size of a weight whose product is computed in int8: of a smaller one rounding its input costs what it saves."""
+
+
+def quantize(
+    params: Params,
+    dtype: torch.dtype = torch.int8,
+    *,
+    targets: tree.Chooser = "*",
+    compute: str | None = None,
+    smallest: int | None = None,
+) -> Params:
     """The tree with the weights that `targets` chooses, of those inside blocks, stored as `dtype`.
 
     The scales have the dtype that the weights had; all other leaves, and weights that are quantised already, stay.
+    compute: "int8" for products of int8 of the chosen linear layers that have at least `smallest` weights (by default
+    `SMALLEST_PRODUCT`); of the rest, and with None, weights are dequantised where they are used. Derivatives are those
+    of the dequantised weights.
     Raises ValueError for another dtype, for targets that choose nothing, and for values that are not finite.
     """
     if dtype not in MAX_VALUE:
         raise ValueError(f"dtype {dtype} must be one of {', '.join(map(str, MAX_VALUE))}")
+    if compute not in (None, "int8") or (compute and dtype != torch.int8):
+        raise ValueError(f'compute {compute!r} with dtype {dtype} must be None, or "int8" with torch.int8')
     able = lambda path, leaf: inside_blocks(path, leaf.ndim) and leaf.dtype.itemsize > 1  # noqa: E731
     chosen = {path for path, leaf in tree.select(params, targets).items() if able(path, leaf)}
     if not chosen:
         raise ValueError(f"targets {targets!r} choose no weight of a layer inside blocks")
-    return _layers(params, lambda path, one: _quantized(path, one, dtype) if path + ".weight" in chosen else one)
+    quantized = lambda path, one: _quantized(path, one, dtype) if path + ".weight" in chosen else one  # noqa: E731
+    stored = _layers(params, quantized)
+    if compute is None:
+        return stored
+    return _with_products(stored, chosen, SMALLEST_PRODUCT if smallest is None else smallest)
+
+
+def without_products(params: Params, paths: Collection[str] | None = None) -> Params:
+    """The tree without products of int8, or without those of the weights at `paths`: they are dequantised instead."""
+
+    def change(path: str, layer: Params) -> Params:
+        if "int8_scale" not in layer or (paths is not None and path + ".weight" not in paths):
+            return layer
+        return {"scale" if name == "int8_scale" else name: leaf for name, leaf in layer.items()}
+
+    return _layers(params, change)
+
+
+def has_products(params: Params) -> bool:
+    """True if any layer's product is computed in int8."""
+    return any(path.endswith(".int8_scale") for path in tree.flatten_paths(params))
 
 
 def dequantize(params: Params) -> Params:
     """The tree without scales: every weight in the dtype that its scale has."""
-    return _layers(params, lambda path, one: _dequantized(one) if "scale" in one else one)
+    return _layers(params, lambda path, one: one if layers.stored_scale(one) is None else _dequantized(one))
 
 
 def is_quantized(params: Params) -> bool:
     """True if any weight is stored with a scale."""
-    return any(path.endswith(".scale") for path in tree.flatten_paths(params))
+    return any(path.endswith(_ENDINGS) for path in tree.flatten_paths(params))
 
 
 def errors(params: Params, quantized: Params) -> list[Change]:
@@ -51,8 +92,8 @@ def errors(params: Params, quantized: Params) -> list[Change]:
     before, after = tree.flatten_paths(params), tree.flatten_paths(quantized)
     rows = []
     for path in after:
-        if path.endswith(".scale"):
-            place = path.removesuffix("scale") + "weight"
+        if path.endswith(_ENDINGS):
+            place = path.rpartition(".")[0] + ".weight"
             meant = layers.dequantized_weight({"weight": after[place], "scale": after[path]}, torch.float32)
             rows.append(merge.diff({"weight": before[place]}, {"weight": meant})[0]._replace(path=place))
     return rows
@@ -78,8 +119,21 @@ def _quantized(path: str, layer: Params, dtype: torch.dtype) -> Params:
 
 
 def _dequantized(layer: Params) -> Params:
-    weight = layers.dequantized_weight(layer, layer["scale"].dtype)
-    return {name: weight if name == "weight" else leaf for name, leaf in layer.items() if name != "scale"}
+    scale = layers.stored_scale(layer)
+    weight = layers.dequantized_weight(layer, layer["weight"].dtype if scale is None else scale.dtype)
+    return {name: weight if name == "weight" else leaf for name, leaf in layer.items() if name not in layers.SCALES}
+
+
+def _with_products(params: Params, chosen: Collection[str], smallest: int) -> Params:
+    """The tree with products of int8 of the chosen linear layers that are large enough."""
+
+    def change(path: str, layer: Params) -> Params:
+        weight = layer["weight"]
+        if path + ".weight" not in chosen or weight.ndim != 2 or weight.numel() < smallest:
+            return layer
+        return {"int8_scale" if name == "scale" else name: leaf for name, leaf in layer.items()}
+
+    return _layers(params, change)
 
 
 def _layers(params: Tree, change: Callable[[str, Params], Params], path: str = "") -> Tree:

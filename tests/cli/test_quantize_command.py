@@ -8,8 +8,9 @@ import torch
 
 from functional_sd3 import cli, weights
 from functional_sd3.core import tree
+from functional_sd3.kernels import int8
 from functional_sd3.weights import quantize
-from tests import models
+from tests import choices, models
 
 
 def run(*words) -> int:
@@ -56,8 +57,52 @@ def test_without_a_place_to_write_it_only_reports(folder, tmp_path, capsys, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_products_of_int8_are_measured_refused_where_bad_and_drawn_with(folder, tmp_path, capsys, monkeypatch):
+    choices.use(monkeypatch)
+    monkeypatch.setattr(quantize, "SMALLEST_PRODUCT", 32 * 64)
+    model, small = weights.load(folder), tmp_path / "small"
+    words = ("--part", "transformer", "t5", "--compute", "int8", "--prompt", "a circle", "--steps", 1, "--all")
+    assert run("quantize", folder, *words, "--out", small) == 0
+    said = capsys.readouterr().out
+    errors = dict(re.findall(r"  (\S+) +products of int8: relative error (\S+)", said))
+    assert "transformer.blocks.0.image.mlp.in.weight" in errors and any(path.startswith("t5.") for path in errors)
+    stored = weights.load(small, quantized=True).params
+    for part in ("transformer", "t5"):
+        expected = quantize.quantize(model.params[part], compute="int8", smallest=32 * 64)
+        assert not tree.diff(stored[part], expected)
+        count = sum(path.startswith(part) for path in errors)
+        assert f"{part}: products of int8 in {count} layers" in said
+    # Half of the layers are off by more than the median.
+    limit = sorted(map(float, errors.values()))[len(errors) // 2]
+    assert run("quantize", folder, *words, "--out", tmp_path / "less", "--limit", limit) == 0
+    refused = re.findall(r"note: (\S+): products of int8 are off by \S+, above --limit", capsys.readouterr().err)
+    less = tree.flatten_paths(weights.load(tmp_path / "less", quantized=True).params)
+    assert 0 < len(refused) < len(errors)
+    for path in errors:
+        assert (path.removesuffix("weight") + "int8_scale" in less) == (path not in refused)
+    for instructions, note in ((0, False), (None, True)):
+        monkeypatch.setattr(int8, "LEAST_SIZE", instructions)
+        drawing = (
+            "generate",
+            "a circle",
+            "--params",
+            small,
+            "--steps",
+            1,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "x.png",
+        )
+        for offload in ((), ("--offload",)):
+            assert run(*drawing, *offload) == 0
+            assert ("products of int8, for which this processor has no instructions" in capsys.readouterr().err) == note
+
+
 @pytest.mark.parametrize("words, said", [
     (("--part", "unet"), "has no unet"), (("--steps", -1), "--steps -1 must be at least 0"),
+    (("--limit", 0), "--limit 0 must be above 0"),
+    (("--compute", "int8", "--format", "float8"), "needs weights of --format int8"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(folder, capsys, words, said):
     assert run("quantize", folder, *words) == 1

@@ -43,6 +43,12 @@ def leaves(seed, *shapes):
 
 
 LAYER = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}
+ADAPTER = {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}
+INT8 = {
+    "weight": torch.arange(384).sub(192).clamp(-127, 127).to(torch.int8).view(24, 16),
+    "bias": LAYER["bias"],
+    "int8_scale": drawn(24).abs() / 127,
+}
 CONV = {"weight": drawn(64, 64, 3, 3, seed=3) / 24, "bias": drawn(64, seed=4)}
 WIDER = {"weight": drawn(96, 64, 3, 3, seed=3) / 24, "bias": drawn(96, seed=4)}
 BACK = {"weight": drawn(96, 96, 3, 3, seed=5) / 29, "bias": drawn(96, seed=6)}
@@ -77,6 +83,10 @@ EXAMPLES = {
     "attention.untracked": ATTENTIONS,
     "attention_products.untracked": [(*NARROW_QKV, None, False, 0.3)],
     "attention.differentiable": ATTENTIONS,
+    "int8.linear": [(INT8, drawn(2, 8, 16)), (INT8, drawn(600, 16)), (INT8, torch.zeros(3, 16)), (INT8, drawn(0, 16))],
+    "int8.differentiable": [(INT8 | {"low_rank": ADAPTER}, drawn(2, 8, 16)), (INT8, drawn(300, 16))],
+    "int8.in_graph": [(INT8, drawn(2, 8, 16)), (INT8 | {"low_rank": ADAPTER}, drawn(5, 16))],
+    "int8.linear_activation": [(INT8, drawn(300, 16), activation) for activation in layers.ACTIVATIONS],
     "onednn.linear": [(LAYER, drawn(2, 8, 16)), (LAYER, drawn(300, 16)), (LAYER, drawn(1, 600, 16))]
     + [({"weight": LAYER["weight"]}, drawn(rows, 16)) for rows in (20, 600)],
     "onednn.linear_bfloat16": [(NARROW_LAYER, drawn(*shape, 16).bfloat16()) for shape in ((2, 8), (5,), (0,))],
@@ -87,7 +97,7 @@ EXAMPLES = {
     ],
     "onednn.differentiable": [
         (LAYER, drawn(300, 16)),
-        ({**LAYER, "low_rank": {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}}, drawn(2, 8, 16)),
+        ({**LAYER, "low_rank": ADAPTER}, drawn(2, 8, 16)),
         ({"weight": torch.arange(384, dtype=torch.int8).view(24, 16), "scale": drawn(24).abs()}, drawn(16, 16)),
     ],
     "onednn.in_graph": [(LAYER, drawn(2, 8, 16)), ({"weight": LAYER["weight"]}, drawn(20, 16))],
@@ -317,9 +327,9 @@ def test_a_compiler_is_given_its_own_kernels_and_no_others(name, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("extra", ["low_rank", "scale"])
+@pytest.mark.parametrize("extra", ["low_rank", "scale", "int8_scale"])
 def test_a_layer_with_something_beside_its_weight_is_not_computed_without_it(extra):
-    beside = {"low_rank": {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}, "scale": drawn(24, seed=5).abs()}
+    beside = {"low_rank": ADAPTER} | dict.fromkeys(layers.SCALES, drawn(24, seed=5).abs())
     for name in (
         *("onednn.linear", "onednn.linear_activation", "cuda.linear_activation"),
         *("onednn.linear_bfloat16", "onednn.linear_activation_bfloat16"),
