@@ -173,6 +173,8 @@ OTHERS = {
     "pip install 'functional_sd3[app]'": [],
     'pip install "functional_sd3[look]"': [],
     "python -m bench.cards": [["python", "-m", "bench.cards", "--help"]],
+    "python -m bench.generation_memory FOLDER": [["python", "-m", "bench.generation_memory", "--help"]],
+    "python -m bench.offload_peers FOLDER": [["python", "-m", "bench.offload_peers", "--help"]],
     "python -m bench mesh --cpu-time": [["python", "-m", "bench", "mesh", "--list"]],
     "python -m bench.likelihood": [
         ["python", "-m", "bench.likelihood", "--count", "1", "--steps", "1", "--draws", "1"],
