@@ -46,26 +46,30 @@ def pair(tmp_path_factory):
 def test_pipeline(versus, pair):
     model, theirs = pair
     noise = prng.normal(prng.key(7), (1, 16, 32, 32))
+    context, pooled = (torch.cat(both) for both in zip(*pipeline.encode(*models.parts(model), PROMPTS), strict=True))
+
+    def by_diffusers():
+        return theirs(
+            PROMPTS,
+            latents=noise,
+            height=256,
+            width=256,
+            max_sequence_length=24,
+            num_inference_steps=STEPS,
+            guidance_scale=5.0,
+            output_type="pt",
+        ).images
+
     versus(
         "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels",
         lambda: pipeline.generate(*models.parts(model), PROMPTS, prng.key(0), noise=noise, steps=STEPS, cfg=5.0),
-        lambda: (
-            theirs(
-                PROMPTS,
-                latents=noise,
-                height=256,
-                width=256,
-                max_sequence_length=24,
-                num_inference_steps=STEPS,
-                guidance_scale=5.0,
-                output_type="pt",
-            ).images
-        ),
+        by_diffusers,
         peer="diffusers' pipeline",
         tolerance=1e-3,
         rounds=7,
         memory=True,
         least=all_products(model, theirs, noise),
+        beside=openvino_peer.pipelines(theirs, noise.repeat(2, 1, 1, 1), context, pooled, run=by_diffusers),
     )
 
 

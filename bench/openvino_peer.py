@@ -8,6 +8,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -54,6 +55,38 @@ def loops(
         return {}
     network = compiled(call, inputs, *modules, dtype=torch.float32)
     return {"OpenVINO float32 in this loop": Beside(lambda: loop(network), 1e-3, version())}
+
+
+def pipelines(pipeline: Any, latents: Tensor, *text: Tensor, run: Callable[[], Tensor]) -> Mapping[str, Beside]:
+    """The argument `beside` of a row of `run()`, which calls diffusers' pipeline: the same as optimum-intel has it,
+    with its transformer and its VAE's decoder as networks of OpenVINO, compiled before, under diffusers' scheduler.
+
+    latents, text: of one step with guidance, the text as the transformer takes it (context, pooled); float32. Encoders
+    stay PyTorch's: of these rows they are small.
+    """
+    if not available():
+        return {}
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    transformer, vae = pipeline.transformer, pipeline.vae
+    step = compiled(
+        lambda *inputs: transformer(*inputs, return_dict=False)[0],
+        (latents, *text, torch.full((len(latents),), 500.0)),
+        transformer,
+        dtype=torch.float32,
+    )
+    decode = compiled(lambda x: vae.decode(x, return_dict=False)[0], (latents[:1],), vae, dtype=torch.float32)
+
+    def forward(*_: Any, **inputs: Any) -> tuple[Tensor]:
+        return (step(*(inputs[name] for name in names)),)
+
+    def run_with_networks() -> Tensor:
+        with (
+            mock.patch.object(transformer, "forward", forward),
+            mock.patch.object(vae, "decode", lambda x, **_: (decode(x),)),
+        ):
+            return run()
+
+    return {"OpenVINO float32 in diffusers' pipeline": Beside(run_with_networks, 1e-3, version())}
 
 
 def compiled(

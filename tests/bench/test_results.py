@@ -96,7 +96,8 @@ def test_further_peers_run_in_the_rounds_of_the_row_and_must_agree():
 
 def test_rows_with_further_peers_have_names_for_them():
     labels = [row.label for row in TEMPLATES]
-    for start in ("MMDiT forward", "T5 forward", "VAE decode, 256x256", "28 steps with guidance, the latents alone"):
+    sampling = ("28 steps with guidance, the latents alone", "28 steps with guidance, width 512")
+    for start in ("MMDiT forward", "T5 forward", "VAE decode, 256x256", *sampling):
         assert any(label.startswith(start) and table.AGAINST in label for label in labels)
 
 
@@ -112,9 +113,44 @@ def test_openvino_computes_the_same_function():
     torch.testing.assert_close(next(iter(loops.values())).run(), expected, rtol=1e-5, atol=1e-6)
 
 
+class _Transformer(torch.nn.Linear):
+    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=True, **_):
+        weighted = timestep[:, None] * super().forward(hidden_states) + encoder_hidden_states - 2 * pooled_projections
+        return (weighted,)
+
+
+class _Vae(torch.nn.Linear):
+    def decode(self, latents, return_dict=True):
+        return (self(latents),)
+
+
+@pytest.mark.skipif(not openvino_peer.available(), reason="could not import 'openvino'")
+def test_a_pipeline_runs_with_openvinos_networks_and_is_left_as_it_was():
+    transformer, vae, calls = _Transformer(4, 4), _Vae(4, 2), []
+    latents, context, pooled = (torch.full((2, 4), value) for value in (1.0, 2.0, 3.0))
+    for module in (transformer, vae):
+        module.register_forward_hook(lambda *_: calls.append(1))
+
+    def run():
+        inputs = {"timestep": torch.full((2,), 0.5), "pooled_projections": pooled, "encoder_hidden_states": context}
+        (x,) = transformer(hidden_states=latents, joint_attention_kwargs=None, return_dict=False, **inputs)
+        return vae.decode(x[:1], return_dict=False)[0]
+
+    pipeline = SimpleNamespace(transformer=transformer, vae=vae)
+    (peer,) = openvino_peer.pipelines(pipeline, latents, context, pooled, run=run).values()
+    with torch.no_grad():
+        calls.clear()
+        found = peer.run()
+        assert len(calls) == 1  # the transformer's module around the network; the decoder's is not called
+        expected = run()
+        assert len(calls) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_without_openvino_rows_have_no_further_peer(monkeypatch):
     monkeypatch.setattr(openvino_peer, "available", lambda: False)
     assert openvino_peer.beside(None, (), dtype=torch.float32) == openvino_peer.loops(None, None, ()) == {}
+    assert openvino_peer.pipelines(None, None, run=None) == {}
 
 
 def test_names_select_files_and_unknown_ones_are_refused(capsys):
