@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
+NOTES = "## Where the time goes"
+"""Heading of what is written by hand."""
 INTRODUCTION = """# Side by side
 
 Medians of interleaved runs in one process, warm, the same weights, after checking that both sides agree; `python -m bench`
@@ -110,20 +112,22 @@ def printed(rows: Iterable[Row]) -> str:
 
 
 def updated(page: str, setting: Setting, measured: dict[str, Any]) -> str:
-    """bench/RESULTS.md with this row and those of its further peers in the table of its setting, and in no other."""
+    """bench/RESULTS.md with this row and those of its further peers in the table of its setting, and in no other. What
+    stands from `NOTES` on stays as it is."""
     rows, sections = rows_of(measured), read(page)
+    _, mark, notes = page.partition(NOTES)
     names = {row.name for row in rows}
     for lines in sections.values():
         lines[:] = [each for each in lines if name_of(each) not in names]
     sections.setdefault(setting.heading, []).extend(map(line, rows))
     tables = ["\n".join([heading, "", COLUMNS, *lines]) for heading, lines in sections.items() if lines]
-    return "\n\n".join([INTRODUCTION.strip(), *tables]) + "\n"
+    return "\n\n".join([INTRODUCTION.strip(), *tables]) + "\n" + (mark and f"\n{mark}{notes}")
 
 
 def read(page: str) -> dict[str, list[str]]:
     """Heading with versions -> lines of its table."""
     sections: dict[str, list[str]] = {}
-    for part in page.split("\n## ")[1:]:
+    for part in page.partition(NOTES)[0].split("\n## ")[1:]:
         heading, _, table = part.partition("\n| what |")
         sections[f"## {heading.strip()}"] = [each for each in table.splitlines()[2:] if each.startswith("| ")]
     return sections

@@ -52,7 +52,10 @@ def test_a_row_replaces_that_of_its_name_and_stands_in_the_table_of_its_setting(
     assert list(sections) == [HERE.heading, ELSEWHERE.heading]
     assert [[table.name_of(line) for line in lines] for lines in sections.values()] == [["two"], ["one"]]
     assert "| one | 250.0 ms | 1.00 s | **0.25** |" in page
-    assert table.HERE / "RESULTS.md" and table.updated(page, HERE, measured("two", 0.7)) == page
+    assert table.updated(page, HERE, measured("two", 0.7)) == page
+    notes = f"\n{table.NOTES}\n\n| what | us |\n|---|---|\n| one | 5 |\n"
+    assert table.updated(page + notes, HERE, measured("two", 0.7)) == page + notes
+    assert table.read(page + notes) == sections
 
 
 def test_further_peers_are_rows_of_their_own_with_the_same_seconds_of_ours():
