@@ -31,7 +31,7 @@ CSS = """
 .sd3-files .empty {min-height: 72px !important}
 .form .block-info, .form .info, .form .info-text {overflow-wrap: anywhere}
 .sd3-failed {border-left: 4px solid #c33; padding: 8px 12px; background: #c332; border-radius: 4px}
-.sd3-images {display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 160px), 1fr));
+.sd3-images {display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr));
   justify-items: center}
 .sd3-images figure {margin: 0; width: 100%; max-width: 512px}
 .sd3-images img {width: 100%; height: auto; display: block; border-radius: 4px; background: #8883}
