@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench import narrow
 from functional_sd3.core import prng
-from functional_sd3.kernels import processor, products, winograd
+from functional_sd3.kernels import attention_products, onednn, processor, products, winograd
 
 ROWS = (1, 2, 4, 8, 16, 32, 77, 154, 256, 512, 1024, 2714)
 LAYERS = ((256, 768), (512, 1536), (512, 2048), (2048, 512), (1024, 4096), (1536, 6144))
@@ -94,6 +94,14 @@ def report(rounds: int, clock: Callable[[], float]) -> None:
     for heads, tokens in ATTENTIONS:
         print(_line(f"{heads}, {tokens}", 256 * heads * tokens**2, *attention(heads, tokens, rounds, clock)))
     found, here = best(measured, geometric_mean(ratios) < 1), processor.identify()
+    if onednn.has_bfloat16():
+        print("\nthe same in bfloat16, by attention_products")
+        narrow_ratios = []
+        for heads, tokens in ATTENTIONS:
+            fused, by_products = narrow_attention(heads, tokens, rounds, clock)
+            narrow_ratios.append(by_products / fused)
+            print(_line(f"{heads}, {tokens}", 256 * heads * tokens**2, fused, by_products))
+        found = found._replace(attention=geometric_mean(narrow_ratios) < 1)
     print(f"\nthe line for this processor:\n    {here}: {_code(found)},\n")
     for name, choice in (("it", found), ("the table's line", products.CHOICE), ("oneDNN always", EVERYTHING)):
         print(f"products by {name} take {share(measured, choice):.3f} of BLAS's time ({_code(choice)})")
@@ -123,6 +131,17 @@ def convolution(channels: int, side: int, rounds: int, clock: Callable[[], float
 def attention(heads: int, tokens: int, rounds: int, clock: Callable[[], float]) -> list[float]:
     """Softmax attention by both of `attention_ways`."""
     return medians(attention_ways(*_random(*((1, heads, tokens, 64) for _ in range(3)))), rounds, clock)
+
+
+def narrow_attention(heads: int, tokens: int, rounds: int, clock: Callable[[], float]) -> list[float]:
+    """Softmax attention in bfloat16 by PyTorch's fused kernel and by `attention_products`."""
+    query, key, value = (x.bfloat16() for x in _random(*((1, heads, tokens, 64) for _ in range(3))))
+    by_products = attention_products.untracked
+    ways = [
+        lambda: F.scaled_dot_product_attention(query, key, value),
+        lambda: by_products(query, key, value, None, False, 0.125),
+    ]
+    return medians(ways, rounds, clock)
 
 
 def attention_ways(query: Tensor, key: Tensor, value: Tensor, rows: int = 256) -> list[Callable[[], Tensor]]:
@@ -203,7 +222,8 @@ def _code(choice: products.Choice) -> str:
     rows = "range(0)" if not choice.rows else f"range({choice.rows.start}, {stop})"
     power = choice.size.bit_length() - 1
     size = f"1 << {power}" if choice.size == 1 << max(power, 0) else str(choice.size)
-    return f"Choice({rows}, {size}, {choice.winograd})"
+    attention = ", True" if choice.attention else ""
+    return f"Choice({rows}, {size}, {choice.winograd}{attention})"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 
 from bench import narrow
 from bench import products as measuring
-from functional_sd3.kernels import processor, products
+from functional_sd3.kernels import onednn, processor, products
 
 
 def times(ratio):
@@ -50,6 +50,11 @@ def test_the_command_prints_the_line_of_this_processor(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert repr(processor.identify()) in printed and "Choice(range(" in printed and "of BLAS's time" in printed
     assert "bfloat16 pays from a width of" in printed
+    assert onednn.has_bfloat16() == ("the same in bfloat16" in printed)
+    assert (
+        measuring._code(products.Choice(range(1, products.ANY), 4, True, True))
+        == "Choice(range(1, ANY), 1 << 2, True, True)"
+    )
     monkeypatch.setattr(products, "pointwise", lambda: None)
     assert measuring.main([]) == 1
 
