@@ -18,7 +18,7 @@ from functional_sd3.core.types import Params
 from functional_sd3.formats.default_dtype import Default
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.trees import Storage
-from functional_sd3.kernels import int8, narrow
+from functional_sd3.kernels import cuda, int8, narrow
 from functional_sd3.weights import describing, quantize
 
 MOSTLY = 0.9
@@ -63,11 +63,16 @@ def choose(
 
 
 def with_products_of(params: Params, device: torch.device) -> Params:
-    """Parameters without products of int8 where the device is slower at them; says so."""
-    if not quantize.has_products(params) or (device.type == "cpu" and int8.LEAST_SIZE is not None):
+    """Parameters without products of int8 or float8 where the device is slower at them; says so."""
+    computes = {"int8": device.type == "cpu" and int8.LEAST_SIZE is not None, "float8": cuda.multiplies_float8(device)}
+    slower = [
+        compute for compute, is_fast in computes.items() if not is_fast and quantize.has_products(params, compute)
+    ]
+    if not slower:
         return params
     what = "this processor has no instructions" if device.type == "cpu" else f"a device {device.type} has no kernels"
-    report.note(f"the weights were quantised for products of int8, for which {what} here: they are dequantised instead")
+    report.note(f"the weights were quantised for products of {slower[0]}, for which {what} here: they are "
+        "dequantised instead")  # fmt: skip
     return quantize.without_products(params)
 
 

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_variant(parser)
     add("--format", choices=FORMATS, default="int8", help="of the weights inside blocks (default int8)")
     add("--part", nargs="+", metavar="NAME", default=("transformer",), help="components (default transformer)")
-    add("--compute", choices=("int8",), help="products of int8, too: faster on CPUs that have instructions for them")
+    add("--compute", choices=FORMATS, help="products of it, too: of int8 on CPUs that have instructions for them, of "
+        "float8 on GPUs of Nvidia's from Ada on")  # fmt: skip
     add("--limit", type=float, default=0.05, metavar="ERROR", help="with --compute: layers whose products are off by "
         "more keep floats for them (default 0.05)")  # fmt: skip
     add("--out", metavar="PATH", help="a .safetensors file or a folder for the result; without it, only report")
@@ -68,8 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.steps < 0:
         raise ValueError(f"--steps {arguments.steps} must be at least 0")
-    if arguments.compute and arguments.format != "int8":
-        raise ValueError(f"--compute int8 needs weights of --format int8, not {arguments.format}")
+    if arguments.compute and arguments.format != arguments.compute:
+        compute = arguments.compute
+        raise ValueError(f"--compute {compute} needs weights of --format {compute}, not {arguments.format}")
     if not arguments.limit > 0:
         raise ValueError(f"--limit {arguments.limit:g} must be above 0")
 
@@ -121,7 +123,7 @@ def _encoders(params: "dict[str, Params]") -> "dict[str, Params]":
 
 
 def _with_good_products(name: str, params: "Params", trial: _Trial | None, arguments: argparse.Namespace) -> "Params":
-    """The component without the products of int8 that are off by more than --limit; says how many there are."""
+    """The component without the products that are off by more than --limit; says how many there are."""
     from functional_sd3.core import tree
     from functional_sd3.weights import quantize
     from functional_sd3.weights.product_errors import product_errors
@@ -129,15 +131,17 @@ def _with_good_products(name: str, params: "Params", trial: _Trial | None, argum
     if trial is not None:
         found = product_errors(trial.model.params[name], params, lambda leaves: trial.run(name, leaves))
         for place, error in _grouped(((f"{name}.{path}", error) for path, error in found.items()), arguments.all):
-            report.say(f"  {place:50} products of int8: relative error {error:.2e}")
+            report.say(f"  {place:50} products of {arguments.compute}: relative error {error:.2e}")
         bad = {path: error for path, error in found.items() if not error <= arguments.limit}
         for path, error in bad.items():
-            report.note(f"{name}.{path}: products of int8 are off by {error:.2e}, above --limit: computed in floats")
+            what = f"{name}.{path}: products of {arguments.compute}"
+            report.note(f"{what} are off by {error:.2e}, above --limit: computed in floats")
         params = quantize.without_products(params, bad)
     paths = tree.flatten_paths(params)
-    count, others = (sum(path.endswith(end) for path in paths) for end in (".int8_scale", ".scale"))
+    count, others = (sum(path.endswith(end) for path in paths) for end in (f".{arguments.compute}_scale", ".scale"))
     small = f"weights below {quantize.SMALLEST_PRODUCT:,} numbers, convolutions and what is above --limit"
-    report.say(f"{name}: products of int8 in {count} layers" + (f", of floats in {others} ({small})" if others else ""))
+    floats = f", of floats in {others} ({small})" if others else ""
+    report.say(f"{name}: products of {arguments.compute} in {count} layers{floats}")
     return params
 
 

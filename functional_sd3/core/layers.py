@@ -7,6 +7,8 @@ Beside its weight a linear or convolution layer may hold
 - "scale" (outputs,): the weight is then stored in int8 or float8 and dequantised as scale times the weight;
 - "int8_scale" (outputs,), of a linear layer: as "scale", of a weight in int8 whose product is computed in int8, too,
   for which the input is rounded by `round_rows`;
+- "float8_scale" (outputs,): likewise of a weight in float8 (e4m3fn), for which the input is rounded by
+  `round_rows_to_float8`;
 - "low_rank", {"down": (rank, inputs, ...), "up": (outputs, rank)}: a LoRA, whose product is added to the layer's output
   without being added to the weight.
 An embedding may hold "added" (rows, width): rows that follow those of its table, as the vectors of new words.
@@ -45,7 +47,7 @@ def linear_spec(
 def linear(params: Params, x: Tensor) -> Tensor:
     """Linear layer: x (..., inputs) -> (..., outputs)."""
     weight = dequantized_weight(params, x.dtype)
-    y = F.linear(round_rows(x) if "int8_scale" in params else x, weight, params.get("bias"))
+    y = F.linear(rounded_input(params, x), weight, params.get("bias"))
     if "low_rank" not in params:
         return y
     down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
@@ -71,13 +73,41 @@ def dequantized_weight(params: Params, dtype: torch.dtype) -> Tensor:
     return (weight.to(scale.dtype) * scale.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
 
 
-SCALES = ("scale", "int8_scale")
+PRODUCTS = ("int8_scale", "float8_scale")
+"""Names of the scales of weights whose products are computed in their own dtype."""
+SCALES = ("scale", *PRODUCTS)
 """Names of the scale that a weight is stored with."""
 
 
 def stored_scale(params: Params) -> Tensor | None:
     """The scale (outputs,) that a layer's weight is stored with, if any."""
     return next((params[name] for name in SCALES if name in params), None)
+
+
+def rounded_input(params: Params, x: Tensor) -> Tensor:
+    """The input of a layer's product: rounded where the product is of int8 or float8."""
+    if "float8_scale" in params:
+        return round_rows_to_float8(x)
+    return round_rows(x) if "int8_scale" in params else x
+
+
+def round_rows_to_float8(x: Tensor) -> Tensor:
+    """x (..., inputs), each row scaled so that its largest absolute value is that of float8 (e4m3fn), and rounded
+    (Micikevicius et al. 2022, "FP8 formats for deep learning"). Its gradient is that of x, as of `round_rows`."""
+    numbers, steps = to_float8(x.detach())
+    return x + (numbers.to(steps.dtype) * steps - x.detach().to(steps.dtype)).to(x.dtype)
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fn of the shape of x, steps (..., 1), at least float32): their products are x, rounded."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    step = wide.abs().amax(-1, keepdim=True) / FLOAT8_MAX
+    step = torch.where(step == 0, 1.0, step)
+    return (wide / step).to(torch.float8_e4m3fn), step
+
+
+FLOAT8_MAX = 448.0
+"""Largest number of float8_e4m3fn."""
 
 
 def round_rows(x: Tensor) -> Tensor:

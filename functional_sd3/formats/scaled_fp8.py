@@ -8,8 +8,10 @@ from functional_sd3.formats.header import Entry
 
 INT8_PRODUCT = ".int8_scale_weight"
 """Ours: the factor of a weight of int8 whose product is computed in int8, too."""
+FLOAT8_PRODUCT = ".float8_scale_weight"
+"""Likewise of float8."""
 # Old and new names: a factor, and what only ComfyUI's kernels use.
-_SCALES = (".scale_weight", ".weight_scale", INT8_PRODUCT)
+_SCALES = (".scale_weight", ".weight_scale", INT8_PRODUCT, FLOAT8_PRODUCT)
 _UNUSED = (".scale_input", ".input_scale")
 _QUANTIZED = ".comfy_quant"
 _FP8 = {"float8_e4m3fn", "float8_e5m2"}

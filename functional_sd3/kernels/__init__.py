@@ -33,6 +33,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel(attention.differentiable, attention.fits, TRANSFORMED),
     ),
     "layers.linear": (
+        Kernel(cuda.linear_float8, cuda.fits_linear_float8, UNTRACKED | COMPILED, 1e-2),
         Kernel(int8.linear, int8.fits, UNTRACKED),
         Kernel(int8.differentiable, int8.fits_differentiable, TRANSFORMED),
         Kernel(int8.in_graph, int8.fits_in_graph, COMPILED),

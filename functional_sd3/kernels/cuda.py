@@ -1,5 +1,5 @@
 """Kernels of Nvidia's GPUs: elementwise functions of a few lines of C++ (`torch.cuda.jiterator`), products with GELU
-inside, one launch for the dtypes of many leaves.
+inside, products of float8, one launch for the dtypes of many leaves.
 
 Eager code on a GPU often waits for the processor that launches its kernels: one kernel here replaces up to 125 there.
 AMD's devices are called "cuda" too; nothing here was tried on them.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functional_sd3.core import dispatch, prng
+from functional_sd3.core import dispatch, layers, prng
 from functional_sd3.core.types import Params
 
 
@@ -65,6 +65,49 @@ def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:
     """`layers.linear_activation`, the activation computed while the product is in registers."""
     rows, weight = x.flatten(0, -2), params["weight"].t()
     return _addmm_activation()(params["bias"], rows, weight, use_gelu=True).unflatten(0, x.shape[:-1])
+
+
+def fits_linear_float8(params: Params, x: Tensor) -> bool:
+    """A layer with "float8_scale" in bfloat16, its sizes multiples of 16, on a GPU that multiplies float8 (Ada, Hopper,
+    Blackwell)."""
+    if "float8_scale" not in params or not params.keys() <= _FLOAT8 or not _HAS_SCALED_PRODUCT:
+        return False
+    weight = params["weight"]
+    return (
+        _on_nvidia(x, weight)
+        and x.dtype is torch.bfloat16
+        and weight.dtype is torch.float8_e4m3fn
+        and not any(size % 16 for size in weight.shape)
+        and multiplies_float8(x.device)
+    )
+
+
+def linear_float8(params: Params, x: Tensor) -> Tensor:
+    """`layers.linear` of a layer with "float8_scale": a product of float8 whose sums are scaled by rows of both
+    factors."""
+    numbers, steps = layers.to_float8(x.flatten(0, -2))
+    scales = params["float8_scale"].to(torch.float32)[None]
+    y = torch._scaled_mm(numbers, params["weight"].t(), scale_a=steps, scale_b=scales, out_dtype=x.dtype)
+    y = y.unflatten(0, x.shape[:-1])
+    if "bias" in params:
+        y = y + params["bias"]
+    if "low_rank" not in params:
+        return y
+    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
+    return y + F.linear(F.linear(x, down), up)
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    """True for Nvidia's GPUs from Ada (8.9) on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    # Of these questions the one that a compiler answers itself.
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor) >= (8, 9)
+
+
+_FLOAT8 = {"weight", "float8_scale", "bias", "low_rank"}
+_HAS_SCALED_PRODUCT = hasattr(torch, "_scaled_mm")
 
 
 def fits_cast_leaves(leaves: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -30,7 +30,7 @@ def in_graph(params: Params, x: Tensor) -> Tensor:
 
 def _linear(of_rows: Callable[[Tensor, Tensor, Tensor | None], Tensor], params: Params, x: Tensor) -> Tensor:
     rows = x.flatten(0, -2)
-    rounded = layers.round_rows(rows) if "int8_scale" in params else rows
+    rounded = layers.rounded_input(params, rows)
     y = of_rows(rounded, layers.dequantized_weight(params, x.dtype), params.get("bias"))
     if "low_rank" in params:
         down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))

@@ -7,6 +7,7 @@ the format (Dettmers et al. 2022, "LLM.int8()", section 2; Micikevicius et al. 2
 
 With `compute="int8"` the scale of a linear layer is "int8_scale": the product itself is then of int8, of the weight and
 of the layer's input, each of whose rows is rounded by its own largest value when it comes (`layers.round_rows`).
+`compute="float8"` ("float8_scale") does so with weights of float8, on GPUs that multiply it (Ada, Hopper, Blackwell).
 `product_errors` measures what that costs on inputs of one's own; `without_products` takes it back layer by layer.
 """
 
@@ -26,6 +27,8 @@ MAX_VALUE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Format -> its largest number."""
 
 
+COMPUTED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+"""Products -> the dtype of their weights."""
 SMALLEST_PRODUCT = 1 << 16
 """Least size of a weight whose product is computed in int8: of a smaller one rounding its input costs what it saves."""
 
@@ -41,15 +44,15 @@ def quantize(
     """The tree with the weights that `targets` chooses, of those inside blocks, stored as `dtype`.
 
     The scales have the dtype that the weights had; all other leaves, and weights that are quantised already, stay.
-    compute: "int8" for products of int8 of the chosen linear layers that have at least `smallest` weights (by default
-    `SMALLEST_PRODUCT`); of the rest, and with None, weights are dequantised where they are used. Derivatives are those
-    of the dequantised weights.
+    compute: "int8" or "float8", as `dtype` is, for products of it of the chosen linear layers that have at least
+    `smallest` weights (by default `SMALLEST_PRODUCT`); of the rest, and with None, weights are dequantised where they
+    are used. Derivatives are those of the dequantised weights.
     Raises ValueError for another dtype, for targets that choose nothing, and for values that are not finite.
     """
     if dtype not in MAX_VALUE:
         raise ValueError(f"dtype {dtype} must be one of {', '.join(map(str, MAX_VALUE))}")
-    if compute not in (None, "int8") or (compute and dtype != torch.int8):
-        raise ValueError(f'compute {compute!r} with dtype {dtype} must be None, or "int8" with torch.int8')
+    if compute is not None and COMPUTED.get(compute) != dtype:
+        raise ValueError(f"compute {compute!r} with dtype {dtype} must be None, or that of the dtype: {_computed()}")
     able = lambda path, leaf: inside_blocks(path, leaf.ndim) and leaf.dtype.itemsize > 1  # noqa: E731
     chosen = {path for path, leaf in tree.select(params, targets).items() if able(path, leaf)}
     if not chosen:
@@ -58,23 +61,28 @@ def quantize(
     stored = _layers(params, quantized)
     if compute is None:
         return stored
-    return _with_products(stored, chosen, SMALLEST_PRODUCT if smallest is None else smallest)
+    return _with_products(stored, chosen, SMALLEST_PRODUCT if smallest is None else smallest, f"{compute}_scale")
+
+
+def _computed() -> str:
+    return " or ".join(f"{name!r} with {dtype}" for name, dtype in COMPUTED.items())
 
 
 def without_products(params: Params, paths: Collection[str] | None = None) -> Params:
     """The tree without products of int8, or without those of the weights at `paths`: they are dequantised instead."""
 
     def change(path: str, layer: Params) -> Params:
-        if "int8_scale" not in layer or (paths is not None and path + ".weight" not in paths):
+        if not any(name in layer for name in layers.PRODUCTS) or (paths is not None and path + ".weight" not in paths):
             return layer
-        return {"scale" if name == "int8_scale" else name: leaf for name, leaf in layer.items()}
+        return {"scale" if name in layers.PRODUCTS else name: leaf for name, leaf in layer.items()}
 
     return _layers(params, change)
 
 
-def has_products(params: Params) -> bool:
-    """True if any layer's product is computed in int8."""
-    return any(path.endswith(".int8_scale") for path in tree.flatten_paths(params))
+def has_products(params: Params, *computes: str) -> bool:
+    """True if any layer's product is computed in one of `computes`, by default "int8" and "float8"."""
+    names = [f"{compute}_scale" for compute in computes or COMPUTED]
+    return any(path.rpartition(".")[2] in names for path in tree.flatten_paths(params))
 
 
 def dequantize(params: Params) -> Params:
@@ -124,14 +132,14 @@ def _dequantized(layer: Params) -> Params:
     return {name: weight if name == "weight" else leaf for name, leaf in layer.items() if name not in layers.SCALES}
 
 
-def _with_products(params: Params, chosen: Collection[str], smallest: int) -> Params:
-    """The tree with products of int8 of the chosen linear layers that are large enough."""
+def _with_products(params: Params, chosen: Collection[str], smallest: int, product: str) -> Params:
+    """The tree with `product` as the scale of the chosen linear layers that are large enough."""
 
     def change(path: str, layer: Params) -> Params:
         weight = layer["weight"]
         if path + ".weight" not in chosen or weight.ndim != 2 or weight.numel() < smallest:
             return layer
-        return {"int8_scale" if name == "scale" else name: leaf for name, leaf in layer.items()}
+        return {product if name == "scale" else name: leaf for name, leaf in layer.items()}
 
     return _layers(params, change)
 

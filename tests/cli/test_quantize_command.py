@@ -103,6 +103,7 @@ def test_products_of_int8_are_measured_refused_where_bad_and_drawn_with(folder, 
     (("--part", "unet"), "has no unet"), (("--steps", -1), "--steps -1 must be at least 0"),
     (("--limit", 0), "--limit 0 must be above 0"),
     (("--compute", "int8", "--format", "float8"), "needs weights of --format int8"),
+    (("--compute", "float8"), "needs weights of --format float8, not int8"),
 ])  # fmt: skip
 def test_mistakes_end_in_one_line(folder, capsys, words, said):
     assert run("quantize", folder, *words) == 1

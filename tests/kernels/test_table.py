@@ -49,6 +49,11 @@ INT8 = {
     "bias": LAYER["bias"],
     "int8_scale": drawn(24).abs() / 127,
 }
+FLOAT8 = {
+    "weight": drawn(32, 16, seed=1).to(torch.float8_e4m3fn),
+    "bias": drawn(32, seed=2).bfloat16(),
+    "float8_scale": drawn(32).abs() / 448,
+}
 CONV = {"weight": drawn(64, 64, 3, 3, seed=3) / 24, "bias": drawn(64, seed=4)}
 WIDER = {"weight": drawn(96, 64, 3, 3, seed=3) / 24, "bias": drawn(96, seed=4)}
 BACK = {"weight": drawn(96, 96, 3, 3, seed=5) / 29, "bias": drawn(96, seed=6)}
@@ -108,6 +113,7 @@ EXAMPLES = {
         for shape in ((5,), (2, 7), (0,), (600,))
     ],
     "cuda.linear_activation": [(LAYER, drawn(5, 16), "gelu_tanh"), (LAYER, drawn(2, 100, 16), "gelu_tanh")],
+    "cuda.linear_float8": [(FLOAT8, drawn(5, 16).bfloat16()), (FLOAT8, drawn(2, 100, 16).bfloat16())],
     "cuda.cast_leaves": [(leaves(1), torch.bfloat16), (leaves(1), torch.float64)],
     "winograd.conv2d": [(CONV, image(2, 64, 36, 40)), (WIDER, image(1, 64, 32, 32))],
     "winograd.upsample_conv2d": [(CONV, image(2, 64, 18, 20)), (WIDER, image(1, 64, 16, 16))],
@@ -226,7 +232,11 @@ class Overridden(TorchFunctionMode):
 def differentiable(arguments):
     """The first float tensor among the arguments, and the arguments as a function of it."""
     flat = tree.flatten_paths(arguments)
-    path = next(path for path, leaf in flat.items() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+    path = next(
+        path
+        for path, leaf in flat.items()
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize > 1
+    )
 
     def rebuilt(leaf):
         return tree.map_with_path(lambda own, old: leaf if own == path else old, arguments)
@@ -327,7 +337,7 @@ def test_a_compiler_is_given_its_own_kernels_and_no_others(name, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("extra", ["low_rank", "scale", "int8_scale"])
+@pytest.mark.parametrize("extra", ["low_rank", *layers.SCALES])
 def test_a_layer_with_something_beside_its_weight_is_not_computed_without_it(extra):
     beside = {"low_rank": ADAPTER} | dict.fromkeys(layers.SCALES, drawn(24, seed=5).abs())
     for name in (
