@@ -75,9 +75,9 @@ def test_the_page_shows_the_prompt_as_it_is(page):
         assert name in text
 
 
-def test_a_notebook_shows_the_page_in_a_frame(record):
+def test_a_notebook_shows_the_page_in_a_frame(record, page):
     (frame,) = [attributes for tag, attributes in Outline(record._repr_html_()).elements if tag == "iframe"]
-    assert frame["srcdoc"] == look.page(record)
+    assert frame["srcdoc"] == page
 
 
 def test_pngs_are_images(record, tmp_path):

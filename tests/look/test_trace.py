@@ -205,3 +205,13 @@ def test_the_shipped_model_looks_for_the_circle_on_the_left_and_for_the_star_on_
     }
     assert share["clip", "circle"] > 3 and share["t5", "red"] > 3
     assert share["clip", "star"] < 1 / 3 and share["t5", "blue"] < 1 / 2
+
+
+def test_tokens_of_a_word_spell_it(model, tables):
+    text = "a large red circle left of it"
+    prompt = tokens.read(model.config, tables, text, TextOptions(), ("clip_l", "clip_g", "t5"), 64)
+    assert list(prompt.words) == text.split()
+    for one in prompt.encoders:
+        for index, word in enumerate(prompt.words):
+            parts = [token.text for token in one.tokens if token.word == index and token.kind == "text"]
+            assert "".join(parts).replace("</w>", "").replace("\u2581", "") == word
