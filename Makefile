@@ -15,6 +15,8 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+	@# Tests start many processes, which would each compile the modules anew where PYTHONDONTWRITEBYTECODE is set.
+	@$(BIN)/python -m compileall -q functional_sd3 bench
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 bench: $(VENV)/installed-test

@@ -1,5 +1,6 @@
 """The table of errors against evaluations, in miniature."""
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -61,12 +62,24 @@ def test_the_tables_have_every_error_in_percent_and_the_best_in_bold():
     assert {plot.COLOURS[0], plot.COLOURS[1], plot.COLOURS[2]} <= {colour for _, colour in image.getcolors(10_000)}
 
 
+def places(image, colour, left=0, right=None):
+    """(row, column) of each pixel of nearly that colour, in order of columns."""
+    levels = numpy.asarray(image.convert("RGB"), dtype=int)[:, left:right]
+    return sorted(numpy.argwhere(abs(levels - colour).max(-1) < 8).tolist(), key=lambda place: place[1])
+
+
 def test_lines_fall_where_their_values_fall():
-    image = plot.panels({"one": {"falling": [(4, 0.1), (56, 0.001)]}}, "x", "y").convert("RGB")
-    corner = plot.LEFT, plot.TOP
-    far = plot.WIDTH - plot.RIGHT, plot.HEIGHT - plot.BOTTOM
-    assert image.getpixel(corner) == image.getpixel((far[0] - 1, far[1] - 1)) == plot.COLOURS[0]
-    assert image.getpixel((plot.LEFT + 40, far[1] - 40)) == (255, 255, 255)
+    # Black is the colour of the axes too: the second line is red.
+    lines = {"flat": [(4, 0.01), (56, 0.01)], "falling": [(4, 0.1), (56, 0.001)]}
+    image = plot.panels({"one": lines}, "x", "y")
+    red = places(image, plot.COLOURS[1], right=plot.WIDTH)
+    black = places(image, plot.COLOURS[0], 60, plot.WIDTH - 10)
+    (top, left), (bottom, right) = red[0], red[-1]
+    assert bottom > top + plot.HEIGHT / 2 and right > left + plot.WIDTH / 2
+    # On logarithmic axes the middle of both lines is the same point.
+    row, column = (top + bottom) / 2, (left + right) / 2
+    assert min(abs(each[0] - row) + abs(each[1] - column) for each in red) <= 6
+    assert min(abs(each[0] - row) + abs(each[1] + 60 - column) for each in black) <= 6
     with pytest.raises(ValueError, match="no points"):
         plot.panels({"one": {}}, "x", "y")
 
@@ -85,12 +98,19 @@ def test_labelled_tiles_maps_points_and_bars_stand_where_they_should(tmp_path):
     assert sheet.getpixel((1, plot.LABEL)) == (255, 0, 0) and sheet.getpixel((17, plot.LABEL + 7)) == (0, 255, 255)
     colours = plot.heat(torch.tensor([[0.0, 2.0, -2.0, 1.0]]))
     assert colours[:, 0].T.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 1], [1, 0.5, 0.5]]
-    middle = 120, plot.LABEL + 120
-    assert plot.plane({"": torch.zeros(1, 2)}).getpixel((middle[0] - 1, middle[1] - 1)) == plot.COLOURS[6]
+    point = places(plot.plane({"": torch.zeros(1, 2)}), plot.COLOURS[6])
+    middle = torch.tensor([plot.LABEL * 2 + 120 - 2.4, 120.0])
+    assert point and (torch.tensor(point).float() - middle).abs().max() <= 4
     right = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
-    assert plot.plane({}, arrows=right).getpixel((180, middle[1])) == (0, 0, 0)
-    both = plot.beside([plot.bars({"one": 1.0, "two": 2.0}), sheet])
-    assert both.getpixel((30 + 319, 30)) == plot.COLOURS[6] != both.getpixel((30 + 319, 10))
+    arrow = plot.plane({}, arrows=right)
+    row = arrow.convert("L").crop((125, 40, 195, 240))
+    assert row.getextrema()[0] < 100 and arrow.convert("L").crop((10, 40, 110, 240)).getextrema()[0] > 200
+    one = plot.bars({"one": 1.0, "two": 2.0})
+    both = plot.beside([one, sheet])
+    assert both.size == (one.width + 8 + sheet.width, max(one.height, sheet.height))
+    blue = places(one, plot.COLOURS[6])
+    lengths = [sum(place[0] == at for place in blue) for at in (one.height // 3, one.height * 2 // 3)]
+    assert lengths[1] == pytest.approx(2 * lengths[0], rel=0.02) and lengths[0] > 100
     plot.save(both, tmp_path / "new" / "figure.png")
     with Image.open(tmp_path / "new" / "figure.png") as written:
         assert written.size == both.size

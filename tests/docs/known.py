@@ -172,6 +172,7 @@ OTHERS = {
     'pip install -e ".[bench]"': [],
     "pip install 'functional_sd3[app]'": [],
     'pip install "functional_sd3[look]"': [],
+    "python -m bench.products --narrow": [["python", "-m", "bench.products", "--help"]],
     "python -m bench.cards": [["python", "-m", "bench.cards", "--help"]],
     "python -m bench.generation_memory FOLDER": [["python", "-m", "bench.generation_memory", "--help"]],
     "python -m bench.offload_peers FOLDER": [["python", "-m", "bench.offload_peers", "--help"]],

@@ -204,10 +204,13 @@ def test_compiled_whole_values_and_gradients_equal_eager(name):
     def loss(params):
         return encode(params, ids, "sdpa").sin().mean()
 
+    exact_slopes, exact = torch.func.grad_and_value(loss)(params)
     torch._dynamo.reset()
     # What all of them are together is traced only: its kernels are those of each.
-    backend = "aot_eager" if name == "conditioning" else "inductor"
-    compiled = torch.compile(torch.func.grad_and_value(loss), backend=backend, fullgraph=True)
-    (slopes, value), (exact_slopes, exact) = compiled(params), torch.func.grad_and_value(loss)(params)
+    if name != "conditioning":
+        torch.testing.assert_close(torch.compile(loss, fullgraph=True)(params), exact)
+    # Traced and differentiated as for any backend, without the minutes that kernels take to build.
+    compiled = torch.compile(torch.func.grad_and_value(loss), backend="aot_eager", fullgraph=True)
+    slopes, value = compiled(params)
     torch.testing.assert_close(value, exact)
     assert tree.allclose(slopes, exact_slopes, rtol=1e-3, atol=1e-6)

@@ -224,8 +224,13 @@ def _compare_tab(served: Served) -> None:
 def _stops(stop: gr.Button, started: Any, shown: gr.HTML) -> None:
     """The button ends a run, which frees its place in the queue, and says so where the run is shown."""
     stop.click(None, cancels=[started], api_visibility="private")
-    say = r"""(html) => (html || '').replace(/(<div class="sd3-status">)[^<]*/g, '$1stopped')"""
-    stop.click(None, shown, shown, js=say, api_visibility="private")
+    # A run that was ended counts as failed, once its end has arrived: states that were sent before come until then,
+    # and one that is taken from the wire already is painted over.
+    say = r"""async (html) => {
+        await new Promise((resolve) => setTimeout(resolve, 300));
+        return (html || '').replace(/(<div class="sd3-status">)[^<]*/g, '$1stopped');
+    }"""
+    started.failure(None, shown, shown, js=say, api_visibility="private")
 
 
 def _named(run: Callable[..., Iterator[Any]], names: Sequence[str]) -> Callable[..., Iterator[Any]]:
