@@ -1,4 +1,4 @@
-"""The house: imports point down the page only, and importing the program costs what torch costs."""
+"""Packages: imports point down the page only, and importing the program costs what torch costs."""
 
 import ast
 from pathlib import Path
@@ -23,7 +23,7 @@ ALLOWED = {
     "training": NETWORKS | {"layouts", "lora", "weights"},
     "metrics": {"core", "formats", "text", "image"},
 }
-"""Room -> the rooms it may import."""
+"""Package -> the packages it may import."""
 ALLOWED["look"] = NETWORKS | {"layouts", "lora", "weights", "pipeline"}
 ALLOWED["recipes"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED)
@@ -61,7 +61,7 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
-def rooms_imported(path: Path) -> set[str]:
+def packages_imported(path: Path) -> set[str]:
     return {name.split(".")[1] for name in imported_names(path) if name.startswith("functional_sd3.")}
 
 
@@ -73,7 +73,7 @@ def modules_imported(path: Path) -> set[str]:
             name = name.rpartition(".")[0]
         modules.add(name)
     own = str(path.relative_to(PACKAGE))
-    later = {f"functional_sd3.{room}" for file, room in LOOKED_UP_LATER if file == own}
+    later = {f"functional_sd3.{package}" for file, package in LOOKED_UP_LATER if file == own}
     return modules - {"", "functional_sd3"} - later
 
 
@@ -104,14 +104,14 @@ def test_no_files_import_each_other_in_a_circle():
     assert circle({name: modules_imported(path) for name, path in MODULES.items()}) == []
 
 
-def test_no_rooms_import_each_other_in_a_circle():
-    rooms: dict[str, set[str]] = {}
+def test_no_packages_import_each_other_in_a_circle():
+    packages: dict[str, set[str]] = {}
     for name, path in MODULES.items():
         if name.count("."):
-            room = name.split(".")[1]
+            package = name.split(".")[1]
             targets = {module.split(".")[1] for module in modules_imported(path)}
-            rooms[room] = rooms.get(room, set()) | (targets - {room})
-    assert circle(rooms) == []
+            packages[package] = packages.get(package, set()) | (targets - {package})
+    assert circle(packages) == []
 
 
 def test_no_test_module_imports_another():
@@ -124,12 +124,12 @@ def test_no_test_module_imports_another():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down_the_page(path):
     parts = path.relative_to(PACKAGE).parts
-    room = parts[0].removesuffix(".py")
-    if room in ("__init__", "__main__"):
+    package = parts[0].removesuffix(".py")
+    if package in ("__init__", "__main__"):
         return
-    upward = rooms_imported(path) - ALLOWED[room] - {room}
+    upward = packages_imported(path) - ALLOWED[package] - {package}
     upward -= {target for file, target in LOOKED_UP_LATER if path == PACKAGE / file}
-    assert not upward, f"{room} must not import {sorted(upward)}"
+    assert not upward, f"{package} must not import {sorted(upward)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -57,7 +57,7 @@ def write(into: Path) -> None:
 
 
 def first_page() -> str:
-    """The package's page: its docstring, the names of `sd3` and the rooms."""
+    """The package's page: its docstring, the names of `sd3` and the packages."""
     names = flat_names()
     rows = [f"| [`sd3.{name}`]({_link(PACKAGE, names[name])}) | {summary(names[name])} |" for name in sorted(names)]
     head = "| name | |\n|---|---|\n"
