@@ -18,6 +18,10 @@ HERE = Path(__file__).parent
 
 def main(options: list[str]) -> int:
     """Runs the rows under pytest-benchmark and returns its exit status."""
+    if {"-h", "--help"} & set(options):
+        # pytest would print its own, of hundreds of lines.
+        print(__doc__.strip())
+        return 0
     names, rest = select(options)
     files = {name: HERE / f"bench_{name}.py" for name in names or table.groups()}
     if "--list" in rest:

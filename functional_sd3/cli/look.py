@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.log:
         return _look_at_logs(arguments, out)
     blocks = attention_blocks(arguments.attention_blocks)
+    if blocks is not None and arguments.attention_steps == 0:
+        raise ValueError("--attention-blocks needs maps of attention, and --attention-steps 0 is none of them")
     if arguments.prompt is None:
         raise ValueError('no prompt; try: functional-sd3 look "a large red circle on a white background"')
     size, tile = options.size(arguments.size), regions.check(arguments)

@@ -26,6 +26,11 @@ def log_page(read: Sequence[Log]) -> str:
         for log in read
         if log.left_out
     ]
+    notes += [
+        f"<p class=note>{html.escape(log.name)}: not plotted: {html.escape(note)}</p>"
+        for log in read
+        for note in log.notes
+    ]
     names = list(dict.fromkeys(name for log in read for name in log.columns))
     cells = [[name, *(_last(log, name) for log in read)] for name in names]
     table = rows_table(["last value", *(log.name for log in read)], cells)

@@ -16,6 +16,9 @@ from functional_sd3.look.plotting import COLOURS, Drawn
 FILE = "log.csv"
 """Name of the log in the folder of a run."""
 _MAX_BYTES = 2**30
+_MAX_STEP = 2.0**53
+_MAX_VALUE = 1e100
+"""Axes of larger numbers overflow; larger values count as infinite."""
 _SMOOTHED = 100
 """A line of more points has its running mean beside it."""
 _NUMBERED = re.compile(r"(.+)_(\d+)")
@@ -29,11 +32,13 @@ _TITLES = {
 
 
 class Log(NamedTuple):
-    """A log: its columns of numbers by name, NaN where a row has none, and the columns that are no numbers."""
+    """A log: its columns of numbers by name, NaN where a row has none, the columns that are no numbers, and sentences
+    on rows and values that no chart shows."""
 
     name: str
     columns: dict[str, list[float]]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> list[float]:
@@ -45,27 +50,37 @@ def read(path: str | os.PathLike[str]) -> Log:
 
     Raises ValueError for a file that is not there or is no CSV with a column `step` and a row.
     """
+    if not os.fspath(path):
+        raise ValueError(f"the path of a log is empty; name a {FILE}, or the folder that it is in")
     place = Path(path)
     place = place / FILE if place.is_dir() else place
     if not place.is_file():
         raise ValueError(f"{place}: there is no such log; train, distill and reward write {FILE} into their --out")
-    text = bounded.read_bytes(place, _MAX_BYTES).decode(errors="replace").replace("\0", "")
+    # Spreadsheets write a byte order mark, which "utf-8-sig" leaves out.
+    text = bounded.read_bytes(place, _MAX_BYTES).decode("utf-8-sig", errors="replace").replace("\0", "")
+    if not text.strip():
+        raise ValueError(f"{place}: is empty; a log is a CSV with a column step")
     try:
         names, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
     except csv.Error as error:
         raise ValueError(f"{place}: is no CSV that can be read: {error}") from error
     if "step" not in names or len(set(names)) < len(names):
-        first = shorten(repr(text.partition("\n")[0]))
+        first = shorten(repr(text.lstrip("\r\n").partition("\n")[0]))
         raise ValueError(f"{place}: its first line, {first}, must name each column once, step among them")
     # A row that was cut short by a crash has fewer values.
-    rows = [row for row in rows if len(row) == len(names)]
-    columns = {name: [_number(row[index]) for row in rows] for index, name in enumerate(names)}
-    kept = [not math.isnan(step) for step in columns["step"]]
+    whole = [row for row in rows if len(row) == len(names)]
+    columns = {name: [_number(row[index]) for row in whole] for index, name in enumerate(names)}
+    kept = [abs(step) <= _MAX_STEP for step in columns["step"]]
     if not any(kept):
         raise ValueError(f"{place}: holds no row with a step")
-    numbers, left_out = {}, []
+    numbers, left_out, notes = {}, [], []
+    if odd := len(rows) - len(whole):
+        notes.append(f"{odd} of {len(rows)} rows have more or fewer values than there are columns")
+    if stepless := len(whole) - sum(kept):
+        notes.append(f"{stepless} of {len(rows)} rows have no step that is a number up to 2^53")
+    steps = [step for step, keep in zip(columns["step"], kept, strict=True) if keep]
     for index, (name, values) in enumerate(columns.items()):
-        texts = [row[index].strip() for row, keep in zip(rows, kept, strict=True) if keep]
+        texts = [row[index].strip() for row, keep in zip(whole, kept, strict=True) if keep]
         values = [value for value, keep in zip(values, kept, strict=True) if keep]
         pairs = zip(texts, values, strict=True)
         words = any(text and math.isnan(value) and text.lower() != "nan" for text, value in pairs)
@@ -73,14 +88,25 @@ def read(path: str | os.PathLike[str]) -> Log:
             left_out.append(name)
         else:
             numbers[name] = values
-    return Log(str(path), numbers, tuple(left_out))
+            # An empty text is a column that the row does not have; a loss that became NaN is news.
+            bad = [
+                step
+                for step, text, value in zip(steps, texts, values, strict=True)
+                if text and not math.isfinite(value)
+            ]
+            if bad:
+                notes.append(
+                    f"{len(bad)} of {len(values)} values of {name} are not finite, the first at step {bad[0]:g}"
+                )
+    return Log(str(path), numbers, tuple(left_out), tuple(notes))
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return math.nan
+    return math.copysign(math.inf, value) if abs(value) > _MAX_VALUE else value
 
 
 def charts(logs: Sequence[Log]) -> dict[str, Drawn]:

@@ -96,7 +96,9 @@ def test_logs_are_compared_in_the_same_plots(logs, capsys):
     [
         (["--log", "nowhere"], "nowhere: there is no such log"),
         (["--log", "no_step.csv"], "must name each column once, step among them"),
-        (["--log", "empty.csv"], "must name each column once, step among them"),
+        (["--log", "empty.csv"], "empty.csv: is empty; a log is a CSV with a column step"),
+        (["--log", ""], "the path of a log is empty"),
+        (["--log", "infinite.csv"], "holds no row with a step"),
         (["--log", "no_rows.csv"], "holds no row with a step"),
         (["--log", "other.csv", "--seed", "3"], "--log plots logs and draws no image: leave out --seed, or --log"),
         (["--log", "other.csv", PROMPT], "leave out PROMPT"),
@@ -108,4 +110,17 @@ def test_every_bad_log_has_a_message(words, said, logs, capsys, monkeypatch):
     (logs / "no_step.csv").write_text("epoch,loss\n1,2\n")
     (logs / "no_rows.csv").write_text("step,loss\n")
     (logs / "empty.csv").write_text("")
+    (logs / "infinite.csv").write_text("step,loss\ninf,1\nnan,1\n")
     assert cli.main(["look", *words]) == 1 and said in capsys.readouterr().err
+
+
+def test_what_no_chart_shows_of_a_log_is_on_the_page(tmp_path):
+    rows = "\ufeffstep,loss,rare\n1,0.5,\n2,nan,3\n3,1e308,\n1e300,1,1\n4,1\n"
+    (tmp_path / "log.csv").write_text(rows)
+    assert cli.main(["look", "--log", str(tmp_path), "--out", f"{tmp_path}/look"]) == 0
+    page = (tmp_path / "look" / "index.html").read_text()
+    assert "2 of 3 values of loss are not finite, the first at step 2" in page
+    assert "1 of 5 rows have more or fewer values than there are columns" in page
+    assert "1 of 5 rows have no step that is a number up to 2^53" in page
+    # A column that only some rows have is no fault.
+    assert "values of rare" not in page
