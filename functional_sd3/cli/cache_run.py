@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from functional_sd3 import weights
-from functional_sd3.cli import report, runtime, train_checks, train_data, train_model, view_options
+from functional_sd3.cli import output, report, runtime, train_checks, train_data, train_model, view_options
 from functional_sd3.cli.train_cache import ENCODED
 from functional_sd3.cli.training_run import say
 from functional_sd3.core import tree
@@ -44,9 +44,8 @@ def _check(arguments: argparse.Namespace) -> None:
     train_checks.check_images(arguments)
     if cache.is_cache(arguments.data):
         raise ValueError(f"--data {arguments.data} is a cache already; name a folder of images")
+    output.check_folder(arguments.out)
     out = Path(arguments.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder, which is made where it is missing")
     others = [] if not out.exists() or cache.is_cache(out) else [each.name for each in out.iterdir()]
     if others := [name for name in others if not name.startswith(".")]:
         raise ValueError(f"--out {out} holds {others[0]} and no cache: name a folder that is new or empty")

@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from functional_sd3.cli import options, report
+from functional_sd3.cli import options, output, report
 
 HELP = "write weights in another layout or dtype"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     suffix = Path(arguments.out).suffix
     if arguments.layout == "diffusers" and suffix in (".safetensors", ".sft") and not Path(arguments.out).is_dir():
         raise ValueError(f"OUT {arguments.out}: --layout diffusers writes a folder; --layout single a {suffix} file")
+    output.check_weights(arguments.out, "OUT")
     shard_bytes = None if arguments.shard_size is None else _bytes(arguments.shard_size)
     import torch
 

@@ -2,10 +2,9 @@
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
-from functional_sd3.cli import memory_options, mesh_options, options, run_options
+from functional_sd3.cli import memory_options, mesh_options, options, output, run_options
 from functional_sd3.training.distill_options import METHODS, OPTIONS, Option, foreign, listed
 
 
@@ -65,5 +64,4 @@ def check(arguments: argparse.Namespace) -> None:
         owners = listed(list(OPTIONS[name].defaults))
         raise ValueError(f"--{name.replace('_', '-')} is for --method {owners}, not for {arguments.method}")
     options.check_params(arguments.params)
-    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
-        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+    output.check_folder(arguments.out)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from functional_sd3.cli import lora_options, options, report
+from functional_sd3.cli import lora_options, options, output, report
 
 HELP = "look into LoRAs, merge them into a model, extract one from a fine-tuned model"
 
@@ -63,6 +63,8 @@ def _info(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     from functional_sd3 import lora, weights
 
+    output.check_folder(arguments.out)
+    output.check_weights(arguments.out)
     files = [lora_options.parse(word, "") for word in arguments.files]
     model = weights.load(arguments.model, dtype="stored", variant=arguments.variant)
     model = lora_options.with_student(arguments.files, model)

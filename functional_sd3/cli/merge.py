@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from functional_sd3.cli import numbers, options, report
+from functional_sd3.cli import numbers, options, output, report
 
 if TYPE_CHECKING:
     from functional_sd3.weights.model import Model
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
+    output.check_folder(arguments.out)
+    output.check_weights(arguments.out)
     from functional_sd3 import weights
     from functional_sd3.weights import merge
 

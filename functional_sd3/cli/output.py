@@ -71,6 +71,24 @@ def check_files(*paths: str | None) -> None:
         check_writable(parent)
 
 
+def check_folder(text: str) -> None:
+    """Raise ValueError for an --out that cannot be the folder of a result: "", which is where one stands, or a file."""
+    if not text.strip():
+        raise ValueError(f"--out {text!r} must be a folder, which is made where it is missing")
+    if Path(text).exists() and not Path(text).is_dir():
+        raise ValueError(f"--out {text} is a file; name a folder, which is made where it is missing")
+
+
+def check_weights(text: str, option: str = "--out") -> None:
+    """Raise ValueError or OSError where no weights can be written, before they are computed: a folder, or a file of
+    safetensors."""
+    if not text.strip():
+        raise ValueError(f"{option} {text!r} must be a folder or a .safetensors file")
+    if Path(text).is_file() and Path(text).suffix.lower() not in (".safetensors", ".sft"):
+        raise ValueError(f"{option} {text} is a file that is no .safetensors; name another, or a folder")
+    check_writable(Path(text).absolute().parent)
+
+
 def check_writable(folder: Path) -> None:
     """Raise OSError where no file can be made in `folder`, or in what exists of the path to it; nothing changes."""
     folder = folder.absolute()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from functional_sd3.cli import options, report
+from functional_sd3.cli import options, output, report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +60,15 @@ def run(arguments: argparse.Namespace) -> int:
             stored[name] = _with_good_products(name, params, trial, arguments)
     if "transformer" in stored and trial:
         _report_velocity(model, stored["transformer"], trial)
-    if arguments.out:
+    if arguments.out is not None:
         weights.save(arguments.out, model._replace(params={**model.params, **stored}), layout="native")
         report.say(arguments.out)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    if arguments.out is not None:
+        output.check_weights(arguments.out)
     if arguments.steps < 0:
         raise ValueError(f"--steps {arguments.steps} must be at least 0")
     if arguments.compute and arguments.format != arguments.compute:

@@ -2,9 +2,8 @@
 
 import argparse
 import math
-from pathlib import Path
 
-from functional_sd3.cli import memory_options, numbers, options
+from functional_sd3.cli import memory_options, numbers, options, output
 from functional_sd3.cli.parser import suggestion
 from functional_sd3.formats.printable import shorten
 from functional_sd3.training.distill_options import listed
@@ -42,8 +41,7 @@ def check(arguments: argparse.Namespace) -> None:
     options.check_params(arguments.params)
     if arguments.prompts is not None:
         options.check_file(arguments.prompts, f"--prompts {shorten(arguments.prompts, 300)}")
-    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
-        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+    output.check_folder(arguments.out)
 
 
 def _check_methods(arguments: argparse.Namespace) -> None:

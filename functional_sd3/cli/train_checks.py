@@ -7,7 +7,15 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from functional_sd3.cli import memory_options, options, run_options, train_objective, train_subjects, view_options
+from functional_sd3.cli import (
+    memory_options,
+    options,
+    output,
+    run_options,
+    train_objective,
+    train_subjects,
+    view_options,
+)
 
 OURS = ("checkpoints", "samples", "log.csv", "prior", "tensorboard")
 """Files in the folder of a run that has not ended."""
@@ -65,8 +73,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.estimate:
         return
     check_images(arguments)
-    if Path(arguments.out).exists() and not Path(arguments.out).is_dir():
-        raise ValueError(f"--out {arguments.out} is a file; name a folder, which is made where it is missing")
+    output.check_folder(arguments.out)
 
 
 def check_estimate(arguments: argparse.Namespace, names: Collection[str]) -> None:

@@ -229,8 +229,8 @@ def test_strokes_of_all_layers_are_white_in_the_mask():
     "upload, words",
     [
         (drawing.Upload(None, [strokes()]), "upload the image first"),
-        (drawing.Upload(b"GIF89a"), "the image not a readable image"),
-        (drawing.Upload(png(picture()), [b"x"]), "the mask not a readable image"),
+        (drawing.Upload(b"GIF89a"), "the image: not a readable image"),
+        (drawing.Upload(png(picture()), [b"x"]), "the mask: not a readable image"),
         (drawing.Upload(b"x" * (2**20 + 1)), "1,048,577 bytes is above the limit of 1 MiB .--max-upload 1"),
     ],
 )
@@ -520,6 +520,38 @@ def test_the_command_prints_its_address_and_leaves_nothing_behind(tmp_path):
         said = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM and "for this machine alone" in said and "Traceback" not in said
     assert not list(tmp_path.glob("functional-sd3-app-*"))
+
+
+def test_the_command_ends_under_a_run(tmp_path):
+    words = [sys.executable, "-m", "functional_sd3", "app", "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        call = f"{process.stdout.readline().strip()}gradio_api/call/v2/generate"
+        event = httpx.post(call, json={"prompts": PROMPT, "steps": 100, "count": 4}, timeout=60).json()["event_id"]
+        with httpx.stream("GET", f"{call.replace('/v2', '')}/{event}", timeout=60) as lines:
+            # Where the first step is shown, the run computes.
+            assert any("step 1 of 100" in line for line in lines.iter_lines())
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "stopped" in said and "terminate" not in said
+    assert not list(tmp_path.glob("functional-sd3-app-*"))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--host", ""], "--host '' must be an address"), (["--block-swap", "-1"], "--block-swap -1 must be a number")],
+    ids=str,
+)
+def test_bad_options_of_the_command_are_named(options, words, capsys):
+    assert cli.main(["app", *options]) == 1 and words in capsys.readouterr().err
+
+
+def test_a_prediction_that_is_not_finite_is_not_shown(served):
+    shown = []
+    with pytest.raises(ValueError, match="values that are not finite"):
+        drawing.draw(served, {"prompts": PROMPT, "cfg": 1e39, "steps": 2}, drawing.Upload(), shown.append)
+    steps = [each.images for each in shown if each.words.startswith("step")]
+    assert len(steps) == 2 and steps[-1] is None
 
 
 def test_options_of_weights_reach_the_model(tmp_path):

@@ -255,3 +255,28 @@ def test_a_reader_that_goes_away_does_not_end_the_drawing(folder, tmp_path):
     process.stderr.close()
     assert process.wait() == 0 and error.count("note: standard output was closed") == 1
     assert len(list((tmp_path / "out").iterdir())) == 7
+
+
+@pytest.mark.parametrize("place", ["", "file"], ids=["none", "a file"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quantize", "tiny", "--out"],
+        ["merge", "tiny", "tiny", "--out"],
+        ["lora", "merge", "tiny", "none.safetensors", "--out"],
+        ["convert", "--layout", "native", "tiny"],
+        ["train", "--data", "shapes", "--steps", "1", "--out"],
+        ["reward", "--reward", "shapes", "--steps", "1", "--out"],
+        ["distill", "--to", "4", "--steps", "1", "--out"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_weights_that_cannot_be_written_are_not_computed(words, place, tmp_path, capsys, monkeypatch):
+    """An empty --out is the folder that one stands in, which a model would fill; a file is noticed before the work."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(weights, "load", lambda *_, **__: pytest.fail("weights were read"))
+    assert cli.main([*words, place]) == 1
+    said = capsys.readouterr().err
+    assert f"{place!r} must be a" in said if not place else "file is a file" in said
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import signal
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from functional_sd3.cli.app import limits, sharing
 HELP = "a page in the browser that draws images of prompts"
 PORT = 7860
 LOOPBACK = "127.0.0.1"
+_ENDING = 5.0
+"""Seconds that a run has for its step when the page ends."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     options.check_params(arguments.params)
+    if not arguments.host.strip():
+        # A socket takes it for every address of this machine.
+        raise ValueError(f"--host {arguments.host!r} must be an address, such as {LOOPBACK}, or 0.0.0.0 for every one")
+    if arguments.block_swap is not None and arguments.block_swap < 0:
+        raise ValueError(f"--block-swap {arguments.block_swap} must be a number of blocks, 0 or more")
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError(
             'the page needs Gradio, which is not installed: pip install "functional_sd3[app]"', name="gradio"
@@ -43,6 +51,20 @@ def run(arguments: argparse.Namespace) -> int:
     # As Ctrl-C does: what was uploaded is removed.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        _serve(arguments)
+    except (KeyboardInterrupt, SystemExit) as error:
+        from functional_sd3.cli.app import streaming
+
+        if not streaming.end_all(_ENDING):
+            # An interpreter that ends while torch computes in another thread aborts the process.
+            report.error("\nstopped")
+            os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130)
+        raise
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> None:
     # Gradio keeps what is uploaded and made in a folder that all of its pages on a machine share; this one has its own.
     with tempfile.TemporaryDirectory(prefix="functional-sd3-app-") as folder:
         sharing.environment(folder)
@@ -55,4 +77,3 @@ def run(arguments: argparse.Namespace) -> int:
                     report.message(line)
                 report.say(running.url)
                 running.wait()
-    return 0

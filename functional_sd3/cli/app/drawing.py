@@ -184,6 +184,8 @@ def steps_shown(served: Served, emit: Callable[[Progress], None], batches: int =
         nonlocal done
         number, steps = info.index + 1, max(info.steps, info.index + 1)
         images = None if served.decoder is None else decode_preview(served.decoder, info.denoised)
+        if images is not None and not torch.isfinite(images).all():
+            images = None  # The run goes on, and its end says it.
         emit(Progress(f"step {number} of {steps}", 0.95 * (done + number / steps) / batches, images))
         done += number == steps
 
@@ -268,7 +270,7 @@ def _read(what: str, content: bytes, limit: int):
     try:
         return files.read_transparent(io.BytesIO(content))
     except ValueError as error:
-        raise ValueError(f"{what} {error}") from None
+        raise ValueError(f"{what}: {error}") from None
 
 
 def _png(image) -> bytes:

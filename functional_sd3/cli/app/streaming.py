@@ -3,6 +3,7 @@
 import contextvars
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -11,6 +12,25 @@ T = TypeVar("T")
 
 class Stopped(BaseException):
     """Raised within a computation whose results nobody awaits any more. No Exception: nothing is to handle it."""
+
+
+class Computation(threading.Thread):
+    """A thread that computes until `closed` is set."""
+
+    def __init__(self, run: Callable[[], None], closed: threading.Event) -> None:
+        super().__init__(target=run, name="functional-sd3 app: drawing", daemon=True)
+        self.closed = closed
+
+
+def end_all(seconds: float) -> bool:
+    """End every computation of this process at its next value; True if all have ended within `seconds`."""
+    running = [thread for thread in threading.enumerate() if isinstance(thread, Computation)]
+    for thread in running:
+        thread.closed.set()
+    until = time.monotonic() + seconds
+    for thread in running:
+        thread.join(max(0.0, until - time.monotonic()))
+    return not any(thread.is_alive() for thread in running)
 
 
 def stream(work: Callable[[Callable[[T], None]], None], *, every: float = 0.5) -> Iterator[T | None]:
@@ -42,7 +62,7 @@ def stream(work: Callable[[Callable[[T], None]], None], *, every: float = 0.5) -
             pass
 
     context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(run,), name="functional-sd3 app: drawing", daemon=True)
+    thread = Computation(lambda: context.run(run), closed)
     thread.start()
     try:
         while True:
