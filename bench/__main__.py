@@ -35,7 +35,7 @@ def main(options: list[str]) -> int:
     if not options:
         written.append(f"--benchmark-json={HERE / 'results.json'}")
     if "--cpu-time" in rest:
-        rest = ["--threads=1", "--benchmark-timer=time.process_time", *rest]
+        rest = ["--threads=1", "--benchmark-timer=bench.timing.processor_time", *rest]
     fixed = ["-o", "python_files=bench_*.py", "-o", "addopts=--import-mode=importlib", "-W", "ignore", "-p", "no:xdist"]
     # Its table has our times alone, under the names of the tests; conftest.py prints the rows instead.
     quiet = ["-q", "--benchmark-quiet", "--benchmark-disable-gc", "-p", "no:cacheprovider"]

@@ -39,7 +39,7 @@ def same_threads(request):
 @pytest.fixture
 def versus(benchmark, request):
     option = request.config.getoption
-    clock = time.process_time if option("--cpu-time") else time.perf_counter
+    clock = timing.processor_time if option("--cpu-time") else time.perf_counter
 
     def write(row):
         request.config.stash[ROWS].extend(table.rows_of(row))

@@ -1,5 +1,8 @@
 """bench/RESULTS.md: its rows are those of the code, one table a setting; rows are written one by one."""
 
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -186,3 +189,11 @@ def test_the_training_rows_for_a_gpu_run_in_a_small_size(tmp_path):
     lines = out.read_text(encoding="utf-8").splitlines()[6:]
     assert len(lines) == len(gpu_training.FULL) + 1 and lines[-1].startswith("| LoRA of rank 16")
     assert all(float(line.split(" | ")[3].strip("*")) > 0 for line in lines)
+
+
+def test_processor_time_has_that_of_processes_that_have_ended():
+    code = "import time\nwhile time.process_time() < 0.3: pass"
+    own, whole = time.process_time(), timing.processor_time()
+    subprocess.run([sys.executable, "-S", "-c", code], check=True)
+    taken, own = timing.processor_time() - whole, time.process_time() - own
+    assert taken - own >= 0.25
