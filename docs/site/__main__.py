@@ -19,6 +19,8 @@ import terms
 import yaml
 
 HERE = Path(__file__).resolve().parent
+MADE = ("index.html", "search.json")
+"""Files of every site that this program built."""
 BUILD = sources.ROOT / "build" / "docs"
 
 
@@ -40,10 +42,22 @@ def assemble() -> Path:
     return path
 
 
+def refusal(site: Path) -> str:
+    """The sentence for a folder that must not be replaced, as a site was not what filled it; "" for any other."""
+    if site.exists() and not site.is_dir():
+        return f"{site} is a file; name a folder for the site"
+    if site.is_dir() and any(site.iterdir()) and not all((site / name).is_file() for name in MADE):
+        return f"{site} holds files and no site, and would be replaced: name a folder that is new or empty"
+    return ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the documentation as a site.")
     parser.add_argument("site", nargs="?", type=Path, default=sources.ROOT / "site", help="folder (default site/)")
     site = parser.parse_args().site
+    if reason := refusal(site):
+        print(reason, file=sys.stderr)
+        return 2
     words = ["zensical", "build", "--strict", "--clean", "-f", str(assemble())]
     done = subprocess.run([str(Path(sys.executable).with_name(words[0])), *words[1:]], capture_output=True, text=True)
     print(done.stdout, end="")

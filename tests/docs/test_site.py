@@ -3,6 +3,7 @@
 import importlib
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -119,6 +120,16 @@ def test_dead_links_and_what_is_loaded_from_elsewhere_are_found(site, tmp_path, 
     (tmp_path / "index.html").write_text(body)
     (tmp_path / "b.html").write_text('<p id="there">')
     assert site("check").problems(tmp_path) == said
+
+
+def test_only_a_site_is_replaced_by_one(tmp_path):
+    """`python docs/site FOLDER` with a folder of other things would delete them."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    for place, said in ((tmp_path, "holds files and no site"), (tmp_path / "thesis.txt", "is a file")):
+        words = [sys.executable, str(FOLDER), str(place)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and said in done.stderr and str(place) in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
 def _paths(navigation) -> list[str]:
