@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from functional_sd3 import pipeline, weights
-from functional_sd3.cli import options, precision, report, runtime, train_estimate
+from functional_sd3.cli import options, precision, report, runtime, train_checks, train_estimate
+from functional_sd3.cli.parser import subparser
 from functional_sd3.core import tree
 from functional_sd3.formats import default_dtype
 from functional_sd3.formats.default_dtype import Default
@@ -20,12 +21,20 @@ from functional_sd3.pipeline.estimate import Choice
 from functional_sd3.weights import shipped
 
 GB = 1e9
+_COUNTED = {"params", "variant", "dtype", "device", "offload", "block_swap", "size", "prompt", "count", "batch", "cfg",
+            "guidance", "steps"}  # fmt: skip
+"""Options of `generate` that the estimate reads."""
+_WITHOUT_MEMORY = {"estimate", "seed", "negative", "variation", "out", "quiet", "debug", "timeout", "run", "leaf"}
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table. Raises ValueError for a size that the model cannot draw."""
     options.check_swap(arguments)
     paths = arguments.params or [shipped.NAME]
+    if train_estimate.released_config(paths) is None:
+        train_checks.check_estimate_params(paths, train_estimate.TRANSFORMERS)
+    if others := not_counted(arguments):
+        report.note(f"what {' and '.join(others)} may need is not in these numbers")
     config, stored, is_quantized = _model(paths, arguments.variant)
     choice = choice_of(arguments, config, stored, is_quantized)
     factor = vae.factor(require(config, "vae"))
@@ -41,6 +50,13 @@ def run(arguments: argparse.Namespace) -> int:
     for name, each in rows:
         report.say(" ".join([f"{name:<{width}}", *(f"{number / GB:>11.2f}" for number in _numbers(config, each))]))
     return 0
+
+
+def not_counted(arguments: argparse.Namespace) -> list[str]:
+    """The options that are given, may need memory and are not read."""
+    usual = vars(subparser("generate").parse_args([]))
+    given = [name for name, value in vars(arguments).items() if name in usual and value != usual[name]]
+    return [f"--{name.replace('_', '-')}" for name in given if name not in _COUNTED | _WITHOUT_MEMORY]
 
 
 def choice_of(arguments: argparse.Namespace, config: Config, stored: torch.dtype, is_quantized: bool) -> Choice:

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from functional_sd3.cli import (
@@ -83,11 +83,17 @@ def check_estimate(arguments: argparse.Namespace, names: Collection[str]) -> Non
         raise ValueError(f"--size {arguments.size} must be a side in pixels, such as 512")
     if arguments.data not in (None, "shapes"):
         check_data(arguments.data)
-    if not (arguments.params and len(arguments.params) == 1 and arguments.params[0] in names):
-        try:
-            options.check_params(arguments.params)
-        except ValueError as error:
-            raise ValueError(f"{error}; --estimate knows {', '.join(names)} by name") from error
+    check_estimate_params(arguments.params, names)
+
+
+def check_estimate_params(params: Sequence[str] | None, names: Collection[str]) -> None:
+    """Raises ValueError for a --params that is neither there nor the one name of a released model."""
+    if params and len(params) == 1 and params[0] in names:
+        return
+    try:
+        options.check_params(params)
+    except ValueError as error:
+        raise ValueError(f"{error}; --estimate knows {', '.join(names)} by name") from error
 
 
 def check_images(arguments: argparse.Namespace) -> None:

@@ -184,3 +184,16 @@ def test_inspect_says_what_is_no_image_of_ours(tmp_path, capsys):
     assert "not a readable image" in capsys.readouterr().err
     assert run("inspect", tmp_path / "none.png") == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--params", "sd3.5-large", "--lora", "x", "--seed", "3"], "what --lora may need is not in these numbers"),
+        (["--params", "sd3.5-larg"], "--estimate knows sd3-medium, sd3.5-medium, sd3.5-large by name"),
+    ],
+    ids=str,
+)
+def test_an_estimate_names_what_it_does_not_count_or_know(words, said, capsys):
+    cli.main(["generate", "--estimate", *words])
+    assert said in capsys.readouterr().err
