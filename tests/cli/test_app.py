@@ -546,6 +546,13 @@ def test_bad_options_of_the_command_are_named(options, words, capsys):
     assert cli.main(["app", *options]) == 1 and words in capsys.readouterr().err
 
 
+def test_the_largest_side_is_of_sizes_that_are_not_given_too():
+    small = served_model("--quiet", "--max-size", "32")
+    for upload in (drawing.Upload(), drawing.Upload(png(picture()))):
+        with pytest.raises(ValueError, match="width 64 is above the limit of 32 pixels .--max-size 32"):
+            drawing.draw(small, SHORT, upload, lambda state: None)
+
+
 def test_a_prediction_that_is_not_finite_is_not_shown(served):
     shown = []
     with pytest.raises(ValueError, match="values that are not finite"):

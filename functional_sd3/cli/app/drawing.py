@@ -109,6 +109,14 @@ def parse(served: Served, made: Settings) -> argparse.Namespace:
     return arguments
 
 
+def plan_sides(made: Settings, uploaded: dict[str, bytes]) -> dict[str, int]:
+    """Width and height that a plan draws, by name: those of its size, else of the uploaded image."""
+    from PIL import Image
+
+    size = options.size(str(made["size"])) if "size" in made else Image.open(io.BytesIO(uploaded[START])).size
+    return dict(zip(("width", "height"), size or (), strict=False))
+
+
 class Planned(NamedTuple):
     """A run that is read and checked, and about to be computed."""
 
@@ -140,6 +148,8 @@ def planned(served: Served, values: fields.Values, upload: Upload, emit: Callabl
             emit(Progress("reads the prompt", 0.0))
             opened = session.adapted_session(arguments, Timer(), served.read)
             plan = generate.plan_of(arguments, opened, arguments.prompt, options.size(arguments.size), None)
+            # Also of a size that was not given: the model's own, or that of the uploaded image.
+            limits.check_sides(served.limits, plan_sides(plan.settings, uploaded))
             recorder = records.recorder(opened, arguments)
             shown: Settings = {**plan.settings, **own}
 

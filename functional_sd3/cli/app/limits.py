@@ -42,8 +42,7 @@ def of(arguments: argparse.Namespace, own_side: int, largest: int) -> Limits:
 
 def check(limits: Limits, prompts: Sequence[str], count: int, steps: int, sides: dict[str, int]) -> None:
     """Raise ValueError for a request beyond the limits; sides: of its image, by name."""
-    for name, side in sides.items():
-        check_number(f"{name} {side}", side, limits.side, "--max-size", "pixels")
+    check_sides(limits, sides)
     check_number(f"steps {steps}", steps, limits.steps, "--max-steps", "steps")
     images = len(prompts) * count
     what = f"count {count}" if len(prompts) == 1 else f"{len(prompts)} prompts, one a line, with count {count}:"
@@ -52,6 +51,12 @@ def check(limits: Limits, prompts: Sequence[str], count: int, steps: int, sides:
     for prompt in prompts:
         if len(prompt) > TEXT:
             raise ValueError(f"the prompt {shorten(repr(prompt))} has {len(prompt):,} characters, above {TEXT:,}")
+
+
+def check_sides(limits: Limits, sides: dict[str, int]) -> None:
+    """Raise ValueError for a side of an image, by name, beyond the limit."""
+    for name, side in sides.items():
+        check_number(f"{name} {side}", side, limits.side, "--max-size", "pixels")
 
 
 def check_number(what: str, value: int, limit: int, flag: str, unit: str) -> None:
