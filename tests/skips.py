@@ -13,6 +13,7 @@ REMEDIES = {
     "could not import 'openvino'": "pip install '.[bench]'",
     "could not import": "make test installs it; by hand: pip install '.[test]'",
     "AVIF": "install a Pillow with AVIF (those of its project for common systems have it)",
+    "products of int8": "run on a processor with VNNI, AMX or I8MM, and oneDNN not held to less",
     "AVX512": "run on an x86 processor with AVX512",
     "MKL": "use a build of PyTorch with MKL (those for x86 have it)",
     "oneDNN": "use a build of PyTorch with oneDNN",

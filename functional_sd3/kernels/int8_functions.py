@@ -109,6 +109,10 @@ def _dequantized(stored: Sequence[Tensor], like: Tensor) -> Tensor:
 
 @functools.cache
 def product():
-    """int8 (rows, inner), int8 (inner, columns) -> int32 (rows, columns)."""
-    ones = torch.ones(2, 2, dtype=torch.int8, device="cpu")
-    return private("torch._int_mm", ones, ones)
+    """int8 (rows, inner), int8 (inner, columns) -> int32 (rows, columns); None where PyTorch has none that is right.
+
+    oneDNN held to AVX2 (DNNL_MAX_CPU_ISA) sums pairs in 16 bits, which large numbers do not fit.
+    """
+    large = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
+    multiply = private("torch._int_mm", large, large.t())
+    return None if multiply is None or (multiply(large, large.t()) != 64 * 127**2).any() else multiply

@@ -8,7 +8,7 @@ import torch
 
 from functional_sd3 import cli, weights
 from functional_sd3.core import tree
-from functional_sd3.kernels import int8
+from functional_sd3.kernels import int8, int8_functions
 from functional_sd3.weights import quantize
 from tests import choices, models
 
@@ -58,6 +58,8 @@ def test_without_a_place_to_write_it_only_reports(folder, tmp_path, capsys, monk
 
 
 def test_products_of_int8_are_measured_refused_where_bad_and_drawn_with(folder, tmp_path, capsys, monkeypatch):
+    if int8_functions.product() is None:
+        pytest.skip("needs products of int8 that are right")
     choices.use(monkeypatch)
     monkeypatch.setattr(quantize, "SMALLEST_PRODUCT", 32 * 64)
     model, small = weights.load(folder), tmp_path / "small"

@@ -5,10 +5,13 @@ import torch
 
 from functional_sd3 import lora, weights
 from functional_sd3.core import layers, prng, transform, tree
+from functional_sd3.kernels import int8_functions
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import quantize
 from functional_sd3.weights.product_errors import product_errors
 from tests import choices, models
+
+pytestmark = pytest.mark.skipif(int8_functions.product() is None, reason="needs products of int8 that are right")
 
 
 @pytest.fixture(scope="module")
