@@ -160,7 +160,8 @@ EXAMPLES = {
 OPTIONS = {"winograd.conv2d": {"padding": 1}}
 NEEDS_NVIDIA = {"cuda.linear_activation", "cuda.threefry", "cuda.gaussian"}
 NEEDS_BFLOAT16 = set() if onednn.has_bfloat16() else {"onednn.linear_bfloat16", "onednn.linear_activation_bfloat16"}
-"""Kernels of instructions that this processor lacks."""
+NEEDS_INT8 = {name for name in KERNELS if name.startswith("int8.") and int8_functions.product() is None}
+"""Kernels of instructions that this processor lacks, as NEEDS_BFLOAT16."""
 HAS_NVIDIA = torch.cuda.is_available() and torch.version.hip is None
 UNFIT = {name for name in KERNELS if name.startswith("cuda.")} | {"onednn.differentiable"}
 """Kernels for other machines and other choices than those of these tests."""
@@ -194,7 +195,7 @@ def test_a_kernel_equals_its_formula_and_changes_only_what_the_formula_changes(n
         pytest.skip("needs a GPU of Nvidia's")
     if name in NEEDS_BFLOAT16:
         pytest.skip("needs a processor with AVX512")
-    if name.startswith("int8.") and int8_functions.product() is None:
+    if name in NEEDS_INT8:
         pytest.skip("needs products of int8 that are right")
     operation, kernel = KERNELS[name]
     if name in ("onednn.differentiable", "onednn.in_graph"):
@@ -307,7 +308,7 @@ def test_a_kernel_runs_only_for_those_who_may_be_given_it(watcher, monkeypatch):
     tracking, watch = WATCHERS[watcher]
     for name, (operation, kernel) in KERNELS.items():
         writes = name in WRITES and watcher not in ("nothing", "plain", "a dispatch mode")
-        if name in INTEGER | NEEDS_NVIDIA | NEEDS_BFLOAT16 or writes:
+        if name in INTEGER | NEEDS_NVIDIA | NEEDS_BFLOAT16 | NEEDS_INT8 or writes:
             continue
         called = []
         recorded = kernel._replace(
@@ -327,7 +328,7 @@ def test_a_kernel_runs_only_for_those_who_may_be_given_it(watcher, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name, (_, kernel) in KERNELS.items() if "compiler" in kernel.tracking])
 def test_a_compiler_is_given_its_own_kernels_and_no_others(name, monkeypatch):
-    if name.startswith("int8.") and int8_functions.product() is None:
+    if name in NEEDS_INT8:
         pytest.skip("needs products of int8 that are right")
     operation, kernel = KERNELS[name]
     arguments = moved(EXAMPLES[name][0], "cpu")
