@@ -115,4 +115,8 @@ def product():
     """
     large = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
     multiply = private("torch._int_mm", large, large.t())
-    return None if multiply is None or (multiply(large, large.t()) != 64 * 127**2).any() else multiply
+    try:
+        is_right = multiply is not None and bool((multiply(large, large.t()) == 64 * 127**2).all())
+    except RuntimeError:  # In a tracer's mode numbers cannot be read.
+        is_right = False
+    return multiply if is_right else None
