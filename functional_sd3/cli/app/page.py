@@ -116,13 +116,7 @@ def _draw_tab(served: Served) -> tuple[dict[str, Any], gr.ImageEditor]:
         def work(emit: Callable[[Progress | Drawn], None]) -> None:
             emit(drawing.draw(served, values, uploaded(start, upload), emit))
 
-        for state in _streamed(work):
-            if isinstance(state, str):
-                yield gr.skip(), gr.skip(), gr.skip(), view.failed(state)
-            elif isinstance(state, Drawn):
-                yield _written(state.files), state.command, view.notes(state.notes), view.drawn(state)
-            else:
-                yield gr.skip(), gr.skip(), gr.skip(), view.progress(state)
+        yield from _outputs(work, view.drawn)
 
     started = gr.on(
         [draw.click, made["prompts"].submit], _named(run, list(made)), inputs_kwargs=made,
@@ -154,13 +148,7 @@ def _look_tab(served: Served, made: dict[str, Any], start: gr.ImageEditor) -> No
         def work(emit: Callable[[Progress | Looked], None]) -> None:
             emit(looking.look(served, values, uploaded(start, upload), emit))
 
-        for state in _streamed(work):
-            if isinstance(state, str):
-                yield gr.skip(), gr.skip(), gr.skip(), view.failed(state)
-            elif isinstance(state, Looked):
-                yield _written(state.files), state.command, view.notes(state.notes), view.framed(state.html)
-            else:
-                yield gr.skip(), gr.skip(), gr.skip(), view.progress(state)
+        yield from _outputs(work, lambda looked: view.framed(looked.html))
 
     started = draw.click(
         _named(run, list(made)), inputs_kwargs=made, outputs=[files, command, notes, shown], api_name="look",
@@ -255,6 +243,19 @@ def _streamed(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
         words = failures.sentence(error)
         yield words
         raise gr.Error(words, visible=False, print_exception=False) from error
+
+
+def _outputs(
+    work: Callable[[Callable[[Any], None]], None], show: Callable[[Any], str]
+) -> Iterator[tuple[Any, Any, Any, str]]:
+    """Of each state of a run: files, command and notes, which the last state alone has, and the HTML that shows it."""
+    for state in _streamed(work):
+        if isinstance(state, str):
+            yield gr.skip(), gr.skip(), gr.skip(), view.failed(state)
+        elif isinstance(state, Progress):
+            yield gr.skip(), gr.skip(), gr.skip(), view.progress(state)
+        else:
+            yield _written(state.files), state.command, view.notes(state.notes), show(state)
 
 
 def _files(label: str, place: str) -> gr.File:
