@@ -168,7 +168,7 @@ def check_swap(arguments: argparse.Namespace) -> None:
         return
     if arguments.block_swap < 0:
         raise ValueError(f"--block-swap {arguments.block_swap} must be a number of blocks, 0 or more")
-    if arguments.compile:
+    if getattr(arguments, "compile", False):
         raise ValueError("--block-swap copies a block's weights when it is computed, which --compile does not: leave "
                          "out one")  # fmt: skip
     if getattr(arguments, "mesh", None):

@@ -42,8 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.host.strip():
         # A socket takes it for every address of this machine.
         raise ValueError(f"--host {arguments.host!r} must be an address, such as {LOOPBACK}, or 0.0.0.0 for every one")
-    if arguments.block_swap is not None and arguments.block_swap < 0:
-        raise ValueError(f"--block-swap {arguments.block_swap} must be a number of blocks, 0 or more")
+    options.check_swap(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError(
             'the page needs Gradio, which is not installed: pip install "functional_sd3[app]"', name="gradio"
