@@ -111,9 +111,7 @@ def parse(served: Served, made: Settings) -> argparse.Namespace:
 
 def plan_sides(made: Settings, uploaded: dict[str, bytes]) -> dict[str, int]:
     """Width and height that a plan draws, by name: those of its size, else of the uploaded image."""
-    from PIL import Image
-
-    size = options.size(str(made["size"])) if "size" in made else Image.open(io.BytesIO(uploaded[START])).size
+    size = options.size(str(made["size"])) if "size" in made else files.read(io.BytesIO(uploaded[START])).size
     return dict(zip(("width", "height"), size or (), strict=False))
 
 
