@@ -194,3 +194,14 @@ def test_loading_weights_loads_no_compiler(tmp_path):
     )
     command = [sys.executable, "-c", script, str(tmp_path / "x.safetensors")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_images_are_opened_in_one_module():
+    opening = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Attribute) and ast.unparse(node).endswith("Image.open")
+            imported = isinstance(node, ast.ImportFrom) and node.module == "PIL.Image"
+            if named or imported and any(alias.name == "open" for alias in node.names):
+                opening.add(str(path.relative_to(PACKAGE)))
+    assert opening == {"image/files.py"}

@@ -1,6 +1,5 @@
 """Image files: every mode and format is read as viewers display it, within bounds of memory."""
 
-import ast
 import io
 import os
 import struct
@@ -9,7 +8,6 @@ import sys
 import tracemalloc
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy
 import pytest
@@ -17,20 +15,8 @@ from PIL import Image, features
 
 from functional_sd3.image import files, folders
 
-PACKAGE = Path(__file__).resolve().parents[2] / "functional_sd3"
 RED = (220, 40, 40)
 KINDS = ("read", "read_transparent", "read_deep", "read_texts")
-
-
-def test_images_are_opened_in_one_module():
-    opening = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            named = isinstance(node, ast.Attribute) and ast.unparse(node).endswith("Image.open")
-            imported = isinstance(node, ast.ImportFrom) and node.module == "PIL.Image"
-            if named or imported and any(alias.name == "open" for alias in node.names):
-                opening.add(str(path.relative_to(PACKAGE)))
-    assert opening == {"image/files.py"}
 
 
 @pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
