@@ -58,16 +58,18 @@ def windowed(size: tuple[int, int], radius: int) -> Attend:
 def linear(streams: Sequence[Stream]) -> list[Tensor | None]:
     """Linear attention (Katharopoulos et al. 2020, arXiv:2006.16236): f(q) (f(k)^T v) / (f(q) sum f(k)), f = elu + 1.
 
-    Time and memory linear in the tokens. Not what a model with softmax attention was trained with.
+    Time and memory linear in the tokens. Not what a model with softmax attention was trained with. Sums are at least
+    float32: over some thousand tokens those of float16 overflow.
     """
     key = torch.cat([stream.key for stream in streams], dim=2)
     value = torch.cat([stream.value for stream in streams], dim=2)
-    features = F.elu(key) + 1
-    summary, total = features.transpose(-1, -2) @ value, features.sum(2, keepdim=True).transpose(-1, -2)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    features = F.elu(key.to(dtype)) + 1
+    summary, total = features.transpose(-1, -2) @ value.to(dtype), features.sum(2, keepdim=True).transpose(-1, -2)
 
     def attended(query: Tensor) -> Tensor:
-        features = F.elu(query) + 1
-        return (features @ summary) / (features @ total)
+        features = F.elu(query.to(dtype)) + 1
+        return ((features @ summary) / (features @ total)).to(value.dtype)
 
     return [None if stream.query is None else attended(stream.query) for stream in streams]
 

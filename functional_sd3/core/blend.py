@@ -10,7 +10,10 @@ def slerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
     sin((1 - a) w) / sin(w) start + sin(a w) / sin(w) end with w the angle between them (Shoemake 1985, "Animating
     rotation with quaternion curves"). Between two Gaussian noises it is one, where the chord has too little variance.
     Parallel, opposed and zero vectors, which have no arc, are mixed along the chord, where equal vectors stay equal.
+    Computed in float32 at least: in float16 the square of the length of 65,504 normal numbers overflows.
     """
+    dtype = start.dtype
+    start, end = (side.to(torch.promote_types(side.dtype, torch.float32)) for side in (start, end))
     amount = torch.as_tensor(amount, dtype=start.dtype, device=start.device)
     amount = amount.reshape(amount.shape + (1,) * (start.ndim - 1)) if amount.ndim else amount
     axes = tuple(range(1, start.ndim))
@@ -21,7 +24,7 @@ def slerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
     angle = torch.acos(torch.where(has_arc, cosine, 0.0))
     sine = torch.sin(angle)
     arc = torch.sin((1 - amount) * angle) / sine * start + torch.sin(amount * angle) / sine * end
-    return torch.where(has_arc, arc, torch.lerp(start, end, amount))
+    return torch.where(has_arc, arc, torch.lerp(start, end, amount)).to(dtype)
 
 
 def ramp(length: int, overlap: int, *, rises: bool, falls: bool, like: Tensor) -> Tensor:

@@ -108,27 +108,29 @@ def decode_tiled(params: Params, config: Config, latents: Tensor, *, tile: int =
     """`decode` in overlapping tiles, blended linearly: memory grows with the tile, not with the image.
 
     `tile` and `overlap` are sides in latents, 0 <= overlap < tile. Near seams the result differs a little from
-    `decode`, whose middle attention is over the whole image. An image no larger than a tile is decoded whole.
+    `decode`, whose middle attention is over the whole image. An image no larger than a tile is decoded whole. The
+    tiles are summed in float32 at least; the result has the dtype of `decode`.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap {overlap} must be at least 0 and below the tile size {tile}")
     height, width = latents.shape[-2:]
     scale = factor(config)
-    total = latents.new_zeros(latents.shape[0], 3, height * scale, width * scale)
-    weight = latents.new_zeros(height * scale, width * scale)
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    total = latents.new_zeros(latents.shape[0], 3, height * scale, width * scale, dtype=dtype)
+    weight = latents.new_zeros(height * scale, width * scale, dtype=dtype)
     for top in _tile_starts(height, tile, overlap):
         for left in _tile_starts(width, tile, overlap):
             bottom, right = min(top + tile, height), min(left + tile, width)
             part = decode(params, config, latents[..., top:bottom, left:right])
             seam = overlap * scale
             ramp = torch.outer(
-                blend.ramp((bottom - top) * scale, seam, rises=top > 0, falls=bottom < height, like=part),
-                blend.ramp((right - left) * scale, seam, rises=left > 0, falls=right < width, like=part),
+                blend.ramp((bottom - top) * scale, seam, rises=top > 0, falls=bottom < height, like=weight),
+                blend.ramp((right - left) * scale, seam, rises=left > 0, falls=right < width, like=weight),
             )
             window = (slice(top * scale, bottom * scale), slice(left * scale, right * scale))
             total[(..., *window)] += part * ramp
             weight[window] += ramp
-    return total / weight
+    return (total / weight).to(latents.dtype)
 
 
 def sample(posterior: Posterior, key: Key) -> Tensor:

@@ -1,6 +1,5 @@
 """Charts of a run: the grid of times, norms of the velocities, shares of attention, seconds."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -153,8 +152,3 @@ def _over_t(axes: Any, upwards: str) -> None:
 
 def _branch(name: str) -> str:
     return {"positive": "prompt", "negative": "negative prompt"}.get(name, name)
-
-
-def evenly_labelled(times: Sequence[float]) -> list[str]:
-    """Times with two decimals."""
-    return [f"{t:.2f}" for t in times]

@@ -14,25 +14,19 @@ from torch import Tensor
 
 from functional_sd3.core.attention import Implementation, Stream, joint_attention
 from functional_sd3.parallel import collectives
-from functional_sd3.parallel.mesh import Mesh
-from functional_sd3.parallel.replicated import enter, join, own_part, part_sizes
+from functional_sd3.parallel.replicated import join, own_part, part_sizes
 from functional_sd3.parallel.transport import Group, group_size
 
 Attend = Callable[[list[Stream]], list[Tensor | None]]
 """Attention of a list of streams: one tensor (batch, heads, tokens, head_dim) each, None for one without queries."""
 
 
-def split(image: Tensor, mesh: Mesh) -> Tensor:
+def own(image: Tensor, group: Group) -> Tensor:
     """This process's tokens of an image (batch, tokens, ...) that is the same on all: of 5 on 2 processes, 3 and 2.
 
+    The image must depend on its inputs through `replicated.enter` alone, which sums its gradients over the processes.
     Raises ValueError for fewer tokens than processes.
     """
-    group = mesh.group("sequence")
-    return own(enter(image, group), group)
-
-
-def own(image: Tensor, group: Group) -> Tensor:
-    """`split` of an image that is computed of what passed through `replicated.enter`."""
     return image if group is None else own_part(image, group, 1, token_sizes(image.shape[1], group))
 
 

@@ -15,9 +15,10 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def lerp(start: Tensor, end: Tensor, amount: float | Tensor) -> Tensor:
-    """start + amount (end - start), and `end` itself for 1."""
-    amount = broadcast(torch.as_tensor(amount, dtype=start.dtype, device=start.device), start)
-    return (1 - amount) * start + amount * end
+    """start + amount (end - start), and `end` itself for 1; computed in float32 at least, in the dtype of `start`."""
+    dtype = torch.promote_types(start.dtype, torch.float32)
+    amount = broadcast(torch.as_tensor(amount, dtype=dtype, device=start.device), start)
+    return ((1 - amount) * start + amount * end).to(start.dtype)
 
 
 def mix_conditions(start: Conditions, end: Conditions, amount: float | Tensor, mix: Mix = lerp) -> Conditions:
@@ -29,7 +30,7 @@ def mix_conditions(start: Conditions, end: Conditions, amount: float | Tensor, m
     def vectors(first: Tensor, second: Tensor) -> Tensor:
         if first.shape[1:] != second.shape[1:]:
             raise ValueError(f"prompts of {first.shape[1]} and {second.shape[1]} tokens cannot be mixed")
-        each = torch.as_tensor(amount, dtype=first.dtype, device=first.device)
+        each = torch.as_tensor(amount, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
         if first.ndim == 3 and each.ndim:
             each = each.repeat_interleave(first.shape[1])
         width = first.shape[-1]

@@ -19,6 +19,15 @@ def test_slerp_is_exact_at_its_ends_and_keeps_what_is_equal():
         torch.testing.assert_close(blend.slerp(start, zero, amount), (1 - amount) * start)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_slerp_of_16_bits_is_that_of_float64_rounded(dtype):
+    noise = torch.randn(2, 2, 70_000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = blend.slerp(*noise.double(), 0.3)
+    mixed = blend.slerp(*noise, 0.3)
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(mixed.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 @pytest.mark.parametrize(("length", "overlap"), [(8, 3), (8, 0), (4, 6)])
 def test_ramps_of_neighbours_meet(length, overlap):
     like = torch.zeros(1, dtype=torch.float64)

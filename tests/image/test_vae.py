@@ -52,6 +52,14 @@ def test_tiles_blend_to_a_constant_image_without_seams():
     torch.testing.assert_close(decoded, expected)
 
 
+def test_tiles_of_16_bits_blend_to_a_constant_image_to_the_bit():
+    constant = tree.map(torch.zeros_like, vae.init(prng.key(0), CONFIG, dtype=torch.bfloat16))
+    constant["decoder"]["conv_out"]["bias"] = torch.tensor([0.1, 0.2, 0.3], dtype=torch.bfloat16)
+    decoded = vae.decode_tiled(constant, CONFIG, torch.zeros(1, 16, 13, 9, dtype=torch.bfloat16), tile=5, overlap=3)
+    expected = constant["decoder"]["conv_out"]["bias"][None, :, None, None].expand(1, 3, 104, 72)
+    assert decoded.dtype == torch.bfloat16 and torch.equal(decoded, expected)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -113,6 +113,14 @@ def test_linear_attention_equals_its_weights_written_out():
     assert velocity(attend=attention_variants.linear).isfinite().all()
 
 
+def test_linear_attention_of_many_tokens_does_not_overflow_float16():
+    stream = Stream(*(random(seed, 1, 1, 4096, 64) for seed in (1, 2, 3)))
+    expected = attention_variants.linear([Stream(*(part.double() for part in stream))])[0]
+    (attended,) = attention_variants.linear([Stream(*(part.half() for part in stream))])
+    assert attended.dtype == torch.float16
+    torch.testing.assert_close(attended.double(), expected, rtol=1e-2, atol=1e-4)
+
+
 def test_cached_keys_and_values_are_attended_to_beside_the_streams():
     memory = Stream(None, random(7, 1, 2, 5, 8), random(8, 1, 2, 5, 8))
     hidden = memory._replace(key=torch.zeros_like(memory.key), value=torch.zeros_like(memory.value))

@@ -102,7 +102,7 @@ def lipschitz(velocity: Velocity, x: Tensor, t: Tensor, key: Key, *, probes: int
 
 def lipschitz_between(velocity: Velocity, x: Tensor, other: Tensor, t: Tensor) -> Tensor:
     """|v(x, t) - v(other, t)| / |x - other| of each pair of samples, (batch,): no Lipschitz constant is below it."""
-    change = (velocity(x, t) - velocity(other, t)).flatten(1).norm(dim=1)
+    change = (velocity(x, t).to(x.dtype) - velocity(other, t).to(x.dtype)).flatten(1).norm(dim=1)
     return change / (x - other).flatten(1).norm(dim=1)
 
 
@@ -129,7 +129,7 @@ def singular_values(
         raise ValueError(f"count {count} must be between 1 and the {size} elements of a sample")
 
     def field(x: Tensor) -> Tensor:
-        return velocity(x, t)
+        return velocity(x, t).to(x.dtype)
 
     _, pullback = transform.vjp(field, x)
 

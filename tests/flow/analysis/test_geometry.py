@@ -130,6 +130,16 @@ def test_the_jacobian_of_a_linear_field_has_the_singular_values_of_its_matrix():
         torch.testing.assert_close(image, actual.values[:, k, None, None] * actual.left[k])
 
 
+def test_a_velocity_of_16_bits_is_analysed_in_the_dtype_of_x():
+    def halved(x, t):
+        return (0.5 * x).to(torch.bfloat16)
+
+    x, other = normal((2, 8)).float().unbind()
+    values = geometry.singular_values(halved, x[None], HALF, prng.key(0), count=2).values
+    torch.testing.assert_close(values, torch.full((1, 2), 0.5), rtol=1e-2, atol=0)
+    assert geometry.lipschitz_between(halved, x[None], other[None], HALF).dtype == torch.float32
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 2**31), st.floats(0.0, 1.0))
 def test_few_probes_come_close_to_the_norm_of_the_jacobian_from_below_and_pairs_never_pass_it_by(seed, time):
