@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from functional_sd3.core.clean_state import NoThreadError, in_clean_state
+
 Tracking = Literal["none", "autograd", "compiler", "other"]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -117,7 +119,10 @@ def private(path: str, *trial: Any, missing: Any = None, **options: Any) -> Any:
     """
     try:
         function: Any = functools.reduce(getattr, path.split(".")[1:], torch)
-        function(*trial, **options)
+        try:
+            in_clean_state(lambda: function(*trial, **options))
+        except NoThreadError:
+            function(*trial, **options)
     except Exception:  # A changed function may raise anything.
         return missing
     return function

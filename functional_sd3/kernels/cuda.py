@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functional_sd3.core import dispatch, layers, prng
+from functional_sd3.core.clean_state import once_per_process
 from functional_sd3.core.types import Params
 
 
@@ -168,7 +169,7 @@ def _elementwise(code: str, outputs: int) -> Callable[..., Any]:
     return on_their_device
 
 
-@functools.cache
+@once_per_process
 def _jiterator():
     return dispatch.private("torch.cuda.jiterator._create_multi_output_jit_fn", _DOUBLED, 1)
 
@@ -177,13 +178,13 @@ def _has_jiterator() -> bool:
     return _jiterator() is not None
 
 
-@functools.cache
+@once_per_process
 def _addmm_activation():
     ones = torch.ones(2, 2, dtype=torch.float32, device="cuda")
     return dispatch.private("torch._addmm_activation", ones[0], ones, ones, use_gelu=True)
 
 
-@functools.cache
+@once_per_process
 def _foreach_copy():
     zeros = [torch.zeros(1, dtype=torch.float32, device="cpu")]
     return dispatch.private("torch._foreach_copy_", zeros, zeros)

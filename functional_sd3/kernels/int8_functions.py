@@ -8,7 +8,6 @@ The sums are scaled block by block of rows, while they are in the cache: 1,024 r
 of which the product takes 18.6, and all rows at once 30.7.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sd3.core import layers
+from functional_sd3.core.clean_state import once_per_process
 from functional_sd3.core.dispatch import is_plain, private
 from functional_sd3.kernels import products
 from functional_sd3.kernels.linear_functions import Product
@@ -107,7 +107,7 @@ def _dequantized(stored: Sequence[Tensor], like: Tensor) -> Tensor:
     return layers.dequantized_weight({"weight": weight, "scale": scale}, like.dtype)
 
 
-@functools.cache
+@once_per_process
 def product():
     """int8 (rows, inner), int8 (inner, columns) -> int32 (rows, columns); None where PyTorch has none that is right.
 
@@ -115,8 +115,4 @@ def product():
     """
     large = torch.full((16, 64), 127, dtype=torch.int8, device="cpu")
     multiply = private("torch._int_mm", large, large.t())
-    try:
-        is_right = multiply is not None and bool((multiply(large, large.t()) == 64 * 127**2).all())
-    except RuntimeError:  # In a tracer's mode numbers cannot be read.
-        is_right = False
-    return multiply if is_right else None
+    return multiply if multiply is not None and bool((multiply(large, large.t()) == 64 * 127**2).all()) else None

@@ -4,11 +4,10 @@ oneDNN computes an activation while its input is in the cache, which PyTorch doe
 CPU otherwise spends a third of the time of the product.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
+from functional_sd3.core.clean_state import once_per_process
 from functional_sd3.core.dispatch import private
 from functional_sd3.core.types import Params
 from functional_sd3.kernels import linear as functions
@@ -116,7 +115,7 @@ def linear_activation_bfloat16(params: Params, x: Tensor, activation: str) -> Te
     return y.unflatten(0, x.shape[:-1])
 
 
-@functools.cache
+@once_per_process
 def has_bfloat16() -> bool:
     """True where oneDNN multiplies bfloat16, if only by emulation: with AVX512 and more."""
     return bool(private("torch.ops.mkldnn._is_mkldnn_bf16_supported", missing=lambda: False)())

@@ -13,13 +13,13 @@ oneDNN's took 1.28 times as long for 1,357 tokens on Zen 4. In bfloat16 oneDNN's
 `python -m bench.products` measures the machine at hand and prints its line of `TABLE`.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sd3.core.clean_state import once_per_process
 from functional_sd3.core.dispatch import is_plain, private
 from functional_sd3.kernels.operators import define
 from functional_sd3.kernels.processor import AMD, INTEL, Processor, identify
@@ -138,7 +138,7 @@ def is_enabled() -> bool:
     return backend.is_available() and bool(backend.enabled) and pointwise() is not None
 
 
-@functools.cache
+@once_per_process
 def pointwise():
     """oneDNN's linear layer with an activation: (x (rows, inputs), weight, bias or None, activation, [], algorithm)."""
     ones = torch.ones(2, 2, dtype=torch.float32, device="cpu")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from functional_sd3.core.dispatch import in_forward_mode, in_mode, private
+from functional_sd3.core.clean_state import once_per_process
+from functional_sd3.core.dispatch import in_forward_mode, private
 
 _is_reverse_wanted: ContextVar[bool] = ContextVar("is_reverse_wanted", default=True)
 
@@ -47,7 +48,7 @@ class FlatFunction(Function):
 def is_available() -> bool:
     """True if functions have classes of one level here. By PyTorch's general rule plain operations in a function's jvp
     lose the tangents of outer levels, as those of jvp(jvp): such functions are for where this is True."""
-    return _is_complete and (torch.compiler.is_compiling() or in_mode() or _is_correct())
+    return _is_complete and (torch.compiler.is_compiling() or _is_correct())
 
 
 def fits_forward_mode(x: Tensor) -> bool:
@@ -124,18 +125,15 @@ def _below(call: Callable[[], Any]) -> Any:
 
 
 def _is_correct() -> bool:
-    """True if x^3 has the right derivatives: PyTorch promises none of the names that are used here.
-
-    Not called in a tracer's mode, where numbers cannot be read.
-    """
+    """True if x^3 has the right derivatives: PyTorch promises none of the names that are used here."""
     try:
         return _is_correct_under_transforms()
     except RuntimeError:
-        # Within `forward_ad.dual_level` PyTorch refuses jvp: it is not wrong, and is asked again outside.
+        # Within `forward_ad.dual_level` PyTorch refuses jvp: it is not wrong, and is tried again outside.
         return _is_correct_in_dual_level()
 
 
-@functools.cache
+@once_per_process
 def _is_correct_under_transforms() -> bool:
     x = torch.full((), 2.0, dtype=torch.float64, device="cpu")
     along = (torch.ones_like(x),)
@@ -150,7 +148,7 @@ def _is_correct_under_transforms() -> bool:
     return second.item() == mixed.item() == forward.item() == 12.0
 
 
-@functools.cache
+@once_per_process
 def _is_correct_in_dual_level() -> bool:
     x = torch.full((), 2.0, dtype=torch.float64, device="cpu")
     try:

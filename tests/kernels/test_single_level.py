@@ -54,11 +54,11 @@ def test_a_class_is_made_once_for_a_function():
 
 
 def test_a_changed_pytorch_is_noticed(monkeypatch):
-    single_level._is_correct_under_transforms.cache_clear()
+    single_level._is_correct_under_transforms.cached.cache_clear()
     monkeypatch.setattr(single_level, "_set_allowed", lambda allowed: None)
     assert not single_level._is_correct()
     monkeypatch.undo()
-    single_level._is_correct_under_transforms.cache_clear()
+    single_level._is_correct_under_transforms.cached.cache_clear()
     assert single_level._is_correct()
 
 
@@ -78,8 +78,8 @@ def test_a_tangent_has_a_graph_only_where_gradients_are_on(wanted):
 
 def test_a_first_call_within_a_dual_level_says_nothing_of_later_ones():
     """PyTorch refuses a jvp there."""
-    single_level._is_correct_under_transforms.cache_clear()
+    single_level._is_correct_under_transforms.cached.cache_clear()
     with torch.autograd.forward_ad.dual_level():
         assert single_level._is_correct()
-    assert not single_level._is_correct_under_transforms.cache_info().currsize
+    assert not single_level._is_correct_under_transforms.cached.cache_info().currsize
     assert single_level._is_correct()
