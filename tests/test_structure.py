@@ -1,7 +1,10 @@
 """Packages: imports point down the page only, and importing the program costs what torch costs."""
 
 import ast
+import functools
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -46,19 +49,35 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in FILES}
 
 
-def imported_names(path: Path) -> set[str]:
-    """The full names that a file imports anywhere in it, inside functions and for the type checker too."""
-    names: set[str] = set()
+class Facts(NamedTuple):
+    """Facts of a file's syntax tree that several tests read, so that each file is parsed once."""
+
+    imported: frozenset[str]
+    """Full names that are imported anywhere in the file, inside functions and for the type checker too."""
+    docstrings: tuple[tuple[int, str], ...]
+    """Line and text of each docstring, those below constants and fields too."""
+
+
+@functools.cache
+def facts(path: Path) -> Facts:
+    imported: set[str] = set()
+    docstrings = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = path.relative_to(PACKAGE.parent).parts[: -node.level]
             module = ".".join([*package, *([node.module] if node.module else [])])
-            names |= {f"{module}.{alias.name}" for alias in node.names}
+            imported |= {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstrings.append((node.lineno, node.value.value))
+    return Facts(frozenset(imported), tuple(docstrings))
+
+
+def imported_names(path: Path) -> frozenset[str]:
+    return facts(path).imported
 
 
 def packages_imported(path: Path) -> set[str]:
@@ -205,3 +224,21 @@ def test_images_are_opened_in_one_module():
             if named or imported and any(alias.name == "open" for alias in node.names):
                 opening.add(str(path.relative_to(PACKAGE)))
     assert opening == {"image/files.py"}
+
+
+def test_docstrings_begin_with_the_object_that_they_describe():
+    """NAMES: the first sentence of a docstring names the object, and does not begin with a relative clause."""
+    riddle = re.compile(r"\s*(What|Who|Whom|Whether|Where|How|Of|That of|Those|Its|As `|Raise)\b")
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line} {text.strip()[:60]}"
+        for path in FILES
+        for line, text in facts(path).docstrings
+        if riddle.match(text)
+    ]
+    assert not found, f"name the object, and write 'Raises ValueError', not 'Raise': {found}"
+
+
+def test_comments_begin_with_their_subject():
+    riddle = re.compile(r"^\s*# ?(What|Who|Whom|Of what|Of which|Where nobody)\b", re.MULTILINE)
+    found = {str(path.relative_to(PACKAGE)): riddle.findall(path.read_text()) for path in FILES}
+    assert not any(found.values()), {path: words for path, words in found.items() if words}

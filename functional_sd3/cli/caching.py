@@ -61,7 +61,7 @@ def check(arguments: argparse.Namespace, adaptive: tuple[str, ...]) -> None:
 
 
 def check_steps(arguments: argparse.Namespace, method: str, *, is_student: bool) -> None:
-    """Raise ValueError for a model whose method has no steps to leave out; note a cache that leaves out none.
+    """Raises ValueError for a model whose method has no steps to leave out; notes a cache that leaves out none.
 
     method: the method of the run, once what the model says of it is known, as --steps is then. is_student: True for a
     model that was distilled to few steps.

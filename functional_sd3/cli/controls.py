@@ -59,7 +59,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(text: str) -> ControlSpec:
-    """ValueError where the words are not of the form, the kind is unknown or a number is none."""
+    """Raises ValueError where the words are not of the form, the kind is unknown or a number is none."""
     from functional_sd3.transformer import controlnet
 
     match = _FORM.fullmatch(text)

@@ -60,7 +60,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     differences = lambda saved: _differences(saved, settings)  # noqa: E731
     if arguments.resume:
         check_continuing(arguments, differences)
-    # What the first process has just encoded or drawn is read as that of a resumed run is.
+    # Embeddings and samples of the first process are read as those of a resumed run are.
     reading = arguments if is_first else argparse.Namespace(**{**vars(arguments), "resume": True})
     if distill_methods.METHODS[options.method].has_pairs:
         # The first process draws them alone.
@@ -80,7 +80,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
 
 
 def _options(arguments: argparse.Namespace, stored: Model, dtype: torch.dtype | None) -> distill_task.Settings:
-    """The settings; ValueError where the model of --params cannot be distilled so, naming the option."""
+    """The settings. Raises ValueError where the model of --params cannot be distilled so, naming the option."""
     levels = stored.config.schedule or schedule.Config()
     if levels.distillation == "segments" and (arguments.inner is not None or arguments.shift is not None):
         raise ValueError(

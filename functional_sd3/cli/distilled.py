@@ -29,7 +29,7 @@ class Given(argparse.Action):
 
 
 def check_flow(config: "Config", what: str) -> None:
-    """Raise ValueError where the model's velocity is not that of a flow at one time; what: whose need of it it is."""
+    """Raises ValueError where the model's velocity is not that of a flow at one time; what: whose need of it it is."""
     kind = config.schedule.distillation if config.schedule else None
     if kind in _LEADS_TO:
         raise ValueError(
@@ -39,7 +39,7 @@ def check_flow(config: "Config", what: str) -> None:
 
 
 def check_training(config: "Config") -> None:
-    """Raise ValueError for a student, which the objective of `train` would make neither a student nor a flow."""
+    """Raises ValueError for a student, which the objective of `train` would make neither a student nor a flow."""
     kind = config.schedule.distillation if config.schedule else None
     if kind not in (None, "reflow"):
         raise ValueError(
@@ -78,7 +78,7 @@ def reward_defaults(arguments: argparse.Namespace, config: "Config") -> argparse
 
 
 def _check_method(option: str, name: str | None, config: "Config") -> None:
-    """Raise ValueError where an integrator would evaluate a student where it was not trained."""
+    """Raises ValueError where an integrator would evaluate a student where it was not trained."""
     kind = config.schedule.distillation if config.schedule else None
     fitting = {"segments": ("euler",), "consistency": ("euler", "euler_renoised")}.get(kind or "")
     if fitting and name not in (None, *fitting):

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 HELP = "change an image from one prompt to another"
 DEFAULTS = {"steps": 28, "cfg": 5.0, "source_cfg": 1.0, "eta": 0.9, "window": "0-0.25"}
-"""Of `pipeline.edit`, known here without torch."""
+"""Defaults of `pipeline.edit`, known here without torch."""
 DIRECT_DEFAULTS = {"steps": 50, "cfg": 13.5, "source_cfg": 3.5, "strength": 0.66}
-"""Of `pipeline.flow_edit`."""
+"""Defaults of `pipeline.flow_edit`."""
 _RECORDED = ("seed", "size", "eta", "window", "source_cfg", "exact", "direct", "strength")
 
 

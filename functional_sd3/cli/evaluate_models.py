@@ -166,7 +166,7 @@ def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, str]:
     device = runtime.device(arguments.device)
     options |= {"dtype": runtime.dtype(arguments.dtype), "device": device, "variant": arguments.variant}
     if "only" not in options:
-        # What is measured is the images that `generate` draws; a VAE alone, how exact it is.
+        # A whole model is measured by the images that `generate` draws, a VAE alone by its reconstructions.
         options["dtype"], arguments.dtype = precision.choose(arguments, source, device)
     model = weights.load(source, **options)
     return model, " and ".join(source)

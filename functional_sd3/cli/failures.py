@@ -93,7 +93,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def sentence(error: BaseException, given: CommandLine | None = None) -> str:
-    """What went wrong, in words; given: the command line, whose options may be what to change."""
+    """Sentence on what went wrong; given: the command line, whose options may be what to change."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if is_out_of_memory(error):
         advice = [words for option, words in _SAVING if given is not None and hasattr(given.options, option)]

@@ -138,7 +138,7 @@ def _draw(
 
 
 class Plan(NamedTuple):
-    """What the images of a run share.
+    """Settings that the images of a run share.
 
     size: width and height in pixels. settings: for their record. request: (jobs, on_step) -> the request of some.
     """

@@ -60,8 +60,8 @@ def not_counted(arguments: argparse.Namespace) -> list[str]:
 
 
 def choice_of(arguments: argparse.Namespace, config: Config, stored: torch.dtype, is_quantized: bool) -> Choice:
-    """What a command line draws."""
-    # What another machine needs can be known on this one.
+    """The `Choice` of a command line, by which the memory of its run is estimated."""
+    # The memory of another machine can be estimated on this one.
     device = torch.device(arguments.device) if arguments.device in ("cuda", "mps") else runtime.device(arguments.device)
     size = options.size(arguments.size)
     height, width = pipeline.latent_size(config, *(size[::-1] if size else ()))

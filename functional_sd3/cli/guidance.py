@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     """The guidance function of a name, and its options."""
 
     function: str
-    """Its name in `flow.guidance`."""
+    """Name of the function in `flow.guidance`."""
     options: Mapping[str, Callable[[str], Any]]
     """Option -> what reads its value; named as the function's arguments, with hyphens."""
     begins: bool = False
@@ -88,7 +88,10 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(text: str) -> GuidanceSpec:
-    """ValueError where the name or an option is unknown, a value cannot be read, or one that is needed is missing."""
+    """The name and options of a guidance.
+
+    Raises ValueError where the name or an option is unknown, a value cannot be read, or a needed one is missing.
+    """
     name, _, rest = text.partition(":")
     if name not in KINDS:
         near = suggestion(name, KINDS)
@@ -117,7 +120,7 @@ def scale(number: float) -> float:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for words that make no sense; note what is without effect because a scale is at most 1."""
+    """Raises ValueError for words that make no sense; notes what is without effect because a scale is at most 1."""
     specs = [parse(text) for text in getattr(arguments, "guidance", ())]
     begins = next((spec for spec in specs if KINDS[spec.name].begins), None)
     if begins is None:

@@ -18,7 +18,7 @@ DESCRIPTION = 0x010E
 """The EXIF tag ImageDescription."""
 _DEFAULTS = {"negative": "", "cfg": 5.0, "dtype": "auto"}
 _OLD_DIRECT = {"source_cfg": 2.0, "strength": 0.66}
-"""Of `edit --direct` in images that do not say: now every edit records them."""
+"""Defaults of `edit --direct` for images without a record of them: now every edit records them."""
 _POSITIONAL = ("subcommand", "picture", "prompts")
 _DRAWING = ("generate", "edit", "interpolate")
 _UNRECORDED = {
@@ -48,7 +48,7 @@ class Job(NamedTuple):
     amount: float = 0.0
 
     def settings(self) -> Settings:
-        """Its part of the settings in its image, beside the prompt."""
+        """Settings of this job for its image, beside the prompt."""
         moved = {} if self.variation_seed is None else {"variation": f"{self.variation_seed}:{self.amount!r}"}
         return {"seed": self.seed, **moved}
 
@@ -118,7 +118,7 @@ def lines(name: str, part: Any, indent: str = "") -> Iterator[str]:
 
 
 def check(settings: Any) -> None:
-    """Raise ValueError unless the settings are a command line of `generate`, `edit` or `interpolate`.
+    """Raises ValueError unless the settings are a command line of `generate`, `edit` or `interpolate`.
 
     Each name must be a recorded option of that command, and each value one that its parser reads.
     """

@@ -127,7 +127,7 @@ def _draw(opened: "Session", request: "Request", arguments: argparse.Namespace) 
 
 
 def _check(arguments: argparse.Namespace) -> list[int]:
-    """The seeds; ValueError for options that make no sense."""
+    """The seeds. Raises ValueError for options that make no sense."""
     seeds = [_seed(word, arguments.seeds) for word in arguments.seeds.split(",")]
     prompts = len(arguments.prompts)
     if arguments.trajectory:

@@ -149,7 +149,7 @@ def attention_blocks(text: str | None) -> tuple[int, ...] | None:
 
 
 def check_plots() -> None:
-    """Raise ValueError where matplotlib is not installed, before anything is drawn."""
+    """Raises ValueError where matplotlib is not installed, before anything is drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             'look draws with matplotlib, which is not installed: pip install "functional_sd3[look]" (or matplotlib)'

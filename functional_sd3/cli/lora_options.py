@@ -59,7 +59,7 @@ def parse(text: str, option: str = "--lora ") -> LoraSpec:
 
 
 def check(texts: Sequence[str]) -> None:
-    """Raise ValueError for options that make no sense, WeightsError for files that hold no LoRA: before models load."""
+    """Raises ValueError for options that make no sense, WeightsError for files without a LoRA, before models load."""
     from functional_sd3 import lora
 
     for spec in map(parse, texts):

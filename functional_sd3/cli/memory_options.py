@@ -100,7 +100,7 @@ def check_full(arguments: argparse.Namespace) -> None:
 
 
 def update_rule(arguments: argparse.Namespace) -> "UpdateRule":
-    """How the command line has parameters updated."""
+    """Update rule of the command line: optimiser, dtype of the weights, updates in the backward pass."""
     import torch
 
     from functional_sd3.training.update_rule import UpdateRule

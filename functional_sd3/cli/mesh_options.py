@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 AXES = ("data", "fsdp")
 """The axes that a batch is divided along."""
 WITHIN = ("sequence", "tensor")
-"""Those that one image is divided along."""
+"""Mesh axes along which the work of one image is divided."""
 
 
 def add_arguments(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:

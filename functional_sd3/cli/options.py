@@ -63,7 +63,7 @@ class _Swap(argparse.Action):
 
 
 def add_params(parser: argparse.ArgumentParser) -> None:
-    """For every command that reads one model, which several paths may make up."""
+    """--params, for every command that reads one model, which several paths may make up."""
     parser.add_argument(
         "--params",
         metavar="PATH",
@@ -75,7 +75,7 @@ def add_params(parser: argparse.ArgumentParser) -> None:
 
 
 def add_variant(parser: argparse.ArgumentParser) -> None:
-    """For every command that reads a model."""
+    """--variant, for every command that reads a model."""
     parser.add_argument(
         "--variant", metavar="NAME", help="of the files in a folder of weights that has several, such as fp16"
     )
@@ -148,7 +148,7 @@ def settings(arguments: argparse.Namespace) -> image_settings.Settings:
 
 
 def check_run(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for options of a run that make no sense together; note those that have no effect.
+    """Raises ValueError for options of a run that make no sense together; notes those that have no effect.
 
     Without torch, so that a mistyped word costs no time.
     """
@@ -163,7 +163,7 @@ def check_run(arguments: argparse.Namespace) -> None:
 
 
 def check_swap(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for a --block-swap that makes no sense, alone or with another option."""
+    """Raises ValueError for a --block-swap that makes no sense, alone or with another option."""
     if arguments.block_swap is None:
         return
     if arguments.block_swap < 0:
@@ -176,7 +176,7 @@ def check_swap(arguments: argparse.Namespace) -> None:
 
 
 def check_file(path: str, what: str) -> None:
-    """Raise ValueError, beginning with `what`, where an input is no file: what it is, or the nearest name."""
+    """Raises ValueError, beginning with `what`, where an input is no file: what it is, or the nearest name."""
     if os.path.isfile(path):
         return
     if os.path.isdir(path):
@@ -187,14 +187,14 @@ def check_file(path: str, what: str) -> None:
 
 
 def check_method(name: str | None) -> None:
-    """Raise ValueError where there is no integrator of that name; None is the model's own."""
+    """Raises ValueError where there is no integrator of that name; None is the model's own."""
     if name is not None and name not in METHODS:
         near = nearest(name, METHODS)
         raise ValueError(f"--method {shorten(repr(name))} must be one of {', '.join(METHODS)}{near}")
 
 
 def check_params(paths: Sequence[str] | None) -> None:
-    """Raise ValueError for a --params that is not there, with the name that is nearest to it."""
+    """Raises ValueError for a --params that is not there, with the name that is nearest to it."""
     for path in paths or ():
         if path in SHIPPED or os.path.lexists(path):
             continue

@@ -49,7 +49,7 @@ def destination(text: str | None, suffixes: Sequence[str] = IMAGES) -> tuple[Pat
 
 
 def check_fits(path: Path, width: int, height: int) -> None:
-    """Raise ValueError where an image of this size is too large for the form that the suffix of `path` names."""
+    """Raises ValueError where an image of this size is too large for the form that the suffix of `path` names."""
     longest = _MAX_SIDE.get(path.suffix.lower())
     if longest is not None and max(width, height) > longest:
         raise ValueError(
@@ -59,7 +59,7 @@ def check_fits(path: Path, width: int, height: int) -> None:
 
 
 def check_files(*paths: str | None) -> None:
-    """Raise ValueError or OSError for a file that cannot be written, before the work rather than after it."""
+    """Raises ValueError or OSError for a file that cannot be written, before the work rather than after it."""
     for path in paths:
         if path is None or path == "-":
             continue
@@ -72,7 +72,7 @@ def check_files(*paths: str | None) -> None:
 
 
 def check_folder(text: str) -> None:
-    """Raise ValueError for an --out that cannot be the folder of a result: "", which is where one stands, or a file."""
+    """Raises ValueError for an --out that cannot be the folder of a result: "" (the current folder) or a file."""
     if not text.strip():
         raise ValueError(f"--out {text!r} must be a folder, which is made where it is missing")
     if Path(text).exists() and not Path(text).is_dir():
@@ -80,7 +80,7 @@ def check_folder(text: str) -> None:
 
 
 def check_weights(text: str, option: str = "--out") -> None:
-    """Raise ValueError or OSError where no weights can be written, before they are computed: a folder, or a file of
+    """Raises ValueError or OSError where no weights can be written, before they are computed: a folder, or a file of
     safetensors."""
     if not text.strip():
         raise ValueError(f"{option} {text!r} must be a folder or a .safetensors file")
@@ -90,7 +90,7 @@ def check_weights(text: str, option: str = "--out") -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError where no file can be made in `folder`, or in what exists of the path to it; nothing changes."""
+    """Raises OSError where no file can be made in `folder`, or in what exists of the path to it; nothing changes."""
     folder = folder.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -57,7 +57,7 @@ def _every(text: str) -> float:
 
 
 def check(arguments: argparse.Namespace, out: Path, *, single: bool) -> None:
-    """Raise ValueError for a decoder without previews or that is not there, and where previews would replace an image.
+    """Raises ValueError for a decoder without previews or that is not there, and where previews would replace an image.
 
     out: where the images go, `single`: as one file. Without torch.
     """

@@ -49,14 +49,14 @@ def settings(arguments: argparse.Namespace) -> image_settings.Settings:
 
 
 def check(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    """The side and overlap of tiles; ValueError for words that make no sense, before anything is loaded."""
+    """The side and overlap of tiles. Raises ValueError for words that make no sense, before anything is loaded."""
     for text in arguments.region:
         parse(text)
     return tile(arguments.tile)
 
 
 def parse(text: str) -> RegionSpec:
-    """ValueError where the words are not of the form."""
+    """Raises ValueError where the words are not of the form."""
     place, equals, prompt = text.partition("=")
     place, _, weight = place.partition("@")
     box = _BOX.fullmatch(place.strip())

@@ -60,12 +60,12 @@ def add(group: argparse._ActionsContainer, **defaults: Any) -> None:
 
 
 def add_images(group: argparse._ActionsContainer, *, pictures: int) -> None:
-    """What images a model learns from, and their captions."""
+    """Options of the images that a model learns from, and of their captions."""
     add(group, size=None, template="a photo of a {}", caption=None, follow=None, pictures=pictures)
 
 
 def check_images(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for an option of captions with the shapes; note one of the shapes with a folder."""
+    """Raises ValueError for an option of captions with the shapes; notes one of the shapes with a folder."""
     given = {*getattr(arguments, "given", ()), *(name for name in ("caption", "follow") if getattr(arguments, name))}
     if arguments.data == "shapes":
         for name in ("template", "caption", "follow"):

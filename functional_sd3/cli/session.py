@@ -113,7 +113,7 @@ def adapted_session(arguments: argparse.Namespace, timer: Timer, read: ReadModel
 
 
 def _check_mesh(arguments: argparse.Namespace, config: Config, mesh: Mesh) -> None:
-    """Raise ValueError for a mesh over which this run cannot be divided."""
+    """Raises ValueError for a mesh over which this run cannot be divided."""
     tensor.check_heads(require(config, "transformer").heads, mesh.size("tensor"))
     guided = 1 if arguments.cfg <= 1 and not arguments.guidance else 2
     rows = guided * min(arguments.batch, arguments.count * max(1, len(arguments.prompt)))
@@ -154,7 +154,7 @@ def _own_parts(
 
 
 def image_size(session: Session, size: tuple[int, int] | None, *, bounded: bool = True) -> tuple[int, int]:
-    """Width and height in pixels of what is drawn; ValueError where the model cannot draw it (`bounded`: at once)."""
+    """Width and height of images in pixels. Raises ValueError where the model cannot draw them (`bounded`: at once)."""
     height, width = pipeline.latent_size(session.config, *(size[::-1] if size else ()), bounded=bounded)
     factor = vae.factor(require(session.config, "vae"))
     return width * factor, height * factor

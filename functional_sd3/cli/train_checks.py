@@ -77,7 +77,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def check_estimate(arguments: argparse.Namespace, names: Collection[str]) -> None:
-    """As `check`, of what --estimate reads: no data and no folder are needed, and --params may be one of `names`."""
+    """`check` of the options that --estimate reads: no data or folder is needed, and --params may be one of `names`."""
     check(arguments)
     if arguments.size is not None and arguments.size < 1:
         raise ValueError(f"--size {arguments.size} must be a side in pixels, such as 512")

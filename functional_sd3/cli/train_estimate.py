@@ -72,7 +72,7 @@ def released_config(paths: Sequence[str]) -> Config | None:
 
 
 def choice_of(arguments: argparse.Namespace) -> Choice:
-    """What a command line computes."""
+    """The `Choice` of a command line, by which the memory of its run is estimated."""
     return _choice(arguments, *_model(arguments))
 
 

@@ -1,4 +1,4 @@
-"""What `train` reads beside the images of --data: masks, control images, images of the class and those held out."""
+"""Inputs of `train` beside the images of --data: masks, control images, images of the class and those held out."""
 
 import argparse
 from collections import Counter

@@ -113,7 +113,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
     if arguments.part == "vae":
         return setup(vae_task.vae_task(key, model, images, options, mesh=mesh))
     with_ids = options.text_encoders or options.inversion is not None
-    # What the first process has just encoded is read as that of a resumed run is.
+    # Embeddings of the first process are read as those of a resumed run are.
     reading = arguments if is_first else argparse.Namespace(**{**vars(arguments), "resume": True})
     data, captions, prior, held_out = train_extras.training_sets(
         reading, reader, images, extras, options.control, settings, say, with_ids=with_ids

@@ -17,7 +17,7 @@ _DRAWN = "canny"
 """The kind whose control images are computed from the images themselves."""
 _OTHERS = {"control": "trains a ControlNet beside a frozen model", "inversion": "trains a word's vectors"}
 _WITH: dict[str, tuple[str, ...]] = {"control": (), "inversion": ("lora",)}
-"""What else may learn with these."""
+"""Further parts that may learn with these."""
 _BELONGS = {
     "control": ("control_data", "control_depth", "canny"),
     "inversion": ("initial_word", "vectors", "inversion_t5", "word_lr"),

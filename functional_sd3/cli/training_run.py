@@ -257,7 +257,7 @@ def save_result(out: Path, state: State, setup: Setup) -> Path:
     if setup.save is not None:
         return setup.save(out, state)
     if setup.lora:
-        # What an objective learns beside is no part of it.
+        # Parameters that an objective learns for itself are no part of the model.
         adapters = {name: part for name, part in state.ema.items() if name in SPECS}
         lora.save(out / LORA, adapters, metadata=setup.lora_metadata, differences=True)
         return out / LORA

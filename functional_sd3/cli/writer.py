@@ -70,7 +70,7 @@ def write(
 
 
 def check_fits(out: Path, size: tuple[int, int], count: int) -> None:
-    """Raise ValueError where the grid of `count` images of this width and height is too large for the form of `out`."""
+    """Raises ValueError where the grid of `count` images of this size (width, height) is too large for `out`."""
     columns = math.ceil(math.sqrt(count))
     output.check_fits(out, columns * (size[0] + 2) - 2, -(-count // columns) * (size[1] + 2) - 2)
 

@@ -1,6 +1,6 @@
-"""How the blocks of a network are computed: the same values and gradients, with other memory.
+"""Computation of a network's blocks (materialised, rematerialised, divided): equal values and gradients, other memory.
 
-A `Computation` belongs to a component of a model and stands in the model's config, which every objective and the
+A `Computation` belongs to a component of a model and is kept in the model's config, which every objective and the
 pipeline have, so that none of them needs arguments for it.
 """
 
@@ -25,8 +25,8 @@ class Computation:
     materialize: applied to the parameters of one block inside the function that `block_transform` gets, and to those
     outside of blocks: sharded -> gathered, on the host -> on the device, stored -> computed. block_transform: applied
     to the function that applies one block, such as `transform.remat`. mesh: a `parallel.mesh.Mesh`, over whose axes
-    tensor and sequence the work of every block is divided. layout: a `parallel.sharding.Layout` of the parameters where
-    they are parts, which `materialize` and `mesh` are for; no argument.
+    tensor and sequence the work of every block is divided. layout: a `parallel.sharding.Layout` where the parameters
+    are parts of the whole, for which `materialize` and `mesh` are; it is not passed to the network.
     """
 
     materialize: Materialize | None = None
@@ -64,7 +64,7 @@ def cast(params: Params, computation: Computation, dtype: torch.dtype | None) ->
 
 
 def cast_model(params: Params, config: Any, dtype: torch.dtype | None) -> tuple[Params, Any]:
-    """As `cast`, of all components of a model, whose computations are in its config: parameters, a changed config."""
+    """Parameters and config of a whole model with its values in `dtype`: `cast` of every component."""
     computations = getattr(config, "computations", {})
     if dtype is None or not computations:
         return (params if dtype is None else layers.cast(params, dtype)), config

@@ -9,7 +9,7 @@ from functional_sd3.core.dispatch import is_concrete
 
 
 class Decided(NamedTuple):
-    """What is known of a condition (batch,) on the host."""
+    """Values of a condition (batch,) as far as the host knows them."""
 
     any: bool
     """False if it holds for no sample."""
@@ -21,8 +21,11 @@ NONE = Decided(False, False)
 
 
 def read(condition: Tensor) -> Decided:
-    """Whether the condition holds for some and for all samples, which waits for the device; where it cannot be read
-    (vmap, compile, the capture of a CUDA graph) it may hold for any, and not for all: take it by `torch.where`."""
+    """The condition (batch,) read on the host, which waits for the device.
+
+    Where it cannot be read (vmap, compile, the capture of a CUDA graph) the result is (any=True, all=False), so that
+    the caller computes both sides and selects by `torch.where`.
+    """
     capturing = condition.is_cuda and torch.cuda.is_current_stream_capturing()
     if type(condition) is not Tensor or not is_concrete(condition) or capturing:
         return Decided(True, False)

@@ -142,7 +142,7 @@ def private_operator(path: str, arguments: str) -> Any:
 
 
 def tracking(*tensors: Tensor) -> Tracking:
-    """What tracks these tensors: "none"; "autograd", eager reverse mode only; "compiler"; or "other".
+    """Tracking of these tensors: "none"; "autograd", eager reverse mode only; "compiler"; or "other".
 
     "other" is everything with rules of its own: a transform of torch.func, forward-mode derivatives, mapped backward
     passes, autocast, any dispatch mode (FlopCounterMode) or function mode, tensor subclasses.

@@ -60,7 +60,7 @@ class _Again:
 
 
 class _View(NamedTuple):
-    """Where a saved tensor is in the memory of a leaf."""
+    """View of a saved tensor in the memory of a leaf."""
 
     again: _Again
     number: int

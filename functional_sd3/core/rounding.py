@@ -35,12 +35,12 @@ class Rounding(NamedTuple):
     positions: Mapping[str, Positions] = {}
 
     def leaf(self, number: int, path: str) -> LeafRounding:
-        """That of leaf `number` of the tree."""
+        """Rounding of leaf `number` of the tree, which is at `path`."""
         return LeafRounding(prng.fold_in(self.key, number), self.positions.get(path))
 
 
 def as_rounding(key: "Key | Rounding") -> Rounding:
-    """A key as that of whole leaves."""
+    """The rounding of a tree of whole leaves by this key; a `Rounding` as it is."""
     return key if isinstance(key, Rounding) else Rounding(key)
 
 

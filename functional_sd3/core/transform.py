@@ -81,7 +81,7 @@ def remat(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None) -> Callable[..., Tree]:
-    """From `loss(params, *sample) -> scalar` to `(params, *batch) -> gradients`, each leaf (batch, *leaf.shape).
+    """The function `(params, *batch) -> gradients` of `loss(params, *sample) -> scalar`, leaves (batch, *leaf.shape).
 
     `batch` are tensors or trees with a leading batch axis, over which `loss` is mapped, `chunk_size` samples at a time
     (all by default).

@@ -113,7 +113,7 @@ def is_of_blocks(cache: Cache) -> bool:
 
 
 def computed_steps(cache: Cache, steps: int, starts: Sequence[int] = (0,)) -> list[bool]:
-    """For each step of a run True if it is computed whatever its values: the whole pattern of `Extrapolate`.
+    """The pattern of a run: True for each step that is computed whatever its values, which is all of `Extrapolate`.
 
     starts: the steps where the velocity becomes another function; what came before it says nothing of it, so a warm-up
     of the least length begins again.

@@ -42,7 +42,7 @@ class CachedStep(NamedTuple):
     is_start: bool = False
     """True if the velocity is another function than in the step before, so that what was cached is forgotten."""
     finish: Callable[[Callable[[Tensor, Tensor], Any]], Any] = lambda evaluate: evaluate
-    """From `(x, t)` -> what is cached to the velocity that the method follows: guidance, a mask."""
+    """`finish(evaluate)` -> the velocity that the method follows, of what is cached: guidance, a mask."""
 
 
 class Point(NamedTuple):
@@ -133,7 +133,7 @@ def _lagrange(points: Sequence[Point], index: int, t: Tensor) -> Tensor:
 
 
 class Form(NamedTuple):
-    """What is interpolated in place of a velocity, and the way back."""
+    """Transform of a velocity before it is stored for extrapolation, and its inverse."""
 
     store: Callable[[Tensor, Tensor, Tensor], Tensor]
     """`store(v, x, t)`"""
@@ -149,7 +149,7 @@ DATA = Form(
 )
 
 _Running = tuple[Callable[[Tensor, Tensor], Any], Callable[[], Tree]]
-"""What the method of a step evaluates, and the state after it has."""
+"""The velocity that the method evaluates in a step, and a function that gives the state after it."""
 
 
 def _of_pattern(cache: Extrapolate, form: Form, step: CachedStep, state: Tree, t: Tensor, batch: int) -> _Running:

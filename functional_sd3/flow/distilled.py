@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 KINDS = ("segments", "meanflow", "consistency", "reflow")
-"""What a distilled model's velocity is: the mean one to the next of `distilled_steps` fixed times; the mean one to any
+"""Velocity of a distilled model: the mean one to the next of `distilled_steps` fixed times; the mean one to any
 earlier time; the mean one to time 0; that of each time of a flow whose paths are nearly straight."""
 
 
 def check(steps: int | None, kind: str | None, trained: Sequence[int], spacings: Sequence[str]) -> None:
-    """Raise ValueError for fields of a scheduler config that do not go together; spacings: names of those in use."""
+    """Raises ValueError for fields of a scheduler config that do not go together; spacings: names of those in use."""
     if (steps is None) != (kind is None):
         raise ValueError(f"distilled_steps {steps} and distillation {kind!r} go together: set both or neither")
     if trained and kind is None:
@@ -29,7 +29,7 @@ def numbers_of_steps(distilled: int, trained: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_steps(kind: str | None, distilled: int, trained: Sequence[int], steps: int) -> None:
-    """Raise ValueError where a model of segments would be evaluated at times that it was not trained at."""
+    """Raises ValueError where a model of segments would be evaluated at times that it was not trained at."""
     numbers = numbers_of_steps(distilled, trained)
     if kind == "segments" and all(number % steps for number in numbers):
         fewer = sorted({less for each in numbers for less in range(1, each) if each % less == 0} - {*numbers})

@@ -222,7 +222,7 @@ def position(grid: Tensor, t: Tensor) -> Tensor:
 
 
 def check_steps(steps: int) -> None:
-    """Raise ValueError unless `steps` is a whole number from 1 to `MAX_STEPS`."""
+    """Raises ValueError unless `steps` is a whole number from 1 to `MAX_STEPS`."""
     if isinstance(steps, bool | str) or not isinstance(steps, SupportsInt) or steps != int(steps) or steps < 1:
         raise ValueError(f"steps {steps!r} must be a whole number of at least 1")
     if steps > MAX_STEPS:
@@ -230,7 +230,7 @@ def check_steps(steps: int) -> None:
 
 
 def check_levels(levels: Tensor) -> None:
-    """Raise ValueError for levels that are not (n,) or, where they can be read, do not descend within (0, 1]."""
+    """Raises ValueError for levels that are not (n,) or, where they can be read, do not descend within (0, 1]."""
     if levels.ndim != 1 or len(levels) < 1:
         raise ValueError(f"levels have shape {tuple(levels.shape)}; they must be (n,), with at least one")
     if not levels.is_floating_point():
@@ -250,7 +250,7 @@ def with_trained_steps(config: Config, steps: int) -> Config:
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError for a config whose options contradict one another or are out of range."""
+    """Raises ValueError for a config whose options contradict one another or are out of range."""
     if config.time_shift_type not in ("exponential", "linear"):
         raise ValueError(f"time_shift_type {config.time_shift_type!r} must be 'exponential' or 'linear'")
     if config.use_karras_sigmas + config.use_exponential_sigmas + config.use_beta_sigmas > 1:

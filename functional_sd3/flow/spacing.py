@@ -27,7 +27,7 @@ def exponential(steps: int, lowest: Scalar, highest: Scalar = 1.0) -> Tensor:
 
 
 def beta(steps: int, lowest: Scalar, highest: Scalar = 1.0, a: float = 0.6, b: float = 0.6) -> Tensor:
-    """At even quantiles of Beta(a, b) (Lee et al. 2024, arXiv:2407.12173). Differentiable in the ends, not in a, b."""
+    """Even quantiles of Beta(a, b) (Lee et al. 2024, arXiv:2407.12173). Differentiable in the ends, not in a, b."""
     from scipy.stats import beta as distribution
 
     quantiles = torch.from_numpy(distribution.ppf(1 - np.linspace(0, 1, steps), a, b))

@@ -107,12 +107,12 @@ def replace_folder(path: str | os.PathLike, write: Callable[[Path], None], owned
 
 
 def current(folder: Path) -> Path:
-    """Where the content of a folder written by `replace_folder` is: itself or, after an interruption, `.saved`."""
+    """Path of the content of a folder of `replace_folder`: the folder itself or, after an interruption, `.saved`."""
     return folder / _SAVED if _is_ours(folder) else folder
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether the folder has a `.saved` that a save put there."""
+    """True if the folder has a `.saved` that a save put there."""
     saved = folder / _SAVED
     try:
         if not stat.S_ISDIR(os.lstat(saved).st_mode) or not stat.S_ISREG(os.lstat(saved / _PROOF).st_mode):

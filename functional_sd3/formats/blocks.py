@@ -127,7 +127,7 @@ def _nibbles(rows: Tensor) -> Tensor:
 
 
 def _pairs(rows: Tensor) -> Tensor:
-    """As `_nibbles`, of 32 bytes at a time."""
+    """The nibbles of 32 bytes at a time, in the order of `_nibbles`."""
     return torch.cat([_nibbles(part) for part in rows.split(32, dim=1)], dim=1)
 
 

@@ -71,7 +71,7 @@ def say(dtype: Dtype, stored: Collection[Collection[Kind]], device: torch.device
 
 
 def check(dtype: Dtype) -> None:
-    """Raise ValueError for what is no dtype of parameters."""
+    """Raises ValueError for what is no dtype of parameters."""
     if is_default(dtype) or dtype == "stored" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return
     raise ValueError(f'dtype {dtype!r} must be a floating one, such as torch.bfloat16, or "stored"')

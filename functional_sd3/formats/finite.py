@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-# What is converted to be looked at should stay in a processor's cache; what is only summed goes by in long parts.
+# Parts that are converted first should stay in a processor's cache; those that are only summed may be long.
 _CONVERTED, _SUMMED = 2**18, 2**22
 # The largest bit pattern, but for the sign, that is still a number.
 _LARGEST_FP8 = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}

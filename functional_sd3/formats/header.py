@@ -31,7 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Those of the format, but complex numbers, of which nothing here has any."""
+"""The dtypes of the format, except complex ones, which no file here has."""
 _MAX_HEADER = 2**25
 MAX_TENSORS = 2**15
 """Ten times as many as the largest model with all its encoders and a LoRA have; looking at names takes time."""

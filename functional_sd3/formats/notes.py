@@ -1,4 +1,4 @@
-"""What a person should know of a result that is no error: a warning in Python, a `note:` line at the command line."""
+"""Notes on a result that are no errors: a warning in Python, a `note:` line at the command line."""
 
 import os
 import sys

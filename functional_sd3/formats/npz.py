@@ -37,11 +37,11 @@ _BROKEN = (
     OSError, ValueError, EOFError, KeyError, IndexError, OverflowError, NotImplementedError, RuntimeError, struct.error,
     zlib.error, zipfile.BadZipFile,
 )  # fmt: skip
-"""What `zipfile` and numpy's reader of headers raise for files that are broken."""
+"""Errors that `zipfile` and numpy's reader of headers raise for broken files."""
 
 
 class Header(NamedTuple):
-    """What a member says of itself: numpy's dtype and the shape."""
+    """Header of a member: numpy's dtype and the shape."""
 
     dtype: Any
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ def headers(path: str | os.PathLike, what: str) -> dict[str, Header]:
 
 
 def read(path: str | os.PathLike, what: str, names: Collection[str]) -> dict[str, Any]:
-    """Those of the arrays `names` that a file holds, in the machine's order of bytes; other members are not looked at.
+    """The arrays of a file whose names are in `names`, in the machine's order of bytes; other members are not read.
 
     Raises WeightsError when the file is missing or broken and so no .npz file of `what`, and for members that are
     encrypted, packed by another method than deflate, no .npy file, of a dtype that is no float, number or text of at

@@ -43,7 +43,7 @@ class TreePlan(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """How a tree is stored. narrow: share of its numbers that take at most 16 bits each. width: the largest of its
+    """Storage of a tree. narrow: share of its numbers that take at most 16 bits each. width: the largest of its
     matrices' shorter sides, of convolutions inputs and outputs: the width of a network."""
 
     narrow: float
@@ -88,7 +88,7 @@ def kinds(plan: TreePlan, quantized: bool = False) -> set[Kind]:
 
 
 def storage(plan: TreePlan) -> Storage:
-    """How the tree is stored, from the headers of its files alone."""
+    """Storage of the tree, from the headers of its files alone."""
     held = [entry(plan.places, name) for name in plan.names.values()]
     # Blocks take less than the dtype that they are decoded to.
     narrow = sum(math.prod(one.shape) for one in held if one.blocks or one.dtype.itemsize <= 2)
@@ -98,7 +98,7 @@ def storage(plan: TreePlan) -> Storage:
 
 
 def load(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bool = True) -> Params:
-    """As `read`, with a Note where the default dtype is another than the stored one."""
+    """The tree of `read`, with a Note where the default dtype is another than the stored one."""
     default_dtype.check(dtype)
     if default_dtype.is_default(dtype):
         default_dtype.say(dtype, [kinds(plan)], device)

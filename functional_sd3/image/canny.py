@@ -66,7 +66,7 @@ def _steepest(image: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _is_maximum(dx: numpy.ndarray, dy: numpy.ndarray, norm: numpy.ndarray) -> numpy.ndarray:
-    """Where the norm is a maximum along its direction, rounded to one of four; beyond the image it is 0."""
+    """True where the norm is a maximum along its direction, rounded to one of four; beyond the image it is 0."""
     padded = numpy.pad(norm, 1)
     height, width = norm.shape
 

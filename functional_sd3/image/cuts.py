@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Cut(NamedTuple):
-    """How an image becomes a sample of `width` x `height` pixels.
+    """Cut of an image to a sample of `width` x `height` pixels.
 
     offset: in [0, 1], of the part along the side that is cut: 0 its left or upper end, 0.5 the middle, 1 the other end.
     mirrored: left and right exchanged.

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 2**27
-"""Of one image: 134 million, what the largest medium-format cameras take. Decoding needs up to 8 bytes for each."""
+"""Most pixels of an image: 134 million, as of the largest medium-format cameras. Decoding takes up to 8 bytes each."""
 _COPYING = frozenset({"WEBP", "AVIF"})
 """Formats whose decoders hold several images of the size at a time; half as many pixels are read of them."""
 MAX_BYTES = 2**29
-"""Of one file, or of one member of a zip archive when unpacked: several decoders read a file whole."""
+"""Most bytes of one file, or of one member of a zip archive when unpacked: several decoders read a file whole."""
 Result = TypeVar("Result")
 
 _USUAL = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")

@@ -53,7 +53,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
 
 
 class _Rule(FlatFunction):
-    """What the four functions have in common: the arguments are the settings, then tensors or None, batch first.
+    """Base of the four functions: the arguments are the settings, then tensors or None, batch first.
 
     A mapped dimension is folded into the batch. What a GPU's kernel saves of its generator has no batch; it comes last.
     """
@@ -237,12 +237,12 @@ class GradientsTangent(_Rule):
 
 
 def _tangent_formula(settings: Settings, q, k, v, mask, *tangents: Tensor | None) -> Tensor:
-    """What `AttentionTangent` computes, by the formula."""
+    """The tangent of `AttentionTangent`, by the formula."""
     return tangent_of(partial(_formula, settings), (q, k, v, mask), tangents)
 
 
 def _gradients_tangent_formula(settings: Settings, g, q, k, v, mask, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-    """What `GradientsTangent` computes, by the formula."""
+    """The tangents of `GradientsTangent`, by the formula."""
     needed = (True, True, True, settings.of_mask)
 
     def gradients(g: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -262,6 +262,6 @@ def _without_output(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _four(values: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
-    """Of q, k, v and the mask: None for a mask that is not differentiated."""
+    """Values for q, k, v and the mask; None for a mask that is not differentiated."""
     q, k, v, *mask = values
     return q, k, v, mask[0] if mask else None

@@ -101,7 +101,7 @@ def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def _formula_gradients(g, q, k, v, mask, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """By autograd of the formula in rematerialised blocks."""
+    """Gradients of q, k and v by autograd of the formula, in rematerialised blocks."""
     with torch.enable_grad():
         query, key, value = (x.detach().requires_grad_() for x in (q, k, v))
         output = softmax_attention.formula(query, key, value, mask, causal, scale)

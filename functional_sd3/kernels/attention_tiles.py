@@ -238,7 +238,7 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _blind_rows(mask: Tensor) -> Tensor | None:
-    """Where a row may attend to nothing, (.., 1); None where every row has a key."""
+    """True for the rows that may attend to nothing, (.., 1); None where every row has a key."""
     blind = (mask == -math.inf).all(-1, keepdim=True)
     return blind if blind.any() else None
 

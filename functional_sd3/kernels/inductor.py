@@ -21,7 +21,7 @@ def linear(params: Params, x: Tensor) -> Tensor:
 
 
 def fits_gelu_tanh(x: Tensor) -> bool:
-    """On a CPU, whose tanh is slow."""
+    """True on a CPU, whose tanh is slow."""
     return x.device.type == "cpu"
 
 
@@ -34,7 +34,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def fits_threefry(key0: Tensor, key1: Tensor, low: Tensor, high: Tensor | None = None) -> bool:
-    """Always."""
+    """True for all arguments."""
     return True
 
 

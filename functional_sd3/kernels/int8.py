@@ -30,12 +30,12 @@ def fits_in_graph(params: Params, x: Tensor) -> bool:
 
 
 def fits_differentiable(params: Params, x: Tensor) -> bool:
-    """As `fits`, where functions have every derivative and nothing else chooses dtypes."""
+    """True where `fits` is, functions have every derivative and nothing else chooses dtypes."""
     return fits(params, x) and is_available() and not torch.is_autocast_enabled(x.device.type)
 
 
 def fits_activation(params: Params, x: Tensor, activation: str) -> bool:
-    """As `fits`, for a layer without LoRA."""
+    """True where `fits` is, for a layer without LoRA."""
     return "low_rank" not in params and fits(params, x)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def fits_image_layout(x: Tensor) -> bool:
-    """On a CPU, where channels_last is twice as fast; it has no batching rule and no forward-mode group norm."""
+    """True on a CPU, where channels_last is twice as fast; it has no batching rule and no forward-mode group norm."""
     return x.is_cpu
 
 

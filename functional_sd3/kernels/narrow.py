@@ -36,7 +36,7 @@ class Narrow(NamedTuple):
 # decode 0.58 of 64 x 64 pixels, 0.75 of 128 x 128, encode 0.53 and 0.68.
 _ZEN4 = Narrow(bfloat16=256, int8=1 << 16)
 MEASURED = _ZEN4
-"""Of processors that have the instructions and were not measured."""
+"""Sizes for processors that have the instructions and were not measured."""
 TABLE: dict[Processor, Narrow] = {Processor(AMD, 25, "AVX512"): _ZEN4}
 """Processor -> what pays on it, measured with PyTorch 2.13."""
 
@@ -44,7 +44,7 @@ TABLE: dict[Processor, Narrow] = {Processor(AMD, 25, "AVX512"): _ZEN4}
 def of(
     processor: Processor, capabilities: Mapping[str, Any], table: Mapping[Processor, Narrow] | None = None
 ) -> Narrow:
-    """What pays on a processor with these instruction sets: names -> whether it has them."""
+    """Least sizes on a processor with these instruction sets: name -> True if it has them."""
     line = (TABLE if table is None else table).get(processor, MEASURED)
     return Narrow(
         line.bfloat16 if _has_any(capabilities, BFLOAT16) else None, line.int8 if _has_any(capabilities, INT8) else None
@@ -52,7 +52,7 @@ def of(
 
 
 def here() -> Narrow:
-    """What pays on this machine: nothing where PyTorch cannot reach the instructions, for want of oneDNN."""
+    """Least sizes on this machine: None where PyTorch cannot reach the instructions, for want of oneDNN."""
     backend = torch.backends.mkldnn
     # On Arm oneDNN multiplies by the Arm Compute Library, which not every build of PyTorch has.
     reaches = backend.is_available() and backend.enabled and (_is_x86() or backend.is_acl_available())

@@ -17,7 +17,7 @@ NUMBERS_AT_ONCE = 1 << 17
 
 
 def fits_layer_norm(params: Params, x: Tensor, eps: float) -> bool:
-    """Not under forward mode: PyTorch 2.13's tangent holds the mean and variance to be constant when it is itself
+    """False under forward mode: PyTorch 2.13's tangent holds the mean and variance to be constant when it is itself
     differentiated, so that grad(jvp) and jvp(jvp) of it are wrong, without an error."""
     return not in_forward_mode()
 

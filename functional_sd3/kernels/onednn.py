@@ -55,7 +55,7 @@ def differentiable(params: Params, x: Tensor) -> Tensor:
 
 
 def fits_in_graph(params: Params, x: Tensor) -> bool:
-    """As `fits_differentiable` for any number of rows, which a graph may leave open."""
+    """True where `fits_differentiable` is for any number of rows, which a graph may leave open."""
     return _computes_float32(params, x) and products.is_onednn_for_all_rows(params["weight"])
 
 
@@ -101,7 +101,7 @@ def linear_bfloat16(params: Params, x: Tensor) -> Tensor:
 
 
 def fits_activation_bfloat16(params: Params, x: Tensor, activation: str) -> bool:
-    """As `fits_bfloat16`, for activations that need no factor, which would be rounded."""
+    """True where `fits_bfloat16` is, for activations that need no factor, which would be rounded."""
     return fits_bfloat16(params, x) and _FUSED[activation][2] == 1
 
 

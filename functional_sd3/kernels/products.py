@@ -26,9 +26,12 @@ from functional_sd3.kernels.processor import AMD, INTEL, Processor, identify
 
 
 class Choice(NamedTuple):
-    """What oneDNN computes faster than BLAS: products of so many rows, of which the numbers of rows, inputs and outputs
-    multiply to at least `size`. winograd: whether `kernels.winograd` is faster than oneDNN's direct convolutions;
-    attention: whether `attention_products` is faster than PyTorch's kernel in bfloat16."""
+    """Operations that oneDNN computes faster than BLAS.
+
+    rows, size: products of so many rows, of which the numbers of rows, inputs and outputs multiply to at least `size`.
+    winograd: True if `kernels.winograd` is faster than oneDNN's direct convolutions; attention: True if
+    `attention_products` is faster than PyTorch's kernel in bfloat16.
+    """
 
     rows: range
     size: int
@@ -46,12 +49,12 @@ beyond PyTorch's, and oneDNN is slow with few rows and a transposed weight. Valu
 PYTORCH = Choice(range(0), 0, False)
 """PyTorch's own choice."""
 FORMER = Choice(range(16, 513), 1 << 20, True)
-"""What this project chose on every processor before it measured more than one: that of an Intel Xeon."""
+"""The choice of an Intel Xeon, which was taken on every processor before others were measured."""
 # A Zen 4 kept to AVX2 (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS), 1 thread. oneDNN / BLAS for
 # 256 -> 768: 1.1 to 1.2 of 16 to 2,714 rows; for 512 -> 2,048: 1.15 of 16, 0.86 of 77, 0.93 of 512, 1.0 of 2,714; for
 # 1,024 -> 4,096: 0.69 of 2 and 77, 0.82 of 512, 0.90 of 1,024. Winograd / direct: 0.50 of 256 channels at 128 x 128.
 AMD_AVX2 = Choice(range(1, ANY), 1 << 26, True)
-"""Of AMD's processors without AVX512: Zen 2 and 3."""
+"""Choice for AMD's processors without AVX512: Zen 2 and 3."""
 TABLE: dict[Processor, Choice] = {
     # Xeon at 2.5 GHz, 2 threads. oneDNN / BLAS: 0.8 of 77 to 256 rows of 1,024 to 6,144 numbers, 0.95 of 512, above 1
     # beyond. A VAE decodes 256 x 256 pixels in 0.55 of diffusers' time by Winograd's algorithm, in 0.90 directly.
@@ -87,7 +90,7 @@ def choose(processor: Processor) -> Choice:
 
 
 CHOICE = choose(identify())
-"""Of this machine."""
+"""Choice for this machine."""
 
 
 def is_onednn(rows: int, weight: Tensor) -> bool:
@@ -96,7 +99,7 @@ def is_onednn(rows: int, weight: Tensor) -> bool:
 
 
 def is_onednn_tracked(rows: int, weight: Tensor) -> bool:
-    """As `is_onednn`, of a product that autograd differentiates, on processors where it is faster for all rows."""
+    """True where `is_onednn` is, for a product that autograd differentiates, and oneDNN is faster for all rows."""
     return is_onednn_for_all_rows(weight) and rows * weight.numel() >= SMALLEST_TRACKED and is_onednn(rows, weight)
 
 

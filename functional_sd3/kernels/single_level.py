@@ -185,7 +185,7 @@ class _Cube(Function):
 
 
 def _find(path: str) -> Any:
-    """What PyTorch has at `path`; None where there is nothing."""
+    """The attribute of PyTorch at `path`; None where there is none."""
     try:
         return functools.reduce(getattr, path.split(".")[1:], torch)
     except AttributeError:

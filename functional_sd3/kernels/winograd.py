@@ -83,7 +83,7 @@ def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> T
 
 
 def fits_upsample_conv2d(params: Params, x: Tensor) -> bool:
-    """As `fits_conv2d`, by the size of the result."""
+    """True where `fits_conv2d` is, by the size of the result."""
     return _pays(params, x, scale=2)
 
 

@@ -47,7 +47,7 @@ COMPONENTS = {
     "vae": Component("vae", "diffusers", "AutoencoderKL", _FORMATS["vae"], _STEM, False),
 }
 TAESD = Component("taesd", "diffusers", "AutoencoderTiny", _FORMATS["taesd"], _STEM, True)
-"""In a folder the index does not name; as `vae/` where the index says that its class is this."""
+"""Component in a folder that the index does not name, or in `vae/` where the index gives this as its class."""
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 TOKENIZERS = {

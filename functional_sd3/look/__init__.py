@@ -1,4 +1,4 @@
-"""How an image came to be: `trace` draws one and keeps tokens, steps, attention and times; `page` and `save` show them.
+"""Record and page of a run: `trace` keeps its tokens, steps, attention and times; `page` and `save` show them.
 
     record = sd3.look.trace(params, config, tokenizers, "a large red circle", sd3.prng.key(0))
     sd3.look.save("look/", record)        # look/index.html and PNGs; as the last line of a notebook's cell: the page

@@ -45,7 +45,7 @@ def norms(record: Record) -> Drawn:
 
 
 def guidance(record: Record) -> Drawn:
-    """What guidance adds to the prompt's velocity: its root mean square over t."""
+    """Root mean square over t of the change that guidance makes to the prompt's velocity."""
     ts, added = [float(each.t) for each in record.evaluations], [float(each.change) for each in record.evaluations]
 
     def draw(figure: Any) -> None:
@@ -73,7 +73,7 @@ def state_norms(record: Record) -> Drawn:
 
 
 def shares(record: Record) -> Drawn:
-    """What an image token receives from the image, the words and the other tokens of the prompt, block by block."""
+    """Shares of an image token's attention: to the image, the words and the other tokens of the prompt, by block."""
     attention = record.attention
     assert attention is not None
     parts = {"image": attention.image.mean((0, 2, 3))}

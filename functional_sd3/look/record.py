@@ -1,4 +1,4 @@
-"""What `look` keeps of a run, as tensors and plain values: tokens, states, predictions, velocities, maps, times."""
+"""Record of a run for `look`, as tensors and plain values: tokens, states, predictions, velocities, maps, times."""
 
 from typing import Any, NamedTuple
 
@@ -13,11 +13,11 @@ class Evaluation(NamedTuple):
     step: int
     t: Tensor
     norms: dict[str, Tensor]
-    """Of each velocity that guidance combines, by its name: "positive", "negative", ..."""
+    """Norm of each velocity that guidance combines, by its name: "positive", "negative", ..."""
     guided: Tensor
-    """Of the guided velocity."""
+    """Norm of the guided velocity."""
     change: Tensor
-    """Of the guided velocity less the prompt's: what guidance adds."""
+    """Norm of the guided velocity less the prompt's: the change by guidance."""
 
 
 class Group(NamedTuple):
@@ -55,7 +55,7 @@ class Frames(NamedTuple):
 
 
 class Record(NamedTuple):
-    """How one image came to be. Latents are normalised, float32, (..., channels, height / 8, width / 8)."""
+    """Record of the run of one image. Latents are normalised, float32, (..., channels, height / 8, width / 8)."""
 
     prompt: Prompt
     negative: str
@@ -71,12 +71,12 @@ class Record(NamedTuple):
     """(steps, ...): the velocity v = (x_t - x_0) / t at the start of each step."""
     frames: Frames
     evaluations: tuple[Evaluation, ...]
-    """In order; those of steps that a cache left out are missing."""
+    """Evaluations in order; those of steps that a cache left out are missing."""
     attention: Attention | None
     seconds: dict[str, float]
     """Wall time of each part, in order."""
     step_seconds: tuple[float, ...]
     settings: dict[str, Any]
-    """Of the run, for reading: method, steps, guidance, size, parameters of the transformer, dtype and device."""
+    """Settings of the run: method, steps, guidance, size, parameters of the transformer, dtype and device."""
     notes: tuple[str, ...]
-    """What is not shown, and why."""
+    """Sentences on what is not shown, and why."""

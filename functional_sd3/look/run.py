@@ -20,7 +20,7 @@ from functional_sd3.pipeline.prepare import Prepared
 
 
 class Run(NamedTuple):
-    """As `record.Record`, without the images."""
+    """Values of a `record.Record`, without the images."""
 
     times: Tensor
     states: Tensor

@@ -84,7 +84,7 @@ def trace(
     cache: Cache | str | None = None,
     loras: Loras = (),
 ) -> Trace:
-    """How the image of one prompt came to be: tokens, states, predictions, velocities, attention, times, as a `Record`.
+    """`Record` of the run of one prompt: tokens, states, predictions, velocities, attention, times.
 
         record = sd3.look.trace(params, config, tokenizers, "a large red circle", sd3.prng.key(0))
         record.image        # (3, height, width), to the bit that of `generate` with the same arguments
@@ -123,7 +123,7 @@ def trace_request(
     attention_blocks: Collection[int] | None = None,
     image_steps: int | None = None,
 ) -> Trace:
-    """As `trace`, for a request: from start images, with a mask, regions, tiles, LoRAs and words too.
+    """`trace` of a request: from start images, with a mask, regions, tiles, LoRAs and words too.
 
     components: name -> parameters, a tree or a function that reads one at a time. Raises ValueError for a request of
     several images, of frames or of an edit, and for one without a step.
@@ -216,7 +216,7 @@ def _negative(request: Request) -> str:
 
 
 def _notes(request: Request) -> tuple[str, ...]:
-    """What is not shown of this request, and why."""
+    """Sentences on what is not shown of this request, and why."""
     notes = []
     if request.tiling is not None:
         notes.append("An image in tiles has no maps of attention: each evaluation sees one tile.")
@@ -228,7 +228,7 @@ def _notes(request: Request) -> tuple[str, ...]:
 
 
 def _settings(transformer: Params, config: Config, prepared: Prepared, run: Run) -> dict[str, Any]:
-    """What a reader wants to know of the run."""
+    """Settings of the run, for reading."""
     sizes, sampling = require(config, "transformer"), prepared.request.sampling
     method = chosen_method(config, 1, sampling.method, prepared.keys)
     guided = None if sampling.guidance is None else sampling.guidance.made

@@ -97,9 +97,9 @@ def apply(
 
 
 def merge(params: Params, lora: Lora | Sequence[Lora], scale: Scale | Sequence[Scale] = 1.0) -> Merged:
-    """As `apply`, for taking it out again: the weights that are adapted are kept, so `unmerge` is exact to the bit.
+    """`apply` and the original weights, by which `unmerge` takes the LoRA out again, exact to the bit.
 
-    What is kept are the very tensors of `params`: they cost no memory as long as these are in use anyway.
+    The original weights are the tensors of `params` themselves: they cost no memory as long as these are in use anyway.
     """
     adapted = {path for _, path in _pairs(_given(lora, scale))}
     return Merged(apply(params, lora, scale), tree.select(params, lambda path, leaf: path in adapted))

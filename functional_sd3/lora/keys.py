@@ -139,13 +139,13 @@ def parts(paths: Collection[str]) -> dict[str, int]:
 
 
 def stability_sources(paths: Collection[str]) -> dict[str, Source]:
-    """As `sources` for leaves of the transformer, in Stability's names."""
+    """The sources of leaves of the transformer, in Stability's names; the rest as of `sources`."""
     named = rules.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in paths])
     return {path: named[path.removeprefix("transformer.")] for path in paths}
 
 
 def _named(paths: Collection[str]) -> dict[str, Source]:
-    """As `sources`, where the paths may not be a whole model's: then every context counts as the last block's."""
+    """The sources of paths that may not be a whole model's: then every context counts as the last block's."""
     named: dict[str, Source] = {}
     grouped: dict[str, list[str]] = {}
     for path in paths:

@@ -275,7 +275,7 @@ def _transposed(layer: Layer, role: str, value: Tensor) -> Tensor:
 
 
 def _float(value: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in float32 at least."""
     return value.float() if value.dtype.itemsize < 4 else value
 
 

@@ -126,7 +126,7 @@ def _component(layer: str) -> tuple[str, str]:
 
 
 def _patterns(where: str, given: Mapping[str, Any]) -> Patterns:
-    """As PEFT means them: regular expressions of the end of a name, from a dot on, or of all of it after a ^."""
+    """Patterns in PEFT's sense: regular expressions of the end of a name, from a dot on, or of all of it after a ^."""
     sorted_patterns = Patterns({}, {}, [])
     for index, (pattern, value) in enumerate(given.items()):
         plain = pattern.removeprefix("^").replace(r"\.", ".")

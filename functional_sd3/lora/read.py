@@ -75,7 +75,7 @@ def load_with_report(
     strict: bool = True,
     allow_absent: bool = False,
 ) -> Loaded:
-    """As `load`, with the keys that were left out.
+    """The LoRA of `load`, and the keys that were left out.
 
     allow_absent: those of components that the model lacks, and of embeddings stored beside the LoRA, are left out too.
     """

@@ -57,7 +57,7 @@ def score(a: Record, b: Record) -> Score:
 
 
 def check_alike(a: Record, b: Record) -> None:
-    """Raise ValueError naming each part of the provenance in which two records differ."""
+    """Raises ValueError naming each part of the provenance in which two records differ."""
     differ = [
         f"{name} {ours!r} and {theirs!r}"
         for name, ours, theirs in zip(Record._fields[1:], a[1:], b[1:], strict=True)

@@ -1,1 +1,1 @@
-"""Where a parameter lives, and work divided over processes: meshes, collectives and sharded parameters."""
+"""Placement of parameters, and work divided over processes: meshes, collectives and sharded parameters."""

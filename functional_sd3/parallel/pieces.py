@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
 
 def piece(placement: Placement, mesh: Mesh) -> Piece:
-    """What this process has of a leaf: of what "tensor" leaves it, its part along "fsdp"."""
+    """This process's piece of a leaf: of its part along "tensor", the part along "fsdp"."""
     shape, divided = list(placement.shape), {}
     if placement.cut:
         count, index, (dim, matrices) = mesh.size("tensor"), mesh.index("tensor"), placement.cut
@@ -108,7 +108,7 @@ def assemble(wanted: Piece, held: Iterable[tuple[Tensor, Piece]]) -> Tensor:
 
 
 def overlaps(wanted: Piece, held: Piece) -> Iterator[tuple[Slices, Slices]]:
-    """Where in a wanted piece, and where in a held one, the same indices of the whole are."""
+    """Slices of a wanted piece and of a held one that are the same indices of the whole."""
     along = [list(_common(wanted.along(dim), held.along(dim))) for dim in range(len(wanted.shape))]
     for boxes in itertools.product(*along):
         yield tuple(target for target, _ in boxes), tuple(source for _, source in boxes)

@@ -1,4 +1,4 @@
-"""Where a leaf is divided over the mesh axes "fsdp" and "tensor": the description that layouts are made of."""
+"""Placement of a leaf over the mesh axes "fsdp" and "tensor": the description that layouts are made of."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Placement:
         )
 
     def part(self, mesh: Mesh) -> prng.Part:
-        """Which part of the whole this process has."""
+        """Part of the whole that this process has."""
         assert self.dim is not None
         size = self.shape[self.dim] // mesh.size(AXIS)
         return prng.Part(self.shape, self.dim, mesh.index(AXIS) * size, size)
@@ -49,5 +49,5 @@ Layout = Tree
 
 
 def is_sharded(placement: Placement | None) -> bool:
-    """Whether a process has a part over "fsdp"; None: of a leaf that no layout has."""
+    """True if a process has a part over "fsdp"; placement None: of a leaf that no layout has."""
     return placement is not None and placement.dim is not None

@@ -90,7 +90,7 @@ class Processes:
         raise ElsewhereError(f"process {rank}: {failures[rank]}") from error
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Raise an error that all have: in the first, which reports it, and in the others as ElsewhereError."""
+        """Raises an error that all have: in the first, which reports it, and in the others as ElsewhereError."""
         if self.is_first:
             setattr(error, _ON_ALL, True)
             raise error

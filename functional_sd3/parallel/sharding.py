@@ -49,7 +49,7 @@ __all__ = [
 
 
 def layout(spec: Tree, mesh: Mesh, rules: Mapping[str, str] | None = None, *, is_cut: bool = True) -> Layout:
-    """Where each leaf of a spec is divided: by the rules, else along its first axis that divides, else nowhere.
+    """Placement of each leaf of a spec: divided by the rules, else along its first axis that divides, else nowhere.
 
     rules: logical axis (`spec.AXES`) -> mesh axis, which is "fsdp": along which axis leaves that have it are divided
     first. With an axis "tensor" the spec is that of this process's part (`tensor.part_spec`); is_cut: False for what is
@@ -236,7 +236,7 @@ def state_layout(state: Tree, layout: Layout, mesh: Mesh) -> Layout:
 
 
 def _of_scales(placement: Placement, part: tuple[int, ...], mesh: Mesh) -> Placement:
-    """Where the scales of a divided leaf are: along its rows or, within a row, along the blocks; part: their shape."""
+    """Placement of the scales of a divided leaf: along its rows or the blocks of a row; part: their shape."""
     last = len(part) - 1
     dim = None if placement.dim is None else min(placement.dim, last)
     cut = None if placement.cut is None else placement.cut._replace(dim=min(placement.cut.dim, last))

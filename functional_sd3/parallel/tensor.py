@@ -94,7 +94,7 @@ def check_heads(heads: int, count: int) -> None:
 
 
 def cut_of(leaf: Param) -> Cut | None:
-    """How a leaf is divided: along its first axis of `AXES`."""
+    """Division of a leaf: along its first axis of `AXES`."""
     for dim, axis in enumerate(leaf.axes):
         if axis in AXES:
             return Cut(dim, FUSED.get(axis, (axis, 1))[1])

@@ -20,7 +20,7 @@ except ImportError:
     functional = None
 
 is_available = functional is not None
-"""Whether this PyTorch has them; without, `--compile` on a mesh fails in the compiler, and all else is as it is."""
+"""True if this PyTorch has them; without, `--compile` on a mesh fails in the compiler, and all else works."""
 
 
 def all_gather(x: Tensor, group: Group, dim: int, dtype: torch.dtype, reduce: torch.dtype) -> Tensor:

@@ -34,7 +34,7 @@ class Region(NamedTuple):
 
 def shares(regions: Sequence[Region], config: Config, latents: Tensor) -> Tensor:
     """Weights of the prompts in every latent: (1 + regions, 1, height, width), the image's own prompt first; they sum
-    to 1. Latents take the mean of the pixels of a mask. ValueError for masks of other proportions."""
+    to 1. Latents take the mean of the pixels of a mask. Raises ValueError for masks of other proportions."""
     factor, (height, width) = vae.factor(require(config, "vae")), latents.shape[-2:]
     for region in regions:
         masks.check(region.mask, height * factor, width * factor, 1)

@@ -30,7 +30,7 @@ def chosen(cache: Cache | str | None) -> Cache | None:
 
 
 def check(cache: Cache, config: Config, *, has_field: bool) -> None:
-    """Raise ValueError for a cache of blocks where one evaluation of one process does not see them all."""
+    """Raises ValueError for a cache of blocks where one evaluation of one process does not see them all."""
     if not is_of_blocks(cache):
         return
     if mesh_of(config) is not None:

@@ -1,4 +1,4 @@
-"""Where a run takes the parameters of a component from: a tree, or a function that reads one component at a time."""
+"""Sources of the parameters of a run's components: a tree, or a function that reads one component at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
 

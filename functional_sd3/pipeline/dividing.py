@@ -79,7 +79,7 @@ Encode = Callable[[str], Conditioning]
 def divide_encoders(
     config: Config, names: Sequence[str]
 ) -> Callable[[Sequence[str], Encode], list[Conditioning]] | None:
-    """How the parts of the conditioning are computed (`conditioning.apply_from`): each text encoder on one process,
+    """`encode_each` of `conditioning.apply_from` over a mesh: each text encoder on one process,
     which alone reads it, and sent to the others. Without derivatives in the encoders. None for one process."""
     mesh = mesh_of(config)
     if mesh is None or mesh.size() == 1:

@@ -95,7 +95,7 @@ class _Start(NamedTuple):
 
 
 def _sample_all(params: Params, config: Config, parts: list[Prepared]) -> list[list[Tensor]]:
-    """For each part the latents that are decoded: the last, or those shown of every step."""
+    """Latents of each part that are decoded: the last, or those shown of every step."""
     return [_sample_steps(params, config, part) for part in parts]
 
 
@@ -124,7 +124,7 @@ def _conditions(prompts: EncodedPrompts, device: torch.device) -> Conditions:
 
 
 def _conditions_and_noise(config: Config, prepared: Prepared, device: torch.device) -> tuple[Any, Tensor, Key | None]:
-    """What a run starts from: conditions, noise, and the keys of the noise that its method draws."""
+    """Inputs of a run: conditions, noise, and the keys of the noise that its method draws."""
     request, conditions = prepared.request, _conditions(prepared.prompts, device)
     size = (request.height, request.width)
     if prepared.places is not None:
@@ -164,7 +164,7 @@ def _start(config: Config, prepared: Prepared, noise: Tensor) -> _Start:
 
 
 def _field(config: Config, request: Request, noise: Tensor) -> Field | None:
-    """What makes the velocity of regions and tiles; None for the usual one."""
+    """The field of regions and tiles; None for the usual one."""
     field = request.field
     if request.tiling is not None:
         field = tiles(*tile_sizes(config, request.tiling.side, request.tiling.overlap), field or velocity)

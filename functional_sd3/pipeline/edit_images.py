@@ -154,7 +154,7 @@ def flow_edit(
 
 
 def _broadcast(source: Prompts, target: Prompts, images: Tensor) -> tuple[list[str], list[str], Tensor]:
-    """As many source prompts, target prompts and images."""
+    """Source prompts, target prompts and images, broadcast to equal numbers."""
     # The source twice: the target may have brought more images.
     source, images = broadcast_prompts(source, images)
     target, images = broadcast_prompts(target, images)

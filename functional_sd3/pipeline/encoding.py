@@ -70,7 +70,7 @@ def encode_from(
     weighted: bool = False,
     long_prompts: bool = False,
 ) -> Conditions:
-    """As `encode`, with one text encoder in memory at a time: see `conditioning.apply_from`."""
+    """Conditions of prompts with one text encoder in memory at a time: see `conditioning.apply_from`."""
     texts = stack_prompts(prompts, negative)
     options = _options(tokenizers, TextOptions(negative, t5_length, weighted, long_prompts))
     return split_prompts(conditioning.apply_from(fetch, config, tokenizers, texts, **options))

@@ -25,7 +25,7 @@ from functional_sd3.transformer import mmdit
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run draws, as far as its memory depends on it.
+    """Sizes of a run on which its memory depends.
 
     images: at once; rows: evaluations of each, 2 with guidance. height, width: of the latents. texts: distinct ones,
     the negative prompt too; tokens: of T5. stored, computed: dtypes of the files and of the computation; quantized:

@@ -34,7 +34,7 @@ def initial_noise(
 
 
 def sample_keys(key: Key, count: int) -> Key:
-    """(count, 2): the keys given, or those that one key folds into; ValueError for another number of them."""
+    """(count, 2): the keys given, or those that one key folds into. Raises ValueError for another number of them."""
     return prng.sample_keys(key, count, "prompt")
 
 
@@ -106,7 +106,7 @@ def control_latents(
 def latent_size(
     config: Config, height: int | None = None, width: int | None = None, *, bounded: bool = True, tiled: bool = True
 ) -> tuple[int, int]:
-    """Height and width of the latents of an image of this size; ValueError where the model cannot draw one.
+    """Height and width of the latents of an image of this size. Raises ValueError where the model cannot draw one.
 
     `bounded`: by the table of positions, which one evaluation of the transformer has; a run in tiles
     (`tiles`) has no bound. `tiled`: whether there could be tiles, which an error then advises.
@@ -126,7 +126,7 @@ def latent_size(
 
 def tile_sizes(config: Config, side: int | None = None, overlap: int | None = None) -> tuple[int, int]:
     """Side and overlap in latents of tiles whose sizes are in pixels; by default the model's own size, and a quarter of
-    a side. ValueError for a side that the model cannot draw, and an overlap that is not in [0, side).
+    a side. Raises ValueError for a side that the model cannot draw, and an overlap that is not in [0, side).
     """
     factor, sizes = vae.factor(require(config, "vae")), require(config, "transformer")
     side = sizes.sample_size * factor if side is None else _checked_side("tile", side, factor * sizes.patch_size)

@@ -19,7 +19,7 @@ from functional_sd3.image import gaussian
 
 
 def check(mask: Tensor, height: int, width: int, batch: int) -> None:
-    """Raise ValueError for a mask of other proportions than images of this size, or of another number."""
+    """Raises ValueError for a mask of other proportions than images of this size, or of another number."""
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[0] not in (1, batch):
         raise ValueError(f"mask of shape {list(mask.shape)} must be (batch or 1, 1, height, width), batch {batch}")
     tall, wide = mask.shape[-2:]
@@ -55,7 +55,7 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
 
 
 def check_blur(sigma: float) -> None:
-    """Raise ValueError for a negative or infinite standard deviation."""
+    """Raises ValueError for a negative or infinite standard deviation."""
     if sigma < 0 or not math.isfinite(sigma):
         raise ValueError(f"a blur of {sigma} pixels must be a number of at least 0")
 

@@ -27,7 +27,7 @@ class Prepared(NamedTuple):
 
     request: Request
     prompts: EncodedPrompts
-    """Of the samples, or of the stops of frames."""
+    """Embedded prompts of the samples, or of the stops of frames."""
     regions: tuple[EncodedPrompts, ...] = ()
     source: EncodedPrompts | None = None
     """The prompts of the images of an edit."""
@@ -83,7 +83,7 @@ def slice_samples(prepared: Prepared, index: slice) -> Prepared:
         return encoded._replace(positive=encoded.positive[index], negative=encoded.negative[index])
 
     def part(value: Any) -> Any:
-        """Those samples' rows of a tensor or list; what has one row or none is for all."""
+        """Rows of a tensor or list for these samples; a value of one row or none is for all."""
         if value is None or isinstance(value, str | int | float) or (isinstance(value, Tensor) and not value.ndim):
             return value
         return value if len(value) == 1 else value[index]
@@ -130,7 +130,7 @@ def _slice_edit(edit: InversionEdit | FlowEdit, index: slice, part: Callable[[An
 
 
 def split_batches(prepared: Prepared, batch: int | None) -> list[Prepared]:
-    """The request in parts of at most `batch` images; None for all at once. ValueError for a batch below 1."""
+    """The request in parts of at most `batch` images; None for all at once. Raises ValueError for a batch below 1."""
     if batch is None:
         return [prepared]
     if batch < 1:

@@ -1,4 +1,4 @@
-"""What is to be drawn, as one frozen value: `prepare` encodes it, `draw` integrates and decodes it."""
+"""Images to draw, described as one frozen value: `prepare` encodes it, `draw` integrates and decodes it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def denoised(info: StepInfo) -> Tensor:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How prompts are read: options of `conditioning.apply`, and what to keep away from ("" by default)."""
+    """Options of prompts: those of `conditioning.apply`, and what to keep away from ("" by default)."""
 
     negative: Prompts | None = None
     t5_length: int | None = None
@@ -72,7 +72,7 @@ class TextOptions:
 
 @dataclass(frozen=True, eq=False)
 class SamplingOptions:
-    """How the flow is followed: options of `sample`, which describes them."""
+    """Options of the integration of the flow: those of `sample`, which describes them."""
 
     steps: int = 28
     cfg: float | Tensor = 5.0
@@ -243,7 +243,7 @@ class Request:
         self._check_effect()
 
     def _check_effect(self) -> None:
-        """Raise ValueError for parts that this kind of request would ignore."""
+        """Raises ValueError for parts that this kind of request would ignore."""
         start, ignored = self.start, []
         if start is not None and start.mask is None and (start.restore or start.soften is not None):
             raise ValueError("soften and restore are of a mask, and the start images have none")
@@ -293,7 +293,7 @@ def prompt_list(prompts: Prompts) -> list[str]:
 
 
 def broadcast_prompts(prompts: Prompts, images: Tensor) -> tuple[list[str], Tensor]:
-    """As many prompts as images: one of either serves all of the other. Raises ValueError for other numbers."""
+    """Prompts and images in equal numbers: one of either is repeated. Raises ValueError for other numbers."""
     prompts = prompt_list(prompts)
     check_channels("images", images, 3)
     counts = {len(prompts), len(images)} - {1}
@@ -304,12 +304,12 @@ def broadcast_prompts(prompts: Prompts, images: Tensor) -> tuple[list[str], Tens
 
 
 def check_eta(eta: float | Tensor) -> None:
-    """Raise ValueError for a number outside [0, 1]."""
+    """Raises ValueError for a number outside [0, 1]."""
     if not isinstance(eta, Tensor) and not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} must be between 0 (the flow alone) and 1 (straight to the image)")
 
 
 def check_window(start: float, end: float) -> None:
-    """Raise ValueError unless 0 <= start <= end <= 1."""
+    """Raises ValueError unless 0 <= start <= end <= 1."""
     if not 0 <= start <= end <= 1:
         raise ValueError(f"window {start} to {end} must be 0 <= start <= end <= 1: fractions of the run")

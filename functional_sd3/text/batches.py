@@ -26,7 +26,7 @@ def text_batch(texts: str | Sequence[str], name: str = "text") -> list[str]:
 
 
 def check_length(length: int | None) -> None:
-    """Raise ValueError for a number of tokens that every text would be padded to in vain; None is no padding."""
+    """Raises ValueError for a number of tokens that every text would be padded to in vain; None is no padding."""
     if length is not None and length > MAX_LENGTH:
         raise ValueError(
             f"length {length} must be at most {MAX_LENGTH:,}, as every text is padded to it; None pads none"

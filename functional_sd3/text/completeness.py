@@ -14,7 +14,7 @@ _HOW = "with --params, which may be repeated (in Python: weights.load([MODEL, ..
 
 
 def check_encoders(present: Collection[str], tokenizers: Any) -> None:
-    """Raise ValueError where no text encoder is present or one lacks its tokenizer; a Note where some are absent.
+    """Raises ValueError where no text encoder is present or one lacks its tokenizer; a Note where some are absent.
 
     present: the names among "clip_l", "clip_g", "t5" whose parameters are present. tokenizers: tables by these names,
     or None.

@@ -154,7 +154,7 @@ def _close(characters: list[str | None], escaped_at: set[int], start: int) -> _G
 
 
 def _weights(count: int, groups: dict[int, _Group]) -> list[float]:
-    """For each of `count` characters the product of the weights of the groups that it is in."""
+    """Weight of each of `count` characters: the product of the weights of the groups that it is in."""
     weights, enclosing = [], [_Group(count, 1.0)]
     for index in range(count):
         while len(enclosing) > 1 and index >= enclosing[-1].end:

@@ -20,7 +20,7 @@ _MOST_ROWS = 2**40
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache was made of.
+    """Origin of a cache.
 
     model: `weights.sketch` of the autoencoder and of every text encoder. data: digest of the images' bytes and
     captions. fingerprint: of names and captions. options: "size" of all
@@ -101,7 +101,7 @@ _WORDS = {
     "t5_length": "encoders",
     **dict.fromkeys(("data", "fingerprint", "images", "texts"), "images or captions"),
 }
-"""What differs by fields that are not options; the others follow from these."""
+"""Differences in fields that are not options; the others follow from these."""
 
 
 def _option_values(manifest: Manifest) -> dict[str, Any]:

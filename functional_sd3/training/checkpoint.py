@@ -157,7 +157,7 @@ def load_newest(
 
 
 def whole(path: Path, under: str, like: Tree, cast: Callable[[str, Tensor], Tensor] = lambda name, leaf: leaf) -> Tree:
-    """What a checkpoint has below a path, such as "ema", in the structure of `like`, each leaf whole.
+    """The tree of a checkpoint below a path, such as "ema", in the structure of `like`, each leaf whole.
 
     One leaf at a time is put together from its pieces and passed through `cast` (path below `under`, leaf); then it is
     mapped from a nameless file beside the checkpoint, so that not all of them need fit into memory. Raises WeightsError

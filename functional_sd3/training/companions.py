@@ -13,7 +13,7 @@ from functional_sd3.formats.printable import shorten
 from functional_sd3.image import cuts, files
 
 _MASK_LABEL = "-masklabel"
-"""What OneTrainer puts behind the name of an image for that of its mask, which lies beside it."""
+"""Suffix that OneTrainer adds to the name of an image for its mask in the same folder."""
 
 
 def find(folder: str | os.PathLike, names: Sequence[str], what: str, *, own: bool = True) -> list[Path]:

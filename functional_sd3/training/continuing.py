@@ -13,7 +13,7 @@ FIXED = (
 )  # fmt: skip
 """Options that decide which numbers a checkpoint holds."""
 CONTENTS = "contents of "
-"""How the names of digests start: they are compared where the checkpoint has them."""
+"""Prefix of the names of digests, which are compared where the checkpoint has them."""
 _FREE = ("steps", "params", "data", "template", "mesh")
 _ONE_PROCESS = mesh.describe({})
 

@@ -102,5 +102,6 @@ def make_round_step(
 
 
 def _rounding_key(key: Key, rounds: Tensor) -> Key:
-    """Of a round's copy: of no sample and no step, as no run reaches 2^32 - 2 steps, which is folded in."""
+    """Key by which a round's copy is rounded: of no sample and no step, as no run reaches step 2^32 - 2, the number
+    folded in."""
     return prng.fold_in(prng.fold_in(key, 2**32 - 2), rounds)

@@ -30,7 +30,7 @@ SAMPLES = 16
 
 
 class DistillTask(NamedTuple):
-    """What `loop.run` runs, as of `tasks.TrainingTask`; of a method with a fake score a `ScoreState`."""
+    """Arguments of `loop.run`, as of `tasks.TrainingTask`; of a method with a fake score a `ScoreState`."""
 
     state: step.TrainState | ScoreState
     train_step: Callable[[Any, Tree], tuple[Any, objectives.Metrics]]

@@ -42,7 +42,7 @@ def part_spec(name: str, config: Any, mesh: Mesh) -> Tree:
 
 
 def layout(name: str, config: Any, mesh: Mesh) -> Layout:
-    """Where the leaves of a component are."""
+    """Layout of the leaves of a component."""
     return sharding.layout(part_spec(name, config, mesh), mesh, is_cut=name == TRANSFORMER)
 
 
@@ -141,8 +141,10 @@ def adapter_spec(spec: Tree, config: Config, mesh: Mesh) -> tuple[Tree, Layout |
 
 
 class StateDivision(NamedTuple):
-    """From this process's part of a state to the whole one, which all processes call, and back; placements: of its
-    leaves, None where every process has all of them."""
+    """Functions from this process's part of a state to the whole one, which all processes call, and back.
+
+    placements: of its leaves, None where every process has all of them.
+    """
 
     whole: Callable[[Any], Any] = lambda state: state
     shard: Callable[[Any], Any] = lambda state: state
@@ -150,7 +152,7 @@ class StateDivision(NamedTuple):
 
 
 def of_state(state: Any, layout: Layout | None, mesh: Mesh) -> StateDivision:
-    """How a state is divided; layout: of the parameters that learn, None where they are whole on every process."""
+    """Division of a state; layout: of the parameters that learn, None where they are whole on every process."""
     if layout is None or not has_parts(mesh):
         return StateDivision()
     placements = sharding.state_layout(state, layout, mesh)

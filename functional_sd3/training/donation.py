@@ -8,7 +8,7 @@ from functional_sd3.core.types import Tree
 
 
 def check_donated(trees: Tree) -> None:
-    """Raise ValueError, naming the paths, where leaves share memory or require grad."""
+    """Raises ValueError, naming the paths, where leaves share memory or require grad."""
     flat = tree.flatten_paths(trees)
     for path, leaf in flat.items():
         if leaf.requires_grad:
@@ -49,7 +49,7 @@ def poison(tensors: Tree) -> Tree:
 
 
 def check_strides(paths: list[str], weights: dict[str, Tensor], *moments: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming the path, unless each weight is dense and its moments have its strides."""
+    """Raises ValueError, naming the path, unless each weight is dense and its moments have its strides."""
     for path in paths:
         strides = weights[path].stride()
         if strides != torch.empty_like(weights[path]).stride() or any(

@@ -1,4 +1,4 @@
-"""What a run of the flow loss trains: the transformer (and text encoders), a LoRA, a ControlNet or a word's vectors."""
+"""Learners of the flow loss: the transformer (and text encoders), a LoRA, a ControlNet or a word's vectors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ def make_fused_step(
     layout: Layout | None = None,
     own_rows: bool = False,
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
-    """As `step.make_train_step` with `donate=True`, without the memory of the gradients.
+    """The step of `step.make_train_step` with `donate=True`, without the memory of the gradients.
 
     The given state is updated in place, and must not be used after. Metrics are the same: the norm is that of all
     gradients, of which only the norms are kept. mesh, layout, own_rows: as of `make_train_step`; a gradient is summed

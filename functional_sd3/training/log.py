@@ -68,7 +68,7 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     text = bounded.read_bytes(path, _MAX_BYTES).decode(errors="replace")
-    # What follows the last line end was being written when the process died.
+    # Text after the last line end was being written when the process died.
     lines = io.StringIO(text[: text.rfind("\n") + 1], newline="")
     try:
         names, *rows = [row for row in csv.reader(lines) if row] or [[]]

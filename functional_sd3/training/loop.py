@@ -162,7 +162,7 @@ def run(
                     with stop.abortable() if processes.is_alone else contextlib.nullcontext():
                         batch = None if is_stopping() else rollout(state, batch)
             except BaseException:
-                # What a rollout runs may end by the signal that stops this run, in an error of its own.
+                # A rollout may be ended by the signal that stops this run, with an error of its own.
                 if is_stopping():
                     break
                 save_whole()

@@ -1,4 +1,4 @@
-"""What a training step computes, as far as its memory depends on it."""
+"""Sizes of a training step on which its memory depends."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,15 @@ from functional_sd3.transformer import controlnet
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run computes. batch: images of a step, in `accumulate` parts. side: of the latents, or of the images of
-    the autoencoder. tokens: of the context. rule, dtype, lora, text_encoders, decoder_only: as of `tasks.Settings`.
-    control: config of a ControlNet that learns. word: encoder -> vectors of a word that learns. autoencoder: whether it
-    is what learns. stored: dtype of what is frozen. remat, base (a dtype of one byte), swapped (blocks that stay on the
-    host): of the options --remat, --base and --block-swap. encoders: whether frozen text encoders are in memory. mesh:
-    its sizes count alone."""
+    """Sizes of a run on which its memory depends.
+
+    batch: images of a step, in `accumulate` parts. side: of the latents, or of the images of the autoencoder. tokens:
+    of the context. rule, dtype, lora, text_encoders, decoder_only: as of `tasks.Settings`. control: config of a
+    ControlNet that learns. word: encoder -> vectors of a word that learns. autoencoder: True if it is what learns.
+    stored: dtype of the frozen parameters. remat, base (a dtype of one byte), swapped (blocks that stay on the host):
+    the options --remat, --base and --block-swap. encoders: True if frozen text encoders are in memory. mesh: only its
+    sizes count.
+    """
 
     batch: int
     side: int
@@ -40,7 +43,7 @@ class Choice:
 
     @property
     def is_base_frozen(self) -> bool:
-        """Whether the transformer does not learn, or by a LoRA alone."""
+        """True if the transformer does not learn, or by a LoRA alone."""
         return bool(self.lora or self.control or self.word)
 
     @property
@@ -50,5 +53,5 @@ class Choice:
 
     @property
     def samples(self) -> int:
-        """Of one part of the batch of one process."""
+        """Samples of one part of the batch of one process."""
         return max(1, self.batch // self.accumulate // self.mesh.size(*BATCH_AXES))

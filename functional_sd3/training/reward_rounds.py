@@ -27,7 +27,7 @@ OF_THE_LOG = ("step", "seconds", "loss", "grad_norm", "rate", "bin_loss", "bin_s
 
 
 class Setting(NamedTuple):
-    """What rounds are made of: arguments of `reward_task`, what learns, and functions of the model.
+    """Parts of a round: arguments of `reward_task`, what learns, and functions of the model.
 
     drawing_params: trained parameters -> the whole model's, in the dtype that draws.
     """

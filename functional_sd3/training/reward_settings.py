@@ -47,7 +47,7 @@ class Settings:
 
 
 def check(settings: Settings) -> None:
-    """Raise ValueError for a method that there is not, groups that do not make up the batch, and numbers below 1."""
+    """Raises ValueError for a method that there is not, groups that do not make up the batch, and numbers below 1."""
     if settings.method not in NAMES:
         raise ValueError(f"method {settings.method!r} must be one of {', '.join(NAMES)}")
     if settings.group < 2:

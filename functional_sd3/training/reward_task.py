@@ -37,7 +37,7 @@ SAMPLES = 16
 
 
 class RewardTask(NamedTuple):
-    """What `loop.run` runs: `loop.run(state, train_step, batch, rollout=rollout, ...)`; the rest as of
+    """Arguments of `loop.run`: `loop.run(state, train_step, batch, rollout=rollout, ...)`; the rest as of
     `tasks.TrainingTask`."""
 
     state: PairState

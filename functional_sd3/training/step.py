@@ -202,7 +202,7 @@ def _advance(
 
 
 def step_roundings(state: TrainState, positions: Mapping[str, Positions]) -> tuple[Rounding, Rounding]:
-    """How a step rounds parameters and averages stochastically: by keys of no sample, as no run reaches step 2^32 - 1,
+    """Stochastic rounding of parameters and averages in a step: by keys of no sample, as no run reaches step 2^32 - 1,
     which is folded in. positions: of leaves of which this process has a part."""
     key = prng.fold_in(prng.fold_in(state.key, 2**32 - 1), state.step)
     weights_key, ema_key = prng.split(key).unbind(-2)

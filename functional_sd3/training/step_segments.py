@@ -123,7 +123,7 @@ def _segment(
     stored = (1 if choice.base else computed) if is_base else size
     gathered = whole * stored if is_gathered else 0
     remat = choice.remat or choice.base or choice.swapped > 0
-    # What is materialised for a block is so again in its backward pass.
+    # Parameters that are materialised for a block are so again in its backward pass.
     is_kept = not remat and not is_gathered and not swaps
     stays = inputs if remat else kept + (copies if is_kept else 0)
     works = (kept if remat else 0) + (0 if is_kept else copies) + gathered
@@ -142,7 +142,8 @@ def around(config: Config, choice: Choice, size: int) -> tuple[int, int]:
     total += samples * (image * 3 + choice.tokens) * sizes.width * computed
     forward = 0
     if choice.mesh.size("fsdp") > 1:
-        # What is in no block is gathered for the whole pass; its table of positions is not read by the backward pass.
+        # Parameters outside of blocks are gathered for the whole pass; the backward pass does not read the table of
+        # positions.
         rest = [p for path, p in specs.paths(SPECS["transformer"](sizes)).items() if block_of(path) is None]
         stored = computed if choice.is_base_frozen else size
         total += sum(math.prod(p.shape) for p in rest if p.trainable) * stored

@@ -53,7 +53,7 @@ _BLOCK = 512
 
 
 class Place(NamedTuple):
-    """Where a member of a tar lies, uncompressed: its name, the offset of its first byte and its size in bytes."""
+    """Place of a member in a tar, uncompressed: its name, the offset of its first byte and its size in bytes."""
 
     tar: Path
     name: str

@@ -14,7 +14,7 @@ class Writer:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier process wrote of later steps does not count: a resumed run writes them again.
+        # Rows of later steps by an earlier process do not count: a resumed run writes them again.
         purged = first_step + 1 if first_step else None
         self._writer = SummaryWriter(str(folder), purge_step=purged)
 

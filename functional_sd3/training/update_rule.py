@@ -1,4 +1,4 @@
-"""How the parameters of a run are updated: its optimiser by name, the dtype of the weights, updates in the backward
+"""Update rule of a run's parameters: its optimiser by name, the dtype of the weights, updates in the backward
 pass."""
 
 from collections.abc import Callable, Collection, Mapping
@@ -47,7 +47,7 @@ def optimizer(
 
 
 def rounding(rule: UpdateRule) -> Literal["nearest", "stochastic"]:
-    """How parameters and averages are rounded (`step.make_train_step`)."""
+    """Rounding of parameters and averages (`step.make_train_step`)."""
     return "stochastic" if rule.weights == torch.bfloat16 else "nearest"
 
 

@@ -239,7 +239,7 @@ def _given(model: Model | dict[str, Params] | Config, config: Config | dict[str,
 
 
 def _check_suffix(path: Path, layout: str) -> None:
-    """Raise ValueError for a name under which readers, ours too, expect another format."""
+    """Raises ValueError for a name under which readers, ours too, expect another format."""
     suffix = path.suffix.lower()
     if suffix in _OTHER_SUFFIXES:
         raise ValueError(f"{path}: {suffix} is the name of another format; files are written as .safetensors")
@@ -249,7 +249,7 @@ def _check_suffix(path: Path, layout: str) -> None:
 
 
 def _check_base(path: Path, base: str, layout: str) -> None:
-    """Raise ValueError for a reference that `load` would not follow, WeightsError for one to no model's folder."""
+    """Raises ValueError for a reference that `load` would not follow, WeightsError for one to no model's folder."""
     if layout != "diffusers":
         raise ValueError(f"base {base!r}: only layout 'diffusers' can refer to another folder, not {layout!r}")
     if problem := base_folder.invalid(base):

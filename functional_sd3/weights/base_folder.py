@@ -83,7 +83,7 @@ def reference(index: Mapping[str, Any], named: Path) -> str | None:
 
 
 def invalid(value: Any) -> str | None:
-    """What is wrong with a reference, None if nothing is."""
+    """Sentence on what is wrong with a reference, None if nothing is."""
     if not isinstance(value, str) or not value or "\0" in value:
         return f"{value!r} must be the path of a model's folder, relative to this one"
     if PurePosixPath(value).is_absolute() or PureWindowsPath(value).drive or "\\" in value:

@@ -48,7 +48,7 @@ def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard
 
 
 def _check_size(name: str, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, shard_bytes: int | None) -> None:
-    """Raise ValueError where a file that cannot be split would be larger than `shard_bytes`."""
+    """Raises ValueError where a file that cannot be split would be larger than `shard_bytes`."""
     size = shards.size_of(tensors.values(), dtype)
     if shard_bytes is not None and size > shard_bytes:
         raise ValueError(

@@ -82,7 +82,7 @@ def describe(
 def storage(
     path: str | os.PathLike | Sequence[str | os.PathLike], component: str, *, variant: str | None = None
 ) -> Storage | None:
-    """How a component is stored; None where the path has none. Raises WeightsError for what does not load."""
+    """Storage of a component; None where the path has none. Raises WeightsError for what does not load."""
     paths = [path] if isinstance(path, (str, os.PathLike)) else path
     _, plans = assemble.plan([Path(one) for one in paths], (component,), variant)
     return trees.storage(plans[component].tree) if component in plans else None

@@ -36,7 +36,7 @@ def average(trees: Sequence[Params], weights: Sequence[Weight] | None = None) ->
 
 
 def slerp(first: Params, second: Params, t: Weight) -> Params:
-    """From `first` (t = 0) to `second` (t = 1) along the arc between them (`blend.slerp`), every leaf a vector."""
+    """Spherical interpolation (`blend.slerp`) of every leaf as a vector: `first` for t = 0, `second` for t = 1."""
 
     def between(one: Tensor, other: Tensor) -> Tensor:
         wide = _wider(one)

@@ -1,4 +1,4 @@
-"""What products of int8 or float8 cost, layer by layer, on inputs that layers have in a run of one's own."""
+"""Errors of products of int8 or float8, layer by layer, on inputs that layers have in a run of one's own."""
 
 import math
 from collections.abc import Callable, Mapping

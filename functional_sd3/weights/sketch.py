@@ -33,7 +33,7 @@ def sketch(paths: Sequence[str | os.PathLike], *, only: Collection[str], variant
 def _sketch(plan: TreePlan) -> str:
     digest = hashlib.sha256()
     for path, param in sorted(specs.paths(plan.spec).items()):
-        # What is computed and not learned is stored in some layouts only.
+        # Tables that are computed and not learned are stored in some layouts only.
         values = trees.first_values(plan, path, VALUES) if param.trainable else None
         if values is not None:
             digest.update(f"{path} {tuple(param.shape)}\n".encode())

@@ -35,7 +35,7 @@ FIELDS = {
     "weighted": Field("--weighted", bool),
     "long_prompts": Field("--long", bool),
 }
-"""By the name in the `Request`. `start`, the image and its mask, is a file and not one of these."""
+"""Fields by their name in the `Request`. `start`, the image and its mask, is a file and not one of these."""
 
 COUNT = "count"
 """Images of each prompt: the one parameter that is no field of the `Request`, whose prompts and keys are repeated."""

@@ -1,5 +1,4 @@
-"""What of Gradio's server is answered: the routes that the page needs, to this machine's names, files that were
-uploaded.
+"""Middleware that bounds Gradio's server: to the routes of the page, the names of this machine and uploaded files.
 
 Gradio has more routes than the page (a proxy, a monitor, an editor of its own source, calls past the queue), downloads
 URLs that a request calls files, and checks uploads only of apps that it launched itself. None of that depends on
@@ -107,7 +106,7 @@ class Guard:
             raise Refused(413, f"a body of {shorten(length)} bytes is above the limit of {self.body:,} (--max-upload)")
 
     def _check_file(self, name: Any) -> None:
-        """Raise Refused for anything but the path of a file in the folder."""
+        """Raises Refused for anything but the path of a file in the folder."""
         try:
             inside = Path(name).resolve().is_relative_to(self.folder) and Path(name).is_absolute()
         except (TypeError, ValueError, OSError):

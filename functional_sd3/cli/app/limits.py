@@ -41,7 +41,7 @@ def of(arguments: argparse.Namespace, own_side: int, largest: int) -> Limits:
 
 
 def check(limits: Limits, prompts: Sequence[str], count: int, steps: int, sides: dict[str, int]) -> None:
-    """Raise ValueError for a request beyond the limits; sides: of its image, by name."""
+    """Raises ValueError for a request beyond the limits; sides: of its image, by name."""
     check_sides(limits, sides)
     check_number(f"steps {steps}", steps, limits.steps, "--max-steps", "steps")
     images = len(prompts) * count
@@ -54,12 +54,12 @@ def check(limits: Limits, prompts: Sequence[str], count: int, steps: int, sides:
 
 
 def check_sides(limits: Limits, sides: dict[str, int]) -> None:
-    """Raise ValueError for a side of an image, by name, beyond the limit."""
+    """Raises ValueError for a side of an image, by name, beyond the limit."""
     for name, side in sides.items():
         check_number(f"{name} {side}", side, limits.side, "--max-size", "pixels")
 
 
 def check_number(what: str, value: int, limit: int, flag: str, unit: str) -> None:
-    """Raise ValueError for a value above a limit, which a flag of `app` sets."""
+    """Raises ValueError for a value above a limit, which a flag of `app` sets."""
     if value > limit:
         raise ValueError(f"{what} is above the limit of {limit:,} {unit} ({flag} {limit} of functional-sd3 app)")

@@ -1,4 +1,4 @@
-"""How the image of a form came to be: the page of `look`, of the same run."""
+"""The page of `look` for the run of a form: its tokens, steps and attention."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -30,14 +30,14 @@ class Served(NamedTuple):
     loras: Mapping[str, str]
     """The LoRAs that may be chosen: name -> FILE as it was given."""
     decoder: preview.Decoder | None
-    """What previews are decoded by; None for a run without them."""
+    """Decoder of previews; None for a run without them."""
     limits: Limits
     defaults: fields.Values
     """Values of fields that are not given: the model's own."""
     side: int
-    """Of the model's own images, in pixels."""
+    """Size of the model's own images, in pixels."""
     step: int
-    """Of which sides are multiples, in pixels."""
+    """Number of pixels of which every side is a multiple."""
     is_shipped: bool
     turn: threading.Lock
     """Held by the run that computes: one after the other, also where a cancelled one still ends its step."""

@@ -23,7 +23,7 @@ _TITLE = "functional_sd3"
 _COMMAND = "command that draws it again"
 _FILES = "files, with their settings inside"
 _BY_DEFAULT = {"strength": "0.6, or 1 with a mask", "soften": "not at all"}
-"""What 0 stands for."""
+"""Meaning of 0."""
 _QUEUE: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1, "preprocess": False}
 """All that computes waits in one queue. The values come as they were sent: `fields.typed` checks them."""
 
@@ -248,7 +248,7 @@ def _streamed(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
 def _outputs(
     work: Callable[[Callable[[Any], None]], None], show: Callable[[Any], str]
 ) -> Iterator[tuple[Any, Any, Any, str]]:
-    """Of each state of a run: files, command and notes, which the last state alone has, and the HTML that shows it."""
+    """Outputs of each state of a run: files, command and notes, which only the last has, and the HTML that shows it."""
     for state in _streamed(work):
         if isinstance(state, str):
             yield gr.skip(), gr.skip(), gr.skip(), view.failed(state)

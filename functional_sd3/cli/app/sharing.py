@@ -1,4 +1,4 @@
-"""Who can see the page, and what Gradio is kept from sharing by variables of the environment."""
+"""Visibility of the page, and what Gradio is kept from sharing by variables of the environment."""
 
 import ipaddress
 import os

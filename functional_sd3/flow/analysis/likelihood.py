@@ -49,8 +49,7 @@ class Estimate(NamedTuple):
     log_likelihood: Tensor
     """log_prior + the mean of the volumes."""
     standard_error: Tensor
-    """Of Hutchinson's estimate: the deviation of the volumes / sqrt(probes), NaN for one probe; 0 for exact
-    divergence."""
+    """Deviation of the volumes / sqrt(probes) of Hutchinson's estimate, NaN for one probe; 0 for the exact one."""
     noise: Tensor
     """(batch, ...): the end of the flow from the data, at t = 1."""
     log_prior: Tensor

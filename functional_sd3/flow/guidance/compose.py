@@ -38,7 +38,7 @@ class Branch(NamedTuple):
 
 
 class Made(NamedTuple):
-    """How a guidance was made: a function of `flow.guidance`, by its name, and its arguments."""
+    """The call that makes a guidance: a function of `flow.guidance`, by its name, and its arguments."""
 
     function: str
     arguments: Mapping[str, Any]
@@ -59,7 +59,7 @@ class Guidance(NamedTuple):
     at: Callable[[int, int], "Guidance"] | None = None
     """`at(step, steps)` -> the guidance of that step, which has no windows; None where it is the same in all."""
     made: Made | None = None
-    """For records of a run (`recorded`); nothing else reads it. None for a guidance of one's own."""
+    """The call that made it, for records of a run (`recorded`); None for a guidance of one's own."""
 
 
 POSITIVE, NEGATIVE = Branch(), Branch("negative")

@@ -30,7 +30,7 @@ def strictly(start: float, stop: float) -> Window:
 
 
 def check_fractions(start: float, stop: float) -> None:
-    """ValueError unless 0 <= start <= stop <= 1."""
+    """Raises ValueError unless 0 <= start <= stop <= 1."""
     if not 0 <= start <= stop <= 1:
         raise ValueError(
             f"start {start} and stop {stop} of guidance must be 0 <= start <= stop <= 1: fractions of the run"

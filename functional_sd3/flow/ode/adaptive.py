@@ -46,9 +46,9 @@ class Run(NamedTuple):
     h: Tensor
     """Length of the next attempt, positive."""
     error: Tensor
-    """Of the last accepted step, in units of the tolerance."""
+    """Error of the last accepted step, in units of the tolerance."""
     attempt_error: Tensor
-    """Of the last attempt: above 1 where it was rejected, not finite where the velocity is not."""
+    """Error of the last attempt: above 1 where it was rejected, not finite where the velocity is not."""
     times: Tensor
     """(n, batch): the start, the times of the solution in between, and the end."""
     states: Tensor

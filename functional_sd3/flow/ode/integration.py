@@ -140,7 +140,7 @@ def run(
     ends: bool = True,
     check: bool = False,
 ) -> State:
-    """From a state at times[0] to the state at times[-1]. Parts of a grid run one after the other give the whole run.
+    """The state at times[-1], from the state at times[0]. Parts of a grid run one after the other give the whole run.
 
     So a run can pause after any step k (`times[: k + 1]`), be saved (`to_tensors`) and resume from there (`times[k:]`),
     with the same result to the bit; with a `Stepwise` velocity from `velocity.after(k)`. `ends`: True if the last of
@@ -207,7 +207,7 @@ def evaluation_ends(method: Method, times: Tensor, count: int = 1) -> list[Tenso
 
 
 def _evaluated(method: Method, times: Tensor, count: int, which: int) -> list[Tensor]:
-    """For each step the times that its evaluations are called with: t (which = 0) or r (1)."""
+    """Times of the evaluations of each step: t (which = 0) or r (1)."""
     evaluated: list[list[Tensor]] = [[] for _ in range(len(times) - 1)]
 
     def recorder(step: int) -> Velocity:

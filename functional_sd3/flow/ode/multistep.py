@@ -67,7 +67,7 @@ AB4 = adams_bashforth(4, RK4)
 
 
 def _integral(points: History, t_next: Tensor, x: Tensor) -> Tensor:
-    """From the time of the first point to t_next, of the polynomial through the points."""
+    """Integral of the polynomial through the points, from the time of the first one to t_next."""
     t = points[0]["t"]
     moments = [(t_next - t) ** (power + 1) / (power + 1) for power in range(len(points))]
     return integral([point["value"] for point in points], [point["t"] - t for point in points], moments, x)

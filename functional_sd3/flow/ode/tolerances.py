@@ -24,7 +24,7 @@ def replace(
 
 
 def check(method: Adaptive, x: Tensor) -> None:
-    """Raise ValueError for tolerances that are no such numbers, do not fit the batch of x, or are finer than its
+    """Raises ValueError for tolerances that are no such numbers, do not fit the batch of x, or are finer than its
     dtype."""
     least = 4 * torch.finfo(x.dtype).eps
     for name, value, low in (("rtol", method.rtol, least), ("atol", method.atol, 0.0)):

@@ -136,7 +136,7 @@ def _euler_maruyama(x: Tensor, v: Tensor, t: Tensor, s: Tensor, sigma: Tensor) -
 
 
 def _check(name: str, amount: float | Tensor, highest: float) -> None:
-    """Raise ValueError for a number outside [0, highest], or not finite."""
+    """Raises ValueError for a number outside [0, highest], or not finite."""
     if not isinstance(amount, Tensor) and not (0 <= amount <= highest and math.isfinite(amount)):
         bound = "at least 0" if highest == math.inf else f"between 0 and {highest:g}"
         raise ValueError(f"{name} {amount} must be a number {bound}; 0 draws no noise")

@@ -18,7 +18,7 @@ from functional_sd3.metrics.inception import network
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of `FILE`, and of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which is the same."""
+"""SHA-256 of `FILE`, and of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which is the same."""
 
 MAX_BYTES = 2**28
 """Bytes that are read of a pickled file, more than twice those of `FILE`."""

@@ -38,16 +38,16 @@ from functional_sd3.weights.model import Model, Tokenizers
 STEPS, NAMES = (4, 2), ("four", "two")
 """Numbers of steps that the student draws in, the default first, and what the model card calls them."""
 SEGMENTS, INNER = 2, 6
-"""Of distillation: steps of the student, and of the teacher in each of them."""
+"""Steps of distillation: of the student, and of the teacher in each of them."""
 SHIFT = 1.5
-"""Of the grid of a student that is distilled at its own states; before, it is the teacher's, 3. The time between two
-steps is then 0.6 instead of 0.75, so that the last step, whose error is the largest, is shorter."""
+"""Shift of the grid of a student that is distilled at its own states; before, it is the teacher's, 3. The time between
+two steps is then 0.6 instead of 0.75, so that the last step, whose error is the largest, is shorter."""
 CFG = 2.0
 """Guidance of the teacher."""
 POLICY = rewarded.Policy((4, 2, 2), 1.0, 1e-4, 0.003)
-"""Of the rewards: as the student is drawn."""
+"""Policy of the rewards: the numbers of steps in which the student is drawn."""
 SHARE = 0.7
-"""Of the change by the rewards, as much as is taken: more of the images are right than with all of it."""
+"""Share of the change by the rewards that is taken: more of the images are right than with all of it."""
 DISTILL_STEPS = 75
 REWARD_STEPS = 50
 """The reward rises for some 45 rounds, and is lost soon after 50."""
@@ -55,7 +55,7 @@ ON_POLICY_STEPS, ON_POLICY_SHARE = 150, 0.7
 """Updates at its own states, and the share of their change that is taken: places are right more
 often than with all of it, corners hardly less sharp."""
 BATCH, RATE = 48, 4e-4
-"""Of distillation."""
+"""Batch and learning rate of distillation."""
 IMAGES = 4096
 """Images of the world on whose paths the student follows its teacher."""
 CURVES = (

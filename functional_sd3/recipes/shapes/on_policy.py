@@ -35,7 +35,7 @@ class States(NamedTuple):
 
 
 STATES = (States(2, 0, 8), States(2, 1, 24), States(4, 1, 3), States(4, 2, 6), States(4, 3, 18))
-"""Of an update: most of them before a last step, whose error is the largest."""
+"""States of an update: most of them before a last step, whose error is the largest."""
 SEGMENTS, FINEST, INNER = 2, 4, 3
 """The velocity leads to the next of the times of two steps; steps of the teacher in each of four."""
 CFG = 2.0
@@ -48,7 +48,7 @@ EMA, OFFSET = 0.95, 1e-3
 
 
 class OnPolicyTask(NamedTuple):
-    """What `loop.run` runs, as of `reward_task.RewardTask`."""
+    """Arguments of `loop.run`, as of `reward_task.RewardTask`."""
 
     state: step.TrainState
     train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, objectives.Metrics]]

@@ -24,7 +24,7 @@ BATCH, GROUP = 64, 8
 
 
 class Policy(NamedTuple):
-    """How images are drawn that are learned from, and how fast.
+    """Settings of the images that are learned from, and of their training.
 
     steps: numbers of them, each for an equal part of a round's prompts; each divides the first. cfg: scale of guidance;
     above 1 it is the guided velocity that is trained. rate: learning rate. divergence: weight of the squared distance

@@ -35,11 +35,11 @@ from functional_sd3.weights.model import Model, Tokenizers
 
 VAE_STEPS = 1200
 FLOW_STEPS = 2200
-"""Of the transformer and the text encoders together."""
+"""Steps of the transformer and the text encoders together."""
 REFINE_STEPS = 12000
-"""Of the transformer alone."""
+"""Steps of the transformer alone."""
 DECODER_STEPS = 4000
-"""Of the decoder alone."""
+"""Steps of the decoder alone."""
 REWARD_STEPS, REWARD_SHARE = 80, 0.6
 """Rounds of rewards for images without guidance, and the share of their change of the transformer that is taken."""
 GUIDED_STEPS, GUIDED_SHARE = 34, 0.5

@@ -101,7 +101,7 @@ def held_out_captions(things: int) -> list[tuple[str, Scene]]:
 
 
 def _held_out_pairs(kinds: Sequence[Thing]) -> Iterator[tuple[str, Scene]]:
-    """Of nearly two hundred thousand captions; a scene is made of the tenth alone."""
+    """Held-out pairs of nearly two hundred thousand captions; a scene is made of the tenth alone."""
     for first, second in itertools.product(kinds, kinds):
         if first.colour == second.colour:
             continue

@@ -33,7 +33,7 @@ def segment(tables: Tables, lattice: Lattice, text: str, room: int | None = None
 
 
 def _origins(lattice: Lattice, text: str) -> list[int]:
-    """For each place in `text`, the start of the last piece of the best path to it.
+    """Start of the last piece of the best path to each place in `text`.
 
     Starts are tried from left to right and only a better sum replaces an earlier one, so ties go to the longest last
     piece. Sums that differ in float64 may tie in float32, which is why they are compared as they are kept.

@@ -69,7 +69,7 @@ def from_teacher(levels: schedule.Config, settings: Settings) -> Settings:
 
 
 class DistillMethod(NamedTuple):
-    """What a student learns from its teacher, and how it differs from it.
+    """Method of distillation: loss, teacher and differences of the student's model.
 
     kind: `distillation` of its scheduler config (`flow.distilled.KINDS`), which says how it is drawn. loss: (the
     student's config, teacher, settings) -> objective of batches {"latents", "context", "pooled"}. network: the
@@ -93,7 +93,7 @@ class DistillMethod(NamedTuple):
 
 
 def with_defaults(settings: Settings) -> Settings:
-    """The settings with the defaults of their method; ValueError for settings that are of other methods alone."""
+    """The settings with the defaults of their method. Raises ValueError for settings of other methods alone."""
     method = settings.method
     given = {name: getattr(settings, name) for name in distill_options.OPTIONS}
     for name in distill_options.foreign(method, given):

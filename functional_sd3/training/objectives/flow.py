@@ -61,7 +61,7 @@ def flow_loss(
     `implementation`: as of `attention.attention`; `attend`: as of `mmdit.apply`; `residuals`: added to its blocks, as a
     ControlNet's are. Metrics: bin_loss and bin_share (bins,), the part of the loss before weights, and of the samples,
     with t in each of `bins` equal intervals; their quotient is the loss of an interval. `summary` replaces the weighted
-    mean and adds metrics. keys (batch, 2), a key for each sample: `prng.split(key, batch)`; ValueError for others.
+    mean and adds metrics. keys (batch, 2), one for each sample: `prng.split(key, batch)`. Raises ValueError for others.
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout {dropout} is a probability, between 0 and 1")
@@ -127,7 +127,7 @@ _FLOAT32 = ("t", "weight", "mask")
 
 
 def _check(batch: Tree) -> None:
-    """Raise ValueError for a batch that lacks an entry, or has no samples, whose mean would be NaN."""
+    """Raises ValueError for a batch that lacks an entry, or has no samples, whose mean would be NaN."""
     absent = [name for name in ("latents", *(() if "ids" in batch else ("context", "pooled"))) if name not in batch]
     if absent:
         raise ValueError(

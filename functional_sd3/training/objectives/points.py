@@ -93,7 +93,7 @@ def sample_means(values: Tensor) -> Tensor:
 
 
 def check_batch(batch: Tree, names: tuple[str, ...], what: str) -> None:
-    """Raise ValueError where a batch lacks an entry that the objective `what` reads."""
+    """Raises ValueError where a batch lacks an entry that the objective `what` reads."""
     if absent := [name for name in names if name not in batch]:
         raise ValueError(f"the batch of {what} lacks {', '.join(absent)}; it has {', '.join(batch)}")
 

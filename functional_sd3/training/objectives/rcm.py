@@ -159,7 +159,7 @@ def matching_direction(
 
 
 def check_times(times: Tensor) -> None:
-    """Raise ValueError for a student's grid without a step."""
+    """Raises ValueError for a student's grid without a step."""
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(
             f"times {list(times.shape)} must be the student's grid, (steps + 1,), such as schedule.even(4)"

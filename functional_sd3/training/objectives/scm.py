@@ -170,6 +170,6 @@ def cotangent(a: Tensor) -> Tensor:
 
 
 def check_offset(offset: float) -> None:
-    """Raise ValueError for an offset that does not keep the normalised tangent finite."""
+    """Raises ValueError for an offset that does not keep the normalised tangent finite."""
     if not 0 < offset < math.inf:
         raise ValueError(f"offset {offset} must be a positive number: it is added to the tangent's rms, which may be 0")

@@ -14,7 +14,7 @@ Loss = Callable[[Params, Tree, Key], tuple[Tensor, Metrics]]
 
 
 def check_keys(keys: Key, samples: Tensor) -> None:
-    """Raise ValueError unless keys are (batch, 2) for samples (batch, ...)."""
+    """Raises ValueError unless keys are (batch, 2) for samples (batch, ...)."""
     prng.check_key(keys)
     if keys.shape[:-1] != samples.shape[:1]:
         count = len(samples)

@@ -57,8 +57,7 @@ def random_window(size: int) -> Choice:
 
 
 def sliding_window(size: int, every: int = 25) -> Choice:
-    """As `random_window`, from the first step on and a step further every `every` rounds, then from the first again
-    (MixGRPO)."""
+    """`random_window` whose start moves a step every `every` rounds, from the last to the first again (MixGRPO)."""
 
     def choose(steps: int, number: int, key: Key) -> Steps:
         own = min(size, steps - 1)

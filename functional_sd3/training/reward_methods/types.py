@@ -16,7 +16,7 @@ from functional_sd3.transformer.mmdit import AttendBlocks
 
 
 class Sampler(NamedTuple):
-    """How images are drawn.
+    """Sampler of the images of a round.
 
     draw: as of `rollouts`, giving "latents". noise: keys (batch, 2) -> the starting noise. times (steps + 1,): the grid
     that `draw` follows. negative: conditioning of the empty prompt, (1, ...) each. cfg: its scale, 1 for none.
