@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 
 def _modules() -> dict[str, str]:
-    """Name -> the module it stands for, as the stub beside this file imports them."""
+    """Name -> the module that it is an alias of, as the stub beside this file imports them."""
     statements = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
     imports = [statement for statement in statements if isinstance(statement, ast.ImportFrom)]
     return {alias.asname: f"{each.module}.{alias.name}" for each in imports for alias in each.names if alias.asname}
@@ -79,7 +79,7 @@ class _Package(ModuleType):
         return f"{_DOC}\nModules\n\n" + "".join(f"    {name}: {_summary(name)}\n" for name in __all__)
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Python sets a room that was imported as an attribute, without `__getattr__`.
+        # Python sets a package that was imported as an attribute, without `__getattr__`.
         super().__setattr__(name, _with_public_dir(value) if isinstance(value, ModuleType) else value)
 
 

@@ -242,3 +242,15 @@ def test_comments_begin_with_their_subject():
     riddle = re.compile(r"^\s*# ?(What|Who|Whom|Of what|Of which|Where nobody)\b", re.MULTILINE)
     found = {str(path.relative_to(PACKAGE)): riddle.findall(path.read_text()) for path in FILES}
     assert not any(found.values()), {path: words for path, words in found.items() if words}
+
+
+def test_docstrings_and_comments_are_in_plain_words():
+    """NAMES, rules 2 and 5: the field's terms and plain verbs, no metaphors of telling, hearing, standing and going."""
+    words = "nobody somebody anybody people told heard asked unasked vouches rooms stands(?! for) goes.on go.on begun"
+    metaphor = re.compile(rf"\b({'|'.join(words.split())})\b")
+    found = []
+    for path in FILES:
+        texts = [text for _, text in facts(path).docstrings]
+        texts += re.findall(r"(?:^|\s)# (.*)$", path.read_text(), re.MULTILINE)
+        found += [f"{path.relative_to(PACKAGE)}: {word[0]}" for text in texts for word in metaphor.finditer(text)]
+    assert not found, found

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 processes.check_command(given.options)
                 return given.options.run(given.options)
         except BrokenPipeError:
-            # The reader of a pipe has gone (`| head`); the interpreter must not try to flush into it again.
+            # The reader of a pipe has ended (`| head`); the interpreter must not try to flush into it again.
             sys.stdout = None
             return 0
         except (Exception, KeyboardInterrupt) as error:

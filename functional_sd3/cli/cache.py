@@ -1,6 +1,6 @@
 """Encode a training set once: latents of its images and conditioning of its captions, which `train --data OUT` reads.
 
-Run again with the same options after an interruption, it goes on after the shards that are whole.
+Run again with the same options after an interruption, it continues after the shards that are whole.
 """
 
 import argparse

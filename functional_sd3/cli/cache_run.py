@@ -74,7 +74,7 @@ def _write(arguments: argparse.Namespace) -> str:
         cache_writing.write_text(
             arguments.out, manifest, captions.texts, ids, params, outline.config, dtype, _track("encoding captions")
         )
-        # The autoencoder comes when they are gone.
+        # The autoencoder is loaded after the encoders are freed.
         del params
     if cache.missing(arguments.out, manifest, "latents"):
         stored = train_model.read(arguments, source, ["vae"])["vae"]

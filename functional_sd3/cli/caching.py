@@ -63,7 +63,7 @@ def check(arguments: argparse.Namespace, adaptive: tuple[str, ...]) -> None:
 def check_steps(arguments: argparse.Namespace, method: str, *, is_student: bool) -> None:
     """Raises ValueError for a model whose method has no steps to leave out; notes a cache that leaves out none.
 
-    method: the method of the run, once what the model says of it is known, as --steps is then. is_student: True for a
+    method: the method of the run, after the model's defaults, as --steps. is_student: True for a
     model that was distilled to few steps.
     """
     if getattr(arguments, "cache", None) is None:

@@ -135,7 +135,7 @@ def _nets(specs: list[ControlSpec], paths: list[str], dtype, device) -> "list[Co
 
 
 def net_source(text: str) -> tuple[str | None, str]:
-    """The kind (None: that which the file says) and the path of one `--controlnet`."""
+    """The kind (None: that of the file) and the path of one `--controlnet`."""
     from functional_sd3.transformer import controlnet
 
     kind, equals, path = text.partition("=")

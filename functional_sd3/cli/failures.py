@@ -28,7 +28,7 @@ def report_failure(error: BaseException, name: str, given: CommandLine | None) -
     name: of the command; given: its command line, None where that was not read to its end.
     """
     if type(error).__name__ == "ElsewhereError" and _is_ours(error):
-        # Another process of the run says it.
+        # Another process of the run reports it.
         return 1
     if given is not None and given.debug:
         report.error("".join(traceback.format_exception(error)).rstrip())
@@ -83,7 +83,7 @@ def _only_imports(frame: FrameType | None) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for every error by which Python, numpy, torch or the system says that memory is exhausted."""
+    """True for every error by which Python, numpy, torch or the system reports that memory is exhausted."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     text = str(error).lower()

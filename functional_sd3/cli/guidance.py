@@ -192,7 +192,8 @@ def _loaded(options: dict[str, Any], session: "Session", arguments: argparse.Nam
 
 
 def _pairs(text: str, kind: Kind) -> dict[str, str]:
-    """{"layers": "7,8,9", "scale": "2.5"} of "layers=7,8,9,scale=2.5": what names no option goes on with its value."""
+    """{"layers": "7,8,9", "scale": "2.5"} of "layers=7,8,9,scale=2.5": a part without an option's name continues its
+    value."""
     pairs: dict[str, str] = {}
     last = None
     for part in text.split(",") if text else []:

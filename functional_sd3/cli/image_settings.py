@@ -25,8 +25,8 @@ _UNRECORDED = {
     "help", "out", "prompts", "batch", "offload", "device", "compile", "preview", "preview_decoder", "quiet", "debug",
     "fast",
 }  # fmt: skip
-"""Options that settings never hold: where images go, what the machine was like, and a preset whose words stand in
-another option. A command line that was found in a file must not write where that file says."""
+"""Options that settings never hold: where images are written, the machine, and a preset that another option
+holds in full. A command line from a file must not write to a path that the file names."""
 
 Record = dict[str, Any]
 """The content of an image's metadata, as JSON: "request", the `pipeline.describe` of what was drawn; "command",
@@ -100,7 +100,7 @@ def read_record(path: Path) -> Record | None:
 
 
 def lines(name: str, part: Any, indent: str = "") -> Iterator[str]:
-    """A part of a record for people, line by line; what is absent, empty or off is left out."""
+    """A part of a record as text, line by line; what is absent, empty or off is left out."""
     if isinstance(part, dict) and part.get("kind") == "tensor" and "values" in part:
         part = part["values"]
     if part is None or part is False or part in ([], {}, ""):

@@ -2,7 +2,7 @@
 
 An image is read upright and in RGB. With `--size` it is scaled to cover that size and cropped about its centre.
 Without, it is scaled down where it has more pixels than the model's own size, and each side is cropped about the centre
-to a multiple of what the model can draw. A mask goes the way of its image; `image.masks` has the rule of its
+to a multiple of what the model can draw. A mask is treated as its image; `image.masks` has the rule of its
 transparency.
 """
 

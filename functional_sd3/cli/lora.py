@@ -95,7 +95,7 @@ def _extract(arguments: argparse.Namespace) -> int:
             raise ValueError(f"the {name} of {arguments.base} is of other sizes than that of {arguments.tuned}")
     after, before = ({name: model.params[name] for name in names} for model in (tuned, base))
     extracted = lora.extract(tree.to(after, device), before, arguments.rank, targets=tuple(arguments.targets))
-    # A student's LoRA says how what it makes is drawn, as that of `distill --lora` does.
+    # A student's LoRA has the scheduler config of the student, as that of `distill --lora` does.
     is_student = tuned.config.schedule is not None and tuned.config.schedule.distillation is not None
     said = metadata.write(tuned.config, ()) if is_student and tuned.config.schedule != base.config.schedule else {}
     options = {"layout": arguments.layout, "dtype": getattr(torch, arguments.dtype), "metadata": said}

@@ -116,7 +116,7 @@ def with_computations(
     mesh: "Mesh | None" = None,
     divided: tuple[str, ...] = (),
 ) -> "Model":
-    """The model with a config that says how the blocks of its components are computed.
+    """The model with the computations of its components' blocks in its config.
 
     trained: those that learn, or are frozen in the loss; divided: those of them that are divided over the mesh.
     """

@@ -15,7 +15,7 @@ class OutOfRange(Exception):
 
 
 class Range(NamedTuple):
-    """Values from `low` to `high`; `above`: `low` itself is none of them; `words`: what is said of other values."""
+    """Values from `low` to `high`; `above`: `low` itself is none of them; `words`: the error for other values."""
 
     low: float = -math.inf
     high: float = math.inf

@@ -158,7 +158,7 @@ def encoded(image: "Image", suffix: str, record: Record) -> bytes:
 
 
 def encoded_animation(images: "Sequence[Image]", suffix: str, record: Record, fps: float) -> bytes:
-    """The bytes of a GIF or WebP, by its suffix, that goes on for ever, with the settings inside."""
+    """The bytes of a GIF or WebP, by its suffix, that repeats for ever, with the settings inside."""
     text, buffer = json.dumps(record), io.BytesIO()
     options: dict[str, Any] = {"save_all": True, "append_images": images[1:], "loop": 0}
     options["duration"] = round(1000 / fps)

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def parse_known_args(self, args=None, namespace=None):
-        # Before argparse says that something else is missing, which the unknown option was meant to give.
+        # Before argparse reports as missing what the misspelt option should have given.
         if args is not None and self._subparsers is None:
             self._check_options(args)
         return super().parse_known_args(args, namespace)

@@ -41,7 +41,7 @@ def choose(
 ) -> Chosen:
     """The dtype of --dtype for the model at `source`, whose transformer decides; says in a line if it is bfloat16.
 
-    Files that cannot be read decide nothing: loading them says what is wrong with them.
+    Files that cannot be read decide nothing: loading them raises the error.
     """
     if arguments.dtype != "auto" or device.type != "cpu" or any(getattr(arguments, name, False) for name in _SOLVES):
         return Chosen(runtime.dtype(arguments.dtype), arguments.dtype)
@@ -63,7 +63,7 @@ def choose(
 
 
 def with_products_of(params: Params, device: torch.device) -> Params:
-    """Parameters without products of int8 or float8 where the device is slower at them; says so."""
+    """Parameters without products of int8 or float8 where the device is slower at them, with a note."""
     computes = {"int8": device.type == "cpu" and int8.LEAST_SIZE is not None, "float8": cuda.multiplies_float8(device)}
     slower = [
         compute for compute, is_fast in computes.items() if not is_fast and quantize.has_products(params, compute)
@@ -83,7 +83,7 @@ def fetcher(place: torch.device, source: Any, /, **options: Any) -> Callable[[st
 
 
 def is_candidate(stored: Storage) -> bool:
-    """True if some processor would compute it in bfloat16, so that an image's record has to say what was done."""
+    """True if some processor would compute it in bfloat16, so that an image's record must name the dtype."""
     widths = [line.bfloat16 for line in (narrow.MEASURED, *narrow.TABLE.values()) if line.bfloat16 is not None]
     return stored.narrow >= MOSTLY and stored.width >= min(widths)
 

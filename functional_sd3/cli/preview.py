@@ -79,7 +79,8 @@ def prepare(
 ) -> "Callable[[StepInfo], None]":
     """A function of each step that writes its preview; without --preview it does nothing.
 
-    What it cannot write is noted once, and the run goes on. Raises ValueError for decoders that do not fit the model.
+    A preview that cannot be written is noted once, and the run continues. Raises ValueError for decoders that do not
+    fit the model.
     """
     if arguments.preview is None or not report.is_first_process():
         return lambda info: None

@@ -1,4 +1,4 @@
-"""Prompts from the command line, a file or standard input, and notes on words that are not what was meant."""
+"""Prompts from the command line, a file or standard input, and notes on words that look like mistakes."""
 
 import argparse
 import errno
@@ -34,7 +34,7 @@ def listed(words: Sequence[str], file: str | None) -> list[str]:
 
 
 def note_missing_quotes(prompts: Sequence[str]) -> None:
-    """Note that several prompts of a word each may have been meant as one."""
+    """Note that several prompts of one word each may be one prompt without quotes."""
     if len(prompts) > 1 and not any(re.search(r"\s", prompt.strip()) for prompt in prompts):
         one, count = shorten(" ".join(prompts)), len(prompts)
         report.note(f'{count} prompts of one word each give {count} images; one prompt needs quotes: "{one}"')

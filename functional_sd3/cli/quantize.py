@@ -125,7 +125,7 @@ def _encoders(params: "dict[str, Params]") -> "dict[str, Params]":
 
 
 def _with_good_products(name: str, params: "Params", trial: _Trial | None, arguments: argparse.Namespace) -> "Params":
-    """The component without the products that are off by more than --limit; says how many there are."""
+    """The component without the products whose error is above --limit, with a note of their number."""
     from functional_sd3.core import tree
     from functional_sd3.weights import quantize
     from functional_sd3.weights.product_errors import product_errors

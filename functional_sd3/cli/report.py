@@ -1,7 +1,7 @@
 """Output of all commands: results on standard output, notes, progress and errors on standard error.
 
-No other module of this room prints. Whatever a terminal would act on is escaped here, whether it came from the name of
-a file or tensor, metadata or the command line; `--quiet` is known here alone.
+No other module of this package prints. Whatever a terminal would act on is escaped here, whether it came from the name
+of a file or tensor, metadata or the command line; `--quiet` is known here alone.
 """
 
 import json
@@ -24,7 +24,7 @@ _COLLECTED: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 class Report(NamedTuple):
-    """`text` for people, line by line; `data` for programs, in the words of JSON."""
+    """`text` to read, line by line; `data` for programs, as JSON."""
 
     text: tuple[str, ...]
     data: dict[str, Any]
@@ -32,7 +32,7 @@ class Report(NamedTuple):
 
 @contextmanager
 def printing(*, quiet: bool) -> Iterator[None]:
-    """Within it the notes of all rooms are printed; `quiet`: none, and neither progress nor Python's warnings.
+    """Within it the notes of all packages are printed; `quiet`: none, and neither progress nor Python's warnings.
 
     Of several processes the first alone prints, but for errors.
     """
@@ -118,7 +118,7 @@ def as_json(data: Any) -> str:
     content = json.dumps(_finite(data), indent=2, ensure_ascii=False)
     if printable.escape(content, keep="\n") == content:
         return content
-    # Such characters stand within strings only: json has written line ends in them as \\n.
+    # Such characters are within strings only: json has written line ends in them as \\n.
     harmless = {letter for letter in set(content) if printable.escape(letter, keep="\n") == letter}
     return "".join(letter if letter in harmless else _json_escape(letter) for letter in content)
 

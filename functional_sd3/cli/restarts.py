@@ -1,7 +1,7 @@
-"""Restarts by torchrun (--max-restarts): the command line goes on from the last checkpoint of its own run, unasked.
+"""Restarts by torchrun (--max-restarts): the command line resumes from the last checkpoint of its own run by itself.
 
-torchrun starts all processes again, with the same words, when one has ended with an error. A file in --out says which
-torchrun began the run there, so that no restart takes another's run for its own.
+torchrun starts all processes again, with the same arguments, when one has ended with an error. A file in --out says
+which torchrun began the run there, so that no restart takes another's run for its own.
 """
 
 import os
@@ -27,7 +27,7 @@ def is_restart(out: Path) -> bool:
 
 
 def begin(out: Path) -> None:
-    """Note the torchrun that begins, or goes on with, the run in `out`."""
+    """Record the torchrun that begins or resumes the run in `out`."""
     if (launcher := _launcher()) is not None:
         files.write_atomic(out / NAME, launcher)
 

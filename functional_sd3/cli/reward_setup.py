@@ -122,7 +122,7 @@ def prepare(arguments: argparse.Namespace, processes: Processes = ALONE) -> Setu
 
 
 def _with_sampling_steps(model: Callable[[Any], Model], steps: int, state: Any) -> Model:
-    """The model of a state; a student's scheduler config says that it is drawn in `steps` too."""
+    """The model of a state; `steps` are added to the trained steps of a student's scheduler config."""
     rewarded = model(state)
     levels = rewarded.config.schedule
     if levels is None:
@@ -234,7 +234,7 @@ def _settings(
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[continuing.Difference]:
     parser = argparse.ArgumentParser()
     reward_options.add_arguments(parser)
-    # Those that a model has of its own were these before it had a say.
+    # Options whose default now depends on the model had these defaults before.
     before = {"sampling-steps": 8, "sampler": "euler"}
     defaults = {name.replace("_", "-"): parser.get_default(name) for name in _RECORDED} | before
     return continuing.differences(saved, now, defaults)

@@ -1,4 +1,4 @@
-"""The model that a command draws with, opened as its options say, and its requests drawn stage by stage."""
+"""The model that a command draws with, opened by its options, and its requests drawn stage by stage."""
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence

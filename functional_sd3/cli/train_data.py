@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 
 def images(arguments: argparse.Namespace, model: Model, say: Say) -> TrainingImages:
-    """The images of --data; what was skipped, and what else is worth knowing, is said."""
+    """The images of --data, with notes on those that are skipped and on other facts worth knowing."""
     if arguments.data == "shapes":
         return dataset(prng.key(arguments.seed), arguments.pictures, side(arguments, model))
     tars = None
@@ -91,7 +91,7 @@ def tokens(model: Model, captions: Sequence[str]) -> conditioning.Ids:
 
 
 def t5_length(model: Model) -> int:
-    """Tokens that T5 reads: as many as its tokenizer says, at most 256."""
+    """Tokens that T5 reads: those of its tokenizer, at most 256."""
     t5 = model.tokenizers.t5
     return 256 if t5 is None else min(256, t5.model_max_length)
 

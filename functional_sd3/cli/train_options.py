@@ -14,7 +14,7 @@ from functional_sd3.cli import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options in groups, one a function, so that each says what it is for."""
+    """The options in groups, one function each, whose name is their purpose."""
     add = parser.add_argument
     add("--data", required=True, metavar="DIR|shapes", help="folder of images, a cache of them, or the built-in shapes")
     run_options.add(parser, out=None)

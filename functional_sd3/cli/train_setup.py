@@ -52,7 +52,7 @@ _FREE = (
     "validate_every",
     "tensorboard",
 )
-"""The options that a checkpoint does not keep: they may change, or digests stand for what they say."""
+"""The options that a checkpoint does not keep: they may change, or their contents are kept as digests."""
 
 
 def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, is_first: bool = True) -> Setup:
@@ -125,7 +125,7 @@ def prepare(arguments: argparse.Namespace, say: Say, mesh: Mesh = ONE_PROCESS, i
 
 
 def _check_word(inversion: flow_learners.Inversion, model: Model, ids: conditioning.Ids, say: Say) -> None:
-    """Raises ValueError where no caption holds the word; says of how many images they do not."""
+    """Raises ValueError where no caption holds the word; notes the number of images whose caption does not."""
     name, first = next(iter(textual_inversion.first_ids(model.tokenizers, inversion.encoders).items()))
     has_word = (getattr(ids, name) == first).any(-1)
     if not has_word.any():

@@ -85,7 +85,7 @@ def hold(arguments: argparse.Namespace, processes: Processes = ALONE) -> Iterato
 
 
 def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALONE) -> int:
-    """Train and write the result; the exit status. Reads the options that say where, how long and how often.
+    """Train and write the result; the exit status. Reads the options of paths, lengths and intervals.
 
     processes: that call this together; the first one writes.
     """
@@ -182,7 +182,7 @@ def _save_unsaved(error, out: Path, setup) -> None:
 
 
 def say(text: str) -> None:
-    """Lines on standard error, above the progress bar; a run goes on where nobody reads them any more."""
+    """Lines on standard error, above the progress bar; a run continues after their reader has ended."""
     from tqdm import tqdm
 
     if sys.stderr is None:
@@ -193,7 +193,8 @@ def say(text: str) -> None:
 
 
 def resume(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALONE) -> State:
-    """The state of the newest checkpoint that can be read; what changed since, and what is passed over, is said.
+    """The state of the newest checkpoint that can be read; notes name changed settings and checkpoints that are passed
+    over.
 
     Raises ValueError where the settings differ and may not, WeightsError where there is no checkpoint that can be read.
     """

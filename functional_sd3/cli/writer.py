@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from functional_sd3.cli.timing import Timer
 
 _MAX_GRID = 2**27
-"""Pixels of the grid that a folder gets unasked."""
+"""Pixels of the grid that a folder gets by default."""
 
 
 def write(
@@ -81,7 +81,7 @@ def _has_grid(count: int, images: Tensor) -> bool:
 
 
 def _say_path(path: Path) -> None:
-    """Print a path; where nobody reads standard output any more (`| head`), the images are still drawn."""
+    """Print a path; after the reader of standard output has ended (`| head`) the images are still drawn."""
     try:
         report.say(path)
     except BrokenPipeError:

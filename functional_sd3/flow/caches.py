@@ -115,16 +115,16 @@ def is_of_blocks(cache: Cache) -> bool:
 def computed_steps(cache: Cache, steps: int, starts: Sequence[int] = (0,)) -> list[bool]:
     """The pattern of a run: True for each step that is computed whatever its values, which is all of `Extrapolate`.
 
-    starts: the steps where the velocity becomes another function; what came before it says nothing of it, so a warm-up
-    of the least length begins again.
+    starts: the steps where the velocity becomes another function; steps before it are of no use to predict it, so a
+    warm-up of the least length begins again.
     """
     least, computed = _least_warmup(cache), []
     warmup, final = max(least, _count(cache.warmup or 0, steps)), max(1, _count(cache.final, steps))
-    begun, first, last, gap, gaps = 0, warmup, 0, 1, 0
+    start, first, last, gap, gaps = 0, warmup, 0, 1, 0
     for step in range(steps):
         if step in starts:
-            begun, first, gap, gaps = step, warmup if step == 0 else least, 1, 0
-        due = step - begun < first or step >= steps - final
+            start, first, gap, gaps = step, warmup if step == 0 else least, 1, 0
+        due = step - start < first or step >= steps - final
         if isinstance(cache, Extrapolate) and not due:
             widest = math.floor((gaps + 1) * cache.every + 1e-9) - math.floor(gaps * cache.every + 1e-9)
             left = max(2, math.ceil((steps - 1 - last) / 2))
@@ -138,7 +138,7 @@ def computed_steps(cache: Cache, steps: int, starts: Sequence[int] = (0,)) -> li
 def parse(text: str) -> Cache:
     """The cache of `KIND[:OPTION=VALUE,...]`, such as `extrapolate:every=2,order=1`; `write` is the inverse.
 
-    Raises ValueError that says what would be right, for an unknown kind or option and a value that cannot be read.
+    Raises ValueError, naming what would be right, for an unknown kind or option and a value that cannot be read.
     """
     kind, _, rest = text.partition(":")
     if kind == "interval":

@@ -76,7 +76,7 @@ def with_cache(method: Method | Adaptive, cache: Cache, *, of_data: bool = False
     """The method for a velocity of `CachedStep`s, for `ode.integrate` and `ode.run`; its carry is {"method", "cache"}.
 
     of_data: extrapolate the prediction of the data, x - t v, instead of the velocity: for methods that draw noise,
-    whose x, and with it the velocity, moves by what no earlier velocity says.
+    whose x, and with it the velocity, changes by what no earlier velocity predicts.
     Raises ValueError for an adaptive method, which would take its steps by the errors of velocities that were not
     computed, and for one of mean velocities.
     """

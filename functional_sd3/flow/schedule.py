@@ -127,8 +127,8 @@ def from_levels(
 ) -> Tensor:
     """The grid that diffusers' scheduler makes of a user's own `sigmas`: float32 (n + 1,) from n of them.
 
-    levels: descending within (0, 1], without the 0 at the end. They are still shifted, stretched and spaced as the
-    config says; a grid to be used unchanged is an argument of `ode.integrate`. Numbers are taken in float32 as
+    levels: descending within (0, 1], without the 0 at the end. They are still shifted, stretched and spaced by
+    the config; a grid to be used unchanged is an argument of `ode.integrate`. Numbers are taken in float32 as
     diffusers does, a tensor in its own dtype; differentiable in a tensor and in mu. mu as of `from_config`.
     """
     check_config(config)
@@ -274,7 +274,7 @@ def _lowest(train_timesteps: int, s: Scalar) -> Tensor:
 
 
 def _level(sigma: Tensor | float, s: Scalar) -> Tensor:
-    # The training table is float32, and its ends are what the grid goes between.
+    # The training table is float32, and the grid lies between its ends.
     if not isinstance(sigma, Tensor):
         sigma = torch.tensor(sigma, dtype=torch.float32, device="cpu")
     return shift(sigma.to(s.device) if isinstance(s, Tensor) else sigma, s).double()

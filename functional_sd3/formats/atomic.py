@@ -5,7 +5,8 @@ or the new. A new folder likewise. The content of a folder that exists is replac
 call swaps two folders and because what else lies in it (logs, checkpoints, a README) must stay:
 
 1. everything is written to a staging folder inside it and synced: a failure here leaves the old content as it was;
-2. the staging folder is renamed to `.saved`: from this instant the new content counts, and `current(folder)` says so;
+2. the staging folder is renamed to `.saved`: from this instant the new content counts, and `current(folder)` is its
+path;
 3. each entry is put in its place (by hard links, so it costs nothing), then `.saved` is removed.
 
 A process killed before 2 leaves the old content, after 2 the new one, for readers that call `current`, as
@@ -223,7 +224,7 @@ def _link_file(source: str | Path, target: str | Path) -> None:
 
 
 def _temporary(folder: Path, name: str) -> Path:
-    """A name in the folder that nobody else uses, and that names its process and purpose."""
+    """A unique path in the folder whose name holds its process and purpose."""
     return folder / f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
 
 

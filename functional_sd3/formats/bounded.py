@@ -1,4 +1,4 @@
-"""Files that people were given, opened and read within bounds: regular files only, no more bytes than were allowed.
+"""Files of unknown origin, opened and read within bounds: regular files only, no more bytes than were allowed.
 
 A FIFO or a device blocks for ever or never ends, so neither is ever opened for reading.
 """

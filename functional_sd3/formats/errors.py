@@ -38,6 +38,6 @@ def reason(error: OSError) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """True if the cause of an error is a disk, or a person's share of it, that has no room left."""
+    """True if the cause of an error is a disk, or a user's quota of it, that has no room left."""
     cause = error if isinstance(error, OSError) else error.__cause__
     return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))

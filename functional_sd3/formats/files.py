@@ -127,7 +127,7 @@ def stacked(mapped: Mapped, names: Sequence[str]) -> Tensor | None:
 def release(mapped: Mapped, name: str) -> None:
     """Give back the memory of a tensor that was copied elsewhere; reading it again reads the file again.
 
-    Only for tensors that nobody has written to: private changes would be lost.
+    Only for tensors that were not written to: private changes would be lost.
     """
     entry = mapped.header.tensors[name]
     first = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE

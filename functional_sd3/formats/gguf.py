@@ -1,4 +1,4 @@
-"""GGUF files read: SD3's transformer, its encoders and its VAE in the few bits a weight that people keep them in.
+"""GGUF files read: SD3's transformer, its encoders and its VAE quantised to a few bits a weight.
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a magic, counts, values by name, descriptions of
 tensors, then, aligned, their bytes. Names are those of the file it was made from, but of T5 those of llama.cpp. As for

@@ -1,7 +1,7 @@
 """Headers of safetensors files: a JSON table of names, dtypes, shapes and places, believed only after it was checked.
 
 Refused is whatever the safetensors library refuses (bytes that overlap, leave gaps or do not fit the shape, tables that
-are not about the whole file) and names that stand twice. Nothing is allocated that the file does not hold.
+are not about the whole file) and names that occur twice. Nothing is allocated that the file does not hold.
 """
 
 import math

@@ -1,11 +1,11 @@
-"""JSON from files that nobody vouches for: parsed within bounds, its fields read with their types checked.
+"""JSON from files of unknown origin: parsed within bounds, its fields read with their types checked.
 
     config = json_fields.read(path, limit=2**20)          # an `Object`
     width = config.integer("width", low=1, high=2**20)
     names = config.texts("names", default=())
 
 Every error is a WeightsError that names the file, the field, its value and what would be right. Constants that JSON
-does not have (NaN, Infinity), names that stand twice and absurd nesting are refused when the text is parsed.
+does not have (NaN, Infinity), names that occur twice and absurd nesting are refused when the text is parsed.
 """
 
 import json
@@ -36,7 +36,7 @@ _TYPES = {kind: {kind, int} if kind is float else {kind} for kind in _KINDS}
 
 
 class Object(NamedTuple):
-    """A JSON object and where it stands: a file, then the names of the fields that lead to it.
+    """A JSON object and its place: a file, then the names of the fields that lead to it.
 
     Each method reads one field. default: the result where the field is absent or null; without one that is an error.
     """

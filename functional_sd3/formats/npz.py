@@ -1,7 +1,8 @@
 """Arrays by name in .npz files: read within bounds, whole or not at all, written atomically; nothing is executed.
 
 An .npz file is a zip archive of .npy files (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html).
-Members are read here rather than by `numpy.load`, which allocates what a header says before it looks at the file.
+Members are read here rather than by `numpy.load`, which allocates the size in a header before it compares it with the
+file.
 """
 
 import io

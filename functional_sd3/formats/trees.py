@@ -156,7 +156,7 @@ def nonfinite_kind(plan: TreePlan, name: str) -> str | None:
 
 
 def first_values(plan: TreePlan, path: str, count: int) -> Tensor | None:
-    """The first values of a leaf, float32 (at most `count`,), by which trees are told apart; None for one that the
+    """The first values of a leaf, float32 (at most `count`,), by which trees are distinguished; None for one that the
     files lack. Of a leaf whose rows are theirs no more than these are read."""
     source = plan.sources[path]
     names = _present(plan, source)
@@ -208,7 +208,7 @@ def _stays(plan: TreePlan, source: Source, names: Sequence[str]) -> bool:
 
 
 def _scale_name(name: str) -> str:
-    """Our name of a factor: of the products that a file says."""
+    """Our name of a factor, for the products that the file names."""
     if name.endswith(scaled_fp8.FLOAT8_PRODUCT):
         return "float8_scale"
     return "int8_scale" if name.endswith(scaled_fp8.INT8_PRODUCT) else "scale"

@@ -32,8 +32,8 @@ def edges(images: Tensor, *, low: int = LOW, high: int = HIGH) -> Tensor:
     check_channels("images", images, images.shape[1] if images.ndim == 4 else 3)
     if not len(images):
         return images[:, :1]
-    found = numpy.stack([_edges(image, low, high) for image in images.cpu().numpy()])
-    return torch.from_numpy(found)[:, None].to(images.device)
+    edge_maps = numpy.stack([_edges(image, low, high) for image in images.cpu().numpy()])
+    return torch.from_numpy(edge_maps)[:, None].to(images.device)
 
 
 def _edges(image: numpy.ndarray, low: int, high: int) -> numpy.ndarray:

@@ -3,7 +3,7 @@
 Greyscale, palettes, CMYK, 16 bits, transparency and EXIF orientation are converted to upright RGB:
 
 - EXIF's orientation is applied; of an animation the first frame is read.
-- 16-bit greyscale spans 0 to 65535, or as many bits as a TIFF says it has. `read` rounds it to 8 bits, `read_deep`
+- 16-bit greyscale spans 0 to 65535, or the bits that a TIFF declares. `read` rounds it to 8 bits, `read_deep`
   keeps it. Integers of 32 bits span 0 to 65535 too, floats 0 to 1; a file with values outside is refused, not clipped.
 - `MAX_PIXELS` and `MAX_BYTES` are checked before anything is decoded.
 

@@ -38,7 +38,7 @@ def factor(config: Config) -> int:
 
 
 def spec(config: Config) -> Tree:
-    """Encoder and decoder; levels stand in the order they run."""
+    """Encoder and decoder; levels are in the order they run."""
     width = config.width
     return {
         "encoder": {

@@ -74,7 +74,7 @@ TABLE: dict[Processor, Choice] = {
 
 
 def choose(processor: Processor) -> Choice:
-    """The table's line of a processor; of one that nobody has measured, what is known of those most like it.
+    """The table's line of a processor; for an unmeasured one, that of those most like it.
 
     An AMD processor newer than the table is as the newest there, one with AVX2 alone (Zen 2 and 3) as `AMD_AVX2`, since
     it is the vendor's check in MKL that costs them their speed. Any other x86 processor has the `FORMER` choice. On Arm

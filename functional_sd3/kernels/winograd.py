@@ -71,8 +71,8 @@ _WINDOW, _KERNEL, _OUTPUT = _maps(POINTS)
 def fits_conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> bool:
     """3x3 convolutions of large float32 images on a CPU, where this is the faster way.
 
-    On processors of which `products` says so. A GPU's library chooses for itself, and half precision would lose what
-    the transforms' large constants need.
+    On processors whose line of `products` has winograd. A GPU's library chooses for itself, and half precision would
+    lose what the transforms' large constants need.
     """
     return stride == 1 and padding == 1 and _pays(params, x)
 

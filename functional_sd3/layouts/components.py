@@ -68,7 +68,7 @@ def require(config: Config, name: Literal["taesd"]) -> TaesdConfig: ...
 
 
 def require(config: Config, name: str) -> Any:
-    """The config of a component. Raises ValueError, saying where people find it, for a model without."""
+    """The config of a component. Raises ValueError, naming its usual files, for a model without."""
     part = getattr(config, name)
     if part is None:
         raise ValueError(f"this model has no {name} (found in: {WHERE[name]})")

@@ -42,8 +42,8 @@ class Fixed(NamedTuple):
 class Table(NamedTuple):
     """Correspondence between one type of config file and one config of ours.
 
-    closed: fields the table does not know are errors, unless they say nothing; transformers' configs are full of unused
-    ones. unsound: sentences about values that do not go together.
+    closed: fields the table does not know are errors, unless they have no effect; transformers' configs are full of
+    unused ones. unsound: sentences about values that do not go together.
     """
 
     config: type

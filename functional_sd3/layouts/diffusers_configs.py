@@ -1,6 +1,6 @@
 """The fields of diffusers' and transformers' config files, as tables of `config_fields`.
 
-What a file does not say is what the class that owns the file assumes (diffusers 0.42, transformers 5.23).
+A field that a file lacks has the default of the class that owns the file (diffusers 0.42, transformers 5.23).
 """
 
 from collections.abc import Callable, Iterable

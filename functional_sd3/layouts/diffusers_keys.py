@@ -18,7 +18,7 @@ _TO_QKV = ("to_q", "to_k", "to_v")
 
 TRANSFORMER = Layout(
     rules=(
-        # Scale stands before shift where there is no gate: in the final layer, and in the context of the last block.
+        # Scale precedes shift where there is no gate: in the final layer, and in the context of the last block.
         Rule("final.modulation.{leaf}", ("norm_out.linear.{leaf}",), SWAP_HALVES),
         Rule(
             _CONTEXT + ".modulation.{leaf}",

@@ -23,7 +23,7 @@ class Format:
 
     owner: whose names these are. component: name of the tree; "clip" where the names do not tell L from G. spec: config
     -> tree. names: the layout as far as it does not depend on sizes; sized: the whole, given the config, where that is
-    more. infer: the config from shapes below the prefix; its second argument, `drops_ones`, says whether leading
+    more. infer: the config from shapes below the prefix; its second argument, `drops_ones`, is True if leading
     dimensions of 1 may be absent. table: the fields of the config's file, within whose bounds an inferred config lies.
     """
 

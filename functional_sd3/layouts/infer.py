@@ -1,8 +1,9 @@
 """Configs read off the shapes of tensors under our own paths: one function a component, whatever layout they came in.
 
-What shapes cannot say is as in the released models: heads of 64 channels where there is no qk-norm, 32 groups, SD3's
-scaling and shift; in models too small for 64 or 32, the largest power of two below that fits. As `sd3_impls.py` of
-Stability-AI/sd3.5 reads a checkpoint, but dual attention and qk-norm each show in tensors of their own.
+Sizes that shapes do not determine are those of the released models: heads of 64 channels where there is no qk-norm, 32
+groups, SD3's scaling and shift; in models too small for 64 or 32, the largest power of two below that fits. As
+`sd3_impls.py` of Stability-AI/sd3.5 reads a checkpoint, but dual attention and qk-norm each show in tensors of their
+own.
 """
 
 import math
@@ -126,7 +127,7 @@ def with_leading_ones(shapes: Shapes, dimensions: Mapping[str, int], drops_ones:
 
 
 def numbers(pattern: str, names: Iterable[str]) -> list[int]:
-    """The numbers that stand in the names, each once. Counted rather than compared, a hostile one costs nothing."""
+    """The numbers in the names, each once; counted rather than compared, so that a hostile one costs nothing."""
     digits = {match[1] for name in names if (match := re.fullmatch(pattern, name))}
     return sorted(int(number) for number in digits if len(number) < 5 and number.isascii() and number.isdecimal())
 

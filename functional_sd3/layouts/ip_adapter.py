@@ -34,8 +34,8 @@ INSTANTX = Layout(
     ),
     # As diffusers calls the same in its own modules.
     aliases=tuple(
-        (f"{_THEIRS}.{alias}.{{leaf}}", f"{_THEIRS}.{meant}.{{leaf}}")
-        for alias, meant in (
+        (f"{_THEIRS}.{alias}.{{leaf}}", f"{_THEIRS}.{proper}.{{leaf}}")
+        for alias, proper in (
             ("ln0", "0.norm1"),
             ("ln1", "0.norm2"),
             ("attn.to_q", "0.to_q"),

@@ -1,7 +1,7 @@
 """The project's own names on disk: a component, a dot, and the path of the leaf. Everything lies as it is used, so that
 loading copies nothing.
 
-The metadata of a file say its version. In version 1, whose files have configs in their metadata and no version, scale
+The metadata of a file hold its version. In version 1, whose files have configs in their metadata and no version, scale
 stood before shift where a modulation has no gate, as diffusers has it: in the transformer's final layer and in the
 context of its last block.
 """

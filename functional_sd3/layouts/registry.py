@@ -156,7 +156,7 @@ _FOREIGN = (
 
 
 class ForeignWeights(WeightsError):
-    """Weights that are whole, but of another model than SD3 or of what goes with one."""
+    """Weights that are whole, but of another model than SD3 and of no addition to it."""
 
 
 class TrainingState(ForeignWeights):
@@ -200,9 +200,9 @@ def infer_config(shapes: Shapes) -> Config:
     """The configs of every component among tensors (name -> shape) of any layout, read off names and shapes alone.
 
     SD3-medium, 3.5-medium, 3.5-large and any depth, width, dual attention and table of positions in between; the text
-    encoders, the VAE and TAESD. What shapes cannot say is as in the released models (`layouts.infer`). A stand-alone
-    CLIP is G where it is as large as G, else L. Raises WeightsError for tensors of no known layout, and naming the one
-    without which the sizes cannot be read.
+    encoders, the VAE and TAESD. Sizes that shapes do not determine are those of the released models (`layouts.infer`).
+    A stand-alone CLIP is G where it is as large as G, else L. Raises WeightsError for tensors of no known layout, and
+    naming the one without which the sizes cannot be read.
     """
     configs: dict[str, Any] = {}
     for format, names in recognise(shapes).items():

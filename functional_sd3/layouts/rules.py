@@ -2,8 +2,8 @@
 
 A rule pairs a pattern of ours with one or more of theirs and a transform with an exact inverse. `{i}` stands for one
 part of a name between dots, `{*rest}` for any number of them; what they match on one side is filled in on the other.
-For every leaf of a spec the first rule that matches counts, so exceptions stand before what they are exceptions to.
-From the one table come the names and shapes a file must have, the parameters read from it and the tensors written.
+For every leaf of a spec the first rule that matches counts, so exceptions precede the rules that they are exceptions
+to. From the one table come the names and shapes a file must have, the parameters read from it and the tensors written.
 """
 
 import re
@@ -81,7 +81,7 @@ def prefixed(layout: Layout, prefix: str) -> Layout:
     """The same layout with `prefix` before every name of theirs."""
     return Layout(
         tuple(rule._replace(theirs=tuple(prefix + name for name in rule.theirs)) for rule in layout.rules),
-        tuple((prefix + alias, prefix + meant) for alias, meant in layout.aliases),
+        tuple((prefix + alias, prefix + proper) for alias, proper in layout.aliases),
         tuple(prefix + name for name in layout.ignored),
         layout.defaults,
         tuple((prefix + proper, prefix + second) for proper, second in layout.copies),
@@ -154,13 +154,13 @@ def canonical(layout: Layout, names: Iterable[str]) -> dict[str, str]:
 
     Where a file has a tensor under its proper name and under another, the proper one counts.
     """
-    aliases = [(re.compile(_regex(alias)), meant) for alias, meant in layout.aliases]
+    aliases = [(re.compile(_regex(alias)), template) for alias, template in layout.aliases]
     ignored = [re.compile(_regex(pattern)) for pattern in layout.ignored]
     names_by_rule: dict[str, str] = {}
     for name in names:
         if any(pattern.fullmatch(name) for pattern in ignored):
             continue
-        proper = next((_fill(meant, m) for pattern, meant in aliases if (m := pattern.fullmatch(name))), name)
+        proper = next((_fill(template, m) for pattern, template in aliases if (m := pattern.fullmatch(name))), name)
         if proper == name or proper not in names_by_rule:
             names_by_rule[proper] = name
     return names_by_rule

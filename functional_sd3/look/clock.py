@@ -1,4 +1,4 @@
-"""Wall time of the parts of a run, told apart by when each component is fetched and each step ends."""
+"""Wall time of the parts of a run, separated by when each component is fetched and each step ends."""
 
 import time
 

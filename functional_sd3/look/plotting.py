@@ -11,7 +11,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 """Told apart with every kind of colour vision, on light and dark ground (Okabe and Ito)."""
 
 _TEXT, _GRID = "#010203", "#0a0b0c"
-"""Colours that stand for those of the page."""
+"""Placeholders of the colours of the page."""
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "functional_sd3",
@@ -40,7 +40,7 @@ _LOCK = threading.Lock()
 
 
 class Missing(ImportError):
-    """Matplotlib is not installed; the message says how to install it."""
+    """Matplotlib is not installed; the message names the command that installs it."""
 
 
 def library(name: str = "matplotlib") -> Any:
@@ -54,7 +54,7 @@ def library(name: str = "matplotlib") -> Any:
 
 
 class Drawn:
-    """A figure that is drawn when its bytes or its text are asked for. alt: what it shows, in words."""
+    """A figure that is drawn when its bytes or its text are read. alt: a description in words."""
 
     def __init__(self, draw: Callable[[Any], None], alt: str, size: tuple[float, float] = (4.2, 2.7)):
         self.draw, self.alt, self.size = draw, alt, size

@@ -21,7 +21,7 @@ class Evaluation(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Tokens of the context that are looked at together: those of a word, or all that belong to no word."""
+    """Tokens of the context whose attention is summed: those of a word, or all that belong to no word."""
 
     stream: str
     """"clip" or "t5"."""

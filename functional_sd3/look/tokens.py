@@ -18,7 +18,7 @@ _WORDS = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
 
 
 class Token(NamedTuple):
-    """One token: its id, its spelling in the vocabulary, and what it stands for."""
+    """One token: its id, its spelling in the vocabulary, and the text it encodes."""
 
     id: int
     text: str
@@ -31,7 +31,7 @@ class Token(NamedTuple):
 
 
 class EncoderTokens(NamedTuple):
-    """Tokens of one text encoder, in order; those that were cut stand where they would have been."""
+    """Tokens of one text encoder, in order; those that were cut are where they would have been."""
 
     encoder: str
     """"clip_l", "clip_g" or "t5"."""

@@ -1,4 +1,4 @@
-"""One image and how it came to be: `trace` draws as `generate` does and keeps what there is to look at."""
+"""Traces of runs: `trace` draws as `generate` does and records tokens, states, attention and times."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace

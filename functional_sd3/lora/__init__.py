@@ -3,7 +3,7 @@
     style = lora.load("style.safetensors", model.config)
     params = lora.apply(model.params, style, 0.8)
 
-A Lora (`lora.tree` says what is in it) is a tree of its own: it is applied to parameters, trained, vmapped over,
+A Lora (described in `lora.tree`) is a tree of its own: it is applied to parameters, trained, vmapped over,
 merged, extracted and saved without the base ever being written to. All functions here but `load` and `save` are pure.
 """
 

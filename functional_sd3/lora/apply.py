@@ -84,7 +84,7 @@ def apply(
     result, adapted ones are added up in float32 and rounded once. lazy: weights are left alone too, and layers add the
     low-rank product to what they compute: the same but for rounding, right for training, for weights in int8 or float8,
     and for many LoRAs over one base (vmap over a stack of them: `in_axes=(None, 0)`). What is no low-rank product
-    (LoHa, LoKr, DoRA, differences) is added to the weight all the same; beside a weight in int8 or float8 it stands as
+    (LoHa, LoKr, DoRA, differences) is added to the weight all the same; beside a weight in int8 or float8 it is kept as
     a matrix of the scale's dtype. A DoRA's `scale` multiplies its whole difference from the weight. shapes: of whole
     weights by path, where those of `params` are parts that are gathered when they are used (`parallel.sharding`), which
     needs `lazy`.
@@ -179,7 +179,7 @@ Pairs = list[tuple[LoraEntry, float | Tensor]]
 
 def _lazily(path: str, layer: Params, pairs: Pairs) -> Params:
     """Entries that replace those of a layer: low-rank factors beside its weight; the rest is added to the weight or,
-    if that is stored with a scale, stands beside it as a product with the identity."""
+    if that is stored with a scale, is kept beside it as a product with the identity."""
     factors = [adapters.factors(entry) + (by,) for entry, by in pairs if adapters.is_low_rank(entry)]
     dense = [(entry, by) for entry, by in pairs if not adapters.is_low_rank(entry)]
     changed = {}

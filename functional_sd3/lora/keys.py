@@ -1,7 +1,7 @@
 """The names of LoRA tensors in public trainers' files, as a product of tables.
 
 A key is prefix + layer + role. The prefix names the component, the layer is spelled in diffusers' (transformers') names
-or in Stability's, with dots or with underscores, and the role says what the tensor is. Any prefix may stand before any
+or in Stability's, with dots or with underscores, and the role names the factor. Any prefix may precede any
 spelling of any layer: all are compared with their dots written as underscores, so no list of whole names is needed.
 """
 
@@ -94,7 +94,7 @@ REFUSED = (
     (re.compile(r".+\.(on_input|ia3_l)(\..+)?"), "part of an (IA)3"),
     (re.compile(r".+\.(vera_\w+|lokr_t1|set_weight|reshape_weight)(\..+)?"), "of a kind without a known formula"),
 )
-"""Keys that are understood, but stand for something that adapters do not hold."""
+"""Keys that are understood, but are of something that adapters do not hold."""
 
 
 def parse(key: str) -> Key:

@@ -19,7 +19,7 @@ from functional_sd3.lora.keys import FACTORS, Module, Target
 from functional_sd3.lora.tree import Adapter
 
 Alpha = Callable[[int | None], float | None]
-"""Rank -> alpha by the file's metadata; for None (no factor has it) alpha / rank; None where it says nothing."""
+"""Rank -> alpha by the file's metadata; for None (no factor has it) alpha / rank; None where it has none."""
 _OTHER = "; is the LoRA for another model?"
 _LOHA, _LOKR = FACTORS[:6], FACTORS[6:]
 

@@ -109,7 +109,7 @@ def write(modules: Mapping[str, Mapping[str, Adapter]]) -> dict[str, str]:
         for name, pattern, each in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
             usual = Counter(each.values()).most_common(1)[0][0]
             values[f"{folder}.{name}"] = usual
-            # PEFT reads these as regular expressions of the end of a name, unless they say where they begin.
+            # PEFT reads these as regular expressions of the end of a name, unless they begin with an anchor.
             values[f"{folder}.{pattern}"] = {
                 f"^{re.escape(module)}": value for module, value in each.items() if value != usual
             }
@@ -118,7 +118,7 @@ def write(modules: Mapping[str, Mapping[str, Adapter]]) -> dict[str, str]:
 
 
 def _component(layer: str) -> tuple[str, str]:
-    """(what stands before the names about this layer, the layer's name without it)."""
+    """(prefix of the names about this layer, the layer's name without it)."""
     if layer.startswith(_PEFT):
         return _PEFT, layer.removeprefix(_PEFT)
     prefix, _, name = layer.partition(".")

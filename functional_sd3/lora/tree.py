@@ -1,6 +1,6 @@
 """A LoRA as a tree of adapters, by the paths of the weights they adapt.
 
-An adapter says how one weight W (outputs, inputs, ...) changes. It is one of four kinds:
+An adapter describes the change of one weight W (outputs, inputs, ...). It is one of four kinds:
 
 - {"down": (rank, inputs, ...), "up": (outputs, rank), "alpha": ()} adds alpha / rank * up @ down (Hu et al. 2021,
   "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1).

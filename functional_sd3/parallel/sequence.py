@@ -1,7 +1,7 @@
 """Sequence parallelism: the tokens of one image divided over processes, which meet in the attention alone.
 
 `gathered_attention` (keys and values of all tokens on every process; the scheme of Llama 3's context parallelism, Dubey
-et al. 2024, section 3.3.2) goes with any number of heads; `ulysses_attention` (Jacobs et al. 2023, "DeepSpeed Ulysses",
+et al. 2024, section 3.3.2) works for any number of heads; `ulysses_attention` (Jacobs et al. 2023, "DeepSpeed Ulysses",
 arXiv:2309.14509) exchanges tokens for heads and needs as many heads as processes, or a multiple.
 The context is whole on every process: it is a tenth of the tokens, and everything but attention is token by token.
 """
@@ -72,7 +72,7 @@ class SequenceAttention:
 def attention(
     group: Group, tokens: int, attend: Attend | None = None, implementation: Implementation = "sdpa"
 ) -> SequenceAttention:
-    """Attention of an image of `tokens` divided by `split`: by Ulysses where the heads divide, else gathered."""
+    """Attention of an image of `tokens` divided by `own`: by Ulysses where the heads divide, else gathered."""
     return SequenceAttention(group, token_sizes(tokens, group), attend, implementation)
 
 

@@ -1,6 +1,6 @@
 """Movement of tensors between the processes of a group: all-gather and all-to-all of any dtype, without derivatives.
 
-Tensors travel as bytes, so every dtype does, also where a backend does not know it (float8 on gloo). Sums are taken
+Tensors are sent as bytes, so every dtype can be, also where a backend does not know it (float8 on gloo). Sums are taken
 here in the order of the processes and not by the backend: the same bits on every backend, run and process.
 """
 

@@ -1,8 +1,8 @@
-"""Watch over the processes of a run: when one dies or fails the others end at once and say which, and why.
+"""Watch over the processes of a run: when one dies or fails the others end at once and report which, and why.
 
 Every process holds a connection to the first one. The system closes it when a process ends, however it does, so a
 death is known at once, on any backend, while the others wait in a collective, which some backends never leave. A
-process that raises sends its reason first; one that ends as all do says so.
+process that raises sends its reason first; one that ends as all do reports that.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ class Watch:
                     received.pop(rank)
 
     def _take(self, message: dict[str, Any]) -> bool:
-        """Act on a message; True if the process has nothing more to say."""
+        """Act on a message; True if it is the last of its process."""
         if "lost" in message:
             self._tell(message["lost"], message["reason"])
         return "bye" in message
@@ -150,7 +150,7 @@ def _connect(rank: int, count: int) -> dict[int, socket.socket]:
 
 
 def _kept(peer: socket.socket) -> socket.socket:
-    """The connection, which is known to be broken half a minute after the other machine is gone."""
+    """The connection, which is known to be broken half a minute after the other machine is lost."""
     peer.settimeout(None)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):

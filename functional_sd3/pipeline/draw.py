@@ -131,7 +131,7 @@ def _conditions_and_noise(config: Config, prepared: Prepared, device: torch.devi
         keys, places = needed(prepared.keys, "key"), prepared.places.to(device)
         noises = initial_noise(keys, config, len(keys), *size, device=device)
         noise, conditions = between(noises, conditions, places, needed(request.frames, "frames").mix)
-        # A method's own noise is that of the first stop in every frame, so that they go on smoothly.
+        # A method's own noise is that of the first stop in every frame, so that frames change smoothly.
         return conditions, noise, keys[:1].expand(len(places), 2)
     return conditions, _noise(config, prepared, device), prepared.keys
 

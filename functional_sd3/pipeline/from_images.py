@@ -121,7 +121,7 @@ def inpaint(
     """Images painted anew where a mask is white: (batch, 3, height, width) in [0, 1], float32.
 
     mask (batch or 1, 1, any height, any width of the images' proportions), in [0, 1]. By default it is hard: what is
-    at least half white is painted, each latent as the mask's pixel at its upper left says (`masks.hard`). soften: takes
+    at least half white is painted, each latent by the mask's pixel at its upper left (`masks.hard`). soften: takes
     grey for what lies between, a `strength` of its own for each latent (Levin and Fried 2023, arXiv:2306.00950), after
     a blur of so many pixels of the mask, 0 for none (`masks.soft`). restore: lays what is kept of the images over the
     result, pixel by pixel, since encoding and decoding alters it a little. The rest as of `image_to_image`; strength is

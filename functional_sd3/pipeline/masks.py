@@ -45,8 +45,8 @@ def soft(mask: Tensor, height: int, width: int, blur: float = 0.0) -> Tensor:
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Convolved with a Gaussian of standard deviation `sigma` in pixels, cut off at 3 sigma; the border goes on as it
-    is. Raises ValueError for a negative sigma."""
+    """Convolved with a Gaussian of standard deviation `sigma` in pixels, cut off at 3 sigma; the border is
+    repeated. Raises ValueError for a negative sigma."""
     check_blur(sigma)
     reach = math.ceil(3 * sigma)
     if not reach:

@@ -1,4 +1,4 @@
-"""Approximate images of a run while it goes on: the latents of one step, decoded."""
+"""Approximate images during a run: the latents of one step, decoded."""
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ def preview(components: Components, config: Config, latents: Tensor, *, tile: in
 
         on_step=lambda info: show(preview(params, config, info.denoised))
 
-    components: name -> parameters; config: its `taesd` says whether they hold a "taesd". tile: as of `decode`, of the
-    VAE alone: TAESD's activations take a fraction of its memory. Raises ValueError for latents of another number of
+    components: name -> parameters; config: its `taesd` is not None where they hold a "taesd". tile: as of `decode`, of
+    the VAE alone: TAESD's activations take a fraction of its memory. Raises ValueError for latents of another number of
     channels.
     """
     if config.taesd is None:

@@ -3,7 +3,7 @@
 Every field of a request and of its parts is written, but for `UNRECORDED`: a table with the name of its "kind" for each
 dataclass, tensor, guidance, method and function. What plain data cannot hold is described: a large tensor by shape,
 dtype and SHA-256, a tree of parameters by its counts, a function of one's own (of attention, say) by its name. Such a
-request cannot be drawn from its description alone: reading needs those parts given anew, and says which.
+request cannot be drawn from its description alone: reading needs those parts given anew, and its error names them.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ _FUNCTIONS: dict[str, Callable] = {
         request.denoised,
     )
 }
-"""Functions that a description may name. No others are looked up: descriptions are found in files of other people."""
+"""Functions that a description may name. No others are looked up: a description may come from a file of unknown
+origin."""
 _ATTENTIONS: dict[str, Callable] = {"windowed": attention_variants.windowed, "cached": attention_variants.cached}
 """Makers of forms of attention by name, which take the fields of what they make."""
 _MAX_NUMBERS = 1024

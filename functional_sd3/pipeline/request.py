@@ -65,7 +65,7 @@ class TextOptions:
 
     negative: Prompts | None = None
     t5_length: int | None = None
-    """Tokens that T5 reads; by default 256, or as many as its tokenizer says."""
+    """Tokens that T5 reads; by default 256, or those of its tokenizer."""
     weighted: bool = False
     long_prompts: bool = False
 

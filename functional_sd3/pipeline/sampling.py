@@ -63,7 +63,7 @@ def sample(
     """Latents (normalised, float32) at the end of the flow that starts from `noise`.
 
     method: a method or the name of one; by default Euler's, `ode.renoised` where the model's scheduler config has
-    `stochastic_sampling`, or `ode.MEANFLOW` where it says that the model is a mean velocity (`distillation`). One that
+    `stochastic_sampling`, or `ode.MEANFLOW` where the model is a mean velocity (`distillation`). One that
     is named draws its noise from `key`: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2).
     guidance: instead of `guidance.cfg(cfg)`; may change from step to step, and carry a state.
     times: the grid, (n + 1,) or (n + 1, batch), instead of the config's for `steps`: `noise` is then the state at its
@@ -148,7 +148,7 @@ def _ends(config: Config, method: Method | ode.Adaptive, grid: Tensor, count: in
 
 
 def default_method(config: Config) -> str:
-    """The name of the method that diffusers' scheduler of the model's config stands for; of a student that is a mean
+    """The name of the method of diffusers' scheduler for the model's config; of a student that is a mean
     velocity, that of its steps."""
     levels = config.schedule or schedule.Config()
     if levels.distillation == "meanflow":

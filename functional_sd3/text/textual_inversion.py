@@ -1,7 +1,7 @@
 """Textual inversion: new words as embedding vectors beside the learned embeddings of a text encoder.
 
 Gal et al. 2022, "An Image is Worth One Word" (arXiv:2208.01618). A word becomes an added token of the tokenizers and
-new rows of the embedding tables; where it is typed, it stands for all of its vectors, one token each. All functions
+new rows of the embedding tables; where it is typed, it is replaced by all of its vectors, one token each. All functions
 return new tables and new trees; their arguments are unchanged.
 """
 
@@ -76,7 +76,7 @@ def first_ids(tokenizers: Any, encoders: Sequence[str]) -> dict[str, int]:
 
 
 def with_vectors(params: Params, vectors: Mapping[str, Tensor], first: Mapping[str, int]) -> Params:
-    """The parameters of `add` for vectors that are trained: they stand beside the tables, which are not copied.
+    """The parameters of `add` for vectors that are trained: they are kept beside the tables, which are not copied.
 
     vectors: encoder -> (vectors, width); first: `first_ids` of the tokenizers without the word, which is the last one.
     """

@@ -16,8 +16,8 @@ MAX_ADDED_LENGTH = 2**10
 HIGHEST_ID = 2**31 - 1
 
 MULTI_TOKEN = "several_vectors"
-"""Key of this project in tokenizer_config.json, which transformers ignores: lists of tokens, all of which the first
-of each list stands for."""
+"""Key of this project in tokenizer_config.json, which transformers ignores: lists of tokens, of which the first
+is replaced by all of them."""
 
 
 def token(config: Object, name: str, default: str | None) -> str | None:
@@ -29,7 +29,7 @@ def token(config: Object, name: str, default: str | None) -> str | None:
 
 
 def multi_token(config: Object, known: Collection[str]) -> list[list[str]]:
-    """Lists of tokens, all of which the first of each list stands for. Raises WeightsError for tokens that are not
+    """Lists of tokens, of which the first is replaced by all of them. Raises WeightsError for tokens that are not
     `known`."""
     groups = config.items(MULTI_TOKEN, (), list, most=MAX_ADDED)
     if sum(map(len, groups)) > MAX_ADDED:

@@ -1,4 +1,4 @@
-"""The manifest of a cache of an encoded training set: `cache.json`, which says what the cache was made of."""
+"""The manifest of a cache of an encoded training set: `cache.json`, with the origin of the cache."""
 
 import functools
 import json
@@ -52,7 +52,7 @@ def is_cache(folder: str | os.PathLike) -> bool:
 
 
 def begin(folder: str | os.PathLike, manifest: Manifest) -> None:
-    """Write the manifest of a new cache; of one that was begun nothing is changed.
+    """Write the manifest of a new cache; an existing one is not changed.
 
     Raises WeightsError where the folder holds a cache of something else, naming what differs.
     """

@@ -36,7 +36,7 @@ _MAX_METADATA = 2**29
 
 
 class Caption(NamedTuple):
-    """A caption, the file it was read from and the other files that say something else, relative to the set."""
+    """A caption, the file it was read from and the other files whose caption differs, relative to the set."""
 
     text: str
     file: str

@@ -38,7 +38,7 @@ _ADVICE = (
 class Index(NamedTuple):
     """The samples of a folder in the order of their paths, and the files that were skipped.
 
-    `sources` counts where captions came from; `notes` are sentences on what was left out or stands in conflict;
+    `sources` counts where captions came from; `notes` are sentences on what was left out or is in conflict;
     `sizes`: (width, height) in pixels of each image, upright; `advice`: where captions are read from.
     """
 

@@ -174,7 +174,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Context without the warning that a single process is one, though no_dist says so."""
+    """Context without the warning that a single process is one, though no_dist implies it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         yield

@@ -1,6 +1,6 @@
 """Components of a model divided over a mesh: this process's parts of their parameters, and how they are computed.
 
-What learns and what is frozen are divided alike. `model.params` has the parts, and the config says by which layout
+Trained and frozen parameters are divided alike. `model.params` has the parts, and the config has their layout
 they are parts and how one block of them is gathered inside the function that is rematerialised (`core.computation`):
 objectives and pipeline compute with them as with whole ones, and nothing is whole on a process but one block.
 """
@@ -118,7 +118,7 @@ def shapes(config: Config, params: Params) -> dict[str, tuple[int, ...]] | None:
 def init(
     key: Key, name: str, config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Params:
-    """Fresh parameters of a component, this process's part where the config says that it is one."""
+    """Fresh parameters of a component, this process's part where the config divides it."""
     sizes, own = getattr(config, name), computation.of(config, name).layout
     if own is None:
         return specs.init(key, SPECS[name](sizes), dtype=dtype, device=device)

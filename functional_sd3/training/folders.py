@@ -12,7 +12,8 @@ _LEADS_OUT = "lies outside of the folder of the data; --follow reads it all the 
 
 
 class Listing(NamedTuple):
-    """The visible files below a folder, sorted, with / between their parts; `notes` say which folders were not entered.
+    """The visible files below a folder, sorted, with / between their parts; `notes` name the folders that were not
+    entered.
 
     follow: what lies outside of the folder, where links and names of metadata lead, may be read.
     """

@@ -30,7 +30,7 @@ _ATTEMPTS = 5
 class Holder(NamedTuple):
     """A process: its number, machine, the boot of that machine, the clock tick of its start, and when it took the lock.
 
-    boot and tick: "" where the system does not say.
+    boot and tick: "" where the system does not give them.
     """
 
     pid: int
@@ -45,7 +45,7 @@ def hold(folder: str | os.PathLike, note: Callable[[str], None]) -> Iterator[Non
     """Context that holds the lock of a folder, which is created with its parents if missing, and removed if left empty.
 
     The lock of a process that has ended is taken over, with a `note`. Raises WeightsError, naming the holder and what
-    to do, while another run holds it, and where a file that cannot be read stands in its place.
+    to do, while another run holds it, and where a file that cannot be read is in its place.
     """
     folder = Path(folder)
     path = folder / NAME
@@ -183,7 +183,7 @@ def _boot() -> str:
 
 
 def _tick(pid: int) -> str:
-    """Start of a process, in clock ticks since the boot; "" where the system does not say."""
+    """Start of a process, in clock ticks since the boot; "" where the system does not give it."""
     with suppress(OSError, IndexError):
         # The process's name, in parentheses, may contain spaces and parentheses.
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]

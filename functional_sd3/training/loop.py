@@ -97,7 +97,7 @@ def run(
 
     Ctrl-C, SIGTERM or SIGHUP let the current step finish, or abandon the current sample or rollout, save and return; a
     third Ctrl-C raises KeyboardInterrupt. A batch or rollout that fails ends the run after its state is saved. A
-    sample, a row or a checkpoint that cannot be written is reported by `note`, and the run goes on, unless it is the
+    sample, a row or a checkpoint that cannot be written is reported by `note`, and the run continues, unless it is the
     last checkpoint. Raises DivergedError at a loss, gradient or state that is not finite, leaving the last good
     checkpoint, and UnsavedError when the disk refuses the last checkpoint.
 
@@ -123,7 +123,7 @@ def run(
         return on_sample is not None and (done == steps or (sample_every > 0 and done % sample_every == 0))
 
     def is_stopping() -> bool:
-        """Decided by all processes together, so it must be asked by all."""
+        """True if one process has received a signal to stop; a collective operation, so all processes must call it."""
         return processes.any(stop.is_requested())
 
     def save(final: bool) -> bool:
@@ -203,7 +203,7 @@ def run(
 def order(key: Key, batch: int, size: int) -> Callable[[int], Tensor]:
     """step -> indices of its batch, int64 (batch,); every epoch is a permutation of range(size) by its own key.
 
-    A batch that reaches the end of an epoch goes on into the next, so that all have the same size. Indices depend on
+    A batch that reaches the end of an epoch continues with the next, so that all have the same size. Indices depend on
     the step alone; the permutations of two epochs are kept, since one costs as much as many steps.
     """
 
@@ -247,7 +247,8 @@ def _save(
         return None
 
     def has_made_room() -> bool:
-        """The oldest ones would go after this one was written; on a full disk they make room for it."""
+        """True if checkpoints were deleted: on a full disk the oldest are, before this one is written instead of
+        after."""
         has_more = len(checkpoint.paths(folder)) > least
         checkpoint.prune(folder, least)
         return has_more

@@ -1,6 +1,6 @@
 """Manifest of a checkpoint in several files: what it holds and in which of them, as JSON.
 
-It is written last, so that a folder without one is no checkpoint, and says of every file its size and digest, of every
+It is written last, so that a folder without one is no checkpoint, and holds the size and digest of every file, of every
 leaf its dtype, its shape and which piece of it (`parallel.pieces`) is in which file.
 """
 

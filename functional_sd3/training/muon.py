@@ -129,7 +129,7 @@ def _of_shards(
             own = [flat[path] for path in some]
             parts = torch.stack(own + [torch.zeros_like(own[0])] * (count - len(own)))
             whole = collectives.all_to_all(parts, group, 0, dim + 1)[0]
-            # The name of a leaf says how it is cut into matrices no more than its shape does.
+            # Neither the name nor the shape of a leaf determines how it is cut into matrices.
             turned = orthogonalized({some[0]: whole})[some[0]]
             back = collectives.all_to_all(turned[None], group, dim + 1, 0)
             updates |= dict(zip(some, back.unbind(0), strict=False))

@@ -37,7 +37,7 @@ def of_buckets(key: Key, batch: int, buckets: Sequence[int]) -> Callable[[int], 
     """step -> `Rows` of the whole batch, all of one bucket. buckets: the number of every row's.
 
     - Each bucket goes through its rows in passes, each an order of its own: no row comes again before all others of its
-      bucket have come. A batch that reaches the end of a pass goes on into the next and holds no row twice.
+      bucket have come. A batch that reaches the end of a pass continues with the next and holds no row twice.
     - Epoch e has, of a bucket of n rows, floor((e + 1) n / batch) - floor(e n / batch) batches, in a random order.
       So after e epochs every row has come e or e - 1 times, whatever the size of its bucket.
 
@@ -110,9 +110,10 @@ def _check_rows(members: Sequence[Tensor], batch: int) -> None:
 def _passes(key: Key, batch: int, count: int) -> Callable[[int], Tensor]:
     """number of a pass -> its order of range(count), count >= batch, int64 (count,).
 
-    A batch that goes over from one pass into the next holds nothing twice: what it has of the one is moved behind what
-    it takes of the other. So a pass depends on the end of the one before, and that on the one before it only where the
-    bucket has less than two batches; then up to the last pass that began with a batch.
+    A batch that spans two passes holds no row twice: the rows that it has from the first are moved,
+    in the second, behind those that it takes.
+    So a pass depends on the end of the one before, and that on the one before it only where the bucket has less than
+    two batches; then up to the last pass that began with a batch.
     """
 
     def drawn(number: int) -> Tensor:

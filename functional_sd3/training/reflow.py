@@ -42,7 +42,7 @@ def pairs(
 ) -> Tree:
     """{"noise", "latents"} (count, *shape) of `count` pairs, read where the folder has them, else drawn and written.
 
-    contents: digest of what the pairs depend on; files with another are drawn again, as `note` says. rows: of a file.
+    contents: digest of what the pairs depend on; files with another are drawn again, with a note. rows: of a file.
     track: wraps the iteration over files. Raises WeightsError where a drawn latent is not finite or the disk refuses.
     """
     parts = [read_or_draw(folder, key, part, shape, draw, contents, note) for part in track(_files(count, rows))]

@@ -281,7 +281,7 @@ def _by_rows(differentiate: Gradient, rows: int) -> Gradient:
     return weighted
 
 
-# Gradients are summed leaf by leaf, and each is let go of once it is added: three trees of them are never held at once.
+# Gradients are summed leaf by leaf, and each is freed once it is added: three trees of them are never held at once.
 
 
 def _taken(value: Tree) -> tuple[list[Tensor], Tree]:

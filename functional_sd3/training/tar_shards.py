@@ -206,7 +206,7 @@ def _members(path: Path, skipped: list[Skipped]) -> Iterator[Place]:
                     # tarfile keeps every member; the places are enough.
                     archive.members = []
                 file.seek(archive.offset)
-                # Of a header that is none, and of a tar that lacks its end, tarfile says nothing.
+                # tarfile ignores a broken header and a missing end of the archive.
                 end = file.read(_BLOCK)
                 if end.strip(b"\0"):
                     damage = "a header is damaged"

@@ -1,4 +1,4 @@
-"""Trees on disk: models read from every form people hold SD3's weights in, and written to those that others read.
+"""Trees on disk: models read from every format of SD3's weights, and written to those that other programs read.
 
 Usage:
 
@@ -99,11 +99,11 @@ def load(
     Files are identified by content, never by name: a diffusers folder, a folder of one of its components, a file of
     Stability's or ComfyUI's with one component or several, a folder of such files, tokenizers. The architecture is in
     the configs beside the weights or read off their shapes (`infer_config`). Components that are in none of the paths
-    are absent from the model; `missing` says which, and what would bring them.
+    are absent from the model; `missing` names them, and the files that hold them.
 
     dtype: of every parameter. None is a default that the device computes well, one for each component: what is stored
     all in float32 or bfloat16 stays so, and float16 elsewhere than on a CPU; the rest (float16 on a CPU, float8, blocks
-    of GGUF, several dtypes) becomes float32 on a CPU, bfloat16 elsewhere, which a Note says. "stored" keeps each
+    of GGUF, several dtypes) becomes float32 on a CPU, bfloat16 elsewhere, with a Note. "stored" keeps each
     parameter's own, of scaled fp8 and of blocks float32. only: a component or several
     ("transformer", "vae", "clip_l", "clip_g", "t5", "taesd"), each with its tokenizer; the others are then absent.
     variant: of the files ("fp16"), where a component has one. finite: whether NaN and infinities are refused, which
@@ -198,7 +198,7 @@ def save(
     folder, relative to `path`, of a model that has what this one lacks, which `load` reads there; "diffusers" alone.
 
     Of the model in an existing folder nothing is left, its other entries stay; if the save fails or is killed, what was
-    there still loads as it was (`formats.atomic` says how). Raises WeightsError when the parameters do not fit the
+    there still loads as it was (see `formats.atomic`). Raises WeightsError when the parameters do not fit the
     config or the system refuses, ValueError for an unknown layout.
     """
     model = _given(model, config)

@@ -31,7 +31,7 @@ def load(
     finite: bool,
     quantized: bool,
 ) -> Model:
-    """`weights.load` says what the arguments mean."""
+    """The model of `weights.load`; see there for the arguments."""
     contents, plans = plan(paths, only, variant)
     if default_dtype.is_default(dtype):
         default_dtype.say(dtype, [trees.kinds(one.tree, quantized) for one in plans.values()], device)
@@ -44,14 +44,14 @@ def load(
 
 
 def outline(paths: Sequence[Path], *, only: Collection[str], variant: str | None) -> Model:
-    """`weights.outline` says what the arguments mean."""
+    """The model of `weights.outline`; see there for the arguments."""
     return _outlined(*plan(paths, only, variant), only)
 
 
 def _outlined(contents: Discovered, plans: Mapping[str, LoadPlan], only: Collection[str]) -> Model:
     levels = contents.schedule
     if levels is None and not contents.has_schedule and "transformer" in plans:
-        # Files of tensors alone do not say; all released models were trained with this one.
+        # Files of tensors alone have no config; all released models were trained with this one.
         levels = schedule.Config()
     config = Config(**{name: one.config for name, one in plans.items()}, schedule=levels)
     tokenizers = {name: tables for name, tables in contents.tokenizers.items() if name in only}

@@ -82,8 +82,8 @@ def _read_config(folder: Path) -> clip_dual.Config:
     projection = values.get("projection_dim", 512)
     parts: list[Any] = []
     for name, table in (("text_config", configs.CLIP), ("vision_config", configs.CLIP_IMAGE)):
-        # Old files say some things twice; transformers believes the second. The towers' own widths of projection say
-        # nothing: both project to the model's.
+        # Old files hold some fields twice; transformers takes the second. The encoders' own widths of projection are
+        # ignored: both project to the model's.
         said = values.get(f"{name}_dict") or values.get(name) or {}
         if not isinstance(said, Mapping):
             problems.append(f"{path}: {name} must be an object")

@@ -1,6 +1,6 @@
 """Description of files without loading them: formats, configs, dtypes, metadata, and values that are not finite.
 
-Of models and of what goes with them: ControlNets, IP-Adapters, LoRAs, textual inversions.
+Of models and of additions to them: ControlNets, IP-Adapters, LoRAs, textual inversions.
 """
 
 import os

@@ -67,8 +67,8 @@ def _folder(named: Path, folder: Path, only: Collection[str], variant: str | Non
         names = {entry.name for entry in os.scandir(folder)}
     except OSError as error:
         raise WeightsError(f"{named}: cannot be opened: {reason(error)}") from error
-    rooms = [folder / name for name in sorted(names & set(nested.ROOMS))]
-    return _entire(named, folder, names, only, variant) or _loose(named, folder, names, only, rooms, variant)
+    inner = [folder / name for name in sorted(names & set(nested.MODEL_FOLDERS))]
+    return _entire(named, folder, names, only, variant) or _loose(named, folder, names, only, inner, variant)
 
 
 def _entire(
@@ -104,13 +104,13 @@ def _component(folder: Path, variant: str | None) -> Discovered:
     return Discovered([piece], {})
 
 
-def _rooms(
-    rooms: Collection[Path], only: Collection[str], variant: str | None, problems: list[str], passed: list[str]
+def _inner_contents(
+    inner: Collection[Path], only: Collection[str], variant: str | None, problems: list[str], passed: list[str]
 ) -> list[Discovered]:
     """Contents of the subfolders of a `models/` folder. passed: files of no part of SD3 are added to it."""
     contents: list[Discovered] = []
     tokenizers: dict[str, tuple[Path, Any]] = {}
-    for folder, names in attempt(problems, nested.folders, rooms, passed) or ():
+    for folder, names in attempt(problems, nested.folders, inner, passed) or ():
         try:
             whole = _entire(folder, folder, names, only, variant)
             contents.append(whole or _loose(folder, folder, names, (), None, variant))
@@ -132,12 +132,14 @@ def _loose(
     folder: Path,
     names: Collection[str],
     only: Collection[str],
-    rooms: Collection[Path] | None,
+    inner: Collection[Path] | None,
     variant: str | None,
 ) -> Discovered:
-    """A folder of files that each say what they are, as people keep those of Stability and of ComfyUI, and `rooms`, the
-    folders in it that hold such files, models or components too; None for such a folder, in which files that are no
-    part of SD3 are passed over."""
+    """Contents of a folder of separate files, such as those of Stability and of ComfyUI, and of the folders in it.
+
+    inner: the folders in it that hold such files, models or components too; None for one of these, in which files that
+    are no part of SD3 are passed over.
+    """
     problems: list[str] = []
     passed: list[str] = []
     own = _of_variant(names, variant)
@@ -159,13 +161,13 @@ def _loose(
             except registry.TrainingState as error:
                 states.extend(error.problems)
             except registry.ForeignWeights as error:
-                (passed if rooms is None else problems).extend(error.problems)
+                (passed if inner is None else problems).extend(error.problems)
             except WeightsError as error:
                 problems.extend(error.problems)
     # One sentence for all checkpoints of a run: that of the newest, whose name is the last.
-    (passed if rooms is None else problems).extend(states[-1:])
-    if rooms and not native:
-        contents += _rooms(rooms, only, variant, problems, passed)
+    (passed if inner is None else problems).extend(states[-1:])
+    if inner and not native:
+        contents += _inner_contents(inner, only, variant, problems, passed)
     if native:
         weights = attempt(problems, shards.open_weights, folder / NATIVE_FOLDER, NATIVE_FOLDER, None, False)
         if weights:
@@ -177,7 +179,7 @@ def _loose(
         if tokenizer.folder in names and name in only
     }
     if not any(part.pieces or part.tokenizers or part.problems for part in contents) and not (tokenizers or problems):
-        if rooms is None:
+        if inner is None:
             return merged(contents)._replace(passed=tuple(passed))
         passed += [sentence for part in contents for sentence in part.passed]
         raise WeightsError(
@@ -257,7 +259,7 @@ def _contents(where: str, tensors: Mapping[str, Mapped]) -> Discovered:
         elif format in registry.NATIVE.values() and not metadata.is_unsaid(notes):
             is_old = metadata.version(notes, where) == 1 and format.component == "transformer"
             format = registry.NATIVE_1 if is_old else format
-        # Two CLIPs in stand-alone files have one format; their metadata tell L from G.
+        # Two CLIPs in stand-alone files have one format; their metadata distinguish L from G.
         known = [
             name
             for name in said or ()

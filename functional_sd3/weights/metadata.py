@@ -45,7 +45,7 @@ def shared(files: Iterable[Mapped], where: str) -> dict[str, str]:
 
 
 def version(metadata: Mapping[str, str], where: str) -> int:
-    """The version of a file of ours: 1 where it says none. Raises WeightsError for an unknown one."""
+    """The version of a file of ours: 1 where it has none. Raises WeightsError for an unknown one."""
     text = metadata.get(VERSION_KEY, "1")
     if text not in map(str, range(1, native.VERSION + 1)):
         raise WeightsError(
@@ -62,7 +62,7 @@ def is_unsaid(metadata: Mapping[str, str]) -> bool:
 
 
 def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
-    """Component or "schedule" -> config; None for a file that says nothing. Raises WeightsError naming `where`."""
+    """Component or "schedule" -> config; None for a file without. Raises WeightsError naming `where`."""
     if KEY not in metadata:
         return None
     said = json_fields.parse_object(metadata[KEY], f"{where}: its metadata {KEY}")

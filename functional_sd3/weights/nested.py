@@ -9,17 +9,17 @@ from typing import NamedTuple
 from functional_sd3.formats.errors import WeightsError, reason
 from functional_sd3.layouts import diffusers_folder
 
-ROOMS = (
+MODEL_FOLDERS = (
     "checkpoints", "diffusion_models", "unet", "text_encoders", "clip", "vae", "Stable-diffusion", "VAE",
     "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "diffusers", "tokenizers", "snapshots",
 )  # fmt: skip
 """Folders of a `models/` folder (ComfyUI's, AUTOMATIC1111's), of a diffusers folder without its model_index.json or of
-Hugging Face's cache that hold parts of a model; others (loras, controlnet, embeddings) hold what goes with one."""
+Hugging Face's cache that hold parts of a model; others (loras, controlnet, embeddings) hold additions to one."""
 _COMPANIONS = frozenset({
     "loras", "lora", "controlnet", "controlnets", "embeddings", "ipadapter", "clip_vision", "upscale_models",
     "hypernetworks", "gligen", "style_models", "vae_approx", "photomaker", "audio_encoders", "model_patches",
 })  # fmt: skip
-"""Folders of what goes with a model or is of another kind: never entered."""
+"""Folders of additions to a model and of other models: never entered."""
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 TOKENIZER = frozenset({"vocab.json", "spiece.model", "tokenizer.json"})
 DEPTH = 3
@@ -34,8 +34,8 @@ class Folder(NamedTuple):
     names: frozenset[str]
 
 
-def folders(rooms: Iterable[Path], passed: list[str]) -> list[Folder]:
-    """The rooms and the folders in them that hold a model, weights or a tokenizer, `DEPTH` levels of them, each once.
+def folders(inner: Iterable[Path], passed: list[str]) -> list[Folder]:
+    """These folders and those in them that hold a model, weights or a tokenizer, `DEPTH` levels of them, each once.
 
     Below a model, a component or a tokenizer nothing is looked for, nor in hidden folders. passed: what cannot be
     opened joins it. Raises WeightsError for more folders or files than a person would have of models.
@@ -43,9 +43,9 @@ def folders(rooms: Iterable[Path], passed: list[str]) -> list[Folder]:
     holders: list[Folder] = []
     seen: set[tuple[int, int]] = set()
     files = 0
-    level = list(rooms)
+    level = list(inner)
     with suppress(OSError):
-        seen.update(_identity(room.parent) for room in level)
+        seen.update(_identity(path.parent) for path in level)
     for depth in range(DEPTH):
         below: list[Path] = []
         for path in level:

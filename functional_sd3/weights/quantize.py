@@ -1,7 +1,7 @@
 """Weights stored in one byte each: int8 or float8, with a scale for every output channel; and products of int8.
 
 The weights of the linear and convolution layers inside blocks, where nearly all parameters are, become {"weight": int8
-or float8_e4m3fn, "scale": (outputs,)}; scale times weight is what is meant, and every `apply` reads such trees
+or float8_e4m3fn, "scale": (outputs,)}; scale times weight is the weight, and every `apply` reads such trees
 unchanged: `layers` dequantise one weight at a time. The scale takes an output's largest weight to the largest number of
 the format (Dettmers et al. 2022, "LLM.int8()", section 2; Micikevicius et al. 2022, "FP8 formats for deep learning").
 
@@ -102,8 +102,8 @@ def errors(params: Params, quantized: Params) -> list[Change]:
     for path in after:
         if path.endswith(_ENDINGS):
             place = path.rpartition(".")[0] + ".weight"
-            meant = layers.dequantized_weight({"weight": after[place], "scale": after[path]}, torch.float32)
-            rows.append(merge.diff({"weight": before[place]}, {"weight": meant})[0]._replace(path=place))
+            dequantized = layers.dequantized_weight({"weight": after[place], "scale": after[path]}, torch.float32)
+            rows.append(merge.diff({"weight": before[place]}, {"weight": dequantized})[0]._replace(path=place))
     return rows
 
 

@@ -18,7 +18,7 @@ class ComponentFiles(NamedTuple):
     """The tensors of one tree, by the names they have in their files, and their format.
 
     component: "clip" where nothing tells L from G yet. where: what to call it in messages. config: what a file beside
-    the tensors or their metadata say; None where it has to be read off the shapes.
+    the tensors or their metadata determine; None where it has to be read off the shapes.
     """
 
     component: str
@@ -29,8 +29,8 @@ class ComponentFiles(NamedTuple):
 
 
 class Discovered(NamedTuple):
-    """Contents of a path. has_schedule: whether a file there would have said if there were a schedule;
-    passed: what lies beside a model and is no part of one, a sentence each."""
+    """Contents of a path. has_schedule: True if a file there would hold the schedule if there were one;
+    passed: sentences on files beside a model that are no part of it."""
 
     pieces: list[ComponentFiles]
     tokenizers: dict[str, Any]
@@ -52,7 +52,7 @@ class LoadPlan(NamedTuple):
 
 
 def config(piece: ComponentFiles) -> Any:
-    """The config of a tree, read off the shapes where no file says it. Raises WeightsError as `Format.config` does."""
+    """The config of a tree, read off the shapes where no file holds it. Raises WeightsError as `Format.config` does."""
     if piece.config is not None:
         return piece.config
     _, places = scaled_fp8.split(piece.places, [])

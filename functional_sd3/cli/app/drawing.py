@@ -193,7 +193,7 @@ def steps_shown(served: Served, emit: Callable[[Progress], None], batches: int =
         number, steps = info.index + 1, max(info.steps, info.index + 1)
         images = None if served.decoder is None else decode_preview(served.decoder, info.denoised)
         if images is not None and not torch.isfinite(images).all():
-            images = None  # The run goes on, and its end says it.
+            images = None  # The run continues, and its last state reports this.
         emit(Progress(f"step {number} of {steps}", 0.95 * (done + number / steps) / batches, images))
         done += number == steps
 

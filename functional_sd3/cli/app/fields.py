@@ -9,7 +9,7 @@ from functional_sd3.formats.printable import shorten
 
 
 class Field(NamedTuple):
-    """A field of `pipeline.Request` or of one of its parts, and the option of `generate` that its value goes to."""
+    """A field of `pipeline.Request` or of one of its parts, and the option of `generate` that takes its value."""
 
     option: str
     """The option's name; that of the prompts is a word without hyphens."""

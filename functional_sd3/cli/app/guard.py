@@ -37,7 +37,7 @@ _POLICY = "; ".join(
         "form-action 'self'", "frame-ancestors 'self'",
     )
 )  # fmt: skip
-"""The browser asks no other machine for anything, whatever a page of Gradio's names."""
+"""Policy by which the browser requests nothing from another machine, whatever a page of Gradio's names."""
 _HEADERS = (
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),

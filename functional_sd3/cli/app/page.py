@@ -210,7 +210,7 @@ def _compare_tab(served: Served) -> None:
 
 
 def _stops(stop: gr.Button, started: Any, shown: gr.HTML) -> None:
-    """The button ends a run, which frees its place in the queue, and says so where the run is shown."""
+    """The button ends a run, which frees its place in the queue, and reports it where the run is shown."""
     stop.click(None, cancels=[started], api_visibility="private")
     # A run that was ended counts as failed, once its end has arrived: states that were sent before come until then,
     # and one that is taken from the wire already is painted over.

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """Raised within a computation whose results nobody awaits any more. No Exception: nothing is to handle it."""
+    """Raised within a computation whose results are not awaited any more. Not an Exception, so that no handler catches
+    it."""
 
 
 class Computation(threading.Thread):

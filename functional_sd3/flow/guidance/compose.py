@@ -163,7 +163,7 @@ def is_one(scale: Scale) -> bool:
 
 
 def joined(first: Mapping[str, Branch], second: Mapping[str, Branch]) -> dict[str, Branch]:
-    """The branches of both. Raises ValueError where one name stands for two."""
+    """The branches of both. Raises ValueError where one name is that of two branches."""
     for name in first.keys() & second.keys():
         if not _same(first[name], second[name]):
             raise ValueError(f"this guidance would need two velocities by the name {name!r}")

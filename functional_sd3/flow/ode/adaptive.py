@@ -262,7 +262,7 @@ def _report(on_step: Callable[[StepInfo], Any], run: Run, reported: int) -> int:
     ahead = (run.times - run.t) * (run.times[-1] - run.times[0]) > 0
     passed = len(run.times) - int(ahead.any(1).sum())
     for index in range(reported, passed):
-        x, t, gone = solution.x[index], run.times[index], run.times[index] - run.times[index - 1]
-        slope = (x - solution.x[index - 1]) / broadcast(torch.where(gone == 0, 1.0, gone), x)
+        x, t, length = solution.x[index], run.times[index], run.times[index] - run.times[index - 1]
+        slope = (x - solution.x[index - 1]) / broadcast(torch.where(length == 0, 1.0, length), x)
         on_step(StepInfo(index - 1, len(run.times) - 1, State(x, t, []), denoised(x, slope, t)))
     return passed

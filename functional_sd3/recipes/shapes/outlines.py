@@ -3,7 +3,7 @@
 `prompts.read` compares a region with drawings and takes the best, so a star whose points are rounded off is still
 nearest to a star. This one looks at the outline alone: holes, the share of its convex hull that a region fills
 (solidity) and the share of its bounding box. A star without points fills its hull and is no star here, so this reader
-says how faithfully an autoencoder draws corners, and judges models that were rewarded by the other.
+measures how faithfully an autoencoder draws corners, and judges models that were rewarded by the other.
 """
 
 import numpy

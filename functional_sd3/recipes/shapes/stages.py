@@ -108,10 +108,10 @@ def decoder_stage(
 ) -> Stage:
     """The decoder alone, from the autoencoder `params`: the encoder is frozen, so all latents stay as they are.
 
-    The posterior's mean is decoded, with little noise: a draw of the posterior no longer says where corners are, and
-    the transformer's latents are nearer to the mean than a draw is. Errors are squared, as the few pixels of rounded
-    corners are large ones that an absolute error counts like the many small ones of plain ground, and half of the
-    images have small things only. `dtype`: as of `flow_stage`.
+    The posterior's mean is decoded, with little noise: a draw of the posterior no longer determines where corners are,
+    and the transformer's latents are nearer to the mean than a draw is. Errors are squared, as the few pixels of
+    rounded corners are large ones that an absolute error counts like the many small ones of plain ground, and half of
+    the images have small things only. `dtype`: as of `flow_stage`.
     """
     sizes = require(config, "vae")
     run_key, data_key = prng.split(key)

@@ -23,7 +23,7 @@ def openai_clean(text: str) -> str:
 def basic_clean(text: str) -> str:
     """BERT's cleaning, which `CLIPTokenizer` fell back on before transformers 5 where ftfy was not installed.
 
-    Control and format characters and U+FFFD vanish, every Chinese character stands alone; NFC; lower case.
+    Control and format characters and U+FFFD vanish, every Chinese character is separated; NFC; lower case.
     """
     spaced = "".join(
         " " if character in "\t\n\r" or category == "Zs" else f" {character} " if _is_chinese(character) else character

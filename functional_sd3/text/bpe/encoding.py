@@ -49,7 +49,7 @@ def apply(
     """Ids of `texts` (one string is a batch of one): LongTensor (batch, length), or unpadded lists for `length=None`.
 
     A row is the start token, the text cut to `length - 2` tokens, the end token, and padding with the tokenizer's own
-    pad or `pad_token` (a string or an id). `special_tokens` says which special tokens typed into a text count as such:
+    pad or `pad_token` (a string or an id). `special_tokens` names the special tokens typed into a text count as such:
     True all (transformers' behaviour: for SD3's second tokenizer, which pads with "!", every "!" is cut out and becomes
     the pad id), False none, or the ones listed (listing the start and the end token alone is Stability's behaviour).
     `clean` is applied to each text first, such as `openai_clean`, `basic_clean` or `ftfy.fix_text`. Only the beginning

@@ -31,7 +31,7 @@ class Files(NamedTuple):
     names: dict[str, str]  # bos_token, eos_token, unk_token, pad_token
     model_max_length: int
     keeps_literals: bool  # True if the pattern of words has the special tokens as literals, as in transformers 5
-    multi_token: tuple[tuple[str, ...], ...] = ()  # tokens that stand for themselves and others
+    multi_token: tuple[tuple[str, ...], ...] = ()  # tokens that are replaced by themselves and others
 
 
 def read(source: Any, *, pad_token: str | None, model_max_length: int | None) -> Files:

@@ -49,7 +49,7 @@ def init(
 
     source: a folder (vocab.json and merges.txt, or a tokenizer.json, with the configs beside them), the path of a
     tokenizer.json, or a (vocab, merges) pair, each given as a path or as the dict and the list themselves;
-    `init(vocab, merges)` is the same. `pad_token` and `model_max_length` override what the files say; the
+    `init(vocab, merges)` is the same. `pad_token` and `model_max_length` override those of the files; the
     defaults are the end token and 77. Raises one ValueError naming every problem in the files.
     """
     contents = files.read(

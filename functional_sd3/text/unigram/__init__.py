@@ -7,7 +7,7 @@ Kudo 2018, "Subword Regularization", section 3.2: of all segmentations of a text
 by Viterbi's algorithm; a character that is no piece costs ten more than the least probable piece. Two libraries do this
 with the same files and do not always agree, so there is a `mode` for each:
 
-- "hf": Hugging Face `tokenizers` with the `tokenizer.json` as it stands. Rewrites characters by grapheme cluster,
+- "hf": Hugging Face `tokenizers` with the `tokenizer.json` unchanged. Rewrites characters by grapheme cluster,
   segments word by word in float64, cuts typed special tokens out first.
 - "transformers": the same file as `T5TokenizerFast` of transformers 5 loads it, which replaces the file's treatment of
   spaces. Differs from "hf" for white space that the character map does not rewrite, such as U+0085.

@@ -4,10 +4,10 @@ The blob is `u32 size | size bytes of trie units | NUL-terminated UTF-8 replacem
 Darts double array (Aoe 1989; Yata, darts-clone). A unit packs
 
     bits 0-7, 31   the byte that leads here (bit 31 set: the unit is a value or unused)
-    bit 8          a spelling ends here: its value stands at the node's base
+    bit 8          a spelling ends here: its value is at the node's base
     bits 9, 10-30  offset from this position to the node's base; bit 9 scales it by 256
 
-and the child of a node by byte b stands at `base ^ b`.
+and the child of a node by byte b is at `base ^ b`.
 """
 
 import struct

@@ -85,7 +85,7 @@ _LINKERS = (
 
 # Properties beyond the general category: code points and ranges of them, hexadecimal, from Unicode 17.
 _RANGES = {
-    # Spacing marks that stand alone.
+    # Spacing marks that are graphemes of their own.
     "": "102B-102C 1038 1062-1064 1067-106D 1083 1087-108C 108F 109A-109C 1A61 1A63-1A64 AA7B AA7D 11720-11721",
     # Spacing marks by another category, or newer than Python 3.11's Unicode.
     "spacing": "CF3 E33 EB3 1171E",
@@ -98,7 +98,7 @@ _RANGES = {
         "11F5A 13440 13447-13455 1611E-1612F 16FF0-16FF1 1D165 1D166 1D16D 1D16E-1D172 1E08F 1E4EC-1E4EF "
         "1E5EE-1E5EF 1E6E3 1E6E6 1E6EE-1E6EF 1E6F5 1F3FB-1F3FF E0020-E007F"
     ),
-    # Prepended_Concatenation_Mark and letters that stand before their base.
+    # Prepended_Concatenation_Mark and letters that precede their base.
     "prepend": "600-605 6DD 70F 890-891 8E2 D4E 110BD 110CD 111C2-111C3 113D1 1193F 11941 11A84-11A89 11D46 11F02",
     # Unassigned code points that are ignorable by default.
     "control": "2065 FFF0-FFF8 E0000-E001F E0080-E00FF E01F0-E0FFF",

@@ -89,7 +89,7 @@ class Tables:
     characters: Charsmap | None = field(repr=False, compare=False)
     ascii: Mapping[int, str] | None = field(repr=False, compare=False)  # see charsmap.ascii_map
     added_pattern: re.Pattern[str] | None = field(repr=False, compare=False)
-    # First id of each added token that stands for several, with all of its ids.
+    # First id of each added token that is replaced by several, with all of its ids.
     multi_token: Mapping[int, tuple[int, ...]] = field(repr=False, default_factory=dict)
 
     def __repr__(self) -> str:

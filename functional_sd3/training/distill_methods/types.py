@@ -25,7 +25,7 @@ class Settings:
     transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters. rule: optimiser.
 
     attend: as of `mmdit.apply`, of the student and its teacher. The others are of some methods alone, None for the
-    method's default: `distill_options.OPTIONS` says what each is.
+    method's default: described in `distill_options.OPTIONS`.
     """
 
     to: int
@@ -71,7 +71,7 @@ def from_teacher(levels: schedule.Config, settings: Settings) -> Settings:
 class DistillMethod(NamedTuple):
     """Method of distillation: loss, teacher and differences of the student's model.
 
-    kind: `distillation` of its scheduler config (`flow.distilled.KINDS`), which says how it is drawn. loss: (the
+    kind: `distillation` of its scheduler config (`flow.distilled.KINDS`), by which it is drawn. loss: (the
     student's config, teacher, settings) -> objective of batches {"latents", "context", "pooled"}. network: the
     student's transformer, from the teacher's; parameters that it has beyond those of the teacher are initialised as
     its `spec` says. settings: (the teacher's scheduler config, settings) -> those for this teacher; ValueError,

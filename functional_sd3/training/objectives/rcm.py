@@ -52,7 +52,7 @@ def rcm_loss(
 
     g: as of `scm_loss`, from g' = -cos a sqrt(1 - rho^2 sin^2 a) (F - F_teacher) - rho (cos a sin a y + cos a sin a
     dF/da). x: the student's prediction of the data after 0 to n - 1 of its own steps on `times` (n + 1,), as many as
-    the sample's key says, by `ode.renoised`; the prediction alone has a gradient. d = (x_fake - x_teacher) / mean
+    the sample's key determines, by `ode.renoised`; the prediction alone has a gradient. d = (x_fake - x_teacher) / mean
     |x - x_teacher|, of the predictions at x noised to a t of `noise_density`. Both parts are means over a sample's
     numbers, so that their balance does not depend on its size (the paper's code has sums, weighted 100 to 1, and g of
     norm 1). The rest as of `scm_loss`. Metrics: those of `scm_loss`; matching, mean |x_fake - x_teacher|.

@@ -118,7 +118,7 @@ def grpo_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod
     choose = form.steps
     if options.window is not None:
         choose = form.window(options.window) if options.window else every_step
-    # The policy that draws may be of another dtype, which its parameters say.
+    # The policy that draws may be of another dtype, that of its parameters.
     drawn_by = policy.guided_velocity(
         points.model_velocity(config, attend=options.attend), sampler.negative, sampler.cfg
     )
