@@ -32,8 +32,7 @@ def place(
     if name == "transformer":
         count = getattr(arguments, "block_swap", None) or 0
     base = getattr(arguments, "base", None)
-    if count > depth:
-        raise ValueError(f"--block-swap {count} is more than the {depth} blocks of this transformer: give 1 to {depth}")
+    offload.check_count(count, {name: depth}, "--block-swap")
     if count and base and device.type == "cpu":
         raise ValueError(
             "--block-swap has no effect with --base on a CPU, where all blocks are in one memory: leave out one"

@@ -16,7 +16,7 @@ from functional_sd3.formats.trees import Storage
 from functional_sd3.image import vae
 from functional_sd3.kernels import narrow
 from functional_sd3.layouts.components import Config, require
-from functional_sd3.pipeline import estimate
+from functional_sd3.pipeline import estimate, swapping
 from functional_sd3.pipeline.estimate import Choice
 from functional_sd3.weights import shipped
 
@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     if others := not_counted(arguments):
         report.note(f"what {' and '.join(others)} may need is not in these numbers")
     config, stored, is_quantized = _model(paths, arguments.variant)
+    if arguments.block_swap is not None:
+        swapping.check_count(config, arguments.block_swap, "--block-swap")
     choice = choice_of(arguments, config, stored, is_quantized)
     factor = vae.factor(require(config, "vae"))
     where = "the device" if choice.on_device else "the processor"

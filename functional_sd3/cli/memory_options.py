@@ -79,8 +79,6 @@ def check_full(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"{name} computes blocks again in the backward pass, which --compile does not: leave out one"
             )
-    if arguments.block_swap is not None and arguments.block_swap < 1:
-        raise ValueError(f"--block-swap {arguments.block_swap} must be at least 1 block; leave it out for none")
     for name in ("control", "inversion"):
         if arguments.weights != "float32" and getattr(arguments, name) is not None:
             raise ValueError(f"--weights {arguments.weights}: what --{name} trains is small and stays float32")

@@ -36,6 +36,7 @@ RANGES = {
     "--batch": _COUNT,
     "--batch-size": Range(1, 1_000_000),
     "--beta": _POSITIVE,
+    "--block-swap": Range(0, _MAX_INT, words="must be a number of blocks, 0 or more"),
     "--cfg": Range(),
     "--count": Range(1, 1_000_000),
     "--density": Range(0, 1, above=True),
@@ -103,6 +104,7 @@ RANGES = {
     "merge --strength": Range(),
     "reward --steps": Range(1, 10**12),
     "quantize --steps": Range(0, 1_000_000),
+    "train --block-swap": Range(1, _MAX_INT, words="must be at least 1 block; leave it out for none"),
     "train --shift": _POSITIVE,
     "train --steps": Range(1, 10**12),
 }

@@ -42,8 +42,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         action=_Swap,
-        help="the last N blocks of the transformer and of each text encoder stay on the host (on a CPU in their file), "
-        "and so do weights that are used once; implies --offload",
+        help="the last N blocks of the transformer and of each text encoder (all, of one that has fewer) stay on the host "
+        "(on a CPU in their file), and so do weights that are used once; implies --offload",
     )
     parser.add_argument(
         "--dtype",
@@ -166,8 +166,6 @@ def check_swap(arguments: argparse.Namespace) -> None:
     """Raises ValueError for a --block-swap that makes no sense, alone or with another option."""
     if arguments.block_swap is None:
         return
-    if arguments.block_swap < 0:
-        raise ValueError(f"--block-swap {arguments.block_swap} must be a number of blocks, 0 or more")
     if getattr(arguments, "compile", False):
         raise ValueError("--block-swap copies a block's weights when it is computed, which --compile does not: leave "
                          "out one")  # fmt: skip

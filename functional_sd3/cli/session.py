@@ -20,7 +20,7 @@ from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.parallel import tensor
 from functional_sd3.parallel.mesh import Mesh
-from functional_sd3.pipeline import Components, Prepared, Request, SamplingOptions, TextOptions
+from functional_sd3.pipeline import Components, Prepared, Request, SamplingOptions, TextOptions, swapping
 from functional_sd3.text.completeness import check_encoders
 from functional_sd3.transformer import mmdit
 from functional_sd3.transformer.control import Control
@@ -79,11 +79,12 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     else:
         model = weights.load(source, **options)
         components = {name: precision.with_products_of(part, device) for name, part in model.params.items()}
+    runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     if arguments.block_swap is not None:
+        swapping.check_count(model.config, arguments.block_swap, "--block-swap")
         mapped = precision.fetcher(device, source, **{**options, "dtype": "stored", "device": "cpu"})
         components, config = pipeline.swap_blocks(mapped, model.config, arguments.block_swap, device, dtype=dtype)
         model = model._replace(config=config)
-    runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
     # Before images are read and the first prompt is encoded, which checks it again.
     check_encoders([name for name in Tokenizers._fields if getattr(model.config, name) is not None], model.tokenizers)
     return ReadModel(model, components, device, place, dtype, word)

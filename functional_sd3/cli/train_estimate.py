@@ -13,7 +13,7 @@ from functional_sd3.formats.printable import shorten
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.parallel import mesh as meshes
-from functional_sd3.parallel import tensor
+from functional_sd3.parallel import offload, tensor
 from functional_sd3.parallel.mesh import ONE_PROCESS, Mesh
 from functional_sd3.parallel.processes import Processes
 from functional_sd3.text import clip, t5
@@ -33,10 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     config, stored = _model(arguments)
     base = _choice(arguments, config, stored)
     depth = require(config, "transformer").depth
-    if base.swapped > depth:
-        raise ValueError(
-            f"--block-swap {base.swapped} is more than the {depth} blocks of this transformer: give 1 to {depth}"
-        )
+    offload.check_count(base.swapped, {"transformer": depth}, "--block-swap")
     rows = [("this command", base)]
     if not (base.autoencoder or base.control or base.word):
         rows += _others(base, depth)

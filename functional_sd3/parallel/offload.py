@@ -8,7 +8,7 @@ Tensors of a mapped safetensors file (`weights.load(dtype="stored")`) are read f
 system drops the pages of what was read when it needs memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from torch import Tensor
 from functional_sd3.core import tree
 from functional_sd3.core.dispatch import in_forward_mode, in_transform
 from functional_sd3.core.types import Params
+
+
+def check_count(count: int, depths: Mapping[str, int], name: str = "count") -> None:
+    """Raise ValueError unless 0 <= count <= the most blocks that a component has.
+
+    depths: blocks of each component of which the last `count` stay on the host; all of those that have fewer do.
+    name: of the argument or option that gives the count.
+    """
+    depths = depths or {"model": 0}
+    deepest = max(depths, key=lambda component: depths[component])
+    if count < 0:
+        raise ValueError(f"{name} {count} must be a number of blocks, 0 or more")
+    if count > depths[deepest]:
+        most = depths[deepest]
+        raise ValueError(f"{name} {count} is more than the {most} blocks of the {deepest}: give at most {most}")
 
 
 def keep(
@@ -35,8 +50,7 @@ def keep(
     copied once, which pinning would copy twice. Raises ValueError for more blocks than there are.
     """
     blocks = params["blocks"]
-    if not 0 <= count <= len(blocks):
-        raise ValueError(f"{count} blocks cannot stay on the host: the network has {len(blocks)}")
+    check_count(count, {"network": len(blocks)})
     stays, first = set(tree.select({"blocks": blocks}, host)), len(blocks) - count
     holds: Callable[[Tensor], Tensor] = _pinned if pin and torch.device(device).type == "cuda" else lambda leaf: leaf
 

@@ -9,7 +9,7 @@ from functional_sd3.core.computation import Computation
 from functional_sd3.core.types import Params
 from functional_sd3.formats import default_dtype
 from functional_sd3.formats.default_dtype import Dtype
-from functional_sd3.layouts.components import Config
+from functional_sd3.layouts.components import SPECS, Config
 from functional_sd3.parallel import offload
 from functional_sd3.pipeline.components import Components, fetch
 
@@ -30,7 +30,8 @@ def swap_blocks(
     """Components on the device but for the last `count` blocks of each, and a config by which these are copied there.
 
     components: on the host, of `weights.fetcher(path, dtype="stored")` mapped from their files: only one is held at a
-    time, so `generate` is given `offload=True`. A component of fewer blocks keeps none on the device. The layers that
+    time, so `generate` is given `offload=True`. count: at most the blocks of the component that has most (`check_count`);
+    one of fewer keeps none on the device. The layers that
     make the transformer's modulations stay on the host with 0 blocks too. dtype: of the computation, as of
     `weights.load`. On a CPU weights stored in it are computed where they are mapped, and others are converted a block
     at a time. On a GPU the next block is copied while one is computed.
@@ -39,10 +40,9 @@ def swap_blocks(
         components, config = swap_blocks(mapped, weights.outline(path).config, 24, "cuda")
         generate(components, config, tokenizers, prompts, key, offload=True)
 
-    Raises ValueError for a negative count.
+    Raises ValueError for a count that is negative or more than the blocks of every component.
     """
-    if count < 0:
-        raise ValueError(f"{count} blocks cannot stay on the host: give 0 or more")
+    check_count(config, count)
     device = torch.device(device)
     copies = {name: offload.Copies(device, device.type == "cuda") for name in NAMES}
 
@@ -63,6 +63,19 @@ def swap_blocks(
 
     computations = {name: replace(_of(config, name), materialize=each) for name, each in copies.items()}
     return swapped, replace(config, computations={**config.computations, **computations})
+
+
+def check_count(config: Config, count: int, name: str = "count") -> None:
+    """Raise ValueError unless the last `count` blocks of a component can stay on the host, by its deepest component.
+
+    name: of the argument or option that gives the count.
+    """
+    depths = {
+        component: len(SPECS[component](sizes)["blocks"])
+        for component in NAMES
+        if (sizes := getattr(config, component))
+    }
+    offload.check_count(count, depths, name)
 
 
 def _of(config: Config, name: str) -> Computation:

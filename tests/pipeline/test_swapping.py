@@ -15,6 +15,8 @@ from tests import models
 from tests.models import parts
 
 PROMPTS = ["a red circle", "a star"]
+DEEPEST = 3
+"""Blocks of the deepest components of `models.config()`: others have fewer, and keep none on the device."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def drawn(folder, count, dtype=torch.float32, **options):
         )
 
 
-@pytest.mark.parametrize("count", [0, 1, 99])
+@pytest.mark.parametrize("count", [0, 1, DEEPEST])
 def test_the_image_is_that_of_the_whole_model(folder, count):
     whole = pipeline.generate_from(folder, PROMPTS, prng.key(3), dtype=torch.float32, steps=2)
     assert torch.equal(drawn(folder, count), whole)
@@ -89,9 +91,13 @@ def test_layers_that_make_modulations_are_copied_once_a_run_and_never_by_a_step(
     torch.testing.assert_close(stepped, mmdit.apply(params, sizes, x, t, text, pooled), rtol=1e-5, atol=1e-5)
 
 
-def test_a_negative_number_of_blocks_is_refused(model):
-    with pytest.raises(ValueError, match="-1 blocks cannot stay on the host"):
-        pipeline.swap_blocks(model.params, model.config, -1, "cpu")
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(-1, "count -1 must be a number"), (DEEPEST + 1, f"is more than the {DEEPEST} blocks of the")],
+)
+def test_a_number_of_blocks_that_no_component_has_is_refused(model, count, said):
+    with pytest.raises(ValueError, match=said):
+        pipeline.swap_blocks(model.params, model.config, count, "cpu")
 
 
 def test_the_command_line_draws_the_same_image(folder, tmp_path):
@@ -105,6 +111,8 @@ def test_the_command_line_draws_the_same_image(folder, tmp_path):
     ("words", "said"),
     [
         (["--block-swap", "-1"], "must be a number of blocks, 0 or more"),
+        (["--block-swap", "6"], "--block-swap 6 is more than the 5 blocks of the transformer: give at most 5"),
+        (["--block-swap", "6", "--estimate"], "--block-swap 6 is more than the 5 blocks of the transformer"),
         (["--block-swap", "1", "--compile"], "--compile does not"),
         (["--block-swap", "1", "--mesh", "guidance=2"], "is of one process"),
     ],
@@ -114,7 +122,7 @@ def test_options_that_exclude_it_are_refused(words, said, capsys):
     assert said in capsys.readouterr().err
 
 
-CHOICES = {"whole": {}, "offload": {"offload": True}, "swapped": {"swapped": 99}}
+CHOICES = {"whole": {}, "offload": {"offload": True}, "swapped": {"swapped": 6}}
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -130,7 +138,7 @@ def test_the_estimate_is_what_a_run_allocates(choice, tmp_path):
         components = weights.fetcher(tmp_path / "model", **options)
         if choice == "swapped":
             mapped = weights.fetcher(tmp_path / "model", dtype="stored", finite=False)
-            components, swapped = pipeline.swap_blocks(mapped, outline.config, 99, "cpu", dtype=torch.float32)
+            components, swapped = pipeline.swap_blocks(mapped, outline.config, 6, "cpu", dtype=torch.float32)
             outline = outline._replace(config=swapped)
         if choice == "whole":
             components = weights.load(tmp_path / "model", **options).params

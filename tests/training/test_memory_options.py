@@ -101,7 +101,6 @@ def test_a_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, words):
         (["train", "--lora", 2, "--weights", "bfloat16"], "--weights bfloat16 is of all parameters that learn"),
         (["train", "--base", "int8"], "--base int8 is of the base of --lora RANK"),
         (["train", "--block-swap", 1], "--block-swap 1 is of the base of --lora RANK"),
-        (["train", "--lora", 2, "--block-swap", 0], "--block-swap 0 must be at least 1 block"),
         (["train", "--lora", 2, "--base", "int8", "--compile"], "--base computes blocks again"),
         (["train", "--fused-update", "--accumulate", 2], "leave out --accumulate"),
         (["train", "--fused-update", "--compile"], "leave out --compile"),
@@ -115,7 +114,7 @@ def test_options_without_effect_are_errors(run, tmp_path, words, said):
 
 
 def test_more_blocks_than_there_are_cannot_stay_on_the_host(run, tmp_path):
-    with pytest.raises(ValueError, match="--block-swap 2 is more than the 1 blocks of this transformer"):
+    with pytest.raises(ValueError, match="--block-swap 2 is more than the 1 blocks of the transformer"):
         run("train", "--lora", 2, "--block-swap", 2, "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="--block-swap has no effect with --base on a CPU"):
         run("train", "--lora", 2, "--block-swap", 1, "--base", "int8", "--device", "cpu", "--out", tmp_path / "other")
