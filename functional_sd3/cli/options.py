@@ -42,8 +42,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         action=_Swap,
-        help="the last N blocks of the transformer and of each text encoder (all, of one that has fewer) stay on the host "
-        "(on a CPU in their file), and so do weights that are used once; implies --offload",
+        help="the last N blocks of the transformer and of each text encoder (all, of one that has fewer) stay on the "
+        "host (on a CPU in their file), and so do weights that are used once; implies --offload",
     )
     parser.add_argument(
         "--dtype",
