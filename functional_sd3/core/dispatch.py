@@ -10,6 +10,7 @@ result.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, cast
@@ -50,9 +51,21 @@ DIFFERENTIABLE: frozenset[Tracking] = frozenset({"none", "autograd"})
 COMPILED: frozenset[Tracking] = frozenset({"compiler"})
 TRANSFORMED: frozenset[Tracking] = frozenset({"autograd", "other"})
 TRANSFORMS: frozenset[Tracking] = frozenset({"other"})
-# Module globals, which a compiler can read; `plain` in one thread costs the others speed, never a result.
-_plain_depth = _watched_depth = 0
 _table: dict[str, tuple[Kernel, ...]] | None = None
+
+
+class _Depths(threading.local):
+    """How deep the running thread is in `plain` and in `watched`.
+
+    Of a thread's own, as in one that serves another request; a compiler reads these, and guards on the values of the
+    thread that calls, which it does not do for a ContextVar.
+    """
+
+    plain = 0
+    watched = 0
+
+
+_depths = _Depths()
 
 
 class Operation(Protocol[Arguments, Result]):
@@ -72,7 +85,7 @@ def op(formula: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
 
     @functools.wraps(formula)
     def operation(*arguments: Any, **options: Any) -> Any:
-        kernels = () if _plain_depth else (_table or _load_table()).get(name, ())
+        kernels = () if _depths.plain else (_table or _load_table()).get(name, ())
         # Sizes are read only outside of transforms and compilers: under some they are unknown or enter the graph.
         surroundings = _surroundings() if kernels else None
         for kernel in kernels:
@@ -91,24 +104,27 @@ def op(formula: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Context manager in which every operation computes its formula."""
-    global _plain_depth
-    _plain_depth += 1
+    """Context manager in which every operation of this thread computes its formula.
+
+    On a GPU autograd runs backward passes in threads of its own: what they compute again (`transform.remat`) is
+    outside.
+    """
+    _depths.plain += 1
     try:
         yield
     finally:
-        _plain_depth -= 1
+        _depths.plain -= 1
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Context manager in which dispatch and function modes only watch: they do not change which kernels run."""
-    global _watched_depth
-    _watched_depth += 1
+    """Context manager in which dispatch and function modes of this thread only watch: they do not change which kernels
+    run."""
+    _depths.watched += 1
     try:
         yield
     finally:
-        _watched_depth -= 1
+        _depths.watched -= 1
 
 
 def private(path: str, *trial: Any, missing: Any = None, **options: Any) -> Any:
@@ -205,7 +221,7 @@ def in_mode() -> bool:
     The function mode of a default device is none of these: it changes where tensors are created, no result. Nor are
     those under `watched`.
     """
-    if _watched_depth:
+    if _depths.watched:
         return False
     if _dispatch_modes():
         return True
