@@ -38,7 +38,10 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> ModuleType:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _with_public_dir(importlib.import_module(_MODULES[name]))
+    module = importlib.import_module(_MODULES[name])
+    # Bound from now on, as Python binds the modules of a package itself: `_Package.__setattr__`.
+    setattr(sys.modules[__name__], name, module)
+    return module
 
 
 def __dir__() -> list[str]:

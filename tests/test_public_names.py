@@ -30,6 +30,13 @@ def test_dir_of_the_transformer_has_its_functions_and_not_what_it_imports():
     assert not {"Tensor", "torch", "partial", "TIME_FREQUENCIES", "layers"} & set(dir(sd3.mmdit))
 
 
+@pytest.mark.parametrize("name", ["mmdit", "weights"])
+def test_a_module_is_looked_up_once_and_then_bound(name, monkeypatch):
+    module = getattr(sd3, name)
+    monkeypatch.setattr("importlib.import_module", lambda path: pytest.fail(f"{path} is imported again"))
+    assert getattr(sd3, name) is module and vars(sd3)[name] is module
+
+
 def test_help_says_a_line_of_each_module():
     lines = {line.strip().partition(":")[0]: line.partition(":")[2] for line in (sd3.__doc__ or "").splitlines()}
     for name in sd3.__all__:
