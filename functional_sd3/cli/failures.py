@@ -6,8 +6,9 @@ import traceback
 from contextlib import contextmanager
 from types import FrameType
 
-from functional_sd3.cli import report
+from functional_sd3.cli import flags, report
 from functional_sd3.cli.parser import CommandLine
+from functional_sd3.formats.errors import WeightsError
 
 _OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
 _SAVING = (
@@ -102,7 +103,9 @@ def sentence(error: BaseException, given: CommandLine | None = None) -> str:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{place}"
     if isinstance(error, ValueError | ArithmeticError | RuntimeError | ImportError) or _is_ours(error):
-        return str(error) or type(error).__name__
+        words = str(error) or type(error).__name__
+        # Problems of files name what is written in them.
+        return words if given is None or isinstance(error, WeightsError) else flags.with_flags(words, given.options)
     return f"a fault of this program: {type(error).__name__}: {error} (--debug prints where)"
 
 

@@ -36,6 +36,6 @@ def check_steps(kind: str | None, distilled: int, trained: Sequence[int], steps:
         less = f"; less well in {' or '.join(map(str, fewer))}" if fewer else ""
         raise ValueError(
             f"steps {steps}: this model was distilled into {distilled} segments, so it is drawn in "
-            f"steps={' or '.join(map(str, numbers))}, and with cfg=1 where guidance is folded in{less}. At the times "
-            "of other grids it was not trained"
+            f"{' or '.join(map(str, numbers))} steps, and at a scale of 1 where guidance is folded in{less}. At the "
+            "times of other grids it was not trained"
         )

@@ -26,7 +26,7 @@ def test_the_student_draws_in_four_steps_without_guidance(tmp_path, capsys, monk
         ("2", 0, None),
         ("4", 0, None),
         ("1", 0, "--steps 1 of a model distilled for 4 or 2: each spans 2 of the steps"),
-        ("3", 1, "it is drawn in steps=4 or 2"),
+        ("3", 1, "it is drawn in 4 or 2 steps"),
     ],
 )
 def test_the_student_is_for_four_steps_and_for_two(tmp_path, capsys, monkeypatch, steps, status, said):
