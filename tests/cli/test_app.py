@@ -1,5 +1,6 @@
 """`functional-sd3 app` without a browser: what the page computes, its API, and what the server refuses."""
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import io
@@ -425,6 +426,38 @@ def test_errors_of_the_api_are_words(server, client, capfd, values, words):
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "start", [7, "x", [], True, {"background": 7}, {"layers": 5}, {"id": []}, {"background": {"nopath": 1}}]
+)
+def test_a_start_of_another_form_is_refused_in_words(server, capfd, start):
+    reply = call(server, "call/v2/generate", prompts=PROMPT, start=start)
+    assert reply.status_code == 422
+    assert all(word in reply.json()["detail"] for word in ("start ", "must be an object with background, layers"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path, body, words",
+    [
+        (
+            "call/v2/generate",
+            {"prompts": "a", "prompt": "b"},
+            "'prompt' is no parameter of generate, which has prompts,",
+        ),
+        ("call/v2/generate", {"steps": 1}, "generate needs prompts"),
+        ("call/v2/draw", {"prompts": "a"}, "there is no 'draw': the API has compare, generate, look"),
+        ("call/generate", {"data": []}, "data must be the list of"),
+        ("call/generate", {"data": "x"}, "data must be the list of"),
+        ("queue/join", {"data": [], "fn_index": 99}, "fn_index names no function"),
+        ("queue/join", {"data": [], "fn_index": []}, "fn_index names no function"),
+    ],
+)
+def test_calls_that_are_none_are_refused_in_words(server, capfd, path, body, words):
+    reply = call(server, path, **body)
+    assert reply.status_code == 422 and words in reply.json()["detail"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def call(server, path, **body):
     return httpx.post(f"{server.url}gradio_api/{path}", json=body, timeout=60)
 
@@ -501,10 +534,12 @@ def test_a_closed_tab_ends_its_run_and_those_that_wait(server):
     with httpx.stream("GET", f"{server.url}gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
         lines = stream.iter_lines()  # Kept: the connection is closed where its lines are dropped.
         assert any("process_generating" in line for line in lines)
-        waiting = [call(server, "queue/join", **join).status_code for _ in range(3)]
-        full = call(server, "queue/join", **join)
-        assert waiting == [200, 200, 503]
-        assert "2 requests wait already" in full.json()["detail"] and "--max-queue 2" in full.json()["detail"]
+        # At once: none of them is in the queue when the others are looked at.
+        with concurrent.futures.ThreadPoolExecutor(12) as threads:
+            replies = list(threads.map(lambda _: call(server, "queue/join", **join), range(12)))
+        assert sorted(reply.status_code for reply in replies) == [200] * 2 + [503] * 10
+        full = [reply.json()["detail"] for reply in replies if reply.status_code == 503]
+        assert all("2 requests wait already" in words and "--max-queue 2" in words for words in full), full
     wait_for(lambda: not computing() and not server.served.turn.locked(), "the end of the run")
     wait_for(lambda: len(server.page._queue) == 0, "an empty queue")
 

@@ -57,8 +57,8 @@ class Guard:
     """An ASGI app before another, which sees only the requests that pass.
 
     folder: of the files that may be read: what was uploaded, and what the page made. hosts: names that the server may
-    be called by, None for any. body: largest body in bytes. is_full: "" or the words for a request that finds the queue
-    full.
+    be called by, None for any. body: largest body in bytes. problem: "" or what is wrong with a call, of its path and
+    JSON. full: the words for a call that finds the queue full.
     """
 
     def __init__(
@@ -68,10 +68,11 @@ class Guard:
         folder: Path,
         hosts: Collection[str] | None,
         body: int,
-        is_full: Callable[[], str],
+        problem: Callable[[str, Any], str],
+        full: str,
     ):
         self.app, self.folder, self.hosts, self.body = app, folder.resolve(), hosts, body
-        self.is_full = is_full
+        self.problem, self.full = problem, full
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -81,9 +82,14 @@ class Guard:
         try:
             self._check_route(scope)
             receive = self._counted(receive)
-            if _JSON.fullmatch(scope["path"]):
-                receive = await self._checked_body(scope, receive)
-            await self.app(scope, receive, _with_headers(send))
+            if not _JSON.fullmatch(scope["path"]):
+                return await self.app(scope, receive, _with_headers(send))
+            receive = await self._checked_body(scope, receive)
+            # Gradio alone knows whether the queue is full when the call joins it: of several at once one may be late.
+            replied = _Unless503(_with_headers(send))
+            await self.app(scope, receive, replied)
+            if replied.is_full:
+                raise Refused(503, self.full)
         except Refused as refused:
             await _reply(_with_headers(send), refused.status, str(refused))
 
@@ -144,8 +150,8 @@ class Guard:
             raise Refused(400, "the body is no JSON") from None
         for name in _paths(data):
             self._check_file(name)
-        if words := self.is_full():
-            raise Refused(503, words)
+        if words := self.problem(scope["path"], data):
+            raise Refused(422, words)
         sent = False
 
         async def again() -> Message:
@@ -177,6 +183,18 @@ def _host(header: str) -> str:
         return (urlsplit(f"//{header}").hostname or "").lower()
     except ValueError:
         return ""
+
+
+class _Unless503:
+    """`send` but for a reply of status 503, which is kept back."""
+
+    def __init__(self, send: Send):
+        self.send, self.is_full = send, False
+
+    async def __call__(self, message: Message) -> None:
+        self.is_full |= message["type"] == "http.response.start" and message["status"] == 503
+        if not self.is_full:
+            await self.send(message)
 
 
 def _with_headers(send: Send) -> Send:

@@ -13,7 +13,7 @@ import fastapi
 import gradio
 import uvicorn
 
-from functional_sd3.cli.app import view
+from functional_sd3.cli.app import calls, view
 from functional_sd3.cli.app.guard import Guard
 from functional_sd3.cli.app.limits import Limits
 from functional_sd3.cli.app.sharing import is_loopback
@@ -88,18 +88,14 @@ def running(page: gradio.Blocks, bound: socket.socket, folder: str, limits: Limi
     page.has_launched = True
     page.is_running = True
 
-    def is_full() -> str:
-        waiting = len(page._queue)
-        if waiting < limits.waiting:
-            return ""
-        return (
-            f"{waiting} requests wait already, the limit (--max-queue {limits.waiting} of functional-sd3 app): "
-            "try again later"
-        )
-
+    full = (
+        f"{limits.waiting} requests wait already, the limit (--max-queue {limits.waiting} of functional-sd3 app): "
+        "try again later"
+    )
     hosts = {"127.0.0.1", "localhost", "::1", host} if is_loopback(host) else None
     guard: Any = Guard(
-        app, folder=Path(folder), hosts=hosts, body=limits.upload * 2**20 + _FRAME, is_full=is_full
+        app, folder=Path(folder), hosts=hosts, body=limits.upload * 2**20 + _FRAME, problem=calls.checker(page),
+        full=full,
     )  # fmt: skip
     config = uvicorn.Config(guard, log_level="error", lifespan="on", ws="none", timeout_graceful_shutdown=1,
                             server_header=False)  # fmt: skip
