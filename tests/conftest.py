@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.weights import shipped
 from tests.processes import Pool
@@ -58,6 +59,22 @@ def no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", _checked)
         yield
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A small model of random weights (`tests.models`), shared by all tests: none writes into it."""
+    from tests import models
+
+    return models.random_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model, request, tmp_path_factory):
+    """Files of `model` under diffusers' names, in its own dtype or the module's STORED."""
+    path = tmp_path_factory.mktemp("saved") / "model"
+    weights.save(path, model, dtype=getattr(request.module, "STORED", None))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,6 @@ IDS = torch.ones(1, 4, dtype=torch.int64)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
-@pytest.fixture(scope="module")
 def calls(model):
     """name -> a call with every argument right but those given."""
     params, config = model.params, model.config

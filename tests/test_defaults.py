@@ -235,18 +235,6 @@ CHECKS = {
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("defaults") / "model"
-    weights.save(path, model)
-    return path
-
-
-@pytest.fixture(scope="module")
 def usual():
     """name -> its results under float32 and the CPU, computed once."""
     return {}

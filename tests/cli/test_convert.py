@@ -12,14 +12,6 @@ from functional_sd3.core import prng, tree
 from functional_sd3.text import bpe, textual_inversion, unigram
 from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.weights import Tokenizers
-from tests import models
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random"
-    weights.save(path, models.random_model())
-    return path
 
 
 def run(*words) -> int:

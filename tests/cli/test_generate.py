@@ -6,20 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from functional_sd3 import cli, weights
+from functional_sd3 import cli
 from functional_sd3.cli import image_settings
 from functional_sd3.core import transform
 from functional_sd3.transformer import joint_block
-from tests import models
 
 PROMPT = "a large red circle on a white background"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random"
-    weights.save(path, models.random_model())
-    return path
 
 
 def pixels_of(path) -> torch.Tensor:

@@ -9,17 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from functional_sd3 import cli, weights
-from tests import models
+from functional_sd3 import cli
 
 PROMPTS = ("a red circle", "a blue star")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random"
-    weights.save(path, models.random_model())
-    return path
 
 
 def run(words, out):

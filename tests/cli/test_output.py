@@ -12,17 +12,9 @@ from PIL import Image
 
 from functional_sd3 import cli, pipeline, weights
 from functional_sd3.cli import image_settings, output
-from tests import models
 
 PROMPT = "a large red circle on a white background"
 FORMS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".JPG": "JPEG"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random"
-    weights.save(path, models.random_model())
-    return path
 
 
 def run(*words) -> int:

@@ -26,11 +26,6 @@ def autoencoder(config: taesd.Config = SMALL) -> weights.Model:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory, model):
     """`plain`, a model; `own`, the same with a TAESD; `taesd3.safetensors`, and its two halves."""
     top = tmp_path_factory.mktemp("weights")

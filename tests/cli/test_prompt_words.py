@@ -8,19 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from functional_sd3 import cli, weights
+from functional_sd3 import cli
 from functional_sd3.cli import image_settings, prompt_words
 from functional_sd3.recipes import shapes
-from tests import models
 
 PROMPT = "a large red circle on a white background"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random"
-    weights.save(path, models.random_model())
-    return path
 
 
 def run(*words) -> int:

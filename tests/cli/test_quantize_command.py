@@ -10,18 +10,11 @@ from functional_sd3 import cli, weights
 from functional_sd3.core import tree
 from functional_sd3.kernels import int8, int8_functions
 from functional_sd3.weights import quantize
-from tests import choices, models
+from tests import choices
 
 
 def run(*words) -> int:
     return cli.main([str(word) for word in words])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random"
-    weights.save(path, models.random_model())
-    return path
 
 
 @pytest.mark.parametrize("name, dtype", [("int8", torch.int8), ("float8", torch.float8_e4m3fn)])

@@ -14,18 +14,12 @@ from functional_sd3.pipeline import Region, Request, SamplingOptions, StartImage
 from functional_sd3.text import bpe, unigram
 from functional_sd3.text.tokenization import tokenize_prompts
 from functional_sd3.weights import shipped
-from tests import models
 from tests.models import parts
 
 KEY = prng.key(3)
 OPTIONS = {"steps": 3, "t5_length": 8, "height": 64, "width": 80}
 IMAGES = prng.uniform(prng.key(9), (1, 3, 64, 80))
 MASK = (torch.arange(80) < 40).float().expand(1, 1, 64, 80)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 RUNS = {

@@ -24,11 +24,6 @@ HEADS, WIDTH, TOKENS = 2, 16, 16
 MEMORY = Stream(None, prng.normal(prng.key(1), (1, HEADS, 3, WIDTH)), prng.normal(prng.key(2), (1, HEADS, 3, WIDTH)))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
 DRAWING = {
     "generate": ("a", KEY),
     "image_to_image": ("a", IMAGES, KEY),

@@ -15,11 +15,6 @@ from tests.models import parts
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
-@pytest.fixture(scope="module")
 def images():
     small = prng.uniform(prng.key(9), (2, 3, 6, 6))
     return torch.nn.functional.interpolate(small, (64, 64), mode="bicubic").clamp(0, 1)

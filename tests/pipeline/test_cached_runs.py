@@ -26,11 +26,6 @@ close = torch.testing.assert_close
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
-@pytest.fixture(scope="module")
 def conditions(model):
     return pipeline.encode(*parts(model), PROMPTS)
 

@@ -11,15 +11,9 @@ from functional_sd3.flow import guidance, ode, path, schedule
 from functional_sd3.flow.ode import fixed_point
 from functional_sd3.pipeline import masks
 from functional_sd3.transformer.control import Control
-from tests import models
 from tests.models import parts
 
 PROMPTS = ["a red circle", "a blue star"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,7 @@ import torch
 from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import ode
-from tests import models
 from tests.models import parts
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 def test_an_image_does_not_depend_on_its_batch(model):

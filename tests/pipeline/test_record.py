@@ -28,7 +28,6 @@ from functional_sd3.pipeline import request as requests
 from functional_sd3.text import textual_inversion
 from functional_sd3.transformer import controlnet, ip_adapter
 from functional_sd3.transformer.control import Control
-from tests import models
 from tests.models import parts
 
 KEY = prng.key(3)[None]
@@ -48,11 +47,6 @@ GUIDANCES = {
     "zero_init": guidance.zero_init(guidance.zero_star(3.0), 1),
     "none": guidance.cfg(1.0),
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 def draw(model, request):

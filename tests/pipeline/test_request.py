@@ -10,7 +10,6 @@ from functional_sd3 import pipeline
 from functional_sd3.core import prng
 from functional_sd3.flow import ode
 from functional_sd3.pipeline import FlowEdit, Frames, InversionEdit, Request, SamplingOptions, StartImages, TextOptions
-from tests import models
 from tests.models import parts
 
 PROMPTS = ["a red circle", "a blue star", "a red circle"]
@@ -20,11 +19,6 @@ DRAWING = (
     "generate", "generate_from", "image_to_image", "inpaint", "outpaint", "regional", "tiled", "variations",
     "interpolate", "trajectory", "edit", "flow_edit",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 def draw(model, request, **options):

@@ -23,18 +23,6 @@ from tests.models import parts
 PROMPTS = ["a red circle", "a (blue:1.3) star"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("streamed") / "model"
-    weights.save(path, model)
-    return path
-
-
 @pytest.mark.parametrize("options", [{}, {"weighted": True, "negative": "green"}, {"long_prompts": True, "cfg": 1.0}])
 def test_the_image_is_that_of_the_whole_model(model, folder, options):
     whole = pipeline.generate(*parts(model), PROMPTS, prng.key(3), steps=2, **options)

@@ -15,20 +15,9 @@ from tests import models
 from tests.models import parts
 
 PROMPTS = ["a red circle", "a star"]
+STORED = torch.float16
 DEEPEST = 3
 """Blocks of the deepest components of `models.config()`: others have fewer, and keep none on the device."""
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("swapped") / "model"
-    weights.save(path, model, dtype=torch.float16)
-    return path
 
 
 def drawn(folder, count, dtype=torch.float32, **options):

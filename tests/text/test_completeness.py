@@ -16,7 +16,7 @@ from functional_sd3.flow import ode
 from functional_sd3.formats.notes import Note, note, printed
 from functional_sd3.text import conditioning
 from functional_sd3.text.completeness import check_encoders
-from tests.models import parts, random_model
+from tests.models import parts
 
 KEY = prng.key(0)
 ENCODERS = ("clip_l", "clip_g", "t5")
@@ -27,11 +27,6 @@ IMAGES = torch.full((1, 3, 64, 64), 0.5)
 def lacking(model, *absent):
     params = {name: part for name, part in model.params.items() if name not in absent}
     return weights.Model(params, replace(model.config, **dict.fromkeys(absent)), model.tokenizers)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model()
 
 
 DRAWING = {

@@ -14,7 +14,6 @@ from functional_sd3.flow.analysis import likelihood
 from functional_sd3.formats import default_dtype
 from functional_sd3.formats.notes import Note
 from functional_sd3.transformer import mmdit
-from tests.models import random_model
 
 F32, F16, BF16, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
 
@@ -49,11 +48,6 @@ KINDS = {
     "bf16 with norms of float32": lambda name, value: value.to(F32 if is_norm(name, value) else BF16),
     "scaled fp8": scaled,
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return random_model()
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -12,12 +12,6 @@ from functional_sd3.kernels import cuda
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import quantize
 from functional_sd3.weights.product_errors import product_errors
-from tests import models
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,9 @@ from functional_sd3.kernels import int8_functions
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import quantize
 from functional_sd3.weights.product_errors import product_errors
-from tests import choices, models
+from tests import choices
 
 pytestmark = pytest.mark.skipif(int8_functions.product() is None, reason="needs products of int8 that are right")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 @pytest.fixture(autouse=True)

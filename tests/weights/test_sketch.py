@@ -6,14 +6,8 @@ import torch
 from functional_sd3 import weights
 from functional_sd3.core import tree
 from functional_sd3.weights import sketch
-from tests import models
 
 COMPONENTS = ("clip_l", "clip_g", "t5", "transformer", "vae")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.random_model()
 
 
 @pytest.fixture(scope="module")
