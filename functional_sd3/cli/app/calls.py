@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio
-import pydantic
 from gradio.blocks import BlockFunction
 
 from functional_sd3.formats.printable import shorten
@@ -64,7 +63,7 @@ def _of_values(function: BlockFunction, values: list[Any]) -> str:
             continue
         try:
             model.model_validate(value, context={"validate_meta": True})
-        except pydantic.ValidationError:
+        except ValueError:  # pydantic's ValidationError is one.
             form = ", ".join(model.model_fields)
             return (
                 f"{name} {shorten(repr(value))} must be an object with {form}; its files are uploaded first, "
