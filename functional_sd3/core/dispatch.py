@@ -55,7 +55,7 @@ _table: dict[str, tuple[Kernel, ...]] | None = None
 
 
 class _Depths(threading.local):
-    """How deep the running thread is in `plain` and in `watched`.
+    """The depth of the running thread in `plain` and in `watched`.
 
     Of a thread's own, as in one that serves another request; a compiler reads these, and guards on the values of the
     thread that calls, which it does not do for a ContextVar.

@@ -19,7 +19,7 @@ from functional_sd3.core.types import Params
 
 
 def check_count(count: int, depths: Mapping[str, int], name: str = "count") -> None:
-    """Raise ValueError unless 0 <= count <= the most blocks that a component has.
+    """Raises ValueError unless 0 <= count <= the most blocks that a component has.
 
     depths: blocks of each component of which the last `count` stay on the host; all of those that have fewer do.
     name: of the argument or option that gives the count.

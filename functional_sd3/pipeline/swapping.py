@@ -65,7 +65,7 @@ def swap_blocks(
 
 
 def check_count(config: Config, count: int, name: str = "count") -> None:
-    """Raise ValueError unless the last `count` blocks of a component can stay on the host, by its deepest component.
+    """Raises ValueError unless the last `count` blocks of a component can stay on the host, by its deepest component.
 
     name: of the argument or option that gives the count.
     """
