@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from functional_sd3.look.plotting import Drawn
+from functional_sd3.look.plotting import Chart
 
 Points = Sequence[tuple[float, float]]
 
@@ -170,5 +170,5 @@ def panels(
 
 def _drawn(draw: Callable[[Any], None], width: int, height: int) -> Image.Image:
     """A figure of matplotlib of that many pixels, RGB."""
-    drawn = Drawn(draw, "", (width / _DPI, height / _DPI)).png(dpi=_DPI)
-    return Image.open(io.BytesIO(drawn)).convert("RGB")
+    image = Chart(draw, "", (width / _DPI, height / _DPI)).png(dpi=_DPI)
+    return Image.open(io.BytesIO(image)).convert("RGB")

@@ -56,12 +56,15 @@ class Facts(NamedTuple):
     """Full names that are imported anywhere in the file, inside functions and for the type checker too."""
     docstrings: tuple[tuple[int, str], ...]
     """Line and text of each docstring, those below constants and fields too."""
+    bound: frozenset[str]
+    """Names of variables, arguments, functions and classes."""
 
 
 @functools.cache
 def facts(path: Path) -> Facts:
     imported: set[str] = set()
     docstrings = []
+    bound = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = path.relative_to(PACKAGE.parent).parts[: -node.level]
@@ -73,7 +76,13 @@ def facts(path: Path) -> Facts:
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             docstrings.append((node.lineno, node.value.value))
-    return Facts(frozenset(imported), tuple(docstrings))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    return Facts(frozenset(imported), tuple(docstrings), frozenset(bound))
 
 
 def imported_names(path: Path) -> frozenset[str]:
@@ -254,3 +263,10 @@ def test_docstrings_and_comments_are_in_plain_words():
         texts += re.findall(r"(?:^|\s)# (.*)$", path.read_text(), re.MULTILINE)
         found += [f"{path.relative_to(PACKAGE)}: {word[0]}" for text in texts for word in metaphor.finditer(text)]
     assert not found, found
+
+
+def test_names_are_what_a_thing_is():
+    """NAMES, rule 2: participles and metaphors are no names."""
+    metaphors = set("told asked asks begun bent drawn found said says speaking heard meant gone stranger rooms".split())
+    names = {str(path.relative_to(PACKAGE)): sorted(metaphors & facts(path).bound) for path in FILES}
+    assert not any(names.values()), {path: bound for path, bound in names.items() if bound}

@@ -54,20 +54,20 @@ def pairs(
     negative = encode(empty)
 
     def draw(numbers: range, noise: torch.Tensor) -> torch.Tensor:
-        drawn = []
+        samples: list[torch.Tensor] = []
         for start in range(0, len(numbers), AT_ONCE):
             rows = numbers[start : start + AT_ONCE]
             positive = encode(conditioning.Ids(*(part[rows.start : rows.stop] for part in ids)))
             blank = conditioning.Conditioning(*(part.expand(len(rows), *part.shape[1:]) for part in negative))
             keys = prng.fold_in(run_key, torch.tensor(list(rows), dtype=torch.int64, device="cpu"))
-            drawn.append(
+            samples.append(
                 pipeline.sample(
                     params, model.config, pipeline.Conditions(positive, blank),
                     noise[start : start + AT_ONCE].to(device), steps=options.teacher_steps or 1, cfg=options.cfg,
                     key=keys.to(device),
                 )
             )  # fmt: skip
-        return torch.cat(drawn)
+        return torch.cat(samples)
 
     read = [settings[name] for name in _READ] + [
         digest for name, digest in settings.items() if name.startswith(continuing.CONTENTS) and "vae" not in name

@@ -138,5 +138,5 @@ def apply_defaults(arguments: argparse.Namespace, config: "Config") -> None:
         report.note(f"--cfg {arguments.cfg:g} guides a model that has guidance folded in")
     if not {"steps", "cfg"} <= set(given):
         guided = " and has guidance folded in" if folded else ""
-        drawn = f"{arguments.steps} steps, --cfg {arguments.cfg:g}"
-        report.note(f"this model was distilled for {listed} steps{guided}: drawn in {drawn}")
+        chosen = f"{arguments.steps} steps, --cfg {arguments.cfg:g}"
+        report.note(f"this model was distilled for {listed} steps{guided}: drawn in {chosen}")

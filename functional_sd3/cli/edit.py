@@ -113,11 +113,11 @@ def run(arguments: argparse.Namespace) -> int:
             advice = "use more --steps or a lower --source-cfg, or leave out --exact"
             raise ValueError(f"--exact: {error.finding}; {advice}") from None
     runtime.check_finite(images)
-    drawn = pixels.to_pil(images)[0]
+    edited = pixels.to_pil(images)[0]
     if single:
-        output.save(out, drawn, record)
+        output.save(out, edited, record)
     else:
-        out = output.save_new(out, f"{output.slug(arguments.target)}-edited", drawn, record)
+        out = output.save_new(out, f"{output.slug(arguments.target)}-edited", edited, record)
     timer.done("write")
     report.say(out)
     report.message(timer.summary())

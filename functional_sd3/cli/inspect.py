@@ -1,7 +1,7 @@
 """Say what weights of any form hold, how they differ from others, or how an image was made."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from functional_sd3.cli import options, report
@@ -97,8 +97,8 @@ def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
         yield f"schedule: {description.schedule}"
     yield ""
     yield f"in all: {_amount([leaf for part in description.parts for leaf in tree.leaves(part.tree)])}"
-    for file, said in description.metadata.items():
-        yield from _metadata(f"metadata of {file}", said)
+    for file, entries in description.metadata.items():
+        yield from _metadata(f"metadata of {file}", entries)
     yield from description.missing
 
 
@@ -130,8 +130,8 @@ def _values(nonfinite, looked: bool) -> Iterator[str]:
         yield f"  and {len(nonfinite) - _MAX_SHOWN} more tensors"
 
 
-def _metadata(title: str, said) -> Iterator[str]:
-    for name, value in said.items():
+def _metadata(title: str, entries: Mapping[str, str]) -> Iterator[str]:
+    for name, value in entries.items():
         # Notes and images in metadata run to megabytes.
         yield f"{title}: {name}: {value if len(value) <= 200 else value[:200] + '...'}"
 

@@ -97,8 +97,8 @@ def _extract(arguments: argparse.Namespace) -> int:
     extracted = lora.extract(tree.to(after, device), before, arguments.rank, targets=tuple(arguments.targets))
     # A student's LoRA has the scheduler config of the student, as that of `distill --lora` does.
     is_student = tuned.config.schedule is not None and tuned.config.schedule.distillation is not None
-    said = metadata.write(tuned.config, ()) if is_student and tuned.config.schedule != base.config.schedule else {}
-    options = {"layout": arguments.layout, "dtype": getattr(torch, arguments.dtype), "metadata": said}
+    entries = metadata.write(tuned.config, ()) if is_student and tuned.config.schedule != base.config.schedule else {}
+    options = {"layout": arguments.layout, "dtype": getattr(torch, arguments.dtype), "metadata": entries}
     lora.save(arguments.out, tree.to(extracted, "cpu"), **options)
     left = merge.diff(lora.apply(before, tree.to(extracted, "cpu")), after, group=merge.component)
     for whole, rest in zip(merge.diff(before, after, group=merge.component), left, strict=True):

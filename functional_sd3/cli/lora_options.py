@@ -98,11 +98,11 @@ def student_config(texts: Sequence[str], config: "Config") -> "Config":
     sizes = config.transformer
     for spec in map(parse, texts):
         path = lora_read.find(spec.path)
-        said = metadata.read(files.read_header(path).metadata, str(path)) or {}
-        if "schedule" in said and spec.scale != 0:
-            students[said["schedule"]] = path
-        if sizes is not None and "transformer" in said:
-            sizes = replace(sizes, interval_size=sizes.interval_size or said["transformer"].interval_size)
+        configs = metadata.read(files.read_header(path).metadata, str(path)) or {}
+        if "schedule" in configs and spec.scale != 0:
+            students[configs["schedule"]] = path
+        if sizes is not None and "transformer" in configs:
+            sizes = replace(sizes, interval_size=sizes.interval_size or configs["transformer"].interval_size)
     if len(students) > 1:
         raise ValueError(f"--lora: {' and '.join(map(str, students.values()))} are students of different steps")
     return replace(config, schedule=next(iter(students), config.schedule), transformer=sizes)

@@ -131,10 +131,10 @@ def _with_good_products(name: str, params: "Params", trial: _Trial | None, argum
     from functional_sd3.weights.product_errors import product_errors
 
     if trial is not None:
-        found = product_errors(trial.model.params[name], params, lambda leaves: trial.run(name, leaves))
-        for place, error in _grouped(((f"{name}.{path}", error) for path, error in found.items()), arguments.all):
+        errors = product_errors(trial.model.params[name], params, lambda leaves: trial.run(name, leaves))
+        for place, error in _grouped(((f"{name}.{path}", error) for path, error in errors.items()), arguments.all):
             report.say(f"  {place:50} products of {arguments.compute}: relative error {error:.2e}")
-        bad = {path: error for path, error in found.items() if not error <= arguments.limit}
+        bad = {path: error for path, error in errors.items() if not error <= arguments.limit}
         for path, error in bad.items():
             what = f"{name}.{path}: products of {arguments.compute}"
             report.note(f"{what} are off by {error:.2e}, above --limit: computed in floats")

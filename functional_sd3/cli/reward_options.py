@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip", metavar="DIR", help="CLIP's two encoders, for --reward clip: a folder of transformers' CLIPModel")
     run_options.add(parser, save_every=25, log_every=5, sample_every=25)
     add("--at-once", type=int, default=64, help="images drawn, and points differentiated, at once (default 64)")
-    drawn = "of the computation of the images it learns from (default float32; gradients are float32)"
-    add("--draw-dtype", choices=("float32", "bfloat16"), default="float32", help=drawn)
+    explanation = "of the computation of the images it learns from (default float32; gradients are float32)"
+    add("--draw-dtype", choices=("float32", "bfloat16"), default="float32", help=explanation)
     run_options.add(parser, device=None)
     memory_options.add_arguments(parser)
     mesh_options.add_arguments(parser)

@@ -276,11 +276,11 @@ def _draw(arguments: argparse.Namespace, drawing: Callable[[], Model], folder: P
         for rows in train_data.track(len(missing), "drawing images of the class", 4):
             some = [missing[row] for row in rows]
             keys = torch.stack([prng.fold_in(key, index) for index in some])
-            drawn = pipeline.generate(
+            images = pipeline.generate(
                 model.params, model.config, model.tokenizers, [arguments.prior_prompt] * len(some), keys,
                 height=side, width=side, t5_length=train_data.t5_length(model), **options,
             )  # fmt: skip
-            for index, image in zip(some, pixels.to_pil(drawn.cpu()), strict=True):
+            for index, image in zip(some, pixels.to_pil(images.cpu()), strict=True):
                 files.write_atomic((folder / _name(index)).with_suffix(".txt"), arguments.prior_prompt.encode())
                 files.write_atomic(folder / _name(index), _png(image))
 

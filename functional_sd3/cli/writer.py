@@ -37,7 +37,7 @@ def write(
     of how many were written.
     """
     kept: list[Tensor] = []
-    count = drawn = 0
+    count = finished = 0
     with timer.named_failures(lambda: f"{count} of {len(jobs)} written" + (f" to {out}" if single and count else "")):
         try:
             for images in batches:
@@ -47,10 +47,10 @@ def write(
                     # Bytes: of many images the floats would take four times the memory.
                     kept.append(pixels.to_bytes(images))
                 if not single:
-                    for job, image in zip(jobs[drawn:], images, strict=False):
+                    for job, image in zip(jobs[finished:], images, strict=False):
                         _say_path(_write_one(out, image, job, record([job])))
                         count += 1
-                drawn += len(images)
+                finished += len(images)
                 timer.done("write")
                 timer.stage = "sampling"
         except BaseException:

@@ -8,7 +8,7 @@ from torch import Tensor
 from functional_sd3.core.dispatch import is_concrete
 
 
-class Decided(NamedTuple):
+class Decision(NamedTuple):
     """Values of a condition (batch,) as far as the host knows them."""
 
     any: bool
@@ -17,10 +17,10 @@ class Decided(NamedTuple):
     """True if it holds for every sample."""
 
 
-NONE = Decided(False, False)
+NONE = Decision(False, False)
 
 
-def read(condition: Tensor) -> Decided:
+def read(condition: Tensor) -> Decision:
     """The condition (batch,) read on the host, which waits for the device.
 
     Where it cannot be read (vmap, compile, the capture of a CUDA graph) the result is (any=True, all=False), so that
@@ -28,6 +28,6 @@ def read(condition: Tensor) -> Decided:
     """
     capturing = condition.is_cuda and torch.cuda.is_current_stream_capturing()
     if type(condition) is not Tensor or not is_concrete(condition) or capturing:
-        return Decided(True, False)
+        return Decision(True, False)
     some, every = torch.stack([condition.any(), condition.all()]).tolist()
-    return Decided(some, every)
+    return Decision(some, every)

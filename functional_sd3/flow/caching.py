@@ -169,19 +169,19 @@ def _of_pattern(cache: Extrapolate, form: Form, step: CachedStep, state: Tree, t
 
 def _of_tolerance(cache: Tolerance, form: Form, step: CachedStep, state: Tree, t: Tensor, batch: int) -> _Running:
     points, kept = _points(state), cache.order + 1
-    skip, decided = None, decisions.NONE
+    skip, decision = None, decisions.NONE
     if not step.is_computed:
         reach = ((t - points[0].t).abs() / state["gap"]) ** kept
         skip = (state["error"] * reach < cache.tolerance) & (state["row"] < cache.longest)
-        decided = decisions.read(skip)
+        decision = decisions.read(skip)
     predicted = _predicted(points, form, None)
-    if decided.all:
+    if decision.all:
         return predicted, lambda: {**state, "row": state["row"] + 1}
     evaluate, first = _recorded(step.evaluate, form)
 
     def mixed(x: Tensor, t: Tensor) -> Tree:
         values = evaluate(x, t)
-        return _where(skip, predicted(x, t), values) if decided.any else values
+        return _where(skip, predicted(x, t), values) if decision.any else values
 
     def next_state() -> Tree:
         point = first[0]._replace(t=first[0].t.expand(batch))
@@ -190,7 +190,7 @@ def _of_tolerance(cache: Tolerance, form: Form, step: CachedStep, state: Tree, t
             gap = (point.t - points[0].t).abs().detach()
             error = _relative_difference(extrapolate(points, point.t), point)
             after |= {"error": error, "gap": torch.where(gap == 0, 1.0, gap), "row": torch.zeros_like(gap)}
-        return _where(skip, {**state, "row": state["row"] + 1}, after) if decided.any else after
+        return _where(skip, {**state, "row": state["row"] + 1}, after) if decision.any else after
 
     return mixed, next_state
 

@@ -83,8 +83,8 @@ def map_bytes(path: str | os.PathLike, file: BinaryIO) -> mmap.mmap:
     try:
         return mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
-        said = reason(error) if isinstance(error, OSError) else error
-        raise WeightsError(f"{path}: cannot be mapped into memory: {said}") from error
+        cause = reason(error) if isinstance(error, OSError) else error
+        raise WeightsError(f"{path}: cannot be mapped into memory: {cause}") from error
 
 
 def tensor(mapped: Mapped, name: str) -> Tensor:

@@ -107,8 +107,8 @@ def _contradictions(index: Path, name: str, shard: Mapped, places: Mapping[str, 
     for key in sorted(claimed - set(shard.header.tensors)):
         yield f"{shard.path}: lacks {key}, which {index.name} says is in it"
     for key in sorted(set(shard.header.tensors) - claimed):
-        says = "says is elsewhere" if key in places else "does not name"
-        yield f"{shard.path}: holds {key}, which {index.name} {says}"
+        claim = "says is elsewhere" if key in places else "does not name"
+        yield f"{shard.path}: holds {key}, which {index.name} {claim}"
 
 
 def _plain(name: object) -> bool:

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
-from functional_sd3.look.plotting import COLOURS, Drawn
+from functional_sd3.look.plotting import COLOURS, Chart
 from functional_sd3.look.record import Record
 
 ENCODERS = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 
 
-def time_grid(record: Record) -> Drawn:
+def time_grid(record: Record) -> Chart:
     """t = sigma after each number of steps."""
     times = record.times.tolist()
 
@@ -22,12 +22,12 @@ def time_grid(record: Record) -> Drawn:
         axes.set(xlabel="steps taken", ylabel="t (1: noise, 0: image)")
         axes.legend()
 
-    return Drawn(
+    return Chart(
         draw, f"The grid of times: t after each of {len(times) - 1} steps, from {times[0]:g} to {times[-1]:g}."
     )
 
 
-def norms(record: Record) -> Drawn:
+def norms(record: Record) -> Chart:
     """Root mean squares of the velocities at every evaluation, over t."""
     seen = record.evaluations
     ts = [float(each.t) for each in seen]
@@ -41,10 +41,10 @@ def norms(record: Record) -> Drawn:
         axes.plot(ts, [float(each.guided) for each in seen], "o-", color=COLOURS[3], label="guided")
         _over_t(axes, "root mean square")
 
-    return Drawn(draw, f"Norms of the velocities over t: {', '.join(map(_branch, names))} and guided.")
+    return Chart(draw, f"Norms of the velocities over t: {', '.join(map(_branch, names))} and guided.")
 
 
-def guidance(record: Record) -> Drawn:
+def guidance(record: Record) -> Chart:
     """Root mean square over t of the change that guidance makes to the prompt's velocity."""
     ts, added = [float(each.t) for each in record.evaluations], [float(each.change) for each in record.evaluations]
 
@@ -55,10 +55,10 @@ def guidance(record: Record) -> Drawn:
         axes.set_ylim(bottom=0)
 
     largest = max(zip(added, ts, strict=True))
-    return Drawn(draw, f"What guidance adds to the velocity, over t: most, {largest[0]:.3g}, at t = {largest[1]:.2f}.")
+    return Chart(draw, f"What guidance adds to the velocity, over t: most, {largest[0]:.3g}, at t = {largest[1]:.2f}.")
 
 
-def state_norms(record: Record) -> Drawn:
+def state_norms(record: Record) -> Chart:
     """Root mean squares of x_t and of the predicted x_0."""
     times = record.times.tolist()
     states, predicted = (part.flatten(1).square().mean(1).sqrt().tolist() for part in (record.states, record.denoised))
@@ -69,10 +69,10 @@ def state_norms(record: Record) -> Drawn:
         axes.plot(times[:-1], predicted, "o-", color=COLOURS[1], label="predicted x_0")
         _over_t(axes, "root mean square")
 
-    return Drawn(draw, "Norms of the state x_t and of the predicted x_0 over t.")
+    return Chart(draw, "Norms of the state x_t and of the predicted x_0 over t.")
 
 
-def shares(record: Record) -> Drawn:
+def shares(record: Record) -> Chart:
     """Shares of an image token's attention: to the image, the words and the other tokens of the prompt, by block."""
     attention = record.attention
     assert attention is not None
@@ -97,10 +97,10 @@ def shares(record: Record) -> Drawn:
         figure.legend(loc="outside lower center", ncols=2)
 
     words = "; ".join(f"{name} {float(values.mean()):.0%}" for name, values in parts.items())
-    return Drawn(draw, f"Of the attention of an image token goes, mean of all blocks: {words}.", (4.2, 3.4))
+    return Chart(draw, f"Of the attention of an image token goes, mean of all blocks: {words}.", (4.2, 3.4))
 
 
-def seconds(record: Record) -> Drawn:
+def seconds(record: Record) -> Chart:
     """Wall time of each part."""
     names = ENCODERS | {"transformer": "reading the transformer", "vae": "reading the VAE"}
     parts = {names.get(name, name): value for name, value in record.seconds.items() if value >= 5e-4}
@@ -114,11 +114,11 @@ def seconds(record: Record) -> Drawn:
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="seconds")
 
-    said = ", ".join(f"{name} {value:.2f} s" for name, value in parts.items())
-    return Drawn(draw, f"Time of each part: {said}.", (4.2, 0.9 + 0.22 * len(parts)))
+    words = ", ".join(f"{name} {value:.2f} s" for name, value in parts.items())
+    return Chart(draw, f"Time of each part: {words}.", (4.2, 0.9 + 0.22 * len(parts)))
 
 
-def step_seconds(record: Record) -> Drawn:
+def step_seconds(record: Record) -> Chart:
     """Wall time of each step."""
 
     def draw(figure: Any) -> None:
@@ -129,19 +129,19 @@ def step_seconds(record: Record) -> Drawn:
         axes.grid(axis="x", visible=False)
         axes.set(xlabel="step", ylabel="milliseconds")
 
-    return Drawn(draw, f"Time of each of {len(record.step_seconds)} steps, {sum(record.step_seconds):.2f} s together.")
+    return Chart(draw, f"Time of each of {len(record.step_seconds)} steps, {sum(record.step_seconds):.2f} s together.")
 
 
-def of_record(record: Record) -> dict[str, Drawn]:
+def of_record(record: Record) -> dict[str, Chart]:
     """The charts of a run by name, without those that it has nothing for."""
-    made: dict[str, Drawn] = {"times": time_grid(record), "states": state_norms(record)}
+    charts: dict[str, Chart] = {"times": time_grid(record), "states": state_norms(record)}
     if record.evaluations:
-        made["norms"] = norms(record)
+        charts["norms"] = norms(record)
     if any(float(each.change) for each in record.evaluations):
-        made["guidance"] = guidance(record)
+        charts["guidance"] = guidance(record)
     if record.attention is not None:
-        made["shares"] = shares(record)
-    return made | {"seconds": seconds(record), "step-seconds": step_seconds(record)}
+        charts["shares"] = shares(record)
+    return charts | {"seconds": seconds(record), "step-seconds": step_seconds(record)}
 
 
 def _over_t(axes: Any, upwards: str) -> None:

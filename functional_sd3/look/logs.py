@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from functional_sd3.formats import bounded
 from functional_sd3.formats.printable import shorten
-from functional_sd3.look.plotting import COLOURS, Drawn
+from functional_sd3.look.plotting import COLOURS, Chart
 
 FILE = "log.csv"
 """Name of the log in the folder of a run."""
@@ -109,7 +109,7 @@ def _number(text: str) -> float:
     return math.copysign(math.inf, value) if abs(value) > _MAX_VALUE else value
 
 
-def charts(logs: Sequence[Log]) -> dict[str, Drawn]:
+def charts(logs: Sequence[Log]) -> dict[str, Chart]:
     """A chart for each column of any of the logs, over the steps, with a line for each log; numbered columns of one
     log, such as the loss by t, are in one chart."""
     names = list(dict.fromkeys(name for log in logs for name in log.columns if name != "step"))
@@ -122,7 +122,7 @@ def charts(logs: Sequence[Log]) -> dict[str, Drawn]:
     return {name: _chart(name, grouped[name], logs, names) for name in ordered}
 
 
-def _chart(title: str, columns: Sequence[str], logs: Sequence[Log], every: Sequence[str]) -> Drawn:
+def _chart(title: str, columns: Sequence[str], logs: Sequence[Log], every: Sequence[str]) -> Chart:
     bins = sum(name.startswith("bin_") for name in every)
     title_words = _title(title, bins)
     lines = [
@@ -156,7 +156,7 @@ def _chart(title: str, columns: Sequence[str], logs: Sequence[Log], every: Seque
 
     ends = ", ".join(f"{label or title} {last(of_line):.4g}" for label, _, of_line in lines)
     height = 2.7 + 0.16 * len(lines) if len(lines) > 1 else 2.7
-    return Drawn(draw, f"{title_words} over the steps; at the end: {ends}.", (4.2, height))
+    return Chart(draw, f"{title_words} over the steps; at the end: {ends}.", (4.2, height))
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from functional_sd3.look import sheets
-from functional_sd3.look.plotting import Drawn
+from functional_sd3.look.plotting import Chart
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,7 +106,7 @@ def rows_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<div class=wide><table><tr>{cells}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
 
 
-def card_row(charts: Iterable[Drawn]) -> str:
+def card_row(charts: Iterable[Chart]) -> str:
     """Charts beside one another, as many as there is room for."""
     return f"<div class=charts>{''.join(chart.svg() for chart in charts)}</div>"
 

@@ -53,7 +53,7 @@ def library(name: str = "matplotlib") -> Any:
         ) from error
 
 
-class Drawn:
+class Chart:
     """A figure that is drawn when its bytes or its text are read. alt: a description in words."""
 
     def __init__(self, draw: Callable[[Any], None], alt: str, size: tuple[float, float] = (4.2, 2.7)):

@@ -8,7 +8,7 @@ import torch
 from functional_sd3.look import charts, sheets
 from functional_sd3.look.charts import ENCODERS
 from functional_sd3.look.markup import card_row, document, inline, section, table
-from functional_sd3.look.plotting import Drawn
+from functional_sd3.look.plotting import Chart
 from functional_sd3.look.record import Attention, Record
 from functional_sd3.look.tokens import EncoderTokens, Prompt, Token
 
@@ -20,15 +20,15 @@ def page(record: Record) -> str:
 
     Raises `plotting.Missing` (an ImportError) where it is not installed.
     """
-    drawn = charts.of_record(record)
+    figures = charts.of_record(record)
     parts = [
         _head(record),
         _tokens(record.prompt),
-        _times(record, drawn),
-        _steps(record, drawn),
-        _attention(record, drawn),
-        _norms(drawn),
-        _time(drawn),
+        _times(record, figures),
+        _steps(record),
+        _attention(record, figures),
+        _norms(figures),
+        _time(figures),
     ]
     return document(f"How this image came to be: {record.prompt.text}", "".join(parts))
 
@@ -92,17 +92,17 @@ def _chip(token: Token, times: int) -> str:
     return f'<li class="{token.kind}" title="{title}"><b>{text}{many}</b><span>{token.id}</span></li>'
 
 
-def _times(record: Record, drawn: Mapping[str, Drawn]) -> str:
+def _times(record: Record, figures: Mapping[str, Chart]) -> str:
     values = ", ".join(f"{t:.4g}" for t in record.times.tolist())
     intro = (
         "A run goes from noise at t = 1 to an image at t = 0: x_t = (1 - t) x_0 + t noise. The grid says at which "
         "t = σ its steps begin and end; a shift puts more of them at high noise, where the layout is decided."
     )
     values = f"<details><summary>All values</summary><p class=numbers>{values}</p></details>"
-    return section("The grid of times", intro, card_row([drawn["times"], drawn["states"]]) + values)
+    return section("The grid of times", intro, card_row([figures["times"], figures["states"]]) + values)
 
 
-def _steps(record: Record, drawn: Mapping[str, Drawn]) -> str:
+def _steps(record: Record) -> str:
     shown = sheets.cells(record)
     count = len(record.denoised)
     intro = (
@@ -124,7 +124,7 @@ def _steps(record: Record, drawn: Mapping[str, Drawn]) -> str:
     return section("Step by step", intro, f"<ol class='{style}'>{''.join(frames)}</ol>")
 
 
-def _attention(record: Record, drawn: Mapping[str, Drawn]) -> str:
+def _attention(record: Record, figures: Mapping[str, Chart]) -> str:
     attention, title = record.attention, "Attention of the image for each word"
     if attention is None:
         return ""
@@ -154,7 +154,7 @@ def _attention(record: Record, drawn: Mapping[str, Drawn]) -> str:
         cards.append(
             f"<li><b>{html.escape(group[0].word)}</b><div class=pair>{''.join(lit)}</div>{_details(record, group)}</li>"
         )
-    body = f"<ol class=words>{''.join(cards)}</ol>" + card_row([drawn["shares"]])
+    body = f"<ol class=words>{''.join(cards)}</ol>" + card_row([figures["shares"]])
     return section(title, intro, body)
 
 
@@ -195,19 +195,19 @@ def _where(values: torch.Tensor) -> str:
     return f"most in the {vertical} {('left', 'centre', 'right')[min(2, 3 * column // width)]}"
 
 
-def _norms(drawn: Mapping[str, Drawn]) -> str:
+def _norms(figures: Mapping[str, Chart]) -> str:
     intro = (
         "Root mean squares over all elements of the velocities. Guidance moves the prompt's velocity away from that of "
         "the negative prompt; classifier-free: v = v_negative + scale (v_prompt - v_negative). Where what it adds is "
         "large, it decides; where it is small, it could be left out."
     )
-    charts = [drawn[name] for name in ("norms", "guidance") if name in drawn]
+    charts = [figures[name] for name in ("norms", "guidance") if name in figures]
     return section("Norms of the velocities and of guidance", intro, card_row(charts)) if charts else ""
 
 
-def _time(drawn: Mapping[str, Drawn]) -> str:
+def _time(figures: Mapping[str, Chart]) -> str:
     intro = (
         "Seconds that passed in each part, of an encoder with reading it. Attention maps and the decoding of the steps "
         "are for this page alone."
     )
-    return section("Time", intro, card_row([drawn["seconds"], drawn["step-seconds"]]))
+    return section("Time", intro, card_row([figures["seconds"], figures["step-seconds"]]))

@@ -231,7 +231,7 @@ def _settings(transformer: Params, config: Config, prepared: Prepared, run: Run)
     """Settings of the run, for reading."""
     sizes, sampling = require(config, "transformer"), prepared.request.sampling
     method = chosen_method(config, 1, sampling.method, prepared.keys)
-    guided = None if sampling.guidance is None else sampling.guidance.made
+    guided = None if sampling.guidance is None else sampling.guidance.made_by
     own = guided.function if guided else "a guidance of one's own"
     count = sum(leaf.numel() for leaf in tree.leaves(transformer))
     weight, factor = transformer["patch"]["weight"], vae.factor(require(config, "vae"))

@@ -93,9 +93,9 @@ def keep_masked(latents: Tensor, noise: Tensor, unmasked: Tensor) -> Callable[[V
     return transform
 
 
-def restore_kept(drawn: Tensor, images: Tensor, mask: Tensor, soften: float | None = None) -> Tensor:
-    """`images` where the mask keeps them, `drawn` elsewhere, (batch, 3, height, width); grey mixes them."""
-    return images + latent_mask(mask, images, soften) * (drawn - images)
+def restore_kept(painted: Tensor, images: Tensor, mask: Tensor, soften: float | None = None) -> Tensor:
+    """`images` where the mask keeps them, `painted` elsewhere, (batch, 3, height, width); grey mixes them."""
+    return images + latent_mask(mask, images, soften) * (painted - images)
 
 
 def extend_canvas(

@@ -129,10 +129,10 @@ def _tensor(value: Tensor) -> dict[str, Any]:
 
 
 def _guidance(value: Guidance) -> dict[str, Any]:
-    if value.made is None:
+    if value.made_by is None:
         return {"kind": "unwritten", "name": "a guidance that no function of flow.guidance made"}
-    arguments = {name: describe(part) for name, part in value.made.arguments.items()}
-    return {"kind": f"guidance.{value.made.function}", **arguments}
+    arguments = {name: describe(part) for name, part in value.made_by.arguments.items()}
+    return {"kind": f"guidance.{value.made_by.function}", **arguments}
 
 
 def _method(value: Method | ode.Adaptive) -> dict[str, Any]:

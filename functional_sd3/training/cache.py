@@ -176,14 +176,14 @@ def text(cache: Cache) -> Text:
 
 def texts(cache: Cache) -> tuple[str, ...]:
     """The distinct captions of a cache, the empty one first: the rows of its text."""
-    found: list[str] = []
+    captions: list[str] = []
     for number, rows in enumerate(shards(cache.manifest.texts, cache.manifest.rows)):
         path = shard_path(cache.folder, "text", number)
         some = json_fields.parse(files.read_header(path).metadata.get("captions", "[]"), path)
         if not isinstance(some, list) or len(some) != len(rows) or not all(isinstance(each, str) for each in some):
             raise WeightsError(f"{path}: does not name the {len(rows)} captions that it is of; {_AGAIN}")
-        found += some
-    return tuple(found)
+        captions += some
+    return tuple(captions)
 
 
 def _rows(cache: Cache, kind: str) -> Callable[[int], tuple[Tensor, ...]]:

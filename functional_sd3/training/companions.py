@@ -23,7 +23,7 @@ def find(folder: str | os.PathLike, names: Sequence[str], what: str, *, own: boo
     of the images themselves. Raises ValueError naming those without one.
     """
     folder, suffixes = Path(folder), sorted(files.suffixes())
-    found, absent = [], []
+    paths, absent = [], []
     for name in names:
         stem = str(PurePosixPath(name).with_suffix(""))
         stems = [*([stem + _MASK_LABEL] if what == "masks" else []), *([stem] if own else [])]
@@ -32,13 +32,13 @@ def find(folder: str | os.PathLike, names: Sequence[str], what: str, *, own: boo
         if path is None:
             absent.append(name)
         else:
-            found.append(path)
+            paths.append(path)
     if absent:
         shown = ", ".join(shorten(name, 60) for name in absent[:5])
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
         raise ValueError(f"{folder} has no {what} for {len(absent)} of {len(names)} images ({shown}{more}): "
                          "each has the name of its image, with any suffix of images")  # fmt: skip
-    return found
+    return paths
 
 
 def load_mask(path: Path, size: tuple[int, int], cut: cuts.Cut, factor: int) -> Tensor:

@@ -101,8 +101,8 @@ def distill_task(
     config, tokenizers = model.config, model.tokenizers
     check_encoders([name for name in ENCODERS if name in model.params], tokenizers)
     init_key, run_key, order_key, sample_key = prng.split(key, 4).unbind(-2)
-    drawn = student_config(config, settings)
-    learns = learner.learner(init_key, model, rank=settings.lora, config=drawn, mesh=mesh)
+    student = student_config(config, settings)
+    learns = learner.learner(init_key, model, rank=settings.lora, config=student, mesh=mesh)
     learns = learner.with_weights(learns, settings.rule.weights)
     if settings.log_variance:
         learns = learner.with_extra(prng.fold_in(init_key, 2), learns, scm.LOG_VARIANCE, scm.log_variance_spec())
@@ -118,7 +118,7 @@ def distill_task(
     empty = Conditioning(**encode(conditioning.tokenize(config, tokenizers, [""], t5_length=length)))
     teacher = guided_teacher(model, empty, settings.cfg, settings.teacher_dtype, settings.attend)
     method = METHODS[settings.method]
-    loss = method.loss(drawn, teacher, settings)
+    loss = method.loss(student, teacher, settings)
     order = loop.order(order_key, settings.batch, len(data["latents"]))
 
     def batch(number: int) -> Tree:
@@ -146,7 +146,7 @@ def distill_task(
     state = step.init(run_key, learns.params, optimizer, trainable=learns.trainable, mesh=mesh, layout=learns.layout)
     if method.fake_score is not None:
         state, train_step = _with_fake_score(
-            learns, loss, method.fake_score(drawn, settings), update, state, settings, mesh
+            learns, loss, method.fake_score(student, settings), update, state, settings, mesh
         )
 
     def sample(state: Any) -> Tensor:
@@ -154,7 +154,7 @@ def distill_task(
         side = data["latents"].shape[-1] * vae.factor(require(config, "vae"))
         with torch.no_grad():
             return generate(
-                learns.whole(state.ema), drawn, tokenizers, prompts, sample_key, steps=settings.to, cfg=1.0,
+                learns.whole(state.ema), student, tokenizers, prompts, sample_key, steps=settings.to, cfg=1.0,
                 height=side, width=side, t5_length=length,
             )  # fmt: skip
 
@@ -162,7 +162,7 @@ def distill_task(
         state,
         train_step,
         batch,
-        lambda state: model._replace(params=learns.merged(state.ema), config=drawn),
+        lambda state: model._replace(params=learns.merged(state.ema), config=student),
         sample,
         learns.trained,
         samples_together=division.is_joint(mesh),

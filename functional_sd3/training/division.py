@@ -101,16 +101,16 @@ def divide(model: Model, names: Iterable[str], mesh: Mesh) -> Model:
 
 def layouts(config: Config, names: Iterable[str]) -> dict[str, Layout] | None:
     """The layouts of those of these components that are parts; None where all are whole."""
-    found = {name: computation.of(config, name).layout for name in names}
-    return {name: own for name, own in found.items() if own is not None} or None
+    by_name = {name: computation.of(config, name).layout for name in names}
+    return {name: own for name, own in by_name.items() if own is not None} or None
 
 
 def shapes(config: Config, params: Params) -> dict[str, tuple[int, ...]] | None:
     """Path -> shape of the whole leaf, over "fsdp", of the components that are parts; None where all are whole."""
-    found = layouts(config, params)
-    return found and {
+    by_name = layouts(config, params)
+    return by_name and {
         f"{name}.{path}": placement.shape
-        for name, own in found.items()
+        for name, own in by_name.items()
         for path, placement in tree.flatten_paths(own).items()
     }
 

@@ -116,17 +116,17 @@ def _passes(key: Key, batch: int, count: int) -> Callable[[int], Tensor]:
     two batches; then up to the last pass that began with a batch.
     """
 
-    def drawn(number: int) -> Tensor:
+    def independent(number: int) -> Tensor:
         return prng.permutation(prng.fold_in(key, number), count)
 
     @functools.lru_cache(maxsize=2)
     def order(number: int) -> Tensor:
         aligned = number - number % (batch // math.gcd(batch, count))
         first = aligned if count < 2 * batch else max(aligned, number - 1)
-        current = drawn(first)
+        current = independent(first)
         for later in range(first + 1, number + 1):
             tail = current[count - (later * count) % batch :] if (later * count) % batch else current[:0]
-            current = _moved_behind(drawn(later), tail, batch - len(tail))
+            current = _moved_behind(independent(later), tail, batch - len(tail))
         return current
 
     return order

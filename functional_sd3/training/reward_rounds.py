@@ -1,4 +1,4 @@
-"""Rounds of training by rewards: images drawn and rewarded (`drawn`), or a reward to differentiate (`draft`)."""
+"""Rounds of training by rewards: images drawn and rewarded (`online`), or a reward to differentiate (`draft`)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ class Rounds(NamedTuple):
     rollout: Callable[[PairState, int], Round]
 
 
-def drawn(setting: Setting) -> Rounds:
+def online(setting: Setting) -> Rounds:
     """Rounds of a method of `reward_methods`."""
     settings, learns = setting.settings, setting.learns
     method = METHODS[settings.method](setting.config, settings.options, setting.sampler)
@@ -74,14 +74,14 @@ def drawn(setting: Setting) -> Rounds:
                 same_noise=method.same_noise, at_once=settings.at_once, processes=setting.processes,
             )  # fmt: skip
 
-        drawn = rollouts.gather(groups, prompts, settings.draws, scale=settings.spread)
-        if taken := [name for name in drawn.metrics if name in (*OF_THE_LOG, *method.metrics)]:
+        gathered = rollouts.gather(groups, prompts, settings.draws, scale=settings.spread)
+        if taken := [name for name in gathered.metrics if name in (*OF_THE_LOG, *method.metrics)]:
             names = ", ".join(taken)
             raise rewards.RewardError(f"a reward gives the score {names}, which the log has of its own: rename it")
-        if drawn.rows is None:
-            return Round(None, drawn.metrics)
+        if gathered.rows is None:
+            return Round(None, gathered.metrics)
         policies = Policies(learns.start, learns.whole(state.old), learns.whole(state.params))
-        return Round(method.batch(batch_key, drawn.rows, policies), drawn.metrics)
+        return Round(method.batch(batch_key, gathered.rows, policies), gathered.metrics)
 
     return Rounds(method.loss, method.metrics, method.decay, rollout)
 

@@ -144,4 +144,4 @@ def reward_task(
 def _rounds(setting: reward_rounds.Setting) -> reward_rounds.Rounds:
     if setting.pairs is not None:
         return reward_rounds.offline(setting)
-    return (reward_rounds.draft if setting.settings.method == "draft" else reward_rounds.drawn)(setting)
+    return (reward_rounds.draft if setting.settings.method == "draft" else reward_rounds.online)(setting)

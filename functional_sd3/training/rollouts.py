@@ -129,25 +129,25 @@ def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: An
     shares of groups without, whose rewards are at least, or below, half of that of an image whose scores are all 1;
     draws, calls of `draw`; diversity, the root of the mean variance of latents within a group.
     """
-    drawn: list[Groups] = []
+    groups: list[Groups] = []
     count = 0
-    while count < wanted and len(drawn) < draws:
-        drawn.append(draw(len(drawn)))
-        _check_names(drawn[0].scores, drawn[-1].scores)
-        count += int(rewards.has_spread(drawn[-1].rewards).sum())
-    together = torch.cat([each.rewards for each in drawn])
+    while count < wanted and len(groups) < draws:
+        groups.append(draw(len(groups)))
+        _check_names(groups[0].scores, groups[-1].scores)
+        count += int(rewards.has_spread(groups[-1].rewards).sum())
+    together = torch.cat([each.rewards for each in groups])
     has_spread = rewards.has_spread(together)
-    right = ~has_spread & (together.amin(1) >= drawn[0].highest / 2)
+    right = ~has_spread & (together.amin(1) >= groups[0].highest / 2)
     size = together.shape[1]
-    variance = torch.cat([each.rows["latents"].float().unflatten(0, (-1, size)).var(1).flatten(1) for each in drawn])
+    variance = torch.cat([each.rows["latents"].float().unflatten(0, (-1, size)).var(1).flatten(1) for each in groups])
     metrics = {
         "reward": together.mean(),
         "reward_std": together.std(),
-        **{name: torch.cat([each.scores[name] for each in drawn]).mean() for name in drawn[0].scores},
+        **{name: torch.cat([each.scores[name] for each in groups]).mean() for name in groups[0].scores},
         "spread": has_spread.float().mean(),
         "all_right": right.float().mean(),
         "all_wrong": (~has_spread & ~right).float().mean(),
-        "draws": torch.tensor(float(len(drawn)), device=together.device, dtype=torch.float32),
+        "draws": torch.tensor(float(len(groups)), device=together.device, dtype=torch.float32),
         "diversity": variance.mean().sqrt(),
     }
     chosen = has_spread.nonzero().flatten()[:wanted]
@@ -155,7 +155,7 @@ def gather(draw: Callable[[int], Groups], wanted: int, draws: int, **options: An
         return Rollout(None, metrics)
     advantages = rewards.group_advantages(together, **options)
     images = (chosen[:, None] * size + torch.arange(size, device=chosen.device, dtype=torch.int64)).flatten()
-    rows = {name: torch.cat([each.rows[name] for each in drawn])[images] for name in drawn[0].rows}
+    rows = {name: torch.cat([each.rows[name] for each in groups])[images] for name in groups[0].rows}
     chosen_rows = {"advantage": advantages[chosen].flatten(), "reward": together[chosen].flatten()}
     return Rollout({**rows, **chosen_rows}, metrics)
 

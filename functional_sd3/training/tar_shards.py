@@ -82,11 +82,11 @@ def paths(data: str) -> list[Path]:
     if Path(data).is_dir():
         return _in_folder(Path(data))
     named = [data] if Path(data).exists() else list(_expanded(data))
-    found = [path for name in named for path in (sorted(glob.glob(name)) if re.search(r"[*?]", name) else [name])]
-    if absent := [name for name in found or [data] if not Path(name).exists()]:
-        more = f" and {len(absent) - 1} more of {len(found)}" if len(absent) > 1 else ""
+    paths = [path for name in named for path in (sorted(glob.glob(name)) if re.search(r"[*?]", name) else [name])]
+    if absent := [name for name in paths or [data] if not Path(name).exists()]:
+        more = f" and {len(absent) - 1} more of {len(paths)}" if len(absent) > 1 else ""
         raise ValueError(f"--data {shorten(data, 200)}: {shorten(absent[0], 200)} does not exist{more}")
-    return [Path(name) for name in found]
+    return [Path(name) for name in paths]
 
 
 def tar_set(data: str, *, template: str = "a photo of a {}", caption: str | None = None) -> TarSet:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core import decisions, layers
-from functional_sd3.core.decisions import Decided
+from functional_sd3.core.decisions import Decision
 from functional_sd3.core.types import Tree
 from functional_sd3.transformer import joint_block
 
@@ -44,7 +44,7 @@ class Evaluation:
         self._samples, self._is_computed, self._polynomial = samples, is_computed or not state, polynomial
         self._calls = 0
         self._skip: Tensor | None = None
-        self._decided: Decided = decisions.NONE
+        self._decision: Decision = decisions.NONE
         self._signal: Tensor | None = None
         self._moved: Tensor | None = None
         self._change: Tensor | None = None
@@ -62,12 +62,12 @@ class Evaluation:
             if is_first:
                 self._decide(modulated_input(params, streams["image"], modulation))
                 streams = self._reused(streams)
-            if self._decided.all:
+            if self._decision.all:
                 return streams
             after = run()
             change = after["image"] - streams["image"]
             self._change = change if self._change is None else self._change + change
-            if self._decided.any:
+            if self._decision.any:
                 after = {**after, "image": torch.where(_rows(self._skip, change), streams["image"], after["image"])}
             return after
 
@@ -81,12 +81,12 @@ class Evaluation:
         change = torch.zeros_like(self._signal) if self._change is None else self._change
         none_moved = self._signal.new_zeros(len(change), dtype=torch.float32)
         after = {"signal": self._signal, "moved": none_moved, "change": change}
-        if not self._decided.any:
+        if not self._decision.any:
             return after
         # The modulated input is compared with that of the evaluation before, the first block's change with that of the
         # last whole one.
         kept = {**self._before, "moved": self._moved, **({} if self._after_first else {"signal": self._signal})}
-        if self._decided.all:
+        if self._decision.all:
             return kept
         return {name: torch.where(_rows(self._skip, after[name]), kept[name], after[name]) for name in after}
 
@@ -100,11 +100,11 @@ class Evaluation:
         self._moved = distance
         if not self._is_computed:
             self._skip = distance < self._threshold
-            self._decided = decisions.read(self._skip)
+            self._decision = decisions.read(self._skip)
 
     def _reused(self, streams: Tree) -> Tree:
         """The streams with the change of the last whole evaluation in the rows that are skipped."""
-        if not self._decided.any:
+        if not self._decision.any:
             return streams
         image, change = streams["image"], self._before["change"]
         return {**streams, "image": torch.where(_rows(self._skip, image), image + change, image)}

@@ -41,9 +41,9 @@ def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard
     tensors = _together(model, registry.NATIVE, model.params)
     place = folder / NATIVE_FOLDER
     place.mkdir()
-    said = metadata.write(model.config, tuple(model.params))
+    entries = metadata.write(model.config, tuple(model.params))
     if tensors:
-        shards.write_weights(place, NATIVE_FOLDER, tensors, dtype=dtype, shard_bytes=shard_bytes, metadata=said)
+        shards.write_weights(place, NATIVE_FOLDER, tensors, dtype=dtype, shard_bytes=shard_bytes, metadata=entries)
     _write_tokenizers(folder, model)
 
 

@@ -84,12 +84,12 @@ def _read_config(folder: Path) -> clip_dual.Config:
     for name, table in (("text_config", configs.CLIP), ("vision_config", configs.CLIP_IMAGE)):
         # Old files hold some fields twice; transformers takes the second. The encoders' own widths of projection are
         # ignored: both project to the model's.
-        said = values.get(f"{name}_dict") or values.get(name) or {}
-        if not isinstance(said, Mapping):
+        fields = values.get(f"{name}_dict") or values.get(name) or {}
+        if not isinstance(fields, Mapping):
             problems.append(f"{path}: {name} must be an object")
             continue
-        said = {**said, "projection_dim": projection}
-        parts.append(attempt(problems, config_fields.read, table, said, f"{path}: {name}"))
+        fields = {**fields, "projection_dim": projection}
+        parts.append(attempt(problems, config_fields.read, table, fields, f"{path}: {name}"))
     if problems:
         raise WeightsError(problems)
     text, image = parts

@@ -187,8 +187,8 @@ def _write_component(
     folder.mkdir()
     shards.write_weights(folder, component.stem, tensors, dtype=dtype, shard_bytes=shard_bytes)
     stored = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
-    said = {"torch_dtype": stored} if component.library == "transformers" else _signature(component.owner)
-    _write_json(folder / "config.json", {**said, **config_fields.write(configs.TABLES[name], config)})
+    fields = {"torch_dtype": stored} if component.library == "transformers" else _signature(component.owner)
+    _write_json(folder / "config.json", {**fields, **config_fields.write(configs.TABLES[name], config)})
 
 
 def _signature(owner: str) -> dict[str, str]:

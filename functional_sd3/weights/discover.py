@@ -55,8 +55,8 @@ def open_path(path: Path, only: Collection[str], variant: str | None) -> Discove
     try:
         kind = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        said = reason(error) if isinstance(error, OSError) else str(error)
-        raise WeightsError(f"{path}: cannot be opened: {said}") from error
+        cause = reason(error) if isinstance(error, OSError) else str(error)
+        raise WeightsError(f"{path}: cannot be opened: {cause}") from error
     if not stat.S_ISDIR(kind):
         return _file(path)
     return atomic.read_stable(path, lambda folder: _folder(path, folder, only, variant), OWNED["stability"])
@@ -95,10 +95,10 @@ def _component(folder: Path, variant: str | None) -> Discovered:
         # A whole CLIPModel or T5, of which the tokenizer is what SD3 uses.
         return Discovered([], _tokenizer(folder, names))
     if name is None:
-        said = next((claim for claim in claims if claim), None)
-        if said == "SD3ControlNetModel":
+        claimed = next((claim for claim in claims if claim), None)
+        if claimed == "SD3ControlNetModel":
             raise registry.ForeignWeights(f"{path.parent}: is a ControlNet, which weights.load_controlnet reads")
-        raise registry.ForeignWeights(f"{path}: describes {said!r}; known are {', '.join(_KINDS)}")
+        raise registry.ForeignWeights(f"{path}: describes {claimed!r}; known are {', '.join(_KINDS)}")
     folders = {**diffusers_folder.COMPONENTS, "taesd": diffusers_folder.TAESD}
     piece, _ = diffusers.open_component(name, folders["clip_l" if name == "clip" else name], folder, variant)
     return Discovered([piece], {})
@@ -250,7 +250,7 @@ def _contents(where: str, tensors: Mapping[str, Mapped]) -> Discovered:
     except WeightsError as error:
         raise type(error)([f"{where}: {problem}" for problem in error.problems]) from None
     notes = metadata.shared(tensors.values(), where)
-    said = metadata.read(notes, where)
+    configs = metadata.read(notes, where)
     pieces = []
     for format, names in formats.items():
         places = {name: tensors[name] for name in names}
@@ -262,12 +262,12 @@ def _contents(where: str, tensors: Mapping[str, Mapped]) -> Discovered:
         # Two CLIPs in stand-alone files have one format; their metadata distinguish L from G.
         known = [
             name
-            for name in said or ()
+            for name in configs or ()
             if name == format.component or (name in registry.CLIPS and format.component == "clip")
         ]
         name = known[0] if len(known) == 1 else format.component
-        pieces.append(ComponentFiles(name, format, where, places, (said or {}).get(name)))
-    return Discovered(pieces, {}, (said or {}).get("schedule"), said is not None)
+        pieces.append(ComponentFiles(name, format, where, places, (configs or {}).get(name)))
+    return Discovered(pieces, {}, (configs or {}).get("schedule"), configs is not None)
 
 
 def _half(places: Mapping[str, Mapped]) -> dict[str, Mapped]:

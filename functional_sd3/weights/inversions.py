@@ -50,8 +50,8 @@ def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtyp
     own = [name for name in encoders if name not in _NAMES and name not in _PLACEHOLDERS]
     typed = token if token is not None else own[0] if own else f"<{path.stem}>"
     if not typed.isprintable() or typed != typed.strip():
-        said = "cannot be typed in a prompt; say what to type: token=..., or WORD=FILE"
-        raise WeightsError(f"{path}: its word {typed!r} {said}")
+        advice = "cannot be typed in a prompt; say what to type: token=..., or WORD=FILE"
+        raise WeightsError(f"{path}: its word {typed!r} {advice}")
     return Word(typed, {name: together[name] for name in _THEIRS if name in together})
 
 

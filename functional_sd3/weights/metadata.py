@@ -22,8 +22,8 @@ VERSION_KEY = "functional_sd3_version"
 
 def write(config: Config, components: Collection[str]) -> dict[str, str]:
     """The metadata of a file that holds these components."""
-    said = {name: getattr(config, name) for name in (*components, "schedule")}
-    values = {name: config_fields.write(configs.TABLES[name], part) for name, part in said.items() if part is not None}
+    parts = {name: getattr(config, name) for name in (*components, "schedule")}
+    values = {name: config_fields.write(configs.TABLES[name], part) for name, part in parts.items() if part is not None}
     return {"format": "pt", KEY: json.dumps(values, sort_keys=True), VERSION_KEY: str(native.VERSION)}
 
 
@@ -32,8 +32,8 @@ def shared(files: Iterable[Mapped], where: str) -> dict[str, str]:
 
     Raises WeightsError, naming `where`, for shards whose entries differ: they are of several models or versions.
     """
-    said = {one.path: {key: one.header.metadata.get(key) for key in (KEY, VERSION_KEY)} for one in files}
-    (first, shared), *others = said.items()
+    by_file = {one.path: {key: one.header.metadata.get(key) for key in (KEY, VERSION_KEY)} for one in files}
+    (first, shared), *others = by_file.items()
     for path, entries in others:
         for key in entries:
             if entries[key] != shared[key]:
@@ -65,8 +65,8 @@ def read(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     """Component or "schedule" -> config; None for a file without. Raises WeightsError naming `where`."""
     if KEY not in metadata:
         return None
-    said = json_fields.parse_object(metadata[KEY], f"{where}: its metadata {KEY}")
-    fields = {name: said.mapping(name) for name in (*SPECS, "schedule") if name in said.values}
+    described = json_fields.parse_object(metadata[KEY], f"{where}: its metadata {KEY}")
+    fields = {name: described.mapping(name) for name in (*SPECS, "schedule") if name in described.values}
     return {
         name: config_fields.read(configs.TABLES[name], dict(part.values), f"{where}: metadata {name}")
         for name, part in fields.items()

@@ -126,6 +126,6 @@ def test_without_matplotlib_the_message_says_what_to_install(record, monkeypatch
 def test_a_figure_leaves_the_settings_of_matplotlib_as_they_were():
     matplotlib = plotting.library()
     before = dict(matplotlib.rcParams)
-    drawn = plotting.Drawn(lambda figure: figure.add_subplot().plot([1, 2]), "a <line>")
-    assert Image.open(io.BytesIO(drawn.png())).format == "PNG" and 'aria-label="a &lt;line>"' in drawn.svg()
-    assert dict(matplotlib.rcParams) == before and drawn.svg() == drawn.svg()
+    chart = plotting.Chart(lambda figure: figure.add_subplot().plot([1, 2]), "a <line>")
+    assert Image.open(io.BytesIO(chart.png())).format == "PNG" and 'aria-label="a &lt;line>"' in chart.svg()
+    assert dict(matplotlib.rcParams) == before and chart.svg() == chart.svg()

@@ -192,7 +192,7 @@ def test_a_description_nested_beyond_any_request_is_refused():
 
 
 def test_what_cannot_be_written_is_said(model):
-    own = guidance.cfg(2.0)._replace(made=None)
+    own = guidance.cfg(2.0)._replace(made_by=None)
     options = SamplingOptions(guidance=own, method=ode.EULER._replace(order=7), block_transform=lambda f: f)
     described = written(Request("a", KEY, sampling=options, field=lambda *parts: None))["sampling"]
     assert {described[name]["kind"] for name in ("guidance", "method", "block_transform")} == {"unwritten"}

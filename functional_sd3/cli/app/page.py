@@ -116,7 +116,7 @@ def _draw_tab(served: Served) -> tuple[dict[str, Any], gr.ImageEditor]:
         def work(emit: Callable[[Progress | Drawn], None]) -> None:
             emit(drawing.draw(served, values, uploaded(start, upload), emit))
 
-        yield from _outputs(work, view.drawn)
+        yield from _outputs(work, view.result)
 
     started = gr.on(
         [draw.click, made["prompts"].submit], _named(run, list(made)), inputs_kwargs=made,
@@ -198,7 +198,7 @@ def _compare_tab(served: Served) -> None:
                 yield _written(named), *[result.command for result in both], view.notes(lines), view.pair(*sides)
                 continue
             index, part = state
-            sides[index] = view.drawn(part) if isinstance(part, Drawn) else view.progress(part)
+            sides[index] = view.result(part) if isinstance(part, Drawn) else view.progress(part)
             yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), view.pair(*sides)
 
     started = draw.click(

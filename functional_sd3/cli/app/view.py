@@ -59,11 +59,11 @@ def progress(state: Progress, alts: Sequence[str] = ()) -> str:
     )
 
 
-def drawn(result: Drawn) -> str:
+def result(drawing: Drawn) -> str:
     """The images of a run, each the PNG itself with its settings inside, as one may save it from the page."""
-    captions = [f"seed {job.seed}: {job.prompt}" for job in result.jobs]
-    shown = zip(list(result.files.values())[: len(captions)], captions, strict=True)
-    side = max(result.images.shape[-2:])
+    captions = [f"seed {job.seed}: {job.prompt}" for job in drawing.jobs]
+    shown = zip(list(drawing.files.values())[: len(captions)], captions, strict=True)
+    side = max(drawing.images.shape[-2:])
     return _grid([_figure(content, caption, side) for content, caption in shown])
 
 

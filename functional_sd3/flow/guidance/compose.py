@@ -37,7 +37,7 @@ class Branch(NamedTuple):
     """(params, config) of another network; None for the run's own."""
 
 
-class Made(NamedTuple):
+class Call(NamedTuple):
     """The call that makes a guidance: a function of `flow.guidance`, by its name, and its arguments."""
 
     function: str
@@ -58,7 +58,7 @@ class Guidance(NamedTuple):
     """Step windows of its terms: between the steps where one starts or ends, `at` gives the same."""
     at: Callable[[int, int], "Guidance"] | None = None
     """`at(step, steps)` -> the guidance of that step, which has no windows; None where it is the same in all."""
-    made: Made | None = None
+    made_by: Call | None = None
     """The call that made it, for records of a run (`recorded`); None for a guidance of one's own."""
 
 
@@ -67,11 +67,11 @@ POSITIVE, NEGATIVE = Branch(), Branch("negative")
 CONDITIONAL = Guidance(
     {"positive": POSITIVE},
     lambda velocities, x, t, carry: (velocities["positive"], carry),
-    made=Made("cfg", {"scale": 1.0}),
+    made_by=Call("cfg", {"scale": 1.0}),
 )
 """The velocity of the prompt, unguided."""
 
-ZERO = Guidance({}, lambda velocities, x, t, carry: (torch.zeros_like(x), carry), made=Made("ZERO", {}))
+ZERO = Guidance({}, lambda velocities, x, t, carry: (torch.zeros_like(x), carry), made_by=Call("ZERO", {}))
 """Velocity zero, without an evaluation."""
 
 

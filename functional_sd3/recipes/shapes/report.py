@@ -111,14 +111,14 @@ def following(
         "| images | drawn | right | place, px | the world's | side, px | the world's | distance | of two draws |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    drawn = {
+    by_setting = {
         (name, how): held_out_images(model, things, captions, prng.key(0), noises=noises, **options)
         for how, options in settings.items()
         for things, name in ((1, "one thing"), (2, "two things"))
     }
     if decoded:
-        drawn["decoded originals", ""] = decoded_originals(model, decoded, prng.key(1))
-    for (name, how), (images, scenes) in drawn.items():
+        by_setting["decoded originals", ""] = decoded_originals(model, decoded, prng.key(1))
+    for (name, how), (images, scenes) in by_setting.items():
         for reader, read in READERS.items():
             shares = prompts.table(images, scenes, reader=read)
             row = " | ".join(f"{100 * shares[each]:.1f} %" for each in RESPECTS)

@@ -58,8 +58,8 @@ def _colour_shares(image: Tensor) -> numpy.ndarray:
 
 def _wanted_shares(scene: world.Scene) -> numpy.ndarray:
     """Colour shares of a drawing of the scene, which hardly depend on the places of its things."""
-    drawn = numpy.array(world.draw(scene), dtype=numpy.uint8)
-    return _colour_shares(torch.from_numpy(drawn).permute(2, 0, 1))
+    pixels = numpy.array(world.draw(scene), dtype=numpy.uint8)
+    return _colour_shares(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def _scores(values: list[float]) -> Tensor:

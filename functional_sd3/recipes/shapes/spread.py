@@ -54,7 +54,7 @@ def measure(images: Tensor, scenes: Sequence[world.Scene], key: Key, *, reader: 
         [world.placed(one, scene) for one, scene in zip(prng.split(own, len(chosen)), chosen, strict=True)]
         for own in prng.split(key).unbind(-2)
     )
-    drawn = pixels.from_pil([world.draw(scene) for scene in first])
+    placed = pixels.from_pil([world.draw(scene) for scene in first])
     seen = [_matched(scenes[row], readings[row]) for row in right]
     places, data, again = _places(seen), _places(first), _places(second)
     return Spread(
@@ -62,7 +62,7 @@ def measure(images: Tensor, scenes: Sequence[world.Scene], key: Key, *, reader: 
         place=_deviation(places),
         data_place=_deviation(data),
         side=_deviation(_sides(seen, images[torch.tensor(right, dtype=torch.int64, device=images.device)])),
-        data_side=_deviation(_sides(first, drawn)),
+        data_side=_deviation(_sides(first, placed)),
         distance=_distance(places, data),
         data_distance=_distance(again, data),
     )

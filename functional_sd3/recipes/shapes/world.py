@@ -126,14 +126,14 @@ def _is_in_the_tenth(canonical: str) -> bool:
 
 def scenes(key: Key, count: int, *, two: float = 0.7, hold_out: bool = True) -> list[Scene]:
     """`count` scenes drawn at random, a share `two` of them with two objects; held-out captions are drawn again."""
-    drawn: list[Scene] = []
+    chosen: list[Scene] = []
     for attempt in itertools.count():
-        missing = count - len(drawn)
+        missing = count - len(chosen)
         if missing <= 0:
-            return drawn[:count]
+            return chosen[:count]
         rows = prng.uniform(prng.fold_in(key, attempt), (missing + 16, 16)).tolist()
         candidates = (_scene(row, two) for row in rows)
-        drawn += [scene for scene in candidates if not (hold_out and is_held_out(scene))]
+        chosen += [scene for scene in candidates if not (hold_out and is_held_out(scene))]
     raise AssertionError("unreachable")
 
 
@@ -161,13 +161,13 @@ def images(key: Key, count: int, *, side: int = SIDE, two: float = 0.7) -> tuple
     import numpy
 
     scene_key, wording_key = prng.split(key)
-    drawn = scenes(scene_key, count, two=two)
+    sampled = scenes(scene_key, count, two=two)
     wordings = prng.uniform(wording_key, (count, 2)).tolist()
     captions = [
         caption(scene, 0 if canonical < 0.6 else 1 + int(pick * 60))
-        for scene, (canonical, pick) in zip(drawn, wordings, strict=True)
+        for scene, (canonical, pick) in zip(sampled, wordings, strict=True)
     ]
-    arrays = numpy.stack([numpy.asarray(draw(scene, side)) for scene in drawn])
+    arrays = numpy.stack([numpy.asarray(draw(scene, side)) for scene in sampled])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous(), captions
 
 

@@ -23,9 +23,9 @@ def nft_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
     )  # fmt: skip
 
     def batch(key: Key, rows: Tree, policies: Policies) -> Tree:
-        drawn = draw_points(key, rows, sampler.times, options.times)
+        sampled = draw_points(key, rows, sampler.times, options.times)
         others = {"old": policies.old, "reference": policies.start}
-        return points.add_velocities(velocity_of, drawn, others, rows=options.rows)
+        return points.add_velocities(velocity_of, sampled, others, rows=options.rows)
 
     return RewardMethod(loss, nft.METRICS, "old", copies.linear(0.001, 0.5), lambda number, key: sampler.draw, batch)
 
@@ -39,11 +39,11 @@ def awm_method(config: Any, options: Options, sampler: Sampler) -> RewardMethod:
     )
 
     def batch(key: Key, rows: Tree, policies: Policies) -> Tree:
-        drawn = draw_points(key, rows, sampler.times, options.times)
+        sampled = draw_points(key, rows, sampler.times, options.times)
         others = {"old": policies.old, "reference": policies.start}
         if options.updates > 1:
             others["behaviour"] = policies.current
-        return points.add_velocities(velocity_of, drawn, others, rows=options.rows)
+        return points.add_velocities(velocity_of, sampled, others, rows=options.rows)
 
     decay = copies.linear(0.001, 0.3)
     return RewardMethod(loss, awm.METRICS, "current", decay, lambda number, key: sampler.draw, batch)

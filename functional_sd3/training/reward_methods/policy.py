@@ -148,8 +148,8 @@ def stochastic_draw(velocity_of: VelocityOf, rule: Rule, times: Tensor, steps: S
         for index, (t, s) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
             chosen = rule if index in steps.noisy else transitions.euler()
             # Numbers of the steps, each from its own key; that of the start is the sample's own.
-            drawn = prng.normal(prng.fold_in(keys, 1 + index), tuple(x.shape[1:]))
-            x_next = transitions.draw(chosen(x, velocity(x, t), t, s), drawn.to(x))
+            step_noise = prng.normal(prng.fold_in(keys, 1 + index), tuple(x.shape[1:]))
+            x_next = transitions.draw(chosen(x, velocity(x, t), t, s), step_noise.to(x))
             if index in steps.trained:
                 before[index], after[index] = x, x_next
             x = x_next
