@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,3 +271,23 @@ def test_names_are_what_a_thing_is():
     metaphors = set("told asked asks begun bent drawn found said says speaking heard meant gone stranger rooms".split())
     names = {str(path.relative_to(PACKAGE)): sorted(metaphors & facts(path).bound) for path in FILES}
     assert not any(names.values()), {path: bound for path, bound in names.items() if bound}
+
+
+def test_nothing_is_defined_that_nothing_uses():
+    """A private name occurs in its file again; a public one in the package, tests, benchmarks or documentation."""
+    root = PACKAGE.parent
+    defined = re.compile(r"^(?:def|class) (\w+)|^(\w+)(?:: [^=\n]+)? = ", re.MULTILINE)
+    others = [root / "README.md", *(root / "docs").rglob("*.md")]
+    others += [path for folder in ("tests", "bench", "docs") for path in (root / folder).rglob("*.py")]
+    words = {path: Counter(re.findall(r"\w+", path.read_text())) for path in FILES}
+    everywhere = Counter(word for path in others for word in re.findall(r"\w+", path.read_text()))
+    for counted in words.values():
+        everywhere.update(counted)
+    unused = []
+    for path in FILES:
+        for function, constant in defined.findall(path.read_text()):
+            name = function or constant
+            occurrences = words[path] if name.startswith("_") else everywhere
+            if occurrences[name] < 2 and not name.startswith("__"):
+                unused.append(f"{path.relative_to(PACKAGE)}: {name}")
+    assert not unused, unused

@@ -1,4 +1,4 @@
-"""`attend=` replaces the attention of the transformer in every objective that evaluates one."""
+"""`attend=` replaces the attention of the transformer in every objective that evaluates one; latents of 16 bits."""
 
 import inspect
 
@@ -27,6 +27,16 @@ def test_an_objective_takes_attention_of_ones_own(name):
     assert called and set(called) == {2}
     torch.testing.assert_close(value(attend=None), plain)
     assert abs(float(value(attend=attention_variants.linear) - plain)) > 1e-5
+
+
+@pytest.mark.parametrize("name", ["meanflow_loss", "shortcut_loss", "segments_loss", "scm_loss", "fake_score_loss"])
+def test_latents_of_16_bits_are_noised_at_the_same_times_as_wide_ones(name):
+    def value(latents):
+        batch = {**batch_of(name), "latents": latents}
+        return MAKERS[name]()({"transformer": PARAMS, "fake": PARAMS}, batch, KEYS)[0]
+
+    narrow = BATCH["latents"].bfloat16()
+    torch.testing.assert_close(value(narrow), value(narrow.float()))
 
 
 def test_references_of_pairs_are_computed_with_the_same_attention():

@@ -152,10 +152,11 @@ def as_network(network: Any, what: str, **options: Any) -> MeanVelocityOf:
 
 
 def split_batch(network: Any, batch: Tree, what: str) -> tuple[Tensor, Tree]:
-    """Latents, and what the network reads beside them. Raises ValueError for a batch that lacks an entry."""
+    """Latents in float32 at least, and what the network reads beside them. Raises ValueError for a batch that lacks an
+    entry."""
     points.check_batch(batch, ("latents",) if callable(network) else ("latents", "context", "pooled"), what)
     is_read = {"context", "pooled"} if not callable(network) else batch.keys() - {"latents", "tangent"}
-    return batch["latents"], {name: part for name, part in batch.items() if name in is_read}
+    return points.wide_latents(batch), {name: part for name, part in batch.items() if name in is_read}
 
 
 def model_mean_velocity(

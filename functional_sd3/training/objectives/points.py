@@ -69,6 +69,11 @@ def model_velocity(
     return velocity_of
 
 
+def wide_latents(batch: Tree) -> Tensor:
+    """The latents of a batch in float32 at least, the dtype of times and states: bfloat16 has 8 bits for a time."""
+    return batch["latents"].to(torch.promote_types(batch["latents"].dtype, torch.float32))
+
+
 def noised(batch: Tree, latents: str = "latents") -> Tensor:
     """x_t of every row."""
     return path.interpolate(batch[latents], batch["noise"], batch["t"])

@@ -52,7 +52,7 @@ def segments_loss(
 
     def loss(params: Params, batch: Tree, keys: Key) -> tuple[Tensor, Metrics]:
         points.check_batch(batch, ("latents", "context", "pooled"), "segments_loss")
-        latents = batch["latents"]
+        latents = points.wide_latents(batch)
         check_keys(keys, latents)
         segment_key, noise_key = prng.split(keys).unbind(-2)
         segment = prng.randint(segment_key, (), 0, count)
