@@ -19,7 +19,7 @@ def processor_time() -> float:
 
 
 class Beside(NamedTuple):
-    """Another peer of a row. tolerance: as of `Versus`. version: of its package, which stands in its rows alone, so
+    """Another peer of a row. tolerance: as in `Versus`. version: of its package, which stands in its rows alone, so
     that rows without it are in the same table."""
 
     run: Callable[[], Any]

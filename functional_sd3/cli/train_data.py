@@ -109,7 +109,7 @@ def training_data(
     contents: str = "the data",
 ) -> training_set.TrainingSet:
     """Latents and text of the images. Captions of encoders that do not learn are encoded once, where all of them take
-    at most `TEXT_BYTES`; else, and `with_ids`, at every step, from `ids`. file, contents: as of `latents`."""
+    at most `TEXT_BYTES`; else, and `with_ids`, at every step, from `ids`. file, contents: as in `latents`."""
     if view_options.has_views(arguments):
         encoded = _viewed_latents(arguments, model, images, settings, say)
     else:
@@ -163,7 +163,7 @@ def stored_views(
 ) -> training_set.Latents:
     """Latents in several sizes or views, in a cache beside the checkpoints that is made once for a run.
 
-    name: of its folder. contents: digest of what is encoded. encode, image_cut: as of `cache_writing.write_latents`.
+    name: of its folder. contents: digest of what is encoded. encode, image_cut: as in `cache_writing.write_latents`.
     """
     cuts = image_views(arguments, model, images)
     folder = Path(arguments.out) / "checkpoints" / name

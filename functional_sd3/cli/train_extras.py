@@ -31,7 +31,7 @@ MASKS, CONTROL, PRIOR, HELD_OUT = "the masks", "the control images", "the images
 _PATHS = ("masks", "control_data", "prior_data")
 """Options of which a checkpoint keeps the digest of the contents, and not the path."""
 Fetch = Callable[[Tensor], Tensor]
-"""Samples, as of `training_set.Latents.fetch` -> what belongs to them."""
+"""Samples, as in `training_set.Latents.fetch` -> what belongs to them."""
 CONTROL_VIEWS = "control"
 """The folder beside the checkpoints that keeps control images of several sizes or views."""
 

@@ -185,7 +185,7 @@ def maps(
         velocity, weights = attention.maps(lambda attend: mmdit.apply(..., attend=attend), blocks=[3])
         weights[3][0].between(0, 1)  # of each image token for each token of the prompt
 
-    keep: what is kept of a map, which is as large as tokens x tokens of every head. The rest as of `record`.
+    keep: what is kept of a map, which is as large as tokens x tokens of every head. The rest as in `record`.
     """
     return record(run, blocks, keep=lambda streams: keep(_map(streams)))
 

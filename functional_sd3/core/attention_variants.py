@@ -102,7 +102,7 @@ def weighted(weights: Map) -> Attend:
     """Attention by given weights to the values of the streams: the queries and keys are not compared.
 
     weights: of another prompt or step (`attention.maps`), for the same layout with other content (Hertz et al. 2022,
-    "Prompt-to-Prompt", arXiv:2208.01626); rows as of `Cached`.
+    "Prompt-to-Prompt", arXiv:2208.01626); rows as in `Cached`.
     """
     return partial(_weighted, weights)
 

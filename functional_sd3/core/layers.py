@@ -93,7 +93,7 @@ def rounded_input(params: Params, x: Tensor) -> Tensor:
 
 def round_rows_to_float8(x: Tensor) -> Tensor:
     """x (..., inputs), each row scaled so that its largest absolute value is that of float8 (e4m3fn), and rounded
-    (Micikevicius et al. 2022, "FP8 formats for deep learning"). Its gradient is that of x, as of `round_rows`."""
+    (Micikevicius et al. 2022, "FP8 formats for deep learning"). Its gradient is that of x, as in `round_rows`."""
     numbers, steps = to_float8(x.detach())
     return x + (numbers.to(steps.dtype) * steps - x.detach().to(steps.dtype)).to(x.dtype)
 
@@ -163,7 +163,7 @@ def conv2d_spec(
     init: spec.Initializer | None = None,
     axes: tuple[str, str] = ("channels", "channels"),
 ) -> Tree:
-    """Weight (outputs, inputs, kernel, kernel) and bias (outputs,). axes: as of `linear_spec`."""
+    """Weight (outputs, inputs, kernel, kernel) and bias (outputs,). axes: as in `linear_spec`."""
     fan_in = inputs * kernel * kernel
     weight = init or spec.fan_in_uniform(fan_in)
     return {

@@ -33,7 +33,7 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
 
 
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """The tree of `fn(path, leaf, *leaves of rest)`; the rest as of `map`."""
+    """The tree of `fn(path, leaf, *leaves of rest)`; the rest as in `map`."""
     paths = iter([path for path, _ in walk("", tree)])
     return map(lambda *leaves: fn(next(paths), *leaves), tree, *rest)
 

@@ -46,7 +46,7 @@ class Tolerance:
 
     At each computed step the error of its own extrapolation is measured, |predicted - v| / |v|; the next step is
     replaced where that error, scaled by the distance in t to the power order + 1, is below `tolerance`, at most
-    `longest` steps in a row. Each sample decides for itself. The rest as of `Extrapolate`, but that the warm-up has one
+    `longest` steps in a row. Each sample decides for itself. The rest as in `Extrapolate`, but that the warm-up has one
     step more at least, which measures the first error.
     """
 

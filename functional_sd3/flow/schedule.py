@@ -18,7 +18,7 @@ from functional_sd3.flow.spacing import Scalar, beta, exponential, karras, linea
 from functional_sd3.flow.times import is_readable
 
 MAX_STEPS = 1_000_000
-"""The most steps of a grid, as of `--steps`."""
+"""The most steps of a grid, as in `--steps`."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def from_levels(
 
     levels: descending within (0, 1], without the 0 at the end. They are still shifted, stretched and spaced by
     the config; a grid to be used unchanged is an argument of `ode.integrate`. Numbers are taken in float32 as
-    diffusers does, a tensor in its own dtype; differentiable in a tensor and in mu. mu as of `from_config`.
+    diffusers does, a tensor in its own dtype; differentiable in a tensor and in mu. mu as in `from_config`.
     """
     check_config(config)
     levels = levels if isinstance(levels, Tensor) else torch.tensor(levels, dtype=torch.float32, device="cpu")

@@ -30,7 +30,7 @@ class Pattern(NamedTuple):
     kept: dict[tuple[frozenset[int], str], frozenset[int]]
 
     def matches(self, text: str) -> bool:
-        """True if the whole text fits, as of `re.fullmatch`."""
+        """True if the whole text fits, as in `re.fullmatch`."""
         states = self._closed({self.start}, _START)
         for letter in text:
             states = self._after(states, letter)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 2**27
-"""Most pixels of an image: 134 million, as of the largest medium-format cameras. Decoding takes up to 8 bytes each."""
+"""Most pixels of an image: 134 million, that of the largest medium-format cameras. Decoding takes up to 8 bytes for
+each."""
 _COPYING = frozenset({"WEBP", "AVIF"})
 """Formats whose decoders hold several images of the size at a time; half as many pixels are read of them."""
 MAX_BYTES = 2**29

@@ -64,7 +64,7 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters at PyTorch's default scale."""
+    """Initial parameters at PyTorch's default scale."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 

@@ -59,7 +59,8 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters: PyTorch's default scale, but every residual branch starts at zero, which trains much faster."""
+    """Initial parameters: PyTorch's default scale, but every residual branch starts at zero, which trains much
+    faster."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 

@@ -129,7 +129,7 @@ def _is_chosen(x: Tensor, weight: Tensor) -> bool:
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (rows, inner) b (inner, columns) by the faster library.
 
-    A transposed left factor, as of the gradient of a weight, is BLAS's: oneDNN has it copied first, and then takes 1.0
+    A transposed left factor, as in the gradient of a weight, is BLAS's: oneDNN has it copied first, and then takes 1.0
     to 1.2 times as long on Zen 4.
     """
     return linear(a, b.t()) if a.is_contiguous() else a.mm(b)

@@ -98,7 +98,7 @@ def sources(layout: Layout, spec: Tree) -> Sources:
 
 
 def sources_of(layout: Layout, paths: Collection[str]) -> Sources:
-    """The sources of some paths, without a spec; the rest as of `sources`."""
+    """The sources of some paths, without a spec; the rest as in `sources`."""
     compiled = [(re.compile(_regex(rule.ours)), rule) for rule in layout.rules]
     known = set(paths)
     return {path: _source(compiled, path, known) for path in paths}

@@ -92,7 +92,7 @@ def trace(
 
     attention_steps: of how many steps, evenly spaced with both ends, the maps of attention are computed, 0 for none:
     each is one evaluation of the transformer more. attention_blocks: of which blocks, by default of all.
-    image_steps: of how many steps the state and the predicted data are decoded, by default of all. The rest as of
+    image_steps: of how many steps the state and the predicted data are decoded, by default of all. The rest as in
     `pipeline.generate`, for one prompt; without gradients.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)

@@ -66,7 +66,7 @@ def init(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Lora:
-    """A fresh LoRA, which changes nothing yet: `spec` realised."""
+    """An initial LoRA of `spec`, which changes nothing yet."""
     return specs.init(key, spec(described, rank, targets, alpha=alpha), dtype=dtype, device=device)
 
 

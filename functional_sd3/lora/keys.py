@@ -139,7 +139,7 @@ def parts(paths: Collection[str]) -> dict[str, int]:
 
 
 def stability_sources(paths: Collection[str]) -> dict[str, Source]:
-    """The sources of leaves of the transformer, in Stability's names; the rest as of `sources`."""
+    """The sources of leaves of the transformer, in Stability's names; the rest as in `sources`."""
     named = rules.sources_of(stability.TRANSFORMER, [path.removeprefix("transformer.") for path in paths])
     return {path: named[path.removeprefix("transformer.")] for path in paths}
 

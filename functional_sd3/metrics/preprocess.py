@@ -35,7 +35,7 @@ def pytorch_fid(images: Tensor) -> Tensor:
 
 
 def clean(images: Tensor) -> Tensor:
-    """Inputs of the network by clean-fid's rules, shaped as of `pytorch_fid`; on the CPU and not differentiable."""
+    """Inputs of the network by clean-fid's rules, shaped as in `pytorch_fid`; on the CPU and not differentiable."""
     from PIL import Image
 
     channels = _bytes_as_floats(_batch(images)).detach().flatten(0, 1).cpu().numpy()
@@ -48,7 +48,7 @@ def clean(images: Tensor) -> Tensor:
 
 
 def tf1(images: Tensor) -> Tensor:
-    """Inputs of the network by the rules of its original graph, shaped as of `pytorch_fid`."""
+    """Inputs of the network by the rules of its original graph, shaped as in `pytorch_fid`."""
     floats = _bytes_as_floats(_batch(images))
     resized = _sample(_sample(floats, dim=-1), dim=-2)
     return ((resized - 128.0) / 128.0).reshape(*images.shape[:-2], SIZE, SIZE)

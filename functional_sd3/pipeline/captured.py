@@ -38,7 +38,7 @@ def capture(
     """The run `sample(params, config, conditions, noise, ...)` as a function of (conditions, noise, cfg).
 
     conditions, noise: of the size that is captured; their values do not matter. guidance: of the scale, a tensor (),
-    instead of `guidance.cfg`. method: one with fixed steps that draws no noise. The rest as of `sample`;
+    instead of `guidance.cfg`. method: one with fixed steps that draws no noise. The rest as in `sample`;
     block_transform=transform.compile compiles the blocks first. Where the noise is on a CPU nothing is captured, and
     the function computes the run. It holds `params`, whose memory the graph reads, and one run uses it at a time.
     """
@@ -66,7 +66,7 @@ class Captured:
 
     @torch.no_grad()
     def __call__(self, conditions: Conditions, noise: Tensor, cfg: float | Tensor = 5.0) -> Tensor:
-        """Latents, as of `sample`. cfg: a number, or a tensor (). Raises ValueError for tensors of another shape than
+        """Latents, as in `sample`. cfg: a number, or a tensor (). Raises ValueError for tensors of another shape than
         those that were captured."""
         scale = cfg if isinstance(cfg, Tensor) else torch.tensor(cfg, dtype=torch.float32, device="cpu")
         given = {"conditions": conditions, "noise": noise, "cfg": scale}

@@ -79,10 +79,10 @@ def edit(
 
     images (batch, 3, height, width) in [0, 1] of the source prompts are inverted: the flow of the source, guided by
     `source_cfg`, is followed from data to noise. The flow of the target, guided by `cfg`, leads back. It is pulled to
-    the images by `eta` in [0, 1] (`pull_to`; () or (batch,)) during the steps of `window`, fractions of the run as of a
-    ControlNet: 0 is the target's flow alone, 1 up to the end gives the images back. inversion: as of `invert_latents`.
-    The rest as of `generate`, for both runs, but for `guidance`, which is the target's; the method is Euler's by
-    default, since a run that draws noise leads back to nothing.
+    the images by `eta` in [0, 1] (`pull_to`; () or (batch,)) during the steps of `window`, fractions of the run, like a
+    ControlNet's: 0 is the target's flow alone, 1 up to the end gives the images back. inversion: as in
+    `invert_latents`. The rest as in `generate`, for both runs, but for `guidance`, which is the target's; the method is
+    Euler's by default, since a run that draws noise leads back to nothing.
 
     Raises ValueError for an eta or window outside [0, 1], and as `image_to_image`.
     """
@@ -139,7 +139,7 @@ def flow_edit(
     Returns (batch, 3, height, width) in [0, 1], float32. The image z itself moves, along
     v_target(z + x_t - x_0, t) - v_source(x_t, t) with x_t = (1 - t) x_0 + t noise, the mean over `averages` noises, new
     ones at every time from `key`. strength: the part of the steps that is taken, n_max / T of the paper, whose values
-    for SD3 are the defaults; 0 gives the images back. With the same prompts and scales nothing moves. The rest as of
+    for SD3 are the defaults; 0 gives the images back. With the same prompts and scales nothing moves. The rest as in
     `generate`; `guidance` is the target's, and the method is Euler's by default.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)

@@ -51,7 +51,7 @@ def encode(
 ) -> Conditions:
     """Conditioning of prompts and of their negative prompts ("" by default), both (batch, ...).
 
-    The other options as of `conditioning.apply`; T5 reads 256 tokens by default. Raises ValueError for another number
+    The other options as in `conditioning.apply`; T5 reads 256 tokens by default. Raises ValueError for another number
     of negative prompts than 1 or that of the prompts.
     """
     texts = stack_prompts(prompts, negative)

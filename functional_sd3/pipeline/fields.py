@@ -175,8 +175,8 @@ def velocities(
     ends: of a model with `interval_size`, r of the mean velocity over [r, t]: for each of `times`, or without times
     one for every t, () or (batch,). None: r = t, the velocity at t.
     control: ControlNets, active at every t; their start and end belong to `sample`. image_prompt: an IP-Adapter and
-    features, in whose place the negative prompt has zeros. block_transform: as of `mmdit.apply`; `transform.compile`
-    compiles one block for all of them. attend: as of `mmdit.apply`. implementation: as of `attention.attention`, of the
+    features, in whose place the negative prompt has zeros. block_transform: as in `mmdit.apply`; `transform.compile`
+    compiles one block for all of them. attend: as in `mmdit.apply`. implementation: as in `attention.attention`, of the
     transformer, its ControlNets and its image prompt.
     """
     for one in control:

@@ -70,7 +70,7 @@ def image_to_image(
     the part of the `steps` that is taken, rounded up to whole ones; 0 gives the images back, encoded and decoded, and
     1 is `generate`. Where steps * strength is a whole number it is that number of steps; diffusers computes it in
     binary fractions and takes one more in some cases (of 50 steps at 0.56 it takes 29, not 28). posterior_key: draws
-    the latents from the VAE's posterior, as diffusers does; by default its mean is taken. The rest as of `generate`.
+    the latents from the VAE's posterior, as diffusers does; by default its mean is taken. The rest as in `generate`.
 
     Raises ValueError for a strength outside [0, 1], and for images of other shapes or numbers, or sizes that the model
     cannot draw.
@@ -124,7 +124,7 @@ def inpaint(
     at least half white is painted, each latent by the mask's pixel at its upper left (`masks.hard`). soften: takes
     grey for what lies between, a `strength` of its own for each latent (Levin and Fried 2023, arXiv:2306.00950), after
     a blur of so many pixels of the mask, 0 for none (`masks.soft`). restore: lays what is kept of the images over the
-    result, pixel by pixel, since encoding and decoding alters it a little. The rest as of `image_to_image`; strength is
+    result, pixel by pixel, since encoding and decoding alters it a little. The rest as in `image_to_image`; strength is
     1 here, which diffusers takes to be 0.6. Its latents are equal; its images are a little off, for it does not add
     the VAE's shift before it decodes (0.42).
 
@@ -179,7 +179,7 @@ def outpaint(
 ) -> Tensor:
     """Images continued beyond their borders by so many pixels: `inpaint` on a larger canvas.
 
-    overlap: so many pixels inside the old border are painted anew too, for a seam that fits. The rest as of `inpaint`.
+    overlap: so many pixels inside the old border are painted anew too, for a seam that fits. The rest as in `inpaint`.
     Raises ValueError where the canvas is of a size that the model cannot draw.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)

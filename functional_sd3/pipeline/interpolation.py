@@ -63,8 +63,8 @@ def variations(
 ) -> Tensor:
     """Images near those of a key: (batch, 3, height, width) in [0, 1], float32.
 
-    The noise lies on the arc (`slerp`) from that of `key` to that of `towards`, both as of `generate`: amount 0 gives
-    the images of the one, 1 of the other; () or (batch,). One prompt serves all keys. The rest as of `generate`.
+    The noise lies on the arc (`slerp`) from that of `key` to that of `towards`, both as in `generate`: amount 0 gives
+    the images of the one, 1 of the other; () or (batch,). One prompt serves all keys. The rest as in `generate`.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
@@ -114,7 +114,7 @@ def interpolate(
     prompts, keys (2,) or (stops, 2): the stops, evenly far apart, the first and the last of them the first and the last
     frame; a single prompt, or a single key, stays the same throughout. Noise is mixed by `slerp`, embeddings by `mix`:
     `lerp` or `slerp`. batch: frames drawn at once, by default all. What a frame is drawn from is a function of its
-    place, which can be differentiated and vmapped: `between`. The rest as of `generate`.
+    place, which can be differentiated and vmapped: `between`. The rest as in `generate`.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(

@@ -61,7 +61,7 @@ def check_blur(sigma: float) -> None:
 
 
 def latent_mask(mask: Tensor, latents: Tensor, soften: float | None) -> Tensor:
-    """The mask at the size of the latents, or of images; `soften` as of `inpaint`."""
+    """The mask at the size of the latents, or of images; `soften` as in `inpaint`."""
     height, width = latents.shape[-2:]
     return hard(mask, height, width) if soften is None else soft(mask, height, width, soften)
 

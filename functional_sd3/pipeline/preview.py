@@ -17,7 +17,7 @@ def preview(components: Components, config: Config, latents: Tensor, *, tile: in
 
         on_step=lambda info: show(preview(params, config, info.denoised))
 
-    components: name -> parameters; config: its `taesd` is not None where they hold a "taesd". tile: as of `decode`, of
+    components: name -> parameters; config: its `taesd` is not None where they hold a "taesd". tile: as in `decode`, of
     the VAE alone: TAESD's activations take a fraction of its memory. Raises ValueError for latents of another number of
     channels.
     """

@@ -100,7 +100,7 @@ class StartImages:
     """Images that a run starts from: (1 or batch, 3, height, width) in [0, 1].
 
     strength: the part of the steps that is taken, in [0, 1]. mask (1 or batch, 1, any height, any width of the images'
-    proportions): 1 where the image is painted anew; `soften` and `restore` as of `inpaint`. posterior_key: draws the
+    proportions): 1 where the image is painted anew; `soften` and `restore` as in `inpaint`. posterior_key: draws the
     latents from the VAE's posterior, whose mean is taken by default.
     """
 

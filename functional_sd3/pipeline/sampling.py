@@ -69,7 +69,7 @@ def sample(
     times: the grid, (n + 1,) or (n + 1, batch), instead of the config's for `steps`: `noise` is then the state at its
     first time, and the result for a grid of one time. It may ascend, from data to noise. field: makes the velocity,
     called as `velocity` is, which it is by default; `conditions` may be whatever it takes. transform: of the guided
-    velocity (`keep_masked` of a mask, for instance). implementation: of attention, as of `velocities`. cache:
+    velocity (`keep_masked` of a mask, for instance). implementation: of attention, as in `velocities`. cache:
     of `flow.caches`, or its words, such as "extrapolate:every=2": steps in which the velocity is not computed. Raises
     ValueError for a cfg that is not finite, a field with a guidance that carries a state, a cache with an adaptive
     method or one of mean velocities, and where a key is needed and none is given.
@@ -159,7 +159,7 @@ def default_method(config: Config) -> str:
 def chosen_method(
     config: Config, count: int, method: Method | ode.Adaptive | str | None = None, key: Key | None = None
 ) -> Method | ode.Adaptive:
-    """The method, that of a name, or for None the model's default, for `count` samples; `key` as of `sample`."""
+    """The method, that of a name, or for None the model's default, for `count` samples; `key` as in `sample`."""
     if method is not None and not isinstance(method, str):
         return method
     name = method or default_method(config)

@@ -32,7 +32,7 @@ def swap_blocks(
     components: on the host, of `weights.fetcher(path, dtype="stored")` mapped from their files: only one is held at a
     time, so `generate` is given `offload=True`. count: at most the blocks of the deepest component; one that has fewer
     keeps none on the device. The layers that make the transformer's modulations stay on the host with 0 blocks too.
-    dtype: of the computation, as of `weights.load`. On a CPU weights stored in it are computed where they are mapped,
+    dtype: of the computation, as in `weights.load`. On a CPU weights stored in it are computed where they are mapped,
     and others are converted a block at a time. On a GPU the next block is copied while one is computed.
 
         mapped = weights.fetcher(path, dtype="stored")

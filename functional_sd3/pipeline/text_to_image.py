@@ -75,7 +75,7 @@ def generate(
     key: (2,), from which sample i takes `fold_in(key, i)`, or (batch, 2), a key for each; noise: the starting latents
     (batch, channels, height / 8, width / 8) instead. negative: "" by default. cfg: guidance scale, 1 for none; a tensor
     () or (batch,) may be differentiated. guidance: another than `guidance.cfg(cfg)`, such as `guidance.apg(5.0)`;
-    cfg is then not used. method: a method or the name of one; by default that of the model's scheduler config, as of
+    cfg is then not used. method: a method or the name of one; by default that of the model's scheduler config, as in
     `sample`. height, width: in pixels, by default the config's sample size. weighted, long_prompts: `(words:1.3)`
     weighs words, and CLIP reads on beyond its length (`conditioning`). control: ControlNets with their images, which
     `control_latents` encodes. image_prompt: an IP-Adapter with the features of an image.
@@ -83,7 +83,7 @@ def generate(
     attend: replaces the transformer's joint attention in every block or in some (`mmdit.apply`), in every evaluation,
     not that of ControlNets; its streams have the rows of all that guidance evaluates at once, those of the prompts
     first (docs/differentiation.md, "Attention of one's own").
-    implementation: of the transformer's attention, as of `mmdit.apply`. cache: steps in which the velocity is not
+    implementation: of the transformer's attention, as in `mmdit.apply`. cache: steps in which the velocity is not
     computed, of `flow.caches` or its words: "extrapolate:every=2", "fast" (docs/sampling.md, "Caches"). loras: (LoRA,
     scale) of those added to the model, lazily and component by component (`lora.apply`).
 
@@ -143,8 +143,8 @@ def generate_from(
 ) -> Tensor:
     """`generate` of the model at a path, with one component in memory at a time and without gradients.
 
-    path, dtype, device, variant, quantized: as of `weights.load`, which reads each component when it is needed. The
-    rest as of `generate`.
+    path, dtype, device, variant, quantized: as in `weights.load`, which reads each component when it is needed. The
+    rest as in `generate`.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(
@@ -249,7 +249,7 @@ def tiled(
     """Images of any size, larger than the table of positions too: (batch, 3, height, width) in [0, 1], float32.
 
     tile, overlap: of `tiles`, in pixels; the model's own size and a quarter of the tile by default. Decoded in tiles
-    too. The rest as of `generate`.
+    too. The rest as in `generate`.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(

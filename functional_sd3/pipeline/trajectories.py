@@ -62,7 +62,7 @@ def trajectory(
     """The steps of `generate`: (steps, batch, 3, height, width) in [0, 1], float32, decoded step by step.
 
     show: the latents to decode of a step: `states` (the last is the image), `denoised`, or any other function of its
-    `StepInfo`. The rest as of `generate`.
+    `StepInfo`. The rest as in `generate`.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(

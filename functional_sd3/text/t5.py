@@ -80,7 +80,7 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters: `spec(config)` realised."""
+    """Initial parameters of `spec(config)`."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 
@@ -99,7 +99,7 @@ def apply(
 
     `mask` (batch, tokens), bool or int: tokens where it is zero are not attended to; None attends to all, padding too,
     as SD3 does. The output has the parameters' dtype; with 16-bit parameters the sums between blocks are float32
-    (T5-XXL's overflow float16). materialize, block_transform: as of `mmdit.apply`. mesh: of processes of which each
+    (T5-XXL's overflow float16). materialize, block_transform: as in `mmdit.apply`. mesh: of processes of which each
     has part of the heads and hidden features (`parallel.tensor.cut`), by its axis tensor. Raises ValueError for ids or
     a mask of another shape.
     """

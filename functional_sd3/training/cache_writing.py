@@ -58,7 +58,7 @@ def write_latents(
     image_cut: Callable[[int, Cut], Tensor] | None = None,
 ) -> None:
     """Write the shards of latents that a cache lacks. captions: of every image the row of its text; encode, image_cut:
-    as of `views.encode`, of the images themselves by default."""
+    as in `views.encode`, of the images themselves by default."""
     parts = cache.shards(manifest.images, manifest.rows)
     for number in track(cache.missing(folder, manifest, "latents")):
         rows = parts[number]

@@ -129,7 +129,7 @@ def load_newest(
     """The newest checkpoint of a folder that can be read, by all processes.
 
     `check` is called with the settings of each before its state is read, and what it raises is raised. Raises
-    WeightsError, naming each file, when there is none that can be read. placements: as of `load`.
+    WeightsError, naming each file, when there is none that can be read. placements: as in `load`.
     """
     passed_over: list[tuple[Path, WeightsError]] = []
 

@@ -57,7 +57,7 @@ def load_mask(path: Path, size: tuple[int, int], cut: cuts.Cut, factor: int) -> 
 
 
 def load_control(path: Path, size: tuple[int, int], cut: cuts.Cut) -> Tensor:
-    """A control image, uint8 (3, cut.height, cut.width). size, and errors: as of `load_mask`."""
+    """A control image, uint8 (3, cut.height, cut.width). size, and errors: as in `load_mask`."""
     image = cuts.apply(_read(path, files.read, size), cut)
     return torch.from_numpy(numpy.array(image, dtype=numpy.uint8)).permute(2, 0, 1).contiguous()
 

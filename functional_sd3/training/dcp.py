@@ -51,7 +51,7 @@ def save(folder: str | os.PathLike, state: Tree, *, placements: Tree | None = No
 def load(folder: str | os.PathLike, like: Tree, *, placements: Tree | None = None, mesh: Mesh = ONE_PROCESS) -> Tree:
     """A tree from a folder that DCP wrote, in the structure and on the devices of `like`; all processes call this.
 
-    placements: as of `save`, of any mesh. Each process reads its parts. Raises WeightsError, naming each path that is
+    placements: as in `save`, of any mesh. Each process reads its parts. Raises WeightsError, naming each path that is
     missing or of another shape or dtype, and for a folder that is none of DCP's.
     """
     import torch.distributed.checkpoint as dcp

@@ -30,7 +30,7 @@ SAMPLES = 16
 
 
 class DistillTask(NamedTuple):
-    """Arguments of `loop.run`, as of `tasks.TrainingTask`; of a method with a fake score a `ScoreState`."""
+    """Arguments of `loop.run`, as in `tasks.TrainingTask`; of a method with a fake score a `ScoreState`."""
 
     state: step.TrainState | ScoreState
     train_step: Callable[[Any, Tree], tuple[Any, objectives.Metrics]]
@@ -91,8 +91,8 @@ def distill_task(
     """Distillation of a model into a student that starts as its copy, with the parameters that its network has beyond
     them, or is a LoRA over it.
 
-    model: as of `flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; of a method that
-    has pairs the latents are those of `reflow.pairs`, and "noise" is beside them. settings: as of `student_settings`.
+    model: as in `flow_task`, the teacher. captions, data: of the images, `datasets.encode_all`; of a method that
+    has pairs the latents are those of `reflow.pairs`, and "noise" is beside them. settings: as in `student_settings`.
     generate: draws the samples, `pipeline.generate`. mesh: the processes that share every batch, of which this one
     makes its own rows; `model` is divided over it (`division.divide`), and so are student, fake score and averages.
     Raises ValueError as `student_settings` does.
@@ -227,7 +227,7 @@ def guided_teacher(
     attend: mmdit.AttendBlocks | None = None,
 ) -> Teacher:
     """The velocity of a model's prompts guided by `cfg` away from `empty` (1, ...), without gradients, computed in
-    `dtype` (None: the parameters'); attend: as of `mmdit.apply`."""
+    `dtype` (None: the parameters'); attend: as in `mmdit.apply`."""
     params: Params = {"transformer": model.params["transformer"]}
     if dtype is not None:
         params = {"transformer": layers.cast(params["transformer"], dtype)}

@@ -118,7 +118,7 @@ def shapes(config: Config, params: Params) -> dict[str, tuple[int, ...]] | None:
 def init(
     key: Key, name: str, config: Config, mesh: Mesh, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Params:
-    """Fresh parameters of a component, this process's part where the config divides it."""
+    """Initial parameters of a component, this process's part where the config divides it."""
     sizes, own = getattr(config, name), computation.of(config, name).layout
     if own is None:
         return specs.init(key, SPECS[name](sizes), dtype=dtype, device=device)

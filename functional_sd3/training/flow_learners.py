@@ -76,7 +76,7 @@ def components(key: Key, model: Model, names: Sequence[str], scratch: bool, mesh
 
 
 def adapter(key: Key, model: Model, rank: int, names: Sequence[str], mesh: Mesh = ONE_PROCESS) -> FlowLearner:
-    """Learner of a fresh LoRA of the attentions of these components. mesh: as of `components`."""
+    """Learner of a fresh LoRA of the attentions of these components. mesh: as in `components`."""
     # The frozen base stays out of the state: it needs no average and no copy in checkpoints.
     spec = {name: SPECS[name](getattr(model.config, name)) for name in names}
     spec = lora.spec(spec, rank, [f"{name}.blocks.*attention*" for name in names])
@@ -124,7 +124,7 @@ def control_config(config: Config, kind: str, depth: int | None = None) -> contr
 
 def control(key: Key, model: Model, net: controlnet.Config, mesh: Mesh = ONE_PROCESS) -> FlowLearner:
     """Learner of a ControlNet copied from the transformer, its new layers zero (`controlnet.copy_transformer`). mesh:
-    as of `components`, of which "tensor" is not for ControlNets."""
+    as in `components`, of which "tensor" is not for ControlNets."""
     described, device = controlnet.spec(net), _device(model)
     is_divided = division.layouts(model.config, ["transformer"]) is not None
     layout = sharding.layout(described, mesh) if is_divided else None
@@ -148,7 +148,7 @@ def control(key: Key, model: Model, net: controlnet.Config, mesh: Mesh = ONE_PRO
 
 
 def word(model: Model, inversion: Inversion, mesh: Mesh = ONE_PROCESS) -> FlowLearner:
-    """Learner of the vectors of a new word, started from the embeddings of another. mesh: as of `components`.
+    """Learner of the vectors of a new word, started from the embeddings of another. mesh: as in `components`.
 
     Raises ValueError where the word is a token already, its encoders are absent, or nothing is known to start from.
     """

@@ -34,7 +34,7 @@ def make_fused_step(
     """The step of `step.make_train_step` with `donate=True`, without the memory of the gradients.
 
     The given state is updated in place, and must not be used after. Metrics are the same: the norm is that of all
-    gradients, of which only the norms are kept. mesh, layout, own_rows: as of `make_train_step`; a gradient is summed
+    gradients, of which only the norms are kept. mesh, layout, own_rows: as in `make_train_step`; a gradient is summed
     over the processes when it is complete, in the order of the backward pass, which is the same on all of them. Raises
     ValueError for an optimiser that needs all gradients at once.
     """

@@ -72,7 +72,7 @@ def this_process() -> Holder:
 
 
 def process(pid: int) -> Holder:
-    """A process of this machine, as of now."""
+    """A process of this machine at this moment."""
     return Holder(pid, socket.gethostname(), _boot(), _tick(pid), time.strftime("%Y-%m-%d %H:%M:%S"))
 
 

@@ -15,7 +15,7 @@ class Choice:
     """Sizes of a run on which its memory depends.
 
     batch: images of a step, in `accumulate` parts. side: of the latents, or of the images of the autoencoder. tokens:
-    of the context. rule, dtype, lora, text_encoders, decoder_only: as of `tasks.Settings`. control: config of a
+    of the context. rule, dtype, lora, text_encoders, decoder_only: as in `tasks.Settings`. control: config of a
     ControlNet that learns. word: encoder -> vectors of a word that learns. autoencoder: True if it is what learns.
     stored: dtype of the frozen parameters. remat, base (a dtype of one byte), swapped (blocks that stay on the host):
     the options --remat, --base and --block-swap. encoders: True if frozen text encoders are in memory. mesh: only its

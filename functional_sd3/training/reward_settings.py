@@ -17,8 +17,8 @@ class Settings:
     """Hyperparameters of a run.
 
     batch: images an update learns from, of `batch / group` prompts. draws: at most so many times as many are drawn
-    until that many groups have spread. weights, default_weight: as of `rewards.total`. rate, warmup, ema, decay, clip:
-    as of `tasks.Settings`. updates: gradient steps a round. lora: rank of a LoRA that is trained instead of the
+    until that many groups have spread. weights, default_weight: as in `rewards.total`. rate, warmup, ema, decay, clip:
+    as in `tasks.Settings`. updates: gradient steps a round. lora: rank of a LoRA that is trained instead of the
     transformer. draw_dtype: of the policy that draws; None: the parameters'. at_once: images drawn at once. rows:
     points differentiated at once. spread: what advantages are divided by (`rewards.group_advantages`). rule: the
     optimiser.

@@ -37,7 +37,7 @@ SAMPLES = 16
 
 
 class RewardTask(NamedTuple):
-    """Arguments of `loop.run`: `loop.run(state, train_step, batch, rollout=rollout, ...)`; the rest as of
+    """Arguments of `loop.run`: `loop.run(state, train_step, batch, rollout=rollout, ...)`; the rest as in
     `tasks.TrainingTask`."""
 
     state: PairState
@@ -68,7 +68,7 @@ def reward_task(
 ) -> RewardTask:
     """Training of the transformer, or of a LoRA over it, by the rewards of its own images.
 
-    model: as of `flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
+    model: as in `flow_task`: the trained transformer float32, the rest of any dtype. reward, source, decode: see
     `rewards` and `rollouts`. pairs: what "dpo" learns from instead of images that it draws and rewards. processes: that
     divide the prompts of a round and the rows of an update, and over whose mesh `model` is divided (`division.divide`):
     policies and reference. Raises

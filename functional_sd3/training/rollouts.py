@@ -17,7 +17,7 @@ from functional_sd3.training.objectives import Metrics
 from functional_sd3.training.rewards import Reward, Scores
 
 PromptSource = Callable[[Key, int], tuple[list[str], list[Any]]]
-"""`(key, count) -> (prompts, facts)`, a pure function of the key; facts: as of `rewards.Reward`."""
+"""`(key, count) -> (prompts, facts)`, a pure function of the key; facts: as in `rewards.Reward`."""
 Encode = Callable[[Sequence[str]], Conditioning]
 """prompts -> conditioning (prompts, ...)."""
 Draw = Callable[[Params, Conditioning, Tensor, Key], Tree]

@@ -49,7 +49,7 @@ def init(
 ) -> TrainState:
     """The state before the first step. Parameters are copied, so a donated step does not overwrite the caller's.
 
-    average: whether `ema` is kept; without it is {}. mesh, layout: as of `make_train_step`, for optimisers whose state
+    average: whether `ema` is kept; without it is {}. mesh, layout: as in `make_train_step`, for optimisers whose state
     depends on whole shapes, as adamw8bit's does.
     """
     optimizer = on_parts(optimizer, layout, mesh or ONE_PROCESS)

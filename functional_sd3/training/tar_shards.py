@@ -92,7 +92,7 @@ def paths(data: str) -> list[Path]:
 def tar_set(data: str, *, template: str = "a photo of a {}", caption: str | None = None) -> TarSet:
     """The images of the tars that `data` names, with their captions, "" where there is none.
 
-    template, caption: as of `datasets.image_folder`; the template is for classes (`.cls`). Every image is read once;
+    template, caption: as in `datasets.image_folder`; the template is for classes (`.cls`). Every image is read once;
     what cannot be read is left out and listed in `listing.skipped` by tar and member. Raises ValueError for a
     compressed tar, and where no image can be read.
     """

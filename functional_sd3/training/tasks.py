@@ -75,7 +75,7 @@ class Settings:
     rate: peak learning rate. schedule: "cosine" decays from `rate` to a tenth of it at `steps`; "constant" does not
     depend on `steps`. ema: decay of the parameters' moving average. decay: AdamW's weight decay. clip: largest global
     norm of a gradient. dropout: probability of the empty prompt. density, shift (None: the model's), weight: of the
-    training times and their losses, as of `objectives.flow_loss`. prior_weight: of images that preserve the prior.
+    training times and their losses, as in `objectives.flow_loss`. prior_weight: of images that preserve the prior.
     scratch: start from fresh parameters. lora: rank of a LoRA that is trained instead of the parameters, 0 for none;
     control: config of a ControlNet that is; inversion: a word whose vectors are, with a LoRA or alone. word_rate:
     `rate` of the vectors beside a LoRA, None for that of the LoRA. edges, latent_noise: of the autoencoder's objective,

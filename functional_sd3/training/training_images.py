@@ -41,7 +41,7 @@ def folder_images(index: datasets.Index, side: int) -> TrainingImages:
 
 
 def tar_images(tars: tar_shards.TarSet, side: int) -> TrainingImages:
-    """The images of tars, read at random from them when they are loaded, which raises ValueError as of a folder."""
+    """The images of tars, read at random from them when they are loaded, which raises ValueError as for a folder."""
     paths = dict.fromkeys(place.tar for place in tars.places)
     return _images(tars.listing, side, lambda row: tar_shards.read(tars.places[row]), paths)
 

@@ -49,7 +49,7 @@ def _nothing(samples: Tensor) -> Tree:
 class TrainingSet(NamedTuple):
     """Latents and text of the same images.
 
-    extra: samples, as of `Latents.fetch` -> further entries of a batch, (batch, ...) on the CPU: "mask", "control".
+    extra: samples, as in `Latents.fetch` -> further entries of a batch, (batch, ...) on the CPU: "mask", "control".
     """
 
     latents: Latents

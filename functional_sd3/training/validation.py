@@ -23,7 +23,7 @@ def validator(
 ) -> Callable[[Params], Metrics]:
     """params -> the mean loss of a set of images at every one of `TIMES`, and the mean of those, by `NAMES`.
 
-    inputs: samples, as of `training_set.Latents.fetch` -> their batch, of one bucket, of at most `batch` samples.
+    inputs: samples, as in `training_set.Latents.fetch` -> their batch, of one bucket, of at most `batch` samples.
     buckets: the number of each image's bucket; views: of each image, of which the first is taken. Image i has the noise
     of `fold_in(fold_in(key, time), i)` at every call, whatever the batch.
     """

@@ -99,7 +99,7 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters, whose residuals are zero; `from_transformer` starts from a trained transformer."""
+    """Initial parameters, whose residuals are zero; `from_transformer` starts from a trained transformer."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 

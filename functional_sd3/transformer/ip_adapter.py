@@ -82,7 +82,7 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters."""
+    """Initial parameters."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 

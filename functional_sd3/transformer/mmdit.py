@@ -102,7 +102,7 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters; the velocity of a fresh network is zero."""
+    """Initial parameters; the velocity of an initial network is zero."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 
@@ -159,11 +159,11 @@ def apply(
     interval: t - r () or (batch,) of a model with `interval_size`: the mean velocity over [r, t]; 0 by default.
     time_difference: h, such as 0.01: the embedding E of t then has the derivative (E(t + h) - E(t - h)) / 2h, for
         tangents in t (`embeddings.with_difference`); values are the same.
-    attend: replaces `attention.joint_attention` in every block, or in those whose index it maps to a function; as of
+    attend: replaces `attention.joint_attention` in every block, or in those whose index it maps to a function; as in
         `joint_block.apply`. For instance `attention_variants.windowed`. A perturbed block has its perturbation.
     materialize: applied to the parameters of one block inside the function that `block_transform` gets, and to the
         rest: sharded -> gathered, stored -> computed.
-    implementation: as of `attention.attention`.
+    implementation: as in `attention.attention`.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
         `torch.compile` to compile one block instead of `depth` copies of it.
     mesh: of the processes that compute this together, by its axes tensor (of whose heads and hidden features `params`
@@ -257,7 +257,7 @@ def modulations(
     """Shifts, scales and gates of every block and of the final layer, from t and pooled, for one step or for many.
 
     t () or (batch,), or (steps, batch) or (steps, 1) for all the steps of a run; pooled (batch, pooled_width); interval
-    like t, as of `apply`. Returns
+    like t, as in `apply`. Returns
     {"blocks": [{"image", "context"}, ...], "final"} of tensors ([steps,] batch, n * width); `at` takes one step out.
     A third of the parameters is used only here, so during a run they need not stay on the device. materialize, mesh: as
     of `apply`; it is applied to the layers of each block that make modulations alone.

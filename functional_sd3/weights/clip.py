@@ -43,7 +43,7 @@ def load(path: str | os.PathLike, *, dtype: Dtype = None, device: torch.device |
     """The model in a folder of transformers' `CLIPModel`, or in one safetensors file with its tensors.
 
     Beside a file its config.json and so on are read if they are there; otherwise the sizes are read off the shapes,
-    with heads of 64 and quick GELU, as in all of OpenAI's. dtype: as of `weights.load`.
+    with heads of 64 and quick GELU, as in all of OpenAI's. dtype: as in `weights.load`.
     Raises WeightsError with every problem: missing or broken files, missing, unexpected or misshapen tensors, configs
     that we do not compute. Nothing loads in part.
     """

@@ -51,7 +51,7 @@ def load(
     finite: bool = True,
 ) -> ControlNet:
     """The ControlNet in diffusers' folder, or in one file of diffusers' or Stability's names (its config is then read
-    off the shapes). dtype: as of `weights.load`. variant: of the folder's files.
+    off the shapes). dtype: as in `weights.load`. variant: of the folder's files.
     finite: whether NaN and infinities are refused.
 
     Raises WeightsError naming everything that is wrong with the files. Nothing loads in part.

@@ -52,7 +52,7 @@ class Opened(NamedTuple):
 
 
 def open_folder(folder: Path, only: Collection[str], variant: str | None) -> Opened:
-    """Contents of a folder; arguments as of `weights.load`. Problems are collected, not raised."""
+    """Contents of a folder; arguments as in `weights.load`. Problems are collected, not raised."""
     index = files.read_json(folder / INDEX)
     problems: list[str] = []
     if not str(index.get("_class_name", "")).startswith("StableDiffusion3"):

@@ -36,7 +36,7 @@ def load(
     device: torch.device | str = "cpu",
     finite: bool = True,
 ) -> IPAdapter:
-    """The IP-Adapter in a file; its config is read off the shapes. dtype: as of `weights.load`.
+    """The IP-Adapter in a file; its config is read off the shapes. dtype: as in `weights.load`.
     finite: whether NaN and infinities are refused.
 
     Raises WeightsError naming everything that is wrong with the file.

@@ -84,7 +84,7 @@ def plan(piece: ComponentFiles) -> LoadPlan:
 
 
 def load(piece: ComponentFiles, *, dtype: Dtype, device: torch.device | str, finite: bool = True) -> tuple[Params, Any]:
-    """(parameters, config) of a tree that comes without the rest of a model. Arguments as of `weights.load`; raises
+    """(parameters, config) of a tree that comes without the rest of a model. Arguments as in `weights.load`; raises
     what `plan` raises, and WeightsError for values that are not finite."""
     planned = plan(piece)
     return trees.load(planned.tree, dtype=dtype, device=device, finite=finite), planned.config

@@ -26,7 +26,7 @@ class Looked(NamedTuple):
 
 @torch.no_grad()
 def look(served: Served, values: fields.Values, upload: Upload, emit: Callable[[Progress], None]) -> Looked:
-    """The page of the first image of the values; `emit` as of `draw`. Raises ValueError as `planned` does."""
+    """The page of the first image of the values; `emit` as in `draw`. Raises ValueError as `planned` does."""
     first = str(values.get("prompts") or "").strip().split("\n")[0]
     one = {**values, "prompts": first, fields.COUNT: 1}
     with report.collected() as notes, drawing.planned(served, one, upload, emit) as run:

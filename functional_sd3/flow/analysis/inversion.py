@@ -59,7 +59,7 @@ def corrected(
     tolerance: float | None = TOLERANCE,
     depth: int = DEPTH,
 ) -> Inversion:
-    """Fixed-point inversion of each step of the method; options and errors as of `fixed_point.inverse`.
+    """Fixed-point inversion of each step of the method; options and errors as in `fixed_point.inverse`.
 
     The result is ordinary noise, from which a run of the method itself ends at x0.
     """
@@ -102,7 +102,7 @@ def round_trip(
 ) -> RoundTrip:
     """Round trip of x0 to noise and back by an inversion (`corrected` Euler by default), and its relative error.
 
-    times, options and errors as of `invert`.
+    times, options and errors as in `invert`.
     """
     inversion = by or corrected()
     grid = ascending(times, x0)

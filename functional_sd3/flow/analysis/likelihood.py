@@ -70,7 +70,7 @@ def log_likelihood(
     probes: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Log-likelihood log p_0(x0) in nats, (batch,), with the prior N(0, 1) at t = 1; arguments as of `estimate`."""
+    """Log-likelihood log p_0(x0) in nats, (batch,), with the prior N(0, 1) at t = 1; arguments as in `estimate`."""
     return estimate(
         velocity, x0, method=method, times=times, divergence=divergence, key=key, probes=probes, **options
     ).log_likelihood
@@ -97,7 +97,7 @@ def estimate(
     (n + 1, batch) from the data's time to 1, or the same descending, as `schedule.sigmas` gives them. The data are
     x0 at the lesser end: 0, or the time of another density.
     divergence: "exact", D evaluations of the Jacobian a step for D numbers a sample, or "hutchinson", one a probe; key,
-    probes, draw, mode, chunk_size: as of `divergence`.
+    probes, draw, mode, chunk_size: as in `divergence`.
     resample: new probes at every evaluation, from fold_in(key, the bits of t), instead of the same along the run. Their
     error averages out over the steps and is the smaller; with the same ones the run is an ODE (FFJORD, section 3.1),
     which adaptive methods need and whose error for two conditions is nearly the same.

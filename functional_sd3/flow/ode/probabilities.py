@@ -49,7 +49,7 @@ def log_prob(
 
 
 def log_probs(method: Method | Adaptive, velocity: RunVelocity, states: Tensor, times: Times) -> Tensor:
-    """Log-probability of each step of a trajectory, (steps, batch), as of `log_prob`.
+    """Log-probability of each step of a trajectory, (steps, batch), as in `log_prob`.
 
     states (steps + 1, batch, ...) at times (steps + 1,) or (steps + 1, batch), of `ode.integrate(..., save="all")`; for
     those of the method's own run equal to what `with_log_prob` records, to the bit. Raises ValueError for another
@@ -66,7 +66,7 @@ def log_probs(method: Method | Adaptive, velocity: RunVelocity, states: Tensor, 
 
 
 def with_log_prob(method: Method) -> Method:
-    """The method, whose carry is {"method": its own carry, "log_prob": (batch,) of the last step, as of `log_prob`}.
+    """The method, whose carry is {"method": its own carry, "log_prob": (batch,) of the last step, as in `log_prob`}.
 
     For any run, such as `pipeline.sample` with an `on_step` that keeps `info.state.carry["log_prob"]`. The samples are
     equal to the bit, and there are no further evaluations. Raises ValueError as `transition` does.

@@ -48,7 +48,7 @@ EMA, OFFSET = 0.95, 1e-3
 
 
 class OnPolicyTask(NamedTuple):
-    """Arguments of `loop.run`, as of `reward_task.RewardTask`."""
+    """Arguments of `loop.run`, as in `reward_task.RewardTask`."""
 
     state: step.TrainState
     train_step: Callable[[step.TrainState, Tree], tuple[step.TrainState, objectives.Metrics]]

@@ -111,7 +111,7 @@ def decoder_stage(
     The posterior's mean is decoded, with little noise: a draw of the posterior no longer determines where corners are,
     and the transformer's latents are nearer to the mean than a draw is. Errors are squared, as the few pixels of
     rounded corners are large ones that an absolute error counts like the many small ones of plain ground, and half of
-    the images have small things only. `dtype`: as of `flow_stage`.
+    the images have small things only. `dtype`: as in `flow_stage`.
     """
     sizes = require(config, "vae")
     run_key, data_key = prng.split(key)

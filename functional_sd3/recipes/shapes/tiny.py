@@ -2,7 +2,7 @@
 
     python -m functional_sd3.recipes.shapes.tiny params/tiny --work out/tiny
 
-or further training of a finished model, such as of its decoder and by rewards:
+or further training of a finished model, such as that of its decoder, or by rewards:
 
     python -m functional_sd3.recipes.shapes.tiny OUT --start params/tiny --bfloat16 --refine-steps 0
 

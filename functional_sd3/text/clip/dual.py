@@ -47,7 +47,7 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters: `spec(config)` realised."""
+    """Initial parameters of `spec(config)`."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 

@@ -81,7 +81,7 @@ def spec(config: Config) -> Tree:
 
 
 def init(key: Key, config: Config, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Params:
-    """Fresh parameters: `spec(config)` realised."""
+    """Initial parameters of `spec(config)`."""
     return specs.init(key, spec(config), dtype=dtype, device=device)
 
 
@@ -99,7 +99,7 @@ def apply(
     """Encodes token ids (batch, tokens), int64, tokens <= config.length, each id below config.vocab.
 
     `skip` more layers are left out of `penultimate` (clip skip): it is transformers' `hidden_states[-(skip + 2)]`. The
-    outputs have the parameters' dtype. materialize, block_transform: as of `mmdit.apply`. mesh: as of `t5.apply`.
+    outputs have the parameters' dtype. materialize, block_transform: as in `mmdit.apply`. mesh: as in `t5.apply`.
     Raises ValueError for ids of another shape and for a skip that leaves no layer.
     """
     check_ids("ids", ids)

@@ -21,10 +21,10 @@ class Settings:
 
     to: steps that the student draws in. method: a name of `distill_methods.METHODS`. cfg: guidance scale of the
     teacher, which is folded in; 1 for none. shift: of the student's grid, `schedule.even(to, shift)`. rate, warmup,
-    ema, decay, clip, accumulate, dtype: as of `tasks.Settings`. lora: rank of a LoRA that is trained instead of the
+    ema, decay, clip, accumulate, dtype: as in `tasks.Settings`. lora: rank of a LoRA that is trained instead of the
     transformer. teacher_dtype: of the teacher's computation, None for that of the model's parameters. rule: optimiser.
 
-    attend: as of `mmdit.apply`, of the student and its teacher. The others are of some methods alone, None for the
+    attend: as in `mmdit.apply`, of the student and its teacher. The others are of some methods alone, None for the
     method's default: described in `distill_options.OPTIONS`.
     """
 

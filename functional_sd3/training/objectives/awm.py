@@ -37,8 +37,8 @@ def awm_loss(
     A = advantage / clip; rho = exp(l - sg l_0), l_0 the same under the policy that drew, whose velocities are
     "behaviour" in the batch; without them the policy itself (one update a batch: the gradient is -A grad l).
     l = -mean (v - (noise - x_0))^2 =: -m, or with a `power` p the robust -((m + 1e-10)^p - 1e-10^p) t / p, "ghuber".
-    v_old: a slow average of the policy. dtype, implementation, attend: as of `flow_loss`. Metrics: kl and old_distance
-    as of `nft_loss`, ratio_distance mean |rho - 1|.
+    v_old: a slow average of the policy. dtype, implementation, attend: as in `flow_loss`. Metrics: kl and old_distance
+    as in `nft_loss`, ratio_distance mean |rho - 1|.
     """
     velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)
 

@@ -30,7 +30,7 @@ def controlnet_loss(
     """`objective` of params that hold a "controlnet" of config `net` beside the transformer.
 
     batch: that of `flow_loss` with "control" (batch, channels, height, width), the encoded control images
-    (`pipeline.control_latents`). materialize: of the ControlNet's parameters, as of `controlnet.apply`. `options` are
+    (`pipeline.control_latents`). materialize: of the ControlNet's parameters, as in `controlnet.apply`. `options` are
     flow_loss's, and its metrics.
     """
 

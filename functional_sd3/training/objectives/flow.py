@@ -58,7 +58,7 @@ def flow_loss(
     t is drawn from `density` and moved by `shift`; `weight`: w(t) of `flow.loss_weights`, None for 1. With probability
     `dropout` a sample's ids, or context and pooled, become those of the empty prompt, `empty`: one row of the same
     entries of the batch. `dtype` is that of the computation; gradients stay the parameters'.
-    `implementation`: as of `attention.attention`; `attend`: as of `mmdit.apply`; `residuals`: added to its blocks, as a
+    `implementation`: as in `attention.attention`; `attend`: as in `mmdit.apply`; `residuals`: added to its blocks, as a
     ControlNet's are. Metrics: bin_loss and bin_share (bins,), the part of the loss before weights, and of the samples,
     with t in each of `bins` equal intervals; their quotient is the loss of an interval. `summary` replaces the weighted
     mean and adds metrics. keys (batch, 2), one for each sample: `prng.split(key, batch)`. Raises ValueError for others.

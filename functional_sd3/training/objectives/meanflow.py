@@ -72,7 +72,7 @@ def meanflow_loss(
     along: the direction of the derivative: "target" is v (MeanFlow), "predicted" the network's own u(x, t, t) (improved
     MeanFlow, where du/dt does not depend on the draw of x_0 and the noise). head: another prediction of the velocity
     at one time, `(params, batch) -> velocity`, along which the derivative is taken instead; it learns v beside u.
-    time_difference: as of `mmdit.apply`, in the derivative. dtype, implementation, attend: as of `flow_loss`; the
+    time_difference: as in `mmdit.apply`, in the derivative. dtype, implementation, attend: as in `flow_loss`; the
     derivative is computed in the parameters' dtype, as bfloat16 is too coarse for it. These four are for the network of
     a config.
     keys (batch, 2). Metrics: error, mean |.|^2, and tangent, the root mean square of (t - r) du/dt where r < t.

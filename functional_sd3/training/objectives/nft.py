@@ -39,7 +39,7 @@ def nft_loss(
     l(v') = mean (x_0' - x_0)^2 / sg(mean |x_0' - x_0|), x_0' = x_t - t v'. Advantage 0 gives no gradient to first
     order: samples of groups without spread can be left out. beta: 1 for exact rewards, 0.1 where several are summed.
     negative, cfg: guidance of the policy, whose two velocities are both differentiated; the velocities of the batch are
-    then guided too. dtype, implementation, attend: as of `flow_loss`. Draws nothing from the keys: the points are drawn
+    then guided too. dtype, implementation, attend: as in `flow_loss`. Draws nothing from the keys: the points are drawn
     with the batch.
     Metrics: kl, mean (v - v_ref)^2, the integrand of the divergence of the two flows; old_distance, mean (v - v_old)^2.
     """

@@ -38,7 +38,7 @@ def model_velocity(
 ) -> VelocityOf:
     """The velocity of the prompts of a batch, unguided, in float32. dtype: of the computation; None: the parameters'.
 
-    config: of a whole model (`.transformer`). implementation, attend: as of `mmdit.apply`; time_difference too, for
+    config: of a whole model (`.transformer`). implementation, attend: as in `mmdit.apply`; time_difference too, for
     tangents in t.
     """
 

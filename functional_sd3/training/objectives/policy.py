@@ -78,7 +78,7 @@ def ratio_loss(
     sigma sqrt(t - s). rho = exp(log p - log p_old), log p the mean over a sample's numbers, as in the authors' code:
     hence the small `eps`. is_residual: log p = -mean (x_next - mean)^2, as coefficients-preserving sampling has it.
     guard: rho = exp(<noise, mean - mean_old>), centred at 1, and the loss over t - s (GRPO-Guard). negative, cfg:
-    guidance of the sampler, whose two velocities are both differentiated. attend: as of `flow_loss`. Raises ValueError
+    guidance of the sampler, whose two velocities are both differentiated. attend: as in `flow_loss`. Raises ValueError
     for a transition that draws nothing and so has no density (where its values are in CPU memory). Metrics: kl, the
     unweighted term; ratio and ratio_distance, mean rho and |rho - 1|; clipped, the share of rows where the clip holds.
     """

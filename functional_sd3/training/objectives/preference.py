@@ -37,7 +37,7 @@ def dpo_loss(
     same noise and t for both. batch: winner, loser (pairs, channels, height, width): their latents; noise, t; context,
     pooled of the prompt; winner_old, loser_old: velocities of the reference at the two x_t; and "reference", that of
     the start at the winner's, which without one is the reference. anchor: the flow loss of the winners, against both
-    errors growing while their difference shrinks. attend: as of `flow_loss`. Metrics: kl; winner_error and loser_error,
+    errors growing while their difference shrinks. attend: as in `flow_loss`. Metrics: kl; winner_error and loser_error,
     m; margin, mean d(loser) - d(winner); accuracy, the share of pairs where that is positive.
     """
     if not beta > 0:
@@ -82,7 +82,7 @@ def add_references(
     attend: AttendBlocks | None = None,
 ) -> Tree:
     """The batch of pairs with winner_old and loser_old, the velocities of `reference`, and "reference", those of
-    `start`; `rows` points are computed at once, without gradients. attend: as of `dpo_loss`."""
+    `start`; `rows` points are computed at once, without gradients. attend: as in `dpo_loss`."""
     velocity_of = points.model_velocity(config, dtype=dtype, attend=attend)
     for side in SIDES:
         own = {**batch, "latents": batch[side]}

@@ -50,12 +50,12 @@ def rcm_loss(
 ) -> Loss:
     """mean (F - sg(F + g))^2 + matching mean (x - sg(x - d))^2: the student's objective.
 
-    g: as of `scm_loss`, from g' = -cos a sqrt(1 - rho^2 sin^2 a) (F - F_teacher) - rho (cos a sin a y + cos a sin a
+    g: as in `scm_loss`, from g' = -cos a sqrt(1 - rho^2 sin^2 a) (F - F_teacher) - rho (cos a sin a y + cos a sin a
     dF/da). x: the student's prediction of the data after 0 to n - 1 of its own steps on `times` (n + 1,), as many as
     the sample's key determines, by `ode.renoised`; the prediction alone has a gradient. d = (x_fake - x_teacher) / mean
     |x - x_teacher|, of the predictions at x noised to a t of `noise_density`. Both parts are means over a sample's
     numbers, so that their balance does not depend on its size (the paper's code has sums, weighted 100 to 1, and g of
-    norm 1). The rest as of `scm_loss`. Metrics: those of `scm_loss`; matching, mean |x_fake - x_teacher|.
+    norm 1). The rest as in `scm_loss`. Metrics: those of `scm_loss`; matching, mean |x_fake - x_teacher|.
     """
     scm.check_offset(offset)
     check_times(times)
@@ -96,7 +96,7 @@ def fake_score_loss(
 ) -> Loss:
     """Rectified-flow loss of the fake score on the student's own images, of which it learns the score.
 
-    times, noise_density, dtype, implementation, attend, params and batch: as of `rcm_loss`. No metrics.
+    times, noise_density, dtype, implementation, attend, params and batch: as in `rcm_loss`. No metrics.
     """
     check_times(times)
     velocity_of = points.model_velocity(config, dtype=dtype, implementation=implementation, attend=attend)

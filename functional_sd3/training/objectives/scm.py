@@ -66,7 +66,7 @@ def scm_loss(
     the warmup min(1, step / H) of the part that needs the derivative. l: of `log_variance_spec` where params have such
     an entry, else 0. density: of t, by default the draws of rCM. weight: w, by default 1 / tan a with a learned l (sCM)
     and 1 without (rCM). time_difference: smooths the derivative of the embedding of t (`mmdit.apply`);
-    None for its own, whose ripples no sampler follows. dtype, implementation, attend: as of `flow_loss`.
+    None for its own, whose ripples no sampler follows. dtype, implementation, attend: as in `flow_loss`.
 
     Metrics: error, mean (F - F - g)^2, at most 1; tangent, mean rms g' over all samples that have one;
     teacher_distance, mean (F - F_teacher)^2; dropped, the share of samples whose tangent is not finite.

@@ -42,7 +42,7 @@ def segments_loss(
     without gradients. times (segments * inner + 1,): the teacher's grid, of which every `inner`-th time is the
     student's; a student of n segments, as the teacher with its own grid and inner = 2, gives one of n / 2. Euler's
     method draws the student on `times[::inner]`. batch: {"latents": normalised (batch, channels, height, width),
-    "context", "pooled"}. dtype, implementation, attend: as of `flow_loss`, the student's. Raises ValueError for a grid
+    "context", "pooled"}. dtype, implementation, attend: as in `flow_loss`, the student's. Raises ValueError for a grid
     that is not of whole segments. Metrics: error, mean l.
     """
     count, rest = divmod(len(times) - 1, inner)

@@ -51,7 +51,7 @@ def shortcut_loss(
     finest, a power of 2, are velocities of one time. The paper takes these steps by averaged parameters. Guidance,
     where it is, is in the velocity alone: here that is the teacher's.
 
-    network, batch, keys, dtype, implementation, attend: as of `meanflow_loss`. Metrics: error, the mean, and bootstrap,
+    network, batch, keys, dtype, implementation, attend: as in `meanflow_loss`. Metrics: error, the mean, and bootstrap,
     that of the samples with r < t. Raises ValueError for a model without `interval_size`, and a `finest` that is no
     power of 2.
     """

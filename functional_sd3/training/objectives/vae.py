@@ -35,7 +35,7 @@ def vae_loss(
     lines, which are few pixels of a plain image.
 
     noise: factor on the posterior's standard deviation; 1 decodes a draw of the posterior, 0 its mean, which is what
-    a decoder that learns alone has to decode. `implementation`: as of `flow_loss`. Metrics: reconstruction, kl (nats a
+    a decoder that learns alone has to decode. `implementation`: as in `flow_loss`. Metrics: reconstruction, kl (nats a
     latent), psnr in dB, latent_mean and latent_square, from which the transformer's scaling and shift are set. Raises
     ValueError for `edges` or `noise` below 0 or not finite, and `scales` below 1 or too many for the images.
     """

@@ -18,7 +18,7 @@ from functional_sd3.transformer.mmdit import AttendBlocks
 class Sampler(NamedTuple):
     """Sampler of the images of a round.
 
-    draw: as of `rollouts`, giving "latents". noise: keys (batch, 2) -> the starting noise. times (steps + 1,): the grid
+    draw: as in `rollouts`, giving "latents". noise: keys (batch, 2) -> the starting noise. times (steps + 1,): the grid
     that `draw` follows. negative: conditioning of the empty prompt, (1, ...) each. cfg: its scale, 1 for none.
     """
 
