@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shift", type=float, help="of the student's even grid towards noise (default 3)")
     run_options.add(parser, lr=2e-4, warmup=20, ema=0.98, seed=None, resume=None, force=None, accumulate=None)
     run_options.add_images(parser, pictures=4096)
-    run_options.add(parser, save_every=50, log_every=10, sample_every=50)
+    run_options.add(parser, save_every=50, log_every=10, sample_every=50, result_every=None)
     computed = "of the teacher's computation (default: what the model is stored in where the device computes that well)"
     add("--teacher-dtype", choices=("float32", "bfloat16"), help=computed)
     add("--dtype", choices=("float32", "bfloat16"), help="of the student's computation (default float32)")

@@ -76,6 +76,7 @@ RANGES = {
     "--probes": _COUNT,
     "--rank": _COUNT,
     "--rtol": _POSITIVE,
+    "--result-every": Range(0, _MAX_INT),
     "--sample-every": Range(0, _MAX_INT),
     "--sampling-steps": Range(1, 1_000_000),
     "--save-every": _COUNT,

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kl", type=float, help="weight of the distance to the start (default: as published for the method)")
     run_options.add(parser, size=None, lr=1e-4, warmup=0, ema=0.9, seed=None, resume=None, force=None)
     add("--clip", metavar="DIR", help="CLIP's two encoders, for --reward clip: a folder of transformers' CLIPModel")
-    run_options.add(parser, save_every=25, log_every=5, sample_every=25)
+    run_options.add(parser, save_every=25, log_every=5, sample_every=25, result_every=None)
     add("--at-once", type=int, default=64, help="images drawn, and points differentiated, at once (default 64)")
     explanation = "of the computation of the images it learns from (default float32; gradients are float32)"
     add("--draw-dtype", choices=("float32", "bfloat16"), default="float32", help=explanation)

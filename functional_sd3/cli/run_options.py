@@ -37,6 +37,12 @@ _DESCRIBED: dict[str, dict[str, Any]] = {
     "--save-every": {"type": int, "help": "steps between checkpoints"},
     "--log-every": {"type": int, "help": "steps between rows of log.csv"},
     "--sample-every": {"type": int, "help": "steps between sample images, 0 for none"},
+    "--result-every": {
+        "type": int,
+        "default": 0,
+        "metavar": "N",
+        "help": "keep the result as it is every N steps too, in OUT/results/STEP; 0 for the last alone",
+    },
 }
 
 

@@ -17,8 +17,12 @@ from functional_sd3.cli import (
     view_options,
 )
 
-OURS = ("checkpoints", "samples", "log.csv", "prior", "tensorboard")
+OURS = ("checkpoints", "samples", "results", "log.csv", "prior", "tensorboard")
 """Files in the folder of a run that has not ended."""
+KEEP = 3
+"""Checkpoints kept."""
+KEPT_AT_ONCE = KEEP + 1
+"""Checkpoints on the disk while one is written."""
 _MIN = {
     "steps": 1,
     "batch_size": 1,
@@ -27,6 +31,7 @@ _MIN = {
     "save_every": 1,
     "log_every": 1,
     "sample_every": 0,
+    "result_every": 0,
     "validate_every": 1,
 }
 
@@ -152,22 +157,27 @@ def check_folder(arguments: argparse.Namespace) -> None:
         )
 
 
-def check_disk(out: Path, checkpoints: int, model) -> None:
+def check_disk(out: Path, checkpoints: int, result: int, results: int = 1) -> None:
     """Raises ValueError for a disk without room: a run that cannot save is better refused at once.
 
-    checkpoints: bytes of those that are kept and the one that is written beside them.
+    checkpoints: bytes of those that are kept and the one that is written beside them. result: bytes of a result, of
+    which `results` are written.
     """
-    from functional_sd3.core import tree
-
-    needed = checkpoints + tree.nbytes(model.params)
+    needed = checkpoints + result * results
     saved = (
         file for path in (out / "checkpoints").glob("step-*") for file in (path, *path.glob("*")) if file.is_file()
     )
     free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in saved)
     if free < needed:
         raise ValueError(
-            f"{out} has {free / 2**30:.2f} GiB free; the checkpoints and the model need {needed / 2**30:.2f} GiB"
+            f"{out} has {_size(free)} free; {KEPT_AT_ONCE} checkpoints of {_size(checkpoints // KEPT_AT_ONCE)} and "
+            f"{results} result{'s' if results > 1 else ''} of {_size(result)} need {_size(needed)}: make room, or name "
+            "a folder on another disk (--out)"
         )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def _check_tars(arguments: argparse.Namespace) -> None:

@@ -224,7 +224,8 @@ def stored_latents(
     """`encode()`, kept in a file beside the checkpoints, or what it holds already of the contents with the digest `of`:
     float32 latents of `count` images."""
     path = Path(arguments.out) / "checkpoints" / file
-    if arguments.resume and path.exists():
+    # Also of a run that ended before its first checkpoint.
+    if path.exists():
         try:
             return _read_latents(path, of, count)
         except WeightsError as error:

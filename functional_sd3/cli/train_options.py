@@ -79,4 +79,4 @@ def _add_record(group: argparse._ArgumentGroup) -> None:
     add("--validation", metavar="N|DIR", help=held_out)
     add("--validate-every", type=int, default=250, help="steps between validations (default 250)")
     add("--tensorboard", action="store_true", help="write OUT/tensorboard too; needs the package tensorboard")
-    run_options.add(group, sample_every=250)
+    run_options.add(group, sample_every=250, result_every=None)

@@ -49,6 +49,7 @@ _FREE = (
     "log_every",
     "mesh",
     "sample_every",
+    "result_every",
     "validate_every",
     "tensorboard",
 )

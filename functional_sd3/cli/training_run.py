@@ -13,20 +13,22 @@ import torch
 
 from functional_sd3 import lora, weights
 from functional_sd3.cli import report, restarts, run_rows, train_checks, train_model
+from functional_sd3.core import tree
 from functional_sd3.formats import files
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.image import pixels
 from functional_sd3.layouts.components import SPECS
+from functional_sd3.parallel.mesh import Mesh
 from functional_sd3.parallel.processes import ALONE, Processes
 from functional_sd3.training import checkpoint, continuing, interruption, lock, loop, tensorboard
 from functional_sd3.training.following import Following
 from functional_sd3.training.rewards import RewardError
 from functional_sd3.weights.model import Model
 
-KEEP = 3
-"""Checkpoints kept."""
 LORA = "pytorch_lora_weights.safetensors"
 """The name under which diffusers finds a LoRA in a folder."""
+RESULTS = "results"
+"""The folder of the results on the way, each in one of its own, named by its step."""
 Say = Callable[[str], None]
 State = Any
 
@@ -93,11 +95,13 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
     task, state = setup.task, setup.task.state
     whole = task.whole if hasattr(task, "whole") else lambda state: state
     placements = _placements(setup)
-    needed = (KEEP + 1) * checkpoint.nbytes(state, placements, processes.mesh)
-    processes.first(lambda: train_checks.check_disk(out, needed, setup.stored))
     if arguments.resume:
         state = resume(arguments, setup, processes)
     first_step = int(state.step)
+    needed = train_checks.KEPT_AT_ONCE * checkpoint.nbytes(state, placements, processes.mesh)
+    result, every = _result_bytes(state, setup, processes.mesh), arguments.result_every
+    results = 1 + (arguments.steps // every - first_step // every if every else 0)
+    processes.first(lambda: train_checks.check_disk(out, needed, result, results))
     samples = out / "samples"
 
     has_board = processes.is_first and getattr(arguments, "tensorboard", False)
@@ -110,6 +114,9 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
         save_image(samples / f"{done:08d}.png", images)
         if board is not None:
             board.image(done, images)
+
+    def on_result(current, done: int) -> None:
+        processes.first(lambda: _keep_result(out / RESULTS / f"{done:08d}", current, done, setup, checkpoints))
 
     progress = report.has_bars()
     try:
@@ -124,12 +131,14 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
             log_every=arguments.log_every,
             sample_every=arguments.sample_every,
             on_sample=on_sample if arguments.sample_every else None,
+            result_every=arguments.result_every,
+            on_result=on_result,
             rollout=getattr(task, "rollout", None),
             unchanged_by=(RewardError,),
             validate=getattr(task, "validate", None),
             validate_every=getattr(arguments, "validate_every", 0),
             has_sample=lambda done: (samples / f"{done:08d}.png").exists(),
-            keep=KEEP,
+            keep=train_checks.KEEP,
             progress=progress,
             on_row=run_rows.writer(
                 say, None if progress else run_rows.printer(say, first_step, arguments.steps), board
@@ -172,6 +181,24 @@ def run(arguments: argparse.Namespace, setup: Setup, processes: Processes = ALON
     if processes.is_first:
         restarts.end(out)
     return 0
+
+
+def _result_bytes(state: State, setup: Setup, mesh: Mesh) -> int:
+    """Bytes of the result on the disk, at most: of the model, or of the averages of what learns beside it."""
+    if not setup.lora and setup.save is None:
+        return tree.nbytes(setup.stored.params)
+    train, placements = (state.train if isinstance(state, Following) else state), _placements(setup)
+    if placements is not None:
+        placements = (placements.train if isinstance(state, Following) else placements).ema
+    return checkpoint.nbytes(train.ema, placements, mesh)
+
+
+def _keep_result(folder: Path, state: State, done: int, setup: Setup, checkpoints: Path) -> None:
+    """Write the result as it is after `done` steps; a run goes on without it where that fails."""
+    try:
+        save_result(folder, _averaged(state, setup, checkpoints), setup)
+    except (ValueError, OSError) as error:
+        say(f"note: no result of step {done}: {error}. Training goes on")
 
 
 def _save_unsaved(error, out: Path, setup) -> None:

@@ -70,6 +70,8 @@ def run(
     log_every: int = 20,
     sample_every: int = 0,
     on_sample: Sampler[S] | None = None,
+    result_every: int = 0,
+    on_result: Sampler[S] | None = None,
     rollout: Callable[[S, Tree], Any] | None = None,
     unchanged_by: tuple[type[Exception], ...] = (),
     validate: Callable[[S], Metrics] | None = None,
@@ -90,7 +92,9 @@ def run(
     Writes OUT/checkpoints (the last `keep`, at least two, every `save_every` steps and at the end) and OUT/log.csv, a
     row every `log_every` steps with the means of the metrics since the row before, by way of `summary` (default
     `columns`); `on_row` is called with each. `on_sample` is called every `sample_every` steps and at the end, and
-    before the first step where the sample of the initial state is due and `has_sample(step)` is false. rollout:
+    before the first step where the sample of the initial state is due and `has_sample(step)` is false. `on_result` is
+    called by all processes every `result_every` steps, after the checkpoint of that step is written, and before the
+    first step of a run that goes on from there, which may have been killed in between. rollout:
     `rollout(state, batch)` is what `train_step` takes in place of the batch: data drawn by the trained model.
     unchanged_by: errors of `train_step` that leave the state it was given as it was. validate: the columns
     `validation.NAMES` of a state, every `validate_every` steps, where a row is written too, and at the end.
@@ -121,6 +125,9 @@ def run(
 
     def is_sample_due() -> bool:
         return on_sample is not None and (done == steps or (sample_every > 0 and done % sample_every == 0))
+
+    def is_result_due() -> bool:
+        return result_every > 0 and done % result_every == 0
 
     def is_stopping() -> bool:
         """True if one process has received a signal to stop; a collective operation, so all processes must call it."""
@@ -155,6 +162,8 @@ def run(
     with interruption.catch() as stop, tqdm(initial=done, total=steps, disable=not progress, dynamic_ncols=True) as bar:
         if done and is_sample_due() and not processes.first(lambda: has_sample(done)):
             sample()
+        if done and is_result_due() and on_result is not None:
+            on_result(state, done)
         while done < steps and not is_stopping():
             try:
                 batch = processes.together(functools.partial(batch_of_step, done))
@@ -184,12 +193,14 @@ def run(
                 }
             recorder.add(metrics)
             last = is_stopping() or done == steps
-            saves = last or done % save_every == 0
+            saves = last or done % save_every == 0 or is_result_due()
             # A row before every checkpoint, where a resumed run restarts its means as this one does.
             if saves or validates or done % log_every == 0:
                 bar.set_postfix_str(f"loss {write_row(durable=saves):.4f}", refresh=False)
             if saves and save(final=last):
                 saved = done
+                if is_result_due() and on_result is not None and not is_stopping():
+                    on_result(state, done)
             bar.update()
             if is_sample_due() and not is_stopping():
                 sample()

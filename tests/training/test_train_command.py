@@ -170,8 +170,21 @@ def test_an_empty_folder_is_refused(command, tmp_path):
 def test_a_disk_that_cannot_hold_the_checkpoints_is_refused_at_once(command, tmp_path, monkeypatch):
     usage = train_checks.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(train_checks.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ValueError, match="GiB free; the checkpoints and the model need"):
+    with pytest.raises(ValueError, match="has 0.0 MiB free; 4 checkpoints of .* MiB and 1 result of .*: make room, or"):
         command("--out", tmp_path / "out")
+
+
+def test_a_disk_for_a_lora_needs_no_room_for_the_model(command, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_checks, "check_disk", lambda out, *needed: seen.append(needed))
+    command("--out", tmp_path / "out", "--lora", 2, "--result-every", 2)
+    (checkpoints, result, results) = seen[0]
+    state, file = (sum(path.stat().st_size for path in (tmp_path / "out").glob(pattern))
+                   for pattern in ("checkpoints/step-00000006*", "*.safetensors"))  # fmt: skip
+    # Numbers without the names of the tensors, which are most of so small a file.
+    assert 0 < 4 * result < checkpoints <= 4 * state and result <= file and results == 4
+    command("--out", tmp_path / "out", "--lora", 2, "--result-every", 2, "--steps", 9, "--resume")
+    assert seen[1] == (checkpoints, result, 2)
 
 
 def test_a_learning_rate_that_is_too_high_stops_with_advice(command, tmp_path):

@@ -252,6 +252,53 @@ def test_a_result_for_which_there_is_room_is_written_even_where_the_last_checkpo
     assert not tree.diff(params(tmp_path / "out"), params(finished))
 
 
+def lora_bytes(folder):
+    return (folder / training_run.LORA).read_bytes()
+
+
+def test_a_result_on_the_way_is_that_of_a_run_of_so_many_steps(command, tmp_path):
+    options = ("--lora", 2, "--schedule", "constant", "--save-every", 3)
+    command("--out", tmp_path / "long", *options, "--result-every", 2)
+    command("--out", tmp_path / "short", *options, "--steps", 4)
+    kept = tmp_path / "long" / "results"
+    assert sorted(path.name for path in kept.iterdir()) == ["00000002", "00000004", "00000006"]
+    assert lora_bytes(kept / "00000004") == lora_bytes(tmp_path / "short")
+    assert lora_bytes(kept / "00000004") != lora_bytes(kept / "00000002")
+    assert lora_bytes(kept / "00000006") == lora_bytes(tmp_path / "long")
+
+
+def test_a_result_that_a_kill_prevented_is_written_by_the_resumed_run(command, tmp_path):
+    options = ("--lora", 2, "--result-every", 4)
+    command("--out", tmp_path / "whole", *options)
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    checkpoints(cut)[6].unlink()
+    shutil.rmtree(cut / "results")
+    assert "resuming at step 4" in command("--out", cut, *options, "--resume")[1]
+    assert lora_bytes(cut / "results" / "00000004") == lora_bytes(tmp_path / "whole" / "results" / "00000004")
+
+
+def test_results_of_a_whole_model_load_and_one_that_cannot_be_written_does_not_end_the_run(command, finished, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results").write_text("in the way")
+    status, messages = command("--out", out, "--result-every", 3)
+    assert status == 0 and messages.count("note: no result of step") == 2 and "Training goes on" in messages
+    (out / "results").unlink()
+    assert command("--out", out, "--result-every", 3, "--resume")[0] == 0
+    for folder in (out, out / "results" / "00000006"):
+        assert not tree.diff(params(folder), params(finished))
+
+
+def test_images_are_encoded_once_although_a_run_ended_before_its_first_checkpoint(command, run, monkeypatch):
+    for path in checkpoints(run).values():
+        path.unlink()
+    for path in run.iterdir():
+        if path.name != "checkpoints":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.setattr(train_data.datasets, "encode_all", lambda *rest, **options: pytest.fail("encoded again"))
+    assert command("--out", run)[0] == 0
+
+
 def test_a_second_run_in_the_folder_is_refused(command, run):
     with lock.hold(run, pytest.fail), pytest.raises(WeightsError, match="is being trained in by process"):
         command("--out", run, "--resume")
