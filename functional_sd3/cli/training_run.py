@@ -194,7 +194,7 @@ def _result_bytes(state: State, setup: Setup, mesh: Mesh) -> int:
 
 
 def _keep_result(folder: Path, state: State, done: int, setup: Setup, checkpoints: Path) -> None:
-    """Write the result as it is after `done` steps; a run goes on without it where that fails."""
+    """Write the result as it is after `done` steps; a failure is noted and does not end the run."""
     try:
         save_result(folder, _averaged(state, setup, checkpoints), setup)
     except (ValueError, OSError) as error:

@@ -94,7 +94,7 @@ def run(
     `columns`); `on_row` is called with each. `on_sample` is called every `sample_every` steps and at the end, and
     before the first step where the sample of the initial state is due and `has_sample(step)` is false. `on_result` is
     called by all processes every `result_every` steps, after the checkpoint of that step is written, and before the
-    first step of a run that goes on from there, which may have been killed in between. rollout:
+    first step of a run resumed from it, which may have been killed in between. rollout:
     `rollout(state, batch)` is what `train_step` takes in place of the batch: data drawn by the trained model.
     unchanged_by: errors of `train_step` that leave the state it was given as it was. validate: the columns
     `validation.NAMES` of a state, every `validate_every` steps, where a row is written too, and at the end.
