@@ -46,7 +46,9 @@ def parse(text: str, option: str = "--lora ") -> LoraSpec:
         return LoraSpec(Path(text), 1.0)
     name, equals, word = text.rpartition("=")
     if not equals:
-        raise ValueError(f"{option}{shorten(text, 300)}: no such file")
+        path, colon, scale = text.rpartition(":")
+        hint = f"; a scale follows =: {shorten(path, 300)}={shorten(scale)}" if colon and os.path.exists(path) else ""
+        raise ValueError(f"{option}{shorten(text, 300)}: no such file{hint}")
     if not (name and os.path.exists(name)):
         raise ValueError(f"{option}{shorten(text, 300)}: there is no file {shorten(name, 300)}")
     try:

@@ -9,6 +9,7 @@ from typing import NamedTuple, NoReturn
 
 import functional_sd3
 from functional_sd3.cli import numbers
+from functional_sd3.cli.foreign_options import EQUIVALENTS
 from functional_sd3.formats.printable import escape, shorten
 
 SUBCOMMANDS = (
@@ -59,7 +60,13 @@ class Parser(argparse.ArgumentParser):
                 return
             flag = word.partition("=")[0]
             if word.startswith("--") and " " not in word and flag not in known:
-                self.error(f"unrecognized arguments: {shorten(flag)}{suggestion(flag, known)}")
+                self.error(f"unrecognized arguments: {shorten(flag)}{self._hint(flag)}")
+
+    def _hint(self, flag: str) -> str:
+        """The option that is meant by one of another program, or by one that is mistyped."""
+        if flag == "--prompt" and any(action.dest == "prompt" for action in self._get_positional_actions()):
+            return f'; a prompt is given without an option: {self.prog} "a large red circle on a white background"'
+        return suggestion(flag, self._option_string_actions)
 
     def _check_value(self, action: argparse.Action, value) -> None:
         if action.choices is not None and value not in action.choices:
@@ -141,6 +148,9 @@ def suggestion(word: str, names: Iterable[str]) -> str:
     names = list(names)
     if word in ("help", "version"):
         return f"; did you mean --{word}?"
+    equivalent = EQUIVALENTS.get(word.strip("-").replace("_", "-").lower()) if word.startswith("-") else None
+    if equivalent and equivalent.split()[0] in names:
+        return f"; did you mean {equivalent}?"
     # An option typed with one hyphen, or in other letters, is the option.
     close = difflib.get_close_matches(word.lower()[:80], names, 1, 0.6)
     starting = [name for name in names if len(word) > 2 and name.startswith(word)]

@@ -13,6 +13,8 @@ from functional_sd3.formats.printable import shorten
 STANDARD_INPUT = "-"
 _MAX_BYTES = 64 * 2**20
 _MAX_NAMED = 8
+_WEIGHT = r"\([^()]{1,200}:[ ]*[0-9]*\.?[0-9]+\)"
+_LORA = r"<lora:([^<>:]{1,200}):?([0-9.]*)[^<>]{0,100}>"
 
 
 def listed(words: Sequence[str], file: str | None) -> list[str]:
@@ -55,6 +57,20 @@ def note_unknown(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
             f"the shipped model never learned: {', '.join(map(shorten, unknown[:_MAX_NAMED]))}{more}. "
             f"It knows {', '.join(shapes.SHAPES)}; {', '.join(shapes.COLOURS)}; {', '.join(shapes.RADII)}; "
             'such as "a large red circle on a white background". --params takes other models'
+        )
+
+
+def note_syntax(arguments: argparse.Namespace, texts: Sequence[str]) -> None:
+    """Note weights and LoRAs in the notation of AUTOMATIC1111 and ComfyUI that are encoded as text here."""
+    weights = [match[0] for text in texts for match in re.finditer(_WEIGHT, text)]
+    if weights and not arguments.weighted:
+        report.note(f"{shorten(weights[0])} is encoded as it is written; with --weighted the number is a weight")
+    loras = [match for text in texts for match in re.finditer(_LORA, text)]
+    if loras:
+        name, scale = loras[0][1], loras[0][2] or "1"
+        report.note(
+            f"{shorten(loras[0][0])} is encoded as it is written; a LoRA is given by --lora {shorten(name)}"
+            f".safetensors={shorten(scale)}"
         )
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -180,7 +180,15 @@ def _print(stream: TextIO | None, text: str) -> None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     # At once: lines of several processes do not mix.
-    print(text.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", file=stream, flush=True)
+    with _without_bars(stream):
+        print(text.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", file=stream, flush=True)
+
+
+def _without_bars(stream: TextIO) -> AbstractContextManager[Any]:
+    """Within it no bar is on the line of the terminal that is written next: a bar ends without a line end."""
+    # Not imported for that: what has drawn a bar has imported it.
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    return bars.external_write_mode(stream) if bars else nullcontext()
 
 
 def _json_escape(letter: str) -> str:

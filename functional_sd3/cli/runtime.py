@@ -56,10 +56,11 @@ def method(
     return ode.named(name, key=keys, rtol=rtol, atol=atol)
 
 
-def require(model: Model, components: Sequence[str], source: object) -> None:
+def require(model: Model, components: Sequence[str], source: object, remedy: str = "") -> None:
+    """Raises ValueError, with `remedy` at its end, where the model lacks one of the components."""
     absent = [name for name in components if getattr(model.config, name, None) is None]
     if absent:
-        raise ValueError(f"{source} has no {' and no '.join(absent)}, which this command needs")
+        raise ValueError(f"{source} has no {' and no '.join(absent)}, which this command needs{remedy}")
 
 
 def words(embeddings: Sequence[str]) -> list[Word]:

@@ -79,7 +79,8 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     else:
         model = weights.load(source, **options)
         components = {name: precision.with_products_of(part, device) for name, part in model.params.items()}
-    runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]))
+    remedy = ": give the file or folder that holds it with another --params"
+    runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]), remedy)
     if arguments.block_swap is not None:
         swapping.check_count(model.config, arguments.block_swap, "--block-swap")
         mapped = precision.fetcher(device, source, **{**options, "dtype": "stored", "device": "cpu"})

@@ -9,12 +9,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from functional_sd3.formats import atomic, files, magic, pickles, shards
+from functional_sd3.formats import atomic, files, json_fields, magic, pickles, shards
 from functional_sd3.formats.errors import WeightsError, attempt, reason
 from functional_sd3.formats.files import Mapped
 from functional_sd3.formats.tensors import open_tensors
 from functional_sd3.layouts import diffusers_folder, registry, taesd
 from functional_sd3.text import bpe, unigram
+from functional_sd3.text.token_fields import FILE_LIMIT
 from functional_sd3.weights import base_folder, diffusers, metadata, nested, shipped
 from functional_sd3.weights.read import ComponentFiles, Discovered
 
@@ -222,10 +223,21 @@ def merged(parts: Collection[Discovered]) -> Discovered:
 
 
 def _tokenizer(folder: Path, names: Collection[str]) -> dict[str, Any]:
-    module = unigram if "spiece.model" in names else bpe
+    module = unigram if "spiece.model" in names or _is_unigram(folder, names) else bpe
     tables = diffusers.read_tokenizer(folder, diffusers_folder.TOKENIZERS["t5" if module is unigram else "clip_l"])
     # The two of CLIP differ in what they pad with: G has the token 0.
     return {"t5" if module is unigram else "clip_g" if tables.pad_id == 0 else "clip_l": tables}
+
+
+def _is_unigram(folder: Path, names: Collection[str]) -> bool:
+    """True for a tokenizer.json alone that holds a Unigram model: transformers 5 saves T5's tokenizer so."""
+    if "vocab.json" in names or unigram.files.JSON not in names:
+        return False
+    try:
+        content = json_fields.read(folder / unigram.files.JSON, limit=FILE_LIMIT)
+        return content.mapping("model").text("type", "") == "Unigram"
+    except ValueError:  # The reader of byte pairs names what is wrong with it.
+        return False
 
 
 def _file(path: Path) -> Discovered:

@@ -78,11 +78,30 @@ def test_version(capsys):
         (("edit", "in.png", "--fro", "x", "--to", "y"), "did you mean --from?"),
         (("edit", "in.png", "--from", "x", "--to", "a", "blue", "star"), "a text of several words needs quotes"),
         (("train", "--dta", "x", "--out", "y"), "did you mean --data?"),
+        (("generate", "x", "--guidance-scale", 3), "--guidance-scale; did you mean --cfg?"),
+        (("generate", "x", "--num_inference_steps=3"), "--num_inference_steps; did you mean --steps?"),
+        (("generate", "x", "--width", 64), "did you mean --size?"),
+        (("generate", "x", "-o", "y"), "did you mean --out?"),
+        (("generate", "x", "--slg"), "did you mean --guidance skip-layer:layers=7,8,9?"),
+        (("generate", "--prompt", "x"), 'a prompt is given without an option: functional-sd3 generate "a large'),
+        (("likelihood", "x.png", "--promt", "y"), "did you mean --prompt?"),
+        # An equivalent that the command lacks is not suggested.
+        (("inspect", "x", "--denoise", 3), "unrecognized arguments: --denoise (see"),
     ],
 )
 def test_the_nearest_name_is_suggested(capsys, words, message):
     status, error = said(capsys, *words)
     assert status in (1, 2) and message in error and error.count("\n") == 1
+
+
+def test_equivalents_of_other_programs_are_options_that_exist():
+    from functional_sd3.cli import foreign_options, parser
+
+    known = parser.subparser("generate")._option_string_actions
+    assert {option.split()[0] for option in foreign_options.EQUIVALENTS.values()} <= set(known)
+    assert not {f"--{name}" for name in foreign_options.EQUIVALENTS} & set(known)
+    listed = [name for names in foreign_options._NAMES.values() for name in names.split()]
+    assert len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize(

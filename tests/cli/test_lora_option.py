@@ -122,6 +122,7 @@ def test_commands_that_measure_take_them(place, both, tmp_path, words, monkeypat
 @pytest.mark.parametrize("text, said", [
     ("gone.safetensors", "no such file"),
     ("gone.safetensors=0.5", "there is no file"),
+    ("two:0.5", "no such file; a scale follows =: two=0.5"),
     ("", "no such file"),
     ("=0.5", "there is no file"),
     ("a" * 5000, "no such file"),

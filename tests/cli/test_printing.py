@@ -1,6 +1,7 @@
 """What is printed: nothing that a terminal acts on, one command line and no other, JSON that stays JSON, quiet."""
 
 import ast
+import io
 import json
 import shlex
 import struct
@@ -275,3 +276,23 @@ def test_options_with_one_hyphen_and_words_for_options_are_suggested(capsys):
         with pytest.raises(SystemExit):
             cli.main(words)
         assert f"did you mean {near}?" in capsys.readouterr().err
+
+
+def test_lines_are_printed_between_progress_bars(monkeypatch):
+    """A bar ends without a line end, and standard output and error are one terminal."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
+    bar = report.progress_bar(3)
+    bar.update()
+    report.say("out/x.png")
+    report.message("note: slow")
+    bar.close()
+    content = terminal.getvalue()
+    assert "0/3" in content
+    assert [line.rpartition("\r")[2] for line in content.split("\n")][:2] == ["out/x.png", "note: slow"]

@@ -167,3 +167,20 @@ def test_the_function_keeps_its_mathematics(folder):
     v, u = torch.randn(2, 1, 4, 2, 2)
     velocity = guidance.guided(guidance.cfg(0.25), {"positive": lambda x, t: v, "negative": lambda x, t: u})
     torch.testing.assert_close(velocity(v, torch.ones(1)), u + 0.25 * (v - u))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("a (large red:1.3) circle", (), "(large red:1.3) is encoded as it is written; with --weighted"),
+        ("a circle <lora:ink:0.8>", ("--weighted",), "a LoRA is given by --lora ink.safetensors=0.8"),
+        ("a circle <lora:ink>", (), "--lora ink.safetensors=1"),
+        ("a (large red:1.3) circle", ("--weighted",), None),
+        ("a (red) circle: 3 (of 4: all)", (), None),
+    ],
+)
+def test_notation_of_other_programs_is_noted_where_it_is_text(folder, tmp_path, capsys, prompt, options, message):
+    words = (prompt, "--params", folder, "--steps", 1, *options, "--out", tmp_path / "x.png")
+    assert run("generate", *words) == 0
+    error = capsys.readouterr().err
+    assert message in error if message else "as it is written" not in error

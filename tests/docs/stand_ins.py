@@ -26,7 +26,7 @@ from tests import models
 from tests.docs.markdown import ROOT
 
 RELEASED = ("stable-diffusion-3.5-medium", "stable-diffusion-3.5-large", "stable-diffusion-3.5-large-turbo")
-MODELS = ("MODEL", "A", "B", *RELEASED, f"params/{RELEASED[0]}", f"params/{RELEASED[2]}")
+MODELS = ("MODEL", "A", "B", *RELEASED, *(f"params/{name}" for name in RELEASED))
 IMAGES = ("my_images", "real", "fake", "FOLDER", "out/gallery/purple")
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 

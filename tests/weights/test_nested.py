@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from functional_sd3 import weights
 from functional_sd3.formats.notes import Note
-from functional_sd3.weights import WeightsError, nested
+from functional_sd3.weights import WeightsError, nested, shipped
 from tests.models import random_model
 
 PLACES = {
@@ -50,6 +50,16 @@ def test_files_and_tokenizers_are_found_levels_down(models):
     described = weights.describe(models, values=False)
     assert [part.component for part in described.parts] == ["clip_l", "clip_g", "t5", "transformer", "vae"]
     assert described.missing == []
+
+
+def test_a_tokenizer_json_alone_is_recognised_by_its_model(tmp_path):
+    """transformers 5 saves T5's tokenizer so, without spiece.model."""
+    source = shipped.folder() / "tokenizer_3"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, tmp_path)
+    assert weights.load(tmp_path).tokenizers == weights.load(source).tokenizers
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    assert "is not a CLIP byte-pair tokenizer" in problems_of(tmp_path)[0]
 
 
 def test_folders_further_down_are_not_entered(models):
