@@ -59,6 +59,8 @@ class Facts(NamedTuple):
     """Line and text of each docstring, those below constants and fields too."""
     bound: frozenset[str]
     """Names of variables, arguments, functions and classes."""
+    bare: tuple[str, ...]
+    """Public functions of the module without a docstring, or with an argument or a result without a type."""
 
 
 @functools.cache
@@ -66,11 +68,13 @@ def facts(path: Path) -> Facts:
     imported: set[str] = set()
     docstrings = []
     bound = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    module = ast.parse(path.read_text())
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and node.level:
             package = path.relative_to(PACKAGE.parent).parts[: -node.level]
-            module = ".".join([*package, *([node.module] if node.module else [])])
-            imported |= {f"{module}.{alias.name}" for alias in node.names}
+            source = ".".join([*package, *([node.module] if node.module else [])])
+            imported |= {f"{source}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -83,7 +87,16 @@ def facts(path: Path) -> Facts:
             bound.add(node.name)
         elif isinstance(node, ast.arg):
             bound.add(node.arg)
-    return Facts(frozenset(imported), tuple(docstrings), frozenset(bound))
+    bare = tuple(function.name for function in functions if is_bare(function))
+    return Facts(frozenset(imported), tuple(docstrings), frozenset(bound), bare)
+
+
+def is_bare(function: ast.FunctionDef) -> bool:
+    arguments = function.args
+    typed = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    is_overload = any(ast.unparse(each) == "overload" for each in function.decorator_list)
+    is_typed = function.returns is not None and all(argument.annotation for argument in typed)
+    return not is_typed or not (is_overload or ast.get_docstring(function))
 
 
 def imported_names(path: Path) -> frozenset[str]:
@@ -291,3 +304,10 @@ def test_nothing_is_defined_that_nothing_uses():
             if occurrences[name] < 2 and not name.startswith("__"):
                 unused.append(f"{path.relative_to(PACKAGE)}: {name}")
     assert not unused, unused
+
+
+def test_public_functions_have_a_docstring_and_types():
+    """Those of cli, of which each command has the same three, aside."""
+    bare = {str(path.relative_to(PACKAGE)): facts(path).bare for path in FILES}
+    bare = {path: names for path, names in bare.items() if names and not path.startswith("cli/")}
+    assert not bare, bare

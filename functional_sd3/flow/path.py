@@ -34,7 +34,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
 
 
 def target(x0: Tensor, noise: Tensor) -> Tensor:
-    """dx_t/dt = noise - x_0, the target of the velocity network; the same at every t."""
+    """dx_t/dt = noise - x_0 (batch, ...), the target of the velocity network; the same at every t."""
     return noise - x0
 
 

@@ -182,7 +182,7 @@ def learned(logits: Tensor) -> Tensor:
 
 
 def shifted(levels: Tensor, s: Scalar) -> Tensor:
-    """`shift` of a whole grid. Raises ValueError for s <= 0, where it can be read."""
+    """`shift` of the levels (n,) of a grid. Raises ValueError for s <= 0, where it can be read."""
     if not isinstance(s, Tensor) and not (s > 0 and math.isfinite(s)):
         raise ValueError(f"shift {s} must be a positive number; 1 leaves the grid as it is, 3 is that of SD3")
     return shift(levels, s)

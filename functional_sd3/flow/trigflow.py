@@ -19,12 +19,12 @@ from functional_sd3.flow.path import broadcast
 
 
 def angle(t: Tensor) -> Tensor:
-    """a of the time t in [0, 1]: tan a = t / (1 - t)."""
+    """Angle a of the time t in [0, 1], of any shape: tan a = t / (1 - t)."""
     return torch.atan2(t, 1 - t)
 
 
 def time(a: Tensor) -> Tensor:
-    """t of the angle a in [0, pi/2]."""
+    """Time t of the angle a in [0, pi/2], of any shape."""
     return torch.sin(a) * scale(a)
 
 
@@ -57,6 +57,6 @@ def to_flow(trig_velocity: Velocity) -> Velocity:
 
 
 def consistency(y: Tensor, trig_velocity: Tensor, a: Tensor) -> Tensor:
-    """f = cos a y - sin a F, the end at a = 0 of the arc through y: equal to `path.denoised`, x_t - t v."""
+    """f = cos a y - sin a F, (batch, ...) like y: the end at a = 0 of its arc, equal to `path.denoised`, x_t - t v."""
     a = broadcast(a, y)
     return torch.cos(a) * y - torch.sin(a) * trig_velocity

@@ -27,20 +27,20 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]. Raises ValueError for another dtype."""
+    """uint8 of any shape -> float32 in [0, 1]. Raises ValueError for another dtype."""
     if images.dtype != torch.uint8:
         raise ValueError(f"images of dtype {images.dtype} must be uint8, bytes of 0 to 255")
     return images.float() / 255.0
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1], the range of the VAE's inputs. Raises ValueError for integers."""
+    """Floats of any shape, [0, 1] -> [-1, 1], the range of the VAE's inputs. Raises ValueError for integers."""
     check_floating("images", images, ", in [0, 1]: pixels.from_bytes(images) of bytes")
     return images * 2.0 - 1.0
 
 
 def from_signed(images: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1], clamped: for the VAE's outputs."""
+    """Floats of any shape, [-1, 1] -> [0, 1], clamped: for the VAE's outputs."""
     return (images * 0.5 + 0.5).clamp(0.0, 1.0)
 
 

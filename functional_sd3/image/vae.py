@@ -108,9 +108,10 @@ def decode(params: Params, config: Config, latents: Tensor, *, implementation: I
 def decode_tiled(params: Params, config: Config, latents: Tensor, *, tile: int = 64, overlap: int = 16) -> Tensor:
     """`decode` in overlapping tiles, blended linearly: memory grows with the tile, not with the image.
 
-    `tile` and `overlap` are sides in latents, 0 <= overlap < tile. Near seams the result differs a little from
-    `decode`, whose middle attention is over the whole image. An image no larger than a tile is decoded whole. The
-    tiles are summed in float32 at least; the result has the dtype of `decode`.
+    Latents (batch, latent_channels, h, w) -> images (batch, 3, factor * h, factor * w). `tile` and `overlap` are sides
+    in latents, 0 <= overlap < tile. Near seams the result differs a little from `decode`, whose middle attention is
+    over the whole image. An image no larger than a tile is decoded whole. The tiles are summed in float32 at least; the
+    result has the dtype of `decode`.
     """
     if not 0 <= overlap < tile:
         raise ValueError(f"overlap {overlap} must be at least 0 and below the tile size {tile}")
@@ -141,12 +142,12 @@ def sample(posterior: Posterior, key: Key) -> Tensor:
 
 
 def normalize(config: Config, latents: Tensor) -> Tensor:
-    """(latents - shift) * scaling: latents in the transformer's range."""
+    """(latents - shift) * scaling, of any shape: latents in the transformer's range."""
     return (latents - config.shift) * config.scaling
 
 
 def denormalize(config: Config, latents: Tensor) -> Tensor:
-    """latents / scaling + shift: unnormalised latents, as `decode` takes them."""
+    """latents / scaling + shift, of any shape: unnormalised latents, as `decode` takes them."""
     return latents / config.scaling + config.shift
 
 

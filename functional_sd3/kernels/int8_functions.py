@@ -108,7 +108,7 @@ def _dequantized(stored: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 @once_per_process
-def product():
+def product() -> Any:
     """int8 (rows, inner), int8 (inner, columns) -> int32 (rows, columns); None where PyTorch has none that is right.
 
     oneDNN held to AVX2 (DNNL_MAX_CPU_ISA) sums pairs in 16 bits, which large numbers do not fit.

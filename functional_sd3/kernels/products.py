@@ -13,7 +13,7 @@ oneDNN's took 1.28 times as long for 1,357 tokens on Zen 4. In bfloat16 oneDNN's
 `python -m bench.products` measures the machine at hand and prints its line of `TABLE`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,7 @@ def is_enabled() -> bool:
 
 
 @once_per_process
-def pointwise():
+def pointwise() -> Any:
     """oneDNN's linear layer with an activation: (x (rows, inputs), weight, bias or None, activation, [], algorithm)."""
     ones = torch.ones(2, 2, dtype=torch.float32, device="cpu")
     return private("torch.ops.mkldnn._linear_pointwise", ones, ones, None, "none", [], "")

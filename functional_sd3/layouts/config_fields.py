@@ -102,6 +102,8 @@ def _shown(value: Any) -> str:
 
 
 def whole(lowest: int, highest: int) -> Callable[[Any], int]:
+    """Reader of whole numbers in [lowest, highest]. Raises ValueError, as the other readers, completing "FIELD"."""
+
     def read(value: Any) -> int:
         if type(value) is not int or not lowest <= value <= highest:
             raise ValueError(f"must be a whole number from {lowest} to {highest}")
@@ -111,6 +113,8 @@ def whole(lowest: int, highest: int) -> Callable[[Any], int]:
 
 
 def number(lowest: float = 0.0) -> Callable[[Any], float]:
+    """Reader of finite numbers above `lowest`, which are floats afterwards."""
+
     def read(value: Any) -> float:
         if type(value) not in (int, float) or not lowest < value < _MAX_NUMBER:
             raise ValueError(f"must be a number above {lowest:g}")
@@ -120,6 +124,8 @@ def number(lowest: float = 0.0) -> Callable[[Any], float]:
 
 
 def choice(*values: Any) -> Callable[[Any], Any]:
+    """Reader of one of these values, of the same type."""
+
     def read(value: Any) -> Any:
         if not any(value == choice and type(value) is type(choice) for choice in values):
             raise ValueError(f"must be {' or '.join(map(repr, values))}")
@@ -129,10 +135,13 @@ def choice(*values: Any) -> Callable[[Any], Any]:
 
 
 def optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Reader of what `read` reads, or of null."""
     return lambda value: None if value is None else read(value)
 
 
 def several(read: Callable[[Any], Any], fewest: int, most: int) -> Callable[[Any], tuple]:
+    """Reader of a list of `fewest` to `most` items that `read` reads, as a tuple."""
+
     def read_all(value: Any) -> tuple:
         if not isinstance(value, list | tuple) or not fewest <= len(value) <= most:
             raise ValueError(f"must be a list of {fewest} to {most}")

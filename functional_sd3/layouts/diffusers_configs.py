@@ -29,6 +29,7 @@ from functional_sd3.transformer import mmdit
 
 
 def unsound_transformer(config: mmdit.Config) -> Iterable[str]:
+    """Sentences about fields of a transformer's config that contradict one another."""
     if any(layer >= config.depth for layer in config.dual_attention_layers):
         yield f"dual_attention_layers {list(config.dual_attention_layers)} must all be below num_layers {config.depth}"
     if config.width % 4:

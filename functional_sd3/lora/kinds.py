@@ -5,7 +5,7 @@ two whole matrices (LyCORIS stores no meaningful alpha for it; PEFT's config giv
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,7 +203,7 @@ _KINDS = (
 )
 
 
-def kind_of(roles) -> str | None:
+def kind_of(roles: Collection[str]) -> str | None:
     """The kind that these roles are of: "LoRA", "LoHa", "LoKr", "difference", with "(DoRA)" where it has magnitudes."""
     name = next((kind.name for kind in _KINDS if any(role in roles for role in kind.roles)), None)
     if name is None:

@@ -18,7 +18,7 @@ adapter over all of them, or a list with one for each, {} for those that are lef
 blocks that are left alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def product(entry: LoraEntry) -> Tensor:
 
 
 def change(entry: LoraEntry, weight: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """`scale` times the difference that the entry makes to `weight`, in float32 at least.
+    """`scale` times the difference that the entry makes to `weight`, (outputs, inputs, ...), in float32 at least.
 
     Of a DoRA it is the whole difference that is scaled, so that 0 is the weight itself and 1 what was trained.
     """
@@ -136,7 +136,7 @@ def change(entry: LoraEntry, weight: Tensor, scale: float | Tensor = 1.0) -> Ten
     return (after * (entry["magnitude"].to(after.dtype) / norms) - before) * scale
 
 
-def reordered(adapter: Adapter, rows) -> Adapter:
+def reordered(adapter: Adapter, rows: Callable[[Tensor], Tensor]) -> Adapter:
     """The adapter of the weight whose rows `rows` (tensor -> tensor of the same shape) puts into another order."""
     if "down" in adapter:
         changed = {"up": rows(adapter["up"])}

@@ -36,6 +36,8 @@ def all_gather(
 ) -> Tensor:
     """The processes' tensors joined along `dim`, in the order of the group; its transpose is `reduce_scatter`.
 
+    x (..., own size, ...) -> (..., sum of the sizes, ...).
+
     sizes: of `dim` on each process, where they differ. dtype: what is sent and returned, such as bfloat16 for float32
     parameters; cotangents, sent in their own dtype, are added in the dtype `reduce` at least and returned in that of x.
     Any dtype, bool included.
@@ -59,6 +61,8 @@ def reduce_scatter(
     reduce: torch.dtype = torch.float32,
 ) -> Tensor:
     """This process's part along `dim` of the sum of the processes' tensors; its transpose is `all_gather`.
+
+    x (..., size, ...), of one shape on all processes -> (..., own part, ...).
 
     sizes: of the parts, where they are not equal. dtype: of the result. Added in the order of the processes, in the
     dtype `reduce` at least. Raises ValueError for bool tensors, and where `dim` does not divide.
@@ -87,7 +91,7 @@ def all_to_all(
 
 
 def psum(x: Tensor, group: Group) -> Tensor:
-    """The sum of the processes' tensors, on all of them; its transpose is `broadcast`.
+    """The sum of the processes' tensors, of one shape, on all of them; its transpose is `broadcast`.
 
     Summed in the order of the processes, in at least float32: the same bits everywhere. Raises ValueError for bool.
     """

@@ -137,6 +137,7 @@ def model_of(branch: Branch, params: Params, config: Config) -> tuple[Params, mm
 
 
 def conditioning_of(conditioning: Any, conditions: Conditions, batch: int) -> Conditioning:
+    """The conditioning (batch, ...) of a branch: of the run by its name, or its own (batch or 1, ...)."""
     if isinstance(conditioning, str):
         return getattr(conditions, conditioning)
     return Conditioning(*(part.expand(batch, *part.shape[1:]) for part in conditioning))
@@ -176,6 +177,7 @@ def tables_of(
 
 
 def check_lengths(groups: Sequence[Sequence[str]], conditionings: Mapping[str, Conditioning]) -> None:
+    """Raises ValueError where conditionings that one evaluation serves have different numbers of tokens."""
     for group in groups:
         lengths = {name: conditionings[name].context.shape[1] for name in group}
         if len(set(lengths.values())) > 1:

@@ -75,7 +75,7 @@ def initial_state(params: Params, config: Config, prepared: Prepared) -> State:
 
 
 def decode_latents(params: Params, config: Config, prepared: Prepared, latents: Tensor) -> Tensor:
-    """Images of the latents: in tiles where the request is, and with what a mask keeps where it restores that."""
+    """Images (batch, 3, height, width) of normalised latents, in tiles and with a mask's kept parts as requested."""
     request, tile = prepared.request, None
     if request.tiling is not None:
         side, overlap = tile_sizes(config, request.tiling.side, request.tiling.overlap)

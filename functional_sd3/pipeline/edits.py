@@ -59,7 +59,7 @@ def invert_latents(
     inversion: Callable[[Method], Method] | None = None,
     key: Key | None = None,
 ) -> Tensor:
-    """The noise from which the flow of the conditions leads to the latents.
+    """The noise from which the flow of the conditions leads to the latents, (batch, channels, height, width) as these.
 
     inversion: how a method's steps are undone, `fixed_point.inverse` for instance, several evaluations a step: then
     `sample` leads from the noise to the latents again. By default the flow is followed back with the method itself.

@@ -30,14 +30,18 @@ def check(mask: Tensor, height: int, width: int, batch: int) -> None:
 
 
 def hard(mask: Tensor, height: int, width: int) -> Tensor:
-    """0 or 1 at another size: what is at least half white is 1, and every place takes the nearest pixel to its upper
-    left, which is what diffusers does on the way to latents."""
+    """The mask as 0 or 1, (batch or 1, 1, height, width): 1 from one half on, by the nearest pixel at the upper left.
+
+    So diffusers resizes masks to latents.
+    """
     return F.interpolate((mask >= 0.5).float(), (height, width))
 
 
 def soft(mask: Tensor, height: int, width: int, blur: float = 0.0) -> Tensor:
-    """Grey at another size, blurred first by `blur` pixels of the mask: the mean of the pixels that fall on a place, or
-    between pixels where there are fewer of them."""
+    """The mask in [0, 1], (batch or 1, 1, height, width), blurred first by `blur` of its pixels.
+
+    Smaller by the mean of the pixels that fall on a place, larger by bilinear interpolation.
+    """
     mask = blurred(mask.float(), blur)
     if height > mask.shape[-2]:
         return F.interpolate(mask, (height, width), mode="bilinear", align_corners=False)
@@ -45,8 +49,8 @@ def soft(mask: Tensor, height: int, width: int, blur: float = 0.0) -> Tensor:
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Convolved with a Gaussian of standard deviation `sigma` in pixels, cut off at 3 sigma; the border is
-    repeated. Raises ValueError for a negative sigma."""
+    """Images (..., height, width) convolved with a Gaussian of standard deviation `sigma` in pixels, cut off at 3
+    sigma; the border is repeated. Raises ValueError for a negative sigma."""
     check_blur(sigma)
     reach = math.ceil(3 * sigma)
     if not reach:
@@ -61,7 +65,7 @@ def check_blur(sigma: float) -> None:
 
 
 def latent_mask(mask: Tensor, latents: Tensor, soften: float | None) -> Tensor:
-    """The mask at the size of the latents, or of images; `soften` as in `inpaint`."""
+    """The mask (batch or 1, 1, height, width) at the size of the latents, or of images; `soften` as in `inpaint`."""
     height, width = latents.shape[-2:]
     return hard(mask, height, width) if soften is None else soft(mask, height, width, soften)
 

@@ -73,7 +73,7 @@ def lookup(table: Table, t: Tensor) -> Row:
 
 
 def mask_invalid(velocity: Tensor, row: Row) -> Tensor:
-    """The velocity, NaN for the samples whose row is not valid."""
+    """The velocity (batch, ...), NaN for the samples whose row is not valid."""
     return velocity if row.is_valid is None else torch.where(broadcast(row.is_valid, velocity), velocity, torch.nan)
 
 

@@ -293,7 +293,8 @@ def prompt_list(prompts: Prompts) -> list[str]:
 
 
 def broadcast_prompts(prompts: Prompts, images: Tensor) -> tuple[list[str], Tensor]:
-    """Prompts and images in equal numbers: one of either is repeated. Raises ValueError for other numbers."""
+    """Prompts and images (batch, 3, height, width) in equal numbers: one of either is repeated. Raises ValueError for
+    other numbers."""
     prompts = prompt_list(prompts)
     check_channels("images", images, 3)
     counts = {len(prompts), len(images)} - {1}

@@ -3,13 +3,16 @@
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from functional_sd3.formats import files
 from functional_sd3.image import pixels
 from functional_sd3.training import log
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 WIDTH, HEIGHT, MARGIN = 640, 280, 40
 
@@ -66,7 +69,7 @@ def write(
     files.write_atomic(folder / "README.md", ("\n\n".join(lines) + "\n").encode())
 
 
-def plot(curve: Curve):
+def plot(curve: Curve) -> "Image":
     """The values against the steps as a Pillow image. Raises ValueError for a curve without points."""
     import math
 

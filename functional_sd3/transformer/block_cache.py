@@ -111,8 +111,10 @@ class Evaluation:
 
 
 def modulated_input(params: Tree, image: Tensor, modulation: Tree) -> Tensor:
-    """Layer norm of the image's tokens, shifted and scaled: what the first attention projects. Of a block whose
-    modulation is a conditioning vector its layer "modulation" makes it."""
+    """Input (batch, tokens, width) of a block's attention: the image's layer norm, shifted and scaled.
+
+    A modulation that is a conditioning vector (batch, width) goes through the block's layer "modulation" first.
+    """
     if isinstance(modulation, Tensor):
         modulation = joint_block.modulate({"image": params["image"]}, modulation)
     shift, scale = joint_block.split_modulation(modulation["image"], image.shape[-1])[:2]
@@ -126,7 +128,8 @@ def relative_distance(values: Tensor, before: Tensor) -> Tensor:
 
 
 def evaluate_polynomial(coefficients: Sequence[float], d: Tensor) -> Tensor:
-    """The polynomial at d, by Horner's rule, at least 0: a fitted one may fall below where it was not fitted."""
+    """The polynomial at d (rows,), by Horner's rule, at least 0: a fitted one may fall below where it was not
+    fitted."""
     total = torch.zeros_like(d)
     for coefficient in coefficients:
         total = total * d + coefficient

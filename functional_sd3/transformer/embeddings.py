@@ -146,7 +146,7 @@ def interval_sinusoid(interval: Tensor, size: int, dtype: torch.dtype = torch.fl
 
 
 def embed_time(t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """`time_sinusoid` in `dtype`, computed in float32 where that is narrower."""
+    """`time_sinusoid` (..., size) in `dtype`, computed in float32 where that is narrower."""
     return time_sinusoid(t, size, torch.promote_types(dtype, torch.float32)).to(dtype)
 
 

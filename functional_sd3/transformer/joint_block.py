@@ -223,7 +223,7 @@ def split_modulation(modulation: Tensor, width: int) -> Sequence[Tensor]:
 
 
 def norm(x: Tensor) -> Tensor:
-    """Layer norm over the last axis without scale and shift, which are the modulation's."""
+    """Layer norm (eps 1e-6) of x (..., width) without scale and shift, which are the modulation's."""
     return layers.layer_norm({}, x, EPS)
 
 

@@ -38,7 +38,9 @@ class Singular(NamedTuple):
     """(batch, k, n), orthonormal: A right = values left."""
 
 
-def lanczos(operator: Operator, key: Key, size: int, *, steps: int, count: int = 1, dtype=torch.float32) -> Eigenpairs:
+def lanczos(
+    operator: Operator, key: Key, size: int, *, steps: int, count: int = 1, dtype: torch.dtype = torch.float32
+) -> Eigenpairs:
     """Eigenvalues of a symmetric operator on vectors (size,), from `steps` products with it.
 
     Lanczos 1950, in the form of Golub and Van Loan, "Matrix Computations", section 10.3, with every vector

@@ -99,5 +99,5 @@ def mixed_apg(
 
 
 def zero_momentum(x: Tensor, t: Tensor) -> Tensor:
-    """The momentum before the first evaluation."""
+    """Momentum before the first evaluation: zeros like x (batch, ...)."""
     return torch.zeros_like(x)

@@ -51,7 +51,7 @@ def tangential_component(negative: Tensor, positive: Tensor) -> Tensor:
 
 
 def clip_norm(difference: Tensor, longest: Factor) -> Tensor:
-    """The difference with its norm clipped to `longest` > 0."""
+    """The difference (batch, ...) with its norm clipped to `longest` > 0, a number, () or (batch,)."""
     squares = dot(difference, difference)
     # A number is filled in on the device: a copy from the host is forbidden while a CUDA graph is captured.
     longest = longest.to(squares) if isinstance(longest, Tensor) else squares.new_full((), longest)
@@ -59,7 +59,8 @@ def clip_norm(difference: Tensor, longest: Factor) -> Tensor:
 
 
 def scale_parallel(difference: Tensor, direction: Tensor, weight: Factor) -> Tensor:
-    """The difference with its component along `direction` scaled by `weight`; 1 changes nothing."""
+    """The difference (batch, ...) with its component along `direction`, like it, scaled by `weight`; 1 changes
+    nothing."""
     difference, direction = promoted(difference, direction)
     squares = dot(direction, direction).clamp(min=torch.finfo(direction.dtype).tiny)
     parallel = broadcast(dot(difference, direction) / squares, direction) * direction

@@ -142,7 +142,7 @@ def segments(guidance: Guidance, steps: int) -> list[tuple[int, int, Guidance]]:
 
 
 def value(scale: Scale, t: Tensor) -> float | Tensor:
-    """The scale at time t."""
+    """The scale at time t: a number, or a tensor () or (batch,)."""
     return scale(t) if callable(scale) else scale
 
 
