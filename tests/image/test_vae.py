@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_sd3.core import prng, tree
+from functional_sd3.core import layers, prng, tree
 from functional_sd3.image import vae
 
 CONFIG = vae.Config(channels=(8, 8, 16, 16), blocks_per_level=1, groups=4, sample_size=32)
@@ -132,3 +133,44 @@ def test_no_images_are_no_latents_and_no_latents_no_images(params):
             images, latents = (x.to(memory_format=torch.channels_last) for x in (images, latents))
         assert vae.encode(params, CONFIG, images).mean.shape == (0, 16, 4, 4)
         assert vae.decode(params, CONFIG, latents).shape == (0, 3, 32, 32)
+
+
+def layouts_of_convolutions(run) -> list[tuple[bool, bool]]:
+    """Of each convolution of a traced computation: whether its image and its weight are in channels_last."""
+    seen = []
+
+    class Convolutions(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution.default:
+                seen.append(tuple(x.is_contiguous(memory_format=torch.channels_last) for x in args[:2]))
+            return func(*args, **(kwargs or {}))
+
+    with Convolutions():
+        run()
+    return seen
+
+
+def test_a_decoder_in_channels_last_gives_the_same_images_and_gradients(params):
+    last = layers.channels_last(params)
+    leaves, plain = tree.flatten_paths(last), tree.flatten_paths(params)
+    for path, leaf in leaves.items():
+        assert torch.equal(leaf, plain[path]) and leaf.shape == plain[path].shape
+        assert leaf.is_contiguous(memory_format=torch.channels_last) if leaf.ndim == 4 else leaf is plain[path]
+    latents = prng.normal(prng.key(5), (2, 16, 4, 6))
+    images = latents.contiguous(memory_format=torch.channels_last)
+    run = lambda params, x: vae.decode(params, CONFIG, x)  # noqa: E731
+    expected = run(params, latents)
+    for found in (run(last, images), torch.compile(run, backend="aot_eager", fullgraph=True)(last, images)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.func.grad(lambda x, params=params: run(params, x).square().mean())(x)
+        for params, x in ((params, latents), (last, images))
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+def test_every_convolution_but_the_first_reads_channels_last_where_the_weights_are(params):
+    latents = prng.normal(prng.key(5), (1, 16, 4, 6))
+    first, *others = layouts_of_convolutions(lambda: vae.decode(layers.channels_last(params), CONFIG, latents))
+    assert first[1] and len(others) > 20 and all(map(all, others))
+    assert not any(map(all, layouts_of_convolutions(lambda: vae.decode(params, CONFIG, latents))))
