@@ -2,13 +2,14 @@
 
 import dataclasses
 import inspect
+import typing
 
 import pytest
 import torch
 
-from functional_sd3 import pipeline
+from functional_sd3 import look, pipeline
 from functional_sd3.core import prng
-from functional_sd3.flow import ode
+from functional_sd3.flow import caches, ode
 from functional_sd3.pipeline import FlowEdit, Frames, InversionEdit, Request, SamplingOptions, StartImages, TextOptions
 from tests.models import parts
 
@@ -17,8 +18,12 @@ KEYS = prng.split(prng.key(8), 3)
 FAST = SamplingOptions(steps=2, cfg=2.0)
 DRAWING = (
     "generate", "generate_from", "image_to_image", "inpaint", "outpaint", "regional", "tiled", "variations",
-    "interpolate", "trajectory", "edit", "flow_edit",
+    "interpolate", "trajectory", "edit", "flow_edit", "look.trace",
 )  # fmt: skip
+
+
+def function_of(name):
+    return look.trace if name == "look.trace" else getattr(pipeline, name)
 
 
 def draw(model, request, **options):
@@ -121,7 +126,7 @@ def test_a_text_is_encoded_once_however_often_it_is_given(model, monkeypatch):
 
 @pytest.mark.parametrize("name", DRAWING)
 def test_every_function_that_draws_names_and_types_all_its_arguments(name):
-    parameters = inspect.signature(getattr(pipeline, name)).parameters.values()
+    parameters = inspect.signature(function_of(name)).parameters.values()
     assert all(each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL) for each in parameters)
     assert all(each.annotation is not each.empty for each in parameters)
     options = {each.name for each in parameters} & {each.name for each in dataclasses.fields(SamplingOptions)}
@@ -131,10 +136,61 @@ def test_every_function_that_draws_names_and_types_all_its_arguments(name):
 @pytest.mark.parametrize("name", DRAWING)
 def test_defaults_are_those_of_the_request(name):
     own = {"edit": {"method": ode.EULER}, "flow_edit": {"method": ode.EULER, "steps": 50, "cfg": 13.5}}
-    parameters = inspect.signature(getattr(pipeline, name)).parameters
+    parameters = inspect.signature(function_of(name)).parameters
     for options in (SamplingOptions, TextOptions):
         for each in dataclasses.fields(options):
             assert parameters[each.name].default == own.get(name, {}).get(each.name, each.default), each.name
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_types_are_those_of_the_request(name):
+    hints = typing.get_type_hints(function_of(name))
+    for options in (SamplingOptions, TextOptions):
+        expected = typing.get_type_hints(options)
+        # Of one prompt alone.
+        expected |= {"negative": str | None} if name == "look.trace" and options is TextOptions else {}
+        assert {each: hints[each] for each in expected} == expected
+
+
+class Made(Exception):
+    """The request that a function would draw."""
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_every_argument_becomes_the_field_of_its_name(name, monkeypatch):
+    """The functions write out one list of arguments, and pass twelve of them by position."""
+    function, key = function_of(name), prng.key(1)
+    required = {
+        "params": {}, "config": None, "tokenizers": None, "path": "x", "prompts": ["a"], "prompt": "a", "source": "a",
+        "target": "b", "images": images(), "mask": right_half(), "key": key, "keys": prng.split(key, 2),
+        "towards": prng.key(2), "regions": (), "height": 64, "width": 64, "padding": (8, 8, 8, 8),
+    }  # fmt: skip
+    text = {"negative": "none", "t5_length": 7, "weighted": True, "long_prompts": True}
+    sampling = {
+        "steps": 3, "cfg": 2.5, "guidance": object(), "method": object(), "on_step": object(), "skip_layers": (7,),
+        "control": (object(),), "image_prompt": object(), "block_transform": object(), "attend": object(),
+        "implementation": "math", "cache": caches.parse("hold:every=3"),
+    }  # fmt: skip
+    if name in ("edit", "flow_edit"):
+        sampling["cache"] = None
+    others = {"noise": prng.normal(key, (1, 16, 8, 8)), "height": 48, "width": 56, "loras": ((object(), 0.5),)}
+    parameters = inspect.signature(function).parameters
+    given = {each: value for each, value in required.items() if each in parameters}
+    given |= text | sampling | {each: value for each, value in others.items() if each in parameters}
+
+    def made(*arguments, **options):
+        raise Made(Request(*arguments, **options))
+
+    monkeypatch.setitem(inspect.unwrap(function).__globals__, "Request", made)
+    with pytest.raises(Made) as raised:
+        function(**given)
+    request = raised.value.args[0]
+    for value, expected in ((request.text, text), (request.sampling, sampling)):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        assert fields == expected
+    for each in others.keys() & parameters.keys() - {"noise"}:
+        assert getattr(request, each) == others[each]
+    assert "noise" not in parameters or request.noise is others["noise"]
 
 
 def test_a_request_is_frozen_and_its_prompts_are_a_list():
