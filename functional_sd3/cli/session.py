@@ -124,10 +124,10 @@ def _check_mesh(arguments: argparse.Namespace, config: Config, mesh: Mesh) -> No
             f"--mesh guidance={mesh.size('guidance')} divides the conditionings of all images drawn at once, here "
             f"{rows}: one for each image and, with --cfg above 1, its negative prompt"
         )
-    if arguments.compile and mesh.size("sequence", "tensor") > 1:
+    if arguments.compile and mesh.size("sequence") > 1:
         raise ValueError(
-            "--compile compiles the transformer's blocks, within which processes communicate where the mesh has "
-            "sequence or tensor: leave it out, or use --mesh guidance=2"
+            "--compile makes one graph of a block, in which parts of different lengths are not exchanged, as those of "
+            "--mesh sequence are: use guidance or tensor, or leave out --compile"
         )
 
 

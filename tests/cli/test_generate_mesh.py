@@ -83,7 +83,7 @@ def test_a_mesh_that_does_not_fit_is_one_error_in_every_process(processes, folde
     [
         (["--mesh", "tensor=2", "--params", "tiny"], "tensor=2, but the 5 heads of the attention divide over 1, 5"),
         (["--mesh", "guidance=2", "--cfg", "1"], "--mesh guidance=2 divides the conditionings"),
-        (["--mesh", "sequence=2", "--compile"], "--compile compiles the transformer's blocks"),
+        (["--mesh", "sequence=2", "--compile"], "--compile makes one graph of a block"),
     ],
 )
 def test_a_run_that_does_not_divide_is_refused(processes, folder, tmp_path, words, said):

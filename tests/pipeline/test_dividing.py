@@ -1,6 +1,7 @@
 """Guidance and text encoders on several processes: the velocities, derivatives and conditioning of one."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from functional_sd3 import pipeline
 from functional_sd3.core import prng, tree
 from functional_sd3.flow import guidance as guidances
 from functional_sd3.parallel import mesh as meshes
+from functional_sd3.parallel import tensor
 from functional_sd3.pipeline import dividing
 from functional_sd3.text.conditioning import Conditioning
-from functional_sd3.transformer import controlnet
+from functional_sd3.transformer import controlnet, mmdit
 from functional_sd3.transformer.control import Control
 from tests import models
 from tests.parallel.examples import differences
@@ -59,6 +61,22 @@ def errors_of_guidance(sizes):
 def test_guidance_on_two_processes_has_the_velocity_and_gradients_of_one(processes):
     for errors in processes(2, errors_of_guidance, {"guidance": 2}):
         assert max(errors.values()) < 3e-6, errors
+
+
+def error_of_compiled_blocks():
+    """The images of blocks in one graph, with the sums over the processes inside, less those of one process."""
+    model, mesh = models.random_model(models.config(depth=1, heads=4)), meshes.init({"tensor": 2})
+    run = {"prompts": "a star", "key": prng.key(1), "steps": 1, "cfg": 1.0}
+    whole = pipeline.generate(*models.parts(model), **run)
+    part = tensor.cut(model.params["transformer"], mmdit.spec(model.config.transformer), mesh, heads=4)
+    params, config = {**model.params, "transformer": part}, dividing.with_mesh(model.config, mesh)
+    compiled = partial(torch.compile, fullgraph=True, backend="eager")
+    images = pipeline.generate(params, config, model.tokenizers, **run, block_transform=compiled)
+    return float((images - whole).abs().max())
+
+
+def test_compiled_blocks_of_a_part_of_the_heads_have_the_images_of_one_process(processes):
+    assert max(processes(2, error_of_compiled_blocks, timeout=180)) < 1e-4
 
 
 def too_few_rows():
