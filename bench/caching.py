@@ -7,7 +7,7 @@ docs/sampling.md and the plot beside it.
 """
 
 import argparse
-import io
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import plot
-from bench.evaluations import DOCS, Case, case, error, percent, with_section
+from bench.evaluations import DOCS, Case, case, error, percent, section, with_section
 from functional_sd3 import pipeline, weights
 from functional_sd3.flow import caches, guidance, ode
 from functional_sd3.flow.ode import adaptive
@@ -173,6 +173,19 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def read_tables(text: str) -> list[Row]:
+    """The rows of `tables`, with the digits that are written there."""
+    (polynomial,) = {match for match in re.findall(r"polynomial=([^`]*)`", text)} or {"0"}
+    families = {name: family for name, family, _ in ways([float(word) for word in polynomial.split("/")])}
+    rows = []
+    for line in text.splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if name in families:
+            evaluations, blocks, time, *percents = (float(word) for word in re.findall(r"[\d.]+", " ".join(cells)))
+            rows.append(Row(name, families[name], evaluations, *(each / 100 for each in (blocks, time, *percents))))
+    return rows
+
+
 def image(rows: Sequence[Row], steps: int = STEPS):
     """Median error against blocks computed, in evaluations' worth, to the exact and to the converged run."""
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {"to all steps": {}, "to the converged run": {}}
@@ -201,7 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=16, help="prompts, each with noise of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, default=DOCS / "sampling.md", help="the page whose section is written")
+    parser.add_argument("--redraw", action="store_true", help="only draw the plot again, of the numbers on the page")
     parsed = parser.parse_args(arguments)
+    if parsed.redraw:
+        written = section(parsed.page.read_text(encoding="utf-8"), NAME)
+        return plot.save(image(read_tables(written)), parsed.page.parent / "caching.png")
     begun = time.process_time()
     model = weights.load(parsed.params or shipped.folder(), dtype=torch.float32)
     with torch.no_grad():
@@ -219,9 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "their own, each image drawn alone; errors are means of |x - exact| / |exact| over the latents. Made in "
         f"{minutes:.0f} minutes of one core by `python -m bench.caching`.\n\n{tables(rows)}"
     )
-    buffer = io.BytesIO()
-    image(rows).save(buffer, format="PNG", optimize=True)
-    files.write_atomic(parsed.page.parent / "caching.png", buffer.getvalue())
+    plot.save(image(rows), parsed.page.parent / "caching.png")
     page = with_section(parsed.page.read_text(encoding="utf-8"), text, NAME)
     files.write_atomic(parsed.page, page.encode())
     print(text)

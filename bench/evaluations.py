@@ -7,7 +7,6 @@ docs/sampling.md and the plot beside it. Stochastic methods are left out: they e
 
 import argparse
 import bisect
-import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +132,29 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def read_tables(text: str) -> list[Row]:
+    """The rows of `tables`, with the digits that are written there; the steps of adaptive methods are not: 0."""
+    methods = {method.name: method for method in ode.METHODS.values()}
+    rows, scale, columns = [], 0.0, [""]
+    for line in text.splitlines():
+        name, *cells = (cell.strip(" *") for cell in line.strip("|").split("|"))
+        if line.startswith("Guidance scale"):
+            scale = float(line.split()[-1].rstrip(":"))
+        elif name == "method":
+            columns = cells
+        elif name in methods:
+            for budget, cell in zip(map(int, columns), cells, strict=True):
+                if cell:
+                    steps = steps_within(methods[name], budget)
+                    spent = ode.evaluations(methods[name], steps)
+                    rows.append(Row(name, scale, budget, steps, spent, float(cell) / 100))
+        elif cells and columns[0] == "tolerance" and not name.startswith("-"):
+            for column, cell in zip(columns[1:], cells[1:], strict=True):
+                spent, percents = map(float, cell.split(":"))
+                rows.append(Row(name, float(column.split()[-1]), float(cells[0]), 0, spent, percents / 100))
+    return rows
+
+
 def image(rows: Sequence[Row]):
     """Error against evaluations, a panel for each scale."""
     scales = sorted({row.scale for row in rows})
@@ -149,10 +171,21 @@ def percent(value: float) -> str:
 
 def with_section(page: str, text: str, name: str = "evaluations") -> str:
     """The page with what stands between the two marks of `name` replaced. Raises ValueError where they are missing."""
+    start, stop = _bounds(page, name)
+    return f"{page[:start]}\n{text}\n{page[stop:]}"
+
+
+def _bounds(page: str, name: str) -> tuple[int, int]:
+    """Where the text between the two marks starts and stops."""
     start, stop = f"<!-- {name}: written by bench.{name} -->", f"<!-- end of {name} -->"
     if not 0 <= page.find(start) < page.find(stop):
         raise ValueError(f"the page has no {start} followed by {stop}")
-    return page[: page.index(start) + len(start)] + f"\n{text}\n" + page[page.index(stop) :]
+    return page.index(start) + len(start), page.index(stop)
+
+
+def section(page: str, name: str = "evaluations") -> str:
+    """The text of a page between the two marks of `name`. Raises ValueError where they are missing."""
+    return page[slice(*_bounds(page, name))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,7 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=4, help="prompts, each with noise of its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, default=DOCS / "sampling.md", help="the page whose section is written")
+    parser.add_argument("--redraw", action="store_true", help="only draw the plot again, of the numbers on the page")
     parsed = parser.parse_args(arguments)
+    if parsed.redraw:
+        written = section(parsed.page.read_text(encoding="utf-8"))
+        return plot.save(image(read_tables(written)), parsed.page.parent / "evaluations.png")
     begun, rows = time.process_time(), []
     model = weights.load(parsed.params or shipped.folder(), dtype=torch.float32)
     with torch.no_grad():
@@ -179,9 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"with have a tolerance of {CONVERGED:.0e}; at scale {SCALES[-1]:g} one of {10 * CONVERGED:.0e} ends "
         f"{percent(checked)} % away. Made in {minutes:.0f} minutes of one core.\n\n{tables(rows)}"
     )
-    buffer = io.BytesIO()
-    image(rows).save(buffer, format="PNG", optimize=True)
-    files.write_atomic(parsed.page.parent / "evaluations.png", buffer.getvalue())
+    plot.save(image(rows), parsed.page.parent / "evaluations.png")
     files.write_atomic(parsed.page, with_section(parsed.page.read_text(encoding="utf-8"), text).encode())
     print(text)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from bench import caching, evaluations, plot
 from functional_sd3.flow import caches
@@ -68,9 +69,23 @@ def test_the_table_and_the_plot_have_every_row():
     assert "| 28 steps | 28.0 | 100 | 100 | 0 (0) | 4 (3) | 100 |" in text
     assert "| 14 steps | 14.0 | 50 | 50 | 12 (8) | 15 (10) | 90 |" in text
     assert "| `--fast` | 14.0 | 50 | 51 | 5 (4) | 6 (5) |" in text
+    assert caching.tables(caching.read_tables(text)) == text and len(caching.read_tables(text)) == 3
     image = caching.image(rows).convert("RGB")
     assert image.size == (2 * plot.WIDTH + plot.LEGEND, plot.HEIGHT)
     assert {plot.COLOURS[0], plot.COLOURS[1]} <= {colour for _, colour in image.getcolors(10_000)}
+
+
+def test_the_plot_is_drawn_again_of_the_table_of_the_page(tmp_path):
+    page = PAGE.read_text(encoding="utf-8")
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    for bench, name in ((caching, "caching"), (evaluations, "evaluations")):
+        table = evaluations.section(page, name)
+        # But for the bold of numbers that are alike as far as they are written.
+        assert bench.tables(bench.read_tables(table)).replace("**", "") in table.replace("**", "")
+        bench.main(["--redraw", "--page", str(tmp_path / "page.md")])
+        with Image.open(tmp_path / f"{name}.png") as image, Image.open(PAGE.parent / f"{name}.png") as kept:
+            assert image.size == kept.size
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == page
 
 
 def test_the_page_has_a_row_for_every_way_and_its_preset_keeps_its_promise():
