@@ -59,8 +59,9 @@ def _write(arguments: argparse.Namespace) -> str:
     check_encoders(encoders, outline.tokenizers)
     images = train_data.images(argparse.Namespace(**vars(arguments), part="transformer"), outline, say)
     views = view_options.views(arguments, outline.config, images.sizes, images.side, BUCKET_LEAST)
-    for line in view_options.describe(views):
+    for line in view_options.describe(views, outline.config):
         say(line)
+    view_options.check_room(views, outline.config, Path(arguments.out))
     captions = text_table.distinct(images.captions)
     manifest = _manifest(arguments, source, outline, images, views, captions)
     cache.begin(arguments.out, manifest)

@@ -143,8 +143,10 @@ def _viewed_latents(
     arguments: argparse.Namespace, model: Model, images: TrainingImages, settings: dict[str, Any], say: Say
 ) -> training_set.Latents:
     """Latents in several sizes or views."""
-    for line in view_options.describe(image_views(arguments, model, images)):
+    cuts = image_views(arguments, model, images)
+    for line in view_options.describe(cuts, model.config):
         say(line)
+    view_options.check_room(cuts, model.config, Path(arguments.out) / "checkpoints" / VIEWS)
     params = tree.cast(model.params["vae"], torch.float32)
     encode = functools.partial(datasets.encode_images, params, require(model.config, "vae"))
     return stored_views(arguments, VIEWS, images.contents, model, images, settings, encode, say)

@@ -1,6 +1,8 @@
 """Options of `cache` and `train` for the sizes of images and the views of each: buckets, crops, mirror images."""
 
 import argparse
+import shutil
+from pathlib import Path
 
 _STEP, _RATIO = 64, 2.0
 NAMES = ("buckets", "bucket_step", "bucket_ratio", "bucket_min", "crops", "flips")
@@ -29,10 +31,6 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and arguments.buckets is None:
             raise ValueError(f"--{name.replace('_', '-')} is for --buckets, which is not given")
-    if arguments.bucket_min is not None and arguments.bucket_min < 1:
-        raise ValueError(f"--bucket-min {arguments.bucket_min} must be at least 1")
-    if arguments.crops < 1:
-        raise ValueError(f"--crops {arguments.crops} must be at least 1, which is the middle")
     if arguments.buckets is not None and arguments.size is not None:
         raise ValueError("--size is one size for all images, and --buckets gives each its own: give one of them")
 
@@ -74,12 +72,40 @@ def views(arguments: argparse.Namespace, config, sizes: tuple[tuple[int, int], .
     return Views(image_buckets.assign(sizes, options, longest), **more)
 
 
-def describe(views) -> list[str]:
-    """A line for each bucket: its size and number of images."""
+def describe(views, config) -> list[str]:
+    """A line for each bucket, its size and number of images; and of several views how many latents they are, and their
+    bytes."""
     counts = [views.buckets.of_image.count(index) for index in range(len(views.buckets.sizes))]
     pairs = zip(views.buckets.sizes, counts, strict=True)
     lines = [f"{width} x {height} ({width / height:.2f}): {count} images" for (width, height), count in pairs]
-    return [f"{len(lines)} buckets", *lines] if len(lines) > 1 else lines
+    lines = [f"{len(lines)} buckets", *lines] if len(lines) > 1 else lines
+    if views.count > 1:
+        latents = views.count * len(views.buckets.of_image)
+        lines.append(f"{views.count:,} views of each: {latents:,} latents, {nbytes(views, config) / 2**20:,.1f} MiB")
+    return lines
+
+
+def nbytes(views, config) -> int:
+    """Bytes of the latents of all views, which are stored in float32."""
+    from functional_sd3.image import vae
+    from functional_sd3.layouts.components import require
+
+    sizes = require(config, "vae")
+    areas = [width * height // vae.factor(sizes) ** 2 for width, height in views.buckets.sizes]
+    return 4 * sizes.latent_channels * views.count * sum(areas[bucket] for bucket in views.buckets.of_image)
+
+
+def check_room(views, config, folder: Path) -> None:
+    """Raises ValueError where the disk of a folder, which need not be there yet, has no room for the latents of all
+    views, those that it holds already counted."""
+    needed = nbytes(views, config)
+    place = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.glob("latents-*.safetensors"))
+    if free < needed:
+        raise ValueError(
+            f"--crops and --flips make {views.count:,} views of {len(views.buckets.of_image):,} images, whose latents "
+            f"need {needed / 2**30:.2f} GiB; {place} has {free / 2**30:.2f} GiB free: give fewer --crops"
+        )
 
 
 def changes(arguments: argparse.Namespace) -> dict[str, object]:

@@ -70,6 +70,8 @@ def test_every_default_is_in_range(action):
         ("likelihood {} --prompt x --draws 0", "--draws 0 must be at least 1"),
         ("merge a b --out c --weights 1,nan", "--weights 1,nan"),
         ("merge a b --out c --method slerp --t inf", "--t inf must be a finite number"),
+        ("train --data x --out y --crops 0", "--crops 0 must be at least 1, which is the middle"),
+        ("cache --data x --out y --bucket-min 0", "--bucket-min 0 must be at least 1"),
         ("train --data x --out y --block-swap 0", "--block-swap 0 must be at least 1 block; leave it out for none"),
         ("train --data x --out y --lr nan", "--lr nan must be a positive number"),
         ("evaluate prompts --cfg inf", "--cfg inf must be a finite number"),

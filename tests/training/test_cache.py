@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from PIL import Image
 
 from functional_sd3 import cli, weights
 from functional_sd3.cli import cache as command_module
-from functional_sd3.cli import cache_run
+from functional_sd3.cli import cache_run, view_options
 from functional_sd3.core import prng, tree
 from functional_sd3.formats import files
 from functional_sd3.image import pixels
 from functional_sd3.recipes import shapes
 from functional_sd3.training import cache, checkpoint, flow_task, training_set
+from functional_sd3.training.buckets import Buckets
+from functional_sd3.training.views import Views
 from functional_sd3.weights import WeightsError
 
 # The model here has no CLIP-G, which is noted whenever prompts are encoded.
@@ -304,13 +307,21 @@ def test_a_cache_is_no_place_for_other_things(model_folder, made, images, tmp_pa
         make(model_folder, images, tmp_path / "out", "--shard", 10)
 
 
-def test_crops_and_mirror_images_are_views_of_each_image(model_folder, made, images, tmp_path):
+def test_crops_and_mirror_images_are_views_of_each_image(model_folder, made, images, tmp_path, capsys):
     wide = shutil.copytree(images, tmp_path / "wide")
     for path in wide.glob("*.png"):
         Image.open(path).resize((48, 24)).save(path)
     assert make(model_folder, wide, tmp_path / "views", "--crops", 2, "--flips") == 0
+    assert f"4 views of each: {4 * COUNT} latents, 0.0 MiB" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"999,999 views of \d+ images, whose latents need .*give fewer --crops"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+            make(model_folder, wide, tmp_path / "more" / "views", "--crops", 999_999)
+    assert not (tmp_path / "more").exists()
     latents = cache.latents(cache.open_cache(tmp_path / "views"))
     assert latents.views == 4
+    plan = Views(Buckets(((16, 16),), (0,) * COUNT), crops=2, flips=True)
+    assert latents.fetch(torch.arange(4 * COUNT)).nbytes == view_options.nbytes(plan, weights.load(model_folder).config)
     views = latents.fetch(torch.arange(8)).unflatten(0, (2, 4))
     assert all(not torch.equal(views[:, one], views[:, other]) for one in range(4) for other in range(one))
     order = training_set.sample_order(training_set.TrainingSet(latents, None), prng.key(0), 4)

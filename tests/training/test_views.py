@@ -155,7 +155,6 @@ def test_the_first_view_is_the_middle_and_every_second_a_mirror_image():
         (["--buckets", "64", "--bucket-step", "8"], "--buckets 64 must be a side from .* to the 16 pixels"),
         (["--bucket-ratio", "2"], "--bucket-ratio is for --buckets"),
         (["--buckets", "16", "--size", "16"], "give one of them"),
-        (["--crops", "0"], "--crops 0 must be at least 1"),
         (["--flips", "--part", "vae"], "belong to --part transformer"),
     ],
 )
