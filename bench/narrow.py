@@ -1,19 +1,40 @@
-"""From which width on bfloat16 is worth its rounding on a processor: its line of `kernels.narrow.TABLE`."""
+"""From which width on bfloat16, and from which size of a layer on int8, is worth its rounding on a processor: its line
+of `kernels.narrow.TABLE`."""
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from functional_sd3.core import prng, tree
-from functional_sd3.kernels import narrow, processor
+from functional_sd3.core import layers, prng, tree
+from functional_sd3.core.types import Params
+from functional_sd3.kernels import int8, int8_functions, narrow, processor
 from functional_sd3.transformer import mmdit
+from functional_sd3.weights import quantize
 
 WIDTHS = (64, 128, 192, 256, 384, 512)
 SIZES = ((8, 24), (16, 77), (32, 154))
 """Side of the latents in patches, tokens of the text."""
 PAYS = 0.85
 """Largest share of float32's time, at every size, from which bfloat16 is worth its rounding."""
+
+LAYERS = (
+    (128, 512),
+    (256, 256),
+    (160, 480),
+    (160, 640),
+    (256, 768),
+    (512, 512),
+    (384, 1536),
+    (1024, 1024),
+    (1024, 4096),
+)
+"""Inputs and outputs of layers that are multiplied in int8, by size."""
+ROWS = (2, 77, 154, 512, 1024)
+MANY = 77
+"""Rows from which on a layer counts: the tokens of a text."""
 
 Medians = Callable[[Iterable[Callable[[], Any]]], list[float]]
 
@@ -28,8 +49,66 @@ def report(medians: Medians) -> None:
             ratios.setdefault(width, []).append(slim / wide)
             print(f"{width:>6}, {side}, {tokens}: {1e3 * wide:8.1f} {1e3 * slim:8.1f}   {slim / wide:.2f}")
     found, here = least_width(ratios), narrow.here()
-    print(f"\nbfloat16 pays from a width of {found} on; the table of kernels/narrow.py says {here.bfloat16} for")
+    sizes = least_sizes(medians) if int8_functions.product() is not None else [None] * 3
+    print(
+        f"\nbfloat16 pays from a width of {found} on; int8 from {sizes[0]} weights in float32, {sizes[1]} in bfloat16"
+    )
+    print(f"and {sizes[2]} dequantised to bfloat16; the table of kernels/narrow.py says {here} for")
     print(f"{processor.identify()} with {', '.join(instructions()) or 'no instructions for bfloat16 or int8'}")
+
+
+def least_sizes(medians: Medians) -> list[int | None]:
+    """Measures and prints layers in int8. The least size from which on the geometric mean of int8's time over many
+    rows, beside the weight in float32, in bfloat16 and dequantised to bfloat16, is below 1; None where it never is."""
+    print("\ninputs -> outputs, rows: int8's time / that of float32, of bfloat16, of int8 dequantised to bfloat16")
+    means: dict[int, list[list[float]]] = {}
+    for inputs, outputs in LAYERS:
+        for rows in ROWS:
+            times = medians(layer_ways(inputs, outputs, rows))
+            ratios = [times[0] / times[1], times[2] / times[3], times[2] / times[4]]
+            print(f"{inputs:>6} -> {outputs}, {rows}: {' '.join(f'{ratio:.2f}' for ratio in ratios)}")
+            if rows >= MANY:
+                means.setdefault(inputs * outputs, []).append(ratios)
+    logs = {
+        size: [statistics.fmean(map(math.log, way)) for way in zip(*many, strict=True)] for size, many in means.items()
+    }
+    return [least_size({size: way[index] for size, way in logs.items()}) for index in range(3)]
+
+
+def least_size(logs: Mapping[int, float]) -> int | None:
+    """The least size from which on all logarithms are negative; None where the largest's is not."""
+    paying = None
+    for size in sorted(logs, reverse=True):
+        if logs[size] >= 0:
+            break
+        paying = size
+    return paying
+
+
+def layer_ways(inputs: int, outputs: int, rows: int) -> list[Callable[[], torch.Tensor]]:
+    """One random layer: int8 and float32 of an input in float32; int8, bfloat16 and dequantised of one in bfloat16."""
+    keys = prng.split(prng.key(0), 3)
+    weight, bias, x = (
+        prng.normal(key, shape)
+        for key, shape in zip(keys, ((outputs, inputs), (outputs,), (rows, inputs)), strict=True)
+    )
+    wide = {"weight": weight / inputs**0.5, "bias": bias}
+    slim, narrow_x = tree.cast(wide, torch.bfloat16), x.bfloat16()
+    stored = [quantize.quantize({"blocks": [{"attention": {"out": each}}]}) for each in (wide, slim)]
+    of_float32, of_bfloat16 = (each["blocks"][0]["attention"]["out"] for each in stored)
+    multiplied = [
+        {"int8_scale" if name == "scale" else name: leaf for name, leaf in layer.items()}
+        for layer in (of_float32, of_bfloat16)
+    ]
+
+    def by_int8(layer: Params, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: int8.linear(layer, x)
+
+    return [
+        by_int8(multiplied[0], x), lambda: layers.linear(wide, x),
+        by_int8(multiplied[1], narrow_x), lambda: layers.linear(slim, narrow_x),
+        lambda: layers.linear(of_bfloat16, narrow_x),
+    ]  # fmt: skip
 
 
 def forwards(width: int, side: int, tokens: int) -> list[Callable[[], torch.Tensor]]:

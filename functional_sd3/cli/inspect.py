@@ -8,6 +8,8 @@ from functional_sd3.cli import options, report
 
 HELP = "say what weights of any form hold, how they differ from others, or how an image was made"
 _MAX_SHOWN, _MAX_LINES = 20, 200
+_MAX_KEPT = 20_000
+"""Characters of the list of weights that `quantize --max-error` kept in floats: those of SD3.5-large."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,6 +107,7 @@ def _weights(path: Path, arguments: argparse.Namespace) -> Iterator[str]:
 def _stored(part) -> Iterator[str]:
     if part.scaled:
         yield f"{part.scaled} tensors with scales"
+    yield from (f"products of {dtype} in {count} layers" for dtype, count in part.products.items())
     yield from (f"{count} tensors in blocks of {kind}" for kind, count in part.blocks.items())
 
 
@@ -132,8 +135,9 @@ def _values(nonfinite, looked: bool) -> Iterator[str]:
 
 def _metadata(title: str, entries: Mapping[str, str]) -> Iterator[str]:
     for name, value in entries.items():
-        # Notes and images in metadata run to megabytes.
-        yield f"{title}: {name}: {value if len(value) <= 200 else value[:200] + '...'}"
+        # Notes and images in metadata run to megabytes; what `quantize` kept in floats is worth more lines.
+        most = _MAX_KEPT if name == "quantization_kept" else 400 if name == "quantization" else 200
+        yield f"{title}: {name}: {value if len(value) <= most else value[:most] + '...'}"
 
 
 def _branch(node, indent: str, depth: int) -> Iterator[str]:

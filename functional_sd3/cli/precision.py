@@ -14,6 +14,7 @@ import torch
 
 from functional_sd3 import weights
 from functional_sd3.cli import report, runtime
+from functional_sd3.core import tree
 from functional_sd3.core.types import Params
 from functional_sd3.formats.default_dtype import Default
 from functional_sd3.formats.errors import WeightsError
@@ -63,17 +64,33 @@ def choose(
 
 
 def with_products_of(params: Params, device: torch.device) -> Params:
-    """Parameters without products of int8 or float8 where the device is slower at them, with a note."""
+    """Parameters without products of int8 or float8 where the device is slower at them, with a note.
+
+    On a CPU that multiplies int8, without those of layers that are too small for it (`narrow.Narrow.int8`)."""
     computes = {"int8": device.type == "cpu" and int8.LEAST_SIZE is not None, "float8": cuda.multiplies_float8(device)}
     slower = [
         compute for compute, is_fast in computes.items() if not is_fast and quantize.has_products(params, compute)
     ]
     if not slower:
-        return params
+        return quantize.without_products(params, _too_small(params, narrow.here())) if device.type == "cpu" else params
     what = "this processor has no instructions" if device.type == "cpu" else f"a device {device.type} has no kernels"
     report.note(f"the weights were quantised for products of {slower[0]}, for which {what} here: they are "
         "dequantised instead")  # fmt: skip
     return quantize.without_products(params)
+
+
+def _too_small(params: Params, processor: narrow.Narrow) -> set[str]:
+    """Paths of the weights whose products of int8 take longer than dequantising does."""
+    least = {torch.float32: processor.int8, torch.bfloat16: processor.int8_bfloat16}
+    leaves = tree.flatten_paths(params)
+    small = set()
+    for path, scale in leaves.items():
+        if path.endswith(".int8_scale"):
+            layer = path.removesuffix("int8_scale")
+            computed = leaves.get(layer + "bias", scale).dtype
+            if leaves[layer + "weight"].numel() < (least.get(computed) or 0):
+                small.add(layer + "weight")
+    return small
 
 
 def fetcher(place: torch.device, source: Any, /, **options: Any) -> Callable[[str], Params]:

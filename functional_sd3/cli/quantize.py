@@ -1,15 +1,17 @@
 """Store a model's weights in one byte each, and say what that costs."""
 
 import argparse
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from functional_sd3.cli import options, output, report
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
+    from functional_sd3.cli.quantize_trial import Trial
     from functional_sd3.core.types import Params
     from functional_sd3.weights.merge import Change
     from functional_sd3.weights.model import Model
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 HELP = "store weights in one byte each, and say what that costs"
 FORMATS = ("int8", "float8")
 PROMPTS = ("a large red circle on a white background", "a lighthouse in fog", "")
-ENCODERS = ("clip_l", "clip_g", "t5")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "float8 on GPUs of Nvidia's from Ada on")  # fmt: skip
     add("--limit", type=float, default=0.05, metavar="ERROR", help="with --compute: layers whose products are off by "
         "more keep floats for them (default 0.05)")  # fmt: skip
+    add("--keep", nargs="+", default=(), metavar="PATTERN", help="weights that stay floats, such as "
+        "'transformer.blocks.0.*' or '*.modulation.weight'")  # fmt: skip
+    add("--max-error", type=float, metavar="ERROR", help="relative error of the velocity of the run (see --prompt, "
+        "--steps), 0.03 say: weights of the transformer stay floats, worst first, until it is below")  # fmt: skip
     add("--out", metavar="PATH", help="a .safetensors file or a folder for the result; without it, only report")
     add("--prompt", nargs="+", metavar="TEXT", default=PROMPTS, help="what the velocity is compared for")
     add("--steps", type=int, default=4, help="of the run along which it is compared (default 4; 0: do not)")
@@ -43,14 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from functional_sd3 import weights
     from functional_sd3.cli import runtime
+    from functional_sd3.cli.quantize_trial import Trial
     from functional_sd3.core import tree
     from functional_sd3.weights import quantize
 
     dtype = {"int8": torch.int8, "float8": torch.float8_e4m3fn}[arguments.format]
     model = weights.load(arguments.model, dtype="stored", variant=arguments.variant)
     runtime.require(model, arguments.part, Path(arguments.model))
-    stored = {name: quantize.quantize(model.params[name], dtype, compute=arguments.compute) for name in arguments.part}
-    trial = _Trial.of(model, arguments) if arguments.steps and ("transformer" in stored or arguments.compute) else None
+    stored = {name: _quantized(name, model.params[name], dtype, arguments) for name in arguments.part}
+    trial = Trial.of(model, arguments) if arguments.steps and ("transformer" in stored or arguments.compute) else None
     for name, params in stored.items():
         before, after = (tree.nbytes(each) / 2**20 for each in (model.params[name], params))
         report.say(f"{name}: {before:,.1f} MiB -> {after:,.1f} MiB")
@@ -58,10 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
             report.say(f"  {place:50} relative error {error:.2e}")
         if arguments.compute:
             stored[name] = _with_good_products(name, params, trial, arguments)
+    notes: dict[str, str] = {}
     if "transformer" in stored and trial:
-        _report_velocity(model, stored["transformer"], trial)
+        if arguments.max_error is not None:
+            stored["transformer"], notes = _within_budget(model, stored["transformer"], trial, arguments)
+        trial.report_velocity(stored["transformer"])
     if arguments.out is not None:
-        weights.save(arguments.out, model._replace(params={**model.params, **stored}), layout="native")
+        saved = model._replace(params={**model.params, **stored})
+        weights.save(arguments.out, saved, layout="native", notes=notes)
         report.say(arguments.out)
     return 0
 
@@ -76,55 +86,49 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--compute {compute} needs weights of --format {compute}, not {arguments.format}")
     if not arguments.limit > 0:
         raise ValueError(f"--limit {arguments.limit:g} must be above 0")
+    if arguments.max_error is None:
+        return
+    if not 0 < arguments.max_error < math.inf:
+        raise ValueError(f"--max-error {arguments.max_error:g} must be above 0")
+    if "transformer" not in arguments.part:
+        raise ValueError("--max-error is of the transformer's velocity: add --part transformer")
+    if not arguments.steps:
+        raise ValueError("--max-error is measured along a run, which --steps 0 leaves out: --steps 4, say")
 
 
-class _Trial(NamedTuple):
-    """A run along which errors are measured: float32 parameters, noise, times, and the prompts' conditioning."""
+def _quantized(name: str, params: "Params", dtype: "torch.dtype", arguments: argparse.Namespace) -> "Params":
+    from functional_sd3.weights import quantize
 
-    model: "Model"
-    noise: "Tensor"
-    sigmas: "Tensor"
-    conditioning: tuple["Tensor", "Tensor"]
-    prompts: list[str]
-
-    @classmethod
-    def of(cls, model: "Model", arguments: argparse.Namespace) -> "_Trial":
-        import torch
-
-        from functional_sd3 import pipeline
-        from functional_sd3.cli import runtime
-        from functional_sd3.core import prng, tree
-
-        device, prompts = runtime.device(arguments.device), list(arguments.prompt)
-        wide = {name: tree.to(tree.cast(part, torch.float32), device) for name, part in model.params.items()}
-        model = model._replace(params=wide)
-        with torch.no_grad():
-            conditioning = pipeline.encode(_encoders(wide), model.config, model.tokenizers, prompts).positive
-        noise = pipeline.initial_noise(prng.key(0), model.config, len(prompts), device=device)
-        sigmas = pipeline.sigmas(model.config, noise, arguments.steps)
-        return cls(model, noise, sigmas, (conditioning.context, conditioning.pooled), prompts)
-
-    def run(self, name: str, params: "Params") -> None:
-        """Computes what the component `name`, with these parameters, is there for."""
-        from functional_sd3 import pipeline
-        from functional_sd3.layouts.components import require
-        from functional_sd3.transformer import mmdit
-
-        wide, config = self.model.params, self.model.config
-        if name in ENCODERS:
-            encoders = _encoders(wide) | {name: params}
-            pipeline.encode(encoders, config, self.model.tokenizers, self.prompts)
-        elif name == "transformer":
-            x = self.noise
-            for t, t_next in zip(self.sigmas[:-1], self.sigmas[1:], strict=True):
-                x = x + (t_next - t) * mmdit.apply(params, require(config, "transformer"), x, t, *self.conditioning)
+    # Patterns are of whole paths: the component before the path within it.
+    return quantize.quantize({name: params}, dtype, keep=arguments.keep, compute=arguments.compute)[name]
 
 
-def _encoders(params: "dict[str, Params]") -> "dict[str, Params]":
-    return {name: part for name, part in params.items() if name in ENCODERS}
+def _within_budget(
+    model: "Model", params: "Params", trial: "Trial", arguments: argparse.Namespace
+) -> "tuple[Params, dict[str, str]]":
+    """The transformer within --max-error, and the notes of its file: the errors, and what stays floats for which."""
+    from functional_sd3.core import tree
+    from functional_sd3.weights import error_budget
+
+    limit, floats = arguments.max_error, model.params["transformer"]
+    budget = error_budget.within_error(floats, params, trial.velocity_error, limit)
+    for path, error in budget.kept.items():
+        report.say(f"  {'transformer.' + path:50} stays {tree.flatten_paths(floats)[path].dtype}: the velocity is off "
+            f"by {error:.2e} by it alone")  # fmt: skip
+    numbers = {path: leaf.numel() for path, leaf in tree.flatten_paths(budget.params).items()}
+    held = sum(count for path, count in numbers.items() if path in tree.flatten_paths(floats))
+    narrow = sum(leaf.numel() for leaf in tree.leaves(budget.params) if leaf.dtype.itemsize == 1)
+    summary = (
+        f"{arguments.format}{' with products' if arguments.compute else ''}: the velocity is off by {budget.error:.2e} "
+        f"(--max-error {limit:g}; {budget.before:.2e} before {len(budget.kept)} weights were kept in floats), over "
+        f"{arguments.steps} steps of {len(trial.prompts)} prompts; {narrow / held:.0%} of the numbers take one byte"
+    )
+    report.say(f"transformer: {summary}")
+    kept = ", ".join(f"{path} {error:.1e}" for path, error in budget.kept.items())
+    return budget.params, {"quantization": summary, "quantization_kept": kept or "nothing"}
 
 
-def _with_good_products(name: str, params: "Params", trial: _Trial | None, arguments: argparse.Namespace) -> "Params":
+def _with_good_products(name: str, params: "Params", trial: "Trial | None", arguments: argparse.Namespace) -> "Params":
     """The component without the products whose error is above --limit, with a note of their number."""
     from functional_sd3.core import tree
     from functional_sd3.weights import quantize
@@ -141,7 +145,7 @@ def _with_good_products(name: str, params: "Params", trial: _Trial | None, argum
         params = quantize.without_products(params, bad)
     paths = tree.flatten_paths(params)
     count, others = (sum(path.endswith(end) for path in paths) for end in (f".{arguments.compute}_scale", ".scale"))
-    small = f"weights below {quantize.SMALLEST_PRODUCT:,} numbers, convolutions and what is above --limit"
+    small = f"weights below {quantize.SMALLEST_PRODUCT:,} numbers, modulations, convolutions, what is above --limit"
     floats = f", of floats in {others} ({small})" if others else ""
     report.say(f"{name}: products of {arguments.compute} in {count} layers{floats}")
     return params
@@ -160,18 +164,3 @@ def _grouped(errors: Iterable[tuple[str, float]], every: bool) -> Iterator[tuple
         grouped.setdefault(path if every else merge.layer(path), []).append(error**2)
     for place, squares in grouped.items():
         yield place, (sum(squares) / len(squares)) ** 0.5
-
-
-def _report_velocity(model: "Model", stored: "Params", trial: _Trial) -> None:
-    import torch
-
-    from functional_sd3.core import tree
-    from functional_sd3.layouts.components import require
-    from functional_sd3.transformer import precision
-
-    config, reference = require(model.config, "transformer"), trial.model.params["transformer"]
-    stored = tree.to(stored, trial.noise.device)
-    with torch.no_grad():
-        errors = precision.velocity_errors(reference, stored, config, trial.noise, trial.sigmas, *trial.conditioning)
-    for t, error in zip(trial.sigmas.tolist(), errors.tolist(), strict=False):
-        report.say(f"velocity at t = {t:.3f}: relative error {error:.2e} against float32")

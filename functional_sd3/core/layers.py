@@ -101,8 +101,7 @@ def round_rows_to_float8(x: Tensor) -> Tensor:
 def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     """(float8_e4m3fn of the shape of x, steps (..., 1), at least float32): their products are x, rounded."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    step = wide.abs().amax(-1, keepdim=True) / FLOAT8_MAX
-    step = torch.where(step == 0, 1.0, step)
+    step = normal_step(wide.abs().amax(-1, keepdim=True) / FLOAT8_MAX)
     return (wide / step).to(torch.float8_e4m3fn), step
 
 
@@ -118,9 +117,14 @@ def round_rows(x: Tensor) -> Tensor:
     """
     values = x.detach()
     wide = values.to(torch.promote_types(x.dtype, torch.float32))
-    step = wide.abs().amax(-1, keepdim=True) / INT8_MAX
-    step = torch.where(step == 0, 1.0, step)
+    step = normal_step(wide.abs().amax(-1, keepdim=True) / INT8_MAX)
     return x + ((wide / step).round() * step - wide).to(x.dtype)
+
+
+def normal_step(step: Tensor) -> Tensor:
+    """Steps of rows, at least the least normal number: by a step of 0 or a subnormal one, which is a rounded one, a
+    row's largest value would leave the range. NaN stays."""
+    return step.clamp_min(torch.finfo(step.dtype).tiny)
 
 
 INT8_MAX = 127.0

@@ -131,7 +131,7 @@ def read(plan: TreePlan, *, dtype: Dtype, device: torch.device | str, finite: bo
             rows = source.transform.join([_rows(plan, name) for name in names])
             # By default a scale is widened with the rest, and never narrowed: it is a factor of whole rows.
             wide = scale_dtype or (torch.promote_types(rows.dtype, dtype) if dtype else None)
-            kind = _scale_name(plan.scales[names[0]])
+            kind = scale_name(plan.scales[names[0]])
             scales[path.removesuffix("weight") + kind] = rows.to(device=device, dtype=wide)
             # As bytes: concatenation is not written for float8 everywhere.
             parts = [files.tensor(plan.places[name], name) for name in names]
@@ -207,7 +207,7 @@ def _stays(plan: TreePlan, source: Source, names: Sequence[str]) -> bool:
     return source.transform.by_rows and inside and len(dtypes) == 1 and all(name in plan.scales for name in names)
 
 
-def _scale_name(name: str) -> str:
+def scale_name(name: str) -> str:
     """Our name of a factor, for the products that the file names."""
     if name.endswith(scaled_fp8.FLOAT8_PRODUCT):
         return "float8_scale"

@@ -10,7 +10,7 @@ Usage:
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -75,7 +75,7 @@ __all__ = [
 
 LAYOUTS = ("diffusers", "stability", "single", "native")
 """Layouts that `save` writes."""
-_FOLDERS = {
+_FOLDERS: dict[str, Callable[..., None]] = {
     "diffusers": diffusers.write,
     "stability": checkpoint_file.write_stability,
     "native": checkpoint_file.write_native,
@@ -161,6 +161,7 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
     base: str | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None: ...
 @overload
 def save(
@@ -172,6 +173,7 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
     base: str | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None: ...
 
 
@@ -184,6 +186,7 @@ def save(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
     base: str | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model where `load` reads it again, and others read it too.
 
@@ -196,6 +199,7 @@ def save(
     dtype: to convert to while writing, None keeps each parameter's. shard_bytes: weights above this size are split, in
     the layouts that others read split ("diffusers", a folder of "native"); the rest raise ValueError above it. base:
     folder, relative to `path`, of a model that has what this one lacks, which `load` reads there; "diffusers" alone.
+    notes: further entries of the files' metadata, which `inspect` prints; "native" alone.
 
     Of the model in an existing folder nothing is left, its other entries stay; if the save fails or is killed, what was
     there still loads as it was (see `formats.atomic`). Raises WeightsError when the parameters do not fit the
@@ -206,6 +210,8 @@ def save(
         _check_base(Path(path), base, layout)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} must be one of {sorted(LAYOUTS)}")
+    if notes and layout != "native":
+        raise ValueError(f"notes are written with layout 'native' alone, not {layout!r}")
     if shard_bytes is not None and shard_bytes < 1:
         raise ValueError(f"shard_bytes {shard_bytes} must be at least 1")
     _check_dtype(dtype)
@@ -217,9 +223,10 @@ def save(
         raise ValueError('quantised weights are saved with layout="native" and as they are; dequantize them for others')
     path = Path(path)
     if layout in _FILES and (layout not in _FOLDERS or path.suffix == ".safetensors"):
-        checkpoint_file.write_file(path, model, _FILES[layout], dtype=dtype, shard_bytes=shard_bytes)
+        checkpoint_file.write_file(path, model, _FILES[layout], dtype=dtype, shard_bytes=shard_bytes, notes=notes)
         return
-    write = _FOLDERS[layout] if base is None else partial(diffusers.write, base=base)
+    options = {"base": base} if base is not None else {"notes": notes} if notes else {}
+    write = partial(_FOLDERS[layout], **options)
     atomic.replace_folder(
         path, lambda folder: write(folder, model, dtype=dtype, shard_bytes=shard_bytes), discover.OWNED[layout]
     )

@@ -17,12 +17,19 @@ _ALONE = {"clip_l": registry.DIFFUSERS["clip_l"], "clip_g": registry.DIFFUSERS["
 
 
 def write_file(
-    path: Path, model: Model, table: Mapping[str, Format], *, dtype: torch.dtype | None, shard_bytes: int | None
+    path: Path,
+    model: Model,
+    table: Mapping[str, Format],
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: int | None,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Every component in one file, each under the names of its format."""
+    """Every component in one file, each under the names of its format. notes: further entries of its metadata."""
     tensors = _together(model, table, model.params)
     _check_size(str(path), tensors, dtype, shard_bytes)
-    files.write_atomic(path, tensors, metadata=metadata.write(model.config, tuple(model.params)), dtype=dtype)
+    entries = {**(notes or {}), **metadata.write(model.config, tuple(model.params))}
+    files.write_atomic(path, tensors, metadata=entries, dtype=dtype)
 
 
 def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
@@ -36,12 +43,19 @@ def write_stability(folder: Path, model: Model, *, dtype: torch.dtype | None, sh
     _write_tokenizers(folder, model)
 
 
-def write_native(folder: Path, model: Model, *, dtype: torch.dtype | None, shard_bytes: int | None) -> None:
-    """Fill an empty folder with the trees under their own names."""
+def write_native(
+    folder: Path,
+    model: Model,
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: int | None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Fill an empty folder with the trees under their own names. notes: further entries of the files' metadata."""
     tensors = _together(model, registry.NATIVE, model.params)
     place = folder / NATIVE_FOLDER
     place.mkdir()
-    entries = metadata.write(model.config, tuple(model.params))
+    entries = {**(notes or {}), **metadata.write(model.config, tuple(model.params))}
     if tensors:
         shards.write_weights(place, NATIVE_FOLDER, tensors, dtype=dtype, shard_bytes=shard_bytes, metadata=entries)
     _write_tokenizers(folder, model)

@@ -27,7 +27,8 @@ class Part(NamedTuple):
 
     format: whose names its tensors have, and below which prefix. where: its file or folder. config: its sizes, or a
     text about them. tree: its leaves as meta tensors of the stored dtypes; of an accompanying file by the names there.
-    scaled: how many of its tensors have a scale (scaled fp8). blocks: type of GGUF's blocks -> number of tensors stored
+    scaled: how many of its tensors have a scale (scaled fp8). products: "int8" or "float8" -> how many layers multiply
+    in it. blocks: type of GGUF's blocks -> number of tensors stored
     in it. nonfinite: (name in the file, "NaN" or "an infinity").
     """
 
@@ -37,6 +38,7 @@ class Part(NamedTuple):
     config: Any
     tree: Tree
     scaled: int
+    products: dict[str, int]
     blocks: dict[str, int]
     nonfinite: list[tuple[str, str]]
 
@@ -96,7 +98,11 @@ def _part(planned: LoadPlan, values: bool) -> Part:
     words = f"named as by {format.owner}" + (f" below {format.prefix}" if format.prefix else "")
     kinds = Counter(trees.entry(plan.places, name).blocks for name in plan.names.values())
     stored = {kind: count for kind, count in kinds.items() if kind}
-    return Part(planned.component, words, plan.where, planned.config, tree, len(plan.scales), stored, nonfinite)
+    computed = Counter(trees.scale_name(name).removesuffix("_scale") for name in plan.scales.values())
+    products = {name: count for name, count in computed.items() if name != "scale"}
+    return Part(
+        planned.component, words, plan.where, planned.config, tree, len(plan.scales), products, stored, nonfinite
+    )
 
 
 def _extra(extra: Extra, values: bool) -> Part:
@@ -109,7 +115,7 @@ def _extra(extra: Extra, values: bool) -> Part:
         for name, mapped in extra.places.items()
         for entry in [mapped.header.tensors[name]]
     }
-    return Part(extra.kind, extra.format, extra.where, extra.config, _nested(leaves), 0, {}, nonfinite)
+    return Part(extra.kind, extra.format, extra.where, extra.config, _nested(leaves), 0, {}, {}, nonfinite)
 
 
 def _nested(leaves: Mapping[str, torch.Tensor]) -> Tree:

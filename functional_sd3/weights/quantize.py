@@ -8,7 +8,8 @@ the format (Dettmers et al. 2022, "LLM.int8()", section 2; Micikevicius et al. 2
 With `compute="int8"` the scale of a linear layer is "int8_scale": the product itself is then of int8, of the weight and
 of the layer's input, each of whose rows is rounded by its own largest value when it comes (`layers.round_rows`).
 `compute="float8"` ("float8_scale") does so with weights of float8, on GPUs that multiply it (Ada, Hopper, Blackwell).
-`product_errors` measures what that costs on inputs of one's own; `without_products` takes it back layer by layer.
+`product_errors` measures what that costs on inputs of one's own; `without_products` takes it back layer by layer, and
+`with_floats` the rounding of weights, too, as `error_budget` does where a velocity is off by too much.
 """
 
 from collections.abc import Callable, Collection
@@ -30,7 +31,12 @@ MAX_VALUE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 COMPUTED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 """Products -> the dtype of their weights."""
 SMALLEST_PRODUCT = 1 << 16
-"""Least size of a weight whose product is computed in int8: of a smaller one rounding its input costs what it saves."""
+"""Least size of a weight whose product is computed in a byte: of a smaller one rounding its input costs what it saves
+on every processor that was measured (`kernels.narrow.TABLE`)."""
+ONE_ROW = ("modulation",)
+"""Names of layers that are applied to one row of each sample, for all steps of a run at once: their products take
+little of its time, and a rounded input moves all tokens (in int8 a quarter of the velocity's squared error on
+params/tiny)."""
 
 
 def quantize(
@@ -38,15 +44,17 @@ def quantize(
     dtype: torch.dtype = torch.int8,
     *,
     targets: tree.Chooser = "*",
+    keep: tree.Chooser = (),
     compute: str | None = None,
     smallest: int | None = None,
 ) -> Params:
     """The tree with the weights that `targets` chooses, of those inside blocks, stored as `dtype`.
 
     The scales have the dtype that the weights had; all other leaves, and weights that are quantised already, stay.
+    keep: weights that stay floats, of those that `targets` chooses.
     compute: "int8" or "float8", as `dtype` is, for products of it of the chosen linear layers that have at least
-    `smallest` weights (by default `SMALLEST_PRODUCT`); of the rest, and with None, weights are dequantised where they
-    are used. Derivatives are those of the dequantised weights.
+    `smallest` weights (by default `SMALLEST_PRODUCT`) and are not of `ONE_ROW`; of the rest, and with None, weights are
+    dequantised where they are used. Derivatives are those of the dequantised weights.
     Raises ValueError for another dtype, for targets that choose nothing, and for values that are not finite.
     """
     if dtype not in MAX_VALUE:
@@ -55,13 +63,25 @@ def quantize(
         raise ValueError(f"compute {compute!r} with dtype {dtype} must be None, or that of the dtype: {_computed()}")
     able = lambda path, leaf: inside_blocks(path, leaf.ndim) and leaf.dtype.itemsize > 1  # noqa: E731
     chosen = {path for path, leaf in tree.select(params, targets).items() if able(path, leaf)}
+    chosen -= tree.select(params, keep).keys()
     if not chosen:
-        raise ValueError(f"targets {targets!r} choose no weight of a layer inside blocks")
+        raise ValueError(_nothing_chosen(params, targets, keep))
     quantized = lambda path, one: _quantized(path, one, dtype) if path + ".weight" in chosen else one  # noqa: E731
     stored = _layers(params, quantized)
     if compute is None:
         return stored
     return _with_products(stored, chosen, SMALLEST_PRODUCT if smallest is None else smallest, f"{compute}_scale")
+
+
+def _nothing_chosen(params: Params, targets: tree.Chooser, keep: tree.Chooser) -> str:
+    stored = {path for path in tree.select(params, targets) if path.endswith(_ENDINGS)}
+    if is_quantized(params) and (stored or targets == "*"):
+        return (
+            f"targets {targets!r} choose no weight of a layer inside blocks that is not stored in a byte already: for "
+            "another format `quantize.dequantize` them first, or load them without quantized=True"
+        )
+    kept = f" that keep {keep!r} leaves" if keep else ""
+    return f"targets {targets!r} choose no weight of a layer inside blocks{kept}"
 
 
 def _computed() -> str:
@@ -79,6 +99,28 @@ def without_products(params: Params, paths: Collection[str] | None = None) -> Pa
     return _layers(params, change)
 
 
+def with_floats(params: Params, floats: Params, paths: Collection[str]) -> Params:
+    """The tree with the weights at `paths` as `floats` has them, without scales. Raises ValueError for a path that is
+    stored with no scale."""
+    missing = set(paths) - {f"{path.rpartition('.')[0]}.weight" for path in stored_scales(params)}
+    if missing:
+        raise ValueError(f"{min(missing)} is not stored with a scale")
+    before = {path: leaf for path, leaf in tree.flatten_paths(floats).items() if path in paths}
+
+    def change(path: str, layer: Params) -> Params:
+        if path + ".weight" not in before:
+            return layer
+        bare = {name: leaf for name, leaf in layer.items() if name not in layers.SCALES}
+        return {**bare, "weight": before[path + ".weight"]}
+
+    return _layers(params, change)
+
+
+def stored_scales(params: Params) -> list[str]:
+    """Paths of the scales of all weights that are stored with one."""
+    return [path for path in tree.flatten_paths(params) if path.endswith(_ENDINGS)]
+
+
 def has_products(params: Params, *computes: str) -> bool:
     """True if any layer's product is computed in one of `computes`, by default "int8" and "float8"."""
     names = [f"{compute}_scale" for compute in computes or COMPUTED]
@@ -92,7 +134,7 @@ def dequantize(params: Params) -> Params:
 
 def is_quantized(params: Params) -> bool:
     """True if any weight is stored with a scale."""
-    return any(path.endswith(_ENDINGS) for path in tree.flatten_paths(params))
+    return bool(stored_scales(params))
 
 
 def errors(params: Params, quantized: Params) -> list[Change]:
@@ -120,7 +162,9 @@ def _quantized(path: str, layer: Params, dtype: torch.dtype) -> Params:
         raise ValueError(f"{path}.weight has values that are not finite")
     # Rounded as it is stored, before it is divided by; a row of zeros has any scale.
     scale = torch.where(largest > 0, largest / MAX_VALUE[dtype], 1.0).to(weight.dtype)
-    scale = torch.where(scale > 0, scale, torch.finfo(weight.dtype).tiny)
+    # Subnormal scales, of float16 those of weights below 0.008, may be rounded so far down that weights are cut off.
+    least = torch.finfo(weight.dtype).tiny * torch.finfo(weight.dtype).eps
+    scale = torch.where(scale.to(wide.dtype) * (MAX_VALUE[dtype] + 0.5) < largest, scale + least, scale)
     units = wide / scale.to(wide.dtype).reshape(-1, *[1] * (wide.ndim - 1))
     units = units.clamp(-MAX_VALUE[dtype], MAX_VALUE[dtype])
     return {**layer, "weight": (units.round() if dtype == torch.int8 else units).to(dtype), "scale": scale}
@@ -137,7 +181,8 @@ def _with_products(params: Params, chosen: Collection[str], smallest: int, produ
 
     def change(path: str, layer: Params) -> Params:
         weight = layer["weight"]
-        if path + ".weight" not in chosen or weight.ndim != 2 or weight.numel() < smallest:
+        is_one_row = path.rpartition(".")[2] in ONE_ROW
+        if path + ".weight" not in chosen or weight.ndim != 2 or weight.numel() < smallest or is_one_row:
             return layer
         return {product if name == "scale" else name: leaf for name, leaf in layer.items()}
 

@@ -5,7 +5,7 @@ import torch
 
 from bench import narrow
 from bench import products as measuring
-from functional_sd3.kernels import onednn, processor, products
+from functional_sd3.kernels import int8_functions, onednn, processor, products
 
 
 def times(ratio):
@@ -46,10 +46,13 @@ def test_the_command_prints_the_line_of_this_processor(monkeypatch, capsys):
     monkeypatch.setattr(measuring, "SECONDS", 1e-5)
     monkeypatch.setattr(narrow, "WIDTHS", (64,))
     monkeypatch.setattr(narrow, "SIZES", ((2, 4),))
+    monkeypatch.setattr(narrow, "LAYERS", ((16, 32),))
+    monkeypatch.setattr(narrow, "ROWS", (2, 77))
     assert measuring.main(["--rounds", "1", "--cpu-time"]) == 0
     printed = capsys.readouterr().out
     assert repr(processor.identify()) in printed and "Choice(range(" in printed and "of BLAS's time" in printed
     assert "bfloat16 pays from a width of" in printed
+    assert ("    16 -> 32, 77: " in printed) == (int8_functions.product() is not None)
     assert onednn.has_bfloat16() == ("the same in bfloat16" in printed)
     assert (
         measuring._code(products.Choice(range(1, products.ANY), 4, True, True))
@@ -75,3 +78,17 @@ def test_both_ways_of_attention_agree():
 )
 def test_bfloat16_pays_from_the_width_on_at_which_no_size_is_slow(ratios, expected):
     assert narrow.least_width(ratios) == expected
+
+
+@pytest.mark.parametrize(
+    ("logs", "expected"),
+    [({1: 0.2, 2: -0.1, 4: 0.1, 8: -0.2, 16: -0.3}, 8), ({1: -0.1, 2: -0.2}, 1), ({1: -0.1, 2: 0.0}, None)],
+)
+def test_int8_pays_from_the_size_on_at_which_it_is_never_slower(logs, expected):
+    assert narrow.least_size(logs) == expected
+
+
+@pytest.mark.skipif(int8_functions.product() is None, reason="needs products of int8 that are right")
+def test_the_ways_of_a_layer_compute_the_same():
+    exact, *found = (way().float() for way in (lambda ways: [ways[1], *ways])(narrow.layer_ways(48, 32, 5)))
+    assert all((one - exact).norm() < 0.03 * exact.norm() for one in found)

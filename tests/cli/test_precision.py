@@ -12,10 +12,10 @@ from functional_sd3.cli import evaluate_models, image_settings, precision
 from functional_sd3.core import tree
 from functional_sd3.formats.default_dtype import Default
 from functional_sd3.formats.notes import Note
-from functional_sd3.kernels import narrow
+from functional_sd3.kernels import int8, narrow
 from functional_sd3.kernels.narrow import Narrow
 from functional_sd3.transformer import mmdit
-from functional_sd3.weights import describing, shipped
+from functional_sd3.weights import describing, quantize, shipped
 from tests import models
 
 CPU = torch.device("cpu")
@@ -80,6 +80,17 @@ def test_storage_is_read_off_the_headers(folders):
     weights.save(folders / "norms", model._replace(params={"transformer": norms}), layout="native")
     stored = describing.storage(folders / "norms", "transformer")
     assert 0.9 < stored.narrow < 1.0 and precision.pays(stored, Narrow(256, None))
+
+
+def test_products_of_int8_too_small_for_a_dtype_on_this_processor_are_dequantised(processor, monkeypatch):
+    monkeypatch.setattr(int8, "LEAST_SIZE", 0)
+    processor(Narrow(256, 60, 120))
+    layers = [{"weight": torch.ones(rows, 10), "bias": torch.ones(rows)} for rows in (5, 6, 11, 12)]
+    stored = quantize.quantize({"blocks": [{"layers": layers}]}, compute="int8", smallest=0)
+    for dtype, expected in ((torch.float32, [6, 11, 12]), (torch.bfloat16, [12]), (torch.float64, [5, 6, 11, 12])):
+        found = tree.flatten_paths(precision.with_products_of(tree.cast(stored, dtype), CPU))
+        assert [len(leaf) for path, leaf in found.items() if path.endswith("int8_scale")] == expected
+        assert sum(path.endswith(".scale") for path in found) == 4 - len(expected)
 
 
 def test_an_image_says_in_which_dtype_it_is_made_again(folders, processor, tmp_path, capsys):

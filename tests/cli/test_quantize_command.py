@@ -94,7 +94,45 @@ def test_products_of_int8_are_measured_refused_where_bad_and_drawn_with(folder, 
             assert ("products of int8, for which this processor has no instructions" in capsys.readouterr().err) == note
 
 
+@pytest.mark.parametrize("format", ["int8", "float8"])
+def test_weights_stay_floats_until_the_velocity_is_within_a_limit_and_the_file_says_which(
+    folder, tmp_path, capsys, monkeypatch, format
+):
+    monkeypatch.setattr(quantize, "SMALLEST_PRODUCT", 0)
+    words = ("--format", format, "--compute", format, "--prompt", "a circle", "--steps", 2, "--limit", 1)
+    assert run("quantize", folder, *words) == 0
+    whole = float(re.findall(r"velocity of the run: relative error (\S+)", capsys.readouterr().out)[0])
+    small = tmp_path / "small.safetensors"
+    assert run("quantize", folder, *words, "--max-error", whole / 2, "--out", small) == 0
+    said = capsys.readouterr().out
+    kept = re.findall(r"  transformer\.(\S+) +stays torch.float32: the velocity is off by \S+ by it alone", said)
+    found = float(re.findall(r"velocity of the run: relative error (\S+)", said)[0])
+    assert found <= whole / 2 and f"({'--max-error'} {whole / 2:g}; {whole:.2e} before {len(kept)} weights" in said
+    leaves = tree.flatten_paths(weights.load(small, quantized=True).params["transformer"])
+    scaled = {f"{path.rpartition('.')[0]}.weight" for path in leaves if path.endswith("scale")}
+    assert kept and scaled and not scaled & set(kept)
+    assert all(leaves[path].dtype == torch.float32 for path in kept)
+    assert run("inspect", small) == 0
+    shown = capsys.readouterr().out
+    products = sum(path.endswith(f"{format}_scale") for path in leaves)
+    assert f"products of {format} in {products} layers" in shown
+    assert f"quantization: {format} with products: the velocity is off by {found:.2e}" in shown
+    listed = re.findall(r"quantization_kept: (.*)", shown)[0].split(", ")
+    assert [one.split()[0] for one in listed] == kept
+
+
+def test_patterns_choose_what_stays_floats(folder, tmp_path):
+    words = ("--steps", 0, "--keep", "transformer.blocks.0.*", "*.modulation.weight", "--out", tmp_path / "small")
+    assert run("quantize", folder, *words) == 0
+    leaves = tree.flatten_paths(weights.load(tmp_path / "small", quantized=True).params["transformer"])
+    scales = [path for path in leaves if path.endswith(".scale")]
+    assert scales and not any(path.startswith("blocks.0.") or ".modulation." in path for path in scales)
+
+
 @pytest.mark.parametrize("words, said", [
+    (("--max-error", 0), "--max-error 0 must be above 0"), (("--max-error", "nan"), "--max-error"),
+    (("--max-error", 0.1, "--steps", 0), "--steps 0 leaves out"),
+    (("--max-error", 0.1, "--part", "t5"), "add --part transformer"), (("--keep", "*"), "choose no weight"),
     (("--part", "unet"), "has no unet"), (("--steps", -1), "--steps -1 must be at least 0"),
     (("--limit", 0), "--limit 0 must be above 0"),
     (("--compute", "int8", "--format", "float8"), "needs weights of --format int8"),

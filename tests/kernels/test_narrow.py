@@ -8,7 +8,7 @@ from functional_sd3.kernels.narrow import Narrow
 from functional_sd3.kernels.processor import AMD, INTEL, Processor
 
 ZEN4, XEON, ARM = Processor(AMD, 25, "AVX512"), Processor(INTEL, 6, "AVX512"), Processor("", 0, "SVE256")
-LINE = Narrow(100, 200)
+LINE = Narrow(100, 200, 300)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ LINE = Narrow(100, 200)
     [
         ({}, Narrow(None, None)),
         ({"avx512_f": True, "avx512_bf16": False, "avx512_vnni": False}, Narrow(None, None)),
-        ({"avx512_vnni": True}, Narrow(None, 200)),
+        ({"avx512_vnni": True}, Narrow(None, 200, 200)),
         ({"avx512_vnni": True, "avx512_bf16": True}, LINE),
         ({"amx_bf16": True, "amx_int8": True}, LINE),
         ({"neon": True, "bf16": True, "i8mm": False}, Narrow(100, None)),
@@ -30,8 +30,8 @@ def test_what_is_not_multiplied_in_hardware_never_pays(capabilities, expected):
 
 def test_the_line_is_the_processors_own_or_that_of_the_measured_ones():
     instructions = {"avx512_bf16": True, "avx512_vnni": True}
-    assert narrow.of(ZEN4, instructions, {ZEN4: LINE, XEON: Narrow(None, 5)}) == LINE
-    assert narrow.of(XEON, instructions, {ZEN4: LINE, XEON: Narrow(None, 5)}) == Narrow(None, 5)
+    assert narrow.of(ZEN4, instructions, {ZEN4: LINE, XEON: Narrow(None, 5, 6)}) == LINE
+    assert narrow.of(XEON, instructions, {ZEN4: LINE, XEON: Narrow(None, 5, 6)}) == Narrow(None, 5, 6)
     assert narrow.of(ARM, instructions, {ZEN4: LINE}) == narrow.MEASURED
 
 

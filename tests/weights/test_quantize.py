@@ -17,7 +17,7 @@ from functional_sd3.transformer import mmdit, precision
 from functional_sd3.weights import WeightsError, quantize
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]
-KEPT = [torch.float32, torch.bfloat16]
+KEPT = [torch.float32, torch.bfloat16, torch.float16]
 each_format = pytest.mark.parametrize("dtype", FORMATS, ids=str)
 few = settings(max_examples=25)
 
@@ -46,7 +46,7 @@ def outputs(params, config):
 @given(st.integers(0, 2**31), st.sampled_from(FORMATS), st.sampled_from(KEPT), st.floats(-6, 6))
 def test_every_weight_is_off_by_at_most_half_a_step(seed, dtype, kept, magnitude):
     generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(5, 7, generator=generator) * 10.0**magnitude).to(kept)
+    weight = (torch.randn(5, 7, generator=generator) * 10.0**magnitude).clamp(-6e4, 6e4).to(kept)
     weight[2] = 0.0
     stored = quantize.quantize({"blocks": [{"weight": weight}]}, dtype)["blocks"][0]
     assert stored["weight"].dtype == dtype and stored["scale"].dtype == kept and stored["scale"].shape == (5,)
@@ -77,6 +77,21 @@ def test_only_weights_inside_blocks_are_stored_otherwise_and_nothing_is_written_
         inside = ".blocks." in path and lora_keys.adaptable(path, leaf.ndim)
         assert stored[path].dtype == dtype if inside else stored[path] is leaf
         assert (path.removesuffix("weight") + "scale" in stored) == inside
+
+
+@each_format
+@pytest.mark.parametrize("compute", [False, True], ids=["stored", "products"])
+def test_weights_that_are_kept_stay_floats_from_the_start_or_later(model, dtype, compute):
+    options = {"compute": {torch.int8: "int8", torch.float8_e4m3fn: "float8"}[dtype], "smallest": 0} if compute else {}
+    keep = ["*.blocks.0.*", "*.mlp.out.weight"]
+    early = quantize.quantize(model.params, dtype, keep=keep, **options)
+    whole = quantize.quantize(model.params, dtype, **options)
+    scaled = {f"{path.rpartition('.')[0]}.weight" for path in quantize.stored_scales(whole)}
+    chosen = scaled & tree.select(model.params, keep).keys()
+    assert not tree.diff(early, quantize.with_floats(whole, model.params, chosen))
+    kept = tree.flatten_paths(early)
+    assert chosen and all(kept[path].dtype == torch.float32 for path in chosen)
+    assert {f"{path.rpartition('.')[0]}.weight" for path in quantize.stored_scales(early)} == scaled - chosen
 
 
 @each_format
@@ -196,6 +211,13 @@ def test_mistakes_are_named(model, tmp_path):
         quantize.quantize(model.params, torch.float16)
     with pytest.raises(ValueError, match="targets 'norm' choose no weight"):
         quantize.quantize(model.params, targets="norm")
+    with pytest.raises(ValueError, match=r"no weight of a layer inside blocks that keep '\*' leaves"):
+        quantize.quantize(model.params, keep="*")
+    once = quantize.quantize(model.params)
+    with pytest.raises(ValueError, match=r"stored in a byte already: for another format `quantize.dequantize` them"):
+        quantize.quantize(once, torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"vae.decoder.out.weight is not stored with a scale"):
+        quantize.with_floats(once, model.params, ["vae.decoder.out.weight"])
     with pytest.raises(ValueError, match=r"blocks.0.weight has values that are not finite"):
         quantize.quantize({"blocks": [{"weight": torch.full((2, 2), float("inf"))}]})
     stored = model._replace(params=quantize.quantize(model.params))
