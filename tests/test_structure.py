@@ -251,7 +251,7 @@ def test_images_are_opened_in_one_module():
 
 def test_docstrings_begin_with_the_object_that_they_describe():
     """NAMES: the first sentence of a docstring names the object, and does not begin with a relative clause."""
-    riddle = re.compile(r"\s*(What|Who|Whom|Whether|Where|How|Of|That of|Those|Its|As `|Raise)\b")
+    riddle = re.compile(r"\s*(What|Which|Who|Whom|Whether|Where|Why|How|Of|That of|Those|Its|As `|Raise)\b")
     found = [
         f"{path.relative_to(PACKAGE)}:{line} {text.strip()[:60]}"
         for path in FILES
@@ -261,10 +261,16 @@ def test_docstrings_begin_with_the_object_that_they_describe():
     assert not found, f"name the object, and write 'Raises ValueError', not 'Raise': {found}"
 
 
-def test_comments_begin_with_their_subject():
-    riddle = re.compile(r"^\s*# ?(What|Who|Whom|Of what|Of which|Where nobody)\b", re.MULTILINE)
-    found = {str(path.relative_to(PACKAGE)): riddle.findall(path.read_text()) for path in FILES}
-    assert not any(found.values()), {path: words for path, words in found.items() if words}
+def test_sentences_begin_with_their_subject():
+    """NAMES, rule 5: a sentence of a comment or a docstring does not begin with What or Who."""
+    comment = re.compile(r"^\s*# ?(What|Who|Whom|Of what|Of which|Where nobody)\b", re.MULTILINE)
+    sentence = re.compile(r"[.:]\s+((?:What|Who|Whom|Of what|Of which) \S+ \S+)")
+    found = []
+    for path in FILES:
+        words = comment.findall(path.read_text())
+        words += [words for _, text in facts(path).docstrings for words in sentence.findall(text)]
+        found += [f"{path.relative_to(PACKAGE)}: {' '.join(each.split())}" for each in words]
+    assert not found, found
 
 
 def test_docstrings_and_comments_are_in_plain_words():

@@ -1,7 +1,7 @@
 """The command line: `functional-sd3 SUBCOMMAND`, one module a subcommand.
 
 A module has HELP, `add_arguments(parser)` and `run(arguments) -> exit status`, and imports torch within `run` only,
-after the command line was checked. What a person did wrong ends in one line on standard error and status 1 (2 for words
+after the command line was checked. A user's mistake ends in one line on standard error and status 1 (2 for words
 that are no command line), Ctrl-C in 130; a traceback is printed with --debug alone.
 """
 

@@ -34,7 +34,7 @@ def pairs(
     """{"noise", "latents"}: for each of the captions, read as `ids`, a noise and the end of the teacher's run from it.
 
     The run is that of `generate`: by the model's own grid and method, guided by `options.cfg`, in
-    `options.teacher_steps` steps. What an earlier run with the same settings has drawn is read again. Raises
+    `options.teacher_steps` steps. Samples of an earlier run with the same settings are read again. Raises
     WeightsError as `reflow.pairs` does.
     """
     from tqdm import tqdm

@@ -71,7 +71,7 @@ def check_batch(arguments: argparse.Namespace, team: "Processes") -> None:
 
 
 def refusal(arguments: argparse.Namespace, axis: str) -> str | None:
-    """Why options of a command do not go with an axis of the mesh, None where they do: docs/guides/scale.md."""
+    """Reason why options of a command do not go with an axis of the mesh, None where they do: docs/guides/scale.md."""
     if axis in WITHIN and getattr(arguments, "part", None) == "vae":
         what = {"sequence": "tokens", "tensor": "heads"}[axis]
         return f"--mesh {axis} divides the {what} of the transformer, and --part vae has none: use data or fsdp"

@@ -97,6 +97,6 @@ def clip_name(model: Clip) -> str:
 
 
 def clip_described(path: str, model: Clip) -> dict[str, Any]:
-    """Which CLIP a figure was measured with, in the words of JSON."""
+    """Description for JSON of the CLIP that a figure was measured with."""
     image = model.config.image
     return {"clip": path, "clip_image": {"size": image.size, "patch": image.patch, "width": image.width}}

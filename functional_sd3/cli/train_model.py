@@ -24,9 +24,9 @@ def load(
 ) -> tuple[Model, Model, torch.dtype | None]:
     """The model as it is stored, as training computes with it, and the dtype of the computation (None: float32).
 
-    What learns is in --weights, float32 by default. The rest stays as it is stored, unless the device does not compute
-    that well. only: the components that are read, all by default; configs and tokenizers are of all. mesh: the
-    processes of the run, of which this one converts and moves its part alone of what is divided (`divided`).
+    Parameters that learn are in --weights, float32 by default. The rest stays as it is stored, unless the device does
+    not compute that well. only: the components that are read, all by default; configs and tokenizers are of all. mesh:
+    the processes of the run, of which this one converts and moves its part alone of what is divided (`divided`).
     """
     device = runtime.device(arguments.device)
     if only is None:
@@ -111,7 +111,7 @@ def _adapted_dtype(params: Tree, device: torch.device) -> torch.dtype:
 def as_stored(params: Params, stored: Params) -> Params:
     """Trained parameters in the dtypes of the stored ones, but in none that is too narrow for what they are now.
 
-    What was not stored, as a student can have it, is in the commonest dtype.
+    Parameters that were not stored, as of a student, are in the commonest dtype.
     """
     return tree.map_with_path(stored_caster(stored), params)
 

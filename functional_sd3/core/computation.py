@@ -88,7 +88,7 @@ def block_function(
 ) -> Callable[..., Any]:
     """`apply(block, ...)` with the block's parameters materialised inside, and all of that transformed.
 
-    What was materialised is not kept for the backward pass: a transform that recomputes materialises it again, and
+    Materialised parameters are not kept for the backward pass: a transform that recomputes materialises it again, and
     without a transform `rematerialise` does.
     """
     if materialize is None:

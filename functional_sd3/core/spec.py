@@ -55,8 +55,8 @@ AXES = {
 """Logical axes: name -> what lies along it. An axis that is never divided has the name None."""
 
 FUSED = {"qkv": ("heads", 3), "key_value": ("heads", 2), "gated": ("hidden", 2)}
-"""Axes that hold several matrices of equal size one after another: name -> (the axis of each of them, how many). What
-divides the heads or the hidden features among processes divides each of them."""
+"""Axes that hold several matrices of equal size one after another: name -> (the axis of each of them, how many). A
+division of the heads or the hidden features among processes divides each of them."""
 
 
 @dataclass(frozen=True)

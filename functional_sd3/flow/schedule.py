@@ -165,8 +165,8 @@ def _from_levels(config: Config, levels: Tensor, mu: Scalar | None, device: torc
 def resolution_mu(config: Config, tokens: int) -> float:
     """mu for an image of `tokens` patches, height * width / (8 * patch_size)^2.
 
-    The line through base_shift at base_image_seq_len and max_shift at max_image_seq_len; it continues beyond both. What
-    diffusers' pipelines compute as `calculate_shift`.
+    The line through base_shift at base_image_seq_len and max_shift at max_image_seq_len; it continues beyond both. It
+    is `calculate_shift` of diffusers' pipelines.
     """
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     return tokens * slope + (config.base_shift - slope * config.base_image_seq_len)

@@ -55,7 +55,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
 class _Rule(FlatFunction):
     """Base of the four functions: the arguments are the settings, then tensors or None, batch first.
 
-    A mapped dimension is folded into the batch. What a GPU's kernel saves of its generator has no batch; it comes last.
+    A mapped dimension is folded into the batch. The state of its generator that a GPU's kernel saves has no batch; it
+    comes last.
     """
 
     batched_arguments: int

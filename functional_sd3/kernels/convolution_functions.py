@@ -17,7 +17,7 @@ from functional_sd3.kernels.single_level import FlatFunction, first_mapped, fits
 
 
 def fits(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> bool:
-    """Under forward mode."""
+    """True under forward mode."""
     return fits_forward_mode(x)
 
 

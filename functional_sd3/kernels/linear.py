@@ -11,7 +11,7 @@ from functional_sd3.kernels.single_level import fits_forward_mode
 
 
 def fits(params: Params, x: Tensor) -> bool:
-    """Under forward mode, of a matrix or a batch."""
+    """True under forward mode, of a matrix or a batch."""
     return x.ndim > 1 and fits_forward_mode(x)
 
 

@@ -13,7 +13,7 @@ from functional_sd3.kernels.single_level import FlatFunction, fits_forward_mode
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Under forward mode, of one number of dimensions and one dtype."""
+    """True under forward mode, of one number of dimensions and one dtype."""
     first, *others = tensors
     return fits_forward_mode(first) and all(x.ndim == first.ndim and x.dtype == first.dtype for x in others)
 

@@ -1,7 +1,7 @@
-"""Which narrow numbers a processor multiplies in hardware, and from which size on they are faster than float32.
+"""Narrow numbers (bfloat16, int8) that a processor multiplies in hardware, and the sizes from which that is faster.
 
-bfloat16 without such instructions is emulated and takes about three times as long as float32; int8 likewise. What was
-measured is in `TABLE`; an unmeasured processor that has the instructions takes `MEASURED`.
+bfloat16 without such instructions is emulated and takes about three times as long as float32; int8 likewise.
+Measurements are in `TABLE`; an unmeasured processor that has the instructions takes `MEASURED`.
 `python -m bench.products` measures the machine at hand and prints its line.
 """
 

@@ -19,7 +19,7 @@ from functional_sd3.kernels.single_level import FlatFunction, fits_forward_mode
 
 
 def fits(params: Params, x: Tensor, eps: float) -> bool:
-    """Under forward mode."""
+    """True under forward mode."""
     return fits_forward_mode(x)
 
 
@@ -38,7 +38,7 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 
 def fits_group_norm(params: Params, x: Tensor, groups: int, eps: float) -> bool:
-    """Under forward mode, of one dtype."""
+    """True under forward mode, of one dtype."""
     return fits_forward_mode(x) and params["weight"].dtype == x.dtype
 
 

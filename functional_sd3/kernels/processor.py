@@ -1,4 +1,4 @@
-"""Which processor this is: vendor, family and instruction set, as far as the system tells without privileges."""
+"""Identity of the processor: vendor, family and instruction set, as far as the system tells without privileges."""
 
 import platform
 import re

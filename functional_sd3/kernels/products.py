@@ -1,4 +1,4 @@
-"""Which library computes float32 products and 3x3 convolutions on a CPU: one table by processor, and its products.
+"""Choice of the library for float32 products and 3x3 convolutions on a CPU: a table by processor, and its products.
 
 PyTorch multiplies float32 matrices by its BLAS, on x86 Intel's MKL, which does not use all that other vendors'
 processors can; oneDNN, which PyTorch has for convolutions and bfloat16, compiles its code for the processor at hand.

@@ -72,8 +72,8 @@ TABLE = Table(
 def infer(shapes: Shapes, drops_ones: bool = False) -> controlnet.Config:
     """The config that tensors of these shapes belong to, by diffusers' names or Stability's.
 
-    What shapes do not tell is as in the released files: heads of 64 channels where there is no qk-norm, and zero pooled
-    text exactly where there are joint blocks. Raises WeightsError when it is no ControlNet.
+    Sizes that shapes do not determine are those of the released files: heads of 64 channels where there is no qk-norm,
+    and zero pooled text exactly where there are joint blocks. Raises WeightsError when it is no ControlNet.
     """
     wanted = ("pos_embed_input.proj.weight", "controlnet_blocks.0.weight", _POOLED)
     dimensions = {**dict(zip(wanted, (4, 2, 2), strict=True)), **_OPTIONAL}

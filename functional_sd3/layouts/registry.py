@@ -213,7 +213,7 @@ def infer_config(shapes: Shapes) -> Config:
 
 
 def clip_named(config: Any) -> str:
-    """Which of SD3's two a stand-alone CLIP is: G is the larger by far."""
+    """Name of a stand-alone CLIP among SD3's two: G is the larger by far."""
     return "clip_g" if config.width >= 1280 or config.layers >= 32 else "clip_l"
 
 

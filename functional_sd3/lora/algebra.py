@@ -35,9 +35,9 @@ def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "
     """The LoRA nearest to what distinguishes `tuned` from `base`: truncated singular values of every matrix's change.
 
     By Eckart and Young no LoRA of this rank is nearer in the Frobenius norm; at full rank it is the change itself.
-    Query, key and value are taken each for itself, matrices that did not change are left out, alpha is the rank. What
-    is no matrix of a layer (biases, norms, embeddings) is not in a LoRA: `weights.merge.diff` shows what is lost.
-    Raises ValueError when the trees differ in structure, when nothing differs, or for a rank below 1.
+    Query, key and value are taken each for itself, matrices that did not change are left out, alpha is the rank. Leaves
+    that are no matrix of a layer (biases, norms, embeddings) are not in a LoRA: `weights.merge.diff` shows what is
+    lost. Raises ValueError when the trees differ in structure, when nothing differs, or for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")
@@ -61,7 +61,7 @@ def extract(tuned: Params, base: Params, rank: int, *, targets: tree.Chooser = "
 def resize(lora: Lora, rank: int) -> Lora:
     """The nearest LoRA of another rank: singular values cut off, or zeros added; alpha becomes the rank.
 
-    What is no low-rank product (LoHa, LoKr, differences of matrices) becomes one. Raises ValueError for a DoRA.
+    Entries that are no low-rank product (LoHa, LoKr, differences of matrices) become one. Raises ValueError for a DoRA.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")

@@ -83,11 +83,11 @@ def apply(
     params: the tree of a whole model ("transformer", "clip_l", ...). Leaves that are not adapted are shared with the
     result, adapted ones are added up in float32 and rounded once. lazy: weights are left alone too, and layers add the
     low-rank product to what they compute: the same but for rounding, right for training, for weights in int8 or float8,
-    and for many LoRAs over one base (vmap over a stack of them: `in_axes=(None, 0)`). What is no low-rank product
-    (LoHa, LoKr, DoRA, differences) is added to the weight all the same; beside a weight in int8 or float8 it is kept as
-    a matrix of the scale's dtype. A DoRA's `scale` multiplies its whole difference from the weight. shapes: of whole
-    weights by path, where those of `params` are parts that are gathered when they are used (`parallel.sharding`), which
-    needs `lazy`.
+    and for many LoRAs over one base (vmap over a stack of them: `in_axes=(None, 0)`). Entries that are no low-rank
+    product (LoHa, LoKr, DoRA, differences) are added to the weight all the same; beside a weight in int8 or float8 they
+    are kept as a matrix of the scale's dtype. A DoRA's `scale` multiplies its whole difference from the weight. shapes:
+    of whole weights by path, where those of `params` are parts that are gathered when they are used
+    (`parallel.sharding`), which needs `lazy`.
 
     Raises ValueError naming what the parameters lack or what does not fit them.
     """

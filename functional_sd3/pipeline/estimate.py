@@ -1,6 +1,6 @@
 """Memory of drawing images, from the specs of a model alone: of its stages, on the device and on the host.
 
-Weights are counted by their specs, where `swap_blocks` and `offload` put them. What is computed is run on the device
+Weights are counted by their specs, where `swap_blocks` and `offload` put them. The computation is run on the device
 "meta" (`core.live_bytes`), in blocks of true size.
 """
 

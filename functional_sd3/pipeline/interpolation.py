@@ -113,8 +113,8 @@ def interpolate(
 
     prompts, keys (2,) or (stops, 2): the stops, evenly far apart, the first and the last of them the first and the last
     frame; a single prompt, or a single key, stays the same throughout. Noise is mixed by `slerp`, embeddings by `mix`:
-    `lerp` or `slerp`. batch: frames drawn at once, by default all. What a frame is drawn from is a function of its
-    place, which can be differentiated and vmapped: `between`. The rest as in `generate`.
+    `lerp` or `slerp`. batch: frames drawn at once, by default all. The inputs of a frame are a function of its place,
+    which can be differentiated and vmapped: `between`. The rest as in `generate`.
     """
     text = TextOptions(negative, t5_length, weighted, long_prompts)
     run = SamplingOptions(

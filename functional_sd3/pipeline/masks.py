@@ -1,6 +1,6 @@
 """Masks: images (batch or 1, 1, height, width) in [0, 1], 1 where something is painted anew, 0 where it is kept.
 
-What is kept follows the straight path from its noise to itself while the rest follows the flow, so that the model
+The kept part follows the straight path from its noise to itself while the rest follows the flow, so that the model
 always sees a whole image of one noise level: for Euler steps that is the latent blend of diffusers'
 `StableDiffusion3InpaintPipeline`, and it is a velocity like any other for every other integrator.
 """

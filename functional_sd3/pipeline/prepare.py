@@ -72,9 +72,9 @@ def prepare(components: Components, config: Config, tokenizers: Tokenizers, requ
 def slice_samples(prepared: Prepared, index: slice) -> Prepared:
     """Some of the images of a request; each is drawn as it is in the whole.
 
-    What has one row for each sample is sliced: scales, ControlNets' images, image prompts and cached keys and values
-    too. Not what a guidance or an attention of one's own closes over, nor any of these for frames: there a number or
-    one row must do for all.
+    Values with one row for each sample are sliced: scales, ControlNets' images, image prompts and cached keys and
+    values too. Not what a guidance or an attention of one's own closes over, nor any of these for frames: there a
+    number or one row must do for all.
     """
     if prepared.places is not None:
         return prepared._replace(places=prepared.places[index])

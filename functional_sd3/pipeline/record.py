@@ -1,9 +1,10 @@
 """A request as plain data, for the metadata of its images: `describe`, and `read_description` back.
 
 Every field of a request and of its parts is written, but for `UNRECORDED`: a table with the name of its "kind" for each
-dataclass, tensor, guidance, method and function. What plain data cannot hold is described: a large tensor by shape,
-dtype and SHA-256, a tree of parameters by its counts, a function of one's own (of attention, say) by its name. Such a
-request cannot be drawn from its description alone: reading needs those parts given anew, and its error names them.
+dataclass, tensor, guidance, method and function. Values that plain data cannot hold are described: a large tensor by
+shape, dtype and SHA-256, a tree of parameters by its counts, a function of one's own (of attention, say) by its name.
+Such a request cannot be drawn from its description alone: reading needs those parts given anew, and its error names
+them.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Memory of a training step, from the specs of a model alone, of one process of a mesh.
 
-Parameters, gradients, moments and averages are counted, by the layouts of the mesh. What autograd keeps of blocks is
-measured on small ones (`activations`). The backward pass is then followed block by block, since gradients grow while
-activations are freed, and blocks are gathered and their gradients sent.
+Parameters, gradients, moments and averages are counted, by the layouts of the mesh. The memory that autograd keeps of
+blocks is measured on small ones (`activations`). The backward pass is then followed block by block, since gradients
+grow while activations are freed, and blocks are gathered and their gradients sent.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Caches of a network's blocks: the change that they make to the image is reused where it would hardly differ.
 
 First-block cache (ParaAttention, and diffusers' `FirstBlockCacheConfig`) and TeaCache (Liu et al. 2024,
-arXiv:2411.19108), as a `block_transform` of one evaluation: the network itself does not know of them. What is reused is
-the sum of the changes of the blocks, so the residuals of ControlNets, which are added between blocks, stay exact.
+arXiv:2411.19108), as a `block_transform` of one evaluation: the network itself does not know of them. The reused value
+is the sum of the changes of the blocks, so the residuals of ControlNets, which are added between blocks, stay exact.
 
 The decision is that of each sample, over all its rows (the prompt's and the negative prompt's). Where samples differ
 all are computed, and `torch.where` chooses: a sample does not depend on its batch.

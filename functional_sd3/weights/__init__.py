@@ -147,7 +147,7 @@ def outline(
 def fetcher(path: str | os.PathLike | Sequence[str | os.PathLike], **options: Any) -> Callable[[str], Params]:
     """A function from the name of a component to its parameters, read anew whenever it is called; options of `load`.
 
-    What `pipeline.encode_from` and `pipeline.generate_from` take components from, one after another.
+    `pipeline.encode_from` and `pipeline.generate_from` take components from it, one after another.
     """
     return lambda name: load(path, only=name, **options).params[name]
 

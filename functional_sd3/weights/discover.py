@@ -36,7 +36,7 @@ OWNED = {
 }
 """Layout -> the entries of a folder that are of the old model when one is saved there; all others stay.
 
-What would be found before the new model must go, what is merely another's (someone's `clip_l.safetensors`) must not."""
+Files that would be read before the new model must be deleted, files of others (a user's `clip_l.safetensors`) not."""
 _KINDS = {
     "SD3Transformer2DModel": "transformer",
     "AutoencoderKL": "vae",

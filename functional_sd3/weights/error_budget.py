@@ -1,4 +1,4 @@
-"""Which weights keep floats so that quantised parameters are off by no more than a limit."""
+"""Choice of the weights that keep floats so that quantised parameters are off by no more than a limit."""
 
 from collections.abc import Callable
 from typing import NamedTuple

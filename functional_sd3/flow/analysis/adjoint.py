@@ -61,7 +61,7 @@ def continuous(
     With a = dL/dx: from the end back to the start, da/dt = -(dv/dx)^T a and dg/dt = -(dv/dargs)^T a, g = 0 at the end,
     beside dx/dt = v, which recomputes the states that were not kept (Chen et al. 2018, eq. 4, 5 and algorithm 1).
     Gradients reach args (a tree of float tensors, which may be empty), x, and of `times` the two ends: an exact flow
-    does not depend on the times between. What `field` closes over gets none. To learn a grid use `checkpointed`.
+    does not depend on the times between. Tensors that `field` closes over get none. To learn a grid use `checkpointed`.
 
     times: (n + 1,), one grid for all samples. backward, backward_times: the method and the grid of the backward
     integration, from times[-1] to times[0]; by default `method` and `times` reversed. options: further ones of

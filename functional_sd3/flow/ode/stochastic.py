@@ -55,7 +55,7 @@ def ancestral(key: Key, eta: float | Tensor = 1.0, scale: float | Tensor = 1.0) 
 def renoised(key: Key) -> Method:
     """Renoised Euler: the predicted data, noised to the next level: x_next = (1 - t_next) (x - t v) + t_next noise.
 
-    What diffusers' `FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`, and the multistep sampler of
+    The step of diffusers' `FlowMatchEulerDiscreteScheduler` with `stochastic_sampling`, and the multistep sampler of
     consistency models (Song et al. 2023, arXiv:2303.01469, algorithm 1). For models distilled to predict the data in
     one step: with others the prediction is a mean, too smooth, and its error does not fall with more steps: its order
     is 0.

@@ -1,7 +1,7 @@
 """AdamW of one leaf, a part at a time and in place: for weights in bfloat16, moments in 8 bits, and updates inside the
 backward pass.
 
-What a step needs beside parameters, gradients and state is a few parts of `PART` numbers, whatever the model's size.
+Beside parameters, gradients and state a step needs a few parts of `PART` numbers, whatever the model's size.
 """
 
 import math
