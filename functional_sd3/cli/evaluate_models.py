@@ -168,6 +168,11 @@ def _model(arguments: argparse.Namespace, **options: Any) -> tuple[Model, str]:
     if "only" not in options:
         # A whole model is measured by the images that `generate` draws, a VAE alone by its reconstructions.
         options["dtype"], arguments.dtype = precision.choose(arguments, source, device)
+        model = weights.load(source, quantized=True, **options)
+        computed = {
+            name: precision.with_products_of(part, device, options["dtype"]) for name, part in model.params.items()
+        }
+        return model._replace(params=computed), " and ".join(source)
     model = weights.load(source, **options)
     return model, " and ".join(source)
 

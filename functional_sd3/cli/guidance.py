@@ -170,7 +170,7 @@ def _loaded(options: dict[str, Any], session: "Session", arguments: argparse.Nam
     import torch
 
     from functional_sd3 import pipeline, weights
-    from functional_sd3.cli import runtime
+    from functional_sd3.cli import precision, runtime
     from functional_sd3.layouts.components import require
 
     depth = require(session.config, "transformer").depth
@@ -181,7 +181,8 @@ def _loaded(options: dict[str, Any], session: "Session", arguments: argparse.Nam
         path = options["params"]
         weak = weights.load(path, dtype=session.dtype, device=session.device, only="transformer", quantized=True)
         runtime.require(weak, ("transformer",), path)
-        return {**options, "params": weak.params["transformer"], "config": weak.config.transformer}
+        params = precision.with_products_of(weak.params["transformer"], session.device, session.dtype)
+        return {**options, "params": params, "config": weak.config.transformer}
     if "text" in options:
         with torch.no_grad():
             model = session.fetch, session.config, session.tokenizers

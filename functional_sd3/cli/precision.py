@@ -5,6 +5,7 @@ Elsewhere than on a CPU the default is that of `formats.default_dtype`.
 """
 
 import argparse
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ def choose(
 
     Files that cannot be read decide nothing: loading them raises the error.
     """
-    if arguments.dtype != "auto" or device.type != "cpu" or any(getattr(arguments, name, False) for name in _SOLVES):
+    if arguments.dtype != "auto" or device.type != "cpu" or solves(arguments):
         return Chosen(runtime.dtype(arguments.dtype), arguments.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Loading notes it.
@@ -63,40 +64,55 @@ def choose(
     return Chosen(torch.bfloat16, "bfloat16")
 
 
-def with_products_of(params: Params, device: torch.device) -> Params:
+def solves(arguments: argparse.Namespace) -> bool:
+    """True for commands that solve a velocity for its start or differentiate it, where rounding shows."""
+    return any(getattr(arguments, name, False) for name in _SOLVES)
+
+
+def with_products_of(
+    params: Params, device: torch.device, dtype: torch.dtype | Default = None, *, exact: bool = False
+) -> Params:
     """Parameters without products of int8 or float8 where the device is slower at them, with a note.
 
-    On a CPU that multiplies int8, without those of layers that are too small for it (`narrow.Narrow.int8`)."""
+    On a CPU that multiplies int8, without those of layers that are too small for it (`narrow.Narrow.int8`) in the dtype
+    that is computed in: `dtype`, where it is one, whatever they are stored in. exact: without any, as for `solves`."""
+    if exact:
+        return quantize.without_products(params)
     computes = {"int8": device.type == "cpu" and int8.LEAST_SIZE is not None, "float8": cuda.multiplies_float8(device)}
     slower = [
         compute for compute, is_fast in computes.items() if not is_fast and quantize.has_products(params, compute)
     ]
     if not slower:
-        return quantize.without_products(params, _too_small(params, narrow.here())) if device.type == "cpu" else params
+        return params if device.type != "cpu" else quantize.without_products(params, _too_small(params, dtype))
     what = "this processor has no instructions" if device.type == "cpu" else f"a device {device.type} has no kernels"
     report.note(f"the weights were quantised for products of {slower[0]}, for which {what} here: they are "
         "dequantised instead")  # fmt: skip
     return quantize.without_products(params)
 
 
-def _too_small(params: Params, processor: narrow.Narrow) -> set[str]:
-    """Paths of the weights whose products of int8 take longer than dequantising does."""
+def _too_small(params: Params, dtype: torch.dtype | Default) -> set[str]:
+    """Paths of the weights whose products of int8 take longer than dequantising does, as do all in other dtypes."""
+    processor = narrow.here()
     least = {torch.float32: processor.int8, torch.bfloat16: processor.int8_bfloat16}
     leaves = tree.flatten_paths(params)
     small = set()
     for path, scale in leaves.items():
         if path.endswith(".int8_scale"):
             layer = path.removesuffix("int8_scale")
-            computed = leaves.get(layer + "bias", scale).dtype
-            if leaves[layer + "weight"].numel() < (least.get(computed) or 0):
+            stored = leaves.get(layer + "bias", scale).dtype
+            # By default a CPU computes everything else in float32.
+            computed = dtype if isinstance(dtype, torch.dtype) else stored if stored in least else torch.float32
+            if leaves[layer + "weight"].numel() < (least.get(computed, math.inf) or 0):
                 small.add(layer + "weight")
     return small
 
 
-def fetcher(place: torch.device, source: Any, /, **options: Any) -> Callable[[str], Params]:
+def fetcher(
+    place: torch.device, source: Any, /, *, computed: torch.dtype | Default = None, exact: bool = False, **options: Any
+) -> Callable[[str], Params]:
     """`weights.fetcher` with `with_products_of` of the device that computes, which need not be that of what is read."""
     fetch = weights.fetcher(source, **options)
-    return lambda name: with_products_of(fetch(name), place)
+    return lambda name: with_products_of(fetch(name), place, computed, exact=exact)
 
 
 def is_candidate(stored: Storage) -> bool:

@@ -55,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     dtype = {"int8": torch.int8, "float8": torch.float8_e4m3fn}[arguments.format]
     model = weights.load(arguments.model, dtype="stored", variant=arguments.variant)
     runtime.require(model, arguments.part, Path(arguments.model))
+    for part in weights.describe(arguments.model, variant=arguments.variant, values=False).parts:
+        if part.component in arguments.part and (part.scaled or part.blocks):
+            report.note(f"{part.component} is stored in few bits already: what that rounded away is no error here")
     stored = {name: _quantized(name, model.params[name], dtype, arguments) for name in arguments.part}
     trial = Trial.of(model, arguments) if arguments.steps and ("transformer" in stored or arguments.compute) else None
     for name, params in stored.items():
@@ -73,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         saved = model._replace(params={**model.params, **stored})
         weights.save(arguments.out, saved, layout="native", notes=notes)
         report.say(arguments.out)
+        if Path(arguments.out).is_file() and any(tables is not None for tables in model.tokenizers):
+            report.say("tokenizers are not in the file: keep their folders, and pass them beside it")
     return 0
 
 

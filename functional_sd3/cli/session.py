@@ -71,19 +71,23 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     dtype, word = precision.choose(arguments, source, device)
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
     components: Components
+    exact = precision.solves(arguments)
     place = torch.device("cpu") if mesh is not None and mesh.size("tensor") > 1 else device
     if arguments.offload or mesh is not None:
         options["device"] = place
         model = weights.outline(source, variant=arguments.variant)
-        components = precision.fetcher(device, source, **options)
+        components = precision.fetcher(device, source, computed=dtype, exact=exact, **options)
     else:
         model = weights.load(source, **options)
-        components = {name: precision.with_products_of(part, device) for name, part in model.params.items()}
+        components = {
+            name: precision.with_products_of(part, device, dtype, exact=exact) for name, part in model.params.items()
+        }
     remedy = ": give the file or folder that holds it with another --params"
     runtime.require(model, ("transformer", "vae"), " and ".join(arguments.params or [str(source)]), remedy)
     if arguments.block_swap is not None:
         swapping.check_count(model.config, arguments.block_swap, "--block-swap")
-        mapped = precision.fetcher(device, source, **{**options, "dtype": "stored", "device": "cpu"})
+        stored = {**options, "dtype": "stored", "device": "cpu"}
+        mapped = precision.fetcher(device, source, computed=dtype, exact=exact, **stored)
         components, config = pipeline.swap_blocks(mapped, model.config, arguments.block_swap, device, dtype=dtype)
         model = model._replace(config=config)
     # Before images are read and the first prompt is encoded, which checks it again.

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from functional_sd3 import cli, weights
-from functional_sd3.cli import evaluate_models, image_settings, precision
+from functional_sd3.cli import evaluate_models, image_settings, precision, session
 from functional_sd3.core import tree
 from functional_sd3.formats.default_dtype import Default
 from functional_sd3.formats.notes import Note
-from functional_sd3.kernels import int8, narrow
+from functional_sd3.kernels import int8, int8_functions, narrow
 from functional_sd3.kernels.narrow import Narrow
 from functional_sd3.transformer import mmdit
 from functional_sd3.weights import describing, quantize, shipped
@@ -87,10 +87,15 @@ def test_products_of_int8_too_small_for_a_dtype_on_this_processor_are_dequantise
     processor(Narrow(256, 60, 120))
     layers = [{"weight": torch.ones(rows, 10), "bias": torch.ones(rows)} for rows in (5, 6, 11, 12)]
     stored = quantize.quantize({"blocks": [{"layers": layers}]}, compute="int8", smallest=0)
-    for dtype, expected in ((torch.float32, [6, 11, 12]), (torch.bfloat16, [12]), (torch.float64, [5, 6, 11, 12])):
-        found = tree.flatten_paths(precision.with_products_of(tree.cast(stored, dtype), CPU))
-        assert [len(leaf) for path, leaf in found.items() if path.endswith("int8_scale")] == expected
-        assert sum(path.endswith(".scale") for path in found) == 4 - len(expected)
+    sizes = {torch.float32: [6, 11, 12], torch.bfloat16: [12]}
+    for held in (torch.float32, torch.bfloat16, torch.float16):
+        params = tree.cast(stored, held)
+        # As they are held by default, but for float16, which a CPU computes in float32; else in the dtype given.
+        for computed, expected in ((None, sizes.get(held, sizes[torch.float32])), *sizes.items(), (torch.float16, [])):
+            found = tree.flatten_paths(precision.with_products_of(params, CPU, computed))
+            assert [len(leaf) for path, leaf in found.items() if path.endswith("int8_scale")] == expected
+            assert sum(path.endswith(".scale") for path in found) == 4 - len(expected)
+    assert not quantize.has_products(precision.with_products_of(stored, CPU, exact=True))
 
 
 def test_an_image_says_in_which_dtype_it_is_made_again(folders, processor, tmp_path, capsys):
@@ -125,3 +130,20 @@ def test_what_is_measured_of_drawn_images_is_of_those_that_generate_draws(folder
             warnings.simplefilter("ignore", Note)
             model, _ = evaluate_models._model(arguments, **({"only": only} if only else {}))
         assert {leaf.dtype for leaf in tree.leaves(model.params)} == {dtype} and arguments.dtype == word
+
+
+@pytest.mark.skipif(int8_functions.product() is None, reason="needs products of int8 that are right")
+def test_a_quantised_model_is_measured_and_drawn_with_its_products_and_solved_without(folders, processor, tmp_path):
+    processor(Narrow(None, 0, 0))
+    model = weights.load(folders / "slim-float32")
+    stored = quantize.quantize(model.params["transformer"], compute="int8", smallest=0)
+    weights.save(tmp_path / "small", model._replace(params={**model.params, "transformer": stored}), layout="native")
+    options = {"params": [str(tmp_path / "small")], "device": "cpu", "dtype": "auto", "variant": None}
+    measured, _ = evaluate_models._model(argparse.Namespace(**options))
+    assert not tree.diff(measured.params["transformer"], stored)
+    for flags, has_products in (({}, True), ({"inverts": True}, False), ({"measures_flow": True}, False)):
+        for offload in (False, True):
+            arguments = argparse.Namespace(**options, **flags, offload=offload, block_swap=None)
+            read = session.read_model(arguments, CPU).components
+            found = read("transformer") if offload else read["transformer"]
+            assert quantize.has_products(found) == has_products and quantize.is_quantized(found)

@@ -121,6 +121,17 @@ def test_weights_stay_floats_until_the_velocity_is_within_a_limit_and_the_file_s
     assert [one.split()[0] for one in listed] == kept
 
 
+def test_a_model_that_is_quantised_already_is_said_to_be(folder, tmp_path, capsys):
+    for format, source, out in (("int8", folder, "once"), ("float8", tmp_path / "once", "twice.safetensors")):
+        assert run("quantize", source, "--format", format, "--steps", 0, "--out", tmp_path / out) == 0
+        captured = capsys.readouterr()
+        assert ("note: transformer is stored in few bits already" in captured.err) == (out != "once")
+        assert ("tokenizers are not in the file" in captured.out) == (out != "once")
+    twice = weights.load(tmp_path / "twice.safetensors", quantized=True, only="transformer").params["transformer"]
+    once = weights.load(tmp_path / "once", quantized=True, only="transformer").params["transformer"]
+    assert not tree.diff(twice, quantize.quantize(quantize.dequantize(once), torch.float8_e4m3fn))
+
+
 def test_patterns_choose_what_stays_floats(folder, tmp_path):
     words = ("--steps", 0, "--keep", "transformer.blocks.0.*", "*.modulation.weight", "--out", tmp_path / "small")
     assert run("quantize", folder, *words) == 0
