@@ -23,7 +23,7 @@ _POSITIONAL = ("subcommand", "picture", "prompts")
 _DRAWING = ("generate", "edit", "interpolate")
 _UNRECORDED = {
     "help", "out", "prompts", "batch", "offload", "device", "compile", "preview", "preview_decoder", "quiet", "debug",
-    "fast",
+    "fast", "settings",
 }  # fmt: skip
 """Options that settings never hold: where images are written, the machine, and a preset that another option
 holds in full. A command line from a file must not write to a path that the file names."""

@@ -12,6 +12,7 @@ from functional_sd3.cli import (
     options,
     output,
     preview,
+    recorded,
     regions,
     report,
 )
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="instead of an image: plots of the log.csv of a training, or of the folder it is in; several are compared",
     )
+    recorded.add_arguments(parser)
     generate.add_image(parser)
     parser.set_defaults(count=1, batch=1)
     parser.add_argument(

@@ -101,9 +101,22 @@ def parse(words: Sequence[str]) -> CommandLine:
         flags = parsed.leaf._option_string_actions
         near = suggestion(rest[0], flags) if rest[0].startswith("-") else ""
         parsed.leaf.error(f"unrecognized arguments: {shorten(' '.join(rest))}{near or hint}")
+    if getattr(parsed, "settings", None):
+        parsed = _with_recorded(parser, words, parsed)
     # A command records its options, and resumes where they are the same: those of all commands are none of them.
     own = {name: value for name, value in vars(parsed).items() if name not in ("leaf", "quiet", "debug")}
     return CommandLine(argparse.Namespace(**own), parsed.quiet, parsed.debug)
+
+
+def _with_recorded(parser: Parser, words: Sequence[str], given: argparse.Namespace) -> argparse.Namespace:
+    """The options with those of the image of --settings in place of the defaults."""
+    from functional_sd3.cli import recorded
+
+    settings = recorded.namespace(given.settings)
+    recorded.set_defaults(given, settings)
+    parsed = parser.parse_args(list(words), argparse.Namespace(quiet=False, debug=False))
+    recorded.merge(given, parsed, settings)
+    return parsed
 
 
 def build() -> Parser:
