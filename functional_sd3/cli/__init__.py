@@ -8,7 +8,7 @@ that are no command line), Ctrl-C in 130; a traceback is printed with --debug al
 import sys
 from collections.abc import Sequence
 
-from functional_sd3.cli import failures, parser, processes, report
+from functional_sd3.cli import failures, parser, processes, recorded, report
 from functional_sd3.cli.parser import SUBCOMMANDS
 
 __all__ = ["SUBCOMMANDS", "main"]
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = None
     with failures.noted_interrupts() as interrupts:
         try:
-            given = parser.parse(words)
+            given = recorded.parse(words)
             with report.printing(quiet=given.quiet):
                 processes.check_command(given.options)
                 return given.options.run(given.options)

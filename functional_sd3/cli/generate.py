@@ -16,7 +16,6 @@ from functional_sd3.cli import (
     preview,
     processes,
     prompt_words,
-    recorded,
     regions,
     report,
 )
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", metavar="FILE", help="a text file with a prompt on each line; - for standard input"
     )
-    recorded.add_arguments(parser)
+    options.add_settings(parser)
     add_image(parser, "of the first image of a prompt", "; --count then gives more such seeds")
     parser.add_argument("--count", type=int, default=1, help="images of each prompt, with successive seeds")
     options.add_batch(parser)

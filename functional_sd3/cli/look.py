@@ -12,7 +12,6 @@ from functional_sd3.cli import (
     options,
     output,
     preview,
-    recorded,
     regions,
     report,
 )
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="instead of an image: plots of the log.csv of a training, or of the folder it is in; several are compared",
     )
-    recorded.add_arguments(parser)
+    options.add_settings(parser)
     generate.add_image(parser)
     parser.set_defaults(count=1, batch=1)
     parser.add_argument(

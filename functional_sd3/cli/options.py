@@ -134,6 +134,15 @@ def add_run(parser: argparse.ArgumentParser, *, steps: int | None = 28, cfg: flo
     controls.add_arguments(parser)
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The option whose image has the defaults of all others (`recorded.parse`)."""
+    parser.add_argument(
+        "--settings",
+        metavar="IMAGE",
+        help="an image that this program drew: its prompt and options, but for those that are given here",
+    )
+
+
 def add_size(parser: argparse.ArgumentParser, default: str = "the model's own") -> None:
     parser.add_argument("--size", metavar="WxH", help=f"in pixels, such as 1024x1024 (default: {default})")
 

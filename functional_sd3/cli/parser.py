@@ -4,8 +4,8 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import functional_sd3
 from functional_sd3.cli import numbers
@@ -83,13 +83,15 @@ class CommandLine(NamedTuple):
     debug: bool
 
 
-def parse(words: Sequence[str]) -> CommandLine:
-    """The command line that the words are.
+def parse(words: Sequence[str], defaults: Mapping[str, Mapping[str, Any]] | None = None) -> CommandLine:
+    """The command line that the words are; defaults: of options of a subcommand, in place of its own.
 
     Exits with status 2, as argparse does, for words that are no command line, and with 0 after --help and --version;
     raises `numbers.OutOfRange` for numbers that an option cannot have.
     """
     parser = build()
+    for name, values in (defaults or {}).items():
+        _choices(parser)[name].set_defaults(**values)
     if not words:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
@@ -101,22 +103,9 @@ def parse(words: Sequence[str]) -> CommandLine:
         flags = parsed.leaf._option_string_actions
         near = suggestion(rest[0], flags) if rest[0].startswith("-") else ""
         parsed.leaf.error(f"unrecognized arguments: {shorten(' '.join(rest))}{near or hint}")
-    if getattr(parsed, "settings", None):
-        parsed = _with_recorded(parser, words, parsed)
     # A command records its options, and resumes where they are the same: those of all commands are none of them.
     own = {name: value for name, value in vars(parsed).items() if name not in ("leaf", "quiet", "debug")}
     return CommandLine(argparse.Namespace(**own), parsed.quiet, parsed.debug)
-
-
-def _with_recorded(parser: Parser, words: Sequence[str], given: argparse.Namespace) -> argparse.Namespace:
-    """The options with those of the image of --settings in place of the defaults."""
-    from functional_sd3.cli import recorded
-
-    settings = recorded.namespace(given.settings)
-    recorded.set_defaults(given, settings)
-    parsed = parser.parse_args(list(words), argparse.Namespace(quiet=False, debug=False))
-    recorded.merge(given, parsed, settings)
-    return parsed
 
 
 def build() -> Parser:
@@ -142,8 +131,12 @@ def build() -> Parser:
 
 def subparser(name: str) -> argparse.ArgumentParser:
     """The parser of one subcommand."""
-    (action,) = (action for action in build()._actions if isinstance(action, argparse._SubParsersAction))
-    return action.choices[name]
+    return _choices(build())[name]
+
+
+def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return action.choices
 
 
 def leaves(parser: argparse.ArgumentParser) -> Iterable[argparse.ArgumentParser]:

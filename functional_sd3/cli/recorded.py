@@ -1,29 +1,33 @@
 """`--settings IMAGE`: the settings that an image was drawn with, as the defaults of a command line."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from functional_sd3.cli import image_settings
+from functional_sd3.cli import image_settings, options, parser
+from functional_sd3.cli.parser import CommandLine
 
 _DRAWN_BY = "generate"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--settings",
-        metavar="IMAGE",
-        help="an image that this program drew: its prompt and options, but for those that are given here",
-    )
+def parse(words: Sequence[str]) -> CommandLine:
+    """`parser.parse`, with the settings of the image of --settings in place of the defaults.
 
-
-def namespace(path: str) -> argparse.Namespace:
-    """The recorded options of an image drawn by `generate`, parsed: those in its settings alone.
-
-    Raises ValueError for a file that is no such image.
+    Raises ValueError for a file that is no image of `generate`, and where the command draws one prompt, none is given
+    and the image has several.
     """
-    from functional_sd3.cli import options, parser
+    given = parser.parse(words)
+    if not getattr(given.options, "settings", None):
+        return given
+    recorded = _recorded(given.options.settings)
+    line = parser.parse(words, {given.options.subcommand: _defaults(given.options, recorded)})
+    _replace_lists(given.options, line.options, recorded)
+    return line
 
+
+def _recorded(path: str) -> dict[str, Any]:
+    """The options that the settings of an image hold, as they are parsed."""
     options.check_file(path, f"--settings {path}")
     try:
         record = image_settings.read_record(Path(path))
@@ -37,38 +41,24 @@ def namespace(path: str) -> argparse.Namespace:
             f"--settings {path} was drawn by {command['subcommand']}, and settings are taken from images of "
             f"{_DRAWN_BY}: functional-sd3 inspect prints its command line"
         )
-    parsed = parser.subparser(_DRAWN_BY).parse_args(image_settings.words(command)[2:])
-    kept = {name: value for name, value in vars(parsed).items() if name in (*command, "prompt", "given")}
-    return argparse.Namespace(**kept)
+    parsed = vars(parser.parse(image_settings.words(command)[1:]).options)
+    return {name: value for name, value in parsed.items() if name in (*command, "prompt", "given")}
 
 
-def set_defaults(given: argparse.Namespace, recorded: argparse.Namespace) -> None:
-    """Makes the recorded options the defaults of the parser of `generate` or `look`.
-
-    given: the options without them. Raises ValueError where the command draws one prompt, none is given, and the image
-    has several.
-    """
-    values = dict(vars(recorded))
-    if not isinstance(given.prompt, list):
-        prompts = values.pop("prompt")
-        values.pop("count", None)
-        if given.prompt is None and len(prompts) > 1:
-            raise ValueError(
-                f"--settings {given.settings} shows images of {len(prompts)} prompts: give the PROMPT of one"
-            )
-        values["prompt"] = prompts[0]
-    given.leaf.set_defaults(**values)
+def _defaults(given: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(given.prompt, list):
+        return dict(recorded)
+    prompts = recorded["prompt"]
+    if given.prompt is None and len(prompts) > 1:
+        raise ValueError(f"--settings {given.settings} shows images of {len(prompts)} prompts: give the PROMPT of one")
+    return {**recorded, "prompt": prompts[0], "count": 1}
 
 
-def merge(given: argparse.Namespace, parsed: argparse.Namespace, recorded: argparse.Namespace) -> None:
-    """Lets what was given replace what is recorded, where the parser adds the one to the other, in `parsed`.
-
-    given: the options without recorded defaults.
-    """
-    for name, value in vars(recorded).items():
-        own: Any = getattr(given, name, None)
-        if isinstance(value, list) and own and name != "given":
-            setattr(parsed, name, own)
+def _replace_lists(given: argparse.Namespace, parsed: argparse.Namespace, recorded: Mapping[str, Any]) -> None:
+    """Sets what was given in `parsed`, where argparse adds it to what is recorded; given: parsed without that."""
+    for name, value in recorded.items():
+        if isinstance(value, list) and getattr(given, name, None):
+            setattr(parsed, name, getattr(given, name))
     if getattr(given, "prompts", None) and not given.prompt:
         parsed.prompt = []
     if given.fast and given.cache is None:  # It is a --cache of its own.

@@ -8,7 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from functional_sd3 import cli, weights
-from functional_sd3.cli import image_settings, parser
+from functional_sd3.cli import image_settings, recorded
 from tests import models
 
 SETTINGS = {
@@ -40,7 +40,7 @@ def image(tmp_path):
 
 
 def options(*words):
-    return parser.parse([str(word) for word in words]).options
+    return recorded.parse([str(word) for word in words]).options
 
 
 def test_all_settings_are_the_options(image):
@@ -72,11 +72,11 @@ def test_all_settings_are_the_options(image):
 )
 def test_what_is_given_takes_the_place_of_what_is_recorded(image, words, name, value):
     path = image(SETTINGS)
-    recorded = vars(options("generate", "--settings", path))
+    unchanged = vars(options("generate", "--settings", path))
     read = vars(options("generate", *words, "--settings", path))
     assert read[name] == value
     aside = (name, "prompts", "fast")
-    assert all(read[other] == each for other, each in recorded.items() if other not in aside)
+    assert all(read[other] == each for other, each in unchanged.items() if other not in aside)
 
 
 def test_the_image_is_drawn_again_and_with_one_thing_changed(tmp_path):
