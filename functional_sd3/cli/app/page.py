@@ -8,56 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components.image_editor import EditorData
 
 import functional_sd3
-from functional_sd3.cli import failures, guidance
-from functional_sd3.cli.app import compare, drawing, examples, fields, looking, view
-from functional_sd3.cli.app.drawing import Drawn, Progress, Upload
+from functional_sd3.cli import failures
+from functional_sd3.cli.app import compare, components, drawing, examples, fields, looking, view
+from functional_sd3.cli.app.drawing import Drawn, Progress
 from functional_sd3.cli.app.looking import Looked
 from functional_sd3.cli.app.model import Served
 from functional_sd3.cli.app.streaming import stream
-from functional_sd3.cli.options import METHODS
 
 _TITLE = "functional_sd3"
 _COMMAND = "command that draws it again"
 _FILES = "files, with their settings inside"
-_BY_DEFAULT = {"strength": "0.6, or 1 with a mask", "soften": "not at all"}
-"""Meaning of 0."""
 _QUEUE: dict[str, Any] = {"concurrency_id": "draw", "concurrency_limit": 1, "preprocess": False}
 """All that computes waits in one queue. The values come as they were sent: `fields.typed` checks them."""
-
-
-class _Recent(dict):
-    """A dict of the last keys alone: what browsers send ahead of a run and never ask for would be kept for ever."""
-
-    _MOST = 32
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        while len(self) > self._MOST:
-            del self[next(iter(self))]
-
-
-def uploaded(editor: gr.ImageEditor, payload: Any) -> Upload:
-    """The image and the strokes of an editor's value, as the bytes that were uploaded: they are read by `image.files`.
-
-    (Gradio would read them by Pillow alone. No class is derived from the editor, as Gradio then writes a file beside
-    the module.)
-    """
-    if payload is None:
-        return Upload()
-    data = EditorData(**payload)
-    # A browser sends them ahead, under an id.
-    source = editor.blob_storage.pop(data.id, None) if data.id is not None else data
-    if source is None:
-        raise ValueError("the image has not arrived yet: try again")
-    layers = [_content(layer) for layer in source.layers]
-    return Upload(_content(source.background), [layer for layer in layers if layer])
-
-
-def _content(file: Any) -> bytes | None:
-    return Path(file.path).read_bytes() if hasattr(file, "path") else None if file is None else bytes(file)
 
 
 def build(served: Served) -> gr.Blocks:
@@ -87,7 +51,7 @@ def _draw_tab(served: Served) -> tuple[dict[str, Any], gr.ImageEditor]:
     made: dict[str, Any] = {}
     with gr.Row(elem_classes="sd3-draw"):
         with gr.Column(elem_classes="sd3-words", min_width=0):
-            made |= _fields(served, ["prompts", "negative"])
+            made |= components.fields_of(served, ["prompts", "negative"])
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", min_width=80)
                 stop = gr.Button("Stop", elem_id="stop", min_width=80)
@@ -100,21 +64,21 @@ def _draw_tab(served: Served) -> tuple[dict[str, Any], gr.ImageEditor]:
         with gr.Column(elem_classes="sd3-settings", min_width=0):
             for row in (["key", fields.COUNT, "steps", "cfg"], ["width", "height"], ["method", "guidance"]):
                 with gr.Row():
-                    made |= _fields(served, row)
-            made |= _fields(served, ["loras"])
+                    made |= components.fields_of(served, row)
+            made |= components.fields_of(served, ["loras"])
             with gr.Accordion("Start from an image", open=False):
-                made["start"] = start = _editor(served)
+                made["start"] = start = components.editor(served)
                 with gr.Row():
-                    made |= _fields(served, ["strength", "soften"])
-                made |= _fields(served, ["restore"])
+                    made |= components.fields_of(served, ["strength", "soften"])
+                made |= components.fields_of(served, ["restore"])
             with gr.Accordion("More", open=False):
-                made |= _fields(served, ["cache", "weighted", "long_prompts"])
+                made |= components.fields_of(served, ["cache", "weighted", "long_prompts"])
 
     def run(**values: Any) -> Iterator[tuple[Any, ...]]:
         upload = values.pop("start", None)
 
         def work(emit: Callable[[Progress | Drawn], None]) -> None:
-            emit(drawing.draw(served, values, uploaded(start, upload), emit))
+            emit(drawing.draw(served, values, components.uploaded(start, upload), emit))
 
         yield from _outputs(work, view.result)
 
@@ -146,7 +110,7 @@ def _look_tab(served: Served, made: dict[str, Any], start: gr.ImageEditor) -> No
         upload = values.pop("start", None)
 
         def work(emit: Callable[[Progress | Looked], None]) -> None:
-            emit(looking.look(served, values, uploaded(start, upload), emit))
+            emit(looking.look(served, values, components.uploaded(start, upload), emit))
 
         yield from _outputs(work, lambda looked: view.framed(looked.html))
 
@@ -160,14 +124,17 @@ def _look_tab(served: Served, made: dict[str, Any], start: gr.ImageEditor) -> No
 
 
 def _compare_tab(served: Served) -> None:
-    made: dict[str, Any] = _fields(served, ["prompts", "negative"], place="compare")
+    made: dict[str, Any] = components.fields_of(served, ["prompts", "negative"], place="compare")
     with gr.Row():
-        made |= _fields(served, ["key", "width", "height"], place="compare")
+        made |= components.fields_of(served, ["key", "width", "height"], place="compare")
     with gr.Row():
         for number, prefix in enumerate(("", compare.OTHER)):
             with gr.Column(min_width=280):
                 gr.Markdown(f"### {'AB'[number]}")
-                made |= {prefix + name: part for name, part in _fields(served, compare.OWN, "compare", prefix).items()}
+                made |= {
+                    prefix + name: part
+                    for name, part in components.fields_of(served, compare.OWN, "compare", prefix).items()
+                }
     with gr.Row():
         draw = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
         stop = gr.Button("Stop", elem_id="compare-stop", min_width=80)
@@ -260,54 +227,6 @@ def _outputs(
 
 def _files(label: str, place: str) -> gr.File:
     return gr.File(label=label, file_count="multiple", interactive=False, elem_id=place, elem_classes="sd3-files")
-
-
-def _fields(served: Served, names: Any, place: str = "draw", prefix: str = "") -> dict[str, Any]:
-    return {name: _component(served, name, f"{place}-{prefix}{name}") for name in names}
-
-
-def _component(served: Served, name: str, place: str) -> Any:
-    """The component of a field, with its option's description."""
-    kind, value = fields.EVERY[name].kind, served.defaults.get(name)
-    common: dict[str, Any] = {
-        "label": fields.label(name), "info": fields.description(served.generate, name), "elem_id": place,
-    }  # fmt: skip
-    if name == "prompts":
-        return gr.Textbox(**{**common, "info": "what to draw; each line is an image of its own"}, lines=2,
-                          placeholder=examples.FIRST if served.is_shipped else "", autofocus=True)  # fmt: skip
-    if name in ("width", "height"):
-        own = f"{served.side}, or the image's" if place.startswith("draw") else f"{served.side}"
-        info = f"pixels, a multiple of {served.step}, at most {served.limits.side}; 0: {own}"
-        return gr.Number(0, precision=0, **{**common, "info": info})
-    if name == "method":
-        return gr.Dropdown(list(METHODS), value=value, **common)
-    if name == "guidance":
-        plain = [each for each, one in guidance.KINDS.items() if not one.required]
-        return gr.Dropdown(plain, value=[], multiselect=True, allow_custom_value=True, **common)
-    if name == "loras":
-        info = "those that are added; NAME=0.8 for another strength than 1"
-        return gr.Dropdown(list(served.loras), value=[], multiselect=True, allow_custom_value=True,
-                           visible=bool(served.loras), **{**common, "info": info})  # fmt: skip
-    if kind is bool:
-        return gr.Checkbox(False, **common)
-    if name in fields.BY_DEFAULT:
-        return gr.Number(0, **{**common, "info": f"{common['info']}; 0: {_BY_DEFAULT[name]}"})
-    if kind in (int, float):
-        return gr.Number(value, precision=0 if kind is int else None, **common)
-    return gr.Textbox(**common)
-
-
-def _editor(served: Served) -> gr.ImageEditor:
-    side = served.side
-    editor = gr.ImageEditor(
-        label="image, and strokes over what is to be drawn anew", sources=["upload", "clipboard"], type="filepath",
-        format="png", layers=False,
-        brush=gr.Brush(max(2, side // 12), ["#ff00ff"], "#ff00ff", "fixed"), transforms=[],
-        canvas_size=(side, side), height=420, buttons=[], elem_id="start",
-        placeholder="Drop an image here\nthen draw over what is to be drawn anew",
-    )  # fmt: skip
-    editor.blob_storage = _Recent()
-    return editor
 
 
 def _examples(served: Served, prompt: Any) -> None:
