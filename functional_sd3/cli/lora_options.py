@@ -46,8 +46,8 @@ def parse(text: str, option: str = "--lora ") -> LoraSpec:
         return LoraSpec(Path(text), 1.0)
     name, equals, word = text.rpartition("=")
     if not equals:
-        path, colon, scale = text.rpartition(":")
-        hint = f"; a scale follows =: {shorten(path, 300)}={shorten(scale)}" if colon and os.path.exists(path) else ""
+        name, colon, word = text.rpartition(":")
+        hint = f"; a scale follows =: {shorten(name, 300)}={shorten(word)}" if colon and os.path.exists(name) else ""
         raise ValueError(f"{option}{shorten(text, 300)}: no such file{hint}")
     if not (name and os.path.exists(name)):
         raise ValueError(f"{option}{shorten(text, 300)}: there is no file {shorten(name, 300)}")
