@@ -47,11 +47,21 @@ def linear_spec(
 def linear(params: Params, x: Tensor) -> Tensor:
     """Linear layer: x (..., inputs) -> (..., outputs)."""
     weight = dequantized_weight(params, x.dtype)
-    y = F.linear(rounded_input(params, x), weight, params.get("bias"))
+    return add_low_rank(params, x, F.linear(rounded_input(params, x), weight, params.get("bias")))
+
+
+def add_low_rank(params: Params, x: Tensor, y: Tensor) -> Tensor:
+    """y (..., outputs), of a linear layer for x (..., inputs), plus the product of its LoRA, whose input is not
+    rounded."""
     if "low_rank" not in params:
         return y
-    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
+    down, up = low_rank_factors(params, x.dtype)
     return y + F.linear(F.linear(x, down), up)
+
+
+def low_rank_factors(params: Params, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors down (rank, inputs, ...) and up (outputs, rank) of a layer's LoRA, in `dtype`."""
+    return params["low_rank"]["down"].to(dtype), params["low_rank"]["up"].to(dtype)
 
 
 @op
@@ -182,7 +192,7 @@ def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> T
     y = F.conv2d(x, dequantized_weight(params, x.dtype), params["bias"], stride=stride, padding=padding)
     if "low_rank" not in params:
         return y
-    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
+    down, up = low_rank_factors(params, x.dtype)
     return y + F.conv2d(F.conv2d(x, down, stride=stride, padding=padding), up[:, :, None, None])
 
 

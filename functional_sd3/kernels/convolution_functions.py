@@ -27,7 +27,7 @@ def conv2d(params: Params, x: Tensor, *, stride: int = 1, padding: int = 0) -> T
     y = Convolution.apply(stride, padding, x, weight, params["bias"])[0]
     if "low_rank" not in params:
         return y
-    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
+    down, up = layers.low_rank_factors(params, x.dtype)
     inner = Convolution.apply(stride, padding, x, down, None)[0]
     return y + Convolution.apply(1, 0, inner, up[:, :, None, None], None)[0]
 

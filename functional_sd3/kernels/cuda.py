@@ -92,10 +92,7 @@ def linear_float8(params: Params, x: Tensor) -> Tensor:
     y = y.unflatten(0, x.shape[:-1])
     if "bias" in params:
         y = y + params["bias"]
-    if "low_rank" not in params:
-        return y
-    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
-    return y + F.linear(F.linear(x, down), up)
+    return layers.add_low_rank(params, x, y)
 
 
 def multiplies_float8(device: torch.device) -> bool:

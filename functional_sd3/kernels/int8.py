@@ -1,11 +1,11 @@
 """Kernels of `core.layers.linear` for layers with "int8_scale", on CPUs that have instructions for products of int8."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from functional_sd3.core import layers
 from functional_sd3.core.types import Params
 from functional_sd3.kernels import int8_functions, narrow, products
 from functional_sd3.kernels.single_level import is_available
@@ -41,15 +41,12 @@ def fits_activation(params: Params, x: Tensor, activation: str) -> bool:
 
 def linear(params: Params, x: Tensor) -> Tensor:
     """`layers.linear` of a layer with "int8_scale"."""
-    y = int8_functions.linear_rows(
-        x.flatten(0, -2), params["weight"], params["int8_scale"], params.get("bias")
-    ).unflatten(0, x.shape[:-1])
-    return _with_low_rank(params, x, y)
+    return _linear(int8_functions.linear_rows, params, x)
 
 
 def differentiable(params: Params, x: Tensor) -> Tensor:
     """`linear` with every derivative."""
-    return _differentiable(int8_functions.linear_int8, params, x)
+    return _linear(int8_functions.linear_int8, params, x)
 
 
 def in_graph(params: Params, x: Tensor) -> Tensor:
@@ -57,20 +54,12 @@ def in_graph(params: Params, x: Tensor) -> Tensor:
     # Imported while a compiler traces: the mark that it sets imports the compiler.
     from functional_sd3.kernels import graph_calls
 
-    return _differentiable(graph_calls.linear_int8, params, x)
+    return _linear(graph_calls.linear_int8, params, x)
 
 
-def _differentiable(of_rows: Any, params: Params, x: Tensor) -> Tensor:
+def _linear(of_rows: Callable[..., Tensor], params: Params, x: Tensor) -> Tensor:
     y = of_rows(x.flatten(0, -2), params["weight"], params["int8_scale"], params.get("bias"))
-    return _with_low_rank(params, x, y.unflatten(0, x.shape[:-1]))
-
-
-def _with_low_rank(params: Params, x: Tensor, y: Tensor) -> Tensor:
-    """y with the product of the LoRA beside the weight, whose input is not rounded."""
-    if "low_rank" not in params:
-        return y
-    down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
-    return y + F.linear(F.linear(x, down), up)
+    return layers.add_low_rank(params, x, y.unflatten(0, x.shape[:-1]))
 
 
 def linear_activation(params: Params, x: Tensor, activation: str) -> Tensor:

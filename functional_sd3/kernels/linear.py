@@ -33,6 +33,6 @@ def _linear(of_rows: Callable[[Tensor, Tensor, Tensor | None], Tensor], params: 
     rounded = layers.rounded_input(params, rows)
     y = of_rows(rounded, layers.dequantized_weight(params, x.dtype), params.get("bias"))
     if "low_rank" in params:
-        down, up = (params["low_rank"][name].to(x.dtype) for name in ("down", "up"))
+        down, up = layers.low_rank_factors(params, x.dtype)
         y = y + of_rows(of_rows(rows, down, None), up, None)
     return y.unflatten(0, x.shape[:-1])
