@@ -61,6 +61,9 @@ def _write(arguments: argparse.Namespace) -> str:
     views = view_options.views(arguments, outline.config, images.sizes, images.side, BUCKET_LEAST)
     for line in view_options.describe(views, outline.config):
         say(line)
+    if arguments.buckets is not None:
+        for line in view_options.enlarged_note(views, images.sizes, images.names):
+            say(line)
     view_options.check_room(views, outline.config, Path(arguments.out))
     captions = text_table.distinct(images.captions)
     manifest = _manifest(arguments, source, outline, images, views, captions)

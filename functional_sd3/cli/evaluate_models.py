@@ -15,6 +15,7 @@ from functional_sd3 import lora, pipeline, weights
 from functional_sd3.cli import distilled, guidance, lora_options, precision, report, runtime
 from functional_sd3.cli.report import Report
 from functional_sd3.core import prng
+from functional_sd3.formats.printable import named
 from functional_sd3.image import files as image_files
 from functional_sd3.image import folders, pixels, vae
 from functional_sd3.image.folders import Item
@@ -46,9 +47,12 @@ def run_clip(arguments: argparse.Namespace) -> Report:
     for text in index.notes:
         report.note(text)
     report.note_skipped(arguments.folder, len(index.samples) + len(index.skipped), index.skipped)
-    empty = sum(not sample.caption for sample in index.samples)
-    if empty:
-        raise ValueError(f"{empty} of {len(index.samples)} images of {arguments.folder} have no caption")
+    if empty := [sample.path for sample in index.samples if not sample.caption]:
+        verb = "has" if len(empty) == 1 else "have"
+        raise ValueError(
+            f"{named(empty)} of {len(index.samples)} in {arguments.folder} {verb} no caption to be compared with: "
+            "write one beside each, a.txt for a.png, or take them away"
+        )
     model = runtime.clip(arguments.clip, arguments.device)
     if model.tokenizer is None:
         raise ValueError(f"{arguments.clip} has no tokenizer, which captions need: vocab.json and merges.txt")

@@ -88,7 +88,8 @@ def add_words(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[WORD=]FILE",
-        help="a textual inversion; typed as WORD, or as the file's name in angle brackets. May be repeated",
+        help="a textual inversion, or the folder of `train --inversion`; typed as WORD (default: as its file says, or "
+        "the file's name in angle brackets). May be repeated",
     )
     parser.add_argument("--weighted", action="store_true", help="(words:1.3) weighs words of a prompt; \\( is itself")
     parser.add_argument("--long", action="store_true", help="let CLIP read prompts beyond its length, in chunks")

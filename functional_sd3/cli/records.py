@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from functional_sd3 import pipeline
 from functional_sd3.cli import controls, guidance, lora_options, options, regions, runtime
 from functional_sd3.cli.image_settings import Record, Settings
 from functional_sd3.cli.opened_model import Session
-from functional_sd3.formats import default_dtype
+from functional_sd3.formats import default_dtype, folder_kinds
 from functional_sd3.pipeline import Request
 
 _MAX_BYTES = 2**28
@@ -42,14 +42,19 @@ def _paths(arguments: argparse.Namespace) -> Iterator[Path]:
     """The files that the options of a drawing command name, the model's own weights aside."""
     named = (getattr(arguments, name, None) for name in ("image", "mask"))
     yield from (Path(path) for path in named if path)
-    yield from (lora_options.parse(text).path for text in arguments.lora)
-    yield from (Path(runtime.word_source(text)[1]) for text in arguments.embedding)
+    yield from (_inside(lora_options.parse(text).path, folder_kinds.LORAS) for text in arguments.lora)
+    yield from (_inside(Path(runtime.word_source(text)[1]), (folder_kinds.WORD,)) for text in arguments.embedding)
     yield from (controls.parse(text).image for text in arguments.control)
     yield from (Path(controls.net_source(text)[1]) for text in arguments.controlnet)
     places = (regions.parse(text).place for text in getattr(arguments, "region", ()))
     yield from (Path(place) for place in places if isinstance(place, str))
     weaker = (guidance.parse(text).options.get("params") for text in arguments.guidance)
     yield from (Path(path) for path in weaker if path)
+
+
+def _inside(path: Path, names: Sequence[str]) -> Path:
+    """The file that is read of a folder, the first of `names` there; any other path as it is."""
+    return next((path / name for name in names if (path / name).is_file()), path)
 
 
 def _digest(path: Path) -> dict[str, Any]:

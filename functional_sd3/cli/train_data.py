@@ -21,6 +21,7 @@ from functional_sd3.layouts.components import Config, require
 from functional_sd3.recipes.shapes.dataset import dataset
 from functional_sd3.text import conditioning
 from functional_sd3.training import (
+    buckets,
     cache,
     cache_writing,
     continuing,
@@ -67,7 +68,12 @@ def images(arguments: argparse.Namespace, model: Model, say: Say) -> TrainingIma
     if len(index.skipped) > 10:
         say(f"skipped {len(index.skipped) - 10} more, {len(index.skipped)} in all")
     pixels = side(arguments, model)
-    return training_images.tar_images(tars, pixels) if tars else training_images.folder_images(index, pixels)
+    read = training_images.tar_images(tars, pixels) if tars else training_images.folder_images(index, pixels)
+    if getattr(arguments, "buckets", None) is None:
+        square = views.Views(buckets.Buckets(((pixels, pixels),), (0,) * len(read.sizes)))
+        for line in view_options.enlarged_note(square, read.sizes, read.names):
+            say(line)
+    return read
 
 
 def side(arguments: argparse.Namespace, model: Model) -> int:
@@ -146,6 +152,9 @@ def _viewed_latents(
     cuts = image_views(arguments, model, images)
     for line in view_options.describe(cuts, model.config):
         say(line)
+    if arguments.buckets is not None:
+        for line in view_options.enlarged_note(cuts, images.sizes, images.names):
+            say(line)
     view_options.check_room(cuts, model.config, Path(arguments.out) / "checkpoints" / VIEWS)
     params = tree.cast(model.params["vae"], torch.float32)
     encode = functools.partial(datasets.encode_images, params, require(model.config, "vae"))

@@ -167,7 +167,7 @@ def _held_out(order: Sequence[int], buckets: Sequence[int], count: int, batch: i
 def _check_count(arguments: argparse.Namespace, count: int) -> None:
     if int(arguments.validation) >= count:
         raise ValueError(
-            f"--validation {arguments.validation} holds out all of the {count} images; leave some to learn from"
+            f"--validation {arguments.validation} holds out all images ({count}); leave some to learn from"
         )
 
 

@@ -7,14 +7,12 @@ from typing import Any
 from functional_sd3 import lora, weights
 from functional_sd3.cli import train_model
 from functional_sd3.cli.training_run import LORA
+from functional_sd3.formats import folder_kinds
 from functional_sd3.layouts.components import SPECS
 from functional_sd3.text.textual_inversion import Word
 from functional_sd3.training import tasks
 from functional_sd3.weights.controlnets import ControlNet
 from functional_sd3.weights.model import Model
-
-WORD = "learned_embeds.safetensors"
-"""The name under which diffusers' scripts leave a textual inversion in a folder."""
 
 
 def saver(options: tasks.Settings, stored: Model) -> Callable[[Path, Any], Path] | None:
@@ -32,9 +30,9 @@ def saver(options: tasks.Settings, stored: Model) -> Callable[[Path, Any], Path]
 
         def save_word(out: Path, state: Any) -> Path:
             vectors = {name: vector.cpu() for name, vector in state.ema["word"].items()}
-            weights.save_inversion(out / WORD, Word(inversion.token, vectors))
+            weights.save_inversion(out / folder_kinds.WORD, Word(inversion.token, vectors))
             if not options.lora:
-                return out / WORD
+                return out / folder_kinds.WORD
             adapters = {name: part for name, part in state.ema.items() if name in SPECS}
             lora.save(out / LORA, adapters, differences=True)
             return out

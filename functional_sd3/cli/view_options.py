@@ -2,7 +2,10 @@
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+from functional_sd3.formats.printable import named
 
 _STEP, _RATIO = 64, 2.0
 NAMES = ("buckets", "bucket_step", "bucket_ratio", "bucket_min", "crops", "flips")
@@ -106,6 +109,18 @@ def check_room(views, config, folder: Path) -> None:
             f"--crops and --flips make {views.count:,} views of {len(views.buckets.of_image):,} images, whose latents "
             f"need {needed / 2**30:.2f} GiB; {place} has {free / 2**30:.2f} GiB free: give fewer --crops"
         )
+
+
+def enlarged_note(views, sizes: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
+    """A line that names images that are smaller than what is learned of them; none where no image is."""
+    from functional_sd3.training import buckets
+
+    rows = buckets.enlarged(sizes, views.buckets)
+    if not rows:
+        return []
+    small = [f"{names[row]}: {sizes[row][0]} x {sizes[row][1]}" for row in rows]
+    return ["note: are smaller than the size that is learned, and enlarged to it, so that what is learned is blurred: "
+            f"{named(small)} of {len(sizes)}"]  # fmt: skip
 
 
 def changes(arguments: argparse.Namespace) -> dict[str, object]:

@@ -125,7 +125,8 @@ _TRAINING_STATE = (
     (
         r"(train\.)?optimizer\.",
         "a checkpoint of `train` or `reward`, which --resume goes on from; what a run has trained is in its --out "
-        "folder when it has ended: a model (--params OUT) or pytorch_lora_weights.safetensors (--lora OUT)",
+        "folder when it has ended (with --result-every on the way, in OUT/results): a model (--params OUT) or "
+        "pytorch_lora_weights.safetensors (--lora OUT)",
     ),
     (r"latents$", "the encoded images of a training run, which --resume reads"),
 )
@@ -151,7 +152,7 @@ _FOREIGN = (
     ),
     (r"(.*\.)?(input|output)_blocks\.\d+\.", "a U-Net of Stable Diffusion 1, 2 or XL"),
     (r"(image_proj|ip_adapter)\.", "an IP-Adapter, which weights.load_ip_adapter reads"),
-    (r"(clip_l|clip_g|t5xxl)$", "a textual inversion, which weights.load_inversion reads"),
+    (r"(clip_l|clip_g|t5xxl)$", "a textual inversion, which weights.load_inversion reads (--embedding)"),
 )
 
 

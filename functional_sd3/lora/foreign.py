@@ -7,7 +7,8 @@ from functional_sd3.lora import keys as lora_keys
 
 _SIGNS = (
     (r"^(train\.)?optimizer\.", "a checkpoint of `train` or `reward`, which --resume goes on from; a LoRA that a run "
-     "has trained is in its --out folder when it has ended (--lora OUT), a model too (--params OUT)"),
+     "has trained is in its --out folder when it has ended (--lora OUT), a model too (--params OUT); with "
+     "--result-every on the way too, in OUT/results"),
     (r"\.(absmax|quant_state\.\S+|nested_absmax|SCB|weight_format)$", "weights quantized by bitsandbytes, not a LoRA"),
     (r"(^|[._])(single_transformer_blocks|double_blocks|single_blocks)[._]\d",
      "a LoRA of Flux (or of another model with double and single blocks), not of SD3"),

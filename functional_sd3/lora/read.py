@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from functional_sd3.formats import files
+from functional_sd3.formats import files, folder_kinds
 from functional_sd3.formats.errors import WeightsError, attempt
 from functional_sd3.formats.printable import shorten
 from functional_sd3.layouts.components import Config
@@ -32,7 +32,7 @@ from functional_sd3.lora import (
 from functional_sd3.lora.keys import Module, Table, Target
 from functional_sd3.lora.tree import Adapter, Lora, LoraEntry
 
-NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+NAMES = folder_kinds.LORAS
 _MAX_COMPARED = 5
 """Unknown names beyond which none is compared with those that are known."""
 
@@ -154,7 +154,8 @@ def find(path: Path) -> Path:
         return path
     files_there = [path / name for name in NAMES if (path / name).is_file()]
     if not files_there:
-        raise WeightsError(f"{path}: is a folder without {' or '.join(NAMES)}; name the file of the LoRA")
+        kind = folder_kinds.described(path) or "; name the file of the LoRA"
+        raise WeightsError(f"{path}: is a folder without {' or '.join(NAMES)}{kind}")
     return files_there[0]
 
 

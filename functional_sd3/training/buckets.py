@@ -93,6 +93,13 @@ def assign(images: Sequence[Size], options: Options, longest: int) -> Buckets:
     return Buckets(tuple(used), tuple(number[size] for size in chosen))
 
 
+def enlarged(images: Sequence[Size], buckets: Buckets) -> list[int]:
+    """The images, by their numbers, that are narrower or lower than their bucket, and so are enlarged."""
+    sizes = [buckets.sizes[number] for number in buckets.of_image]
+    return [row for row, (image, size) in enumerate(zip(images, sizes, strict=True))
+            if image[0] < size[0] or image[1] < size[1]]  # fmt: skip
+
+
 def _largest_filled(image: Size, areas: list[list[Size]]) -> Size:
     nearest = [_nearest(image, area, None) for area in areas]
     filled = [size for size in nearest if size[0] <= image[0] and size[1] <= image[1]]

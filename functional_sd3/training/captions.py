@@ -69,7 +69,8 @@ def metadata(path: Path, where: str) -> Iterator[Entry]:
 
 
 class Sidecars:
-    """Caption files beside images, among `names`, files relative to `folder`; `read`: those that were read."""
+    """Caption files beside images, among `names`, files relative to `folder`; `read`: those that were read, or
+    cannot be, which is said of their images."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self.folder = folder
@@ -95,6 +96,7 @@ class Sidecars:
             except ValueError:
                 # Other programs write .json files for other purposes: after a caption they are ignored.
                 if not texts:
+                    self.read.add(name)
                     raise
                 continue
             if text is not None:
@@ -110,6 +112,12 @@ def folder_name(image: str) -> str:
     """The words of the name of an image's folder, without kohya's number of repeats ("20_dog"); "" at the top."""
     name = PurePosixPath(image).parent.name
     return _REPEATS.sub("", name).replace("_", " ").replace("-", " ").strip()
+
+
+def repeats(image: str) -> int | None:
+    """Kohya's number of repeats in the name of an image's folder; None without one."""
+    number = _REPEATS.match(PurePosixPath(image).parent.name)
+    return int(number[0][:-1]) if number else None
 
 
 def decode(path: Path, where: str, limit: int = _MAX_BYTES) -> str:

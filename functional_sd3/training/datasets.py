@@ -17,7 +17,7 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params, Tree
-from functional_sd3.formats.printable import escape, shorten
+from functional_sd3.formats.printable import counted, escape, shorten
 from functional_sd3.image import cuts, files, pixels, vae
 from functional_sd3.image.folders import Skipped
 from functional_sd3.layouts.components import Config, require
@@ -92,13 +92,15 @@ def summary(index: Index, *, captioned: bool = True) -> str:
     """One line: the number of images and, where `captioned`, of those without a caption, with the sources of the
     others."""
     if not captioned:
-        return f"{len(index.samples)} images in {escape(index.folder)}"
+        return f"{counted(len(index.samples), 'image')} in {escape(index.folder)}"
     count, empty = len(index.samples), sum(not sample.caption.strip() for sample in index.samples)
     sources = ", ".join(f"{number} {source}" for source, number in index.sources if source)
-    start = f"{count} images in {escape(index.folder)}, "
+    start = f"{counted(count, 'image')} in {escape(index.folder)}, "
     if not empty:
         return f"{start}all with captions ({sources})"
-    return f"{start}{empty} of {count} images have no caption{f' ({sources})' if sources else ''}; {index.advice}"
+    verb = "has" if empty == 1 else "have"
+    given = f" ({sources})" if sources else ""
+    return f"{start}{empty} of {counted(count, 'image')} {verb} no caption{given}; {index.advice}"
 
 
 def load(index: Index, i: int, size: int) -> Tensor:

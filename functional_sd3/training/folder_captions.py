@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from functional_sd3.formats.printable import escape, shorten
+from functional_sd3.formats.printable import escape, named, shorten
 from functional_sd3.image import files
 from functional_sd3.image.folders import Skipped
 from functional_sd3.training import captions as caption_files
 from functional_sd3.training.folders import Listing
 
-_MAX_NAMED = 5
 _MASK = "-masklabel"
 
 
@@ -42,14 +41,14 @@ def gather(listing: Listing, template: str) -> Gathered:
         images = [name for name in images if name.startswith("train/")]
         metadata_files = {place: name for place, name in metadata_files.items() if name.startswith("train/")}
         if others:
-            notes.append(f"train/ has metadata of its own and is the set; left out: {_named(others)}")
+            notes.append(f"train/ has metadata of its own and is the set; left out: {named(others)}")
     masks = _masks_of_others(images)
     if masks:
         images = [name for name in images if name not in masks]
-        notes.append(f"masks of OneTrainer's ({_MASK}) are no images of the set, so left out: {_named(sorted(masks))}")
+        notes.append(f"masks of OneTrainer's ({_MASK}) are no images of the set, so left out: {named(sorted(masks))}")
     unknown = [name for name in listing.names if Path(name).suffix.lower() in files.NOT_READ - suffixes]
     if unknown:
-        notes.append(f"are in formats that are not read, convert them to PNG or JPEG: {_named(unknown)}")
+        notes.append(f"are in formats that are not read, convert them to PNG or JPEG: {named(unknown)}")
     sidecars = caption_files.Sidecars(listing.folder, listing.names)
     samples, skipped, conflicts, repeated = [], [], [], []
     unlisted: dict[str, Any] = {}
@@ -92,17 +91,23 @@ def gather(listing: Listing, template: str) -> Gathered:
         except ValueError as error:
             skipped.append(Skipped(image, f"its caption cannot be read: {error}"))
     for name, left in unlisted.items():
-        notes.append(f"{escape(name)} does not list, so left out: {_named(left)}")
+        notes.append(f"{escape(name)} does not list, so left out: {named(left)}")
     if conflicts:
         notes.append(f"several captions that differ, of which the first by the order of precedence is used: "
-                     f"{_named(conflicts)}")  # fmt: skip
+                     f"{named(conflicts)}")  # fmt: skip
     if repeated:
-        notes.append(f"listed more than once, of which the first caption is used: {_named(repeated)}")
+        notes.append(f"listed more than once, of which the first caption is used: {named(repeated)}")
+    numbered = {PurePosixPath(image).parent.name: number for image in images
+                if (number := caption_files.repeats(image)) is not None}  # fmt: skip
+    if len(set(numbered.values())) > 1:
+        notes.append("numbers before the names of folders are no repeats here, as they are kohya's: each image comes "
+                     "once an epoch (images of the class are for --prior-data): "
+                     f"{named(sorted(numbered), 'folders')}")  # fmt: skip
     known = {*metadata_files.values(), *sidecars.read}
     unread = [name for name in listing.names
               if Path(name).suffix.lower() in caption_files.LIKE_CAPTIONS and name not in known]  # fmt: skip
     if unread:
-        notes.append(f"look like captions and were not read: {_named(unread, 'files')}")
+        notes.append(f"look like captions and were not read: {named(unread, 'files')}")
     return Gathered(samples, skipped, notes)
 
 
@@ -132,9 +137,3 @@ def _nearest(image: str, metadata_files: dict[str, str]) -> str | None:
         if place in metadata_files:
             return place
     return None
-
-
-def _named(names: Sequence[str], unit: str = "images") -> str:
-    shown = ", ".join(shorten(name, 60) for name in names[:_MAX_NAMED])
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return f"{len(names)} {unit if len(names) != 1 else unit.removesuffix('s')} ({shown}{more})"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from functional_sd3.formats import bounded
 from functional_sd3.formats.errors import WeightsError
-from functional_sd3.formats.printable import shorten
+from functional_sd3.formats.printable import counted, shorten
 from functional_sd3.image import files
 from functional_sd3.image.folders import Skipped
 from functional_sd3.training import captions as caption_files
@@ -125,7 +125,7 @@ def tar_set(data: str, *, template: str = "a photo of a {}", caption: str | None
     if not kept:
         first = f"; {len(skipped)} could not be read, the first: {': '.join(skipped[0])}" if skipped else ""
         raise ValueError(f"{data} holds no images ({files.suffix_words()}) in {len(tars)} tars{first}")
-    notes = (f"{len(tars)} tars in webdataset's layout",)
+    notes = (f"{counted(len(tars), 'tar')} in webdataset's layout",)
     index = Index(
         Path(data), tuple(samples[number] for number in kept), tuple(skipped), tuple(sources.items()), notes,
         tuple(sizes.values()), _ADVICE,

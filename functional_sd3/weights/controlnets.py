@@ -16,7 +16,7 @@ import torch
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Params
-from functional_sd3.formats import atomic, files, shards
+from functional_sd3.formats import atomic, files, folder_kinds, shards
 from functional_sd3.formats.default_dtype import Dtype
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.files import Mapped
@@ -63,6 +63,8 @@ def find(path: str | os.PathLike, *, variant: str | None = None) -> ComponentFil
     """The files and config that `load` reads, with no value read yet. Raises WeightsError for anything else."""
     path = Path(path)
     if path.is_dir():
+        if not (path / _CONFIG).exists() and (kind := folder_kinds.described(path)):
+            raise WeightsError(f"{path}: is a folder without {_CONFIG} of a ControlNet{kind}")
         return atomic.read_stable(path, lambda folder: _find_in(folder, variant), (_CONFIG, f"{_STEM}.safetensors"))
     places = open_tensors(path)
     piece = ComponentFiles("ControlNet", chosen(layouts.FORMATS, places, "diffusers"), str(path), places)

@@ -98,7 +98,9 @@ def _component(folder: Path, variant: str | None) -> Discovered:
     if name is None:
         claimed = next((claim for claim in claims if claim), None)
         if claimed == "SD3ControlNetModel":
-            raise registry.ForeignWeights(f"{path.parent}: is a ControlNet, which weights.load_controlnet reads")
+            raise registry.ForeignWeights(
+                f"{path.parent}: is a ControlNet, which weights.load_controlnet reads (--controlnet)"
+            )
         raise registry.ForeignWeights(f"{path}: describes {claimed!r}; known are {', '.join(_KINDS)}")
     folders = {**diffusers_folder.COMPONENTS, "taesd": diffusers_folder.TAESD}
     piece, _ = diffusers.open_component(name, folders["clip_l" if name == "clip" else name], folder, variant)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from functional_sd3.formats import files
+from functional_sd3.formats import files, folder_kinds
 from functional_sd3.formats.errors import WeightsError
 from functional_sd3.formats.printable import shorten
 from functional_sd3.text.textual_inversion import Word
@@ -22,6 +22,8 @@ _NAMES = {"clip_l": "clip_l", "clip_g": "clip_g", "t5xxl": "t5", "t5": "t5"}
 _THEIRS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl"}
 _WIDTHS = {768: "clip_l", 1280: "clip_g", 4096: "t5"}
 """Width -> encoder, of the released ones: decides for vectors without an encoder's name."""
+_TOKEN = "token"
+"""Key of the metadata for what to type."""
 _MAX_VECTORS = 512
 """Tokens of the longest text that T5 reads here; CLIP has room for 75."""
 _PLACEHOLDERS = frozenset({"emb_params", "string_to_param.*", "*"})
@@ -29,14 +31,15 @@ _PLACEHOLDERS = frozenset({"emb_params", "string_to_param.*", "*"})
 
 
 def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtype | None = None) -> Word:
-    """The word in a file. token: what to type for it; by default the file's name in angle brackets.
+    """The word in a file, or in the folder of a training run. token: what to type for it; by default that of the file's
+    metadata, or else the file's name in angle brackets.
 
     Files name the encoders (`clip_l`, `clip_g`, `t5xxl`: OneTrainer, kohya-ss, ComfyUI), or have the vectors of one
     encoder of their width, under `emb_params` or `string_to_param.*` (AUTOMATIC1111) or under the word
     itself (diffusers), which is then what to type by default. Raises WeightsError when the file cannot be read, holds
     other names, output embeddings, or no floats of shape (vectors, width).
     """
-    path = Path(path)
+    path = _find(Path(path))
     mapped = files.open_mapped(path)
     entries = mapped.header.tensors
     encoders = _encoders(entries)
@@ -48,11 +51,18 @@ def load(path: str | os.PathLike, *, token: str | None = None, dtype: torch.dtyp
         raise WeightsError(f"{path}: holds values that are not finite")
     together = {name: torch.atleast_2d(value).to(dtype or value.dtype) for name, value in vectors.items()}
     own = [name for name in encoders if name not in _NAMES and name not in _PLACEHOLDERS]
-    typed = token if token is not None else own[0] if own else f"<{path.stem}>"
+    written = mapped.header.metadata.get(_TOKEN) or (own[0] if own else f"<{path.stem}>")
+    typed = written if token is None else token
     if not typed.isprintable() or typed != typed.strip():
         advice = "cannot be typed in a prompt; say what to type: token=..., or WORD=FILE"
         raise WeightsError(f"{path}: its word {typed!r} {advice}")
     return Word(typed, {name: together[name] for name in _THEIRS if name in together})
+
+
+def _find(path: Path) -> Path:
+    if not path.is_dir() or (path / folder_kinds.WORD).is_file():
+        return path / folder_kinds.WORD if path.is_dir() else path
+    raise WeightsError(f"{path}: is a folder without {folder_kinds.WORD}{folder_kinds.described(path)}")
 
 
 def _encoders(entries: Mapping[str, Any]) -> dict[str, str]:
@@ -103,4 +113,4 @@ def _problems(entries: Mapping[str, Any], encoders: Mapping[str, str]) -> list[s
 def save(path: str | os.PathLike, word: Word) -> None:
     """Write the file, whole or not at all."""
     tensors = {_THEIRS[name]: value for name, value in word.vectors.items()}
-    files.write_atomic(path, tensors, metadata={"format": "pt"})
+    files.write_atomic(path, tensors, metadata={"format": "pt", _TOKEN: word.token})

@@ -155,7 +155,7 @@ def test_broken_images_are_named_and_counted(run, here):
         (("kid", "real", "fake", *FID, "--subset-size", 11), "subsets of 11 cannot be drawn from 12 and 10"),
         (("cmmd", "real", "fake"), "pass --clip DIR"),
         (("clip", "absent", "--clip", "x"), "no such folder: absent"),
-        (("clip", "flat", "--clip", "x"), "1 of 1 images of flat have no caption"),
+        (("clip", "flat", "--clip", "x"), "1 image (a.png) of 1 in flat has no caption to be compared with: write one"),
         (("cmmd", "real", "fake", "--clip", "absent"), "absent: does not exist"),
         (("vae", "absent"), "no such folder or zip archive: absent"),
         (("vae", "real", "--size", 60), "--size 60 must be a multiple of 8"),

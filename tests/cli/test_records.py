@@ -89,6 +89,27 @@ def test_each_image_of_a_batch_has_its_own_prompt_and_key(tiny, tmp_path):
     assert [key[1] for key in grid["variation"]["key"]["values"]] == [3, 4, 3, 4]
 
 
+def test_a_lora_of_a_folder_is_recorded_by_the_file_that_is_read(place, tmp_path):
+    name = "pytorch_lora_weights.safetensors"
+    content = (place / "style.safetensors").read_bytes()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_bytes(content)
+    words = (
+        "--params",
+        place / "model",
+        "--steps",
+        1,
+        "--lora",
+        f"{tmp_path / 'run'}=0.5",
+        "--out",
+        tmp_path / "a.png",
+    )
+    assert run("generate", "a ring", *words) == 0
+    files = image_settings.read_record(tmp_path / "a.png")["files"]
+    digest = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert files == {str(tmp_path / "run" / name): digest}
+
+
 def test_loras_images_and_masks_are_recorded_by_their_files(place, tmp_path):
     words = ("generate", "a ring", "--params", place / "model", "--steps", 2, "--image", place / "in.png")
     words += ("--mask", place / "mask.png", "--lora", f"{place}/style.safetensors=0.5", "--offload")

@@ -362,6 +362,16 @@ def test_files_that_are_none(tmp_path):
     problems(tmp_path / "absent.safetensors")
     (tmp_path / "folder").mkdir()
     assert "is a folder without pytorch_lora_weights.safetensors" in problems(tmp_path / "folder")
+    kinds = {
+        "other.txt": "name the file of the LoRA",
+        "config.json": "--controlnet",
+        "step-00000003.safetensors": "--resume",
+        "learned_embeds.safetensors": "--embedding",
+        "model_index.json": "--params",
+    }
+    for name, option in kinds.items():
+        (tmp_path / "folder" / name).touch()
+        assert option in problems(tmp_path / "folder")
 
 
 def test_what_cannot_be_saved_is_named_and_writes_nothing(tmp_path):

@@ -116,11 +116,21 @@ def test_folders_with_invalid_words_are_refused(name, value, tmp_path):
 def test_a_file_is_a_word(tmp_path):
     save_inversion(tmp_path / "cat-toy.safetensors", word())
     actual = load_inversion(tmp_path / "cat-toy.safetensors")
-    assert actual.token == "<cat-toy>" and not tree.diff(dict(actual.vectors), dict(word().vectors))
+    assert actual.token == word().token and not tree.diff(dict(actual.vectors), dict(word().vectors))
     assert set(files.shapes(tmp_path / "cat-toy.safetensors")) == {"clip_l", "clip_g", "t5xxl"}
     assert load_inversion(tmp_path / "cat-toy.safetensors", token="toy").token == "toy"
     files.write_atomic(tmp_path / "one.safetensors", {"clip_l": torch.ones(WIDTHS["clip_l"])})
     assert load_inversion(tmp_path / "one.safetensors").vectors["clip_l"].shape == (1, WIDTHS["clip_l"])
+    assert load_inversion(tmp_path / "one.safetensors").token == "<one>"
+
+
+def test_the_folder_of_a_training_run_is_its_word(tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(WeightsError, match=r"without learned_embeds.safetensors: it holds a LoRA \(--lora\)"):
+        load_inversion(tmp_path)
+    save_inversion(tmp_path / "learned_embeds.safetensors", word())
+    assert load_inversion(tmp_path).token == word().token
+    assert load_inversion(tmp_path, token="<other>").token == "<other>"
 
 
 @pytest.mark.parametrize(("width", "encoder"), [(768, "clip_l"), (1280, "clip_g"), (4096, "t5")])

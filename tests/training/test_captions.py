@@ -278,3 +278,17 @@ def test_folders_of_kohya_and_masks_of_onetrainer(tmp_path):
         "b-masklabel.png": "",
     }
     assert "left out: 1 image (20_sks dog/a-masklabel.png)" in noted(tmp_path)
+    assert "repeats" not in noted(tmp_path)
+    images(tmp_path, "20_other dog/c.png")
+    assert "repeats" not in noted(tmp_path)
+    images(tmp_path, "1_dog/c.png")
+    assert "each image comes once an epoch" in noted(tmp_path)
+    assert "3 folders (1_dog, 20_other dog, 20_sks dog)" in noted(tmp_path)
+
+
+def test_a_caption_that_cannot_be_read_is_said_once(tmp_path):
+    images(tmp_path, "a.png", "b.png")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    index = datasets.image_folder(tmp_path)
+    assert "b.txt: is no text in UTF-8" in index.skipped[0].reason and "b.txt" not in noted(tmp_path)
+    assert datasets.summary(index).startswith(f"1 image in {tmp_path}, 1 of 1 image has no caption; ")

@@ -96,8 +96,18 @@ def test_a_folder_of_images_is_trained_on_and_its_broken_files_named(command, tm
         Image.new("RGB", (30, 20), (40 * index, 90, 200)).save(folder / f"{index}.png")
     (tmp_path / "data" / "broken.png").write_text("nothing")
     status, messages = command("--out", tmp_path / "out", "--data", tmp_path / "data", "--part", "vae")
-    assert status == 0
+    assert status == 0 and "smaller" not in messages
     assert "5 images in" in messages and "skipped broken.png: not a readable image" in messages
+
+
+@pytest.mark.parametrize("options", [[], ["--buckets", "16", "--bucket-step", "8"]])
+def test_images_that_are_enlarged_are_named(command, tmp_path, options):
+    for index, size in enumerate([(16, 16), (16, 15), (300, 300), (1, 40), (31, 31)]):
+        Image.new("RGB", size).save(tmp_path / f"{index}.png")
+    options = ["--caption", "a circle", "--steps", "1", *options]
+    status, messages = command("--out", tmp_path / "out", "--data", tmp_path, *options)
+    assert status == 0 and messages.count("are smaller than the size that is learned") == 1
+    assert "2 images (1.png: 16 x 15, 3.png: 1 x 40) of 5" in messages
 
 
 def test_images_without_captions_are_counted_in_one_line(command, tmp_path):

@@ -311,7 +311,7 @@ def test_validation_is_in_the_log_and_said_and_does_not_change_the_run(command, 
         (["--prior-data", ".", "--flips"], "--prior-data is of images cut to one square"),
         (["--control", "canny", "--weights", "bfloat16"], "what --control trains is small and stays float32"),
         (["--validation", "nowhere"], "--validation nowhere is neither a number"),
-        (["--validation", "12"], "--validation 12 holds out all of the 12 images"),
+        (["--validation", "12"], "--validation 12 holds out all images \\(12\\)"),
         (["--validate-every", "0"], "--validate-every 0 must be at least 1"),
     ],
 )

@@ -107,6 +107,14 @@ def test_a_controlnet_is_no_component_of_a_model_and_says_who_reads_it(tmp_path)
             load(path)
 
 
+def test_a_folder_of_something_else_is_named_with_its_option(tmp_path):
+    for name, option in (("learned_embeds.safetensors", "--embedding"), ("adapter_model.safetensors", "--lora"),
+                         ("model_index.json", "--params")):  # fmt: skip
+        (tmp_path / name).touch()
+        with pytest.raises(WeightsError, match=rf"without config.json of a ControlNet: it holds a.* \({option}\)"):
+            load_controlnet(tmp_path)
+
+
 def test_values_that_are_not_finite_are_named_unless_they_are_asked_for(tmp_path):
     net = random_net(JOINT)
     net.params["residuals"][0]["bias"][1] = torch.nan
