@@ -1,4 +1,4 @@
-"""Options of diffusers' scripts, AUTOMATIC1111 and Stability's reference, and the ones here that do the same."""
+"""Options of diffusers' scripts, kohya-ss, AUTOMATIC1111 and Stability's reference, and those here that do the same."""
 
 _NAMES = {
     "--steps": "num-inference-steps inference-steps num-steps sampling-steps sample-steps",
@@ -29,5 +29,44 @@ _NAMES = {
     "--prompts": "prompt-file prompts-file from-file",
     "--weighted": "prompt-weighting emphasis",
 }
-EQUIVALENTS = {name: option for option, names in _NAMES.items() for name in names.split()}
+_TRAINING = {
+    "--steps": "max-train-steps train-steps num-train-steps max-steps",
+    "--batch-size": "train-batch-size",
+    "--accumulate": "gradient-accumulation-steps gradient-accumulation grad-accum",
+    "--lr": "learning-rate",
+    "--schedule": "lr-scheduler lr-schedule",
+    "--warmup": "lr-warmup-steps warmup-steps",
+    "--ema": "use-ema ema-decay",
+    "--optimizer": "optimizer-type",
+    "--optimizer adamw8bit": "use-8bit-adam",
+    "--data": "instance-data-dir train-data-dir data-dir dataset dataset-name",
+    "--caption": "instance-prompt",
+    "--prior-prompt": "class-prompt",
+    "--prior-data": "class-data-dir reg-data-dir",
+    "--prior-images": "num-class-images",
+    "--prior-weight": "prior-loss-weight",
+    "--masks": "masked-loss",
+    "--lora": "rank lora-rank network-dim network-rank",
+    "--text-encoders train": "train-text-encoder",
+    "--inversion": "placeholder-token",
+    "--initial-word": "initializer-token",
+    "--vectors": "num-vectors",
+    "--density": "weighting-scheme logit-mean logit-std mode-scale timestep-sampling",
+    "--shift": "training-shift discrete-flow-shift",
+    "--loss-weight": "snr-gamma min-snr-gamma precondition-outputs",
+    "--dropout": "caption-dropout caption-dropout-rate proportion-empty-prompts",
+    "--buckets": "enable-bucket",
+    "--crops": "random-crop",
+    "--flips": "random-flip flip-aug",
+    "--dtype bfloat16": "mixed-precision",
+    "--weights bfloat16": "full-bf16",
+    "--remat": "gradient-checkpointing activation-checkpointing",
+    "--save-every": "checkpointing-steps",
+    "--result-every": "save-every-n-steps save-every-n-epochs",
+    "--resume": "resume-from-checkpoint",
+    "--sample-every": "sample-every-n-steps sample-every-n-epochs validation-steps",
+}
+EQUIVALENTS = {
+    name: option for names_of in (_NAMES, _TRAINING) for option, names in names_of.items() for name in names.split()
+}
 """Name of an option elsewhere, in small letters with hyphens and without those before it -> the option here."""

@@ -85,6 +85,9 @@ def test_version(capsys):
         (("generate", "x", "--slg"), "did you mean --guidance skip-layer:layers=7,8,9?"),
         (("generate", "--prompt", "x"), 'a prompt is given without an option: functional-sd3 generate "a large'),
         (("likelihood", "x.png", "--promt", "y"), "did you mean --prompt?"),
+        (("train", "--data", "x", "--out", "y", "--rank", 4), "--rank; did you mean --lora?"),
+        (("train", "--data", "x", "--out", "y", "--instance_prompt", "z"), "did you mean --caption?"),
+        (("train", "--data", "x", "--out", "y", "--use_8bit_adam"), "did you mean --optimizer adamw8bit?"),
         # An equivalent that the command lacks is not suggested.
         (("inspect", "x", "--denoise", 3), "unrecognized arguments: --denoise (see"),
     ],
@@ -97,10 +100,12 @@ def test_the_nearest_name_is_suggested(capsys, words, message):
 def test_equivalents_of_other_programs_are_options_that_exist():
     from functional_sd3.cli import foreign_options, parser
 
-    known = parser.subparser("generate")._option_string_actions
-    assert {option.split()[0] for option in foreign_options.EQUIVALENTS.values()} <= set(known)
-    assert not {f"--{name}" for name in foreign_options.EQUIVALENTS} & set(known)
-    listed = [name for names in foreign_options._NAMES.values() for name in names.split()]
+    tables = {"generate": foreign_options._NAMES, "train": foreign_options._TRAINING}
+    for command, table in tables.items():
+        known = set(parser.subparser(command)._option_string_actions)
+        assert {option.split()[0] for option in table} <= known
+        assert not {f"--{name}" for names in table.values() for name in names.split()} & known
+    listed = [name for table in tables.values() for names in table.values() for name in names.split()]
     assert len(listed) == len(set(listed))
 
 
