@@ -94,45 +94,58 @@ def sample(
     if len(grid) == 1:
         return state.x
 
-    def segment_velocity(active: Sequence[Control], guidance: Guidance | None, steps: slice) -> Any:
-        """The velocity of steps with the same ControlNets and guidance."""
-        times = None if known is None else known[steps]
-        options: dict[str, Any] = {"skip_layers": skip_layers, "control": active, "image_prompt": image_prompt}
-        options |= {} if block_transform is None else {"block_transform": block_transform}
-        options |= {} if implementation == "sdpa" else {"implementation": implementation}
-        options |= {} if attend is None else {"attend": attend}
-        options |= {} if ends is None else {"ends": ends[steps]}
-        of_blocks = cache is not None and is_of_blocks(cache)
-        if cache is not None and (has_carry or of_blocks):
-            guiding = guidances.cfg(cfg) if guidance is None else guidance
-            fields: Any = velocities(params, config, conditions, guiding.needs, times, **options)
-            last = partial(_transform_stateful, transform) if transform is not None and has_carry else transform
-            branches = partial(cached_steps.step_of_branches, has_carry=has_carry)
-            return ode.map_steps(lambda step: branches(step, guiding, cache, len(noise), last), fields)
-        if guidance is not None and has_carry:
-            fields = velocities(params, config, conditions, guidance.needs, times, **options)
-            stateful = ode.map_steps(partial(guidances.guided_with_carry, guidance), fields)
-            return stateful if transform is None else ode.map_steps(partial(_transform_stateful, transform), stateful)
-        options |= {} if guidance is None else {"guidance": guidance}
-        guided = (field or velocity)(params, config, conditions, cfg, times, **options)
-        if cache is not None:
-            return ode.map_steps(lambda velocity: cached_steps.step_of(velocity, transform), guided)
-        return guided if transform is None else ode.map_steps(transform, guided)
-
     # The times that an adaptive method evaluates at are not known before.
     known = None if isinstance(method, ode.Adaptive) else ode.evaluation_times(method, grid, len(noise))
     ends = _ends(config, method, grid, len(noise))
+    shared: dict[str, Any] = {"skip_layers": skip_layers, "image_prompt": image_prompt}
+    shared |= {} if block_transform is None else {"block_transform": block_transform}
+    shared |= {} if implementation == "sdpa" else {"implementation": implementation}
+    shared |= {} if attend is None else {"attend": attend}
     by_step: list[Any] = []
     # One velocity for each segment, so that ControlNets and guidance terms cost nothing in the steps without them.
     segments = _segments(control, guidance, len(grid) - 1)
-    for first, stop, active, step_guidance in segments:
-        of_segment = segment_velocity(active, step_guidance, slice(first, stop))
+    for first, stop, active, own_guidance in segments:
+        options = {**shared, "control": active, **({} if ends is None else {"ends": ends[first:stop]})}
+        own_times = None if known is None else known[first:stop]
+        if has_carry or (cache is not None and is_of_blocks(cache)):
+            guiding = guidances.cfg(cfg) if own_guidance is None else own_guidance
+            fields = velocities(params, config, conditions, guiding.needs, own_times, **options)
+            of_segment = _combined(fields, guiding, transform, cache, len(noise), has_carry=has_carry)
+        else:
+            options |= {} if own_guidance is None else {"guidance": own_guidance}
+            guided = (field or velocity)(params, config, conditions, cfg, own_times, **options)
+            of_segment = _transformed(guided, transform, cache)
         by_step += [ode.at_step(of_segment, step) for step in range(stop - first)]
     by_step = by_step if ends is None else [ode.ignore_end(each) for each in by_step]
     by_index = ode.Stepwise(by_step.__getitem__)
     if cache is not None:
         by_index = caching.cached_steps(cache, by_step, [first for first, *_ in segments])
     return ode.run(runner, by_index, state, grid, on_step=on_step).x
+
+
+def _combined(
+    fields: Any,
+    guidance: Guidance,
+    transform: Callable[[Velocity], Velocity] | None,
+    cache: Cache | None,
+    samples: int,
+    *,
+    has_carry: bool,
+) -> Any:
+    """The velocity of a guidance that carries a state, or of branches whose blocks are cached, from their fields."""
+    after = partial(_transform_stateful, transform) if transform is not None and has_carry else transform
+    if cache is not None:
+        branches = partial(cached_steps.step_of_branches, has_carry=has_carry)
+        return ode.map_steps(lambda step: branches(step, guidance, cache, samples, after), fields)
+    stateful: Any = ode.map_steps(partial(guidances.guided_with_carry, guidance), fields)
+    return stateful if after is None else ode.map_steps(after, stateful)
+
+
+def _transformed(guided: Any, transform: Callable[[Velocity], Velocity] | None, cache: Cache | None) -> Any:
+    """The guided velocity with the transform, which under a cache is applied after it."""
+    if cache is not None:
+        return ode.map_steps(lambda velocity: cached_steps.step_of(velocity, transform), guided)
+    return guided if transform is None else ode.map_steps(transform, guided)
 
 
 def _ends(config: Config, method: Method | ode.Adaptive, grid: Tensor, count: int) -> list[Tensor] | None:
