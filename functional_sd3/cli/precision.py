@@ -70,7 +70,7 @@ def solves(arguments: argparse.Namespace) -> bool:
 
 
 def with_products_of(
-    params: Params, device: torch.device, dtype: torch.dtype | Default = None, *, exact: bool = False
+    params: Params, device: torch.device, dtype: torch.dtype | Default | None = None, *, exact: bool = False
 ) -> Params:
     """Parameters without products of int8 or float8 where the device is slower at them, with a note.
 
@@ -90,7 +90,7 @@ def with_products_of(
     return quantize.without_products(params)
 
 
-def _too_small(params: Params, dtype: torch.dtype | Default) -> set[str]:
+def _too_small(params: Params, dtype: torch.dtype | Default | None) -> set[str]:
     """Paths of the weights whose products of int8 take longer than dequantising does, as do all in other dtypes."""
     processor = narrow.here()
     least = {torch.float32: processor.int8, torch.bfloat16: processor.int8_bfloat16}
@@ -108,7 +108,13 @@ def _too_small(params: Params, dtype: torch.dtype | Default) -> set[str]:
 
 
 def fetcher(
-    place: torch.device, source: Any, /, *, computed: torch.dtype | Default = None, exact: bool = False, **options: Any
+    place: torch.device,
+    source: Any,
+    /,
+    *,
+    computed: torch.dtype | Default | None = None,
+    exact: bool = False,
+    **options: Any,
 ) -> Callable[[str], Params]:
     """`weights.fetcher` with `with_products_of` of the device that computes, which need not be that of what is read."""
     fetch = weights.fetcher(source, **options)
