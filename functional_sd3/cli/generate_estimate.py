@@ -22,7 +22,7 @@ from functional_sd3.weights import shipped
 
 GB = 1e9
 _COUNTED = {"params", "variant", "dtype", "device", "offload", "block_swap", "size", "prompt", "count", "batch", "cfg",
-            "guidance", "steps"}  # fmt: skip
+            "guidance", "steps", "without"}  # fmt: skip
 """Options of `generate` that the estimate reads."""
 _WITHOUT_MEMORY = {"estimate", "seed", "negative", "variation", "out", "quiet", "debug", "timeout", "run", "leaf"}
 
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if others := not_counted(arguments):
         report.note(f"what {' and '.join(others)} may need is not in these numbers")
     config, stored, is_quantized = _model(paths, arguments.variant)
+    config = replace(config, **dict.fromkeys(arguments.without))
     if arguments.block_swap is not None:
         swapping.check_count(config, arguments.block_swap, "--block-swap")
     choice = choice_of(arguments, config, stored, is_quantized)

@@ -26,6 +26,7 @@ def recorder(opened: Session, arguments: argparse.Namespace) -> Callable[[Reques
         "program": f"functional_sd3 {functional_sd3.__version__}",
         "model": {
             "params": arguments.params or [options.SHIPPED[0]],
+            **({"without": arguments.without} if arguments.without else {}),
             "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),
             "device": str(opened.device),
         },

@@ -70,15 +70,16 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     source = arguments.params or shipped.folder()
     dtype, word = precision.choose(arguments, source, device)
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
+    only = [name for name in weights.SPECS if name not in arguments.without]
     components: Components
     exact = precision.solves(arguments)
     place = torch.device("cpu") if mesh is not None and mesh.size("tensor") > 1 else device
     if arguments.offload or mesh is not None:
         options["device"] = place
-        model = weights.outline(source, variant=arguments.variant)
+        model = weights.outline(source, only=only, variant=arguments.variant)
         components = precision.fetcher(device, source, computed=dtype, exact=exact, **options)
     else:
-        model = weights.load(source, **options)
+        model = weights.load(source, only=only, **options)
         components = {
             name: precision.with_products_of(part, device, dtype, exact=exact) for name, part in model.params.items()
         }

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.host.strip():
         # A socket takes it for every address of this machine.
         raise ValueError(f"--host {arguments.host!r} must be an address, such as {LOOPBACK}, or 0.0.0.0 for every one")
+    options.check_without(arguments.without)
     options.check_swap(arguments)
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError(

@@ -14,7 +14,7 @@ from functional_sd3.cli.timing import Timer
 from functional_sd3.image import vae
 from functional_sd3.layouts.components import require
 
-_OWN = ("params", "variant", "dtype", "embedding")
+_OWN = ("params", "variant", "dtype", "embedding", "without")
 _OTHERS = {"lora", "run", "leaf", "subcommand", "quiet", "debug"}
 
 
