@@ -58,7 +58,7 @@ def run_fid(arguments: argparse.Namespace) -> Report:
     kind = Kind(collect.statistics, fid.Record, lambda record: record.statistics.n, fid.save, _load_statistics)
     sides, data = _measured(arguments, kind)
     if len(sides) == 1:
-        return _only_saved(arguments, sides, data)
+        return _only_saved(arguments, data)
     with report.warnings_as_notes():
         score = fid.score(*(side.record for side in sides))
     return Report((f"{score}, {_how(sides)}",), {"metric": "fid", "value": score.value, **data})
@@ -74,7 +74,7 @@ def run_kid(arguments: argparse.Namespace) -> Report:
     )
     sides, data = _measured(arguments, kind)
     if len(sides) == 1:
-        return _only_saved(arguments, sides, data)
+        return _only_saved(arguments, data)
     size = arguments.subset_size or min(kid.SIZE, *(side.size for side in sides))
     real, fake = (side.record.values for side in sides)
     estimates = kid.estimates(real, fake, prng.key(arguments.seed), subsets=arguments.subsets, size=size)
@@ -197,7 +197,7 @@ def _square(image: "Image", *, config: clip_pixels.Config) -> Tensor:
     return clip_pixels.apply(config, image, square=True)[0]
 
 
-def _only_saved(arguments: argparse.Namespace, sides: list[Side], data: dict[str, Any]) -> Report:
+def _only_saved(arguments: argparse.Namespace, data: dict[str, Any]) -> Report:
     return Report((arguments.save,), {"metric": arguments.metric, "value": None, "saved": arguments.save, **data})
 
 

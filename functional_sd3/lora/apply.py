@@ -112,12 +112,9 @@ def unmerge(merged: Merged) -> Params:
 
 def _entry_spec(leaf: Param, rank: int, parts: int, alpha: float) -> Tree:
     inputs, rows = leaf.shape[1:], leaf.shape[0] // parts
-    size = 1
-    for side in inputs:
-        size *= side
     outputs = specs.FUSED[leaf.axes[0]][0] if parts > 1 and leaf.axes[0] in specs.FUSED else leaf.axes[0]
     adapter = {
-        "down": Param((rank, *inputs), specs.fan_in_uniform(size), ("rank", *leaf.axes[1:])),
+        "down": Param((rank, *inputs), specs.fan_in_uniform(math.prod(inputs)), ("rank", *leaf.axes[1:])),
         "up": Param((rows, rank), specs.zeros, (outputs, "rank")),
         "alpha": Param((), specs.constant(float(alpha)), (), trainable=False),
     }
