@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     if others := not_counted(arguments):
         report.note(f"what {' and '.join(others)} may need is not in these numbers")
     config, stored, is_quantized = _model(paths, arguments.variant)
-    config = replace(config, **dict.fromkeys(arguments.without))
+    left_out: dict[str, Any] = dict.fromkeys(arguments.without)
+    config = replace(config, **left_out)
     if arguments.block_swap is not None:
         swapping.check_count(config, arguments.block_swap, "--block-swap")
     choice = choice_of(arguments, config, stored, is_quantized)

@@ -143,7 +143,7 @@ def test_a_quantised_model_is_measured_and_drawn_with_its_products_and_solved_wi
     assert not tree.diff(measured.params["transformer"], stored)
     for flags, has_products in (({}, True), ({"inverts": True}, False), ({"measures_flow": True}, False)):
         for offload in (False, True):
-            arguments = argparse.Namespace(**options, **flags, offload=offload, block_swap=None)
+            arguments = argparse.Namespace(**options, **flags, offload=offload, block_swap=None, without=[])
             read = session.read_model(arguments, CPU).components
             found = read("transformer") if offload else read["transformer"]
             assert quantize.has_products(found) == has_products and quantize.is_quantized(found)
