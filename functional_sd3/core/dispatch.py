@@ -85,7 +85,7 @@ def op(formula: Callable[Arguments, Result]) -> Operation[Arguments, Result]:
 
     @functools.wraps(formula)
     def operation(*arguments: Any, **options: Any) -> Any:
-        kernels = () if _depths.plain else (_table or _load_table()).get(name, ())
+        kernels = () if _depths.plain else _kernel_table().get(name, ())
         # Sizes are read only outside of transforms and compilers: under some they are unknown or enter the graph.
         surroundings = _surroundings() if kernels else None
         for kernel in kernels:
@@ -270,11 +270,20 @@ _hooks_enabled = private("torch._C._autograd._saved_tensors_hooks_is_enabled", m
 _dual_level = (lambda: forward_ad._current_level) if hasattr(forward_ad, "_current_level") else (lambda: 0)
 
 
-def _load_table() -> dict[str, tuple[Kernel, ...]]:
-    global _table
-    import functional_sd3.kernels
+def _kernel_table() -> dict[str, tuple[Kernel, ...]]:
+    """`kernels.TABLE`, imported by the first operation.
 
-    _table = functional_sd3.kernels.TABLE
+    A compiler reads the module: it would compile a graph again that depends on `_table` being None, as it is before.
+    """
+    global _table
+    if torch.compiler.is_dynamo_compiling():
+        import functional_sd3.kernels
+
+        return functional_sd3.kernels.TABLE
+    if _table is None:
+        import functional_sd3.kernels
+
+        _table = functional_sd3.kernels.TABLE
     return _table
 
 

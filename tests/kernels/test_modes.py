@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -149,6 +150,16 @@ def test_a_function_mode_is_shown_the_layers_and_a_default_device_changes_nothin
     with torch.device("meta"), Transparent():
         assert dispatch.in_mode()
     assert not dispatch.in_mode()
+
+
+def test_a_graph_compiled_before_the_first_operation_is_not_compiled_again_after_it(monkeypatch):
+    backend, x = CompileCounter(), drawn(2, 16)
+    # Drawing was an operation: the state of a new process.
+    monkeypatch.setattr(dispatch, "_table", None)
+    compiled = torch.compile(lambda x: layers.linear(LAYER, x), backend=backend, fullgraph=True)
+    first = compiled(x)
+    torch.testing.assert_close(first, layers.linear(LAYER, x))
+    assert dispatch._table is not None and torch.equal(compiled(x), first) and backend.frame_count == 1
 
 
 def test_gradients_are_counted_as_those_of_pytorchs_own_layers():
