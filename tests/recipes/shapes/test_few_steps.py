@@ -1,11 +1,13 @@
 """The recipe of params/tiny-4 with a few updates: it runs, resumes, and its folder refers to that of its teacher."""
 
+import functools
+
 import pytest
 import torch
 
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng, tree
-from functional_sd3.recipes.shapes import few_steps, on_policy, report, rewarded
+from functional_sd3.recipes.shapes import few_steps, on_policy, report, rewarded, world
 from functional_sd3.recipes.shapes.on_policy import States
 from functional_sd3.training import log
 from functional_sd3.weights import shipped
@@ -19,6 +21,8 @@ def small():
         patch.setattr(rewarded, "BATCH", 6)
         patch.setattr(on_policy, "STATES", (States(2, 1, 2), States(4, 3, 1)))
         patch.setattr(rewarded, "GROUP", 2)
+        # A run lists two hundred thousand captions for its samples; the list is always the same.
+        patch.setattr(few_steps.world, "held_out_captions", functools.cache(world.held_out_captions))
         patch.setattr(report, "following", lambda model, settings: f"read: {', '.join(settings)}")
         yield
 

@@ -8,7 +8,7 @@ import torch
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng, tree
 from functional_sd3.recipes import model_card
-from functional_sd3.recipes.shapes import rewarded, stages, tiny
+from functional_sd3.recipes.shapes import rewarded, stages, tiny, world
 from functional_sd3.training import checkpoint, log
 
 
@@ -22,6 +22,8 @@ def small():
         patch.setattr(rewarded, "GUIDED", rewarded.GUIDED._replace(steps=(2,)))
         patch.setattr(rewarded, "BATCH", 4)
         patch.setattr(rewarded, "GROUP", 2)
+        # A run lists two hundred thousand captions for its samples; the list is always the same.
+        patch.setattr(tiny.world, "held_out_captions", functools.cache(world.held_out_captions))
         # The samples that a stage leaves at its end take most of its time.
         patch.setattr(tiny.pipeline, "generate", functools.partial(pipeline.generate, steps=2))
         yield
