@@ -122,8 +122,12 @@ def test_perturbed_blocks_compile_to_one_graph_and_can_be_rematerialised_and_map
         return mmdit.apply(params, CONFIG, latents, t, context, pooled, perturbed_layers=(0, 2), **options)
 
     expected = velocity(*inputs())
-    compiled = torch.compile(velocity, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs()), expected)
+    # A perturbed block with a second attention, and a perturbed last one without: both kinds there are to trace.
+    config = mmdit.Config(**{**vars(CONFIG), "depth": 2, "dual_attention_layers": (0,)})
+    short = {**params, "blocks": [params["blocks"][0], params["blocks"][2]]}
+    perturbed = partial(mmdit.apply, short, config, perturbed_layers=(0, 1))
+    compiled = torch.compile(perturbed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs()), perturbed(*inputs()))
     torch.testing.assert_close(velocity(*inputs(), block_transform=transform.remat), expected)
     latents, t, context, pooled = inputs()
     each = torch.func.vmap(lambda x, c, p: velocity(x[None], t, c[None], p[None])[0])
