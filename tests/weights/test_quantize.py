@@ -15,6 +15,7 @@ from functional_sd3.lora import keys as lora_keys
 from functional_sd3.text import clip, t5
 from functional_sd3.transformer import mmdit, precision
 from functional_sd3.weights import WeightsError, quantize
+from tests import models
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]
 KEPT = [torch.float32, torch.bfloat16, torch.float16]
