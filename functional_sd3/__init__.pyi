@@ -83,6 +83,7 @@ from functional_sd3.training import rewards as rewards
 from functional_sd3.training import rollouts as rollouts
 from functional_sd3.training import schedules as schedules
 from functional_sd3.training import step as step
+from functional_sd3.transformer import activations as activations
 from functional_sd3.transformer import block_cache as block_cache
 from functional_sd3.transformer import control as control
 from functional_sd3.transformer import controlnet as controlnet

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functional_sd3.core.attention import Map, Stream, joint_attention
+from functional_sd3.core.replayed import Replayed
 
 Attend = Callable[[Sequence[Stream]], list[Tensor | None]]
 
@@ -118,26 +119,14 @@ def replay(
     recorded: of `attention.record` for `cached`, of `attention.maps` for `weighted`. Raises ValueError where the run
     calls a block more or less often than the recorded one did.
     """
-    used = dict.fromkeys(recorded, 0)
+    replayed = Replayed(recorded, "attentions")
 
     def replaying(block: int) -> Attend:
-        def attend(streams: Sequence[Stream]) -> list[Tensor | None]:
-            used[block] += 1
-            if used[block] > len(recorded[block]):
-                raise ValueError(f"{_counts(block, recorded)}, and the run calls it more often: replay as many steps")
-            return use(recorded[block][used[block] - 1])(streams)
-
-        return attend
+        return lambda streams: use(replayed.next_of(block))(streams)
 
     result = run({block: replaying(block) for block in recorded})
-    for block, count in used.items():
-        if count < len(recorded[block]):
-            raise ValueError(f"{_counts(block, recorded)}, and the run called it {count} times: replay as many steps")
+    replayed.check_used()
     return result
-
-
-def _counts(block: int, recorded: Mapping[int, Sequence[Any]]) -> str:
-    return f"{len(recorded[block])} attentions of block {block} were recorded"
 
 
 def _weighted(weights: Map, streams: Sequence[Stream]) -> list[Tensor | None]:

@@ -4,7 +4,7 @@ A `Computation` belongs to a component of a model and is kept in the model's con
 pipeline have, so that none of them needs arguments for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,9 @@ from functional_sd3.core.types import Params
 
 Materialize = Callable[[Params], Params]
 """Parameters as they are stored -> as they are computed with: of one block, or of all that is in no block."""
+OneBlockTransform = Callable[[Callable[..., Any]], Callable[..., Any]]
+BlockTransform = OneBlockTransform | Mapping[int, OneBlockTransform]
+"""The function that applies one block -> another in its place: one for all blocks, or for those whose index it has."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,14 @@ class Computation:
 
     materialize: applied to the parameters of one block inside the function that `block_transform` gets, and to those
     outside of blocks: sharded -> gathered, on the host -> on the device, stored -> computed. block_transform: applied
-    to the function that applies one block, such as `transform.remat`. mesh: a `parallel.mesh.Mesh`, over whose axes
-    tensor and sequence the work of every block is divided. layout: a `parallel.sharding.Layout` where the parameters
-    are parts of the whole, for which `materialize` and `mesh` are; it is not passed to the network.
+    to the function that applies one block, such as `transform.remat`, or one for each index of a block. mesh: a
+    `parallel.mesh.Mesh`, over whose axes tensor and sequence the work of every block is divided. layout: a
+    `parallel.sharding.Layout` where the parameters are parts of the whole, for which `materialize` and `mesh` are; it
+    is not passed to the network.
     """
 
     materialize: Materialize | None = None
-    block_transform: Callable[[Callable], Callable] | None = None
+    block_transform: BlockTransform | None = None
     mesh: Any = None
     layout: Any = None
 
@@ -81,21 +85,35 @@ def materialize_rest(params: Params, materialize: Materialize | None) -> Params:
     return {name: params[name] if name == "blocks" else rest[name] for name in params}
 
 
-def block_function(
-    apply: Callable[..., Any],
-    materialize: Materialize | None,
-    block_transform: Callable[[Callable], Callable] | None,
-) -> Callable[..., Any]:
-    """`apply(block, ...)` with the block's parameters materialised inside, and all of that transformed.
+def block_functions(
+    apply: Callable[..., Any], materialize: Materialize | None, block_transform: BlockTransform | None, depth: int
+) -> list[Callable[..., Any]]:
+    """For each of `depth` blocks `apply(block, ...)` with its parameters materialised inside, and all of that
+    transformed; one function for all where `block_transform` is none or one.
 
     Materialised parameters are not kept for the backward pass: a transform that recomputes materialises it again, and
-    without a transform `rematerialise` does.
+    without a transform `rematerialise` does. Raises ValueError for the index of a block that is not there.
     """
-    if materialize is None:
-        return block_transform(apply) if block_transform else apply
-    if block_transform is None:
-        return partial(rematerialise.call, apply, materialize)
-    return block_transform(_materialized(apply, materialize))
+    inner = apply if materialize is None else _materialized(apply, materialize)
+    plain = apply if materialize is None else partial(rematerialise.call, apply, materialize)
+    if not isinstance(block_transform, Mapping):
+        return [block_transform(inner) if block_transform else plain] * depth
+    if absent := sorted(set(block_transform) - set(range(depth))):
+        raise ValueError(f"block_transform {absent} are not among the blocks 0 to {depth - 1}")
+    return [block_transform[index](inner) if index in block_transform else plain for index in range(depth)]
+
+
+def composed(outer: OneBlockTransform, inner: BlockTransform | None, depth: int) -> BlockTransform:
+    """A block transform of `depth` blocks: `outer` of the function of every block, after `inner`."""
+    if inner is None:
+        return outer
+    if not isinstance(inner, Mapping):
+        return lambda apply: outer(inner(apply))
+    return {index: _composed(outer, inner[index]) if index in inner else outer for index in range(depth)}
+
+
+def _composed(outer: OneBlockTransform, inner: OneBlockTransform) -> OneBlockTransform:
+    return lambda apply: outer(inner(apply))
 
 
 def _materialized(apply: Callable[..., Any], materialize: Materialize) -> Callable[..., Any]:

@@ -87,7 +87,7 @@ def network(
             interval=interval,
             image_prompt=ip_adapter.prompt(prompt, features, t, sizes, implementation=implementation),
             implementation=implementation,
-            **(options if around is None else {**options, "block_transform": _outermost(around, options)}),
+            **(options if around is None else {**options, "block_transform": _outermost(around, options, sizes.depth)}),
         )
 
     params = (weights, [one.params for one in control], image_prompt.params if image_prompt else {})
@@ -106,9 +106,8 @@ def network(
     return evaluate
 
 
-def _outermost(around: BlockTransform, options: Mapping[str, Any]) -> BlockTransform:
-    inner = options.get("block_transform")
-    return around if inner is None else lambda apply: around(inner(apply))
+def _outermost(around: BlockTransform, options: Mapping[str, Any], depth: int) -> computation.BlockTransform:
+    return computation.composed(around, options.get("block_transform"), depth)
 
 
 def _interval(t: Tensor, end: Tensor, rows: int) -> Tensor:

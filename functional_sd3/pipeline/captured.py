@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_sd3.core import tree
+from functional_sd3.core import computation, tree
 from functional_sd3.core.types import Params
 from functional_sd3.flow.guidance import Guidance
 from functional_sd3.flow.ode.method import Method
@@ -33,7 +33,7 @@ def capture(
     method: Method | str | None = None,
     guidance: Callable[[Tensor], Guidance] | None = None,
     skip_layers: Sequence[int] = (),
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
 ) -> "Captured":
     """The run `sample(params, config, conditions, noise, ...)` as a function of (conditions, noise, cfg).
 

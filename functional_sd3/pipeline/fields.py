@@ -51,7 +51,7 @@ def velocity(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> Velocity: ...
@@ -68,7 +68,7 @@ def velocity(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> Stepwise[Velocity]: ...
@@ -86,7 +86,7 @@ def velocity(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> RunVelocity:
@@ -126,7 +126,7 @@ def velocities(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> JointVelocities: ...
@@ -142,7 +142,7 @@ def velocities(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> Stepwise[JointVelocities]: ...
@@ -159,7 +159,7 @@ def velocities(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     implementation: Implementation = "sdpa",
 ) -> JointVelocities | Stepwise[JointVelocities]:

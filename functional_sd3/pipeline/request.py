@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.checks import check_channels
+from functional_sd3.core.computation import BlockTransform as BlockTransform
 from functional_sd3.core.types import Key
 from functional_sd3.flow import caches, ode
 from functional_sd3.flow.caches import Cache
@@ -31,7 +32,6 @@ AnyMethod = Method | ode.Adaptive | str
 """A method, or the name of one (`ode.NAMES`)."""
 OnStep = Callable[[StepInfo], Any]
 Show = Callable[[StepInfo], Tensor]
-BlockTransform = Callable[[Callable], Callable]
 Loras = Sequence[tuple[Lora, Scale]]
 """LoRAs with their scales, which add up."""
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_sd3.core import computation
 from functional_sd3.core.attention import Implementation
 from functional_sd3.core.types import Key, Params, Tree, Velocity
 from functional_sd3.flow import caching, ode, path, schedule
@@ -52,7 +53,7 @@ def sample(
     skip_layers: Sequence[int] = (),
     control: Sequence[Control] = (),
     image_prompt: ImagePrompt | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     attend: AttendBlocks | None = None,
     times: Tensor | None = None,
     field: Field | None = None,

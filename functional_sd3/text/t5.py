@@ -92,7 +92,7 @@ def apply(
     mask: Tensor | None = None,
     implementation: Implementation = "sdpa",
     materialize: Callable[[Params], Params] | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     mesh: Mesh | None = None,
 ) -> Tensor:
     """Encodes token ids (batch, tokens), int64, each below config.vocab, to (batch, tokens, width).
@@ -118,8 +118,8 @@ def apply(
         # The lowest finite number: where nothing may be attended to, minus infinity would give NaN.
         bias = bias.masked_fill((mask == 0)[:, None, None, :], torch.finfo(dtype).min)
     x = embedded.to(torch.promote_types(dtype, torch.float32))
-    apply_block = computation.block_function(_block, materialize, block_transform)
-    for block in params["blocks"]:
+    block_functions = computation.block_functions(_block, materialize, block_transform, len(params["blocks"]))
+    for apply_block, block in zip(block_functions, params["blocks"], strict=True):
         x = apply_block(block, config, x, bias, dtype, implementation, group)
     return layers.rms_norm(params["final_norm"], x, config.eps).to(dtype)
 

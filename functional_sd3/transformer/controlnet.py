@@ -116,7 +116,7 @@ def apply(
     modulations: Tree | None = None,
     materialize: Callable[[Params], Params] | None = None,
     implementation: Implementation = "sdpa",
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
 ) -> list[Tensor]:
     """One residual for each block, (batch, tokens, width), which `mmdit.apply(..., residuals=)` adds.
 
@@ -138,9 +138,12 @@ def apply(
     if config.context_width is not None:
         streams["context"] = _embed_context(params, config.context_width, context, batch, dtype)
     modulation = resolve_modulations(modulations, partial(_conditions, params, config), t, pooled, batch)
-    apply_block = computation.block_function(joint_block.apply, materialize, block_transform)
+    block_functions = computation.block_functions(
+        joint_block.apply, materialize, block_transform, len(params["blocks"])
+    )
     residuals = []
-    for block, out, parts in zip(params["blocks"], params["residuals"], modulation["blocks"], strict=True):
+    blocks = zip(block_functions, params["blocks"], params["residuals"], modulation["blocks"], strict=True)
+    for apply_block, block, out, parts in blocks:
         streams = apply_block(block, config.heads, streams, parts, implementation)
         residuals.append(_scaled(layers.linear(out, streams["image"]), scale))
     return residuals

@@ -139,7 +139,7 @@ def apply(
     attend: AttendBlocks | None = None,
     materialize: Callable[[Params], Params] | None = None,
     implementation: Implementation = "sdpa",
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     mesh: Mesh | None = None,
 ) -> Tensor:
     """Velocity of the rectified flow at `latents`.
@@ -165,7 +165,8 @@ def apply(
         rest: sharded -> gathered, stored -> computed.
     implementation: as in `attention.attention`.
     block_transform: applied to the function that applies one block (`joint_block.apply`): `transform.remat`, or
-        `torch.compile` to compile one block instead of `depth` copies of it.
+        `torch.compile` to compile one block instead of `depth` copies of it. Or one for each index of a block that it
+        maps to one: `activations.edit_outputs`, which reads and changes what a block returns.
     mesh: of the processes that compute this together, by its axes tensor (of whose heads and hidden features `params`
         is this process's part, `parallel.tensor.cut`) and sequence (of whose image tokens each takes a part). All
         arguments but the divided parameters are the same on all of them, as are the result and its derivatives.
@@ -194,7 +195,7 @@ def apply(
     modulation = resolve_modulations(modulations, conditions, t, pooled, batch)
     if image_prompt and len(image_prompt) != config.depth:
         raise ValueError(f"image_prompt is for {len(image_prompt)} blocks, but the transformer has {config.depth}")
-    apply_block = computation.block_function(joint_block.apply, materialize, block_transform)
+    block_functions = computation.block_functions(joint_block.apply, materialize, block_transform, config.depth)
     height, width = (side // config.patch_size for side in latents.shape[-2:])
     for residual in residuals:
         check_shape("residuals", residual, "(batch, tokens, width)", (batch, height * width, config.width))
@@ -216,7 +217,7 @@ def apply(
                 # A third of a block would be copied for nothing.
                 block = joint_block.without_modulation(block)
             streams = {"image": image, "context": context}
-            streams = apply_block(block, config.heads, streams, block_modulation, implementation, **options)
+            streams = block_functions[index](block, config.heads, streams, block_modulation, implementation, **options)
             image, context = streams["image"], streams["context"]
         if residuals and (residual_after_last or index < config.depth - 1):
             residual = residuals[residual_index(index, config.depth, len(residuals))]

@@ -5,7 +5,7 @@ import torch
 
 from bench.timing import allocated_peak
 from functional_sd3.core import prng, tree
-from functional_sd3.core.computation import block_function
+from functional_sd3.core.computation import block_functions
 
 DEPTH, WIDTH = 6, 128
 
@@ -54,7 +54,7 @@ def gradients(params, x, block):
 def test_parameters_are_materialised_again_in_the_backward_pass_and_gradients_have_the_same_bits(params, x):
     counted = Counted()
     expected = gradients(params, x, kept(Counted()))
-    actual = gradients(params, x, block_function(apply, counted, None))
+    actual = gradients(params, x, block_functions(apply, counted, None, 1)[0])
     assert counted.calls == 2 * DEPTH - 1  # The first one has an input without a gradient.
     assert all(map(torch.equal, actual, expected))
 
@@ -69,7 +69,7 @@ def test_no_materialised_parameter_is_held_between_the_passes(params, x):
 
         return allocated_peak(run)
 
-    saved = peak(kept(Counted())) - peak(block_function(apply, Counted(), None))
+    saved = peak(kept(Counted())) - peak(block_functions(apply, Counted(), None, 1)[0])
     assert saved > (DEPTH - 2) * tree.nbytes(params[0])
 
 
@@ -83,7 +83,7 @@ def test_second_derivatives_and_graphs_that_are_read_twice(params, x):
         second = torch.autograd.grad(sum(leaf.square().sum() for leaf in first), leaves)
         return [*first, *again, *second]
 
-    for ours, theirs in zip(twice(block_function(apply, Counted(), None)), twice(kept(Counted())), strict=True):
+    for ours, theirs in zip(twice(block_functions(apply, Counted(), None, 1)[0]), twice(kept(Counted())), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
@@ -97,7 +97,7 @@ def test_transforms_of_torch_func_are_those_of_the_function(params, x):
             torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x[:, None]),
         ]
 
-    ours, theirs = derivatives(block_function(apply, Counted(), None)), derivatives(kept(Counted()))
+    ours, theirs = derivatives(block_functions(apply, Counted(), None, 1)[0]), derivatives(kept(Counted()))
     assert tree.allclose(ours, theirs, rtol=0, atol=0)
 
 
@@ -108,6 +108,6 @@ def test_views_of_materialised_leaves_and_leaves_that_are_passed_on(params, x):
     def half(block, x):
         return x + torch.tanh(x[..., : WIDTH // 2] @ block["w"][: WIDTH // 2].view(WIDTH // 2, WIDTH) * block["b"])
 
-    actual = gradients(params, x, block_function(half, counted, None))
+    actual = gradients(params, x, block_functions(half, counted, None, 1)[0])
     expected = gradients(params, x, lambda part, x: half(Counted()(part), x))
     assert all(map(torch.equal, actual, expected)) and counted.calls == 2 * DEPTH - 1

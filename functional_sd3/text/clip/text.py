@@ -93,7 +93,7 @@ def apply(
     skip: int = 0,
     implementation: Implementation = "sdpa",
     materialize: Callable[[Params], Params] | None = None,
-    block_transform: Callable[[Callable], Callable] | None = None,
+    block_transform: computation.BlockTransform | None = None,
     mesh: Mesh | None = None,
 ) -> Output:
     """Encodes token ids (batch, tokens), int64, tokens <= config.length, each id below config.vocab.
@@ -110,11 +110,11 @@ def apply(
     group = None if mesh is None else mesh.group("tensor")
     check_heads(config.heads, group_size(group))
     params = computation.materialize_rest(params, materialize)
-    apply_block = computation.block_function(clip_block.apply, materialize, block_transform)
+    block_functions = computation.block_functions(clip_block.apply, materialize, block_transform, len(params["blocks"]))
     positions = params["position_embedding"]["weight"][: ids.shape[1]]
     x = layers.embedding(params["token_embedding"], ids) + positions
     block_inputs = []
-    for block in params["blocks"]:
+    for apply_block, block in zip(block_functions, params["blocks"], strict=True):
         block_inputs.append(x)
         x = apply_block(
             block, x, config.heads, config.activation, config.eps, causal=True, implementation=implementation,

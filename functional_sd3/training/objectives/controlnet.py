@@ -4,7 +4,7 @@ Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models
 `train_controlnet_sd3.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +41,9 @@ def controlnet_loss(
             x = mmdit.embed_image(params["transformer"], config.transformer, x)
         pooled = torch.zeros_like(pooled) if net.zero_pooled else pooled
         inputs = x, t, context, pooled, batch["control"]
-        # Rematerialised as the transformer's blocks are.
+        # Rematerialised as the transformer's blocks are; transforms by index are of those alone.
         transform = computation.of(config, "transformer").block_transform
+        transform = None if isinstance(transform, Mapping) else transform
         return controlnet.apply(
             params["controlnet"], net, *inputs, materialize=materialize, implementation=implementation,
             block_transform=transform,
