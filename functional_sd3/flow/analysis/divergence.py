@@ -18,6 +18,7 @@ from torch import Tensor
 
 from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.per_sample import dot
 
 Draw = Callable[[Key, tuple[int, ...]], Tensor]
@@ -116,7 +117,7 @@ def probe_vectors(keys: Key, count: int, x: Tensor, draw: Draw | None = None) ->
 
 def _products(velocity: Velocity, x: Tensor, t: Tensor, vectors: Tensor, mode: Mode | None) -> QuadraticForms:
     def field(x: Tensor) -> Tensor:
-        return velocity(x, t).to(x.dtype)
+        return evaluate(velocity, x, t)
 
     if mode is None:
         try:

@@ -15,6 +15,7 @@ from functional_sd3.core import prng, transform
 from functional_sd3.core.types import Key, Velocity
 from functional_sd3.flow import ode
 from functional_sd3.flow.analysis import spectral
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.path import broadcast
 from functional_sd3.flow.times import Times, checked
 
@@ -48,7 +49,7 @@ def trajectory(method: ode.Method | ode.Adaptive, velocity: Velocity, x: Tensor,
     """
     grid = checked(times, x)
     states = ode.integrate(method, velocity, x, grid, save="all")
-    slopes = [velocity(state, t).to(state.dtype) for state, t in zip(states, grid, strict=True)]
+    slopes = [evaluate(velocity, state, t) for state, t in zip(states, grid, strict=True)]
     return Trajectory(grid, states, torch.stack(slopes))
 
 
@@ -102,7 +103,7 @@ def lipschitz(velocity: Velocity, x: Tensor, t: Tensor, key: Key, *, probes: int
 
 def lipschitz_between(velocity: Velocity, x: Tensor, other: Tensor, t: Tensor) -> Tensor:
     """|v(x, t) - v(other, t)| / |x - other| of each pair of samples, (batch,): no Lipschitz constant is below it."""
-    change = (velocity(x, t).to(x.dtype) - velocity(other, t).to(x.dtype)).flatten(1).norm(dim=1)
+    change = (evaluate(velocity, x, t) - evaluate(velocity, other, t)).flatten(1).norm(dim=1)
     return change / (x - other).flatten(1).norm(dim=1)
 
 
@@ -150,8 +151,8 @@ def _velocity_and_acceleration(velocity: Velocity, x: Tensor, t: Tensor) -> tupl
     """Velocity and acceleration."""
     # Forward mode cannot differentiate an expanded tensor, whose elements share memory.
     x, t = x.contiguous(), torch.as_tensor(t, dtype=x.dtype, device=x.device).contiguous()
-    slope = velocity(x, t).to(x.dtype)
-    return slope, jvp(lambda x, t: velocity(x, t).to(x.dtype), (x, t), (slope, torch.ones_like(t)))[1]
+    slope = evaluate(velocity, x, t)
+    return slope, jvp(lambda x, t: evaluate(velocity, x, t), (x, t), (slope, torch.ones_like(t)))[1]
 
 
 def _map_columns(derivative, columns: Tensor, x: Tensor, chunk_size: int | None) -> Tensor:

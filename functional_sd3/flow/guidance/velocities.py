@@ -8,6 +8,7 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Tree, Velocity
+from functional_sd3.flow.evaluation import evaluate_field
 from functional_sd3.flow.guidance.combine import extrapolate
 from functional_sd3.flow.guidance.compose import (
     Guidance,
@@ -44,7 +45,7 @@ def guided_with_carry(guidance: Guidance, fields: VelocityFields) -> StatefulVel
         raise ValueError(f"guidance needs the velocities {sorted(guidance.needs)}; there is none for {missing}")
 
     def velocity(x: Tensor, t: Tensor, carry: Tree) -> tuple[Tensor, Tree]:
-        return guidance.combine({name: fields[name](x, t) for name in guidance.needs}, x, t, carry)
+        return guidance.combine({name: evaluate_field(fields[name], x, t) for name in guidance.needs}, x, t, carry)
 
     return velocity
 
@@ -92,7 +93,8 @@ def classifier_free(velocity: Velocity, uncond_velocity: Velocity, scale: Scale)
         return velocity
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
-        return extrapolate(uncond_velocity(x, t), velocity(x, t), value(scale, t))
+        fields = evaluate_field(uncond_velocity, x, t), evaluate_field(velocity, x, t)
+        return extrapolate(*fields, value(scale, t))
 
     return guided
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from functional_sd3.core import tree
 from functional_sd3.core.types import Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode import dense, step_size, tolerances
 from functional_sd3.flow.ode.embedded import BOSH3, DOPRI5, TSIT5, Adaptive
 from functional_sd3.flow.ode.method import State, StepInfo
@@ -131,7 +132,7 @@ def start(method: Adaptive, velocity: Velocity, x: Tensor, times: Times, *, h: f
     grid = checked(times, x)
     grid = grid if grid.ndim == 2 else grid[:, None].expand(-1, len(x))
     t, end = grid[0], grid[-1]
-    slope = velocity(x, t).to(x.dtype)
+    slope = evaluate(velocity, x, t)
     finite = torch.isfinite(slope.detach()).reshape(len(x), -1).all(1)
     evaluations = torch.full_like(t, 1, dtype=torch.int64)
     if h is None:

@@ -84,9 +84,10 @@ def integrate(
     check: raise `NonFiniteError` after the first step whose state is not finite (which waits for the device each step).
     rtol, atol: of an adaptive method, which raises `adaptive.StepFailed` where no step succeeds; default 1e-5 and 1e-6.
 
-    Raises ValueError for grids of the wrong shape and, where their values can be read (in CPU memory, not traced), for
-    grids that are not monotone or leave [0, 1].
+    Raises ValueError for what is no method, a velocity that is not of the shape of x, grids of the wrong shape and,
+    where their values can be read (in CPU memory, not traced), for grids that are not monotone or leave [0, 1].
     """
+    _check_method(method)
     grid = checked(times, x)
     steps = len(grid) - 1
     method = _toleranced(method, rtol, atol)
@@ -110,7 +111,11 @@ def integrate(
 
 
 def start(method: Method | Adaptive, x: Tensor, t: Tensor | float) -> State:
-    """The state of a run before its first step: x in float32 (float64 if it is), t in the same dtype."""
+    """The state of a run before its first step: x in float32 (float64 if it is), t in the same dtype.
+
+    Raises ValueError for what is no method.
+    """
+    _check_method(method)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     return State(x, t, [] if isinstance(method, Adaptive) else method.init(x, t))
@@ -246,6 +251,11 @@ def _toleranced(
     if rtol is not None or atol is not None:
         raise ValueError(f"{method.name} takes the steps of the times; rtol and atol are for adaptive methods")
     return method
+
+
+def _check_method(method: object) -> None:
+    if not isinstance(method, Method | Adaptive):
+        raise ValueError(f"method {method!r} must be an ode.Method, such as ode.EULER, or of ode.named('euler')")
 
 
 def _index(index: int, steps: int) -> int:

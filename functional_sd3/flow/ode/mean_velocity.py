@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Tree
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.path import broadcast
 
@@ -21,7 +22,7 @@ def mean_velocity_step(velocity: Any, x: Tensor, t: Tensor, t_next: Tensor, carr
     A step that ascends takes the mean over the same interval, u(x, t_next, t), at its own x: it is the inverse of the
     descending one to first order, and `fixed_point.inverse` is the exact one.
     """
-    slope = velocity(x, torch.maximum(t, t_next), torch.minimum(t, t_next)).to(x.dtype)
+    slope = evaluate(velocity, x, torch.maximum(t, t_next), torch.minimum(t, t_next))
     return Advance(x + broadcast(t_next - t, x) * slope, carry, slope)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.ode.polynomial import integral
 from functional_sd3.flow.ode.runge_kutta import EULER, MIDPOINT, RK4
@@ -25,7 +26,7 @@ def dpmpp_2m_step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carr
     equal and has no special case at t = 0. The first step has D' = D, and so has one from or to 0, lambda being
     infinite there: a grid that ends at 0 ends with x = D.
     """
-    slope = velocity(x, t).to(x.dtype)
+    slope = evaluate(velocity, x, t)
     prediction = x - broadcast(t, x) * slope
     history = [{"value": prediction, "t": t}]
     if not carry:
@@ -54,7 +55,7 @@ def adams_bashforth(order: int, starter: Method) -> Method:
         if len(carry) < order - 1:
             x_next, _, slope = starter.step(velocity, x, t, t_next, [])
             return Advance(x_next, [{"value": slope, "t": t}, *carry], slope)
-        slope = velocity(x, t).to(x.dtype)
+        slope = evaluate(velocity, x, t)
         points = [{"value": slope, "t": t}, *carry]
         return Advance(x + _integral(points, t_next, x), points[:-1], slope)
 

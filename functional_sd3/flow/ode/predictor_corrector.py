@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Tree, Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.ode.multistep import History
 from functional_sd3.flow.ode.polynomial import integral
@@ -34,7 +35,7 @@ def unipc(order: int = 2) -> Method:
         raise ValueError(f"order {order} of UniPC must be 1, 2 or 3")
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
-        slope = velocity(x, t).to(x.dtype)
+        slope = evaluate(velocity, x, t)
         here = {"value": x - broadcast(t, x) * slope, "t": t}
         start, points = x, [here]
         if carry:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Tree, Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode.embedded import Adaptive
 from functional_sd3.flow.ode.method import Advance, Method, Transition
 from functional_sd3.flow.ode.stochastic import draw_noise
@@ -33,7 +34,7 @@ def transition(
     rule = _rule(method)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     t, s = (torch.as_tensor(time, dtype=x.dtype, device=x.device) for time in (t, s))
-    return rule(x, velocity(x, t).to(x.dtype), t, s)
+    return rule(x, evaluate(velocity, x, t), t, s)
 
 
 def log_prob(
@@ -77,7 +78,7 @@ def with_log_prob(method: Method) -> Method:
         return {"method": method.init(x, t), "log_prob": x.new_zeros(len(x))}
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Tree) -> Advance:
-        slope = velocity(x, t).to(x.dtype)
+        slope = evaluate(velocity, x, t)
         keys, noise = draw_noise(carry["method"], x)
         distribution = rule(x, slope, t, t_next)
         x_next = draw(distribution, noise)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from functional_sd3.core.types import Tree, Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode.method import Advance, Method, no_carry
 from functional_sd3.flow.path import broadcast
 
@@ -32,7 +33,7 @@ def stages(
         # t_next itself: t + 1 h equals it only up to rounding.
         time = t if node == 0 else t_next if node == 1 else t + node * h
         at = x + broadcast(h, x) * combine(row, slopes) if any(row) else x
-        slopes.append(velocity(at, time).to(x.dtype))
+        slopes.append(evaluate(velocity, at, time))
     return slopes
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.core.types import Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode.embedded import Adaptive
 from functional_sd3.flow.path import broadcast
 
@@ -48,7 +49,7 @@ def first(method: Adaptive, velocity: Velocity, x: Tensor, t: Tensor, end: Tenso
     trial = torch.minimum(trial, distance)
     # The exact end: rounding must not move the time out of [0, 1].
     h = torch.where(trial < distance, torch.copysign(trial, end - t), end - t)
-    next_slope = velocity(x + broadcast(h, x) * slope, torch.where(trial < distance, t + h, end)).to(x.dtype).detach()
+    next_slope = evaluate(velocity, x + broadcast(h, x) * slope, torch.where(trial < distance, t + h, end)).detach()
     acceleration = norm(next_slope - slope, x, x, method) / trial.clamp(min=torch.finfo(x.dtype).tiny)
     steepest = torch.maximum(speed, acceleration)
     length = torch.where(

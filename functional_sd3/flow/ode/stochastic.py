@@ -15,6 +15,7 @@ from torch import Tensor
 
 from functional_sd3.core import prng
 from functional_sd3.core.types import Key, Velocity
+from functional_sd3.flow.evaluation import evaluate
 from functional_sd3.flow.ode import transitions
 from functional_sd3.flow.ode.method import Advance, Method, Transition
 from functional_sd3.flow.ode.runge_kutta import HEUN
@@ -33,7 +34,7 @@ def gaussian(name: str, key: Key, rule: Rule, *, order: int) -> Method:
         return Transition(torch.where(broadcast(descends, x), mean, euler), torch.where(descends, std, 0.0))
 
     def step(velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor, carry: Key) -> Advance:
-        slope = velocity(x, t).to(x.dtype)
+        slope = evaluate(velocity, x, t)
         carry, noise = draw_noise(carry, x)
         return Advance(transitions.draw(transition(x, slope, t, t_next), noise), carry, slope)
 

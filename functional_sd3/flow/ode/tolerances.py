@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from functional_sd3.flow.ode.embedded import Adaptive
+from functional_sd3.flow.ode.method import Method
 from functional_sd3.flow.times import is_readable
 
 
@@ -15,7 +16,10 @@ def replace(
     atol: float | Tensor | None = None,
     max_steps: int | None = None,
 ) -> Adaptive:
-    """The method with the given options in place of its own."""
+    """The method with the given options in place of its own. Raises ValueError for one that is not adaptive."""
+    if not isinstance(method, Adaptive):
+        name = method.name if isinstance(method, Method) else method
+        raise ValueError(f"method {name!r} must be an adaptive one, such as ode.DOPRI5 or ode.named('dopri5')")
     return method._replace(
         rtol=method.rtol if rtol is None else rtol,
         atol=method.atol if atol is None else atol,
