@@ -37,7 +37,8 @@ __all__ = sorted(_MODULES)
 
 def __getattr__(name: str) -> ModuleType:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With name and obj an interpreter suggests the nearest name.
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     module = importlib.import_module(_MODULES[name])
     # Bound from now on, as Python binds the modules of a package itself: `_Package.__setattr__`.
     setattr(sys.modules[__name__], name, module)
@@ -49,18 +50,31 @@ def __dir__() -> list[str]:
 
 
 def _with_public_dir(module: ModuleType) -> ModuleType:
+    """The module, whose `dir` and `help` have its public names alone, those that it exports again too."""
     vars(module)["__dir__"] = functools.partial(_public_names, module)
+    if not hasattr(module, "__all__") and "__getattr__" not in vars(module):
+        vars(module)["__getattr__"] = functools.partial(_public_attribute, module)
     return module
 
 
+def _public_attribute(module: ModuleType, name: str) -> list[str]:
+    """`__all__`, which `help` reads, from the source when it is first needed."""
+    if name != "__all__":
+        message = f"module {module.__name__!r} has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=module)
+    return _public_names(module)
+
+
 def _public_names(module: ModuleType) -> list[str]:
-    """`__all__`, or the names that a module binds itself, without the private ones and those it imports."""
-    if hasattr(module, "__all__"):
-        return sorted(module.__all__)
+    """`__all__`, or the names that a module binds itself or imports as themselves, without the private ones."""
+    if "__all__" in vars(module):
+        return sorted(vars(module)["__all__"])
     names = set()
     for statement in _statements(module.__name__):
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             names.add(statement.name)
+        elif isinstance(statement, ast.ImportFrom):
+            names |= {alias.asname for alias in statement.names if alias.asname and alias.asname == alias.name}
         elif isinstance(statement, ast.Assign | ast.AnnAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             names |= {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}

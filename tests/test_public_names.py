@@ -1,8 +1,10 @@
 """The names that `dir` and `help` show of the package and of its modules."""
 
+import pydoc
 import types
 
 import pytest
+import torch
 
 import functional_sd3 as sd3
 
@@ -42,3 +44,20 @@ def test_help_says_a_line_of_each_module():
     for name in sd3.__all__:
         assert len(lines[name]) > 20, f"{name} has no docstring"
     assert "Random numbers" in lines["prng"]
+
+
+def test_help_has_what_a_module_exports_again_and_an_unknown_name_suggests_the_nearest():
+    shown = pydoc.plain(pydoc.render_doc(sd3.tree))
+    for name in ("map", "flatten_paths", "unflatten_paths"):
+        assert f"\n    {name}(" in shown
+    for module, wrong, right in ((sd3, "mmditt", "mmdit"), (sd3.tree, "flaten_paths", "flatten_paths")):
+        with pytest.raises(AttributeError, match=f"has no attribute '{wrong}'") as caught:
+            getattr(module, wrong)
+        assert caught.value.name == wrong and right in dir(caught.value.obj)
+
+
+def test_a_model_and_a_state_of_training_print_their_parts_and_no_numbers():
+    model = sd3.weights.load(sd3.shipped.folder(), dtype=torch.float32)
+    state = sd3.step.init(sd3.prng.key(0), model.params["transformer"], sd3.optim.adamw(0.1), trainable="*bias")
+    for value, part in ((model, "transformer"), (state, "params"), (model.tokenizers, "bpe.Tables(608 tokens")):
+        assert len(repr(value)) < 1000 and part in repr(value) and "tensor(" not in repr(value)

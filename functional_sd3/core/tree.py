@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_sd3.core.tree_paths import NODES, child_names, children, flatten_paths, join_path, walk
+from functional_sd3.core.tree_paths import NODES, child_names, children, join_path, walk
+from functional_sd3.core.tree_paths import flatten_paths as flatten_paths
 from functional_sd3.core.tree_paths import unflatten_paths as unflatten_paths
 from functional_sd3.core.types import Tree
 
@@ -32,6 +33,23 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
         raise ValueError(_first_mismatch("", tree, rest)) from None
 
 
+def summary(tree: Tree, levels: int = 2) -> str:
+    """A line for each part of a tree, `levels` names deep: path, tensors, elements, dtypes and devices.
+
+    What a notebook can show of a tree, whose repr is all its numbers. `select` has the leaves themselves.
+    """
+    parts: dict[str, list[Any]] = {}
+    for path, leaf in walk("", tree):
+        parts.setdefault(".".join(path.split(".")[:levels]), []).append(leaf)
+    rows = [("", "tensors", "elements", ""), *((name, *_totals(part)) for name, part in parts.items())]
+    rows.append(("all", *_totals(leaves(tree))))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{name:{widths[0]}}  {tensors:>{widths[1]}}  {elements:>{widths[2]}}  {kinds}".rstrip()
+        for name, tensors, elements, kinds in rows
+    )
+
+
 def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """The tree of `fn(path, leaf, *leaves of rest)`; the rest as in `map`."""
     paths = iter([path for path, _ in walk("", tree)])
@@ -46,7 +64,11 @@ def leaves(tree: Tree) -> list[Any]:
 
 
 def select(tree: Tree, chooser: Chooser) -> dict[str, Any]:
-    """The chosen leaves by dotted path, in order."""
+    """The chosen leaves by dotted path, in order; {} where none is chosen.
+
+    chooser: a glob over whole paths, such as "transformer.blocks.*.attention.*" or "*norm*" (`*` crosses dots), several
+    of them, or a function `(path, leaf) -> bool`.
+    """
     chosen = _predicate(chooser)
     return {path: leaf for path, leaf in walk("", tree) if chosen(path, leaf)}
 
@@ -54,10 +76,23 @@ def select(tree: Tree, chooser: Chooser) -> dict[str, Any]:
 def partition(tree: Tree, chooser: Chooser) -> tuple[Tree, Tree]:
     """(chosen, rest): each leaf is in one of the two trees; an empty dict holds its place in the other.
 
+    chooser: as of `select`. Of one that chooses no leaf the first tree has none: `check_chosen` makes that an error.
     An empty dict has no leaves for `map`, `flatten_paths` and `torch.func`, so that either half can be differentiated
     or optimised alone, while list positions and the order of names survive for `combine`.
     """
     return _partition("", tree, _predicate(chooser))
+
+
+def check_chosen(name: str, tree: Tree, chooser: Chooser) -> None:
+    """Raises ValueError where `chooser`, the argument `name`, chooses no leaf of a tree."""
+    paths = [path for path, _ in walk("", tree)]
+    if select(tree, chooser) or not paths:
+        return
+    what = "the function" if callable(chooser) else repr(chooser)
+    wider = f"*{chooser}*" if isinstance(chooser, str) else ""
+    match = next((path for path in paths if wider and fnmatchcase(path, wider)), "")
+    hint = f"{wider!r} chooses {match}, for one" if match else f"they are such as {paths[0]} and {paths[-1]}"
+    raise ValueError(f"{name} {what} chooses no parameter; globs are compared with whole paths: {hint}")
 
 
 def combine(first: Tree, second: Tree) -> Tree:
@@ -216,6 +251,12 @@ def _predicate(chooser: Chooser) -> Callable[[str, Any], bool]:
         return chooser
     globs = [chooser] if isinstance(chooser, str) else list(chooser)
     return lambda path, leaf: any(fnmatchcase(path, glob) for glob in globs)
+
+
+def _totals(leaves: Sequence[Any]) -> tuple[str, str, str]:
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    kinds = dict.fromkeys(f"{leaf.dtype} {leaf.device}".removeprefix("torch.") for leaf in tensors)
+    return f"{len(tensors):,}", f"{sum(leaf.numel() for leaf in tensors):,}", ", ".join(kinds)
 
 
 def _like(tree: Sequence[Any], children: list[Any]) -> Tree:

@@ -36,6 +36,10 @@ class TrainState(NamedTuple):
     step: Tensor
     key: Key
 
+    def __repr__(self) -> str:
+        """Its parts; all numbers of the parameters are too many to print."""
+        return f"TrainState with\n{tree.summary(self, 1)}"
+
 
 def init(
     key: Key,
@@ -50,8 +54,9 @@ def init(
     """The state before the first step. Parameters are copied, so a donated step does not overwrite the caller's.
 
     average: whether `ema` is kept; without it is {}. mesh, layout: as in `make_train_step`, for optimisers whose state
-    depends on whole shapes, as adamw8bit's does.
+    depends on whole shapes, as adamw8bit's does. Raises ValueError where `trainable` chooses no parameter.
     """
+    tree.check_chosen("trainable", params, trainable)
     optimizer = on_parts(optimizer, layout, mesh or ONE_PROCESS)
     device = next(iter(tree.leaves(params))).device
     copies = tree.map(_copy, params)

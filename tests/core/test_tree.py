@@ -253,3 +253,35 @@ def test_float8_leaves_are_compared_by_their_values():
     assert not tree.diff(one, one)
     assert [(each.kind, each.amount) for each in tree.diff(one, other)] == [("value", 2.0)]
     assert [each.kind for each in tree.diff(one, tree.map(torch.Tensor.float, one))] == ["dtype"]
+
+
+def test_a_summary_has_a_line_for_each_part_with_its_numbers():
+    leaf = torch.zeros(2, 3)
+    nested = {"blocks": [{"weight": leaf, "bias": leaf.half()}, {"weight": leaf}], "norm": torch.ones(1000), "none": {}}
+    lines = tree.summary(nested, 2).splitlines()
+    assert [line.split() for line in lines] == [
+        ["tensors", "elements"],
+        ["blocks.0", "2", "12", "float32", "cpu,", "float16", "cpu"],
+        ["blocks.1", "1", "6", "float32", "cpu"],
+        ["norm", "1", "1,000", "float32", "cpu"],
+        ["all", "4", "1,018", "float32", "cpu,", "float16", "cpu"],
+    ]
+    assert [line.split()[0] for line in tree.summary(nested, 1).splitlines()[1:]] == ["blocks", "norm", "all"]
+    assert tree.summary({}).split() == ["tensors", "elements", "all", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("chooser", "hint"),
+    [
+        ("attn", "'attn' chooses no parameter; .* such as blocks.0.attention.weight and norm"),
+        ("attention", r"'\*attention\*' chooses blocks.0.attention.weight, for one"),
+        (("a", "b"), r"\('a', 'b'\) chooses no parameter"),
+        (lambda path, leaf: False, "the function chooses no parameter"),
+    ],
+)
+def test_a_choice_of_nothing_is_an_error_with_what_there_is(chooser, hint):
+    nested = {"blocks": [{"attention": {"weight": torch.ones(1)}}], "norm": torch.ones(1)}
+    tree.check_chosen("trainable", nested, "*weight")
+    tree.check_chosen("trainable", {"empty": {}}, chooser)
+    with pytest.raises(ValueError, match=f"^trainable .*{hint}"):
+        tree.check_chosen("trainable", nested, chooser)

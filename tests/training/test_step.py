@@ -200,3 +200,13 @@ def test_the_gradient_of_the_flow_loss_is_one_graph_that_equals_eager(single):
     # Traced and differentiated as for any backend, without the minutes that kernels take to build.
     traced = torch.compile(gradient, backend="aot_eager", fullgraph=True)(params, batch, keys)
     assert tree.allclose(traced, gradient(params, batch, keys), rtol=1e-4, atol=1e-5)
+
+
+def test_a_choice_of_no_parameter_to_train_is_an_error():
+    params = {"attention": {"weight": torch.ones(2)}, "mlp": {"weight": torch.ones(2)}}
+    with pytest.raises(ValueError, match=r"trainable 'attn' chooses no parameter"):
+        step.init(prng.key(0), params, optim.adamw(0.1), trainable="attn")
+    with pytest.raises(ValueError, match=r"masked 'mlp' chooses no parameter; .*'\*mlp\*' chooses mlp.weight"):
+        optim.masked(optim.adamw(0.1), "mlp").init(params)
+    state = step.init(prng.key(0), params, optim.adamw(0.1), trainable="mlp.*")
+    assert {path.rpartition("mlp.")[2] for path in tree.select(state.optimizer, "*mlp*")} == {"weight"}

@@ -32,6 +32,9 @@ class Tables:
     model_max_length: int
     multi_token: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # first id -> every id of such a token
 
+    def __repr__(self) -> str:
+        return f"bpe.Tables({len(self.vocab)} tokens, {len(self.specials)} special, max {self.model_max_length})"
+
 
 class Cuts(NamedTuple):
     """Patterns of special tokens: first those matched in the raw text, then those matched in the normalised

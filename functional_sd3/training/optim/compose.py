@@ -117,9 +117,14 @@ def partitioned(optimizers: dict[str, Optimizer], label: Callable[[str, Tensor],
 
 
 def masked(optimizer: Optimizer, chooser: tree.Chooser) -> Optimizer:
-    """`optimizer` on the chosen leaves; the updates of the others pass unchanged."""
+    """`optimizer` on the chosen leaves; the updates of the others pass unchanged.
+
+    Its `init` raises ValueError where the chooser, a glob or several, chooses none.
+    """
 
     def init(params: Params) -> Tree:
+        if not callable(chooser):
+            tree.check_chosen("masked", params, chooser)
         return optimizer.init(tree.partition(params, chooser)[0])
 
     def update(grads: Tree, state: Tree, params: Params) -> tuple[Tree, Tree]:
