@@ -1,11 +1,13 @@
 """Checks of arguments at the boundary: ValueErrors that name the argument, before a kernel raises its own."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from functional_sd3.core import layers
+from functional_sd3.core.dispatch import tracking
 from functional_sd3.core.types import Params
 
 
@@ -34,6 +36,24 @@ def check_dtype(name: str, x: Tensor, layer: Params) -> None:
     raise ValueError(f"{name} of dtype {x.dtype} must have the parameters' dtype, {weight.dtype}: {name}.to(...)")
 
 
+def check_component(function: str, name: str, params: object, leaf: str, config: object, field: str) -> None:
+    """Raises ValueError unless params have `leaf`, and config has `field`, as those of one component do.
+
+    The tree or the config of a whole model is given most often instead; `name` is what the component has in both.
+    """
+    if not isinstance(params, Mapping) or leaf not in params:
+        what = f"of {list(params)[:8]}" if isinstance(params, Mapping) else f"a {type(params).__name__}"
+        raise ValueError(
+            f"params are {what}, without {leaf!r}: {function} takes those of {name}, model.params[{name!r}]"
+        )
+    if not hasattr(config, field):
+        kind = type(config)
+        raise ValueError(
+            f"config is a {kind.__module__}.{kind.__qualname__}, without {field!r}: {function} takes that of {name}, "
+            f"model.config.{name}"
+        )
+
+
 def check_ids(name: str, ids: object) -> None:
     """Raises ValueError unless ids are a tensor of integers that an embedding reads."""
     if not isinstance(ids, Tensor):
@@ -43,12 +63,16 @@ def check_ids(name: str, ids: object) -> None:
 
 
 def check_time(t: object) -> None:
-    """Raises ValueError unless t is a floating tensor."""
+    """Raises ValueError unless t is a floating tensor; and for a timestep of 0 to 1000 where its value can be read."""
     if not isinstance(t, Tensor):
         text = _short_repr(t)
         raise ValueError(f"t is {text}, not a tensor: give torch.tensor({text}), in [0, 1], 1 = noise")
     if not t.is_floating_point():
         raise ValueError(f"t of dtype {t.dtype} must be floating, in [0, 1], 1 = noise: a timestep divided by 1000")
+    # Differences of a velocity in t may step over the ends: only what can be no such time is refused.
+    if t.device.type == "cpu" and tracking(t) in ("none", "autograd") and (t.detach().abs() > 2).any():
+        largest = t.detach().abs().max().item()
+        raise ValueError(f"t of {largest:g} must be in [0, 1], 1 = noise: a timestep divided by 1000")
 
 
 def function_name(function: object) -> str:

@@ -84,9 +84,16 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
     """The function `(params, *batch) -> gradients` of `loss(params, *sample) -> scalar`, leaves (batch, *leaf.shape).
 
     `batch` are tensors or trees with a leading batch axis, over which `loss` is mapped, `chunk_size` samples at a time
-    (all by default).
+    (all by default). Raises ValueError for a loss of a
+    sample that is no scalar.
     """
-    grad = torch.func.grad(loss)
+
+    def of_one(params: Tree, *sample: Tree) -> Tensor:
+        value = loss(params, *sample)
+        _check_scalar(value)
+        return value
+
+    grad = torch.func.grad(of_one)
 
     def grads(params: Tree, *batch: Tree) -> Tree:
         return torch.func.vmap(grad, in_dims=(None, *(0 for _ in batch)), chunk_size=chunk_size)(params, *batch)
@@ -95,8 +102,18 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
 
 
 def hvp(fn: Callable[[Tree], Tensor], params: Tree, tangents: Tree) -> Tree:
-    """Hessian of the scalar `fn` at `params` times `tangents`, a tree like `params`: forward over reverse mode."""
+    """Hessian of the scalar `fn` at `params` times `tangents`, a tree like `params`: forward over reverse mode.
+
+    Raises ValueError naming the path where the trees differ in structure, or a leaf of `tangents` in shape.
+    """
+    tree.map_with_path(_check_tangent, params, tangents)
     return torch.func.jvp(torch.func.grad(fn), (params,), (tangents,))[1]
+
+
+def _check_tangent(path: str, leaf: Tensor, tangent: Tensor) -> None:
+    if leaf.shape != tangent.shape:
+        shapes = f"{list(tangent.shape)}; it must be that of the parameter, {list(leaf.shape)}"
+        raise ValueError(f"the tangent {path} has shape {shapes}")
 
 
 def jvp(fn: Callable[[Any], Any], primal: Any, tangent: Any) -> tuple[Any, Any]:
@@ -159,10 +176,14 @@ def _detach(path: str, leaf: Tensor) -> Tensor:
     return leaf.detach().requires_grad_()
 
 
-def _gradients(value: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+def _check_scalar(value: Any) -> None:
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
         kind = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the function returned {kind}; only a scalar float tensor can be differentiated")
+
+
+def _gradients(value: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+    _check_scalar(value)
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     return torch.autograd.grad(value, leaves, materialize_grads=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from functional_sd3.core import blend, layers, prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, attention
-from functional_sd3.core.checks import check_channels, check_dtype, check_floating
+from functional_sd3.core.checks import check_channels, check_component, check_dtype, check_floating
 from functional_sd3.core.types import Key, Params, Tree
 
 
@@ -69,6 +69,7 @@ def encode(params: Params, config: Config, images: Tensor, *, implementation: Im
 
     Raises ValueError when height or width is not a multiple of `factor(config)`, or the dtype not the parameters'.
     """
+    check_component("vae.encode", "vae", params, "encoder", config, "latent_channels")
     _check_images(config, images)
     params = params["encoder"]
     check_dtype("images", images, params["conv_in"])
@@ -90,6 +91,7 @@ def decode(params: Params, config: Config, latents: Tensor, *, implementation: I
 
     Raises ValueError when the latents have another number of channels, or another dtype than the parameters.
     """
+    check_component("vae.decode", "vae", params, "decoder", config, "latent_channels")
     check_floating("latents", latents)
     check_channels("latents", latents, config.latent_channels)
     params = params["decoder"]

@@ -91,6 +91,8 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_scale(self.cfg, "cfg")
+        if self.guidance is not None and not isinstance(self.guidance, Guidance):
+            raise ValueError(f"guidance {self.guidance!r} must be a guidance.Guidance, such as guidance.cfg(5.0)")
         if isinstance(self.cache, str):
             object.__setattr__(self, "cache", caches.parse(self.cache))
 

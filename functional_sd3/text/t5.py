@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_sd3.core import attention, computation, layers, prng
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
-from functional_sd3.core.checks import check_ids
+from functional_sd3.core.checks import check_component, check_ids
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import tensor
 from functional_sd3.parallel.mesh import Mesh
@@ -103,6 +103,7 @@ def apply(
     has part of the heads and hidden features (`parallel.tensor.cut`), by its axis tensor. Raises ValueError for ids or
     a mask of another shape.
     """
+    check_component("t5", "t5", params, "embedding", config, "buckets")
     check_ids("ids", ids)
     if ids.ndim != 2 or ids.shape[1] < 1:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; T5 reads (batch, tokens) with at least one token")

@@ -16,6 +16,7 @@ from torch import Tensor
 from functional_sd3.core import computation, layers, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation, identity_attention
+from functional_sd3.core.checks import check_component
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel import sequence
 from functional_sd3.parallel.mesh import Mesh
@@ -175,6 +176,7 @@ def apply(
     not a multiple of the patch size, the grid of patches is larger than the table of positions, or heads or tokens do
     not divide over the mesh.
     """
+    check_component("mmdit", "transformer", params, "patch", config, "patch_size")
     attending = attend if isinstance(attend, Mapping) else dict.fromkeys(range(config.depth), attend) if attend else {}
     check_latents("latents", latents, config.in_channels, config.patch_size)
     _check_layers(config, skip_layers=skip_layers, perturbed_layers=perturbed_layers, attend=attending)
@@ -263,6 +265,7 @@ def modulations(
     A third of the parameters is used only here, so during a run they need not stay on the device. materialize, mesh: as
     of `apply`; it is applied to the layers of each block that make modulations alone.
     """
+    check_component("mmdit", "transformer", params, "pooled", config, "patch_size")
     group = None if mesh is None else mesh.group("tensor")
     params = computation.materialize_rest(params, materialize)
     condition = embed_condition(params, config.pooled_width, t, pooled, interval)

@@ -255,3 +255,14 @@ def test_compile_names_the_missing_compiler(monkeypatch):
     with pytest.raises(RuntimeError, match="needs the C.. compiler no-such-compiler and Python's headers"):
         transform.compile(torch.sin)
     assert transform.compile(torch.sin, backend="eager")(torch.zeros(1)) == 0
+
+
+def test_tangents_and_losses_of_another_form_are_named():
+    params = {"a": torch.ones(2), "b": [torch.ones(3)]}
+    total = lambda params: params["a"].sum() ** 2  # noqa: E731
+    with pytest.raises(ValueError, match="the tangent b.0 has shape"):
+        transform.hvp(total, params, {"a": torch.ones(2), "b": [torch.ones(1)]})
+    with pytest.raises(ValueError, match="trees differ at the root"):
+        transform.hvp(total, params, {"a": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"the function returned torch.float32 \(3,\)"):
+        transform.per_sample_grads(lambda params, x: params * x)(torch.ones(3), torch.ones(4, 3))

@@ -14,7 +14,7 @@ from torch import Tensor
 from functional_sd3.core import computation, layers
 from functional_sd3.core import spec as specs
 from functional_sd3.core.attention import Implementation
-from functional_sd3.core.checks import check_ids
+from functional_sd3.core.checks import check_component, check_ids
 from functional_sd3.core.types import Key, Params, Tree
 from functional_sd3.parallel.mesh import Mesh
 from functional_sd3.parallel.tensor import check_heads
@@ -102,6 +102,7 @@ def apply(
     outputs have the parameters' dtype. materialize, block_transform: as in `mmdit.apply`. mesh: as in `t5.apply`.
     Raises ValueError for ids of another shape and for a skip that leaves no layer.
     """
+    check_component("clip", "clip_l", params, "token_embedding", config, "projection_width")
     check_ids("ids", ids)
     if ids.ndim != 2 or not 1 <= ids.shape[1] <= config.length:
         raise ValueError(f"ids have shape {tuple(ids.shape)}; CLIP reads (batch, 1 to {config.length} tokens)")

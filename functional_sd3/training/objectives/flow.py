@@ -75,6 +75,10 @@ def flow_loss(
         if "latents" in batch:
             check_keys(keys, batch["latents"])
         _check(batch)
+        if "transformer" not in params:
+            raise ValueError(
+                f"params are of {list(params)[:8]}; an objective takes {{'transformer': ...}}, as model.params"
+            )
         latents = batch["latents"]
         text = {name: batch[name] for name in _TEXT if name in batch}
         time_key, noise_key, drop_key = prng.split(keys, 3).unbind(-2)
