@@ -76,7 +76,7 @@ def select(tree: Tree, chooser: Chooser) -> dict[str, Any]:
 def partition(tree: Tree, chooser: Chooser) -> tuple[Tree, Tree]:
     """(chosen, rest): each leaf is in one of the two trees; an empty dict holds its place in the other.
 
-    chooser: as of `select`. Of one that chooses no leaf the first tree has none: `check_chosen` makes that an error.
+    chooser: as in `select`. Of one that chooses no leaf the first tree has none: `check_chosen` makes that an error.
     An empty dict has no leaves for `map`, `flatten_paths` and `torch.func`, so that either half can be differentiated
     or optimised alone, while list positions and the order of names survive for `combine`.
     """
