@@ -36,7 +36,7 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
 def summary(tree: Tree, levels: int = 2) -> str:
     """A line for each part of a tree, `levels` names deep: path, tensors, elements, dtypes and devices.
 
-    What a notebook can show of a tree, whose repr is all its numbers. `select` has the leaves themselves.
+    For notebooks, as the repr of a tree is all its numbers. `select` has the leaves themselves.
     """
     parts: dict[str, list[Any]] = {}
     for path, leaf in walk("", tree):

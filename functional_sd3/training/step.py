@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
     key: Key
 
     def __repr__(self) -> str:
-        """Its parts; all numbers of the parameters are too many to print."""
+        """Parts of the state; all numbers of the parameters are too many to print."""
         return f"TrainState with\n{tree.summary(self, 1)}"
 
 

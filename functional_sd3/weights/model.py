@@ -27,7 +27,7 @@ class Model(NamedTuple):
     tokenizers: Tokenizers = Tokenizers()
 
     def __repr__(self) -> str:
-        """Its components and tokenizers; all numbers of the parameters are too many to print."""
+        """Components and tokenizers; all numbers of the parameters are too many to print."""
         there = [name for name, tables in self.tokenizers._asdict().items() if tables is not None]
         return f"Model with tokenizers {', '.join(there) or 'none'} and params\n{tree.summary(self.params, 1)}"
 
