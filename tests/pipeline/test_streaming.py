@@ -128,7 +128,7 @@ def test_the_command_line_draws_the_same_images(folder, tmp_path):
 def test_embeddings_are_added_to_encoders_read_one_at_a_time(folder, tmp_path):
     width = weights.outline(folder).config.clip_l.width
     learned = tmp_path / "thing.safetensors"
-    weights.save_inversion(learned, textual_inversion.Word("any", {"clip_l": 3 * torch.ones(2, width)}))
+    weights.save_inversion(learned, textual_inversion.Word("<thing>", {"clip_l": 3 * torch.ones(2, width)}))
     words = ["generate", "a <thing>", "--params", folder, "--steps", 2, "--embedding", learned, "--out"]
     for name, more in (("whole.png", []), ("streamed.png", ["--offload"])):
         assert cli.main([str(word) for word in (*words, tmp_path / name, *more)]) == 0
