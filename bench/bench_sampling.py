@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from bench import openvino_peer, timing
 from functional_sd3 import pipeline, weights
 from functional_sd3.core import prng
 from functional_sd3.transformer import mmdit
+from functional_sd3.weights import prepack
 from tests import models
 
 PROMPTS = ["a large red circle on a white background"]
@@ -43,33 +45,61 @@ def pair(tmp_path_factory):
     return weights.load(folder), theirs
 
 
+WHOLE = "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels"
+
+
+def by_diffusers(theirs, noise):
+    return theirs(
+        PROMPTS,
+        latents=noise,
+        height=256,
+        width=256,
+        max_sequence_length=24,
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        output_type="pt",
+    ).images
+
+
+def by_openvino(model, theirs, noise):
+    """diffusers' pipeline of OpenVINO's networks, for a row's `beside`."""
+    context, pooled = (torch.cat(both) for both in zip(*pipeline.encode(*models.parts(model), PROMPTS), strict=True))
+    run = partial(by_diffusers, theirs, noise)
+    return openvino_peer.pipelines(theirs, noise.repeat(2, 1, 1, 1), context, pooled, run=run)
+
+
 def test_pipeline(versus, pair):
     model, theirs = pair
     noise = prng.normal(prng.key(7), (1, 16, 32, 32))
-    context, pooled = (torch.cat(both) for both in zip(*pipeline.encode(*models.parts(model), PROMPTS), strict=True))
-
-    def by_diffusers():
-        return theirs(
-            PROMPTS,
-            latents=noise,
-            height=256,
-            width=256,
-            max_sequence_length=24,
-            num_inference_steps=STEPS,
-            guidance_scale=5.0,
-            output_type="pt",
-        ).images
-
     versus(
-        "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels",
+        WHOLE,
         lambda: pipeline.generate(*models.parts(model), PROMPTS, prng.key(0), noise=noise, steps=STEPS, cfg=5.0),
-        by_diffusers,
+        partial(by_diffusers, theirs, noise),
         peer="diffusers' pipeline",
         tolerance=1e-3,
         rounds=7,
         memory=True,
         least=all_products(model, theirs, noise),
-        beside=openvino_peer.pipelines(theirs, noise.repeat(2, 1, 1, 1), context, pooled, run=by_diffusers),
+        beside=by_openvino(model, theirs, noise),
+    )
+
+
+def test_prepacked_pipeline(versus, pair):
+    """The transformer's weights pre-packed beforehand, as OpenVINO's are when it compiles."""
+    model, theirs = pair
+    noise = prng.normal(prng.key(7), (1, 16, 32, 32))
+    params, *rest = models.parts(model)
+    packed = {**params, "transformer": prepack.prepack(params["transformer"])}
+    options = {"noise": noise, "steps": STEPS, "cfg": 5.0}
+    versus(
+        f"{WHOLE}, weights pre-packed",
+        lambda: pipeline.generate(packed, *rest, PROMPTS, prng.key(0), **options),
+        lambda: pipeline.generate(params, *rest, PROMPTS, prng.key(0), **options),
+        peer="plain weights here",
+        tolerance=0.0,
+        rounds=7,
+        beside=by_openvino(model, theirs, noise)
+        | {"diffusers' pipeline": timing.Beside(partial(by_diffusers, theirs, noise), 1e-3)},
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bench import openvino_peer, peers, timing
 from functional_sd3.core import attention, layers, prng, transform, tree
 from functional_sd3.transformer import joint_block, mmdit
-from functional_sd3.weights import quantize
+from functional_sd3.weights import prepack, quantize
 
 TOKENS = 333
 SIZES = {"256, 16x16": (4, 32, 6), "512, 32x32": (8, 64, 8), "1024, 32x32": (16, 64, 3)}
@@ -45,6 +45,29 @@ def test_forward(versus, size, dtype):
         least=True,
         beside=openvino_peer.beside(
             lambda *given: module(*given, return_dict=False)[0], tuple(x.float() for x in inputs), module, dtype=dtype
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", SIZES)
+def test_prepacked_forward(versus, size, dtype):
+    """Weights pre-packed beforehand, as OpenVINO's are when it compiles."""
+    pair, given = model(*SIZES[size], dtype)
+    packed = prepack.prepack(pair.params)
+    module = copy.deepcopy(pair.module).float()
+    latents, t, context, pooled = (x.float() for x in given)
+    versus(
+        f"MMDiT forward, width {size} patches, {str(dtype)[6:]}, eager, weights pre-packed",
+        lambda: mmdit.apply(packed, pair.config, *given),
+        lambda: mmdit.apply(pair.params, pair.config, *given),
+        peer="plain weights here",
+        tolerance=0.0,
+        beside=openvino_peer.beside(
+            lambda *inputs: module(*inputs, return_dict=False)[0],
+            (latents, context, pooled, 1000 * t),
+            module,
+            dtype=dtype,
         ),
     )
 

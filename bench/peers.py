@@ -8,6 +8,7 @@ give it matrices of unit gain, and the same parameters as our tree.
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from functional_sd3.core.types import Params
 from functional_sd3.image import vae
@@ -55,15 +56,24 @@ def clip_encoder(config: clip.Config = clip.CLIP_L) -> Pair:
 
 
 def randomized(module: torch.nn.Module) -> torch.nn.Module:
-    """The module with matrices of unit gain, so that nothing vanishes or overflows; norms stay as they are."""
+    """The module with matrices of unit gain, so that nothing vanishes or overflows, and biases of PyTorch's size, each
+    the same in every process; norms stay as they are."""
     device = next(module.parameters()).device
-    generator = torch.Generator(device).manual_seed(0)
+    matrices, biases = (torch.Generator(device).manual_seed(seed) for seed in (0, 1))
+    matrix_of_bias = {
+        layer.bias: layer.weight for layer in module.modules() if isinstance(getattr(layer, "bias", None), Tensor)
+    }
     with torch.no_grad():
         for parameter in module.parameters():
-            if parameter.ndim > 1:
-                fan_in = parameter[0].numel()
-                drawn = torch.randn(parameter.shape, generator=generator, device=device)
-                parameter.copy_(drawn * 0.7 / fan_in**0.5)
+            matrix = matrix_of_bias.get(parameter, parameter)
+            if matrix.ndim < 2:
+                continue
+            fan_in = matrix[0].numel()
+            if matrix is parameter:
+                drawn = torch.randn(parameter.shape, generator=matrices, device=device) * 0.7
+            else:
+                drawn = 2 * torch.rand(parameter.shape, generator=biases, device=device) - 1
+            parameter.copy_(drawn / fan_in**0.5)
     return module.eval()
 
 

@@ -91,6 +91,7 @@ from functional_sd3.transformer import ip_adapter as ip_adapter
 from functional_sd3.transformer import joint_block as joint_block
 from functional_sd3.transformer import mmdit as mmdit
 from functional_sd3.weights import merge as merge
+from functional_sd3.weights import prepack as prepack
 from functional_sd3.weights import quantize as quantize
 from functional_sd3.weights import shipped as shipped
 

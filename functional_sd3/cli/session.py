@@ -17,6 +17,7 @@ from functional_sd3.core.types import Params
 from functional_sd3.flow import ode
 from functional_sd3.formats.default_dtype import Default
 from functional_sd3.image import vae
+from functional_sd3.kernels import allocator
 from functional_sd3.layouts.components import Config, require
 from functional_sd3.parallel import tensor
 from functional_sd3.parallel.mesh import Mesh
@@ -69,6 +70,8 @@ def read_model(arguments: argparse.Namespace, device: torch.device, mesh: Mesh |
     """
     source = arguments.params or shipped.folder()
     dtype, word = precision.choose(arguments, source, device)
+    if device.type == "cpu" and mesh is None and not arguments.offload and arguments.block_swap is None:
+        allocator.keep_freed_memory()
     options = {"dtype": dtype, "device": device, "quantized": True, "variant": arguments.variant}
     only = [name for name in weights.SPECS if name not in arguments.without]
     components: Components

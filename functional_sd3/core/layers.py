@@ -11,6 +11,7 @@ Beside its weight a linear or convolution layer may hold
   `round_rows_to_float8`;
 - "low_rank", {"down": (rank, inputs, ...), "up": (outputs, rank)}: a LoRA, whose product is added to the layer's output
   without being added to the weight.
+The weight of a linear layer may be pre-packed (`weights.prepack`): of the same shape, in a layout that oneDNN reads.
 An embedding may hold "added" (rows, width): rows that follow those of its table, as the vectors of new words.
 """
 
@@ -76,11 +77,17 @@ def mlp(params: Params, x: Tensor, activation: str) -> Tensor:
 
 
 def dequantized_weight(params: Params, dtype: torch.dtype) -> Tensor:
-    """The weight; dequantised and rounded once, to `dtype`, where it is stored with a scale."""
+    """The weight; dequantised and rounded once, to `dtype`, where it is stored with a scale; plain where pre-packed."""
     weight, scale = params["weight"], stored_scale(params)
     if scale is None:
-        return weight
+        return weight.to_dense() if weight.is_mkldnn else weight
     return (weight.to(scale.dtype) * scale.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
+
+
+@op
+def packed_weight(params: Params) -> Tensor:
+    """The weight of a linear layer in the order in which `linear` reads it fastest; as it is where none is faster."""
+    return params["weight"]
 
 
 PRODUCTS = ("int8_scale", "float8_scale")

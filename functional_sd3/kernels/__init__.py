@@ -20,6 +20,7 @@ from functional_sd3.kernels import (
     norm_functions,
     norms,
     onednn,
+    prepacked,
     winograd,
 )
 
@@ -34,6 +35,8 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "layers.linear": (
         Kernel(cuda.linear_float8, cuda.fits_linear_float8, UNTRACKED | COMPILED, 1e-2),
+        Kernel(prepacked.linear, prepacked.fits_product, UNTRACKED, 1e-2),
+        Kernel(prepacked.with_plain_weight, prepacked.fits, DIFFERENTIABLE | TRANSFORMS, 1e-2),
         Kernel(int8.linear, int8.fits, UNTRACKED),
         Kernel(int8.differentiable, int8.fits_differentiable, TRANSFORMED),
         Kernel(int8.in_graph, int8.fits_in_graph, COMPILED),
@@ -51,6 +54,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel(onednn.linear_activation_bfloat16, onednn.fits_activation_bfloat16, UNTRACKED, 1e-2),
         Kernel(cuda.linear_activation, cuda.fits_linear_activation, UNTRACKED, 1e-3),
     ),
+    "layers.packed_weight": (Kernel(prepacked.pack, prepacked.fits_pack, UNTRACKED, 0.0),),
     "layers.cast_leaves": (Kernel(cuda.cast_leaves, cuda.fits_cast_leaves, DIFFERENTIABLE, 0.0),),
     "layers.conv2d": (
         Kernel(winograd.conv2d, winograd.fits_conv2d, UNTRACKED, 5e-6),

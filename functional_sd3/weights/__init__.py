@@ -31,6 +31,7 @@ from functional_sd3.weights import (
     diffusers,
     discover,
     merge,
+    prepack,
     quantize,
     shipped,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "merge",
     "missing",
     "outline",
+    "prepack",
     "quantize",
     "save",
     "save_controlnet",

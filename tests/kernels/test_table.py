@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_sd3 import kernels
 from functional_sd3.core import attention, dispatch, layers, leafwise, prng, tree
-from functional_sd3.kernels import int8_functions, onednn
+from functional_sd3.kernels import int8_functions, onednn, prepacked
 from tests import choices
 
 
@@ -44,6 +44,8 @@ def leaves(seed, *shapes):
 
 LAYER = {"weight": drawn(24, 16, seed=1), "bias": drawn(24, seed=2)}
 ADAPTER = {"down": drawn(2, 16, seed=3), "up": drawn(24, 2, seed=4)}
+# The bias first, as the leaf that is differentiated.
+PACKED = {"bias": LAYER["bias"], "weight": prepacked.pack(LAYER)}
 INT8 = {
     "weight": torch.arange(384).sub(192).clamp(-127, 127).to(torch.int8).view(24, 16),
     "bias": LAYER["bias"],
@@ -92,6 +94,9 @@ EXAMPLES = {
     "int8.differentiable": [(INT8 | {"low_rank": ADAPTER}, drawn(2, 8, 16)), (INT8, drawn(300, 16))],
     "int8.in_graph": [(INT8, drawn(2, 8, 16)), (INT8 | {"low_rank": ADAPTER}, drawn(5, 16))],
     "int8.linear_activation": [(INT8, drawn(300, 16), activation) for activation in layers.ACTIVATIONS],
+    "prepacked.pack": [(LAYER,), (NARROW_LAYER,)] if onednn.has_bfloat16() else [(LAYER,)],
+    "prepacked.linear": [(PACKED, drawn(*shape, 16)) for shape in ((2, 8), (5,), (0,), (600,))],
+    "prepacked.with_plain_weight": [(PACKED, drawn(2, 8, 16)), ({**PACKED, "low_rank": ADAPTER}, drawn(5, 16))],
     "onednn.linear": [(LAYER, drawn(2, 8, 16)), (LAYER, drawn(300, 16)), (LAYER, drawn(1, 600, 16))]
     + [({"weight": LAYER["weight"]}, drawn(rows, 16)) for rows in (20, 600)],
     "onednn.linear_bfloat16": [(NARROW_LAYER, drawn(*shape, 16).bfloat16()) for shape in ((2, 8), (5,), (0,))],
@@ -163,7 +168,7 @@ NEEDS_BFLOAT16 = set() if onednn.has_bfloat16() else {"onednn.linear_bfloat16", 
 NEEDS_INT8 = {name for name in KERNELS if name.startswith("int8.") and int8_functions.product() is None}
 """Kernels of instructions that this processor lacks, as NEEDS_BFLOAT16."""
 HAS_NVIDIA = torch.cuda.is_available() and torch.version.hip is None
-UNFIT = {name for name in KERNELS if name.startswith("cuda.")} | {"onednn.differentiable"}
+UNFIT = {name for name in KERNELS if name.startswith("cuda.")} | {"onednn.differentiable", "prepacked.pack"}
 """Kernels for other machines and other choices than those of these tests."""
 INTEGER = {"inductor.threefry", "cuda.threefry"}
 IN_FORWARD_MODE = ("convolution_functions", "linear", "norm_functions", "modulation_functions")
@@ -175,13 +180,18 @@ def device_of(name):
 
 
 def moved(arguments, device):
-    copied = lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
+    def copied(leaf):
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return leaf.clone() if leaf.is_mkldnn else leaf.to(device, copy=True)
+
     return tree.map(copied, list(arguments))
 
 
 def numbers(*values):
     """Every tensor in results and arguments, as one list."""
-    return [leaf for leaf in tree.leaves(list(values)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree.leaves(list(values)) if isinstance(leaf, torch.Tensor)]
+    return [leaf.to_dense() if leaf.is_mkldnn else leaf for leaf in tensors]
 
 
 def test_every_kernel_has_an_example():
@@ -198,7 +208,7 @@ def test_a_kernel_equals_its_formula_and_changes_only_what_the_formula_changes(n
     if name in NEEDS_INT8:
         pytest.skip("needs products of int8 that are right")
     operation, kernel = KERNELS[name]
-    if name in ("onednn.differentiable", "onednn.in_graph"):
+    if name in ("onednn.differentiable", "onednn.in_graph", "prepacked.pack"):
         choices.use(monkeypatch, choices.ALL)
     for example in EXAMPLES[name]:
         first, second = (moved(example, device_of(name)) for _ in range(2))
@@ -300,6 +310,8 @@ WATCHERS = {
     "plain": (None, lambda *given: under(dispatch.plain(), *given)),
 }
 WRITES = {name for name in KERNELS if name.endswith("inplace")}
+BESIDE = {"prepacked.linear": (KERNELS["prepacked.with_plain_weight"][1],)}
+"""Kernels that a kernel leaves its arguments to: their formula cannot be differentiated."""
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -316,12 +328,14 @@ def test_a_kernel_runs_only_for_those_who_may_be_given_it(watcher, monkeypatch):
             # Whoever may not be given it is not given it whatever the sizes; some cannot even be asked for them.
             fits=kernel.fits if tracking == "none" and name not in UNFIT else lambda *_, **__: True,
         )
-        monkeypatch.setitem(kernels.TABLE, operation, (recorded,))
+        monkeypatch.setitem(kernels.TABLE, operation, (recorded, *BESIDE.get(name, ())))
         call = partial(OPERATIONS[operation], **OPTIONS.get(name, {}))
         arguments = moved(EXAMPLES[name][0], "cpu")
         if tracking == "other":
             # Group norms of channels_last images have no forward-mode derivative and no batching rule.
-            arguments = tree.map(lambda x: x.contiguous() if isinstance(x, torch.Tensor) else x, arguments)
+            arguments = tree.map(
+                lambda x: x.contiguous() if isinstance(x, torch.Tensor) and not x.is_mkldnn else x, arguments
+            )
         watch(call, *differentiable(arguments))
         assert bool(called) == (tracking in kernel.tracking), f"{name} under {watcher}"
 
