@@ -54,7 +54,7 @@ def fits(params: Params, x: Tensor) -> bool:
 
 
 def fits_product(params: Params, x: Tensor) -> bool:
-    """As `fits`, of weight and bias only and rows of their dtype."""
+    """True for a pre-packed weight with a bias and nothing else, and rows of their dtype."""
     if not fits(params, x) or params.keys() != {"weight", "bias"} or x.ndim < 2 or not products.is_enabled():
         return False
     return x.is_cpu and x.dtype is params["weight"].dtype is params["bias"].dtype
