@@ -15,7 +15,7 @@ from typing import Any
 KEPT = 1 << 30
 """Bytes: blocks up to this size are kept, and so much free memory at the end of the heap."""
 OLD_LIMIT = 1 << 25
-"""Largest block that glibc before 2.35 may be told to keep."""
+"""Largest block that glibc before 2.35 keeps."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 """Environment variables by which a user chooses such limits."""
