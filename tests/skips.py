@@ -3,6 +3,7 @@
 from collections import Counter
 
 REMEDIES = {
+    "glibc 2.35": "run on a Linux with glibc 2.35 or newer",
     "real SD3.5 tokenizer files": "put the folders tokenizer, tokenizer_2 and tokenizer_3 of a Stable Diffusion 3.5 "
     "repository on Hugging Face, and openai/clip-vit-large-patch14's tokenizer.json as clip-tokenizer.json, into "
     "../shared/data/tokenizers",
