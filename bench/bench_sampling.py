@@ -45,9 +45,6 @@ def pair(tmp_path_factory):
     return weights.load(folder), theirs
 
 
-WHOLE = "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels"
-
-
 def by_diffusers(theirs, noise):
     return theirs(
         PROMPTS,
@@ -72,7 +69,7 @@ def test_pipeline(versus, pair):
     model, theirs = pair
     noise = prng.normal(prng.key(7), (1, 16, 32, 32))
     versus(
-        WHOLE,
+        "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels",
         lambda: pipeline.generate(*models.parts(model), PROMPTS, prng.key(0), noise=noise, steps=STEPS, cfg=5.0),
         partial(by_diffusers, theirs, noise),
         peer="diffusers' pipeline",
@@ -92,7 +89,7 @@ def test_prepacked_pipeline(versus, pair):
     packed = {**params, "transformer": prepack.prepack(params["transformer"])}
     options = {"noise": noise, "steps": STEPS, "cfg": 5.0}
     versus(
-        f"{WHOLE}, weights pre-packed",
+        "28 steps with guidance, width 512, 6 blocks, 256x256, from prompt to pixels, weights pre-packed",
         lambda: pipeline.generate(packed, *rest, PROMPTS, prng.key(0), **options),
         lambda: pipeline.generate(params, *rest, PROMPTS, prng.key(0), **options),
         peer="plain weights here",
