@@ -1,7 +1,8 @@
 """Weights in the order in which a CPU multiplies by them, made once for all evaluations of a run.
 
 oneDNN reads a weight in blocks, which it otherwise makes anew in every product (`kernels.prepacked`). The numbers are
-the same, and so is every result to the bit; steps of a transformer of width 512 take 0.93 to 0.96 of the time on a Zen 4.
+the same, and so is every result to the bit; a step of a transformer of width 512 takes 0.93 to 0.96 of the time on a
+Zen 4.
 
     params = {**model.params, "transformer": prepack.prepack(model.params["transformer"])}
     images = pipeline.generate(params, model.config, ...)
