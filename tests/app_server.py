@@ -1,6 +1,7 @@
 """The page of `functional-sd3 app` served in a thread, for tests of its API and in a browser."""
 
 import contextlib
+import gc
 import os
 import tempfile
 import threading
@@ -46,6 +47,8 @@ def serving(*words: str) -> Iterator[Server]:
         finally:
             os.environ.clear()
             os.environ.update(kept)
+            # Event loops that Gradio does not close, which would be found in a later test, as its failure.
+            gc.collect()
 
 
 def drawing() -> list[threading.Thread]:

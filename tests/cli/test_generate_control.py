@@ -89,7 +89,7 @@ def test_what_is_transparent_is_painted_anew(files):
 
 def test_words_of_ones_own_are_typed_like_any_other(files):
     width = weights.load(files / "model", only="clip_l").config.clip_l.width
-    word = textual_inversion.Word("any", {"clip_l": 3 * torch.ones(2, width)})
+    word = textual_inversion.Word("thing", {"clip_l": 3 * torch.ones(2, width)})
     weights.save_inversion(files / "thing.safetensors", word)
     common = ["generate", "a <thing> on a <dog>", "--params", files / "model", "--steps", 1, "--out"]
     drawn = []
@@ -139,7 +139,7 @@ def test_emphasis_and_long_prompts_are_settings_of_a_image(files, monkeypatch):
         (["--control", "canny={}/wide.png", "--controlnet", "{}/any"], "wide.png is 64x32, but what is drawn is 64x64"),
         (["--control", "canny={}/edges.png", "--controlnet", "{}/other"], "made for another model: its width is 48"),
         (["--control", "blur={}/edges.png", "--controlnet", "blur={}/canny.safetensors"], "reads images of canny"),
-        (["--control", "canny={}/edges.png", "--controlnet", "{}/model"], "config.json: cannot be opened"),
+        (["--control", "canny={}/edges.png", "--controlnet", "{}/model"], "without config.json of a ControlNet: it holds a whole model (--params)"),
     ],
 )
 def test_words_that_make_no_sense_end_in_a_line(files, words, message, capsys):

@@ -166,7 +166,7 @@ def test_every_recorded_option_is_read_again():
         "eta": 0.5, "source_cfg": 1.5, "frames": 4, "fps": 8.0, "weighted": True, "long": True, "restore": True,
         "exact": True, "direct": True, "slerp": True, "trajectory": True, "denoised": True, "dtype": "float32",
         "control_after_last": True, "params": ["a", "b"], "embedding": ["a"], "lora": ["a=0.5"], "region": ["a"],
-        "guidance": ["cfg"], "control": ["a"], "controlnet": ["b"],
+        "guidance": ["cfg"], "control": ["a"], "controlnet": ["b"], "without": ["t5"],
     }  # fmt: skip
     run_options = [*options._RECORDED, "guidance", "control", "controlnet", "control_after_last"]
     recorded = {

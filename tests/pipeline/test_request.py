@@ -9,7 +9,7 @@ import torch
 
 from functional_sd3 import look, pipeline
 from functional_sd3.core import prng
-from functional_sd3.flow import caches, ode
+from functional_sd3.flow import caches, guidance, ode
 from functional_sd3.pipeline import FlowEdit, Frames, InversionEdit, Request, SamplingOptions, StartImages, TextOptions
 from tests.models import parts
 
@@ -167,7 +167,7 @@ def test_every_argument_becomes_the_field_of_its_name(name, monkeypatch):
     }  # fmt: skip
     text = {"negative": "none", "t5_length": 7, "weighted": True, "long_prompts": True}
     sampling = {
-        "steps": 3, "cfg": 2.5, "guidance": object(), "method": object(), "on_step": object(), "skip_layers": (7,),
+        "steps": 3, "cfg": 2.5, "guidance": guidance.cfg(3.5), "method": object(), "on_step": object(), "skip_layers": (7,),
         "control": (object(),), "image_prompt": object(), "block_transform": object(), "attend": object(),
         "implementation": "math", "cache": caches.parse("hold:every=3"),
     }  # fmt: skip

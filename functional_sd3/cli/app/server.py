@@ -1,5 +1,6 @@
 """The server of the page: a socket that is bound first, Gradio's app behind the guard, and its end."""
 
+import asyncio
 import contextlib
 import errno
 import socket
@@ -84,6 +85,7 @@ def running(page: gradio.Blocks, bound: socket.socket, folder: str, limits: Limi
         theme=theme(),
         css=view.CSS,
     )
+    _close_event_loop()
     # A mounted page does not check that files were uploaded unless it believes that it was launched.
     page.has_launched = True
     page.is_running = True
@@ -114,6 +116,14 @@ def running(page: gradio.Blocks, bound: socket.socket, folder: str, limits: Limi
         page._queue.close()
         server.should_exit = True
         thread.join(10)
+
+
+def _close_event_loop() -> None:
+    """Closes the event loop that Gradio makes for a thread where none runs, and neither uses nor closes."""
+    loop = asyncio.get_event_loop()
+    if not loop.is_running():
+        loop.close()
+        asyncio.set_event_loop(None)
 
 
 def theme() -> gradio.themes.Base:
