@@ -86,8 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     timer.done("load")
     texts = [arguments.source, arguments.target, arguments.negative]
     session.note_truncated(opened, texts, arguments)
-    prompt_words.note_syntax(arguments, texts)
-    prompt_words.note_unknown(arguments, texts)
+    prompt_words.note_mistakes(arguments, texts, opened.words)
     if single:
         output.check_fits(out, *shown)
     with timer.named_failures(), progress((1 if arguments.direct else 2) * arguments.steps) as bar:

@@ -169,8 +169,7 @@ def plan_of(
     places = regions.prepare(arguments, size)
     texts = [*prompts, *(region.prompt for region in places), arguments.negative]
     session.note_truncated(opened, texts, arguments)
-    prompt_words.note_syntax(arguments, texts)
-    prompt_words.note_unknown(arguments, texts)
+    prompt_words.note_mistakes(arguments, texts, opened.words)
     settings = {
         # An image is fitted again as it was: by its own size, or the one that was given.
         **({"size": arguments.size or "x".join(map(str, size))} if arguments.size or not start else {}),

@@ -66,8 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     timer.done("load")
     texts = [*arguments.prompts, arguments.negative]
     session.note_truncated(opened, texts, arguments)
-    prompt_words.note_syntax(arguments, texts)
-    prompt_words.note_unknown(arguments, texts)
+    prompt_words.note_mistakes(arguments, texts, opened.words)
     frames = arguments.steps if arguments.trajectory else arguments.frames or 8
     if single:
         is_strip = out.suffix.lower() not in output.ANIMATIONS

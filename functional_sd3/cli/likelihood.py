@@ -70,8 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     session.image_size(opened, (image.shape[-1], image.shape[-2]))
     prompts = list(dict.fromkeys(arguments.prompts))
     session.note_truncated(opened, [*prompts, arguments.negative], arguments)
-    prompt_words.note_syntax(arguments, [*prompts, arguments.negative])
-    prompt_words.note_unknown(arguments, [*prompts, arguments.negative])
+    prompt_words.note_mistakes(arguments, [*prompts, arguments.negative], opened.words)
     timer.done("load")
     with timer.named_failures(), torch.no_grad():
         timer.stage = f"measuring the {arguments.by}"

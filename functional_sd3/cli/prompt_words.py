@@ -6,9 +6,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from functional_sd3.cli import options, report
 from functional_sd3.formats.printable import shorten
+
+if TYPE_CHECKING:
+    from functional_sd3.text.textual_inversion import Word
 
 STANDARD_INPUT = "-"
 _MAX_BYTES = 64 * 2**20
@@ -40,6 +44,23 @@ def note_missing_quotes(prompts: Sequence[str]) -> None:
     if len(prompts) > 1 and not any(re.search(r"\s", prompt.strip()) for prompt in prompts):
         one, count = shorten(" ".join(prompts)), len(prompts)
         report.note(f'{count} prompts of one word each give {count} images; one prompt needs quotes: "{one}"')
+
+
+def note_mistakes(arguments: argparse.Namespace, texts: Sequence[str], words: Sequence["Word"]) -> None:
+    """Note what in the prompts looks like a mistake; words: the textual inversions of the run."""
+    note_syntax(arguments, texts)
+    note_unused(words, texts)
+    note_unknown(arguments, texts)
+
+
+def note_unused(words: Sequence["Word"], texts: Sequence[str]) -> None:
+    """Note textual inversions whose word no prompt has: a file's word need not be the file's name."""
+    unused = [word.token for word in words if not any(word.token.casefold() in text.casefold() for text in texts)]
+    if unused:
+        report.note(
+            f"no prompt has {', '.join(map(shorten, unused[:_MAX_NAMED]))}, the word that --embedding adds: type it in "
+            "the prompt, or give it another name by --embedding WORD=FILE"
+        )
 
 
 def note_unknown(arguments: argparse.Namespace, texts: Sequence[str]) -> None:

@@ -87,10 +87,11 @@ def test_what_is_transparent_is_painted_anew(files):
     assert not torch.equal(masked, draw(files, *net, "--control", f"inpaint={files}/edges.png"))
 
 
-def test_words_of_ones_own_are_typed_like_any_other(files):
+def test_words_of_ones_own_are_typed_like_any_other(files, capsys):
     width = weights.load(files / "model", only="clip_l").config.clip_l.width
-    word = textual_inversion.Word("thing", {"clip_l": 3 * torch.ones(2, width)})
+    word = textual_inversion.Word("<thing>", {"clip_l": 3 * torch.ones(2, width)})
     weights.save_inversion(files / "thing.safetensors", word)
+    weights.save_inversion(files / "renamed.safetensors", word)
     common = ["generate", "a <thing> on a <dog>", "--params", files / "model", "--steps", 1, "--out"]
     drawn = []
     for number, words in enumerate(([], ["thing.safetensors"], ["<dog>=thing.safetensors"])):
@@ -99,6 +100,10 @@ def test_words_of_ones_own_are_typed_like_any_other(files):
         with Image.open(files / f"{number}.png") as image:
             drawn.append(image.tobytes())
     assert len(set(drawn)) == 3
+    assert "no prompt has" not in capsys.readouterr().err
+    renamed = ["generate", "a <renamed>", *common[2:], files / "x.png", "--embedding", files / "renamed.safetensors"]
+    assert cli.main([str(word) for word in renamed]) == 0
+    assert "no prompt has <thing>, the word that --embedding adds" in capsys.readouterr().err
     assert f"--embedding {files}/thing.safetensors" in image_settings.command(
         image_settings.read_record(files / "1.png")["command"]
     )
