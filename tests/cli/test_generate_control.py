@@ -144,7 +144,10 @@ def test_emphasis_and_long_prompts_are_settings_of_a_image(files, monkeypatch):
         (["--control", "canny={}/wide.png", "--controlnet", "{}/any"], "wide.png is 64x32, but what is drawn is 64x64"),
         (["--control", "canny={}/edges.png", "--controlnet", "{}/other"], "made for another model: its width is 48"),
         (["--control", "blur={}/edges.png", "--controlnet", "blur={}/canny.safetensors"], "reads images of canny"),
-        (["--control", "canny={}/edges.png", "--controlnet", "{}/model"], "without config.json of a ControlNet: it holds a whole model (--params)"),
+        (
+            ["--control", "canny={}/edges.png", "--controlnet", "{}/model"],
+            "config.json of a ControlNet: it holds a whole model",
+        ),
     ],
 )
 def test_words_that_make_no_sense_end_in_a_line(files, words, message, capsys):
