@@ -168,8 +168,8 @@ def test_every_argument_becomes_the_field_of_its_name(name, monkeypatch):
     text = {"negative": "none", "t5_length": 7, "weighted": True, "long_prompts": True}
     sampling = {
         "steps": 3, "cfg": 2.5, "guidance": guidance.cfg(3.5), "method": object(), "on_step": object(),
-        "skip_layers": (7,), "control": (object(),), "image_prompt": object(), "block_transform": object(), "attend": object(),
-        "implementation": "math", "cache": caches.parse("hold:every=3"),
+        "skip_layers": (7,), "control": (object(),), "image_prompt": object(), "block_transform": object(),
+        "attend": object(), "implementation": "math", "cache": caches.parse("hold:every=3"),
     }  # fmt: skip
     if name in ("edit", "flow_edit"):
         sampling["cache"] = None
