@@ -119,7 +119,7 @@ def test_a_listed_encoder_that_is_not_there_is_one_note_line(files, tmp_path, ca
     command = ["generate", "a red circle", "a star", "--steps", "1", "--params", str(files / "t5_gone")]
     assert cli.main([*command, "--out", str(tmp_path)]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "note: the text encoder" in line]
-    assert len(said) == 1 and "T5 is missing (text_encoder_3/ or t5xxl_fp16.safetensors)" in said[0]
+    assert len(said) == 1 and "T5 is missing or left out (text_encoder_3/ or t5xxl_fp16.safetensors)" in said[0]
 
 
 def test_notes_are_printed_once_escaped_and_other_warnings_stay(capsys):
