@@ -37,8 +37,8 @@ def check_encoders(present: Collection[str], tokenizers: Any) -> None:
         places = _listed(f"{_FOLDERS[name]} or {_FILES[name]}" for name in absent)
         note(
             f"the text encoder{'s' * (len(absent) > 1)} {_listed(_TITLES[name] for name in absent)} "
-            f"{'are' if len(absent) > 1 else 'is'} missing or left out ({places}): zeros take the place of its output, and images "
-            "follow the prompt less closely"
+            f"{'are' if len(absent) > 1 else 'is'} missing or left out ({places}): zeros take the place of its output, "
+            "and images follow the prompt less closely"
         )
 
 
