@@ -42,6 +42,12 @@ def config(**transformer):
     )
 
 
+def transformer_config(**fields) -> mmdit.Config:
+    """A transformer of two heads of 8 alone, for tests of functions of one; `fields` are of its config."""
+    sizes = {"heads": 2, "head_dim": 8, "in_channels": 2, "out_channels": 2, "context_width": 6, "pooled_width": 5}
+    return mmdit.Config(**{**sizes, **fields})
+
+
 def random_model(config=None) -> Model:
     """Every leaf random and of the size it would have after training: nothing zero that could hide a mistake."""
     config = config or globals()["config"]()

@@ -105,19 +105,7 @@ def test_values_all_equal_are_returned_as_they_are(given_streams, constant):
     assert all(close(x, torch.full_like(x, constant)) for x in joint_attention(level))
 
 
-CONFIG = mmdit.Config(
-    depth=3,
-    heads=2,
-    head_dim=8,
-    in_channels=2,
-    out_channels=2,
-    context_width=6,
-    pooled_width=5,
-    position_size=6,
-    sample_size=12,
-    qk_norm=True,
-    dual_attention_layers=(0,),
-)
+CONFIG = models.transformer_config(depth=3, position_size=6, sample_size=12, qk_norm=True, dual_attention_layers=(0,))
 
 
 def random_params(seed=0):

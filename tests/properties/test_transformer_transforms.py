@@ -8,23 +8,12 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from functional_sd3.core import prng, transform, tree
 from functional_sd3.core import spec as specs
 from functional_sd3.transformer import mmdit
+from tests import models
 
 # torch itself scripts its forward-mode derivatives, and parts of its compiler, when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
-CONFIG = mmdit.Config(
-    depth=2,
-    heads=2,
-    head_dim=8,
-    in_channels=2,
-    out_channels=2,
-    context_width=6,
-    pooled_width=5,
-    position_size=12,
-    sample_size=12,
-    qk_norm=True,
-    dual_attention_layers=(0,),
-)
+CONFIG = models.transformer_config(depth=2, position_size=12, sample_size=12, qk_norm=True, dual_attention_layers=(0,))
 BATCH = 4
 
 

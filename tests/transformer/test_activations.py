@@ -17,18 +17,9 @@ from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import objectives
 from functional_sd3.transformer import activations, joint_block, mmdit
 from functional_sd3.transformer.activations import edit_outputs, record, replay
+from tests import models
 
-CONFIG = mmdit.Config(
-    depth=3,
-    heads=2,
-    head_dim=8,
-    in_channels=2,
-    out_channels=2,
-    context_width=6,
-    pooled_width=5,
-    position_size=8,
-    sample_size=8,
-)
+CONFIG = models.transformer_config(depth=3, position_size=8, sample_size=8)
 
 
 def random(seed, *shape):

@@ -15,20 +15,9 @@ from functional_sd3.layouts.components import Config
 from functional_sd3.text.conditioning import Conditioning
 from functional_sd3.training import objectives
 from functional_sd3.transformer import embeddings, joint_block, mmdit
+from tests import models
 
-CONFIG = mmdit.Config(
-    depth=3,
-    heads=2,
-    head_dim=8,
-    in_channels=2,
-    out_channels=2,
-    context_width=6,
-    pooled_width=5,
-    position_size=8,
-    sample_size=8,
-    qk_norm=True,
-    dual_attention_layers=(1,),
-)
+CONFIG = models.transformer_config(depth=3, position_size=8, sample_size=8, qk_norm=True, dual_attention_layers=(1,))
 
 
 def random(seed, *shape):

@@ -11,6 +11,7 @@ from functional_sd3.core import spec as specs
 from functional_sd3.flow import ode, path, schedule
 from functional_sd3.flow.analysis import likelihood
 from functional_sd3.transformer import mmdit
+from tests import models
 
 # torch itself scripts its forward-mode derivatives when they are first used.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -285,18 +286,7 @@ def test_the_state_is_float32_whatever_the_dtype_of_the_velocity_and_no_input_is
     assert all(part.dtype == torch.float32 for part in actual) and torch.equal(x, before)
 
 
-CONFIG = mmdit.Config(
-    depth=2,
-    heads=2,
-    head_dim=8,
-    in_channels=2,
-    out_channels=2,
-    context_width=6,
-    pooled_width=5,
-    position_size=4,
-    sample_size=4,
-    qk_norm=True,
-)
+CONFIG = models.transformer_config(depth=2, position_size=4, sample_size=4, qk_norm=True)
 
 
 @pytest.fixture(scope="module")
